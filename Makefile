@@ -1,0 +1,44 @@
+# One front door: the same names by hand and in continuous integration.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test test-slow check format bench checkpoint clean
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+setup: .venv/ready   ## make .venv with everything that the other targets need
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lamina needs Python >= 3.11, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup      ## run one compute and two memory nodes on this machine and compare with transformers
+	$(BIN)/lamina demo
+
+test: setup      ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: setup ## the long tests
+	$(BIN)/python -m pytest -m slow
+
+check: setup     ## format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup    ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup     ## all benchmarks, each beside its yardstick
+	$(BIN)/lamina bench all
+
+checkpoint: setup  ## train the demo checkpoint again (about 25 minutes on 2 cores)
+	$(BIN)/python -m lamina.demo.train
+
+clean:           ## remove what setup and the tools made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

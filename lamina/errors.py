@@ -1,0 +1,80 @@
+"""Every error that Lamina raises on purpose, in one tree.
+
+    LaminaError                   catch this and nothing of Lamina's escapes
+    ├── UsageError                the caller's mistake; the command line exits with status 2
+    │   ├── ConfigError           a configuration file or an option says something impossible
+    │   └── RequestError          a request that cannot be served as it was asked
+    ├── CheckpointError           a checkpoint directory is missing something or is damaged
+    │   └── UnsupportedModelError a model needs what Lamina cannot represent; names the feature
+    ├── CapacityError             a KV cache, a block pool or a queue is too small or full
+    ├── TransportError            bytes could not be moved
+    │   ├── ConnectError          no connection within the deadline
+    │   ├── HandshakeError        the peer is not what was expected: version, role, model, layout
+    │   ├── ProtocolError         the peer sent something that the protocol does not allow
+    │   └── PeerLostError         the peer died, closed the connection or fell silent
+    └── NodeError                 a node reports a failure of its own; names the node
+
+A message says what happened, where, the value seen, the value allowed and what to do, in one sentence or two.
+"""
+
+from __future__ import annotations
+
+
+class LaminaError(Exception):
+    """Base of all errors of Lamina. ``exit_status`` is what the command line ends with."""
+
+    exit_status = 1
+
+
+class UsageError(LaminaError):
+    """The caller asked for something impossible."""
+
+    exit_status = 2
+
+
+class ConfigError(UsageError):
+    """A configuration file or option is wrong; the message names file, table and key."""
+
+
+class RequestError(UsageError):
+    """A request cannot be served as it was asked: empty prompt, prompt longer than the context, bad sampling."""
+
+
+class CheckpointError(LaminaError):
+    """A checkpoint directory lacks a file or a tensor, holds one too many, or is damaged."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The model needs a feature that Lamina cannot represent; the message names it."""
+
+
+class CapacityError(LaminaError):
+    """There is not enough KV cache, queue or region for what was asked; the message gives both numbers."""
+
+
+class TransportError(LaminaError):
+    """Bytes could not be moved between two nodes."""
+
+
+class ConnectError(TransportError):
+    """No connection could be made within the deadline."""
+
+
+class HandshakeError(TransportError):
+    """The peer speaks another protocol version or is not the node that was expected."""
+
+
+class ProtocolError(TransportError):
+    """The peer sent bytes that the protocol does not allow; the link is finished."""
+
+
+class PeerLostError(TransportError):
+    """The peer died, closed the connection or was silent for longer than ``peer_timeout``."""
+
+
+class NodeError(LaminaError):
+    """A node failed; ``node`` is its name in the configuration."""
+
+    def __init__(self, message: str, *, node: str) -> None:
+        super().__init__(message)
+        self.node = node
