@@ -1,0 +1,154 @@
+"""A checkpoint directory as Hugging Face writes it: config.json, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import CheckpointError, UnsupportedModelError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint directory, opened and checked but with no tensor read.
+
+    ``config`` is the library's configuration object, ``dtype`` the type the model runs in.
+    """
+
+    path: Path
+    config: Any
+    dtype: str
+
+    @classmethod
+    def open(cls, path: str | Path, dtype: str | None = None) -> Checkpoint:
+        """Read config.json of ``path``. ``dtype`` None takes the type in which the checkpoint was stored."""
+        from transformers import AutoConfig
+
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such checkpoint directory")
+        raw = _read_json(path / "config.json")
+        if "quantization_config" in raw:
+            method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+            raise UnsupportedModelError(
+                f"{path / 'config.json'}: quantization_config (method {method!r}) is not supported; "
+                "use a checkpoint with float32, bfloat16 or float16 weights"
+            )
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            kind = raw.get("model_type", "missing")
+            raise UnsupportedModelError(
+                f"{path / 'config.json'}: the transformers library cannot read this configuration "
+                f"(model_type {kind!r}): {_first_line(e)}"
+            ) from e
+        chosen = dtype or str(config.dtype or "float32").removeprefix("torch.")
+        if chosen not in DTYPES:
+            raise UnsupportedModelError(
+                f"{path}: data type {chosen!r} is not supported; choose one of {', '.join(DTYPES)}"
+            )
+        return cls(path, config, chosen)
+
+    @cached_property
+    def tensor_files(self) -> dict[str, Path]:
+        """Tensor name -> safetensors file, from the file itself or from the index of a sharded checkpoint."""
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index}: no weight_map in the index")
+            files = {name: self.path / file for name, file in weight_map.items()}
+            for file in sorted(set(files.values())):
+                if not file.is_file():
+                    raise CheckpointError(f"{file}: listed in {index.name} but missing")
+            return files
+        single = self.path / "model.safetensors"
+        if not single.is_file():
+            others = [p.name for p in self.path.glob("*.bin")]
+            hint = f"; {others[0]} is not read, convert it to safetensors" if others else ""
+            raise CheckpointError(
+                f"{self.path}: neither model.safetensors nor model.safetensors.index.json found{hint}"
+            )
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
+
+    @contextmanager
+    def tensors(self) -> Iterator[dict[str, Any]]:
+        """Tensor name -> lazily read slice of its file; valid inside the ``with`` block."""
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            slices = {}
+            for name, path in self.tensor_files.items():
+                if path not in opened:
+                    opened[path] = stack.enter_context(_opened(path))
+                try:
+                    slices[name] = opened[path].get_slice(name)
+                except Exception as e:
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is in the index but not in the file"
+                    ) from e
+            yield slices
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the configuration and of every tensor's name and file size: equal for equal models."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for name, file in sorted(self.tensor_files.items()):
+            digest.update(f"{name}:{file.stat().st_size}\n".encode())
+        return digest.hexdigest()[:32]
+
+    @cached_property
+    def max_context(self) -> int:
+        """The longest context, in tokens, that the model was made for."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int) or limit < 1:
+            raise UnsupportedModelError(f"{self.path / 'config.json'}: max_position_embeddings is missing")
+        return limit
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """Token ids that end a sequence: of generation_config.json if there is one, else of config.json."""
+        generation = self.path / "generation_config.json"
+        raw = _read_json(generation) if generation.exists() else {}
+        ids = raw.get("eos_token_id", getattr(self.config.get_text_config(), "eos_token_id", None))
+        if ids is None:
+            return frozenset()
+        return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({_first_line(e)}); it may be truncated"
+        ) from e
+    with handle as file:
+        yield file
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path}: missing") from e
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: not readable as JSON ({_first_line(e)})") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,321 @@
+"""The slices of a captured model: what runs between two attention operators.
+
+A model of L layers has L + 1 slices. Every slice but the last is two pure functions, so that q can be sent before
+k and v are computed:
+
+    head: (carry of the slice before, o of the attention before) -> q, kept
+    tail: kept -> k, v, carry
+
+The last slice is a head alone and gives the logits of the sampled rows. What depends on nothing but the token ids,
+positions and rows of a step (rotary angles, sizes) is computed once per step, by ``SlicedModel.begin``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from lamina.attention import LayerShape
+from lamina.model.capture import TRACED_TOKENS, Capture
+from lamina.model.cut import Boundary, SlicePlan, cut
+
+# A step's values that depend on its token ids, positions and rows alone; tensors and sizes, in a fixed order.
+StepConstants = tuple[Any, ...]
+
+
+class Head(NamedTuple):
+    """``out``: q [T, Hq, Dk], or in the last slice the logits [S, vocabulary]. ``kept`` goes to the tail."""
+
+    out: Tensor
+    kept: tuple[Tensor, ...]
+
+
+class Tail(NamedTuple):
+    """k [T, Hkv, Dk], v [T, Hkv, Dv] and the carry, each [1, T, ...]."""
+
+    k: Tensor
+    v: Tensor
+    carry: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class SliceSizes:
+    """What a slice holds and moves; bytes are per token. The attention fields are 0 in the last slice."""
+
+    parameters: int
+    parameter_bytes: int
+    carry: int
+    q: int
+    k: int
+    v: int
+    o: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One function of a slice and where its arguments come from."""
+
+    key: str
+    graph: fx.Graph
+    weights: tuple[str, ...]
+    constants: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SliceBlueprint:
+    """A slice before its weights are there."""
+
+    index: int
+    shape: LayerShape | None
+    head: _Part
+    tail: _Part | None
+    carry: tuple[fx.Node, ...]
+    sizes: SliceSizes
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Names of all parameters and buffers that the slice reads."""
+        return frozenset(self.head.weights + (self.tail.weights if self.tail else ()))
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A captured model, cut into slices; ``begin`` computes the constants of a step."""
+
+    capture: Capture
+    begin: _Part
+    slices: tuple[SliceBlueprint, ...]
+
+    @property
+    def kinds(self) -> int:
+        """How many different functions the slices consist of."""
+        return len({part.key for s in self.slices for part in (s.head, s.tail) if part})
+
+    def weights_of(self, first: int = 0, last: int | None = None) -> frozenset[str]:
+        """Names of the tensors that the slices ``first..last`` (inclusive, default all) read."""
+        chosen = self.slices[first : None if last is None else last + 1]
+        return frozenset(self.begin.weights).union(*(s.weights for s in chosen))
+
+
+def cut_into_slices(captured: Capture) -> Blueprint:
+    """Cut ``captured`` at its attention operators."""
+    constant = _step_constants(captured)
+    order = [n for n in captured.graph.nodes if n.op == "call_function" and n not in constant]
+    placed = set(order)
+    inputs_of = {n: [i for i in n.all_input_nodes if i in placed] for n in order}
+    nbytes = {n: _bytes_per_token(n) for n in order}
+    boundaries = [Boundary(*n.args[:3], o=n) for n in captured.attentions]
+    plans = cut(order, inputs_of, nbytes, boundaries, captured.logits)
+
+    # The constants that some slice reads, in graph order.
+    read = {i for n in order for i in n.all_input_nodes if i in constant}
+    outputs = [n for n in captured.graph.nodes if n in read]
+    place = {n: i for i, n in enumerate(outputs)}
+    computed = [n for n in captured.graph.nodes if n in constant and n.op == "call_function"]
+    begin = _part(captured, computed, captured.inputs, outputs, {})
+
+    slices = []
+    for index, plan in enumerate(plans):
+        previous = plans[index - 1].carry if index else ()
+        entering = (*previous, boundaries[index - 1].o) if index else ()
+        boundary = boundaries[index] if index < len(boundaries) else None
+        slices.append(_slice(captured, index, plan, entering, boundary, place, nbytes))
+    return Blueprint(captured, begin, tuple(slices))
+
+
+def _step_constants(captured: Capture) -> set[fx.Node]:
+    """Nodes that depend on the step's inputs and on buffers, but on no parameter; equal ones are merged."""
+    parameters = {name for name, _ in captured.module.named_parameters(remove_duplicate=False)}
+    buffers = {n for n, name in captured.tensors.items() if name not in parameters}
+    constant: set[fx.Node] = {*captured.inputs, *buffers}
+    same: dict[Any, fx.Node] = {}
+    for node in list(captured.graph.nodes):
+        if node.op != "call_function" or any(i not in constant for i in node.all_input_nodes):
+            continue
+        key = (node.target, str(node.args), str(node.kwargs))
+        if key in same:
+            node.replace_all_uses_with(same[key])
+            captured.graph.erase_node(node)
+        else:
+            same[key] = node
+            constant.add(node)
+    # A buffer that a slice reads directly is a weight like any other.
+    return constant - buffers
+
+
+def _slice(
+    captured: Capture,
+    index: int,
+    plan: SlicePlan[fx.Node],
+    entering: Sequence[fx.Node],
+    boundary: Boundary[fx.Node] | None,
+    place: Mapping[fx.Node, int],
+    nbytes: Mapping[fx.Node, int | None],
+) -> SliceBlueprint:
+    if boundary is None:
+        head, tail, shape = _part(captured, plan.head, entering, [captured.logits], place), None, None
+    else:
+        leaving = [boundary.k, boundary.v, *plan.carry]
+        in_tail = set(plan.tail)
+        wanted = {i for n in plan.tail for i in n.all_input_nodes if i not in in_tail} | set(
+            leaving
+        ) - in_tail
+        kept = [n for n in (*entering, *plan.head) if n in wanted]
+        head = _part(captured, plan.head, entering, [boundary.q, *kept], place)
+        tail = _part(captured, plan.tail, kept, leaving, place)
+        shape = captured.shapes[index]
+
+    names = set(head.weights) | set(tail.weights if tail else ())
+    weights = [captured.module.get_parameter(n) for n in names if _is_parameter(captured.module, n)]
+    q, k, v, o = (
+        [_known(nbytes[n]) for n in (boundary.q, boundary.k, boundary.v, boundary.o)] if boundary else [0] * 4
+    )
+    sizes = SliceSizes(
+        parameters=sum(w.numel() for w in weights),
+        parameter_bytes=sum(w.numel() * w.itemsize for w in weights),
+        carry=sum(_known(nbytes[n]) for n in plan.carry),
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+    )
+    return SliceBlueprint(index, shape, head, tail, plan.carry, sizes)
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf in module.get_submodule(owner)._parameters
+
+
+def _known(nbytes: int | None) -> int:
+    assert nbytes is not None
+    return nbytes
+
+
+def _bytes_per_token(node: fx.Node) -> int | None:
+    """Bytes of a value per token of the step; None for what is no tensor (the tuple of a split)."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return None
+    sizes = [d.node.hint if isinstance(d, torch.SymInt) else d for d in value.shape]
+    return math.ceil(math.prod(sizes) * value.itemsize / TRACED_TOKENS)
+
+
+def _part(
+    captured: Capture,
+    nodes: Iterable[fx.Node],
+    entering: Sequence[fx.Node],
+    leaving: Sequence[fx.Node],
+    place: Mapping[fx.Node, int],
+) -> _Part:
+    """Make ``nodes`` a function of (weights, step constants, ``entering``) that returns the tuple ``leaving``.
+
+    The key spells the whole function out, with weights by shape and type alone: parts with equal keys are the same
+    function of different weights.
+    """
+    nodes = list(nodes)
+    inside = set(nodes) | set(entering)
+    outside = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside)
+    weights = [n for n in outside if n in captured.tensors]
+    constants = [n for n in outside if n in place]
+    assert len(weights) + len(constants) == len(outside), "a part reads a value that nobody hands it"
+
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    text = []
+    for n in (*weights, *constants, *entering):
+        copies[n] = graph.placeholder(f"a{len(copies)}")
+        value = n.meta.get("val")
+        text.append(f"{tuple(value.shape)} {value.dtype}" if n in captured.tensors else "value")
+    for n in nodes:
+        copies[n] = graph.node_copy(n, copies.__getitem__)
+        copies[n].name = f"v{len(copies)}"
+        text.append(f"{copies[n].name} = {n.target} {copies[n].args} {copies[n].kwargs}")
+    out = graph.output(tuple(copies[n] for n in leaving))
+    text.append(str(out.args))
+    return _Part(
+        "\n".join(text),
+        graph,
+        tuple(captured.tensors[n] for n in weights),
+        tuple(place[n] for n in constants),
+    )
+
+
+class Slice:
+    """A slice with its weights on a device."""
+
+    def __init__(self, blueprint: SliceBlueprint, head: _Bound, tail: _Bound | None) -> None:
+        self.index = blueprint.index
+        self.shape = blueprint.shape
+        self._head = head
+        self._tail = tail
+
+    def head(self, constants: StepConstants, carry: tuple[Tensor, ...] = (), o: Tensor | None = None) -> Head:
+        """Run up to q, or in the last slice to the logits. ``o`` [T, Hq, Dv] is None for the first slice."""
+        out, *kept = self._head(constants, carry if o is None else (*carry, o))
+        return Head(out if self._tail else out[0], tuple(kept))
+
+    def tail(self, constants: StepConstants, kept: tuple[Tensor, ...]) -> Tail:
+        """Run the rest of the slice, from what the head kept."""
+        assert self._tail is not None, "the last slice has no tail"
+        k, v, *carry = self._tail(constants, kept)
+        return Tail(k, v, tuple(carry))
+
+
+class SlicedModel:
+    """The slices ``first..last`` of a model, ready to run on one device."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        self._functions: dict[str, Callable[..., tuple[Any, ...]]] = {}
+        self.device = device
+        self._begin = self._bind(blueprint.begin, weights)
+        chosen = blueprint.slices[first : None if last is None else last + 1]
+        self.slices = tuple(
+            Slice(s, self._bind(s.head, weights), self._bind(s.tail, weights) if s.tail else None)
+            for s in chosen
+        )
+
+    def _bind(self, part: _Part, weights: Mapping[str, Tensor]) -> _Bound:
+        if part.key not in self._functions:
+            self._functions[part.key] = _compile(part.graph, self.device)
+        return _Bound(self._functions[part.key], tuple(weights[n] for n in part.weights), part.constants)
+
+    def begin(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> StepConstants:
+        """Start a step: token ids [T], positions [T] and the rows [S] whose logits are wanted, all int64."""
+        return self._begin((), (token_ids.unsqueeze(0), positions.unsqueeze(0), rows))
+
+
+class _Bound(NamedTuple):
+    """A function with its weights and the places of the step constants that it reads."""
+
+    function: Callable[..., tuple[Any, ...]]
+    weights: tuple[Tensor, ...]
+    constants: tuple[int, ...]
+
+    def __call__(self, constants: StepConstants, values: tuple[Any, ...]) -> tuple[Any, ...]:  # type: ignore[override]
+        return self.function(*self.weights, *(constants[i] for i in self.constants), *values)
+
+
+def _compile(graph: fx.Graph, device: torch.device) -> Callable[..., tuple[Any, ...]]:
+    """Python code from a graph that was traced on the meta device, to run on ``device``."""
+
+    def placed(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) and argument.type == "meta" else argument
+
+    for node in graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, placed)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, placed)
+    forward: Callable[..., tuple[Any, ...]] = fx.GraphModule(nn.Module(), graph).forward
+    return forward

@@ -1,0 +1,140 @@
+"""Load the tensors that a range of slices reads, by the library's own names and conversions.
+
+Checkpoints name and lay out their tensors in the way of their time: experts one by one, or fused projections. The
+``transformers`` library knows how each becomes what its module wants; that knowledge is used here, limited to the
+tensors which are needed. Buffers that no checkpoint holds, such as rotary frequencies, are computed on a real device.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamina.errors import CheckpointError, UnsupportedModelError
+from lamina.model.capture import Capture
+
+
+@torch.no_grad()
+def load_weights(captured: Capture, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """Read the parameters and buffers ``names`` of ``captured`` to ``device``.
+
+    CheckpointError names a tensor that is missing, of the wrong shape, or that nothing in the model uses.
+    """
+    module, path = captured.module, captured.checkpoint.path
+    computed = {name for name, _ in module.named_non_persistent_buffers()}
+    tied = module.all_tied_weights_keys
+    wanted = {tied.get(name, name) for name in names if name not in computed}
+    weights = _read(captured, wanted, device)
+    for name in names:
+        if name in computed:
+            weights[name] = _computed_buffer(module, name, path).to(device)
+        elif name in tied:
+            weights[name] = weights[tied[name]]
+    return weights
+
+
+def _read(captured: Capture, wanted: set[str], device: torch.device) -> dict[str, Tensor]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    module, checkpoint = captured.module, captured.checkpoint
+    path, dtype = checkpoint.path, getattr(torch, checkpoint.dtype)
+    mapping = get_model_conversion_mapping(module)
+    targets = _targets(module, checkpoint.tensor_files, mapping)
+    unused = sorted(name for name, made in targets.items() if not made and not _ignored(module, name))
+    if unused:
+        raise CheckpointError(
+            f"{path}: {_some(unused)} in the checkpoint but not used by {type(module).__name__}"
+        )
+
+    # The library puts what it loads into the module; a copy keeps the captured one on the meta device.
+    loaded = copy.deepcopy(module)
+    settings = LoadStateDictConfig(
+        dtype=dtype, dtype_plan=module._get_dtype_plan(dtype), device_map={"": device}, weight_mapping=mapping
+    )
+    with checkpoint.tensors() as tensors:
+        needed = {name: tensors[name] for name, made in targets.items() if made & wanted}
+        report, _ = convert_and_load_state_dict_in_model(loaded, needed, settings)
+    if report.conversion_errors:
+        name, error = next(iter(report.conversion_errors.items()))
+        raise CheckpointError(
+            f"{path}: tensor {name} cannot be made from the checkpoint: {error.strip().splitlines()[-1]}"
+        )
+    for name, found, expected in sorted(report.mismatched_keys):
+        if name in wanted:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {tuple(found)}, config.json asks for {tuple(expected)}"
+            )
+    missing = sorted(wanted & report.missing_keys)
+    if missing:
+        raise CheckpointError(f"{path}: {_some(missing)} missing from the checkpoint")
+    return {name: _get(loaded, name).detach() for name in wanted}
+
+
+def _targets(module: nn.Module, names: Iterable[str], mapping: list[Any]) -> dict[str, set[str]]:
+    """Checkpoint tensor -> names in the module that are made from it; none for an unused one."""
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    renamings = [m for m in mapping if not isinstance(m, WeightConverter)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: m for m in converters for pattern in m.source_patterns}
+    state = module.state_dict()
+    targets = {}
+    for name in names:
+        first, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, state)
+        made = {first}
+        if pattern is not None:
+            patterns = by_pattern[pattern].target_patterns
+            made |= {first.replace(patterns[0], other) for other in patterns}
+        elif first not in state and name in state:
+            made = {name}
+        targets[name] = made & state.keys()
+    return targets
+
+
+def _ignored(module: nn.Module, name: str) -> bool:
+    """Whether the library itself passes over this tensor of old checkpoints."""
+    patterns = [
+        *(module._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _computed_buffer(module: nn.Module, name: str, path: object) -> Tensor:
+    """Compute a buffer that is not in checkpoints, by the library's own initialisation of its owner."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = copy.copy(module.get_submodule(owner_name))
+    # Only floating point has a value that marks what nobody computed.
+    owner._buffers = {
+        k: None
+        if b is None
+        else torch.full(b.shape, torch.nan if b.is_floating_point() else 0, dtype=b.dtype)
+        for k, b in owner._buffers.items()
+    }
+    module._init_weights(owner)
+    value = owner._buffers[leaf]
+    if value is None or not value.is_floating_point() or value.isnan().any():
+        raise UnsupportedModelError(
+            f"{path}: the buffer {name} is in no checkpoint and the library does not say how to compute it"
+        )
+    return value
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(owner), leaf)
+    return value
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {shown}{more} {'are' if len(names) > 1 else 'is'}"
