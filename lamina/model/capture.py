@@ -91,9 +91,7 @@ def _meta_module(checkpoint: Checkpoint) -> nn.Module:
         )
     dtype = getattr(torch, checkpoint.dtype)
     with _refusing(checkpoint, "cannot be built by the transformers library"), torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(
-            config, attn_implementation=operators.NAME, dtype=dtype
-        ).eval()
+        module = AutoModelForCausalLM.from_config(config, attn_implementation=operators.NAME, dtype=dtype).eval()
         if module._can_set_experts_implementation():
             module.set_experts_implementation(operators.NAME)
     if not module._supports_attention_backend:
@@ -149,9 +147,7 @@ def _refusing(checkpoint: Checkpoint, what: str) -> Iterator[None]:
         raise
     except Exception as e:
         reason = " ".join(str(e).split())[:300] or type(e).__name__
-        raise UnsupportedModelError(
-            f"{checkpoint.path}: {checkpoint.config.model_type} {what}: {reason}"
-        ) from e
+        raise UnsupportedModelError(f"{checkpoint.path}: {checkpoint.config.model_type} {what}: {reason}") from e
 
 
 def _is_mutable(node: fx.Node) -> bool:

@@ -92,9 +92,7 @@ class Checkpoint:
                 try:
                     slices[name] = opened[path].get_slice(name)
                 except Exception as e:
-                    raise CheckpointError(
-                        f"{path}: tensor {name!r} is in the index but not in the file"
-                    ) from e
+                    raise CheckpointError(f"{path}: tensor {name!r} is in the index but not in the file") from e
             yield slices
 
     @cached_property
@@ -131,9 +129,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({_first_line(e)}); it may be truncated"
-        ) from e
+        raise CheckpointError(f"{path}: not a readable safetensors file ({_first_line(e)}); it may be truncated") from e
     with handle as file:
         yield file
 

@@ -26,9 +26,7 @@ _HARMLESS = frozenset(
 
 
 @torch.library.custom_op("lamina::attention", mutates_args=())
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int, softcap: float
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int, softcap: float) -> Tensor:
     """Causal attention of one layer: q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv] -> o [T, Hq, Dv].
 
     ``window`` and ``softcap`` are 0 where the layer has none.
@@ -117,9 +115,7 @@ def _mask(
     **_: Any,
 ) -> _CausalMask:
     if allow_is_causal_skip is None:
-        raise UnsupportedModelError(
-            "the model uses bidirectional attention; Lamina decodes causal models only"
-        )
+        raise UnsupportedModelError("the model uses bidirectional attention; Lamina decodes causal models only")
     if use_vmap:
         raise UnsupportedModelError(
             "the model adds a custom function to its attention mask, which Lamina cannot represent"
@@ -146,13 +142,9 @@ def _attention(
     if not isinstance(layer, int):
         raise UnsupportedModelError(f"{where} has no layer_idx, so its KV cache cannot be addressed")
     if not isinstance(attention_mask, _CausalMask):
-        raise UnsupportedModelError(
-            f"{where} in layer {layer} uses a mask that is not the library's causal mask"
-        )
+        raise UnsupportedModelError(f"{where} in layer {layer} uses a mask that is not the library's causal mask")
     if not getattr(module, "is_causal", True):
-        raise UnsupportedModelError(
-            f"{where} in layer {layer} is not causal; Lamina decodes causal models only"
-        )
+        raise UnsupportedModelError(f"{where} in layer {layer} is not causal; Lamina decodes causal models only")
     # The mask decides what attention sees; the argument only repeats it. They differ under chunked attention.
     if attention_mask.window not in (None, sliding_window):
         raise UnsupportedModelError(
@@ -162,9 +154,7 @@ def _attention(
     for name, setting in others.items():
         if setting is not None and name not in _HARMLESS:
             feature = "attention sinks (s_aux)" if name == "s_aux" else f"the attention argument {name!r}"
-            raise UnsupportedModelError(
-                f"{where} in layer {layer} needs {feature}, which Lamina cannot represent yet"
-            )
+            raise UnsupportedModelError(f"{where} in layer {layer} needs {feature}, which Lamina cannot represent yet")
     o = attention(
         _token_major(query),
         _token_major(key),

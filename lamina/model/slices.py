@@ -162,9 +162,7 @@ def _slice(
     else:
         leaving = [boundary.k, boundary.v, *plan.carry]
         in_tail = set(plan.tail)
-        wanted = {i for n in plan.tail for i in n.all_input_nodes if i not in in_tail} | set(
-            leaving
-        ) - in_tail
+        wanted = {i for n in plan.tail for i in n.all_input_nodes if i not in in_tail} | set(leaving) - in_tail
         kept = [n for n in (*entering, *plan.head) if n in wanted]
         head = _part(captured, plan.head, entering, [boundary.q, *kept], place)
         tail = _part(captured, plan.tail, kept, leaving, place)
@@ -172,9 +170,7 @@ def _slice(
 
     names = set(head.weights) | set(tail.weights if tail else ())
     weights = [captured.module.get_parameter(n) for n in names if _is_parameter(captured.module, n)]
-    q, k, v, o = (
-        [_known(nbytes[n]) for n in (boundary.q, boundary.k, boundary.v, boundary.o)] if boundary else [0] * 4
-    )
+    q, k, v, o = [_known(nbytes[n]) for n in (boundary.q, boundary.k, boundary.v, boundary.o)] if boundary else [0] * 4
     sizes = SliceSizes(
         parameters=sum(w.numel() for w in weights),
         parameter_bytes=sum(w.numel() * w.itemsize for w in weights),
@@ -283,8 +279,7 @@ class SlicedModel:
         self._begin = self._bind(blueprint.begin, weights)
         chosen = blueprint.slices[first : None if last is None else last + 1]
         self.slices = tuple(
-            Slice(s, self._bind(s.head, weights), self._bind(s.tail, weights) if s.tail else None)
-            for s in chosen
+            Slice(s, self._bind(s.head, weights), self._bind(s.tail, weights) if s.tail else None) for s in chosen
         )
 
     def _bind(self, part: _Part, weights: Mapping[str, Tensor]) -> _Bound:

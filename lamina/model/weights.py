@@ -49,9 +49,7 @@ def _read(captured: Capture, wanted: set[str], device: torch.device) -> dict[str
     targets = _targets(module, checkpoint.tensor_files, mapping)
     unused = sorted(name for name, made in targets.items() if not made and not _ignored(module, name))
     if unused:
-        raise CheckpointError(
-            f"{path}: {_some(unused)} in the checkpoint but not used by {type(module).__name__}"
-        )
+        raise CheckpointError(f"{path}: {_some(unused)} in the checkpoint but not used by {type(module).__name__}")
 
     # The library puts what it loads into the module; a copy keeps the captured one on the meta device.
     loaded = copy.deepcopy(module)
@@ -114,9 +112,7 @@ def _computed_buffer(module: nn.Module, name: str, path: object) -> Tensor:
     owner = copy.copy(module.get_submodule(owner_name))
     # Only floating point has a value that marks what nobody computed.
     owner._buffers = {
-        k: None
-        if b is None
-        else torch.full(b.shape, torch.nan if b.is_floating_point() else 0, dtype=b.dtype)
+        k: None if b is None else torch.full(b.shape, torch.nan if b.is_floating_point() else 0, dtype=b.dtype)
         for k, b in owner._buffers.items()
     }
     module._init_weights(owner)
