@@ -1,0 +1,74 @@
+"""What a KV cache holds: the shape of every layer's attention, the type stored and the size of a block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lamina.errors import ConfigError
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes per number of the types that a cache can store."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerShape:
+    """The attention of one layer over one shard.
+
+    A score is ``scale * q.k``, then, with ``softcap``, ``softcap * tanh(score / softcap)``. With ``window``, a
+    token attends to itself and the ``window - 1`` tokens before it (``key position > query position - window``,
+    as in transformers). Query head ``h`` reads KV head ``h // (q_heads // kv_heads)``.
+    """
+
+    q_heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("q_heads", "kv_heads", "qk_dim", "v_dim"):
+            _require_positive_int(f"LayerShape.{name}", getattr(self, name))
+        if self.window is not None:
+            _require_positive_int("LayerShape.window", self.window)
+        if self.q_heads % self.kv_heads:
+            raise ConfigError(
+                f"LayerShape.kv_heads: expected a divisor of q_heads = {self.q_heads}, got {self.kv_heads}"
+            )
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"LayerShape.scale: expected a finite number, got {self.scale}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ConfigError(f"LayerShape.softcap: expected a finite number > 0, got {self.softcap}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVLayout:
+    """What a tenant's cache holds: the ``layers`` of the model in order, stored as ``dtype``."""
+
+    layers: tuple[LayerShape, ...]
+    dtype: str
+    block_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("KVLayout.layers: expected at least one layer, got none")
+        if self.dtype not in ITEM_BYTES:
+            raise ConfigError(f"KVLayout.dtype: expected one of {', '.join(ITEM_BYTES)}, got {self.dtype!r}")
+        _require_positive_int("KVLayout.block_tokens", self.block_tokens)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one position in all layers."""
+        numbers = sum(layer.kv_heads * (layer.qk_dim + layer.v_dim) for layer in self.layers)
+        return numbers * ITEM_BYTES[self.dtype]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.bytes_per_token * self.block_tokens
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: expected an integer >= 1, got {value!r}")

@@ -1,0 +1,46 @@
+"""Which token of which sequence each row of a step's tensors belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lamina.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``count`` consecutive positions of one sequence, from ``start``: 1 in plain decode, more in prefill."""
+
+    sequence: int
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one step's q, k and v: the rows of ``runs[0]``, then those of ``runs[1]``, and so on.
+
+    A sequence has at most one run per step, so that what counts as its past is the same for all of its rows.
+    """
+
+    runs: tuple[Run, ...]
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UsageError("the rows of a step need at least one run, got none")
+        seen = set()
+        for run in self.runs:
+            if run.start < 0 or run.count < 1:
+                raise UsageError(f"{run}: expected start >= 0 and count >= 1")
+            if run.sequence in seen:
+                raise UsageError(f"sequence {run.sequence} has two runs in one step; expected one")
+            seen.add(run.sequence)
+
+    @property
+    def tokens(self) -> int:
+        """Number of rows, T in the shapes of this package."""
+        return sum(run.count for run in self.runs)
