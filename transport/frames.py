@@ -1,0 +1,172 @@
+"""The bytes of a link, without a socket: a fixed header, then a payload.
+
+A frame starts with 32 bytes, little endian::
+
+    magic "LMNA" | version u16 | kind u16 | region key u32 | tag u32 | offset u64 | length u64
+
+and goes on with ``length`` bytes: of a region for WRITE, of a msgpack map for MESSAGE, none for the others. Magic and
+version keep their place in every future version, so that two releases can always name their disagreement.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lamina.errors import HandshakeError, ProtocolError
+from lamina.transport.messages import decode_message, encode_message
+
+PROTOCOL_VERSION = 1
+MAGIC = b"LMNA"
+
+# The most that one system call moves. It bounds how long bulk data can keep the loop from looking at the decode
+# lane: copying 256 KiB takes some 50 microseconds.
+CHUNK_BYTES = 256 << 10
+
+_HEADER = struct.Struct("<4sHHIIQQ")
+HEADER_BYTES = _HEADER.size
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    WRITE = 1
+    MESSAGE = 2
+    HEARTBEAT = 3
+    BYE = 4
+
+
+class Tag(NamedTuple):
+    """A write is complete: all its bytes are in the region."""
+
+    tag: int
+
+
+class Message(NamedTuple):
+    """A control message arrived."""
+
+    body: dict[str, Any]
+
+
+class Heartbeat(NamedTuple):
+    """The peer is alive."""
+
+
+class Bye(NamedTuple):
+    """The peer sent everything that it will ever send on this lane."""
+
+
+Event = Tag | Message | Heartbeat | Bye
+
+
+def _header(kind: Kind, length: int = 0, key: int = 0, tag: int = 0, offset: int = 0) -> bytes:
+    return _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, key, tag, offset, length)
+
+
+HEARTBEAT_FRAME = _header(Kind.HEARTBEAT)
+BYE_FRAME = _header(Kind.BYE)
+
+
+def write_header(key: int, offset: int, nbytes: int, tag: int) -> bytes:
+    """Header of a WRITE; the ``nbytes`` bytes themselves follow it from wherever they are."""
+    return _HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.WRITE, key, tag, offset, nbytes)
+
+
+def message_frame(message: dict[str, Any], limit: int) -> bytes:
+    """A whole MESSAGE frame. Raises ProtocolError if the encoded message is longer than ``limit`` bytes."""
+    body = encode_message(message, limit)
+    return _header(Kind.MESSAGE, len(body)) + body
+
+
+class FrameReceiver:
+    """Puts arriving bytes where they belong and says what became complete.
+
+    Fill ``next_buffer()`` with what the network has, say how much it was to ``received()``, and repeat. The buffer is
+    the region itself while the payload of a write arrives, so nothing is copied twice. It never reaches beyond the
+    frame, hence one call completes at most one frame, and between frames nothing of the next one was taken.
+
+    ``regions`` maps the key to the memory that the peer may write; the owner may add to it at any time. A receiver
+    that raised is of no further use.
+    """
+
+    def __init__(self, regions: Mapping[int, memoryview], max_message: int) -> None:
+        self._regions = regions
+        self._max_message = max_message
+        self._header = memoryview(bytearray(HEADER_BYTES))
+        self._target = self._header
+        self._filled = 0
+        self._kind = Kind.HEARTBEAT
+        self._tag = 0
+
+    def next_buffer(self) -> memoryview:
+        """Where the next bytes go: never empty, and never more than CHUNK_BYTES."""
+        return self._target[self._filled : self._filled + CHUNK_BYTES]
+
+    def received(self, nbytes: int) -> Event | None:
+        """The first ``nbytes`` bytes of ``next_buffer()`` were filled; returns what this completed.
+
+        Raises ProtocolError, or HandshakeError if the peer speaks another protocol version.
+        """
+        self._filled += nbytes
+        if self._filled < len(self._target):
+            return None
+        self._filled = 0
+        if self._target is self._header:
+            payload = self._payload_of_header()
+            if payload is not None:
+                self._target = payload
+                return None
+        event = self._completed()
+        self._target = self._header
+        return event
+
+    def _payload_of_header(self) -> memoryview | None:
+        """Check the header that just became complete; returns where its payload goes, None if it has none."""
+        magic, version, kind, key, self._tag, offset, length = _HEADER.unpack(self._header)
+        if magic != MAGIC:
+            raise ProtocolError(
+                f"expected a frame that starts with {MAGIC!r}, got {magic!r}: the peer is no Lamina node"
+            )
+        if version != PROTOCOL_VERSION:
+            raise HandshakeError(
+                f"the peer speaks protocol version {version}, this end speaks version {PROTOCOL_VERSION}: "
+                "install the same release on both"
+            )
+        match kind:
+            case Kind.WRITE:
+                self._kind = Kind.WRITE
+                region = self._regions.get(key)
+                if region is None:
+                    raise ProtocolError(f"the peer wrote to region {key}, which was not exposed to it")
+                if offset + length > len(region):
+                    raise ProtocolError(
+                        f"the peer wrote bytes {offset}..{offset + length} of region {key}, which has {len(region)}"
+                    )
+                return region[offset : offset + length] if length else None
+            case Kind.MESSAGE:
+                self._kind = Kind.MESSAGE
+                if not 0 < length <= self._max_message:
+                    raise ProtocolError(
+                        f"the peer sent a message of {length} bytes where 1 to {self._max_message} are allowed"
+                    )
+                return memoryview(bytearray(length))
+            case Kind.HEARTBEAT | Kind.BYE:
+                self._kind = Kind(kind)
+                if length:
+                    raise ProtocolError(f"the peer sent {length} bytes with a {self._kind.name}, which has none")
+                return None
+            case _:
+                raise ProtocolError(f"the peer sent a frame of the unknown kind {kind}")
+
+    def _completed(self) -> Event:
+        match self._kind:
+            case Kind.WRITE:
+                return Tag(self._tag)
+            case Kind.MESSAGE:
+                return Message(decode_message(self._target))
+            case Kind.HEARTBEAT:
+                return Heartbeat()
+            case Kind.BYE:
+                return Bye()
