@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from lamina.errors import ConnectError, HandshakeError, ProtocolError, TransportError
 from lamina.transport.address import Address, require_loopback
@@ -30,9 +30,6 @@ from lamina.transport.handshake import (
     send_introduction,
 )
 from lamina.transport.tcp import TcpLink
-
-if TYPE_CHECKING:
-    from typing import Self
 
 DEFAULT_PEER_TIMEOUT = 2.0
 HANDSHAKE_TIMEOUT = 5.0
@@ -136,7 +133,6 @@ class Listener:
         """
         require_loopback(address)
         check_introduction(hello, peer_timeout)
-        sock = None
         try:
             family, place = (await _resolve(address))[0]
             sock = socket.create_server(place, family=family, backlog=_BACKLOG)  # with SO_REUSEADDR

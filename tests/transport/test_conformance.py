@@ -1,0 +1,12 @@
+"""Every transport keeps every promise of ``Link``."""
+
+from __future__ import annotations
+
+import pytest
+
+from lamina.transport.testing import CHECKS
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_tcp(run, make_tcp_pair, check):
+    run(check(make_tcp_pair))

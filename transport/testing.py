@@ -1,0 +1,487 @@
+"""Checks that every transport passes: the promises of ``Link``, one coroutine each.
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_conformance(check):
+        asyncio.run(check(make_pair))
+
+``make_pair`` makes two fresh links, the two ends of one connection, on which no callback is set yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from lamina.errors import ProtocolError, TransportError
+from lamina.transport.base import MAX_TAG, Lane, Link, Region, RemoteRegion
+from lamina.transport.messages import MAX_MESSAGE
+
+MakePair = Callable[[], Awaitable[tuple[Link, Link]]]
+Check = Callable[[MakePair], Awaitable[None]]
+
+CHECK_TIMEOUT_S = 30.0
+MIB = 1 << 20
+
+
+class End:
+    """One end of a link and a region that the other end may write; records what arrives, in order."""
+
+    def __init__(self, link: Link, region: Region) -> None:
+        self.link = link
+        self.region = region
+        self.remote = RemoteRegion(0, "not described yet", 1)
+        self.arrived: list[tuple[Lane, int] | dict[str, Any]] = []
+        self.lost: list[TransportError] = []
+        self._changed = asyncio.Event()
+        link.on_tag = lambda lane, tag: self._record((lane, tag))
+        link.on_message = self._record
+        link.on_lost = self._lose
+
+    @property
+    def memory(self) -> memoryview:
+        return self.region.buffer
+
+    def write(self, offset: int, data: bytes | memoryview, tag: int, lane: Lane = Lane.DECODE) -> None:
+        self.link.write(lane, self.remote, offset, [data], tag)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def until_arrived(self, count: int) -> None:
+        await self.until(lambda: len(self.arrived) >= count)
+
+    async def until_lost(self) -> TransportError:
+        await self.until(lambda: bool(self.lost))
+        return self.lost[0]
+
+    def _record(self, entry: tuple[Lane, int] | dict[str, Any]) -> None:
+        self.arrived.append(entry)
+        self._changed.set()
+
+    def _lose(self, error: TransportError) -> None:
+        self.lost.append(error)
+        self._changed.set()
+
+
+@asynccontextmanager
+async def two_ends(make_pair: MakePair, nbytes: int = MIB) -> AsyncIterator[tuple[End, End]]:
+    """Two ends that exposed a region of ``nbytes`` each and described it to the other, as nodes do at set-up."""
+    links = await make_pair()
+    left, right = (End(link, Region(name, nbytes)) for link, name in zip(links, ("left", "right"), strict=True))
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            for here, there in ((left, right), (right, left)):
+                here.link.send({"region": here.link.expose(here.region)})
+                await there.until_arrived(1)
+                message = there.arrived.pop()
+                assert isinstance(message, dict)
+                there.remote = RemoteRegion.from_wire(message["region"])
+            yield left, right
+    finally:
+        for end in (left, right):
+            end.link.abort("the check is over")
+            end.region.close()
+
+
+def noise(nbytes: int, seed: int = 0) -> bytes:
+    """Reproducible bytes in which every displacement shows."""
+    return hashlib.shake_128(seed.to_bytes(4, "little")).digest(nbytes)
+
+
+def expect_error(kind: type[TransportError], action: Callable[[], object]) -> None:
+    try:
+        action()
+    except kind:
+        return
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+# -- writes and messages
+
+
+async def check_bytes_are_there_when_the_tag_is(make_pair: MakePair) -> None:
+    """Whatever the size, at the moment of the tag all bytes are in their place and the others are untouched."""
+    sizes = (1, 2, 31, 32, 33, 4095, 4096, 8192, 100_000, 500_001)
+    async with two_ends(make_pair) as (left, right):
+        data = noise(sum(sizes))
+        seen: list[bytes] = []
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+        def look(lane: Lane, tag: int) -> None:
+            seen.append(bytes(right.memory[starts[tag] : starts[tag] + sizes[tag]]))
+            right.arrived.append((lane, tag))
+            right._changed.set()
+
+        right.link.on_tag = look
+        for tag, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            left.write(start, data[start : start + size], tag)
+        await right.until_arrived(len(sizes))
+
+        assert seen == [data[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        assert not any(right.memory[len(data) :])
+
+
+async def check_write_up_to_the_last_byte(make_pair: MakePair) -> None:
+    """A write may fill the region, or end exactly with it."""
+    async with two_ends(make_pair, nbytes=5000) as (left, right):
+        data = noise(5000)
+        left.write(0, data, 0)
+        left.write(4999, b"!", MAX_TAG)
+        await right.until_arrived(2)
+
+        assert right.arrived == [(Lane.DECODE, 0), (Lane.DECODE, MAX_TAG)]
+        assert bytes(right.memory) == data[:-1] + b"!"
+
+
+async def check_scattered_buffers(make_pair: MakePair) -> None:
+    """Buffers of any number, size and item format arrive one after the other, empty ones among them."""
+    async with two_ends(make_pair) as (left, right):
+        data = noise(3000)
+        pieces: list[bytes | bytearray | memoryview] = [data[i : i + 1] for i in range(2500)]
+        pieces += [b"", memoryview(data)[2500:2504].cast("I"), bytearray(), memoryview(bytearray(data[2504:]))]
+        left.link.write(Lane.DECODE, left.remote, 7, pieces, 1)
+        await right.until_arrived(1)
+
+        assert bytes(right.memory[:3008]) == bytes(7) + data + b"\0"
+
+
+async def check_tag_alone(make_pair: MakePair) -> None:
+    """A write of no bytes delivers its tag, in order with other writes, even at the end of the region."""
+    async with two_ends(make_pair) as (left, right):
+        left.link.write(Lane.DECODE, left.remote, 0, [], 1)
+        left.write(0, b"x", 2)
+        left.link.write(Lane.DECODE, left.remote, left.remote.nbytes, [b""], 3)
+        await right.until_arrived(3)
+
+        assert right.arrived == [(Lane.DECODE, tag) for tag in (1, 2, 3)]
+
+
+async def check_order_within_each_lane(make_pair: MakePair) -> None:
+    """Each lane is ordered in itself, whatever the other one does."""
+    async with two_ends(make_pair) as (left, right):
+        data = noise(20_000)
+        for tag in range(200):
+            left.write(0, data[: 100 * tag], tag, Lane(tag % 2))
+        await right.until_arrived(200)
+
+        for lane in Lane:
+            assert [entry for entry in right.arrived if entry[0] is lane] == [  # type: ignore[index]
+                (lane, tag) for tag in range(lane, 200, 2)
+            ]
+
+
+async def check_many_tags(make_pair: MakePair) -> None:
+    """Ten thousand small writes arrive: none is lost, none twice."""
+    async with two_ends(make_pair) as (left, right):
+        for tag in range(10_000):
+            left.write(8 * tag, tag.to_bytes(8, "little"), tag)
+        await right.until_arrived(10_000)
+
+        assert right.arrived == [(Lane.DECODE, tag) for tag in range(10_000)]
+        assert bytes(right.memory[:80_000]) == b"".join(tag.to_bytes(8, "little") for tag in range(10_000))
+
+
+async def check_large_writes(make_pair: MakePair) -> None:
+    """64 MiB pass in pieces of 16, and ``drain`` waits until the network has them."""
+    async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
+        left.memory[:] = noise(MIB) * 64
+        for piece in range(4):
+            part = slice(piece * 16 * MIB, (piece + 1) * 16 * MIB)
+            left.write(part.start, left.memory[part], piece, Lane.BULK)
+        await left.link.drain(Lane.BULK)
+        assert left.link.pending_bytes == 0
+        await right.until_arrived(4)
+
+        assert right.arrived == [(Lane.BULK, piece) for piece in range(4)]
+        assert bytes(right.memory) == bytes(left.memory)
+        assert left.link.bytes_written[Lane.BULK] == right.link.bytes_received[Lane.BULK] >= 64 * MIB
+
+
+async def check_both_directions_at_once(make_pair: MakePair) -> None:
+    """Both ends write more than any buffer holds before either reads."""
+    async with two_ends(make_pair, nbytes=16 * MIB) as (left, right):
+        outgoing = [noise(MIB, seed) * 16 for seed in (1, 2)]
+        for lane in Lane:
+            for end, data in zip((left, right), outgoing, strict=True):
+                half = slice(lane * 8 * MIB, (lane + 1) * 8 * MIB)
+                end.write(half.start, data[half], lane, lane)
+        await left.until_arrived(2)
+        await right.until_arrived(2)
+
+        assert [bytes(left.memory), bytes(right.memory)] == outgoing[::-1]
+
+
+async def check_messages_keep_their_place(make_pair: MakePair) -> None:
+    """Messages and writes of the decode lane arrive in the order in which they were made."""
+    async with two_ends(make_pair) as (left, right):
+        data = noise(200_000)
+        for i in range(50):
+            left.write(0, data[: 4000 * i], i)
+            left.link.send({"i": i, "nested": {"list": [1, 2.5, None, True, "text", data[:i]]}})
+        await right.until_arrived(100)
+
+        for i in range(50):
+            assert right.arrived[2 * i] == (Lane.DECODE, i)
+            assert right.arrived[2 * i + 1] == {
+                "i": i,
+                "nested": {"list": [1, 2.5, None, True, "text", data[:i]]},
+            }
+
+
+async def check_message_limit(make_pair: MakePair) -> None:
+    """A message of MAX_MESSAGE bytes passes; a longer one, or one that is not plain, is refused by the sender."""
+    async with two_ends(make_pair) as (left, right):
+        overhead = 1 + 2 + 5  # a map of one entry, its key, the head of a long byte string
+        largest = {"x": bytes(MAX_MESSAGE - overhead)}
+        expect_error(ProtocolError, lambda: left.link.send({"x": bytes(MAX_MESSAGE - overhead + 1)}))
+        expect_error(ProtocolError, lambda: left.link.send({"x": object()}))
+        left.link.send(largest)
+        await right.until_arrived(1)
+
+        assert right.arrived == [largest]
+
+
+async def check_bulk_does_not_hold_up_decode(make_pair: MakePair) -> None:
+    """A decode write made while 64 MiB of bulk are queued is there before the bulk is."""
+    async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
+        left.write(0, left.memory, 0, Lane.BULK)
+        left.write(0, b"urgent", 1)
+        await right.until_arrived(2)
+
+        assert right.arrived == [(Lane.DECODE, 1), (Lane.BULK, 0)]
+
+
+async def check_out_of_range_is_refused_here(make_pair: MakePair) -> None:
+    """A write that cannot be right raises at the sender; nothing is sent and the link lives on."""
+    async with two_ends(make_pair, nbytes=4096) as (left, right):
+        size = left.remote.nbytes
+        for offset, nbytes, tag in (
+            (0, size + 1, 0),
+            (size, 1, 0),
+            (-1, 1, 0),
+            (2**64, 1, 0),
+            (0, 1, -1),
+            (0, 1, 2**32),
+        ):
+            expect_error(ProtocolError, lambda o=offset, n=nbytes, t=tag: left.write(o, bytes(n), t))  # type: ignore[misc]
+        left.write(0, b"fine", 1)
+        await right.until_arrived(1)
+
+        assert right.arrived == [(Lane.DECODE, 1)]
+
+
+async def check_poll_delivers_without_the_loop(make_pair: MakePair) -> None:
+    """``poll`` receives and delivers while the loop has no chance to."""
+    async with two_ends(make_pair) as (left, right):
+        await asyncio.sleep(0)
+        assert not right.link.poll()
+        left.write(0, b"data", 1)
+        give_up = asyncio.get_running_loop().time() + CHECK_TIMEOUT_S
+        while not right.arrived and asyncio.get_running_loop().time() < give_up:
+            right.link.poll()
+
+        assert right.arrived == [(Lane.DECODE, 1)]
+        assert bytes(right.memory[:4]) == b"data"
+
+
+# -- regions
+
+
+async def check_two_links_share_a_region(make_pair: MakePair) -> None:
+    """One region may be written over several links, and the end of one of them does not concern the others."""
+    async with two_ends(make_pair) as (left, right), two_ends(make_pair) as (other_left, other_right):
+        right.link.send({"region": right.link.expose(other_right.region)})
+        await left.until_arrived(1)
+        message = left.arrived[0]
+        assert isinstance(message, dict)
+        shared = RemoteRegion.from_wire(message["region"])
+        left.link.write(Lane.DECODE, shared, 0, [b"left"], 1)
+        other_left.write(4, b"other", 2)
+        await right.until_arrived(1)
+        await other_right.until_arrived(1)
+        assert bytes(other_right.memory[:9]) == b"leftother"
+
+        left.link.abort("only this one")
+        await right.until_lost()
+        other_left.write(0, b"LEFT", 3)
+        await other_right.until_arrived(2)
+
+        assert bytes(other_right.memory[:9]) == b"LEFTother"
+
+
+async def check_region_outlives_the_link(make_pair: MakePair) -> None:
+    """What was written stays readable after the link, and a view of it even after the region."""
+    async with two_ends(make_pair) as (left, right):
+        left.write(0, b"still here", 1)
+        await right.until_arrived(1)
+        await left.link.close()
+        await right.until_lost()
+        view = right.memory[:10]
+        right.region.close()
+        right.region.close()
+
+        assert bytes(view) == b"still here"
+        expect_error(TransportError, lambda: right.region.buffer)
+
+
+# -- the end of a link
+
+
+async def check_close_flushes(make_pair: MakePair) -> None:
+    """``close`` sends everything queued on both lanes first; the peer gets it all, then learns of the end, once."""
+    async with two_ends(make_pair, nbytes=16 * MIB) as (left, right):
+        data = noise(MIB) * 8
+        for lane in Lane:
+            left.write(lane * 8 * MIB, data, lane, lane)
+        left.link.send({"last": True})
+        await left.link.close()
+        await right.until_lost()
+
+        assert {"last": True} in right.arrived
+        assert (Lane.DECODE, 0) in right.arrived
+        assert (Lane.BULK, 1) in right.arrived
+        assert bytes(right.memory) == data * 2
+        assert left.link.error is None
+        assert not left.lost
+        assert len(right.lost) == 1
+
+
+async def check_close_twice(make_pair: MakePair) -> None:
+    """Closing again, also at the same time, and aborting what is closed are fine."""
+    async with two_ends(make_pair) as (left, right):
+        await asyncio.gather(left.link.close(), left.link.close())
+        await left.link.close()
+        left.link.abort("too late")
+        await right.until_lost()
+        await right.link.close()
+
+        assert left.link.closed
+        assert left.link.error is None
+        assert right.link.closed
+
+
+async def check_both_close_at_once(make_pair: MakePair) -> None:
+    """When both ends close, neither hears of a loss."""
+    async with two_ends(make_pair) as (left, right):
+        await asyncio.gather(left.link.close(), right.link.close())
+
+        assert left.link.error is None
+        assert right.link.error is None
+        assert left.lost == right.lost == []
+
+
+async def check_cancelled_close_still_closes(make_pair: MakePair) -> None:
+    """A ``close`` that is cancelled while it waits has closed the link when it returns."""
+    async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
+        left.write(0, left.memory, 0, Lane.BULK)
+        closing = asyncio.create_task(left.link.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+
+        assert closing.cancelled()
+        assert left.link.closed
+        await right.until_lost()
+
+
+async def check_nothing_goes_out_after_close(make_pair: MakePair) -> None:
+    """After ``close`` every way to send raises."""
+    async with two_ends(make_pair) as (left, _):
+        await left.link.close()
+
+        expect_error(TransportError, lambda: left.write(0, b"x", 1))
+        expect_error(TransportError, lambda: left.link.send({}))
+        expect_error(TransportError, lambda: left.link.expose(left.region))
+        assert not left.link.poll()
+
+
+async def check_abort_in_mid_write(make_pair: MakePair) -> None:
+    """When the peer dies in the middle of a write its tag never comes; both sides are at their end at once."""
+    async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
+        left.write(0, left.memory, 1, Lane.BULK)
+        waiting = asyncio.create_task(left.link.drain(Lane.BULK))
+        await asyncio.sleep(0)
+        left.link.abort("dies here")
+        error = await right.until_lost()
+        await asyncio.wait([waiting])
+
+        assert right.link.error is error
+        assert right.arrived == []
+        assert "dies here" in str(left.link.error)
+        assert waiting.exception() is left.link.error
+        assert not left.lost
+        expect_error(type(error), lambda: right.write(0, b"x", 1))
+        expect_error(TransportError, lambda: left.write(0, b"x", 1))
+
+
+async def check_loss_wakes_the_waiting(make_pair: MakePair) -> None:
+    """``drain`` of a queue that the peer will never take raises what ``on_lost`` is told."""
+    async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
+        left.write(0, left.memory, 1, Lane.BULK)
+        waiting = asyncio.create_task(left.link.drain(Lane.BULK))
+        await asyncio.sleep(0)
+        right.link.abort("dies here")
+        error = await left.until_lost()
+        await asyncio.wait([waiting])
+
+        assert waiting.exception() is error
+        assert left.lost == [error]
+        assert left.link.pending_bytes == 0
+
+
+async def check_cancelled_drain_changes_nothing(make_pair: MakePair) -> None:
+    """Giving up waiting for a queue does not disturb the queue, nor others who wait for it."""
+    async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
+        left.write(0, left.memory, 1, Lane.BULK)
+        impatient, patient = (asyncio.create_task(left.link.drain(Lane.BULK)) for _ in range(2))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        await patient
+        await right.until_arrived(1)
+
+        assert impatient.cancelled()
+        assert right.arrived == [(Lane.BULK, 1)]
+
+
+async def check_callback_may_end_the_link(make_pair: MakePair) -> None:
+    """An owner may abort from within a callback, even with more already received; nothing more is delivered."""
+    async with two_ends(make_pair) as (left, right):
+        tags: list[int] = []
+
+        def stop(lane: Lane, tag: int) -> None:
+            tags.append(tag)
+            right.link.abort("enough")
+
+        right.link.on_tag = stop
+        for tag in range(10):
+            left.write(0, b"x", tag)
+        await left.until_lost()
+
+        assert tags == [0]
+        assert not right.lost
+
+
+async def check_failing_callback_ends_the_link(make_pair: MakePair) -> None:
+    """A callback that raises ends the link, with its error as the cause; nobody is left waiting."""
+    async with two_ends(make_pair) as (left, right):
+        failure = RuntimeError("a bug in the owner")
+
+        def fail(lane: Lane, tag: int) -> None:
+            raise failure
+
+        right.link.on_tag = fail
+        left.write(0, b"x", 1)
+        error = await right.until_lost()
+        await left.until_lost()
+
+        assert error.__cause__ is failure
+        assert len(right.lost) == len(left.lost) == 1
+
+
+# All of them: a check that was forgotten in a list would never fail.
+CHECKS: tuple[Check, ...] = tuple(value for name, value in list(globals().items()) if name.startswith("check_"))
