@@ -1,3 +1,25 @@
-"""Lamina: large-language-model decoding, split at attention."""
+"""Lamina: large-language-model decoding, split at attention.
+
+Compute nodes hold the weights and run everything but attention; memory nodes hold the KV cache and attend over it.
+``connect`` gives a client of a running cluster; everything else is started by the ``lamina`` command.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lamina.client import Client, Completion, Stream, Token, connect
+    from lamina.errors import LaminaError
 
 __version__ = "0.1.0"
+__all__ = ["Client", "Completion", "LaminaError", "Stream", "Token", "connect"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module("lamina.errors" if name == "LaminaError" else "lamina.client")
+    value = globals()[name] = getattr(module, name)
+    return value

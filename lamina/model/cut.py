@@ -49,91 +49,91 @@ def cut(
 ) -> list[SlicePlan[N]]:
     """Divide a graph into ``len(boundaries) + 1`` slices.
 
-    ``order`` lists the nodes to place in a topological order (attention outputs among them are skipped);
-    ``inputs_of`` gives the nodes that a node reads, restricted to nodes of ``order``; ``nbytes`` what carrying
-    a node's value costs per token, None for one that cannot be carried; ``result`` is the node of the logits.
+    ``order`` lists all nodes, attention outputs among them, in a topological order; ``inputs_of`` gives the nodes that
+    a node reads; ``nbytes`` what carrying a node's value costs per token, None for one that cannot be carried;
+    ``boundaries`` are in the order of ``order``; ``result`` is the node of the logits.
     """
     attention_of = {boundary.o: level for level, boundary in enumerate(boundaries)}
     # The first slice in which a node can run: one after the last attention that it depends on.
     earliest: dict[N, int] = {}
+    ready: list[list[N]] = [[] for _ in range(len(boundaries) + 1)]
+    readers_of: dict[N, list[N]] = {node: [] for node in order}
     for node in order:
-        level = max((earliest[i] for i in inputs_of[node]), default=0)
-        earliest[node] = attention_of[node] + 1 if node in attention_of else level
+        if node in attention_of:
+            earliest[node] = attention_of[node] + 1
+        else:
+            earliest[node] = max((earliest[i] for i in inputs_of[node]), default=0)
+            ready[earliest[node]].append(node)
+        for source in inputs_of[node]:
+            readers_of[source].append(node)
 
     plans: list[SlicePlan[N]] = []
-    placed: set[N] = set(attention_of)
-    carry: tuple[N, ...] = ()
+    given: tuple[N, ...] = ()
+    waiting = ready[0]
     for level, boundary in enumerate(boundaries):
-        needed = _ancestors((boundary.q, boundary.k, boundary.v), inputs_of, stop=placed)
-        late = {node for node in needed if earliest[node] > level}
-        assert not late, f"attention {level} depends on a later attention through {late}"
-        free = [n for n in order if n not in placed and n not in needed and earliest[n] <= level]
-        # The output of the previous attention may feed this slice and, through a residual, later ones.
-        given = {*carry, boundaries[level - 1].o} if level else set()
-        # The attention being cut out is not an edge: q, k and v are sent, not carried.
-        kept = [n for n in order if n != boundary.o]
-        before, next_carry = _minimum_cut(needed | given, free, kept, inputs_of, nbytes, earliest, level)
-        members = [n for n in order if n in before and n not in placed]
-        first = _ancestors((boundary.q,), inputs_of, stop=placed)
+        unplaced = set(waiting)
+        needed = _ancestors((boundary.q, boundary.k, boundary.v), inputs_of, within=unplaced)
+        nodes = (*given, *waiting)
+        # Attention itself is not an edge: q, k and v are sent, not carried.
+        exposed = {n for n in nodes if any(earliest[r] > level and r != boundary.o for r in readers_of[n])}
+        before, crossing = _minimum_cut(nodes, needed.union(given), exposed, inputs_of, nbytes)
+        members = [n for n in waiting if n in before]
+        first = _ancestors((boundary.q,), inputs_of, within=unplaced)
+        carry = tuple(n for n in nodes if n in crossing)
         plans.append(
             SlicePlan(
                 head=tuple(n for n in members if n in first),
                 tail=tuple(n for n in members if n not in first),
-                carry=tuple(n for n in order if n in next_carry),
+                carry=carry,
             )
         )
-        placed.update(members)
-        carry = plans[-1].carry
-    rest = _ancestors((result,), inputs_of, stop=placed)
-    plans.append(SlicePlan(head=tuple(n for n in order if n in rest), tail=(), carry=()))
+        given = (*carry, boundary.o)
+        waiting = [n for n in waiting if n not in before] + ready[level + 1]
+    rest = _ancestors((result,), inputs_of, within=set(waiting))
+    plans.append(SlicePlan(head=tuple(n for n in waiting if n in rest), tail=(), carry=()))
     return plans
 
 
-def _ancestors(nodes: Iterable[N], inputs_of: Mapping[N, Sequence[N]], stop: set[N]) -> set[N]:
-    """``nodes`` and everything that they depend on, not looking beyond ``stop``."""
+def _ancestors(nodes: Iterable[N], inputs_of: Mapping[N, Sequence[N]], within: set[N]) -> set[N]:
+    """Those of ``nodes``, and of all that they depend on, which are reached without leaving ``within``."""
     found: set[N] = set()
-    pending = [n for n in nodes if n not in stop]
+    pending = [n for n in nodes if n in within]
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(i for i in inputs_of[node] if i not in stop)
+            pending.extend(i for i in inputs_of[node] if i in within)
     return found
 
 
 def _minimum_cut(
+    nodes: Sequence[N],
     fixed: set[N],
-    free: Sequence[N],
-    order: Sequence[N],
+    exposed: set[N],
     inputs_of: Mapping[N, Sequence[N]],
     nbytes: Mapping[N, int | None],
-    earliest: Mapping[N, int],
-    level: int,
 ) -> tuple[set[N], set[N]]:
-    """Choose which ``free`` nodes run before the cut: (all nodes before it, those whose values cross it).
+    """Choose which of ``nodes`` run before the cut: (all nodes before it, those whose values cross it).
 
-    Maximum flow from ``fixed`` to the nodes that can only run later. A value is paid for once, however many
-    nodes read it, hence every node is two vertices with its bytes between them; edges without bound keep a node's
-    inputs on its own side or earlier.
+    Maximum flow from the ``fixed`` nodes, which must run before it, to the readers that can only run after it, which
+    the ``exposed`` nodes have. A value is paid for once, however many nodes read it, hence every node is two vertices
+    with its bytes between them; edges without bound keep a node's inputs on its own side or earlier.
     """
-    inside = fixed | set(free)
+    inside = set(nodes)
     flow = _Flow()
-    for node in inside:
+    for node in nodes:
         flow.edge(("in", node), ("out", node), nbytes[node])
         if node in fixed:
             flow.edge("source", ("in", node), None)
-    for node in order:
-        later = earliest[node] > level and node not in fixed
-        if node not in inside and not later:
-            continue
+        if node in exposed:
+            flow.edge(("out", node), "sink", None)
         for source in inputs_of[node]:
             if source in inside:
-                flow.edge(("out", source), "sink" if later else ("in", node), None)
-                if not later:
-                    flow.edge(("in", node), ("in", source), None)
+                flow.edge(("out", source), ("in", node), None)
+                flow.edge(("in", node), ("in", source), None)
     flow.run("source", "sink")
     after = flow.reaching("sink")
-    before = {node for node in inside if ("in", node) not in after}
+    before = {node for node in nodes if ("in", node) not in after}
     crossing = {node for node in before if ("out", node) in after}
     return before, crossing
 

@@ -1,0 +1,163 @@
+"""The ``lamina`` command."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamina.errors import ConfigError, LaminaError
+
+app = typer.Typer(
+    help="LLM decoding split at attention: compute nodes hold the weights, memory nodes the KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="The file that wires the cluster.")]
+
+
+@app.command()
+def node(
+    role: Annotated[str, typer.Option(help="compute or memory.")],
+    config: Annotated[Path | None, typer.Option(help="The file that wires the cluster; needs --name.")] = None,
+    name: Annotated[str | None, typer.Option(help="The node's name in the file, or a name for its logs.")] = None,
+    listen: Annotated[str | None, typer.Option(help="Memory node without a file: its address.")] = None,
+    memory: Annotated[str | None, typer.Option(help='Memory node without a file: KV cache, like "2GiB".')] = None,
+    cpus: Annotated[str | None, typer.Option(help='Memory node without a file: processors, like "0-3".')] = None,
+) -> None:
+    """Run one node of a cluster until it is stopped. SIGTERM drains it."""
+    from lamina.config import load, parse_cpus, parse_size
+    from lamina.node import daemon
+    from lamina.transport import Address
+
+    if role not in ("compute", "memory"):
+        raise ConfigError(f"--role: expected compute or memory, got {role!r}")
+    if config is not None:
+        for option, given in (("--listen", listen), ("--memory", memory), ("--cpus", cpus)):
+            if given is not None:
+                raise ConfigError(f"{option}: not together with --config, which says so itself")
+        if name is None:
+            raise ConfigError("--name: missing; --config needs the name of the node to run")
+        cluster = load(config)
+        chosen = cluster.find(name)
+        if chosen.role != role:
+            raise ConfigError(f"{config}: {name!r} is a {chosen.role} node, --role says {role}")
+        if role == "compute":
+            from lamina.node.compute import ComputeNode
+
+            raise typer.Exit(daemon.run(name, lambda stopping: ComputeNode(cluster, chosen).serve(stopping)))
+        address, nbytes, pinned = chosen.listen, chosen.memory_bytes, parse_cpus(chosen.cpus) if chosen.cpus else None
+        timeout = cluster.transport.peer_timeout
+    else:
+        if role == "compute":
+            raise ConfigError("--config: missing; a compute node needs the file that wires the cluster")
+        if listen is None or memory is None:
+            raise ConfigError("--listen and --memory: a memory node needs both, or --config and --name")
+        address = Address.parse(listen)
+        try:
+            nbytes, pinned = parse_size(memory), parse_cpus(cpus) if cpus else None
+        except ConfigError as e:
+            raise ConfigError(f"{'--memory' if 'size' in str(e) else '--cpus'}: {e}") from e
+        name = name or f"memory-{address.port}"
+        timeout = 2.0
+    from lamina.node.memory import MemoryNode
+
+    own_name = name
+    raise typer.Exit(
+        daemon.run(
+            own_name,
+            lambda stopping: MemoryNode(own_name, address, nbytes, cpus=pinned, peer_timeout=timeout).serve(stopping),
+        )
+    )
+
+
+@app.command()
+def up(config: Annotated[Path, typer.Argument(help="The file that wires the cluster.")]) -> None:
+    """Start every node of a cluster file on this machine and show their states until Ctrl-C."""
+    from lamina.config import load
+    from lamina.up import run
+
+    raise typer.Exit(run(load(config)))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    config: ConfigFile,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens to generate.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens with this probability together.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+) -> None:
+    """Stream the continuation of a prompt from a running cluster."""
+    from lamina.client import connect
+    from lamina.config import load
+
+    cluster = load(config)
+
+    async def stream() -> None:
+        timeout = cluster.transport.peer_timeout
+        async with connect(cluster.front.address, deadline_s=5.0, peer_timeout=timeout) as client:
+            answer = client.stream(
+                prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            )
+            async for token in answer:
+                sys.stdout.write(token.text)
+                sys.stdout.flush()
+            sys.stdout.write(answer.held_back + "\n")
+
+    asyncio.run(stream())
+
+
+@app.command()
+def convert(
+    path: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
+    dtype: Annotated[str | None, typer.Option(help="Type to run in; default: as stored.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch for the minimum bandwidth.")] = 64,
+    step_ms: Annotated[float, typer.Option(help="Time of one decode step in milliseconds.")] = 50.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Cut a checkpoint into slices and print what they hold and move. Reads no weights."""
+    import json
+
+    from rich.console import Console
+
+    from lamina.model.report import report
+
+    found = report(path, dtype, batch, step_ms)
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
+    else:
+        Console().print(found.table())
+
+
+@app.command()
+def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Decode a small shipped model over three local nodes and compare with transformers."""
+    from lamina.demo.run import run
+
+    raise typer.Exit(run(as_json=as_json))
+
+
+def main() -> None:
+    """Run the command; a mistake or failure is one sentence on standard error and an exit status."""
+    for command in entry_points(group="lamina.commands"):
+        app.add_typer(command.load(), name=command.name)
+    try:
+        app(standalone_mode=True)
+    except LaminaError as e:
+        sys.stderr.write(f"lamina: {e}\n")
+        sys.exit(e.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

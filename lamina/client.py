@@ -1,0 +1,233 @@
+"""The Python client: ``async with lamina.connect("tcp://127.0.0.1:7070") as client``."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+
+from lamina import errors, protocol
+from lamina.errors import LaminaError, NodeError, RequestError, TransportError
+from lamina.protocol import AskStatus, Cancel, Failed, Finished, Generate, Status, ToClient, decode, encode
+from lamina.transport import Address, Hello, Link
+from lamina.transport import connect as connect_link
+from lamina.validation import explain
+
+
+class Token(NamedTuple):
+    """One generated token. ``text`` is what it completes; it may be empty."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer. ``finish_reason`` is "stop" (an end-of-sequence token) or "length"."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    prompt_tokens: int
+
+
+@asynccontextmanager
+async def connect(address: str, *, deadline_s: float = 10.0, peer_timeout: float = 2.0) -> AsyncIterator[Client]:
+    """A client of the front at ``address``, such as ``tcp://127.0.0.1:7070``.
+
+    ConnectError if nobody answers within ``deadline_s`` seconds. Leaving the block cancels what still runs.
+    """
+    hello = Hello("client", f"client-{os.getpid()}")
+    link = await connect_link(Address.parse(address), hello, deadline_s=deadline_s, peer_timeout=peer_timeout)
+    client = Client(link)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+class Client:
+    """A connection to the front. Any number of requests may run on it at the same time."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._ids = itertools.count(1)
+        self._streams: dict[int, asyncio.Queue[protocol.Token | Finished | LaminaError]] = {}
+        self._asked: list[asyncio.Future[Status]] = []
+        self._failure: LaminaError | None = None
+        link.on_message, link.on_lost = self._on_message, self._on_lost
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Stream:
+        """Tokens of the answer as they come: ``async for token in client.stream(...)``.
+
+        ``prompt`` is text or token ids; ``max_tokens`` None goes on to the end of the context; temperature 0 is
+        greedy; with a ``seed`` the same request gets the same tokens. Leaving the loop aborts the request.
+        """
+        request = Generate(
+            id=next(self._ids),
+            prompt=prompt if isinstance(prompt, str) else list(prompt),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        try:
+            msgspec.convert(plain := encode(request), Generate)
+        except msgspec.ValidationError as e:
+            raise RequestError(explain(e, plain)) from e
+        return Stream(self, request)
+
+    async def generate(self, prompt: str | Sequence[int], **settings: Any) -> Completion:
+        """The whole answer. ``settings`` are those of ``stream``."""
+        async with self.stream(prompt, **settings) as stream:
+            tokens = [token async for token in stream]
+            text = "".join(token.text for token in tokens) + stream.held_back
+            return Completion(text, [t.id for t in tokens], stream.finish_reason, stream.prompt_tokens)
+
+    async def status(self) -> Status:
+        """State and counters of the front."""
+        self._check()
+        future: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._asked.append(future)
+        self._link.send(encode(AskStatus()))
+        return await future
+
+    async def close(self) -> None:
+        """Cancel what still runs and leave."""
+        if not self._link.closed:
+            for id_ in self._streams:
+                self._link.send(encode(Cancel(id=id_)))
+        await self._link.close()
+        self._fail(TransportError("the client is closed"))
+
+    def _check(self) -> None:
+        if self._failure:
+            raise self._failure
+
+    def _on_message(self, plain: dict[str, Any]) -> None:
+        match decode(plain, ToClient):
+            case Status() as status:
+                if self._asked:
+                    self._asked.pop(0).set_result(status)
+            case Failed(id=None) as failure:
+                self._fail(_error(failure))
+            case Failed(id=int(id_)) as failure:
+                if stream := self._streams.get(id_):
+                    stream.put_nowait(_error(failure))
+            case (protocol.Token(id=id_) | Finished(id=id_)) as message:
+                if stream := self._streams.get(id_):
+                    stream.put_nowait(message)
+
+    def _on_lost(self, error: TransportError) -> None:
+        peer = self._link.peer
+        self._fail(NodeError(f"{peer.role} node {peer.name} was lost: {error}", node=peer.name))
+
+    def _fail(self, error: LaminaError) -> None:
+        if self._failure is None:
+            self._failure = error
+        for stream in self._streams.values():
+            stream.put_nowait(error)
+        for future in self._asked:
+            if not future.done():
+                future.set_exception(error)
+        self._asked.clear()
+
+
+class Stream:
+    """The tokens of one answer: an asynchronous iterator and context manager.
+
+    After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character)
+    are set. Leaving it early in any way, or ``aclose``, aborts the request and frees its KV cache on every node.
+    """
+
+    def __init__(self, client: Client, request: Generate) -> None:
+        self.finish_reason = ""
+        self.prompt_tokens = 0
+        self.held_back = ""
+        self._client = client
+        self._request = request
+        self._queue: asyncio.Queue[protocol.Token | Finished | LaminaError] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Token:
+        if self.finish_reason:
+            raise StopAsyncIteration
+        if self._queue is None:
+            self._start()
+        assert self._queue is not None
+        try:
+            item = await self._queue.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        match item:
+            case protocol.Token(token=token, text=text):
+                return Token(token, text)
+            case Finished() as end:
+                self._leave()
+                self.finish_reason, self.prompt_tokens, self.held_back = end.reason, end.prompt_tokens, end.text
+                raise StopAsyncIteration
+        self._leave()
+        raise item
+
+    def _start(self) -> None:
+        self._client._check()
+        self._queue = asyncio.Queue()
+        self._client._streams[self._request.id] = self._queue
+        self._client._link.send(encode(self._request))
+
+    async def aclose(self) -> None:
+        """Abort the request if it is not over. Closing twice is fine."""
+        self._abort()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # `break` in an `async for` drops the iterator and tells it nothing else.
+        if self._request.id in self._client._streams and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_abort, self._client, self._request.id)
+
+    def _abort(self) -> None:
+        _abort(self._client, self._request.id)
+        self.finish_reason = self.finish_reason or "cancelled"
+
+    def _leave(self) -> None:
+        self._client._streams.pop(self._request.id, None)
+
+
+def _abort(client: Client, id_: int) -> None:
+    if client._streams.pop(id_, None) is not None and not client._link.closed:
+        client._link.send(encode(Cancel(id=id_)))
+
+
+def _error(failure: Failed) -> LaminaError:
+    """The error that a node reported, as the class that it raised."""
+    kind = getattr(errors, failure.kind, LaminaError)
+    if kind is NodeError:
+        return NodeError(failure.message, node=failure.node or "")
+    if not (isinstance(kind, type) and issubclass(kind, LaminaError)):
+        kind = LaminaError
+    return kind(failure.message)

@@ -1,0 +1,96 @@
+"""The one thread of a node that computes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from lamina.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_Job = tuple[asyncio.AbstractEventLoop, "asyncio.Future[object]", Callable[[], object]]
+
+
+class Device:
+    """Runs functions one after the other in a thread of its own, so that the event loop never computes.
+
+    ``name`` is a torch device. ``cpus`` pins the whole process and sets the number of torch's threads; None leaves
+    both alone. ``busy_s`` is the time spent in functions so far, in seconds.
+    """
+
+    def __init__(self, name: str = "cpu", cpus: frozenset[int] | None = None) -> None:
+        import torch
+
+        if cpus:
+            try:
+                os.sched_setaffinity(0, cpus)
+            except OSError as e:
+                available = sorted(os.sched_getaffinity(0))
+                raise ConfigError(
+                    f"cannot be pinned to the processors {sorted(cpus)}; this process has {available}"
+                ) from e
+            torch.set_num_threads(len(cpus))
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA device on this machine")
+        self.torch_device = torch.device(name)
+        self.busy_s = 0.0
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+        self._thread.start()
+
+    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """Queue ``function`` for the device thread; the future gives its result or error.
+
+        Cancelling the future does not stop a function that runs.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+        self._jobs.put((loop, future, lambda: function(*args, **kwargs)))  # type: ignore[arg-type]
+        return future
+
+    def close(self) -> None:
+        """Stop after what is queued."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            while (job := self._jobs.get()) is not None:
+                loop, future, function = job
+                if future.cancelled():
+                    continue
+                start = time.perf_counter()
+                try:
+                    outcome: Callable[[], None] = _Set(future.set_result, function())
+                except BaseException as e:
+                    outcome = _Set(future.set_exception, e)
+                self.busy_s += time.perf_counter() - start
+                try:
+                    loop.call_soon_threadsafe(_unless_done, future, outcome)
+                except RuntimeError:
+                    return  # the loop is closed: nobody waits any more
+
+
+class _Set:
+    """A result on its way from the thread to the loop."""
+
+    __slots__ = ("_set", "_value")
+
+    def __init__(self, set_: Callable[[object], None], value: object) -> None:
+        self._set, self._value = set_, value
+
+    def __call__(self) -> None:
+        self._set(self._value)
+
+
+def _unless_done(future: asyncio.Future[object], outcome: Callable[[], None]) -> None:
+    if not future.done():
+        outcome()

@@ -1,0 +1,183 @@
+"""The engine of a compute node: takes requests, keeps every batch going, hands out tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence as Listed
+from typing import Protocol
+
+from lamina.engine.remote import RemoteShard
+from lamina.engine.sampler import Sampling
+from lamina.engine.scheduler import Scheduler, Sequence, Step
+from lamina.engine.step import StepRunner
+from lamina.errors import LaminaError, RequestError
+
+log = logging.getLogger("lamina.engine")
+
+
+class Answer(Protocol):
+    """Who asked: is called on the loop with every token and then once with the end."""
+
+    def token(self, token: int) -> None: ...
+
+    def finished(self, reason: str) -> None: ...
+
+    def failed(self, error: LaminaError) -> None: ...
+
+
+class Engine:
+    """Continuous batching over the slices of one model and the memory nodes that attend for it."""
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        shards: Listed[RemoteShard],
+        scheduler: Scheduler,
+        *,
+        batches: int,
+        context: int,
+        stop_tokens: frozenset[int],
+    ) -> None:
+        self._runner = runner
+        self._shards = shards
+        self._scheduler = scheduler
+        self._batches = batches
+        self._context = context
+        self._stop_tokens = stop_tokens
+        self._answers: dict[Sequence, Answer] = {}
+        self._ids = itertools.count()
+        self._work = [asyncio.Event() for _ in range(batches)]
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._failure: LaminaError | None = None
+        self._draining = False
+        self.steps = 0
+        self.tokens = 0
+
+    @property
+    def running(self) -> int:
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        return self._scheduler.waiting
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def free_blocks(self) -> int:
+        return self._scheduler.free_blocks
+
+    def submit(self, prompt: list[int], max_tokens: int | None, sampling: Sampling, answer: Answer) -> Sequence:
+        """Queue a request. RequestError or CapacityError say why it cannot be served; then nothing is queued."""
+        if self._failure:
+            raise self._failure
+        if self._draining:
+            raise RequestError("the node is draining and takes no new requests")
+        if not prompt:
+            raise RequestError("the prompt is empty; expected at least one token")
+        room = self._context - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, the context is {self._context} and must leave room for an answer; "
+                f"use at most {self._context - 1}"
+            )
+        if max_tokens is not None and max_tokens > room:
+            raise RequestError(
+                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
+                f"ask for at most {room}"
+            )
+        sequence = Sequence(next(self._ids), prompt, max_tokens or room, sampling, self._stop_tokens)
+        self._scheduler.submit(sequence)
+        self._answers[sequence] = answer
+        self._idle.clear()
+        for event in self._work:
+            event.set()
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a request; its space is free after the step that it is in. Nothing for one that is over."""
+        if self._answers.pop(sequence, None) is not None:
+            self._scheduler.cancel(sequence)
+            self._note_idle()
+
+    async def run(self) -> None:
+        """Serve until cancelled, or until a memory node is lost: then every request is told and NodeError raised."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for slot in range(self._batches):
+                    tasks.create_task(self._drive(slot))
+                for shard in self._shards:
+                    tasks.create_task(shard.run(self._runner.device))
+                    tasks.create_task(_raise_when(shard.lost))
+        except* LaminaError as group:
+            self._fail(_first(group))
+            raise self._failure from group  # type: ignore[misc]
+
+    async def drain(self) -> None:
+        """Take no more requests and wait until those that there are have been answered."""
+        self._draining = True
+        await self._idle.wait()
+
+    async def _drive(self, slot: int) -> None:
+        """Step after step of one batch."""
+        work = self._work[slot]
+        for number in itertools.count():
+            while (step := self._scheduler.next_step(slot)) is None:
+                self._note_idle()
+                work.clear()
+                await work.wait()
+            await self._reserve(step)
+            tokens = await self._runner.run(slot, number, step)
+            self.steps += 1
+            self._finish(slot, step, tokens)
+
+    async def _reserve(self, step: Step) -> None:
+        for sequence in step.admitted:
+            await asyncio.gather(*(s.reserve(sequence.id, sequence.reserved_tokens) for s in self._shards))
+
+    def _finish(self, slot: int, step: Step, tokens: list[int]) -> None:
+        outcome = self._scheduler.finish(slot, step, tokens)
+        self.tokens += len(outcome.tokens)
+        for sequence, token in outcome.tokens:
+            if answer := self._answers.get(sequence):
+                answer.token(token)
+        for sequence in outcome.finished + outcome.cancelled:
+            self._runner.forget(sequence.id)
+            for shard in self._shards:
+                shard.release(sequence.id)
+        for sequence in outcome.finished:
+            if answer := self._answers.pop(sequence, None):
+                answer.finished(sequence.finish_reason or "length")
+        if outcome.finished or outcome.cancelled:
+            # Space has come free, perhaps for a request that another slot can admit.
+            for event in self._work:
+                event.set()
+
+    def _note_idle(self) -> None:
+        if not self._scheduler.running and not self._scheduler.waiting:
+            self._idle.set()
+
+    def _fail(self, error: LaminaError) -> None:
+        self._failure = error
+        log.error("event=failed requests=%d reason=%r", len(self._answers), str(error))
+        for answer in list(self._answers.values()):
+            answer.failed(error)
+        self._answers.clear()
+        self._idle.set()
+
+
+async def _raise_when(lost: asyncio.Future[None]) -> None:
+    await lost
+
+
+def _first(group: BaseExceptionGroup[LaminaError]) -> LaminaError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, LaminaError)
+    return error

@@ -1,0 +1,243 @@
+"""The compute node's end of the way to one memory node."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+from torch import Tensor
+
+from lamina.attention import KVLayout, Rows
+from lamina.device import Device
+from lamina.engine import views
+from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
+from lamina.engine.prompts import PromptKV
+from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
+from lamina.protocol import (
+    CHUNK_HEADER,
+    Attach,
+    Attached,
+    ChunkHeader,
+    FromMemory,
+    Kind,
+    Peer,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    Tag,
+    decode,
+    encode,
+    pack_plan,
+)
+from lamina.transport import Lane, Link, Region
+
+
+class RemoteShard:
+    """The shard of the KV cache on one memory node, as the compute node uses it.
+
+    Methods called ``stage_*`` and ``output`` touch tensors and run in the device thread; everything else runs on the
+    loop. A batch slot's buffers are written again only after the answer to their contents has come back.
+    """
+
+    def __init__(self, name: str, link: Link, shard: HeadShard, layout: KVLayout, slots: int, max_batch: int) -> None:
+        self.name = name
+        self.link = link
+        self.stale_tags = 0
+        self.capacity_tokens = 0
+        self._heads = shard
+        self._layout = layout
+        self._geometry = g = Geometry(shard.layers, layout.dtype, slots, max_batch)
+        dtype = getattr(torch, layout.dtype)
+        self._dtype = dtype
+        self._queries = Region(f"{name}.queries", slots * g.query_bytes)
+        self._keys_values = Region(f"{name}.keys_values", slots * g.key_value_bytes)
+        self._outputs = Region(f"{name}.outputs", slots * g.output_bytes)
+        self._chunks = Region(f"{name}.chunks", CHUNKS * g.chunk_bytes)
+        self._query_parts = views.parts(self._queries, slots, g.query_bytes, dtype)
+        self._key_value_parts = views.parts(self._keys_values, slots, g.key_value_bytes, dtype)
+        self._output_parts = views.parts(self._outputs, slots, g.output_bytes, dtype)
+        self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, dtype)
+
+        self._remote: Attached | None = None
+        self._replies: dict[int | None, asyncio.Future[Attached | Reserved]] = {}
+        self._awaited: dict[int, tuple[int, asyncio.Future[None]]] = {}
+        self._idle_chunks: asyncio.Queue[int] = asyncio.Queue()
+        for i in range(CHUNKS):
+            self._idle_chunks.put_nowait(i)
+        self._to_ship: asyncio.Queue[tuple[PromptKV, int, int, int]] = asyncio.Queue()
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+        if link.error:
+            self._on_lost(link.error)
+
+    # -- set-up and control
+
+    async def attach(self, model: str) -> None:
+        """Ask the memory node for its cache and learn where to write. NodeError if it refuses."""
+        attach = Attach(
+            model=model,
+            dtype=self._layout.dtype,  # type: ignore[arg-type]
+            block_tokens=self._layout.block_tokens,
+            layers=list(self._heads.layers),
+            slots=self._geometry.slots,
+            max_batch=self._geometry.max_batch,
+            outputs=self.link.expose(self._outputs),
+        )
+        attached = await self._ask(None, attach)
+        assert isinstance(attached, Attached)
+        self._remote = attached
+        self.capacity_tokens = attached.capacity_tokens
+
+    async def reserve(self, sequence: int, tokens: int) -> None:
+        """Have space set aside before any of it is used. CapacityError if there is none."""
+        await self._ask(sequence, Reserve(sequence=sequence, tokens=tokens))
+
+    def release(self, sequence: int) -> None:
+        """Give back a sequence's space."""
+        self.link.send(encode(Release(sequence=sequence)))
+
+    async def _ask(self, key: int | None, message: Attach | Reserve) -> Attached | Reserved:
+        self._check()
+        self._replies[key] = reply = asyncio.get_running_loop().create_future()
+        try:
+            self.link.send(encode(message))
+            return await reply
+        finally:
+            del self._replies[key]
+
+    # -- a step, layer by layer
+
+    def plan(self, slot: int, step: int, rows: Rows) -> None:
+        """Tell the memory node which rows the next step of ``slot`` consists of."""
+        assert self._remote is not None
+        tag = Tag(Kind.PLAN, slot, 0, step).pack()
+        self.link.write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, [pack_plan(rows)], tag)
+
+    def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
+        """Copy this node's heads of q [T, Hq, Dk] to where they are sent from."""
+        self._query_view(slot, layer, len(q)).copy_(q[:, _span(self._heads.q[layer])])
+
+    def send_query(self, slot: int, layer: int, step: int, tokens: int) -> None:
+        assert self._remote is not None
+        # The answer may come before anybody waits for it.
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._awaited[slot] = (Tag(Kind.OUTPUT, slot, layer, step).pack(), done)
+        self._check()
+        offset = slot * self._geometry.query_bytes
+        nbytes = self._query_view(slot, layer, tokens).nbytes
+        source = self._queries.buffer[offset : offset + nbytes]
+        self.link.write(Lane.DECODE, self._remote.queries, offset, [source], Tag(Kind.QUERY, slot, layer, step).pack())
+
+    def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
+        """Copy this node's heads of k [T, Hkv, Dk] and v [T, Hkv, Dv] to where they are sent from."""
+        own_k, own_v = views.key_value(self._key_value_parts[slot], self._heads.layers[layer], len(k))
+        heads = _span(self._heads.kv[layer])
+        own_k.copy_(k[:, heads])
+        own_v.copy_(v[:, heads])
+
+    def send_key_value(self, slot: int, layer: int, step: int, tokens: int) -> None:
+        assert self._remote is not None
+        self._check()
+        shape, item = self._heads.layers[layer], self._geometry.item
+        offset = slot * self._geometry.key_value_bytes
+        nbytes = tokens * shape.kv_heads * (shape.qk_dim + shape.v_dim) * item
+        source = self._keys_values.buffer[offset : offset + nbytes]
+        tag = Tag(Kind.KEY_VALUE, slot, layer, step).pack()
+        self.link.write(Lane.DECODE, self._remote.keys_values, offset, [source], tag)
+
+    async def answered(self, slot: int) -> None:
+        """Wait until the output of the query sent last has arrived. NodeError if the memory node is lost."""
+        await self._awaited[slot][1]
+
+    def output(self, slot: int, layer: int, into: Tensor) -> None:
+        """Copy the output that has arrived to this node's heads of ``into`` [T, Hq, Dv]."""
+        shape = self._heads.layers[layer]
+        own = views.shaped(self._output_parts[slot], (len(into), shape.q_heads, shape.v_dim))
+        into[:, _span(self._heads.q[layer])] = own
+
+    def _query_view(self, slot: int, layer: int, tokens: int) -> Tensor:
+        shape = self._heads.layers[layer]
+        return views.shaped(self._query_parts[slot], (tokens, shape.q_heads, shape.qk_dim))
+
+    # -- prompts, on the bulk lane
+
+    def ship(self, prompt: PromptKV, layer: int, start: int, count: int) -> None:
+        """Queue keys and values of a prompt; ``run`` sends them as buffers come free."""
+        for first in range(start, start + count, CHUNK_TOKENS):
+            self._to_ship.put_nowait((prompt, layer, first, min(CHUNK_TOKENS, start + count - first)))
+
+    async def run(self, device: Device) -> None:
+        """Send what ``ship`` queued, until cancelled."""
+        assert self._remote is not None
+        while True:
+            prompt, layer, start, count = await self._to_ship.get()
+            i = await self._idle_chunks.get()
+            nbytes = await device.run(self._stage_chunk, i, prompt, layer, start, count)
+            offset = i * self._geometry.chunk_bytes
+            source = self._chunks.buffer[offset : offset + nbytes]
+            self.link.write(Lane.BULK, self._remote.chunks, offset, [source], Tag(Kind.CHUNK, 0, layer, i).pack())
+
+    def _stage_chunk(self, i: int, prompt: PromptKV, layer: int, start: int, count: int) -> int:
+        offset = i * self._geometry.chunk_bytes
+        header = ChunkHeader(prompt.sequence, layer, start, count).pack()
+        self._chunks.buffer[offset : offset + len(header)] = header
+        first = CHUNK_HEADER // self._geometry.item
+        k, v = views.key_value(self._chunk_parts[i], self._heads.layers[layer], count, first)
+        own_k, own_v = prompt.read(layer, start, count, self._heads.kv[layer])
+        k.copy_(own_k)
+        v.copy_(own_v)
+        return CHUNK_HEADER + k.nbytes + v.nbytes
+
+    # -- arrivals
+
+    def _on_tag(self, lane: Lane, packed: int) -> None:
+        tag = Tag.unpack(packed)
+        if tag.kind is Kind.CREDIT:
+            self._idle_chunks.put_nowait(tag.step)
+            return
+        awaited, done = self._awaited.get(tag.slot, (None, None))
+        if packed != awaited or done is None or done.done():
+            self.stale_tags += 1
+            return
+        done.set_result(None)
+
+    def _on_message(self, plain: dict[str, object]) -> None:
+        message = decode(plain, FromMemory)
+        key = None if isinstance(message, Attached) else message.sequence
+        reply = self._replies.get(key)
+        if reply is None:
+            raise ProtocolError(f"{self.name} answers {plain.get('type')!r} to a question that nobody asked")
+        if reply.done():
+            return
+        if isinstance(message, Refused):
+            reason = f"memory node {self.name}: {message.reason}"
+            error: LaminaError = NodeError(reason, node=self.name) if key is None else CapacityError(reason)
+            reply.set_exception(error)
+        else:
+            reply.set_result(message)
+
+    def _on_lost(self, error: TransportError) -> None:
+        lost = NodeError(f"memory node {self.name} was lost: {error}", node=self.name)
+        for waiting in [*self._replies.values(), *(done for _, done in self._awaited.values()), self.lost]:
+            if not waiting.done():
+                waiting.set_exception(lost)
+                waiting.exception()  # whoever waits is told; nobody has to
+
+    def _check(self) -> None:
+        if self.lost.done():
+            self.lost.result()
+
+    def describe(self) -> Peer:
+        """What the status of the compute node says about this memory node."""
+        return Peer(
+            name=self.name,
+            transport=self.link.transport,
+            kv_heads=len(self._heads.kv[0]),
+            bytes_sent=sum(self.link.bytes_written),
+            bytes_received=sum(self.link.bytes_received),
+        )
+
+
+def _span(heads: range) -> slice:
+    return slice(heads.start, heads.stop)

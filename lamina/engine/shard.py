@@ -1,0 +1,241 @@
+"""A memory node's end: the shard of one compute node's KV cache, and attention over it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lamina.attention import KVCache, KVLayout, Plan, Rows, Run, create_backend
+from lamina.device import Device
+from lamina.engine import views
+from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry
+from lamina.errors import CapacityError, ProtocolError, TransportError
+from lamina.protocol import (
+    CHUNK_HEADER,
+    Attach,
+    Attached,
+    ChunkHeader,
+    FromCompute,
+    Kind,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    Tag,
+    decode,
+    encode,
+    unpack_plan,
+)
+from lamina.transport import Lane, Link, Region
+
+log = logging.getLogger("lamina.memory")
+
+
+@dataclass
+class _Slot:
+    """One batch in flight, as the memory node sees it: what has arrived of its present step."""
+
+    step: int = -1
+    busy: bool = False
+    """From the arrival of the step's plan until its last output is sent."""
+    planned: asyncio.Event = field(default_factory=asyncio.Event)
+    arrived: set[tuple[Kind, int]] = field(default_factory=set)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class AttentionShard:
+    """Serves one link of a compute node, from its Attach until the link ends.
+
+    ``nbytes`` is the memory for the cache. Everything that touches tensors runs on ``device``. ``stale_tags`` counts
+    arrivals that belonged to no present step, ``stale_chunks`` those of sequences that were over.
+    """
+
+    def __init__(self, link: Link, attach: Attach, nbytes: int, device: Device) -> None:
+        self._link = link
+        self._device = device
+        self._layers = tuple(attach.layers)
+        layout = KVLayout(layers=self._layers, dtype=attach.dtype, block_tokens=attach.block_tokens)
+        self.cache = KVCache(layout, nbytes)
+        self._backend = create_backend("torch", self.cache)
+        self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_batch)
+        self._outputs_remote = attach.outputs
+        self._dtype = dtype = getattr(torch, attach.dtype)
+        n = attach.slots
+        self._plans = Region("plans", n * g.plan_bytes)
+        self._queries = Region("queries", n * g.query_bytes)
+        self._keys_values = Region("keys_values", n * g.key_value_bytes)
+        self._outputs = Region("outputs", n * g.output_bytes)
+        self._chunks = Region("chunks", CHUNKS * g.chunk_bytes)
+        self._query_parts = views.parts(self._queries, n, g.query_bytes, dtype)
+        self._key_value_parts = views.parts(self._keys_values, n, g.key_value_bytes, dtype)
+        self._output_parts = views.parts(self._outputs, n, g.output_bytes, dtype)
+        self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, dtype)
+        self._slots = [_Slot() for _ in range(n)]
+        self._control: asyncio.Queue[Reserve | Release] = asyncio.Queue()
+        self._chunks_arrived: asyncio.Queue[int] = asyncio.Queue()
+        self._grown = asyncio.Event()
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.layers = 0
+        self.stale_tags = 0
+        self.stale_chunks = 0
+
+    async def serve(self) -> None:
+        """Answer until the link ends; raises the error that ended it."""
+        link = self._link
+        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+        link.send(
+            encode(
+                Attached(
+                    capacity_tokens=self.cache.capacity_tokens,
+                    plans=link.expose(self._plans),
+                    queries=link.expose(self._queries),
+                    keys_values=link.expose(self._keys_values),
+                    chunks=link.expose(self._chunks),
+                )
+            )
+        )
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(len(self._slots)):
+                tasks.create_task(self._attend(number))
+            tasks.create_task(self._keep())
+            tasks.create_task(self._obey())
+            tasks.create_task(_raise_when(self._lost))
+
+    # -- decode
+
+    async def _attend(self, number: int) -> None:
+        """Answer the steps of one batch: q meets the past as it comes, k and v finish it, o goes back."""
+        slot = self._slots[number]
+        while True:
+            await slot.planned.wait()
+            slot.planned.clear()
+            rows = self._read_plan(number)
+            plan = await self._device.run(self._backend.plan, rows)
+            for layer in range(len(self._layers)):
+                await self._arrival(slot, Kind.QUERY, layer)
+                await self._filled(rows, layer)
+                past = await self._device.run(self._past, plan, number, layer)
+                await self._arrival(slot, Kind.KEY_VALUE, layer)
+                nbytes = await self._device.run(self._finish, plan, number, layer, past)
+                offset = number * self._geometry.output_bytes
+                # The next plan may come as soon as the last output is out.
+                slot.busy = layer + 1 < len(self._layers)
+                tag = Tag(Kind.OUTPUT, number, layer, slot.step).pack()
+                source = self._outputs.buffer[offset : offset + nbytes]
+                self._link.write(Lane.DECODE, self._outputs_remote, offset, [source], tag)
+                self.layers += 1
+
+    def _read_plan(self, number: int) -> Rows:
+        start = number * self._geometry.plan_bytes
+        rows = unpack_plan(self._plans.buffer[start : start + self._geometry.plan_bytes], self._geometry.max_batch)
+        for run in rows.runs:
+            if run.sequence not in self.cache.sequences:
+                raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
+        return rows
+
+    async def _arrival(self, slot: _Slot, kind: Kind, layer: int) -> None:
+        while (kind, layer) not in slot.arrived:
+            slot.news.clear()
+            await slot.news.wait()
+
+    async def _filled(self, rows: Rows, layer: int) -> None:
+        """Wait until the prompts' keys and values, which come on the other lane, are there."""
+        while any(self.cache.filled(run.sequence, layer) < run.start for run in rows.runs):
+            self._grown.clear()
+            await self._grown.wait()
+
+    def _past(self, plan: Plan, number: int, layer: int) -> object:
+        return self._backend.past(plan, layer, self._query(plan, number, layer))
+
+    def _finish(self, plan: Plan, number: int, layer: int, past: object) -> int:
+        tokens, shape = plan.rows.tokens, self._layers[layer]
+        k, v = views.key_value(self._key_value_parts[number], shape, tokens)
+        whole = self._backend.finish(plan, layer, self._query(plan, number, layer), k, v, past)  # type: ignore[arg-type]
+        o = views.shaped(self._output_parts[number], (tokens, shape.q_heads, shape.v_dim))
+        o.copy_(whole.o)
+        return o.nbytes
+
+    def _query(self, plan: Plan, number: int, layer: int) -> Tensor:
+        shape = self._layers[layer]
+        return views.shaped(self._query_parts[number], (plan.rows.tokens, shape.q_heads, shape.qk_dim))
+
+    # -- prompts, from the bulk lane
+
+    async def _keep(self) -> None:
+        """Put chunks of prompts into the cache and give their buffers back."""
+        while True:
+            i = await self._chunks_arrived.get()
+            start = i * self._geometry.chunk_bytes
+            header = ChunkHeader.unpack(self._chunks.buffer[start : start + CHUNK_HEADER])
+            if header.layer >= len(self._layers) or not 1 <= header.tokens <= CHUNK_TOKENS:
+                raise ProtocolError(f"bulk chunk with {header}; expected a layer below {len(self._layers)}")
+            if header.sequence in self.cache.sequences:
+                await self._device.run(self._append, i, header)
+                self._grown.set()
+            else:
+                self.stale_chunks += 1
+            self._link.write(Lane.BULK, self._outputs_remote, 0, [], Tag(Kind.CREDIT, 0, 0, i).pack())
+
+    def _append(self, i: int, header: ChunkHeader) -> None:
+        first = CHUNK_HEADER // self._geometry.item
+        k, v = views.key_value(self._chunk_parts[i], self._layers[header.layer], header.tokens, first)
+        self.cache.append(header.layer, Rows((Run(header.sequence, header.start, header.tokens),)), k, v)
+
+    # -- control
+
+    async def _obey(self) -> None:
+        """Reserve and release, in the order of the messages."""
+        while True:
+            message = await self._control.get()
+            if isinstance(message, Release):
+                if message.sequence in self.cache.sequences:
+                    await self._device.run(self.cache.release, message.sequence)
+                continue
+            try:
+                await self._device.run(self.cache.reserve, message.sequence, message.tokens)
+            except CapacityError as e:
+                self._link.send(encode(Refused(reason=str(e), sequence=message.sequence)))
+            else:
+                self._link.send(encode(Reserved(sequence=message.sequence)))
+
+    # -- arrivals
+
+    def _on_tag(self, lane: Lane, packed: int) -> None:
+        tag = Tag.unpack(packed)
+        if tag.kind is Kind.CHUNK:
+            if tag.step >= CHUNKS:
+                raise ProtocolError(f"bulk chunk in buffer {tag.step}; there are {CHUNKS}")
+            self._chunks_arrived.put_nowait(tag.step)
+            return
+        if tag.slot >= len(self._slots):
+            raise ProtocolError(f"tag for batch slot {tag.slot}; this link has {len(self._slots)}")
+        slot = self._slots[tag.slot]
+        if tag.kind is Kind.PLAN:
+            if slot.busy:
+                raise ProtocolError(f"a step plan for batch slot {tag.slot} in the middle of step {slot.step}")
+            slot.step, slot.busy = tag.step, True
+            slot.arrived.clear()
+            slot.planned.set()
+        elif tag.kind in (Kind.QUERY, Kind.KEY_VALUE) and tag.step == slot.step:
+            slot.arrived.add((tag.kind, tag.layer))
+            slot.news.set()
+        else:
+            self.stale_tags += 1
+
+    def _on_message(self, plain: dict[str, object]) -> None:
+        message = decode(plain, FromCompute)
+        if isinstance(message, Attach):
+            raise ProtocolError("a second Attach on a link that is attached already")
+        self._control.put_nowait(message)
+
+    def _on_lost(self, error: TransportError) -> None:
+        if not self._lost.done():
+            self._lost.set_exception(error)
+
+
+async def _raise_when(lost: asyncio.Future[None]) -> None:
+    await lost

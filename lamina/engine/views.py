@@ -1,0 +1,32 @@
+"""Tensors over the memory of regions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lamina.attention import LayerShape
+from lamina.transport import Region
+
+
+def parts(region: Region, count: int, nbytes: int, dtype: torch.dtype) -> list[Tensor]:
+    """The first ``count`` parts of ``nbytes`` each of ``region``, as flat tensors."""
+    flat = torch.frombuffer(region.buffer, dtype=dtype)
+    size = nbytes // flat.itemsize
+    return [flat[i * size : (i + 1) * size] for i in range(count)]
+
+
+def shaped(part: Tensor, shape: Sequence[int], start: int = 0) -> Tensor:
+    """A view of the numbers ``start ...`` of a flat part as a tensor of ``shape``."""
+    size = 1
+    for length in shape:
+        size *= length
+    return part[start : start + size].view(*shape)
+
+
+def key_value(part: Tensor, layer: LayerShape, tokens: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """k [tokens, Hkv, Dk] and v [tokens, Hkv, Dv], which lie one after the other."""
+    k = shaped(part, (tokens, layer.kv_heads, layer.qk_dim), start)
+    return k, shaped(part, (tokens, layer.kv_heads, layer.v_dim), start + k.numel())

@@ -1,0 +1,243 @@
+"""The compute daemon: loads the model, finds its memory nodes, runs the engine, serves clients."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import torch
+
+from lamina.attention import KVLayout
+from lamina.config import ClusterConfig, NodeConfig, parse_cpus
+from lamina.device import Device
+from lamina.engine.engine import Engine
+from lamina.engine.geometry import shard_by_heads
+from lamina.engine.remote import RemoteShard
+from lamina.engine.scheduler import Scheduler
+from lamina.engine.step import StepRunner
+from lamina.errors import CapacityError, ConfigError, ConnectError, HandshakeError, RequestError
+from lamina.model.capture import capture
+from lamina.model.checkpoint import Checkpoint
+from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
+from lamina.model.weights import load_weights
+from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.front import ClientSession, Tokenizer
+from lamina.protocol import AskStatus, Status, decode, encode
+from lamina.transport import Hello, Link, Listener, connect
+
+log = logging.getLogger("lamina.compute")
+
+BLOCK_TOKENS = 16
+"""Tokens of a block of the KV cache."""
+
+
+class ComputeNode:
+    """The compute node ``node`` of a cluster, which is also its front."""
+
+    def __init__(self, config: ClusterConfig, node: NodeConfig) -> None:
+        self._config = config
+        self._node = node
+        self._device = Device(node.device or "cpu", parse_cpus(node.cpus) if node.cpus else None)
+        self._waiting_for: set[str] = {n.name for n in config.memory_nodes}
+        self._shards: list[RemoteShard] = []
+        self._links: list[Link] = []
+        self._clients: set[Link] = set()
+        self._runner: StepRunner | None = None
+        self._engine: Engine | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._model = ""
+        self._blocks = 0
+
+    async def serve(self, stopping: asyncio.Event) -> None:
+        """Start, serve, and when ``stopping`` is set answer what was asked before leaving."""
+        hello = Hello("compute", self._node.name)
+        timeout = self._config.transport.peer_timeout
+        listener = await Listener.open(self._node.listen, hello, self._on_link, peer_timeout=timeout)
+        log.info("event=listening address=%s", listener.address)
+        try:
+            engine = await _unless(stopping, self._start(hello))
+            if engine is not None:
+                self._engine = engine
+                log.info("event=ready model=%s memory_nodes=%d", self._model, len(self._shards))
+                await self._run(engine, stopping)
+        finally:
+            await listener.close()
+            for link in [*self._clients, *self._links]:
+                await link.close()
+            self._device.close()
+
+    async def _run(self, engine: Engine, stopping: asyncio.Event) -> None:
+        running = asyncio.ensure_future(engine.run())
+        stop = asyncio.ensure_future(stopping.wait())
+        try:
+            await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                drained = asyncio.ensure_future(engine.drain())
+                await asyncio.wait({running, drained}, timeout=DRAIN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+                if not drained.done():
+                    log.warning("event=drain_timeout requests=%d", engine.running + engine.waiting)
+                drained.cancel()
+        finally:
+            stop.cancel()
+            if not running.done():
+                running.cancel()
+        try:
+            await running
+        except asyncio.CancelledError:
+            pass
+
+    # -- start
+
+    async def _start(self, hello: Hello) -> Engine:
+        """Find the memory nodes, cut the model over them, load it."""
+        names = [n.name for n in self._config.memory_nodes]
+        self._links = await asyncio.gather(*(self._find(n, hello) for n in self._config.memory_nodes))
+        blueprint = await self._device.run(self._cut)
+        checkpoint = blueprint.capture.checkpoint
+        layers = blueprint.capture.shapes
+        pipeline = self._config.pipeline
+        context = self._context(checkpoint)
+        for name, link, shard in zip(names, self._links, shard_by_heads(layers, names), strict=True):
+            layout = KVLayout(layers=shard.layers, dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
+            remote = RemoteShard(name, link, shard, layout, pipeline.batches, pipeline.max_batch)
+            self._shards.append(remote)
+            await remote.attach(checkpoint.fingerprint)
+            if remote.capacity_tokens < context:
+                raise CapacityError(
+                    f"memory node {name} holds {remote.capacity_tokens} tokens of this model's KV cache, fewer than one "
+                    f"request of the context of {context}; give it more memory "
+                    f"({layout.bytes_per_token * context} bytes are needed) or set model.context lower"
+                )
+        model = await self._device.run(_load, blueprint, self._device.torch_device)
+        self._tokenizer = Tokenizer(checkpoint.path)
+        self._model = checkpoint.fingerprint
+        self._blocks = min(s.capacity_tokens for s in self._shards) // BLOCK_TOKENS
+        self._runner = StepRunner(model, self._device, self._shards, getattr(torch, checkpoint.dtype))
+        scheduler = Scheduler(
+            batches=pipeline.batches,
+            max_batch=pipeline.max_batch,
+            prefill_tokens=pipeline.prefill_tokens,
+            blocks=self._blocks,
+            block_tokens=BLOCK_TOKENS,
+            max_waiting=pipeline.max_waiting,
+        )
+        return Engine(
+            self._runner,
+            self._shards,
+            scheduler,
+            batches=pipeline.batches,
+            context=context,
+            stop_tokens=checkpoint.stop_tokens,
+        )
+
+    async def _find(self, node: NodeConfig, hello: Hello) -> Link:
+        transport = self._config.transport
+        try:
+            link = await connect(
+                node.listen, hello, deadline_s=transport.start_timeout, peer_timeout=transport.peer_timeout
+            )
+        except ConnectError as e:
+            raise ConnectError(
+                f"memory node {node.name} was not there within {transport.start_timeout:g} s: {e}"
+            ) from e
+        if link.peer.role != "memory":
+            await link.close()
+            raise HandshakeError(
+                f"{node.address} should be memory node {node.name}, but a {link.peer.role} node answers"
+            )
+        link.on_lost = lambda _: None  # start to read; from the attach on, the shard listens
+        self._waiting_for.discard(node.name)
+        log.info("event=connected peer=%s transport=%s", node.name, link.transport)
+        return link
+
+    def _cut(self) -> Blueprint:
+        with torch.inference_mode(False):
+            checkpoint = Checkpoint.open(self._config.model_path, self._config.model.dtype)
+            return cut_into_slices(capture(checkpoint))
+
+    def _context(self, checkpoint: Checkpoint) -> int:
+        asked, most = self._config.model.context, checkpoint.max_context
+        if asked is not None and asked > most:
+            raise ConfigError(f"{self._config.file}: model.context: {asked} is more than the model's {most}")
+        return asked or most
+
+    # -- links of others
+
+    def _on_link(self, link: Link) -> None:
+        self._clients.add(link)
+        if link.peer.role == "client":
+            ClientSession(link, self._ready_engine, self._ready_tokenizer, self._status)
+        else:
+            link.on_message = lambda plain: self._answer_monitor(link, plain)
+        lost = link.on_lost
+
+        def on_lost(error: Any) -> None:
+            self._clients.discard(link)
+            if lost:
+                lost(error)
+
+        link.on_lost = on_lost
+
+    def _answer_monitor(self, link: Link, plain: dict[str, Any]) -> None:
+        decode(plain, AskStatus)
+        link.send(encode(self._status()))
+
+    def _ready_engine(self) -> Engine:
+        if self._engine is None:
+            missing = f"; it waits for {', '.join(sorted(self._waiting_for))}" if self._waiting_for else ""
+            raise RequestError(f"compute node {self._node.name} is still starting{missing}; try again soon")
+        return self._engine
+
+    def _ready_tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None, "made before the engine"
+        return self._tokenizer
+
+    def _status(self) -> Status:
+        engine, runner = self._engine, self._runner
+        if engine is None or runner is None:
+            waiting = sorted(self._waiting_for)
+            return Status(
+                name=self._node.name,
+                role="compute",
+                state="waiting" if waiting else "starting",
+                waiting_for=", ".join(waiting),
+                pid=os.getpid(),
+                busy_s=self._device.busy_s,
+            )
+        return Status(
+            name=self._node.name,
+            role="compute",
+            state="draining" if engine.draining else "ready",
+            pid=os.getpid(),
+            model=self._model,
+            requests_running=engine.running,
+            requests_waiting=engine.waiting,
+            tokens_generated=engine.tokens,
+            steps=engine.steps,
+            layers=runner.layers,
+            layer_s=runner.layer_s,
+            busy_s=self._device.busy_s,
+            sequences=engine.running,
+            kv_tokens_total=self._blocks * BLOCK_TOKENS,
+            kv_tokens_free=engine.free_blocks * BLOCK_TOKENS,
+            stale_tags=sum(s.stale_tags for s in self._shards),
+            peers=[s.describe() for s in self._shards],
+        )
+
+
+def _load(blueprint: Blueprint, device: torch.device) -> SlicedModel:
+    with torch.inference_mode(False):
+        return SlicedModel(blueprint, load_weights(blueprint.capture, blueprint.weights_of(), device), device)
+
+
+async def _unless(stopping: asyncio.Event, work: Any) -> Any:
+    """The result of ``work``, or None if ``stopping`` is set first."""
+    task, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        stop.cancel()
+        task.cancel()

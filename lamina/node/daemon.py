@@ -1,0 +1,53 @@
+"""What both daemons share: start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+from lamina import log as logs
+from lamina.errors import LaminaError
+
+log = logging.getLogger("lamina.node")
+
+DRAIN_TIMEOUT_S = 30.0
+"""How long a node that was told to stop may take to finish what it has begun."""
+
+
+def run(name: str, serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+    """Run ``serve`` until it returns; the exit status of the process.
+
+    The first SIGTERM or SIGINT sets the event that ``serve`` is given: it should drain. A second one cancels it.
+    """
+    logs.configure(name)
+    try:
+        return uvloop.run(_main(serve))
+    except asyncio.CancelledError:
+        log.warning("event=stopped reason='second signal'")
+        return 1
+
+
+async def _main(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+    stopping = asyncio.Event()
+    task = asyncio.ensure_future(serve(stopping))
+
+    def stop() -> None:
+        if stopping.is_set():
+            task.cancel()
+        log.info("event=%s", "stopping" if not stopping.is_set() else "stopping_now")
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    try:
+        await task
+    except LaminaError as e:
+        log.error("event=failed kind=%s reason=%r", type(e).__name__, str(e))
+        return e.exit_status
+    log.info("event=stopped")
+    return 0

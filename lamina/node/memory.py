@@ -1,0 +1,127 @@
+"""The memory daemon: waits for a compute node, holds its KV cache, attends for it. It needs no model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+from lamina.device import Device
+from lamina.engine.shard import AttentionShard
+from lamina.errors import LaminaError, TransportError
+from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.protocol import AskStatus, Attach, Failed, Refused, Status, decode, encode
+from lamina.transport import Address, Hello, Link, Listener
+
+log = logging.getLogger("lamina.memory")
+
+
+class MemoryNode:
+    """One memory node with ``nbytes`` of KV cache, which serves one compute node at a time."""
+
+    def __init__(
+        self, name: str, listen: Address, nbytes: int, *, cpus: frozenset[int] | None = None, peer_timeout: float = 2.0
+    ) -> None:
+        self._name = name
+        self._listen = listen
+        self._nbytes = nbytes
+        self._peer_timeout = peer_timeout
+        self._device = Device("cpu", cpus)
+        self._shard: AttentionShard | None = None
+        self._owner = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._links: set[Link] = set()
+        self._draining = False
+
+    async def serve(self, stopping: asyncio.Event) -> None:
+        """Listen until ``stopping`` is set, then wait for the compute node to leave, for a bounded time."""
+        hello = Hello("memory", self._name)
+        listener = await Listener.open(self._listen, hello, self._on_link, peer_timeout=self._peer_timeout)
+        log.info("event=listening address=%s memory_bytes=%d", listener.address, self._nbytes)
+        try:
+            await stopping.wait()
+            self._draining = True
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=DRAIN_TIMEOUT_S)
+        finally:
+            await listener.close()
+            for task in list(self._tasks):
+                task.cancel()
+            for link in list(self._links):
+                await link.close()
+            self._device.close()
+
+    def _on_link(self, link: Link) -> None:
+        self._links.add(link)
+        if link.peer.role == "client":
+            refusal = f"{self._name} is a memory node; clients talk to the compute node"
+            link.send(encode(Failed(kind="RequestError", message=refusal)))
+
+        def on_message(plain: dict[str, Any]) -> None:
+            match decode(plain, Attach | AskStatus):
+                case Attach() as attach:
+                    self._attach(link, attach)
+                case AskStatus():
+                    link.send(encode(self._status()))
+
+        link.on_message = on_message
+        link.on_lost = lambda _: self._links.discard(link)
+
+    def _attach(self, link: Link, attach: Attach) -> None:
+        if self._draining:
+            link.send(encode(Refused(reason="is draining and takes no compute node")))
+            return
+        if self._owner:
+            link.send(encode(Refused(reason=f"already serves compute node {self._owner}, and serves one at a time")))
+            return
+        try:
+            shard = AttentionShard(link, attach, self._nbytes, self._device)
+        except LaminaError as e:
+            link.send(encode(Refused(reason=str(e))))
+            return
+        self._owner, self._shard = link.peer.name, shard
+        task = asyncio.get_running_loop().create_task(self._serve_shard(link, shard))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        log.info(
+            "event=attached peer=%s model=%s layers=%d kv_heads=%d capacity_tokens=%d",
+            link.peer.name,
+            attach.model,
+            len(attach.layers),
+            attach.layers[0].kv_heads,
+            shard.cache.capacity_tokens,
+        )
+
+    async def _serve_shard(self, link: Link, shard: AttentionShard) -> None:
+        try:
+            await shard.serve()
+        except* TransportError as group:
+            log.info("event=detached peer=%s reason=%r", link.peer.name, str(group.exceptions[0]))
+        except* LaminaError as group:
+            # The peer's step cannot be answered; only ending the link tells it so.
+            log.error("event=shard_failed peer=%s reason=%r", link.peer.name, str(group.exceptions[0]))
+            link.abort(str(group.exceptions[0]))
+        except* Exception as group:
+            log.exception("event=shard_failed peer=%s", link.peer.name)
+            link.abort(f"internal error: {group.exceptions[0]!r}")
+        finally:
+            self._links.discard(link)
+            self._owner, self._shard = "", None
+
+    def _status(self) -> Status:
+        shard = self._shard
+        state = "draining" if self._draining else "ready" if shard else "waiting"
+        return Status(
+            name=self._name,
+            role="memory",
+            state=state,  # type: ignore[arg-type]
+            waiting_for="" if shard else "a compute node",
+            pid=os.getpid(),
+            busy_s=self._device.busy_s,
+            layers=shard.layers if shard else 0,
+            sequences=len(shard.cache.sequences) if shard else 0,
+            kv_tokens_total=shard.cache.capacity_tokens if shard else 0,
+            kv_tokens_free=shard.cache.free_tokens if shard else 0,
+            stale_tags=shard.stale_tags if shard else 0,
+        )

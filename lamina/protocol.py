@@ -1,0 +1,279 @@
+"""What nodes and clients say to each other, above the transport.
+
+Control messages are structs, checked when they arrive. On the hot path nothing is serialised: a write carries a
+32-bit tag, the plan of a step and the head of a bulk chunk are packed at fixed offsets.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from lamina.attention import LayerShape, Rows, Run
+from lamina.errors import LaminaError, ProtocolError
+from lamina.transport import RemoteRegion
+from lamina.validation import explain
+
+Count = Annotated[int, Meta(ge=0, le=2**40)]
+Positive = Annotated[int, Meta(ge=1, le=2**31)]
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):
+    """Base of the control messages; the class name travels as ``type``."""
+
+
+# -- compute node and memory node
+
+
+class Attach(Message):
+    """A compute node asks a memory node to hold a shard of the KV cache of its model."""
+
+    model: str
+    """Fingerprint of the checkpoint."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    block_tokens: Annotated[int, Meta(ge=1, le=1024)]
+    layers: Annotated[list[LayerShape], Meta(min_length=1, max_length=1024)]
+    """The attention of every layer over this node's heads."""
+    slots: Annotated[int, Meta(ge=1, le=32)]
+    """Batches in flight."""
+    max_batch: Annotated[int, Meta(ge=1, le=4096)]
+    """The most rows of one step."""
+    outputs: RemoteRegion
+    """Where the attention output is written."""
+
+
+class Attached(Message):
+    """The answer: where to write, and how many tokens of KV cache there are."""
+
+    capacity_tokens: Count
+    plans: RemoteRegion
+    queries: RemoteRegion
+    keys_values: RemoteRegion
+    chunks: RemoteRegion
+
+
+class Reserve(Message):
+    """Set space aside for ``tokens`` positions of a new sequence; answered by Reserved or Refused."""
+
+    sequence: Count
+    tokens: Positive
+
+
+class Reserved(Message):
+    sequence: Count
+
+
+class Release(Message):
+    """The sequence is over; its space is free again."""
+
+    sequence: Count
+
+
+class Refused(Message):
+    """What was asked cannot be done. ``sequence`` is None where the answer is to an Attach."""
+
+    reason: str
+    sequence: Count | None = None
+
+
+# -- client and front
+
+
+class Generate(Message):
+    """A request. ``id`` is the client's; a prompt is text or token ids."""
+
+    id: Count
+    prompt: str | list[Count]
+    max_tokens: Positive | None = None
+    """None: as many as the context allows."""
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    """0 is greedy."""
+    top_k: Count = 0
+    """Only the k likeliest tokens; 0 is all."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Only the likeliest tokens that together have this probability."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    """None: a random one."""
+
+
+class Cancel(Message):
+    id: Count
+
+
+class Token(Message):
+    """One generated token and the text that it completes, which may be empty."""
+
+    id: Count
+    token: Count
+    text: str
+
+
+class Finished(Message):
+    id: Count
+    reason: Literal["stop", "length"]
+    prompt_tokens: Count
+    text: str
+    """Text that was held back until the end."""
+
+
+class Failed(Message):
+    """The request, or with ``id`` None everything on this link, failed. ``kind`` names a class of lamina.errors."""
+
+    kind: str
+    message: str
+    id: Count | None = None
+    node: str | None = None
+
+
+# -- anybody and a node
+
+
+class AskStatus(Message):
+    """Answered by Status."""
+
+
+class Peer(Struct, frozen=True, kw_only=True):
+    """A memory node as its compute node sees it."""
+
+    name: str
+    transport: str
+    kv_heads: int
+    """KV heads per layer that lie on the node."""
+    bytes_sent: int
+    bytes_received: int
+
+
+class Status(Message):
+    """A node's state and its counters since it started. Times are seconds, sizes are bytes."""
+
+    name: str
+    role: str
+    state: Literal["starting", "waiting", "ready", "draining"]
+    waiting_for: str = ""
+    pid: int = 0
+    model: str = ""
+    requests_running: int = 0
+    requests_waiting: int = 0
+    tokens_generated: int = 0
+    steps: int = 0
+    layers: int = 0
+    """Attention layers run, over all steps."""
+    layer_s: float = 0.0
+    """Time of these layers from the start of their slice to the arrival of o."""
+    busy_s: float = 0.0
+    """Time that the device thread spent computing."""
+    sequences: int = 0
+    kv_tokens_total: int = 0
+    kv_tokens_free: int = 0
+    stale_tags: int = 0
+    peers: list[Peer] = []
+
+
+FromCompute = Attach | Reserve | Release
+FromMemory = Attached | Reserved | Refused
+FromClient = Generate | Cancel | AskStatus
+ToClient = Token | Finished | Failed | Status
+
+
+def encode(message: Message) -> dict[str, Any]:
+    """A plain map, as links send it."""
+    plain: dict[str, Any] = msgspec.to_builtins(message)
+    return plain
+
+
+def decode(plain: dict[str, Any], kinds: Any) -> Any:
+    """The message of one of the types in the union ``kinds``; ProtocolError if it is none."""
+    try:
+        return msgspec.convert(plain, kinds)
+    except msgspec.ValidationError as e:
+        known = ", ".join(k.__name__ for k in get_args(kinds) or (kinds,))
+        raise ProtocolError(f"message {plain.get('type')!r}: {explain(e, plain)}; expected one of {known}") from e
+    except LaminaError as e:
+        raise ProtocolError(f"message {plain.get('type')!r}: {e}") from e
+
+
+# -- the hot path
+
+
+class Kind(IntEnum):
+    """What a finished write brought."""
+
+    PLAN = 0
+    QUERY = 1
+    KEY_VALUE = 2
+    OUTPUT = 3
+    CHUNK = 4
+    CREDIT = 5
+
+
+class Tag(NamedTuple):
+    """The 32-bit tag of a write: kind (3 bits), slot (5), layer (10), step (14, the low bits).
+
+    For CHUNK and CREDIT, ``step`` is the number of the bulk buffer.
+    """
+
+    kind: Kind
+    slot: int
+    layer: int
+    step: int
+
+    def pack(self) -> int:
+        return self.kind << 29 | self.slot << 24 | self.layer << 14 | self.step & STEP_MASK
+
+    @classmethod
+    def unpack(cls, tag: int) -> Tag:
+        """ProtocolError for a kind that does not exist."""
+        try:
+            kind = Kind(tag >> 29)
+        except ValueError as e:
+            raise ProtocolError(f"tag {tag:#010x} has the unknown kind {tag >> 29}") from e
+        return cls(kind, tag >> 24 & 31, tag >> 14 & 1023, tag & STEP_MASK)
+
+
+STEP_MASK = 2**14 - 1
+
+_PLAN = struct.Struct("<I")
+_RUN = struct.Struct("<QII")
+_CHUNK = struct.Struct("<QIII")
+CHUNK_HEADER = 64
+"""Bytes before the keys of a bulk chunk: the header, padded so that the numbers behind it are aligned."""
+
+
+def plan_bytes(max_batch: int) -> int:
+    """Bytes of the largest step plan."""
+    return _PLAN.size + max_batch * _RUN.size
+
+
+def pack_plan(rows: Rows) -> bytes:
+    return _PLAN.pack(len(rows.runs)) + b"".join(_RUN.pack(r.sequence, r.start, r.count) for r in rows.runs)
+
+
+def unpack_plan(buffer: memoryview, max_batch: int) -> Rows:
+    """ProtocolError for more rows than ``max_batch``."""
+    (runs,) = _PLAN.unpack_from(buffer)
+    if not 1 <= runs <= max_batch:
+        raise ProtocolError(f"step plan with {runs} runs; expected 1 to {max_batch}")
+    rows = Rows(tuple(Run(*_RUN.unpack_from(buffer, _PLAN.size + i * _RUN.size)) for i in range(runs)))
+    if rows.tokens > max_batch:
+        raise ProtocolError(f"step plan with {rows.tokens} rows; expected at most {max_batch}")
+    return rows
+
+
+class ChunkHeader(NamedTuple):
+    """Which keys and values a bulk chunk brings: ``tokens`` positions from ``start``, of one layer of one sequence."""
+
+    sequence: int
+    layer: int
+    start: int
+    tokens: int
+
+    def pack(self) -> bytes:
+        return _CHUNK.pack(*self)
+
+    @classmethod
+    def unpack(cls, buffer: memoryview) -> ChunkHeader:
+        return cls(*_CHUNK.unpack_from(buffer))
