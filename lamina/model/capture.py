@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lamina.attention import LayerShape
-from lamina.errors import LaminaError, UnsupportedModelError
+from lamina.errors import UnsupportedModelError
 from lamina.model import operators
 from lamina.model.checkpoint import Checkpoint
+from lamina.model.library import refusing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Sizes of the example inputs; any two different numbers above 1 do, as both dimensions are symbolic.
 TRACED_TOKENS = 7
 _TRACED_ROWS = 3
+
+_LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Capture:
     """
 
     checkpoint: Checkpoint
-    module: nn.Module
+    module: PreTrainedModel
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
     tensors: dict[fx.Node, str]
@@ -48,31 +52,23 @@ class Capture:
 
 def capture(checkpoint: Checkpoint) -> Capture:
     """Capture the decoder of ``checkpoint``; UnsupportedModelError names what Lamina cannot represent."""
-    module = _meta_module(checkpoint)
-    program = _export(module, checkpoint)
-    graph = program.graph_module.graph
-    _normalise(graph)
-
-    signature = program.graph_signature
-    named = signature.inputs_to_parameters | signature.inputs_to_buffers
-    tensors, inputs = {}, []
-    for node in graph.find_nodes(op="placeholder"):
-        if node.name in named:
-            tensors[node] = named[node.name].removeprefix("model.")
-        elif node.name in signature.user_inputs:
-            inputs.append(node)
-        else:
-            raise UnsupportedModelError(
-                f"{checkpoint.path}: the graph needs the constant {node.name!r}, which has no name in the checkpoint"
-            )
-    attentions = graph.find_nodes(op="call_function", target=torch.ops.lamina.attention.default)
-    _check_layers(checkpoint, [node.args[3] for node in attentions])
+    path, kind = checkpoint.path, checkpoint.config.model_type
+    with refusing(path, f"{kind} cannot be built by the transformers library"):
+        _check_config(checkpoint.config)
+        module = _meta_module(checkpoint)
+    with refusing(path, f"{kind} cannot be captured as one graph"):
+        program = _export(module)
+        graph = program.graph_module.graph
+        _normalise(graph)
+        attentions = graph.find_nodes(op="call_function", target=torch.ops.lamina.attention.default)
+        _check_layers(checkpoint.config, [node.args[3] for node in attentions])
+        inputs, tensors = _placeholders(graph, program.graph_signature)
     (logits,) = graph.output_node().args[0]
     return Capture(
         checkpoint=checkpoint,
         module=module,
         graph=graph,
-        inputs=tuple(inputs),
+        inputs=inputs,
         tensors=tensors,
         attentions=tuple(attentions),
         shapes=tuple(_shape(node) for node in attentions),
@@ -80,24 +76,37 @@ def capture(checkpoint: Checkpoint) -> Capture:
     )
 
 
-def _meta_module(checkpoint: Checkpoint) -> nn.Module:
+def _check_config(config: Any) -> None:
+    """Refuse by name what would otherwise fail with an obscure message, or deep inside the library."""
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; Lamina decodes decoders only")
+    text = config.get_text_config()
+    if others := set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(f"layers of type {', '.join(sorted(others))} cannot be represented")
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in ropes.values() if all(isinstance(r, dict) for r in ropes.values()) else [ropes]:
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPES:
+            raise UnsupportedModelError(
+                f"rope type {rope['rope_type']!r} changes the angles of all tokens with the length of the longest "
+                "sequence, which keys in a cache cannot follow"
+            )
+
+
+def _meta_module(checkpoint: Checkpoint) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     operators.install()
-    config = checkpoint.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{checkpoint.path}: {config.model_type} is an encoder-decoder; Lamina decodes decoders only"
-        )
     dtype = getattr(torch, checkpoint.dtype)
-    with _refusing(checkpoint, "cannot be built by the transformers library"), torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, attn_implementation=operators.NAME, dtype=dtype).eval()
-        if module._can_set_experts_implementation():
-            module.set_experts_implementation(operators.NAME)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(
+            checkpoint.config, attn_implementation=operators.NAME, dtype=dtype
+        ).eval()
+    if module._can_set_experts_implementation():
+        module.set_experts_implementation(operators.NAME)
     if not module._supports_attention_backend:
         raise UnsupportedModelError(
-            f"{checkpoint.path}: {type(module).__name__} does not route attention through the attention interface of the "
-            "transformers library, so it cannot be cut there"
+            f"{type(module).__name__} does not route attention through the attention interface of the transformers "
+            "library, so it cannot be cut there"
         )
     kept = module._get_dtype_plan(dtype)
     for name, parameter in module.named_parameters():
@@ -109,7 +118,7 @@ def _meta_module(checkpoint: Checkpoint) -> nn.Module:
 class _Logits(nn.Module):
     """The part of the library's call that decoding uses: token ids, positions and rows in, logits out."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -119,11 +128,11 @@ class _Logits(nn.Module):
         return logits
 
 
-def _export(module: nn.Module, checkpoint: Checkpoint) -> torch.export.ExportedProgram:
+def _export(module: PreTrainedModel) -> torch.export.ExportedProgram:
     tokens, rows = torch.export.Dim("T", min=1, max=1 << 20), torch.export.Dim("S", min=1, max=1 << 20)
     ids = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device="meta")
     sampled = torch.zeros(_TRACED_ROWS, dtype=torch.long, device="meta")
-    with _refusing(checkpoint, "cannot be captured as one graph"), torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         # torch's own deprecated calls; nothing that a caller could change.
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.export.export(
@@ -138,36 +147,26 @@ def _export(module: nn.Module, checkpoint: Checkpoint) -> torch.export.ExportedP
     return program
 
 
-@contextmanager
-def _refusing(checkpoint: Checkpoint, what: str) -> Iterator[None]:
-    """Turn whatever the libraries raise into one sentence that names the model."""
-    try:
-        yield
-    except LaminaError:
-        raise
-    except Exception as e:
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
-        raise UnsupportedModelError(f"{checkpoint.path}: {checkpoint.config.model_type} {what}: {reason}") from e
-
-
 def _is_mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _normalise(graph: fx.Graph) -> None:
-    """Drop assertions, conversions that change nothing and the dropout of training, then whatever nobody uses."""
+    """Drop what changes nothing and what nobody uses, and compute once what is computed alike."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
+    same: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        converts = node.target is torch.ops.aten.to.dtype and len(node.args) == 2
-        if node.target is torch.ops.aten.dropout.default or (
-            converts and node.args[0].meta["val"].dtype == node.meta["val"].dtype
-        ):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target is torch.ops.aten.view.default:
+        if node.target is torch.ops.aten.view.default:
             # A view holds for the strides of the traced values; what crosses a cut may be laid out otherwise.
             node.target = torch.ops.aten.reshape.default
+        if _changes_nothing(node):
+            _replace(node, node.args[0])
+        elif node.op == "call_function":
+            # Every layer asks again for the mask or the rotary angles in its own type.
+            original = same.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+            if original is not node:
+                _replace(node, original)
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
@@ -180,22 +179,46 @@ def _normalise(graph: fx.Graph) -> None:
             raise UnsupportedModelError(f"the graph contains {node.target}, which is not a plain operator")
 
 
-def _check_layers(checkpoint: Checkpoint, layers: list[Any]) -> None:
+def _changes_nothing(node: fx.Node) -> bool:
+    """Whether a node is a conversion to the type that its input has already, or a dropout (of training)."""
+    if node.target is torch.ops.aten.to.dtype and len(node.args) == 2:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return bool(source.meta["val"].dtype == node.meta["val"].dtype)
+    return node.target is torch.ops.aten.dropout.default
+
+
+def _replace(node: fx.Node, other: Any) -> None:
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
+
+
+def _check_layers(config: Any, layers: list[Any]) -> None:
     """Every layer must be attention: other token mixers keep a state that nobody would hold."""
-    config = checkpoint.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise UnsupportedModelError(
-            f"{checkpoint.path}: layers of type {', '.join(sorted(kinds))} cannot be represented"
-        )
-    if layers != list(range(config.num_hidden_layers)):
-        raise UnsupportedModelError(
-            f"{checkpoint.path}: expected one attention in each of {config.num_hidden_layers} layers, found it in layers {layers}"
-        )
+    expected = config.get_text_config().num_hidden_layers
+    if layers != list(range(expected)):
+        raise UnsupportedModelError(f"expected one attention in each of {expected} layers, found it in layers {layers}")
+
+
+def _placeholders(
+    graph: fx.Graph, signature: torch.export.ExportGraphSignature
+) -> tuple[tuple[fx.Node, ...], dict[fx.Node, str]]:
+    """The inputs of a step, and the names of the parameters and buffers."""
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    inputs, tensors = [], {}
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in named:
+            tensors[node] = named[node.name].removeprefix("model.")
+        elif node.name in signature.user_inputs:
+            inputs.append(node)
+        else:
+            raise UnsupportedModelError(f"the graph needs the constant {node.name!r}, which no checkpoint holds")
+    return tuple(inputs), tensors
 
 
 def _shape(node: fx.Node) -> LayerShape:
-    q, k, v, _, scale, window, softcap = node.args
+    args: Any = node.args
+    q, k, v, _, scale, window, softcap = args
     return LayerShape(
         q_heads=q.meta["val"].shape[1],
         kv_heads=k.meta["val"].shape[1],

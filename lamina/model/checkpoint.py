@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import CheckpointError, UnsupportedModelError
+from lamina.model.library import refusing
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Numbers of each tensor that the fingerprint reads: within one page of the file.
+_SAMPLED = 64
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,14 @@ class Checkpoint:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such checkpoint directory")
         raw = _read_json(path / "config.json")
-        if "quantization_config" in raw:
-            method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        if quantization := raw.get("quantization_config"):
             raise UnsupportedModelError(
-                f"{path / 'config.json'}: quantization_config (method {method!r}) is not supported; "
-                "use a checkpoint with float32, bfloat16 or float16 weights"
+                f"{path / 'config.json'}: quantization_config (method {quantization.get('quant_method', 'unknown')!r}) "
+                f"is not supported; use a checkpoint with weights in one of {', '.join(DTYPES)}"
             )
-        try:
+        kind = raw.get("model_type", "missing")
+        with refusing(path / "config.json", f"the transformers library cannot read this model_type {kind!r}"):
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, OSError) as e:
-            kind = raw.get("model_type", "missing")
-            raise UnsupportedModelError(
-                f"{path / 'config.json'}: the transformers library cannot read this configuration "
-                f"(model_type {kind!r}): {_first_line(e)}"
-            ) from e
         chosen = dtype or str(config.dtype or "float32").removeprefix("torch.")
         if chosen not in DTYPES:
             raise UnsupportedModelError(
@@ -63,8 +61,8 @@ class Checkpoint:
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index}: no weight_map in the index")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
             files = {name: self.path / file for name, file in weight_map.items()}
             for file in sorted(set(files.values())):
                 if not file.is_file():
@@ -72,8 +70,8 @@ class Checkpoint:
             return files
         single = self.path / "model.safetensors"
         if not single.is_file():
-            others = [p.name for p in self.path.glob("*.bin")]
-            hint = f"; {others[0]} is not read, convert it to safetensors" if others else ""
+            other = min((p.name for p in self.path.glob("*.bin")), default=None)
+            hint = f"; {other} is a pickle and never read, convert it to safetensors" if other else ""
             raise CheckpointError(
                 f"{self.path}: neither model.safetensors nor model.safetensors.index.json found{hint}"
             )
@@ -83,6 +81,8 @@ class Checkpoint:
     @contextmanager
     def tensors(self) -> Iterator[dict[str, Any]]:
         """Tensor name -> lazily read slice of its file; valid inside the ``with`` block."""
+        from safetensors import SafetensorError
+
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             slices = {}
@@ -91,16 +91,26 @@ class Checkpoint:
                     opened[path] = stack.enter_context(_opened(path))
                 try:
                     slices[name] = opened[path].get_slice(name)
-                except Exception as e:
+                except SafetensorError as e:
                     raise CheckpointError(f"{path}: tensor {name!r} is in the index but not in the file") from e
             yield slices
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the configuration and of every tensor's name and file size: equal for equal models."""
+        """Hash of the configuration and of every tensor's name, type, shape and first numbers.
+
+        Equal for copies of a model, sharded alike or not, and different for its fine-tunes; reading all weights would
+        take as long as loading them.
+        """
+        import torch
+
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for name, file in sorted(self.tensor_files.items()):
-            digest.update(f"{name}:{file.stat().st_size}\n".encode())
+        with self.tensors() as tensors:
+            for name, tensor in sorted(tensors.items()):
+                shape = tensor.get_shape()
+                digest.update(f"{name} {tensor.get_dtype()} {shape}\n".encode())
+                sample = tensor[(*[slice(1)] * (len(shape) - 1), slice(_SAMPLED))] if shape else tensor[...]
+                digest.update(sample.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
 
     @cached_property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from lamina.errors import LaminaError, UnsupportedModelError
+from lamina.errors import UnsupportedModelError
 
 _LONGEST_REASON = 300
 
@@ -27,13 +28,16 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Call the library quietly; what it raises becomes an UnsupportedModelError that begins with ``what``."""
+def refusing(path: Path, what: str) -> Iterator[None]:
+    """Call the library quietly; what it raises becomes an UnsupportedModelError "``path``: ``what``: its reason".
+
+    Our own operators, which the library calls back, know no path: their refusals get it here.
+    """
     with quiet():
         try:
             yield
-        except LaminaError:
-            raise
+        except UnsupportedModelError as e:
+            raise UnsupportedModelError(f"{path}: {e}") from e
         except Exception as e:
             reason = " ".join(str(e).split())[:_LONGEST_REASON] or type(e).__name__
-            raise UnsupportedModelError(f"{what}: {reason}") from e
+            raise UnsupportedModelError(f"{path}: {what}: {reason}") from e

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,16 @@ from lamina.errors import UnsupportedModelError
 
 NAME = "lamina"
 
-# Arguments that models hand to every attention function and that do not change what it computes.
+# Arguments that models hand to attention functions and that do not change what is computed in evaluation.
 _HARMLESS = frozenset(
-    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+    {
+        "dropout",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    }
 )
 
 
@@ -109,16 +115,17 @@ class _CausalMask:
 
 def _mask(
     *,
-    allow_is_causal_skip: bool | None = None,
+    allow_is_bidirectional_skip: bool | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
-    **_: Any,
+    **_: object,
 ) -> _CausalMask:
-    if allow_is_causal_skip is None:
+    # Of the library's mask functions, the bidirectional ones alone hand over this argument.
+    if allow_is_bidirectional_skip is not None:
         raise UnsupportedModelError("the model uses bidirectional attention; Lamina decodes causal models only")
     if use_vmap:
         raise UnsupportedModelError(
-            "the model adds a custom function to its attention mask, which Lamina cannot represent"
+            "the model adds a function of its own to its attention mask, which Lamina cannot represent"
         )
     return _CausalMask(local_size)
 
@@ -131,12 +138,11 @@ def _attention(
     attention_mask: object,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """The library's attention signature: query [1, Hq, T, Dk], key [1, Hkv, T, Dk], value [1, Hkv, T, Dv]."""
+    """The library's attention interface: query [1, Hq, T, Dk], key [1, Hkv, T, Dk], value [1, Hkv, T, Dv]."""
     where = f"attention {type(module).__name__}"
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
@@ -179,7 +185,7 @@ def _experts(module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor)
         )
     up = "gate_up_proj" if module.has_gate else "up_proj"
     biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in (up, "down_proj")]
-    return experts(
+    out: Tensor = experts(
         hidden,
         chosen,
         weights,
@@ -189,6 +195,7 @@ def _experts(module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor)
         _activation(module),
         bool(module.is_transposed),
     )
+    return out
 
 
 @functools.cache

@@ -12,10 +12,11 @@ positions and rows of a step (rotary angles, sizes) is computed once per step, b
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -109,7 +110,7 @@ def cut_into_slices(captured: Capture) -> Blueprint:
     placed = set(order)
     inputs_of = {n: [i for i in n.all_input_nodes if i in placed] for n in order}
     nbytes = {n: _bytes_per_token(n) for n in order}
-    boundaries = [Boundary(*n.args[:3], o=n) for n in captured.attentions]
+    boundaries = [_boundary(n) for n in captured.attentions]
     plans = cut(order, inputs_of, nbytes, boundaries, captured.logits)
 
     # The constants that some slice reads, in graph order.
@@ -128,21 +129,18 @@ def cut_into_slices(captured: Capture) -> Blueprint:
     return Blueprint(captured, begin, tuple(slices))
 
 
+def _boundary(attention: fx.Node) -> Boundary[fx.Node]:
+    q, k, v, *_ = cast(Any, attention.args)
+    return Boundary(q, k, v, attention)
+
+
 def _step_constants(captured: Capture) -> set[fx.Node]:
-    """Nodes that depend on the step's inputs and on buffers, but on no parameter; equal ones are merged."""
+    """Nodes that depend on the step's inputs and on buffers, but on no parameter."""
     parameters = {name for name, _ in captured.module.named_parameters(remove_duplicate=False)}
     buffers = {n for n, name in captured.tensors.items() if name not in parameters}
     constant: set[fx.Node] = {*captured.inputs, *buffers}
-    same: dict[Any, fx.Node] = {}
-    for node in list(captured.graph.nodes):
-        if node.op != "call_function" or any(i not in constant for i in node.all_input_nodes):
-            continue
-        key = (node.target, str(node.args), str(node.kwargs))
-        if key in same:
-            node.replace_all_uses_with(same[key])
-            captured.graph.erase_node(node)
-        else:
-            same[key] = node
+    for node in captured.graph.nodes:
+        if node.op == "call_function" and constant.issuperset(node.all_input_nodes):
             constant.add(node)
     # A buffer that a slice reads directly is a weight like any other.
     return constant - buffers
@@ -198,8 +196,10 @@ def _bytes_per_token(node: fx.Node) -> int | None:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return None
-    sizes = [d.node.hint if isinstance(d, torch.SymInt) else d for d in value.shape]
-    return math.ceil(math.prod(sizes) * value.itemsize / TRACED_TOKENS)
+    shape: Sequence[Any] = value.shape
+    sizes = [d.node.hint if isinstance(d, torch.SymInt) else d for d in shape]
+    numbers: int = math.prod(sizes)
+    return math.ceil(numbers * value.itemsize / TRACED_TOKENS)
 
 
 def _part(
@@ -226,8 +226,7 @@ def _part(
     text = []
     for n in (*weights, *constants, *entering):
         copies[n] = graph.placeholder(f"a{len(copies)}")
-        value = n.meta.get("val")
-        text.append(f"{tuple(value.shape)} {value.dtype}" if n in captured.tensors else "value")
+        text.append(f"{tuple(n.meta['val'].shape)} {n.meta['val'].dtype}" if n in captured.tensors else "value")
     for n in nodes:
         copies[n] = graph.node_copy(n, copies.__getitem__)
         copies[n].name = f"v{len(copies)}"
@@ -299,16 +298,17 @@ class _Bound(NamedTuple):
     weights: tuple[Tensor, ...]
     constants: tuple[int, ...]
 
-    def __call__(self, constants: StepConstants, values: tuple[Any, ...]) -> tuple[Any, ...]:  # type: ignore[override]
+    def __call__(self, constants: StepConstants, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return self.function(*self.weights, *(constants[i] for i in self.constants), *values)
 
 
-def _compile(graph: fx.Graph, device: torch.device) -> Callable[..., tuple[Any, ...]]:
+def _compile(traced: fx.Graph, device: torch.device) -> Callable[..., tuple[Any, ...]]:
     """Python code from a graph that was traced on the meta device, to run on ``device``."""
 
     def placed(argument: Any) -> Any:
         return device if isinstance(argument, torch.device) and argument.type == "meta" else argument
 
+    graph = copy.deepcopy(traced)
     for node in graph.nodes:
         node.args = fx.node.map_aggregate(node.args, placed)
         node.kwargs = fx.node.map_aggregate(node.kwargs, placed)

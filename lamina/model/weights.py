@@ -10,13 +10,18 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lamina.errors import CheckpointError, UnsupportedModelError
 from lamina.model.capture import Capture
+from lamina.model.library import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -25,45 +30,52 @@ def load_weights(captured: Capture, names: Iterable[str], device: torch.device) 
 
     CheckpointError names a tensor that is missing, of the wrong shape, or that nothing in the model uses.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     module, path = captured.module, captured.checkpoint.path
     computed = {name for name, _ in module.named_non_persistent_buffers()}
-    tied = module.all_tied_weights_keys
-    wanted = {tied.get(name, name) for name in names if name not in computed}
-    weights = _read(captured, wanted, device)
-    for name in names:
-        if name in computed:
-            weights[name] = _computed_buffer(module, name, path).to(device)
-        elif name in tied:
-            weights[name] = weights[tied[name]]
+    mapping = get_model_conversion_mapping(module)
+    targets = _targets(module, captured.checkpoint.tensor_files, mapping)
+    unused = sorted(name for name, made in targets.items() if not made and not _ignored(module, name))
+    if unused:
+        raise CheckpointError(f"{path}: {_some(unused)} in the checkpoint but not used by {type(module).__name__}")
+
+    stored = {name for made in targets.values() for name in made}
+    # A tied tensor is stored under any of its names; all of them are read, as they may contradict each other.
+    holders = {n: [t for t in _tied(module, n) if t in stored] or [n] for n in names if n not in computed}
+    read = _read(captured, {h for some in holders.values() for h in some}, targets, mapping, device)
+    weights = {name: _computed_buffer(module, name, path).to(device) for name in names if name in computed}
+    for name, (first, *others) in holders.items():
+        for other in others:
+            if not read[first].equal(read[other]):
+                raise CheckpointError(
+                    f"{path}: tensors {first} and {other} differ, but config.json says that they are tied"
+                )
+        weights[name] = read[first]
     return weights
 
 
-def _read(captured: Capture, wanted: set[str], device: torch.device) -> dict[str, Tensor]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
+def _read(
+    captured: Capture, wanted: set[str], targets: dict[str, set[str]], mapping: list[Any], device: torch.device
+) -> dict[str, Tensor]:
+    """Read and convert the checkpoint tensors from which those of the module named ``wanted`` are made."""
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
     module, checkpoint = captured.module, captured.checkpoint
     path, dtype = checkpoint.path, getattr(torch, checkpoint.dtype)
-    mapping = get_model_conversion_mapping(module)
-    targets = _targets(module, checkpoint.tensor_files, mapping)
-    unused = sorted(name for name, made in targets.items() if not made and not _ignored(module, name))
-    if unused:
-        raise CheckpointError(f"{path}: {_some(unused)} in the checkpoint but not used by {type(module).__name__}")
-
     # The library puts what it loads into the module; a copy keeps the captured one on the meta device.
     loaded = copy.deepcopy(module)
     settings = LoadStateDictConfig(
         dtype=dtype, dtype_plan=module._get_dtype_plan(dtype), device_map={"": device}, weight_mapping=mapping
     )
-    with checkpoint.tensors() as tensors:
+    with checkpoint.tensors() as tensors, quiet():
         needed = {name: tensors[name] for name, made in targets.items() if made & wanted}
         report, _ = convert_and_load_state_dict_in_model(loaded, needed, settings)
     if report.conversion_errors:
         name, error = next(iter(report.conversion_errors.items()))
-        raise CheckpointError(
-            f"{path}: tensor {name} cannot be made from the checkpoint: {error.strip().splitlines()[-1]}"
-        )
+        reason = error.strip().splitlines()[-1]
+        raise CheckpointError(f"{path}: tensor {name} cannot be made from the checkpoint: {reason}")
     for name, found, expected in sorted(report.mismatched_keys):
         if name in wanted:
             raise CheckpointError(
@@ -72,10 +84,16 @@ def _read(captured: Capture, wanted: set[str], device: torch.device) -> dict[str
     missing = sorted(wanted & report.missing_keys)
     if missing:
         raise CheckpointError(f"{path}: {_some(missing)} missing from the checkpoint")
-    return {name: _get(loaded, name).detach() for name in wanted}
+    return {name: loaded.get_parameter_or_buffer(name).detach() for name in wanted}
 
 
-def _targets(module: nn.Module, names: Iterable[str], mapping: list[Any]) -> dict[str, set[str]]:
+def _tied(module: PreTrainedModel, name: str) -> list[str]:
+    """``name`` and all names of the same tensor."""
+    source = module.all_tied_weights_keys.get(name, name)
+    return [source, *(target for target, other in module.all_tied_weights_keys.items() if other == source)]
+
+
+def _targets(module: PreTrainedModel, names: Iterable[str], mapping: list[Any]) -> dict[str, set[str]]:
     """Checkpoint tensor -> names in the module that are made from it; none for an unused one."""
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -96,7 +114,7 @@ def _targets(module: nn.Module, names: Iterable[str], mapping: list[Any]) -> dic
     return targets
 
 
-def _ignored(module: nn.Module, name: str) -> bool:
+def _ignored(module: PreTrainedModel, name: str) -> bool:
     """Whether the library itself passes over this tensor of old checkpoints."""
     patterns = [
         *(module._keys_to_ignore_on_load_unexpected or ()),
@@ -106,7 +124,7 @@ def _ignored(module: nn.Module, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _computed_buffer(module: nn.Module, name: str, path: object) -> Tensor:
+def _computed_buffer(module: PreTrainedModel, name: str, path: Path) -> Tensor:
     """Compute a buffer that is not in checkpoints, by the library's own initialisation of its owner."""
     owner_name, _, leaf = name.rpartition(".")
     owner = copy.copy(module.get_submodule(owner_name))
@@ -116,17 +134,11 @@ def _computed_buffer(module: nn.Module, name: str, path: object) -> Tensor:
         for k, b in owner._buffers.items()
     }
     module._init_weights(owner)
-    value = owner._buffers[leaf]
+    value: Tensor | None = owner._buffers[leaf]
     if value is None or not value.is_floating_point() or value.isnan().any():
         raise UnsupportedModelError(
             f"{path}: the buffer {name} is in no checkpoint and the library does not say how to compute it"
         )
-    return value
-
-
-def _get(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    value: Tensor = getattr(module.get_submodule(owner), leaf)
     return value
 
 
