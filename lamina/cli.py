@@ -30,6 +30,7 @@ def node(
     listen: Annotated[str | None, typer.Option(help="Memory node without a file: its address.")] = None,
     memory: Annotated[str | None, typer.Option(help='Memory node without a file: KV cache, like "2GiB".')] = None,
     cpus: Annotated[str | None, typer.Option(help='Memory node without a file: processors, like "0-3".')] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Memory node without a file: threads.")] = None,
 ) -> None:
     """Run one node of a cluster until it is stopped. SIGTERM drains it."""
     from lamina.config import load, parse_cpus, parse_size
@@ -39,7 +40,7 @@ def node(
     if role not in ("compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
     if config is not None:
-        for option, given in (("--listen", listen), ("--memory", memory), ("--cpus", cpus)):
+        for option, given in (("--listen", listen), ("--memory", memory), ("--cpus", cpus), ("--threads", threads)):
             if given is not None:
                 raise ConfigError(f"{option}: not together with --config, which says so itself")
         if name is None:
@@ -51,8 +52,8 @@ def node(
         if role == "compute":
             from lamina.node.compute import ComputeNode
 
-            raise typer.Exit(daemon.run(name, lambda stopping: ComputeNode(cluster, chosen).serve(stopping)))
-        address, nbytes, pinned = chosen.listen, chosen.memory_bytes, parse_cpus(chosen.cpus) if chosen.cpus else None
+            raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen).serve))
+        address, nbytes, pinned, threads = chosen.listen, chosen.memory_bytes, chosen.pinned, chosen.threads
         timeout = cluster.transport.peer_timeout
     else:
         if role == "compute":
@@ -66,15 +67,12 @@ def node(
             raise ConfigError(f"{'--memory' if 'size' in str(e) else '--cpus'}: {e}") from e
         name = name or f"memory-{address.port}"
         timeout = 2.0
+    from lamina.device import Device
     from lamina.node.memory import MemoryNode
 
-    own_name = name
-    raise typer.Exit(
-        daemon.run(
-            own_name,
-            lambda stopping: MemoryNode(own_name, address, nbytes, cpus=pinned, peer_timeout=timeout).serve(stopping),
-        )
-    )
+    device = Device(cpus=pinned, threads=threads)
+    own = MemoryNode(name, address, nbytes, device, peer_timeout=timeout)
+    raise typer.Exit(daemon.run(name, own.serve))
 
 
 @app.command()

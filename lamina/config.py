@@ -68,11 +68,17 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     memory: str | None = None
     """Memory nodes: how much KV cache, such as "16GiB"."""
     cpus: str | None = None
-    """The processors that the node is pinned to, such as "0-3,8"; its worker uses one thread on each."""
+    """The processors that the node is pinned to, such as "0-3,8"."""
+    threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    """Threads that compute. None: one for each of ``cpus``, else as many as torch takes."""
 
     @property
     def listen(self) -> Address:
         return Address.parse(self.address)
+
+    @property
+    def pinned(self) -> frozenset[int] | None:
+        return parse_cpus(self.cpus) if self.cpus else None
 
     @property
     def memory_bytes(self) -> int:

@@ -21,11 +21,11 @@ _Job = tuple[asyncio.AbstractEventLoop, "asyncio.Future[object]", Callable[[], o
 class Device:
     """Runs functions one after the other in a thread of its own, so that the event loop never computes.
 
-    ``name`` is a torch device. ``cpus`` pins the whole process and sets the number of torch's threads; None leaves
-    both alone. ``busy_s`` is the time spent in functions so far, in seconds.
+    ``name`` is a torch device. ``cpus`` pins the whole process; ``threads`` is how many threads torch computes with,
+    by default one for each of ``cpus``. ``busy_s`` is the time spent in functions so far, in seconds.
     """
 
-    def __init__(self, name: str = "cpu", cpus: frozenset[int] | None = None) -> None:
+    def __init__(self, name: str = "cpu", *, cpus: frozenset[int] | None = None, threads: int | None = None) -> None:
         import torch
 
         if cpus:
@@ -36,7 +36,9 @@ class Device:
                 raise ConfigError(
                     f"cannot be pinned to the processors {sorted(cpus)}; this process has {available}"
                 ) from e
-            torch.set_num_threads(len(cpus))
+            threads = threads or len(cpus)
+        if threads:
+            torch.set_num_threads(threads)
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA device on this machine")
         self.torch_device = torch.device(name)

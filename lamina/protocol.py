@@ -162,8 +162,6 @@ class Status(Message):
     steps: int = 0
     layers: int = 0
     """Attention layers run, over all steps."""
-    layer_s: float = 0.0
-    """Time of these layers from the start of their slice to the arrival of o."""
     busy_s: float = 0.0
     """Time that the device thread spent computing."""
     sequences: int = 0

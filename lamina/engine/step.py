@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,7 +20,7 @@ class StepRunner:
     """Runs steps of one model over its memory nodes; steps of different slots may run at the same time.
 
     The rows of a step are its decode rows, whose attention the memory nodes compute, followed by the chunks of
-    prompts, which attend here. ``layers`` and ``layer_s`` count the layers that were run and the seconds they took.
+    prompts, which attend here. ``layers`` counts the layers that were run.
     """
 
     def __init__(self, model: SlicedModel, device: Device, shards: Sequence[RemoteShard], dtype: torch.dtype) -> None:
@@ -31,7 +30,6 @@ class StepRunner:
         self.dtype = dtype
         self.prompts: dict[int, PromptKV] = {}
         self.layers = 0
-        self.layer_s = 0.0
 
     async def run(self, slot: int, number: int, step: Step) -> list[int]:
         """The tokens of the step's sampled rows. NodeError if a memory node is lost on the way."""
@@ -43,7 +41,6 @@ class StepRunner:
         for shard in shards:
             shard.plan(slot, number, Rows(tuple(Run(r.sequence.id, r.position, 1) for r in step.decode)))
         for layer in range(len(self.model.slices) - 1):
-            started = time.perf_counter()  # the loop's own clock is too coarse for one layer
             await compute(forward.head, layer)
             for shard in shards:
                 shard.send_query(slot, layer, number, remote)
@@ -56,7 +53,6 @@ class StepRunner:
             for shard in shards:
                 await shard.answered(slot)
             self.layers += 1
-            self.layer_s += time.perf_counter() - started
         for chunk in step.prompts:
             if chunk.completes:
                 self.forget(chunk.sequence.id)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lamina.attention import KVLayout
-from lamina.config import ClusterConfig, NodeConfig, parse_cpus
+from lamina.config import ClusterConfig, NodeConfig
 from lamina.device import Device
 from lamina.engine.engine import Engine
 from lamina.engine.geometry import shard_by_heads
@@ -39,7 +39,7 @@ class ComputeNode:
     def __init__(self, config: ClusterConfig, node: NodeConfig) -> None:
         self._config = config
         self._node = node
-        self._device = Device(node.device or "cpu", parse_cpus(node.cpus) if node.cpus else None)
+        self._device = Device(node.device or "cpu", cpus=node.pinned, threads=node.threads)
         self._waiting_for: set[str] = {n.name for n in config.memory_nodes}
         self._shards: list[RemoteShard] = []
         self._links: list[Link] = []
@@ -217,7 +217,6 @@ class ComputeNode:
             tokens_generated=engine.tokens,
             steps=engine.steps,
             layers=runner.layers,
-            layer_s=runner.layer_s,
             busy_s=self._device.busy_s,
             sequences=engine.running,
             kv_tokens_total=self._blocks * BLOCK_TOKENS,

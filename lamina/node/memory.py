@@ -20,14 +20,12 @@ log = logging.getLogger("lamina.memory")
 class MemoryNode:
     """One memory node with ``nbytes`` of KV cache, which serves one compute node at a time."""
 
-    def __init__(
-        self, name: str, listen: Address, nbytes: int, *, cpus: frozenset[int] | None = None, peer_timeout: float = 2.0
-    ) -> None:
+    def __init__(self, name: str, listen: Address, nbytes: int, device: Device, *, peer_timeout: float = 2.0) -> None:
         self._name = name
         self._listen = listen
         self._nbytes = nbytes
         self._peer_timeout = peer_timeout
-        self._device = Device("cpu", cpus)
+        self._device = device
         self._shard: AttentionShard | None = None
         self._owner = ""
         self._tasks: set[asyncio.Task[None]] = set()

@@ -1,0 +1,177 @@
+"""All nodes of a cluster file as processes of this machine, watched and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import signal
+import sys
+from asyncio.subprocess import Process
+from collections.abc import Callable
+from typing import IO, Any
+
+from lamina.config import ClusterConfig, NodeConfig
+from lamina.errors import ConnectError, LaminaError, NodeError, TransportError
+from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.protocol import AskStatus, Status, decode, encode
+from lamina.transport import Hello, Link, connect
+
+log = logging.getLogger("lamina.cluster")
+
+ASK_EVERY_S = 0.25
+KILL_AFTER_S = 5.0
+"""How long a process may take to end once it has drained, or once it need not."""
+
+
+class Cluster:
+    """The processes of a cluster, as a context manager: leaving it leaves none behind.
+
+    ``log_file`` takes the nodes' logs, by default this process's standard error. ``on_change`` is called whenever a
+    node's state has changed. ``failed`` gets a NodeError when a node dies or falls silent.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, *, log_file: IO[bytes] | None = None, on_change: Callable[[], None] | None = None
+    ) -> None:
+        self._config = config
+        self._log_file = log_file
+        self._on_change = on_change or (lambda: None)
+        self._processes: dict[str, Process] = {}
+        self._monitors: dict[str, _Monitor] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self.states: dict[str, str] = {n.name: "starting" for n in config.node}
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def __aenter__(self) -> Cluster:
+        try:
+            for node in self._config.node:
+                self._processes[node.name] = await self._spawn(node)
+                self._tasks.append(asyncio.create_task(self._watch_process(node)))
+                self._tasks.append(asyncio.create_task(self._watch_state(node)))
+        except BaseException:
+            await self.stop(drain=False)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop(drain=False)
+
+    async def ready(self) -> None:
+        """Wait until every node is ready. NodeError if one fails first; bounded by the nodes' own deadlines."""
+        while any(state != "ready" for state in self.states.values()):
+            done, _ = await asyncio.wait({self.failed}, timeout=ASK_EVERY_S / 4)
+            if done:
+                self.failed.result()
+
+    async def statuses(self) -> dict[str, Status]:
+        """What every node says of itself now, by name."""
+        return {name: await monitor.ask() for name, monitor in self._monitors.items()}
+
+    async def stop(self, *, drain: bool) -> None:
+        """End all processes: compute nodes first, and with ``drain`` after they have answered what they were asked."""
+        self._stopping = True
+        patience = DRAIN_TIMEOUT_S if drain else 0.0
+        for role in ("compute", "memory"):
+            chosen = [
+                self._processes[n.name] for n in self._config.node if n.role == role and n.name in self._processes
+            ]
+            await asyncio.gather(*(_end(process, patience + KILL_AFTER_S) for process in chosen))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for monitor in self._monitors.values():
+            monitor.link.abort("the cluster is stopped")
+
+    async def _spawn(self, node: NodeConfig) -> Process:
+        command = ["-m", "lamina", "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stderr=self._log_file,
+            # A session of its own keeps Ctrl-C of the terminal from it: it is stopped in order, not all at once.
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+
+    async def _watch_process(self, node: NodeConfig) -> None:
+        status = await self._processes[node.name].wait()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        self._set(node.name, how)
+        self._fail(NodeError(f"node {node.name} {how}", node=node.name))
+
+    async def _watch_state(self, node: NodeConfig) -> None:
+        transport = self._config.transport
+        hello = Hello("monitor", "up")
+        try:
+            link = await connect(
+                node.listen, hello, deadline_s=transport.start_timeout, peer_timeout=transport.peer_timeout
+            )
+            monitor = self._monitors[node.name] = _Monitor(link)
+            while True:
+                status = await monitor.ask()
+                self._set(node.name, f"{status.state} for {status.waiting_for}" if status.waiting_for else status.state)
+                await asyncio.sleep(ASK_EVERY_S)
+        except ConnectError as e:
+            self._fail(NodeError(f"node {node.name} does not answer: {e}", node=node.name))
+        except LaminaError as e:
+            # A process that has ended says more than its broken link: give its exit status time to come.
+            await asyncio.sleep(ASK_EVERY_S)
+            self._set(node.name, "lost")
+            self._fail(NodeError(f"node {node.name} was lost: {e}", node=node.name))
+
+    def _set(self, name: str, state: str) -> None:
+        if self.states[name] != state and not self._stopping:
+            self.states[name] = state
+            self._on_change()
+
+    def _fail(self, error: NodeError) -> None:
+        if not self.failed.done() and not self._stopping:
+            self.failed.set_exception(error)
+            self.failed.exception()  # whoever waits is told; nobody has to
+
+
+class _Monitor:
+    """Asks one node for its status."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self._asked: list[asyncio.Future[Status]] = []
+        link.on_message, link.on_lost = self._on_message, self._on_lost
+
+    async def ask(self) -> Status:
+        future: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._asked.append(future)
+        self.link.send(encode(AskStatus()))
+        return await future
+
+    def _on_message(self, plain: dict[str, Any]) -> None:
+        status = decode(plain, Status)
+        if self._asked and not (future := self._asked.pop(0)).done():
+            future.set_result(status)
+
+    def _on_lost(self, error: TransportError) -> None:
+        for future in self._asked:
+            if not future.done():
+                future.set_exception(error)
+
+
+async def _end(process: Process, patience_s: float) -> None:
+    """Ask a process to stop, and kill it if it does not within ``patience_s``."""
+    for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process takes the first with the second
+        if process.returncode is None:
+            process.send_signal(number)
+    try:
+        await asyncio.wait_for(process.wait(), patience_s)
+    except TimeoutError:
+        log.warning("event=killed pid=%d", process.pid)
+        process.kill()
+        await process.wait()
+
+
+def _die_with_parent() -> None:
+    """In the child: be told to stop when the parent dies, however it dies (Linux)."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

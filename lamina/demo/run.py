@@ -1,0 +1,175 @@
+"""``lamina demo``: one compute and two memory nodes as processes of this machine decode the shipped checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from lamina.client import connect
+from lamina.cluster import Cluster
+from lamina.config import ClusterConfig, load
+from lamina.demo.stories import DEMO_PROMPT
+from lamina.errors import LaminaError
+from lamina.protocol import Status
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+MAX_TOKENS = 256
+MEMORY_NODES = 2
+
+# One thread for each node: the model is small, and the nodes share the machine.
+_CLUSTER = """\
+[model]
+path = {path}
+dtype = "float32"
+
+[[node]]
+name = "c0"
+role = "compute"
+address = "tcp://127.0.0.1:{front}"
+threads = 1
+"""
+_MEMORY_NODE = """
+[[node]]
+name = "m{number}"
+role = "memory"
+address = "tcp://127.0.0.1:{port}"
+memory = "64MiB"
+threads = 1
+"""
+
+
+@dataclass
+class _Run:
+    """What one answer of the cluster was like."""
+
+    tokens: list[int]
+    text: str
+    seconds: float
+    """From the first token to the last."""
+    before: dict[str, Status]
+    """Of all nodes, when the first token had come."""
+    after: dict[str, Status]
+
+
+def run(*, as_json: bool) -> int:
+    """Run the demo; the exit status is 0 only if the tokens are those of ``transformers``."""
+    with tempfile.TemporaryDirectory(prefix="lamina-demo-") as folder:
+        config = _write_config(Path(folder))
+        log_path = Path(folder) / "nodes.log"
+        console = Console(stderr=as_json, highlight=False)
+        try:
+            answer = uvloop.run(_decode(config, log_path, console))
+        except LaminaError:
+            sys.stderr.write(log_path.read_text())
+            raise
+        console.print("\nthe same files and prompt in transformers, in one process …")
+        identical = _oracle(len(answer.tokens)) == answer.tokens
+        facts = _facts(config, answer, identical)
+        if as_json:
+            sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        else:
+            _print(console, facts)
+    return 0 if identical else 1
+
+
+def _write_config(folder: Path) -> ClusterConfig:
+    front, *ports = _free_ports(1 + MEMORY_NODES)
+    text = _CLUSTER.format(path=json.dumps(str(CHECKPOINT)), front=front)
+    text += "".join(_MEMORY_NODE.format(number=i, port=port) for i, port in enumerate(ports))
+    file = folder / "cluster.toml"
+    file.write_text(text)
+    return load(file)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
+
+
+async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _Run:
+    with log_path.open("wb") as log_file:
+        async with Cluster(config, log_file=log_file) as cluster:
+            with console.status(f"starting {len(config.node)} nodes …"):
+                await cluster.ready()
+            async with connect(config.front.address) as client:
+                console.print(DEMO_PROMPT, end="", style="bold")
+                stream = client.stream(DEMO_PROMPT, max_tokens=MAX_TOKENS)
+                tokens, text, first, before = [], "", 0.0, {}
+                async for token in stream:
+                    if not tokens:
+                        before = await cluster.statuses()
+                        first = time.perf_counter()
+                    tokens.append(token.id)
+                    text += token.text
+                    console.print(token.text, end="", markup=False, soft_wrap=True)
+                seconds = time.perf_counter() - first
+                return _Run(tokens, text + stream.held_back, seconds, before, await cluster.statuses())
+
+
+def _oracle(tokens: int) -> list[int]:
+    command = [sys.executable, "-m", "lamina.demo.oracle", str(CHECKPOINT), DEMO_PROMPT, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaminaError(f"transformers could not decode the checkpoint for comparison:\n{done.stderr}")
+    ids: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return ids
+
+
+def _facts(config: ClusterConfig, answer: _Run, identical: bool) -> dict[str, Any]:
+    """What the run was like. Differences of counters, each taken on one node, between the first token and the last."""
+    front = config.front.name
+    old, new = answer.before[front], answer.after[front]
+    steps, layers = new.steps - old.steps, new.layers - old.layers
+    wire = sum(p.bytes_sent + p.bytes_received for p in new.peers) - sum(
+        p.bytes_sent + p.bytes_received for p in old.peers
+    )
+    whole = answer.seconds / layers
+    compute = (new.busy_s - old.busy_s) / layers
+    attention = max(answer.after[n.name].busy_s - answer.before[n.name].busy_s for n in config.memory_nodes) / layers
+    memory_nodes = [
+        {"name": p.name, "role": "memory", "transport": p.transport, "kv_heads": p.kv_heads} for p in new.peers
+    ]
+    return {
+        "identical": identical,
+        "text": DEMO_PROMPT + answer.text,
+        "tokens": len(answer.tokens),
+        "tokens_per_s": steps / answer.seconds,
+        "wire_bytes_per_token": wire / steps,
+        "layer_us": {
+            "whole": whole * 1e6,
+            "compute": compute * 1e6,
+            "attention": attention * 1e6,
+            "wire": max(0.0, whole - compute - attention) * 1e6,
+        },
+        "nodes": [{"name": front, "role": "compute", "transport": None, "kv_heads": 0}, *memory_nodes],
+    }
+
+
+def _print(console: Console, facts: dict[str, Any]) -> None:
+    nodes = Table("node", "role", "transport", "KV heads")
+    for n in facts["nodes"]:
+        nodes.add_row(n["name"], n["role"], n["transport"] or "", str(n["kv_heads"] or ""))
+    figures = Table(show_header=False)
+    layer = facts["layer_us"]
+    figures.add_row("tokens/s", f"{facts['tokens_per_s']:.1f}")
+    figures.add_row("bytes per token on the wire", f"{facts['wire_bytes_per_token']:,.0f}")
+    figures.add_row("time per layer", f"{layer['whole']:.0f} µs")
+    figures.add_row("  compute", f"{layer['compute']:.0f} µs")
+    figures.add_row("  attention (slowest memory node)", f"{layer['attention']:.0f} µs")
+    figures.add_row("  wire and waiting", f"{layer['wire']:.0f} µs")
+    console.print(nodes, figures)
+    console.print(f"{facts['tokens']} tokens, identical: {'yes' if facts['identical'] else 'no'}")
