@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hmac
+import os
 import random
 import secrets
 import socket
@@ -68,7 +69,7 @@ async def connect(
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - no secret depends on it
                 pause = min(2 * pause, _LONGEST_PAUSE)
     except TimeoutError:
-        reason = getattr(failure, "strerror", None) or failure or "no answer"
+        reason = "no answer" if failure is None else _reason(failure)
         raise ConnectError(f"{address}: no link within {deadline_s:g} s, last attempt: {reason}") from failure
 
 
@@ -139,7 +140,7 @@ class Listener:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ConnectError(f"cannot listen at {address}: another process uses the port") from error
-            raise ConnectError(f"cannot listen at {address}: {error.strerror or error}") from error
+            raise ConnectError(f"cannot listen at {address}: {_reason(error)}") from error
         sock.setblocking(False)
         bound = Address(address.scheme, address.host, sock.getsockname()[1])
         log.info('event=listening address=%s node="%s"', bound, hello.name)
@@ -175,7 +176,7 @@ class Listener:
             return
         except OSError as error:
             # Out of file descriptors, mostly: the connection stays in the backlog, so trying at once would spin.
-            log.error('event=accept_failed address=%s reason="%s"', self.address, error.strerror)
+            log.error('event=accept_failed address=%s reason="%s"', self.address, _reason(error))
             self._loop.remove_reader(self._socket.fileno())
             self._loop.call_later(_ACCEPT_PAUSE, self._resume)
             return
@@ -205,8 +206,7 @@ class Listener:
                         await refuse(sock, str(error))
                         raise
             except (TransportError, OSError) as error:
-                reason = "too slow" if isinstance(error, TimeoutError) else error
-                log.warning('event=handshake_failed address=%s peer=%s reason="%s"', self.address, peer, reason)
+                log.warning('event=handshake_failed address=%s peer=%s reason="%s"', self.address, peer, _reason(error))
 
     async def _shake_hands(self, sock: socket.socket, peer_address: str, stack: ExitStack) -> None:
         _tune(sock, self._peer_timeout)
@@ -312,6 +312,15 @@ def _tune(sock: socket.socket, peer_timeout: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(peer_timeout)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in the words of the operating system where it has any; loops add words of their own."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    if isinstance(error, TimeoutError):
+        return "the handshake took too long"
+    return str(error)
 
 
 def _place_text(place: tuple[Any, ...]) -> str:

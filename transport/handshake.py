@@ -53,7 +53,7 @@ class Introduction:
                 "details": dict(details),
                 "lane": 0 | 1 as lane,
                 "link_id": bytes(link_id),
-                "peer_timeout": float(peer_timeout),
+                "peer_timeout": float() | int() as peer_timeout,
             } if MIN_PEER_TIMEOUT <= peer_timeout <= MAX_PEER_TIMEOUT and len(link_id) in (0, LINK_ID_BYTES):
                 try:
                     return cls(Hello(role, name, details), Lane(lane), link_id, peer_timeout)
