@@ -118,6 +118,7 @@ class Link(ABC):
         self.peer_address = peer_address
         self.error: TransportError | None = None
         """Why the link ended; None while it lives and after a complete ``close``."""
+        self._open = True
         self._regions: dict[int, memoryview] = {}
         self._on_tag: Callable[[Lane, int], None] | None = None
         self._on_message: Callable[[dict[str, Any]], None] | None = None
@@ -221,9 +222,9 @@ class Link(ABC):
     # -- the end
 
     @property
-    @abstractmethod
     def closed(self) -> bool:
         """Whether nothing can be sent any more."""
+        return not self._open
 
     @abstractmethod
     async def close(self) -> None:
@@ -245,10 +246,10 @@ class Link(ABC):
     ) -> None:
         await self.close()
 
-    # -- for implementations
+    # -- for implementations, which clear ``_open`` when the link begins to end
 
     def _check_open(self) -> None:
-        if self.closed:
+        if not self._open:
             raise self.error or TransportError(f"the link to {self} is closed")
 
     def _check_write(self, remote: RemoteRegion, offset: int, nbytes: int, tag: int) -> None:

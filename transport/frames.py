@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lamina.errors import HandshakeError, ProtocolError
 from lamina.transport.messages import decode_message, encode_message
@@ -29,55 +29,40 @@ _HEADER = struct.Struct("<4sHHIIQQ")
 HEADER_BYTES = _HEADER.size
 
 
-class Kind(enum.IntEnum):
-    """What a frame is."""
-
-    WRITE = 1
-    MESSAGE = 2
-    HEARTBEAT = 3
-    BYE = 4
+# Plain integers: looking up members of an enum takes longer than receiving a header.
+WRITE, MESSAGE, HEARTBEAT, BYE = 1, 2, 3, 4
 
 
-class Tag(NamedTuple):
-    """A write is complete: all its bytes are in the region."""
+class Sign(enum.Enum):
+    """A frame that says everything by being there."""
 
-    tag: int
-
-
-class Message(NamedTuple):
-    """A control message arrived."""
-
-    body: dict[str, Any]
-
-
-class Heartbeat(NamedTuple):
+    HEARTBEAT = HEARTBEAT
     """The peer is alive."""
+    BYE = BYE
+    """The peer has sent everything that it will ever send on this lane."""
 
 
-class Bye(NamedTuple):
-    """The peer sent everything that it will ever send on this lane."""
+Event = int | dict[str, Any] | Sign
+"""What became complete: a write, by its tag, when all its bytes are in the region; a control message; or a sign."""
 
 
-Event = Tag | Message | Heartbeat | Bye
-
-
-def _header(kind: Kind, length: int = 0, key: int = 0, tag: int = 0, offset: int = 0) -> bytes:
+def _header(kind: int, length: int = 0, key: int = 0, tag: int = 0, offset: int = 0) -> bytes:
     return _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, key, tag, offset, length)
 
 
-HEARTBEAT_FRAME = _header(Kind.HEARTBEAT)
-BYE_FRAME = _header(Kind.BYE)
+HEARTBEAT_FRAME = _header(HEARTBEAT)
+BYE_FRAME = _header(BYE)
 
 
 def write_header(key: int, offset: int, nbytes: int, tag: int) -> bytes:
     """Header of a WRITE; the ``nbytes`` bytes themselves follow it from wherever they are."""
-    return _HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.WRITE, key, tag, offset, nbytes)
+    return _HEADER.pack(MAGIC, PROTOCOL_VERSION, WRITE, key, tag, offset, nbytes)
 
 
 def message_frame(message: dict[str, Any], limit: int) -> bytes:
     """A whole MESSAGE frame. Raises ProtocolError if the encoded message is longer than ``limit`` bytes."""
     body = encode_message(message, limit)
-    return _header(Kind.MESSAGE, len(body)) + body
+    return _header(MESSAGE, len(body)) + body
 
 
 class FrameReceiver:
@@ -97,7 +82,7 @@ class FrameReceiver:
         self._header = memoryview(bytearray(HEADER_BYTES))
         self._target = self._header
         self._filled = 0
-        self._kind = Kind.HEARTBEAT
+        self._kind = 0
         self._tag = 0
 
     def next_buffer(self) -> memoryview:
@@ -124,7 +109,7 @@ class FrameReceiver:
 
     def _payload_of_header(self) -> memoryview | None:
         """Check the header that just became complete; returns where its payload goes, None if it has none."""
-        magic, version, kind, key, self._tag, offset, length = _HEADER.unpack(self._header)
+        magic, version, self._kind, key, self._tag, offset, length = _HEADER.unpack(self._header)
         if magic != MAGIC:
             raise ProtocolError(
                 f"expected a frame that starts with {MAGIC!r}, got {magic!r}: the peer is no Lamina node"
@@ -134,39 +119,30 @@ class FrameReceiver:
                 f"the peer speaks protocol version {version}, this end speaks version {PROTOCOL_VERSION}: "
                 "install the same release on both"
             )
-        match kind:
-            case Kind.WRITE:
-                self._kind = Kind.WRITE
-                region = self._regions.get(key)
-                if region is None:
-                    raise ProtocolError(f"the peer wrote to region {key}, which was not exposed to it")
-                if offset + length > len(region):
-                    raise ProtocolError(
-                        f"the peer wrote bytes {offset}..{offset + length} of region {key}, which has {len(region)}"
-                    )
-                return region[offset : offset + length] if length else None
-            case Kind.MESSAGE:
-                self._kind = Kind.MESSAGE
-                if not 0 < length <= self._max_message:
-                    raise ProtocolError(
-                        f"the peer sent a message of {length} bytes where 1 to {self._max_message} are allowed"
-                    )
-                return memoryview(bytearray(length))
-            case Kind.HEARTBEAT | Kind.BYE:
-                self._kind = Kind(kind)
-                if length:
-                    raise ProtocolError(f"the peer sent {length} bytes with a {self._kind.name}, which has none")
-                return None
-            case _:
-                raise ProtocolError(f"the peer sent a frame of the unknown kind {kind}")
+        if self._kind == WRITE:
+            region = self._regions.get(key)
+            if region is None:
+                raise ProtocolError(f"the peer wrote to region {key}, which was not exposed to it")
+            if offset + length > len(region):
+                raise ProtocolError(
+                    f"the peer wrote bytes {offset}..{offset + length} of region {key}, which has {len(region)}"
+                )
+            return region[offset : offset + length] if length else None
+        if self._kind == MESSAGE:
+            if not 0 < length <= self._max_message:
+                raise ProtocolError(
+                    f"the peer sent a message of {length} bytes where 1 to {self._max_message} are allowed"
+                )
+            return memoryview(bytearray(length))
+        if self._kind not in (HEARTBEAT, BYE):
+            raise ProtocolError(f"the peer sent a frame of the unknown kind {self._kind}")
+        if length:
+            raise ProtocolError(f"the peer sent {length} bytes with a {Sign(self._kind).name}, which has none")
+        return None
 
     def _completed(self) -> Event:
-        match self._kind:
-            case Kind.WRITE:
-                return Tag(self._tag)
-            case Kind.MESSAGE:
-                return Message(decode_message(self._target))
-            case Kind.HEARTBEAT:
-                return Heartbeat()
-            case Kind.BYE:
-                return Bye()
+        if self._kind == WRITE:
+            return self._tag
+        if self._kind == MESSAGE:
+            return decode_message(self._target)
+        return Sign(self._kind)

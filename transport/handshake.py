@@ -14,7 +14,7 @@ from typing import Any
 
 from lamina.errors import ConfigError, ConnectError, HandshakeError, ProtocolError
 from lamina.transport.base import Hello, Lane
-from lamina.transport.frames import FrameReceiver, Message, message_frame
+from lamina.transport.frames import FrameReceiver, message_frame
 
 MAX_HELLO = 16 << 10
 LINK_ID_BYTES = 16
@@ -93,12 +93,12 @@ async def receive_introduction(sock: socket.socket) -> Introduction:
             raise ConnectError("the peer closed the connection during the handshake")
         event = receiver.received(nbytes)
     match event:
-        case Message({"refused": str(reason)}):
+        case {"refused": str(reason)}:
             raise HandshakeError(f"the peer refused: {reason!r:.500}")
-        case Message(body):
-            return Introduction.from_map(body)
+        case dict():
+            return Introduction.from_map(event)
         case _:
-            raise ProtocolError(f"the peer opened with {type(event).__name__} instead of a hello")
+            raise ProtocolError(f"the peer opened with {event} instead of a hello")
 
 
 async def refuse(sock: socket.socket, reason: str) -> None:

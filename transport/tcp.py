@@ -20,11 +20,9 @@ from lamina.transport.frames import (
     CHUNK_BYTES,
     HEADER_BYTES,
     HEARTBEAT_FRAME,
-    Bye,
     Event,
     FrameReceiver,
-    Message,
-    Tag,
+    Sign,
     message_frame,
     write_header,
 )
@@ -64,7 +62,6 @@ class TcpLink(Link):
             _Connection(self, bulk, Lane.BULK, FrameReceiver(self._regions, 0)),
         )
         self._reading = False
-        self._closing = False
         self._ended = asyncio.Event()
 
         # Silence is counted in periods rather than seconds: while this process is stopped or its loop is blocked no
@@ -119,13 +116,9 @@ class TcpLink(Link):
             raise self.error
         await self._connections[lane].drain()
 
-    @property
-    def closed(self) -> bool:
-        return self._closing or self.ended
-
     async def close(self) -> None:
-        if not self.closed:
-            self._closing = True
+        if self._open:
+            self._open = False
             self._start_reading()
             for connection in self._connections:
                 connection.push([memoryview(BYE_FRAME)], HEADER_BYTES)
@@ -144,26 +137,19 @@ class TcpLink(Link):
 
     # -- what the connections report
 
-    @property
-    def ended(self) -> bool:
-        """Whether the sockets are closed."""
-        return self._ended.is_set()
-
     def deliver(self, lane: Lane, event: Event) -> None:
         """Hand an event to the owner; what comes after the owner's ``close`` is only counted as a sign of life."""
-        if self._closing:
+        if not self._open:
             return
         try:
-            match event:
-                case Tag(tag):
-                    if self._on_tag is not None:
-                        self._on_tag(lane, tag)
-                case Message(body):
-                    if self._on_message is not None:
-                        self._on_message(body)
-                case Bye():
-                    if all(connection.said_bye for connection in self._connections):
-                        self.fail(PeerLostError(f"{self} closed the link"))
+            if isinstance(event, int):
+                if self._on_tag is not None:
+                    self._on_tag(lane, event)
+            elif isinstance(event, dict):
+                if self._on_message is not None:
+                    self._on_message(event)
+            elif all(connection.said_bye for connection in self._connections):
+                self.fail(PeerLostError(f"{self} closed the link"))
         except Exception as error:
             log.exception('event=callback_failed transport=%s peer="%s"', self.transport, self)
             lost = TransportError(f"what {self} sent could not be handled: {error!r}")
@@ -177,9 +163,10 @@ class TcpLink(Link):
 
     def fail(self, error: TransportError) -> None:
         """End the link for a reason that the owner does not know yet."""
+        was_open = self._open
         if not self._end(error):
             return
-        if self._closing:
+        if not was_open:
             log.warning('event=link_close_failed transport=%s peer="%s" reason="%s"', self.transport, self, error)
             return
         log.warning('event=link_lost transport=%s peer="%s" reason="%s"', self.transport, self, error)
@@ -201,7 +188,7 @@ class TcpLink(Link):
         self.fail(error)
 
     def _start_reading(self) -> None:
-        if self._reading or self.ended:
+        if self._reading or self._ended.is_set():
             return
         self._reading = True
         for connection in self._connections:
@@ -211,7 +198,7 @@ class TcpLink(Link):
         self._timer = self._loop.call_later(self._period, self._each_period)
         if self._reading:
             self.poll()  # on some loops timers run before sockets: look before judging
-            if self.ended:
+            if self._ended.is_set():
                 return
             heard_bytes = sum(self.bytes_received)
             self._silent_periods = 0 if heard_bytes != self._heard_bytes else self._silent_periods + 1
@@ -220,13 +207,14 @@ class TcpLink(Link):
                 self.fail(PeerLostError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
                 return
         decode = self._connections[Lane.DECODE]
-        if not self._closing and not decode.pending_bytes:
+        if self._open and not decode.pending_bytes:
             decode.push([memoryview(HEARTBEAT_FRAME)], HEADER_BYTES)
 
     def _end(self, error: TransportError | None) -> bool:
         """Close the sockets and wake everybody who waits; False if that was done before."""
-        if self.ended:
+        if self._ended.is_set():
             return False
+        self._open = False
         self.error = error
         self._ended.set()
         self._timer.cancel()
@@ -351,7 +339,7 @@ class _Connection:
                 self._link.fail(ProtocolError(f"{self._link}: {error}"))
                 break
             if event is not None:
-                self.said_bye = type(event) is Bye
+                self.said_bye = event is Sign.BYE
                 self._link.deliver(self._lane, event)
             if nbytes < len(buffer):
                 break  # the socket is empty: spare the system call that would say so

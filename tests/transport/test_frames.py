@@ -12,13 +12,10 @@ from lamina.transport.frames import (
     CHUNK_BYTES,
     HEADER_BYTES,
     HEARTBEAT_FRAME,
+    MESSAGE,
     PROTOCOL_VERSION,
-    Bye,
     FrameReceiver,
-    Heartbeat,
-    Kind,
-    Message,
-    Tag,
+    Sign,
     message_frame,
     write_header,
 )
@@ -36,12 +33,12 @@ def writes(draw):
     data = draw(st.binary(max_size=REGION_BYTES))
     offset = draw(st.integers(0, REGION_BYTES - len(data)))
     tag = draw(u32)
-    return write_header(1, offset, len(data), tag) + data, Tag(tag)
+    return write_header(1, offset, len(data), tag) + data, tag
 
 
 plain_maps = st.dictionaries(st.text("aé", max_size=5), st.integers(-5, 300) | st.binary(max_size=8), max_size=5)
-messages = plain_maps.map(lambda body: (message_frame(body, MAX_MESSAGE), Message(body)))
-signs = st.sampled_from([(HEARTBEAT_FRAME, Heartbeat()), (BYE_FRAME, Bye())])
+messages = plain_maps.map(lambda body: (message_frame(body, MAX_MESSAGE), body))
+signs = st.sampled_from([(HEARTBEAT_FRAME, Sign.HEARTBEAT), (BYE_FRAME, Sign.BYE)])
 frames = st.lists(writes() | messages | signs, min_size=1, max_size=8)
 
 
@@ -90,7 +87,7 @@ def check_survives(stream: bytes) -> None:
 
     try:
         for event in feed(receiver, stream, pieces):
-            assert isinstance(event, Tag | Message | Heartbeat | Bye)
+            assert isinstance(event, int | dict | Sign)
     except (ProtocolError, HandshakeError):
         pass
     assert largest <= max(REGION_BYTES, MAX_MESSAGE)
@@ -115,7 +112,7 @@ def test_damaged_frames(sent, flips):
 
 
 @relaxed
-@given(kind=st.sampled_from(Kind), key=u32, tag=u32, offset=st.integers(0, 2**64 - 1), length=st.integers(0, 2**64 - 1))
+@given(kind=st.integers(1, 4), key=u32, tag=u32, offset=st.integers(0, 2**64 - 1), length=st.integers(0, 2**64 - 1))
 def test_any_header(kind, key, tag, offset, length):
     """Every combination of fields is checked before anything is done about it."""
     header = bytearray(write_header(key, offset, length, tag))
@@ -146,7 +143,7 @@ def test_write_to_unknown_region():
 def test_length_of_a_message(length):
     """A message has at least one byte and at most as many as were agreed, whatever its header claims."""
     header = bytearray(write_header(0, 0, length, 0))
-    header[6] = Kind.MESSAGE
+    header[6] = MESSAGE
 
     with pytest.raises(ProtocolError, match=f"message of {length} bytes where 1 to 200 are allowed"):
         feed(new_receiver()[0], bytes(header))
@@ -179,7 +176,7 @@ def test_large_payload_goes_straight_into_the_region():
     assert bytes(memory[4:6]) == b"ab"
     assert receiver.received(len(first)) is None
     assert len(receiver.next_buffer()) == 5
-    assert receiver.received(5) == Tag(9)
+    assert receiver.received(5) == 9
 
 
 def test_header_is_as_documented():

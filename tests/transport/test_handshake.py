@@ -304,7 +304,7 @@ def test_failing_on_link(run):
     run(main())
 
 
-def test_different_patience(run):
+def test_different_patience():
     """Heartbeats follow the less patient end, so that it does not lose a patient one."""
 
     async def main():
@@ -319,7 +319,7 @@ def test_different_patience(run):
             assert link.error is None
             assert other.error is None
 
-    run(main())
+    asyncio.run(main())
 
 
 # -- strangers
