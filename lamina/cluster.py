@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import logging
 import signal
+import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import IO, Any
 
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig, NodeConfig, load
 from lamina.errors import ConnectError, LaminaError, NodeError, TransportError
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.protocol import AskStatus, Status, decode, encode
@@ -22,6 +26,29 @@ log = logging.getLogger("lamina.cluster")
 ASK_EVERY_S = 0.25
 KILL_AFTER_S = 5.0
 """How long a process may take to end once it has drained, or once it need not."""
+
+
+def local_config(folder: Path, model: Path, *, memory_nodes: int, dtype: str, memory: str) -> ClusterConfig:
+    """Write ``folder``/cluster.toml: one compute node and ``memory_nodes`` memory nodes on free ports of this machine.
+
+    Each node computes with one thread, as they share the machine's cores.
+    """
+    front, *ports = _free_ports(1 + memory_nodes)
+    address = "tcp://127.0.0.1:{}".format
+    lines = ["[model]", f"path = {json.dumps(str(model.resolve()))}", f'dtype = "{dtype}"']
+    lines += ["[[node]]", 'name = "c0"', 'role = "compute"', f'address = "{address(front)}"', "threads = 1"]
+    for i, port in enumerate(ports):
+        lines += ["[[node]]", f'name = "m{i}"', 'role = "memory"', f'address = "{address(port)}"', "threads = 1"]
+        lines.append(f'memory = "{memory}"')
+    file = folder / "cluster.toml"
+    file.write_text("\n".join(lines) + "\n")
+    return load(file)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
 
 
 class Cluster:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from lamina.errors import ConfigError
 
@@ -86,7 +86,7 @@ class _Set:
 
     __slots__ = ("_set", "_value")
 
-    def __init__(self, set_: Callable[[object], None], value: object) -> None:
+    def __init__(self, set_: Callable[[Any], None], value: object) -> None:
         self._set, self._value = set_, value
 
     def __call__(self) -> None:

@@ -22,7 +22,7 @@ Count = Annotated[int, Meta(ge=0, le=2**40)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
 
 
-class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):
+class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):
     """Base of the control messages; the class name travels as ``type``."""
 
 

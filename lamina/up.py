@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import sys
+from typing import Any
 
 import uvloop
 
@@ -34,7 +35,8 @@ async def _main(config: ClusterConfig) -> int:
     cluster = Cluster(config, on_change=show)
     async with cluster:
         stopped = asyncio.ensure_future(stop.wait())
-        await asyncio.wait({stopped, cluster.failed}, return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [stopped, cluster.failed]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         log.info("event=stopping reason=%s", "asked" if stopped.done() else "failure")
         await cluster.stop(drain=stopped.done())
         stopped.cancel()

@@ -111,6 +111,8 @@ class Link(ABC):
 
     transport: ClassVar[str]
     """Name of the implementation: ``tcp``."""
+    peer_timeout: float
+    """Silence, in seconds, after which the peer is taken for dead. The owner may change it at any time."""
 
     def __init__(self, local: Hello, peer: Hello, peer_address: str) -> None:
         self.local = local

@@ -66,7 +66,7 @@ class TcpLink(Link):
 
         # Silence is counted in periods rather than seconds: while this process is stopped or its loop is blocked no
         # period passes, so the peer is not blamed for what it could not be heard saying.
-        self._peer_timeout = peer_timeout
+        self.peer_timeout = peer_timeout
         self._period = min(peer_timeout, heartbeat_timeout) / HEARTBEATS_PER_TIMEOUT
         self._silent_periods = 0
         self._heard_bytes = 0
@@ -203,8 +203,8 @@ class TcpLink(Link):
             heard_bytes = sum(self.bytes_received)
             self._silent_periods = 0 if heard_bytes != self._heard_bytes else self._silent_periods + 1
             self._heard_bytes = heard_bytes
-            if self._silent_periods * self._period >= self._peer_timeout:
-                self.fail(PeerLostError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
+            if self._silent_periods * self._period >= self.peer_timeout:
+                self.fail(PeerLostError(f"{self} has been silent for {self.peer_timeout:.1f} s"))
                 return
         decode = self._connections[Lane.DECODE]
         if self._open and not decode.pending_bytes:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,36 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lamina.client import connect
-from lamina.cluster import Cluster
-from lamina.config import ClusterConfig, load
+from lamina.cluster import Cluster, local_config
+from lamina.config import ClusterConfig
 from lamina.demo.stories import DEMO_PROMPT
 from lamina.errors import LaminaError
+from lamina.figures import between
 from lamina.protocol import Status
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 MAX_TOKENS = 256
 MEMORY_NODES = 2
-
-# One thread for each node: the model is small, and the nodes share the machine.
-_CLUSTER = """\
-[model]
-path = {path}
-dtype = "float32"
-
-[[node]]
-name = "c0"
-role = "compute"
-address = "tcp://127.0.0.1:{front}"
-threads = 1
-"""
-_MEMORY_NODE = """
-[[node]]
-name = "m{number}"
-role = "memory"
-address = "tcp://127.0.0.1:{port}"
-memory = "64MiB"
-threads = 1
-"""
 
 
 @dataclass
@@ -67,7 +44,7 @@ class _Run:
 def run(*, as_json: bool) -> int:
     """Run the demo; the exit status is 0 only if the tokens are those of ``transformers``."""
     with tempfile.TemporaryDirectory(prefix="lamina-demo-") as folder:
-        config = _write_config(Path(folder))
+        config = local_config(Path(folder), CHECKPOINT, memory_nodes=MEMORY_NODES, dtype="float32", memory="64MiB")
         log_path = Path(folder) / "nodes.log"
         console = Console(stderr=as_json, highlight=False)
         try:
@@ -83,21 +60,6 @@ def run(*, as_json: bool) -> int:
         else:
             _print(console, facts)
     return 0 if identical else 1
-
-
-def _write_config(folder: Path) -> ClusterConfig:
-    front, *ports = _free_ports(1 + MEMORY_NODES)
-    text = _CLUSTER.format(path=json.dumps(str(CHECKPOINT)), front=front)
-    text += "".join(_MEMORY_NODE.format(number=i, port=port) for i, port in enumerate(ports))
-    file = folder / "cluster.toml"
-    file.write_text(text)
-    return load(file)
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
 
 
 async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _Run:
@@ -130,32 +92,19 @@ def _oracle(tokens: int) -> list[int]:
 
 
 def _facts(config: ClusterConfig, answer: _Run, identical: bool) -> dict[str, Any]:
-    """What the run was like. Differences of counters, each taken on one node, between the first token and the last."""
-    front = config.front.name
-    old, new = answer.before[front], answer.after[front]
-    steps, layers = new.steps - old.steps, new.layers - old.layers
-    wire = sum(p.bytes_sent + p.bytes_received for p in new.peers) - sum(
-        p.bytes_sent + p.bytes_received for p in old.peers
-    )
-    whole = answer.seconds / layers
-    compute = (new.busy_s - old.busy_s) / layers
-    attention = max(answer.after[n.name].busy_s - answer.before[n.name].busy_s for n in config.memory_nodes) / layers
+    figures = between(answer.before, answer.after, answer.seconds)
     memory_nodes = [
-        {"name": p.name, "role": "memory", "transport": p.transport, "kv_heads": p.kv_heads} for p in new.peers
+        {"name": p.name, "role": "memory", "transport": p.transport, "kv_heads": p.kv_heads}
+        for p in answer.after[config.front.name].peers
     ]
     return {
         "identical": identical,
         "text": DEMO_PROMPT + answer.text,
         "tokens": len(answer.tokens),
-        "tokens_per_s": steps / answer.seconds,
-        "wire_bytes_per_token": wire / steps,
-        "layer_us": {
-            "whole": whole * 1e6,
-            "compute": compute * 1e6,
-            "attention": attention * 1e6,
-            "wire": max(0.0, whole - compute - attention) * 1e6,
-        },
-        "nodes": [{"name": front, "role": "compute", "transport": None, "kv_heads": 0}, *memory_nodes],
+        "tokens_per_s": figures.tokens_per_s,
+        "wire_bytes_per_token": figures.wire_bytes_per_token,
+        "layer_us": figures.layer_us,
+        "nodes": [{"name": config.front.name, "role": "compute", "transport": None, "kv_heads": 0}, *memory_nodes],
     }
 
 

@@ -38,6 +38,7 @@ class Engine:
         *,
         batches: int,
         context: int,
+        vocabulary: int,
         stop_tokens: frozenset[int],
     ) -> None:
         self._runner = runner
@@ -45,6 +46,7 @@ class Engine:
         self._scheduler = scheduler
         self._batches = batches
         self._context = context
+        self._vocabulary = vocabulary
         self._stop_tokens = stop_tokens
         self._answers: dict[Sequence, Answer] = {}
         self._ids = itertools.count()
@@ -80,6 +82,11 @@ class Engine:
             raise RequestError("the node is draining and takes no new requests")
         if not prompt:
             raise RequestError("the prompt is empty; expected at least one token")
+        for position, token in enumerate(prompt):
+            if token >= self._vocabulary:
+                raise RequestError(
+                    f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
+                )
         room = self._context - len(prompt)
         if room < 1:
             raise RequestError(

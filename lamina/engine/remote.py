@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,8 @@ class RemoteShard:
         self._replies[key] = reply = asyncio.get_running_loop().create_future()
         try:
             self.link.send(encode(message))
-            return await reply
+            answer: Attached | Reserved = await reply
+            return answer
         finally:
             del self._replies[key]
 
@@ -219,7 +221,8 @@ class RemoteShard:
 
     def _on_lost(self, error: TransportError) -> None:
         lost = NodeError(f"memory node {self.name} was lost: {error}", node=self.name)
-        for waiting in [*self._replies.values(), *(done for _, done in self._awaited.values()), self.lost]:
+        waiters: list[asyncio.Future[Any]] = [self.lost, *self._replies.values()]
+        for waiting in waiters + [done for _, done in self._awaited.values()]:
             if not waiting.done():
                 waiting.set_exception(lost)
                 waiting.exception()  # whoever waits is told; nobody has to

@@ -50,17 +50,16 @@ class _Slot:
 class AttentionShard:
     """Serves one link of a compute node, from its Attach until the link ends.
 
-    ``nbytes`` is the memory for the cache. Everything that touches tensors runs on ``device``. ``stale_tags`` counts
+    ``cache`` is what ``make_cache`` made. Everything that touches tensors runs on ``device``. ``stale_tags`` counts
     arrivals that belonged to no present step, ``stale_chunks`` those of sequences that were over.
     """
 
-    def __init__(self, link: Link, attach: Attach, nbytes: int, device: Device) -> None:
+    def __init__(self, link: Link, attach: Attach, cache: KVCache, device: Device) -> None:
         self._link = link
         self._device = device
         self._layers = tuple(attach.layers)
-        layout = KVLayout(layers=self._layers, dtype=attach.dtype, block_tokens=attach.block_tokens)
-        self.cache = KVCache(layout, nbytes)
-        self._backend = create_backend("torch", self.cache)
+        self.cache = cache
+        self._backend = create_backend("torch", cache)
         self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_batch)
         self._outputs_remote = attach.outputs
         self._dtype = dtype = getattr(torch, attach.dtype)
@@ -235,6 +234,12 @@ class AttentionShard:
     def _on_lost(self, error: TransportError) -> None:
         if not self._lost.done():
             self._lost.set_exception(error)
+
+
+def make_cache(attach: Attach, nbytes: int) -> KVCache:
+    """The cache that a compute node asks for, in ``nbytes`` of memory, all of it taken now: that may take seconds."""
+    layout = KVLayout(layers=tuple(attach.layers), dtype=attach.dtype, block_tokens=attach.block_tokens)
+    return KVCache(layout, nbytes)
 
 
 async def _raise_when(lost: asyncio.Future[None]) -> None:

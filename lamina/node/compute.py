@@ -33,6 +33,10 @@ BLOCK_TOKENS = 16
 """Tokens of a block of the KV cache."""
 
 
+CLIENT_TIMEOUT_S = 30.0
+"""Silence that is forgiven to clients, whose event loops may be busy with other things than Lamina."""
+
+
 class ComputeNode:
     """The compute node ``node`` of a cluster, which is also its front."""
 
@@ -129,6 +133,7 @@ class ComputeNode:
             scheduler,
             batches=pipeline.batches,
             context=context,
+            vocabulary=checkpoint.vocabulary,
             stop_tokens=checkpoint.stop_tokens,
         )
 
@@ -168,6 +173,7 @@ class ComputeNode:
     def _on_link(self, link: Link) -> None:
         self._clients.add(link)
         if link.peer.role == "client":
+            link.peer_timeout = CLIENT_TIMEOUT_S
             ClientSession(link, self._ready_engine, self._ready_tokenizer, self._status)
         else:
             link.on_message = lambda plain: self._answer_monitor(link, plain)

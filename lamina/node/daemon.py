@@ -25,7 +25,7 @@ def run(name: str, serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """
     logs.configure(name)
     try:
-        return uvloop.run(_main(serve))
+        return int(uvloop.run(_main(serve)))
     except asyncio.CancelledError:
         log.warning("event=stopped reason='second signal'")
         return 1

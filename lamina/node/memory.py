@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from lamina.device import Device
-from lamina.engine.shard import AttentionShard
+from lamina.engine.shard import AttentionShard, make_cache
 from lamina.errors import LaminaError, TransportError
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.protocol import AskStatus, Attach, Failed, Refused, Status, decode, encode
@@ -73,39 +73,43 @@ class MemoryNode:
         if self._owner:
             link.send(encode(Refused(reason=f"already serves compute node {self._owner}, and serves one at a time")))
             return
-        try:
-            shard = AttentionShard(link, attach, self._nbytes, self._device)
-        except LaminaError as e:
-            link.send(encode(Refused(reason=str(e))))
-            return
-        self._owner, self._shard = link.peer.name, shard
-        task = asyncio.get_running_loop().create_task(self._serve_shard(link, shard))
+        self._owner = link.peer.name
+        link.on_message = lambda _: link.abort("a message before the answer to Attach")
+        task = asyncio.get_running_loop().create_task(self._serve_shard(link, attach))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        log.info(
-            "event=attached peer=%s model=%s layers=%d kv_heads=%d capacity_tokens=%d",
-            link.peer.name,
-            attach.model,
-            len(attach.layers),
-            attach.layers[0].kv_heads,
-            shard.cache.capacity_tokens,
-        )
 
-    async def _serve_shard(self, link: Link, shard: AttentionShard) -> None:
+    async def _serve_shard(self, link: Link, attach: Attach) -> None:
+        """Hold a shard for the compute node at the other end until the link ends."""
+        peer = link.peer.name
         try:
-            await shard.serve()
+            cache = await self._device.run(make_cache, attach, self._nbytes)
+            self._shard = AttentionShard(link, attach, cache, self._device)
+            log.info(
+                "event=attached peer=%s model=%s layers=%d kv_heads=%d capacity_tokens=%d",
+                peer,
+                attach.model,
+                len(attach.layers),
+                attach.layers[0].kv_heads,
+                cache.capacity_tokens,
+            )
+            await self._shard.serve()
         except* TransportError as group:
-            log.info("event=detached peer=%s reason=%r", link.peer.name, str(group.exceptions[0]))
+            log.info("event=detached peer=%s reason=%r", peer, str(group.exceptions[0]))
         except* LaminaError as group:
-            # The peer's step cannot be answered; only ending the link tells it so.
-            log.error("event=shard_failed peer=%s reason=%r", link.peer.name, str(group.exceptions[0]))
-            link.abort(str(group.exceptions[0]))
+            # Of no use to the compute node if it comes after Attached: then the end of the link tells it.
+            reason = str(group.exceptions[0])
+            log.error("event=shard_failed peer=%s reason=%r", peer, reason)
+            if self._shard is None and not link.closed:
+                link.send(encode(Refused(reason=reason)))
+            else:
+                link.abort(reason)
         except* Exception as group:
-            log.exception("event=shard_failed peer=%s", link.peer.name)
+            log.exception("event=shard_failed peer=%s", peer)
             link.abort(f"internal error: {group.exceptions[0]!r}")
         finally:
-            self._links.discard(link)
             self._owner, self._shard = "", None
+            self._links.discard(link)
 
     def _status(self) -> Status:
         shard = self._shard

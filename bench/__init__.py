@@ -1,0 +1,1 @@
+"""Benchmarks: each measures the system from outside and prints its yardstick, taken in the same run, beside it."""

@@ -1,0 +1,32 @@
+"""``lamina bench``, registered by an entry point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure, each figure beside a yardstick from the same run.", no_args_is_help=True)
+
+
+@app.command()
+def decode(
+    model: Annotated[Path | None, typer.Option(help="A checkpoint directory; default: the demo's.")] = None,
+    memory_nodes: Annotated[int, typer.Option(min=1, help="Memory nodes.")] = 2,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens generated per sequence.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats; the median is reported.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s over the batch into this file.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer batches and one repeat.")] = False,
+) -> None:
+    """Decode over local nodes against transformers in one process, over the batch size."""
+    from lamina.bench.decode import run
+
+    run(model, memory_nodes=memory_nodes, tokens=tokens, repeats=repeats, as_json=as_json, plot=plot, quick=quick)
+
+
+@app.command(name="all")
+def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
+    """Every benchmark, with its defaults."""
+    decode(quick=quick)

@@ -1,0 +1,153 @@
+"""Decode throughput of a local cluster over the batch size, beside ``transformers`` in one process.
+
+All sequences have the same prompt of token ids and generate the same number of tokens greedily. A figure counts the
+tokens of all sequences from the first step that has all of them to the last, as ``transformers`` counts its own steps
+after the prompt. Both run in turns, several times; the medians are compared. Nodes use one thread each, and so many
+threads together are given to ``transformers``, at most one for each core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import uvloop
+from rich.console import Console
+from rich.progress import Progress
+
+from lamina.bench import report
+from lamina.client import Client, connect
+from lamina.cluster import Cluster, local_config
+from lamina.demo.run import CHECKPOINT
+from lamina.errors import LaminaError
+from lamina.figures import Figures, between
+
+BATCHES = (1, 4, 16, 64)
+QUICK_BATCHES = (1, 16)
+PROMPT_TOKENS = 32
+
+
+def run(
+    model: Path | None, *, memory_nodes: int, tokens: int, repeats: int, as_json: bool, plot: Path | None, quick: bool
+) -> None:
+    """Measure, print, and draw if asked."""
+    batches = QUICK_BATCHES if quick else BATCHES
+    rows = uvloop.run(_measure(model or CHECKPOINT, memory_nodes, batches, tokens, 1 if quick else repeats))
+    if as_json:
+        report.print_json(rows)
+    else:
+        report.print_table("decode, tokens/s of all sequences together", rows)
+    if plot:
+        ys = ("tokens_per_s", "transformers_tokens_per_s")
+        report.draw(plot, rows, x="batch", ys=ys, ylabel="tokens/s", title="Decode over local nodes, float32")
+
+
+async def _measure(
+    model: Path, memory_nodes: int, batches: tuple[int, ...], tokens: int, repeats: int
+) -> list[report.Row]:
+    threads = min(1 + memory_nodes, len(os.sched_getaffinity(0)))
+    console = Console(stderr=True)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder, Progress(console=console) as progress:
+        config = local_config(Path(folder), model, memory_nodes=memory_nodes, dtype="float32", memory="1GiB")
+        task = progress.add_task("decode", total=len(batches) * repeats)
+        with (Path(folder) / "nodes.log").open("wb") as log, _Yardstick(model, threads) as yardstick:
+            async with Cluster(config, log_file=log) as cluster:
+                await cluster.ready()
+                async with connect(config.front.address, peer_timeout=60.0) as client:
+                    await _decode(client, cluster, 2, 8)
+                    for batch in batches:
+                        ours, theirs = [], []
+                        for _ in range(repeats):
+                            ours.append(await _decode(client, cluster, batch, tokens))
+                            theirs.append(await asyncio.to_thread(yardstick.tokens_per_s, batch, tokens))
+                            progress.advance(task)
+                        rows.append(_row(batch, ours, theirs))
+    return rows
+
+
+async def _decode(client: Client, cluster: Cluster, batch: int, tokens: int) -> Figures:
+    """Figures of the steps in which all ``batch`` sequences decode."""
+    streams = [client.stream(list(range(1, PROMPT_TOKENS + 1)), max_tokens=tokens) for _ in range(batch)]
+    await asyncio.gather(*(anext(s) for s in streams))
+    before, started = await cluster.statuses(), time.perf_counter()
+
+    async def rest(stream: object) -> None:
+        async for _ in stream:  # type: ignore[attr-defined]
+            pass
+
+    await asyncio.gather(*(rest(s) for s in streams))
+    seconds = time.perf_counter() - started
+    return between(before, await cluster.statuses(), seconds)
+
+
+def _row(batch: int, ours: list[Figures], theirs: list[float]) -> report.Row:
+    middle = sorted(ours, key=lambda f: f.tokens_per_s)[len(ours) // 2]
+    yardstick = statistics.median(theirs)
+    return {
+        "batch": batch,
+        "tokens_per_s": middle.tokens_per_s,
+        "transformers_tokens_per_s": yardstick,
+        "ratio": middle.tokens_per_s / yardstick,
+        **{f"layer_{name}_us": value for name, value in middle.layer_us.items()},
+        "wire_bytes_per_token": middle.wire_bytes_per_token,
+        "transport": "tcp",
+    }
+
+
+_SCRIPT = """
+import json, sys, time, torch
+from transformers import AutoModelForCausalLM, DynamicCache
+torch.set_num_threads(int(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, local_files_only=True).eval()
+for line in sys.stdin:
+    batch, prompt_tokens, tokens = json.loads(line)
+    ids = torch.arange(1, prompt_tokens + 1).repeat(batch, 1)
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        started = time.perf_counter()
+        for _ in range(tokens - 1):
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        seconds = time.perf_counter() - started
+    print(batch * (tokens - 1) / seconds, flush=True)
+"""
+
+
+class _Yardstick:
+    """``transformers`` with its default cache, in a process of its own."""
+
+    def __init__(self, model: Path, threads: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SCRIPT, str(model), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __enter__(self) -> _Yardstick:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def tokens_per_s(self, batch: int, tokens: int) -> float:
+        """Of ``batch`` sequences together, after their prompts."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps([batch, PROMPT_TOKENS, tokens]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise LaminaError("the yardstick process (transformers) has ended")
+        return float(answer)

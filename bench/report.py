@@ -1,0 +1,62 @@
+"""How results are shown: a table for people, one JSON object for programs, a plot for comparisons."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lamina.errors import ConfigError
+
+Row = dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    name = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+
+
+def print_json(rows: Sequence[Row]) -> None:
+    sys.stdout.write(json.dumps({"machine": machine(), "rows": list(rows)}, indent=2) + "\n")
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: str, title: str) -> None:
+    """Lines of the columns ``ys`` over the column ``x``, both axes logarithmic. ConfigError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ConfigError("--plot: needs matplotlib; install it with: pip install 'lamina[bench]'") from e
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for y in ys:
+        axes.plot([row[x] for row in rows], [row[y] for row in rows], marker="o", label=y)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=ylabel, title=title)
+    axes.set_xticks([row[x] for row in rows], [str(row[x]) for row in rows])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

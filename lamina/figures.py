@@ -1,0 +1,61 @@
+"""What a cluster did between two moments, from the counters of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lamina.protocol import Status
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Work of a cluster over ``seconds``.
+
+    ``layer_us`` divides the time of a layer, in microseconds: ``whole`` is wall time; ``compute`` the time in which
+    the compute node's device was busy; ``attention`` that of the busiest memory node; ``wire`` the rest: the wire,
+    the event loops, and waiting. Where attention overlaps with compute, their sum may exceed the whole.
+    """
+
+    seconds: float
+    steps: int
+    tokens: int
+    layers: int
+    wire_bytes: int
+    layer_us: dict[str, float]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def wire_bytes_per_token(self) -> float:
+        return self.wire_bytes / self.tokens
+
+
+def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: float) -> Figures:
+    """Differences of the counters of all nodes, by name. Each is taken on one node, so no clocks are compared."""
+    (front,) = (name for name, status in after.items() if status.role == "compute")
+    old, new = before[front], after[front]
+    layers = new.layers - old.layers
+    compute = (new.busy_s - old.busy_s) / layers
+    attention = max(after[n].busy_s - before[n].busy_s for n in after if n != front) / layers
+    whole = seconds / layers
+    parts = {
+        "whole": whole,
+        "compute": compute,
+        "attention": attention,
+        "wire": max(0.0, whole - compute - attention),
+    }
+    return Figures(
+        seconds=seconds,
+        steps=new.steps - old.steps,
+        tokens=new.tokens_generated - old.tokens_generated,
+        layers=layers,
+        wire_bytes=_wire_bytes(new) - _wire_bytes(old),
+        layer_us={name: part * 1e6 for name, part in parts.items()},
+    )
+
+
+def _wire_bytes(status: Status) -> int:
+    return sum(peer.bytes_sent + peer.bytes_received for peer in status.peers)

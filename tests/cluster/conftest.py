@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import harness
+from tests.oracle import Agreement
+
+
+@pytest.fixture(scope="session")
+def memory_ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Addresses of three memory nodes that serve one compute node after the other."""
+    ports = harness.free_ports(3)
+    folder = tmp_path_factory.mktemp("memory")
+    nodes = [harness.start_memory(folder, port) for port in ports]
+    with harness.running(*nodes):
+        yield ports
+
+
+@pytest.fixture(scope="session")
+def agreement() -> Iterator[Agreement]:
+    """Ties of all comparisons together: more than one in a thousand tokens is no coincidence."""
+    agreement = Agreement()
+    yield agreement
+    assert len(agreement.ties) * 1000 <= agreement.tokens, agreement.ties

@@ -1,0 +1,56 @@
+"""Every model family decodes over real nodes exactly as ``transformers`` does in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+import lamina
+from tests import harness
+from tests.families import FAMILIES, VOCABULARY, Family
+from tests.oracle import Agreement, Oracle
+
+TOKENS = 48
+_random = random.Random(7)
+PROMPTS = [[_random.randrange(VOCABULARY) for _ in range(length)] for length in (1, 9, 33, 70, 300)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path, Oracle]:
+    chosen: Family = request.param
+    path = chosen.save(tmp_path_factory.mktemp(chosen.name) / "checkpoint")
+    return chosen, path, Oracle(path)
+
+
+@pytest.mark.parametrize("memory_nodes", [2, 3])
+def test_tokens_are_those_of_transformers(
+    family: tuple[Family, Path, Oracle],
+    memory_nodes: int,
+    memory_ports: list[int],
+    agreement: Agreement,
+    tmp_path: Path,
+) -> None:
+    """Ragged prompts in one batch, over two memory nodes and over three with 2 + 1 + 1 KV heads."""
+    chosen, path, oracle = family
+    config = harness.write_config(tmp_path, path, memory_ports[:memory_nodes])
+    node = harness.start_node(config, "c0")
+
+    async def decode() -> list[list[int]]:
+        status = await harness.ready(config, node)
+        assert [p.kv_heads for p in status.peers] == ([2, 2] if memory_nodes == 2 else [2, 1, 1])
+        async with lamina.connect(config.front.address) as client:
+            answers = await asyncio.gather(*(client.generate(p, max_tokens=TOKENS) for p in PROMPTS))
+            status = await client.status()
+            assert status.kv_tokens_free == status.kv_tokens_total
+        return [a.tokens for a in answers]
+
+    with harness.running(node):
+        answers = asyncio.run(decode())
+        assert node.stop() == 0
+
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert len(answer) == TOKENS
+        agreement.check(oracle, prompt, answer, f"{chosen.name}, prompt of {len(prompt)}")

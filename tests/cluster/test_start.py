@@ -1,0 +1,201 @@
+"""Starting a cluster: in any order, and with every mistake told in a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lamina
+from lamina.errors import RequestError
+from tests import harness
+from tests.families import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAMILIES["llama"].save(tmp_path_factory.mktemp("llama") / "checkpoint")
+
+
+def test_start_order_does_not_matter(checkpoint: Path, tmp_path: Path) -> None:
+    """The compute node waits for its memory nodes, says for whom, and sends clients away meanwhile."""
+    config = harness.write_config(tmp_path, checkpoint, harness.free_ports(2))
+    compute, first = harness.start_node(config, "c0"), harness.start_node(config, "m0")
+
+    async def main() -> None:
+        async with lamina.connect(config.front.address, deadline_s=30) as client:
+
+            async def only_one_missing() -> bool:
+                return (await client.status()).waiting_for == "m1"
+
+            await harness.eventually(only_one_missing, 30)
+            with pytest.raises(RequestError, match="c0 is still starting; it waits for m1"):
+                await client.generate([1])
+            second = harness.start_node(config, "m1")
+            with harness.running(second):
+                await harness.ready(config, compute)
+                assert len((await client.generate([1], max_tokens=3)).tokens) == 3
+
+    with harness.running(compute, first):
+        asyncio.run(main())
+
+
+def test_a_memory_node_serves_one_compute_node_at_a_time(
+    checkpoint: Path, memory_ports: list[int], tmp_path: Path
+) -> None:
+    """The second is refused with the name of the first, which goes on."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    one = harness.write_config(tmp_path / "first", checkpoint, memory_ports[:1])
+    two = harness.write_config(tmp_path / "second", checkpoint, memory_ports[:1])
+    first = harness.start_node(one, "c0")
+    with harness.running(first):
+        asyncio.run(harness.ready(one, first))
+        second = harness.start_node(two, "c0")
+        with harness.running(second):
+            assert second.wait(40) == 1
+        assert "memory node m0: already serves compute node c0" in second.log.read_text()
+        assert first.stop() == 0
+
+
+def fails(arguments: list[str], status: int, *, timeout_s: float = 60) -> str:
+    """Run the command, which must fail with one sentence and no traceback; the sentence."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lamina", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_memory_node_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:
+    """Named, with the deadline."""
+    config = harness.write_config(
+        tmp_path, checkpoint, harness.free_ports(1), sections="[transport]\nstart_timeout = 0.5"
+    )
+    message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 1)
+    assert "memory node m0 was not there within 0.5 s" in message
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    """Named."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        message = fails(["node", "--role", "memory", "--listen", address, "--memory", "1MiB"], 1)
+    assert address in message
+    assert "in use" in message
+
+
+def test_too_little_memory(checkpoint: Path, memory_ports: list[int], tmp_path: Path) -> None:
+    """Both numbers and what would help; the memory node goes on."""
+    (port,) = harness.free_ports(1)
+    small = harness.start_memory(tmp_path, port, memory="256KiB")
+    config = harness.write_config(tmp_path, checkpoint, [port])
+    with harness.running(small):
+        message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 1)
+        assert "memory node m0 holds 64 tokens" in message
+        assert "context of 512" in message
+        assert small.stop() == 0
+
+
+def test_too_many_memory_nodes(checkpoint: Path, memory_ports: list[int], tmp_path: Path) -> None:
+    """More than there are KV heads."""
+    ports = [*memory_ports, *harness.free_ports(2)]
+    extra = [harness.start_memory(tmp_path, port) for port in ports[3:]]
+    config = harness.write_config(tmp_path, checkpoint, ports)
+    with harness.running(*extra):
+        message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 2)
+    assert "4 KV heads in a layer, which cannot be split over 5 memory nodes (m0, m1, m2, m3, m4)" in message
+
+
+def remove_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def cut_weights(path: Path) -> None:
+    os.truncate(path / "model.safetensors", 1000)
+
+
+def change_model(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "teapot"}))
+
+
+def lengthen(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no such checkpoint directory"),
+        (remove_weights, "neither model.safetensors nor model.safetensors.index.json"),
+        (cut_weights, "model.safetensors: not a readable safetensors file"),
+        (change_model, "'teapot'"),
+        (lengthen, "missing from the checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint(
+    damage: Callable[[Path], None], message: str, checkpoint: Path, memory_ports: list[int], tmp_path: Path
+) -> None:
+    """The file or tensor is named."""
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    damage(copy)
+    config = harness.write_config(tmp_path, copy, memory_ports[:1])
+    node = harness.start_node(config, "c0")
+    with harness.running(node):
+        assert node.wait(40) == 1
+    assert message in node.log.read_text()
+    assert "Traceback" not in node.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["node", "--role", "gpu"], "--role: expected compute or memory, got 'gpu'"),
+        (["node", "--role", "memory"], "--listen and --memory"),
+        (["node", "--role", "memory", "--listen", "tcp://0.0.0.0:1", "--memory", "1GiB"], "loopback"),
+        (["node", "--role", "memory", "--listen", "x", "--memory", "1GiB"], "'x'"),
+        (
+            ["node", "--role", "memory", "--listen", "tcp://127.0.0.1:1", "--memory", "much"],
+            "--memory: expected a size",
+        ),
+        (["node", "--role", "compute"], "--config: missing"),
+        (["node", "--role", "compute", "--config", "none.toml", "--name", "c0"], "none.toml"),
+        (["up", "none.toml"], "none.toml"),
+        (["generate", "hello", "--config", "none.toml"], "none.toml"),
+        (["generate"], "Missing argument"),
+        (["teapot"], "No such command"),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], message: str) -> None:
+    """Exit status 2 and what was expected."""
+    assert message in fails(arguments, 2)
+
+
+def test_no_front_to_generate_from(checkpoint: Path, tmp_path: Path) -> None:
+    """The address, after a short wait."""
+    config = harness.write_config(tmp_path, checkpoint, harness.free_ports(1))
+    started = time.monotonic()
+    message = fails(["generate", "hello", "--config", str(config.file)], 1)
+    assert config.front.address.removeprefix("tcp://") in message
+    assert time.monotonic() - started < 30
+
+
+def test_importing_lamina_is_cheap() -> None:
+    """Neither torch nor transformers, for whoever only wants the client or the errors."""
+    code = (
+        "import sys, lamina, lamina.errors, lamina.client, lamina.config, lamina.cli; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,64 @@
+"""``transformers`` in one process: what a cluster must reproduce token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TIE = 1e-4
+"""Where the oracle's two largest logits differ by less, either token is right."""
+
+
+class Oracle:
+    """The library's model of a checkpoint, in float32."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+
+    @torch.inference_mode()
+    def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        """What ``generate`` gives."""
+        ids = torch.tensor([prompt])
+        out = self._model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+        answer: list[int] = out[0, len(prompt) :].tolist()
+        return answer
+
+    @torch.inference_mode()
+    def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """Logits [len(answer), vocabulary] that each token of ``answer`` was chosen from, given those before it."""
+        logits: torch.Tensor = self._model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        return logits
+
+
+@dataclass
+class Agreement:
+    """Counts tokens that were compared and ties among them, over a whole test run."""
+
+    tokens: int = 0
+    ties: list[str] = field(default_factory=list)
+
+    def check(self, oracle: Oracle, prompt: Sequence[int], answer: Sequence[int], what: str) -> None:
+        """Fail unless ``answer`` is the oracle's, token for token but for ties."""
+        self.tokens += len(answer)
+        if list(answer) == oracle.greedy(prompt, len(answer)):
+            return
+        logits = oracle.logits(prompt, answer)
+        for i, token in enumerate(answer):
+            best, second = logits[i].topk(2).values.tolist()
+            if token == int(logits[i].argmax()):
+                continue
+            assert best - second < TIE and float(logits[i, token]) == second, (
+                f"{what}: token {i} is {token}, the oracle's {int(logits[i].argmax())} is ahead by "
+                f"{best - float(logits[i, token]):.2e}"
+            )
+            self.ties.append(f"{what}: token {i}, logits apart by {best - second:.1e}")
