@@ -77,12 +77,22 @@ def capture(checkpoint: Checkpoint) -> Capture:
 
 
 def _check_config(config: Any) -> None:
-    """Refuse by name what would otherwise fail with an obscure message, or deep inside the library."""
+    """Refuse by name what would otherwise fail with an obscure message, deep inside the library."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; Lamina decodes decoders only")
     text = config.get_text_config()
     if others := set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise UnsupportedModelError(f"layers of type {', '.join(sorted(others))} cannot be represented")
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if architecture is None:
+        raise UnsupportedModelError(f"{config.model_type} is no causal language model of the transformers library")
+    if not architecture._supports_attention_backend:
+        raise UnsupportedModelError(
+            f"{architecture.__name__} does not route attention through the attention interface of the transformers "
+            "library, so it cannot be cut there"
+        )
     ropes = getattr(text, "rope_parameters", None) or {}
     for rope in ropes.values() if all(isinstance(r, dict) for r in ropes.values()) else [ropes]:
         if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPES:
@@ -103,11 +113,6 @@ def _meta_module(checkpoint: Checkpoint) -> PreTrainedModel:
         ).eval()
     if module._can_set_experts_implementation():
         module.set_experts_implementation(operators.NAME)
-    if not module._supports_attention_backend:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} does not route attention through the attention interface of the transformers "
-            "library, so it cannot be cut there"
-        )
     kept = module._get_dtype_plan(dtype)
     for name, parameter in module.named_parameters():
         if any(pattern in name for pattern in kept):

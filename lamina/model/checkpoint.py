@@ -122,6 +122,12 @@ class Checkpoint:
         return limit
 
     @cached_property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        size: int = self.config.get_text_config().vocab_size
+        return size
+
+    @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """Token ids that end a sequence: of generation_config.json if there is one, else of config.json."""
         generation = self.path / "generation_config.json"

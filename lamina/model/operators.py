@@ -101,7 +101,8 @@ def _activation(module: nn.Module) -> str:
     """Register the activation (and gate) of an experts module; equal modules share one entry."""
     kind = type(module)
     settings = sorted((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str)))
-    name = f"{kind.__module__}.{kind.__qualname__}:{type(module.act_fn).__name__}:{settings}"
+    act = type(getattr(module, "act_fn", None)).__name__
+    name = f"{kind.__module__}.{kind.__qualname__}:{act}:{settings}"
     _activations[name] = module._apply_gate if module.has_gate else module.act_fn  # type: ignore[assignment]
     return name
 

@@ -86,8 +86,8 @@ class Report:
             table,
             "Bytes of carry, q, k, v and o are per token.",
             f"KV cache: {_bytes(self.kv_bytes)} per token.",
-            f"Network: at least {self.bandwidth / 1e9:.3g} GB/s, for {_bytes(self.attention_bytes)} of q, k, v, o per token,",
-            f"batch {self.batch}, steps of {self.step_ms:g} ms and a slowdown of {SLOWDOWN:g} "
+            f"Network: at least {self.bandwidth / 1e9:.3g} GB/s, for {_bytes(self.attention_bytes)} of q, k, v and o "
+            f"per token, batch {self.batch}, steps of {self.step_ms:g} ms and a slowdown of {SLOWDOWN:g} "
             "(Lamina, arXiv 2405.01814, section 3.1).",
         )
 

@@ -1,0 +1,100 @@
+"""The slices of every family give what the whole model of transformers gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.families import FAMILIES, VOCABULARY
+from tests.model.compose import compose, cut_checkpoint, load
+
+TOLERANCE = 1e-5
+
+
+def prompt(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def whole(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens[None], use_cache=False).logits[0]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slices_compose_to_the_whole_model(family, blueprint, original):
+    """In every family and with prompts longer than its windows, all logits are those of transformers."""
+    tokens = prompt(60)
+
+    logits, _ = compose(load(blueprint(family)), [tokens], torch.arange(60))
+
+    assert relative_error(logits, whole(original(family), tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_repeated_layers_share_their_functions(family, blueprint):
+    """A model has as many head functions as kinds of layer, plus one for the first slice and one for the last."""
+    cut = blueprint(family)
+    shapes = {(s.shape, s.carry == ()) for s in cut.slices}
+
+    assert len(cut.slices) == FAMILIES[family].config().num_hidden_layers + 1
+    assert cut.kinds <= 2 * len(shapes) + 2
+
+
+@pytest.fixture(scope="module")
+def pairs(blueprint, original):
+    return {family: (load(blueprint(family)), original(family)) for family in ("llama", "gemma2")}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), family=st.sampled_from(["llama", "gemma2"]))
+def test_packed_sequences_do_not_see_each_other(data, family, pairs):
+    """Any number of tokens, sequences and sampled rows: each sequence gets the logits that it gets alone."""
+    sliced, model = pairs[family]
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    total = sum(lengths)
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=total)))
+    sequences = [prompt(length, seed) for seed, length in enumerate(lengths)]
+
+    logits, _ = compose(sliced, sequences, rows)
+
+    want = torch.cat([whole(model, tokens) for tokens in sequences])[rows]
+    assert logits.shape == (len(rows), VOCABULARY)
+    assert relative_error(logits, want) < TOLERANCE
+
+
+def test_carry_of_pre_norm_llama_is_the_residual_stream(blueprint, original):
+    """The minimum cut finds what the papers say: one tensor of hidden_size numbers per token, the residual."""
+    cut = blueprint("llama")
+    config = FAMILIES["llama"].config()
+    tokens = prompt(20)
+
+    _, carries = compose(load(cut), [tokens], torch.tensor([19]))
+
+    with torch.no_grad():
+        states = original("llama")(tokens[None], output_hidden_states=True, use_cache=False).hidden_states
+    for piece, carry, residual in zip(cut.slices[:-1], carries, states, strict=False):
+        assert piece.sizes.carry == config.hidden_size * 4
+        (value,) = carry
+        torch.testing.assert_close(value, residual, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_bfloat16_is_as_close_as_two_runs_of_the_library(family, saved, original):
+    """In bfloat16 the slices round where the library rounds: they are no further from it than it is from float32."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = prompt(60)
+    half = AutoModelForCausalLM.from_pretrained(saved(family), dtype="bfloat16").eval()
+
+    logits, _ = compose(load(cut_checkpoint(saved(family), "bfloat16")), [tokens], torch.arange(60))
+
+    want = whole(half, tokens)
+    error, rounding = relative_error(logits, want), relative_error(want, whole(original(family), tokens))
+    assert logits.dtype == torch.bfloat16
+    assert error <= rounding
