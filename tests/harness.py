@@ -96,7 +96,8 @@ def write_config(
     lines = [f'[model]\npath = "{model}"\ndtype = "{dtype}"\n{model_keys}\n{sections}']
     lines.append(f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://127.0.0.1:{front}"\nthreads = 1')
     lines += [
-        f'[[node]]\nname = "m{i}"\nrole = "memory"\naddress = "tcp://127.0.0.1:{port}"\nmemory = "{memory}"\nthreads = 1'
+        f'[[node]]\nname = "m{i}"\nrole = "memory"\naddress = "tcp://127.0.0.1:{port}"\nthreads = 1\n'
+        f'memory = "{memory}"'
         for i, port in enumerate(memory_ports)
     ]
     file = folder / "cluster.toml"

@@ -135,6 +135,7 @@ def test_processor_lists_say_what_they_mean(cpus: set[int]) -> None:
 def test_any_text_is_a_size_or_a_clear_error(text: str) -> None:
     """No other exception, and never less than a byte."""
     try:
-        assert parse_size(text) >= 1
-    except ConfigError as e:
-        assert "expected a size" in str(e)
+        nbytes = parse_size(text)
+    except ConfigError:
+        return
+    assert nbytes >= 1

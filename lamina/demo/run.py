@@ -70,7 +70,8 @@ async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _R
             async with connect(config.front.address) as client:
                 console.print(DEMO_PROMPT, end="", style="bold")
                 stream = client.stream(DEMO_PROMPT, max_tokens=MAX_TOKENS)
-                tokens, text, first, before = [], "", 0.0, {}
+                tokens: list[int] = []
+                text, first, before = "", 0.0, {}
                 async for token in stream:
                     if not tokens:
                         before = await cluster.statuses()

@@ -90,8 +90,8 @@ class Engine:
         room = self._context - len(prompt)
         if room < 1:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, the context is {self._context} and must leave room for an answer; "
-                f"use at most {self._context - 1}"
+                f"the prompt has {len(prompt)} tokens, the context is {self._context} and must leave room for an "
+                f"answer; use at most {self._context - 1}"
             )
         if max_tokens is not None and max_tokens > room:
             raise RequestError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from typing import Any
@@ -87,10 +88,8 @@ class ComputeNode:
             stop.cancel()
             if not running.done():
                 running.cancel()
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await running
-        except asyncio.CancelledError:
-            pass
 
     # -- start
 
@@ -110,8 +109,8 @@ class ComputeNode:
             await remote.attach(checkpoint.fingerprint)
             if remote.capacity_tokens < context:
                 raise CapacityError(
-                    f"memory node {name} holds {remote.capacity_tokens} tokens of this model's KV cache, fewer than one "
-                    f"request of the context of {context}; give it more memory "
+                    f"memory node {name} holds {remote.capacity_tokens} tokens of this model's KV cache, fewer than "
+                    f"one request of the context of {context}; give it more memory "
                     f"({layout.bytes_per_token * context} bytes are needed) or set model.context lower"
                 )
         model = await self._device.run(_load, blueprint, self._device.torch_device)

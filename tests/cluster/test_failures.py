@@ -135,8 +135,11 @@ def test_sigterm_drains(checkpoint: Path, memory_ports: list[int], tmp_path: Pat
             stream = client.stream([1, 2, 3], max_tokens=150)
             tokens = [await anext(stream)]
             node.signal(signal.SIGTERM)
-            while (await client.status()).state != "draining":
-                await asyncio.sleep(0.01)
+
+            async def draining() -> bool:
+                return (await client.status()).state == "draining"
+
+            await harness.eventually(draining)
             with pytest.raises(LaminaError, match="draining"):
                 await client.generate([1])
             tokens += [token async for token in stream]

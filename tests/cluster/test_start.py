@@ -92,7 +92,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         message = fails(["node", "--role", "memory", "--listen", address, "--memory", "1MiB"], 1)
     assert address in message
-    assert "in use" in message
+    assert "another process uses the port" in message
 
 
 def test_too_little_memory(checkpoint: Path, memory_ports: list[int], tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_too_little_memory(checkpoint: Path, memory_ports: list[int], tmp_path: 
     config = harness.write_config(tmp_path, checkpoint, [port])
     with harness.running(small):
         message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 1)
-        assert "memory node m0 holds 64 tokens" in message
+        assert "memory node m0 holds 256 tokens" in message
         assert "context of 512" in message
         assert small.stop() == 0
 
