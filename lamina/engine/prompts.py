@@ -17,11 +17,13 @@ from lamina.attention import LayerShape, attend
 class PromptKV:
     """Keys and values of one prompt of ``tokens`` tokens: in each layer k [tokens, Hkv, Dk] and v [tokens, Hkv, Dv]."""
 
-    def __init__(self, sequence: int, tokens: int, layers: Sequence[LayerShape], dtype: torch.dtype) -> None:
+    def __init__(
+        self, sequence: int, tokens: int, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.sequence = sequence
         self._layers = layers
-        self._k = [torch.empty(tokens, s.kv_heads, s.qk_dim, dtype=dtype) for s in layers]
-        self._v = [torch.empty(tokens, s.kv_heads, s.v_dim, dtype=dtype) for s in layers]
+        self._k = [torch.empty(tokens, s.kv_heads, s.qk_dim, dtype=dtype, device=device) for s in layers]
+        self._v = [torch.empty(tokens, s.kv_heads, s.v_dim, dtype=dtype, device=device) for s in layers]
 
     def store(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Keep k and v of the positions from ``start``."""

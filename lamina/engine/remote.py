@@ -31,7 +31,7 @@ from lamina.protocol import (
     encode,
     pack_plan,
 )
-from lamina.transport import Lane, Link, Region
+from lamina.transport import Lane, Link, Region, RemoteRegion
 
 
 class RemoteShard:
@@ -96,6 +96,7 @@ class RemoteShard:
 
     def release(self, sequence: int) -> None:
         """Give back a sequence's space."""
+        self._check()
         self.link.send(encode(Release(sequence=sequence)))
 
     async def _ask(self, key: int | None, message: Attach | Reserve) -> Attached | Reserved:
@@ -113,8 +114,8 @@ class RemoteShard:
     def plan(self, slot: int, step: int, rows: Rows) -> None:
         """Tell the memory node which rows the next step of ``slot`` consists of."""
         assert self._remote is not None
-        tag = Tag(Kind.PLAN, slot, 0, step).pack()
-        self.link.write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, [pack_plan(rows)], tag)
+        tag = Tag(Kind.PLAN, slot, 0, step)
+        self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(rows), tag)
 
     def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
         """Copy this node's heads of q [T, Hq, Dk] to where they are sent from."""
@@ -125,11 +126,10 @@ class RemoteShard:
         # The answer may come before anybody waits for it.
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._awaited[slot] = (Tag(Kind.OUTPUT, slot, layer, step).pack(), done)
-        self._check()
         offset = slot * self._geometry.query_bytes
         nbytes = self._query_view(slot, layer, tokens).nbytes
         source = self._queries.buffer[offset : offset + nbytes]
-        self.link.write(Lane.DECODE, self._remote.queries, offset, [source], Tag(Kind.QUERY, slot, layer, step).pack())
+        self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
 
     def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
         """Copy this node's heads of k [T, Hkv, Dk] and v [T, Hkv, Dv] to where they are sent from."""
@@ -140,13 +140,11 @@ class RemoteShard:
 
     def send_key_value(self, slot: int, layer: int, step: int, tokens: int) -> None:
         assert self._remote is not None
-        self._check()
         shape, item = self._heads.layers[layer], self._geometry.item
         offset = slot * self._geometry.key_value_bytes
         nbytes = tokens * shape.kv_heads * (shape.qk_dim + shape.v_dim) * item
         source = self._keys_values.buffer[offset : offset + nbytes]
-        tag = Tag(Kind.KEY_VALUE, slot, layer, step).pack()
-        self.link.write(Lane.DECODE, self._remote.keys_values, offset, [source], tag)
+        self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
 
     async def answered(self, slot: int) -> None:
         """Wait until the output of the query sent last has arrived. NodeError if the memory node is lost."""
@@ -178,7 +176,7 @@ class RemoteShard:
             nbytes = await device.run(self._stage_chunk, i, prompt, layer, start, count)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks.buffer[offset : offset + nbytes]
-            self.link.write(Lane.BULK, self._remote.chunks, offset, [source], Tag(Kind.CHUNK, 0, layer, i).pack())
+            self._write(Lane.BULK, self._remote.chunks, offset, source, Tag(Kind.CHUNK, 0, layer, i))
 
     def _stage_chunk(self, i: int, prompt: PromptKV, layer: int, start: int, count: int) -> int:
         offset = i * self._geometry.chunk_bytes
@@ -208,6 +206,9 @@ class RemoteShard:
         message = decode(plain, FromMemory)
         key = None if isinstance(message, Attached) else message.sequence
         reply = self._replies.get(key)
+        if reply is None and isinstance(message, Refused):
+            self._on_lost(TransportError(message.reason))  # it cannot go on
+            return
         if reply is None:
             raise ProtocolError(f"{self.name} answers {plain.get('type')!r} to a question that nobody asked")
         if reply.done():
@@ -227,7 +228,12 @@ class RemoteShard:
                 waiting.set_exception(lost)
                 waiting.exception()  # whoever waits is told; nobody has to
 
+    def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: Tag) -> None:
+        self._check()
+        self.link.write(lane, remote, offset, [source], tag.pack())
+
     def _check(self) -> None:
+        """Raise the NodeError of a memory node that is lost."""
         if self.lost.done():
             self.lost.result()
 

@@ -95,7 +95,8 @@ class _Forward:
         for chunk in self._step.prompts:
             sequence = chunk.sequence
             if chunk.start == 0:
-                self._prompts[sequence.id] = PromptKV(sequence.id, len(sequence.prompt), self._shapes, self._dtype)
+                kept = PromptKV(sequence.id, len(sequence.prompt), self._shapes, self._dtype, self._model.device)
+                self._prompts[sequence.id] = kept
             token_ids += chunk.tokens
             positions += range(chunk.start, chunk.start + len(chunk.tokens))
             if chunk.completes:

@@ -114,7 +114,7 @@ class ComputeNode:
                     f"({layout.bytes_per_token * context} bytes are needed) or set model.context lower"
                 )
         model = await self._device.run(_load, blueprint, self._device.torch_device)
-        self._tokenizer = Tokenizer(checkpoint.path)
+        self._tokenizer = await self._device.run(Tokenizer, checkpoint.path)
         self._model = checkpoint.fingerprint
         self._blocks = min(s.capacity_tokens for s in self._shards) // BLOCK_TOKENS
         self._runner = StepRunner(model, self._device, self._shards, getattr(torch, checkpoint.dtype))

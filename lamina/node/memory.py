@@ -97,19 +97,20 @@ class MemoryNode:
         except* TransportError as group:
             log.info("event=detached peer=%s reason=%r", peer, str(group.exceptions[0]))
         except* LaminaError as group:
-            # Of no use to the compute node if it comes after Attached: then the end of the link tells it.
-            reason = str(group.exceptions[0])
-            log.error("event=shard_failed peer=%s reason=%r", peer, reason)
-            if self._shard is None and not link.closed:
-                link.send(encode(Refused(reason=reason)))
-            else:
-                link.abort(reason)
+            await self._give_up(link, str(group.exceptions[0]))
         except* Exception as group:
             log.exception("event=shard_failed peer=%s", peer)
-            link.abort(f"internal error: {group.exceptions[0]!r}")
+            await self._give_up(link, f"internal error: {group.exceptions[0]!r}")
         finally:
             self._owner, self._shard = "", None
             self._links.discard(link)
+
+    async def _give_up(self, link: Link, reason: str) -> None:
+        """Tell the compute node why nothing more will come."""
+        log.error("event=shard_failed peer=%s reason=%r", link.peer.name, reason)
+        if not link.closed:
+            link.send(encode(Refused(reason=reason)))
+        await link.close()
 
     def _status(self) -> Status:
         shard = self._shard

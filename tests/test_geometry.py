@@ -1,0 +1,112 @@
+"""Heads are divided without remainder or overlap, and nothing on the hot path can be misread."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina.attention import LayerShape, Rows, Run
+from lamina.engine.geometry import Geometry, shard_by_heads, split_heads
+from lamina.errors import ConfigError, ProtocolError
+from lamina.protocol import Attach, ChunkHeader, Kind, Tag, decode, encode, pack_plan, plan_bytes, unpack_plan
+from lamina.transport import RemoteRegion
+
+
+@given(st.integers(1, 128), st.integers(1, 16))
+def test_heads_are_split_evenly_but_for_one(kv_heads: int, nodes: int) -> None:
+    """In order, all of them, once: 8 heads on 3 nodes are 3 + 3 + 2."""
+    ranges = split_heads(kv_heads, nodes)
+
+    assert [head for r in ranges for head in r] == list(range(kv_heads))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+    assert [len(r) for r in split_heads(8, 3)] == [3, 3, 2]
+
+
+def test_query_heads_follow_their_kv_heads() -> None:
+    """A memory node gets the queries that read its keys."""
+    layer = LayerShape(q_heads=32, kv_heads=8, qk_dim=64, v_dim=64, scale=0.125)
+
+    shards = shard_by_heads([layer], ["m0", "m1", "m2"])
+
+    assert [s.q[0] for s in shards] == [range(12), range(12, 24), range(24, 32)]
+    assert [(s.layers[0].q_heads, s.layers[0].kv_heads) for s in shards] == [(12, 3), (12, 3), (8, 2)]
+    with pytest.raises(ConfigError, match="8 KV heads in a layer, which cannot be split over 9"):
+        shard_by_heads([layer], [f"m{i}" for i in range(9)])
+
+
+@given(st.sampled_from(Kind), st.integers(0, 31), st.integers(0, 1023), st.integers(0, 2**31))
+def test_tags_come_back(kind: Kind, slot: int, layer: int, step: int) -> None:
+    """With the low bits of the step."""
+    packed = Tag(kind, slot, layer, step).pack()
+
+    assert 0 <= packed < 2**32
+    assert Tag.unpack(packed) == (kind, slot, layer, step % 2**14)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    """There are eight values and six kinds."""
+    with pytest.raises(ProtocolError, match="unknown kind 7"):
+        Tag.unpack(7 << 29)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**63), st.integers(0, 2**31), st.just(1)), min_size=1, max_size=20))
+def test_plans_come_back(runs: list[tuple[int, int, int]]) -> None:
+    """Whatever the sequences and positions."""
+    rows = Rows(tuple(Run(*run) for run in {run[0]: run for run in runs}.values()))
+    packed = pack_plan(rows)
+
+    assert len(packed) <= plan_bytes(20)
+    assert unpack_plan(memoryview(packed.ljust(plan_bytes(20), b"\0")), 20) == rows
+
+
+@given(st.binary(min_size=plan_bytes(4), max_size=plan_bytes(4)))
+def test_any_bytes_are_a_plan_or_refused(data: bytes) -> None:
+    """By an error of this project, never by a crash."""
+    from lamina.errors import LaminaError
+
+    try:
+        rows = unpack_plan(memoryview(data), 4)
+    except LaminaError:
+        return
+    assert 1 <= rows.tokens <= 4
+
+
+def test_chunk_headers_come_back() -> None:
+    """Packed at the start of a bulk buffer."""
+    header = ChunkHeader(2**50, 1000, 2**31, 64)
+
+    assert ChunkHeader.unpack(memoryview(header.pack())) == header
+
+
+def test_messages_are_checked_when_they_arrive() -> None:
+    """Types, bounds and the shapes of layers."""
+    layer = LayerShape(q_heads=4, kv_heads=2, qk_dim=8, v_dim=8, scale=1.0)
+    attach = Attach(
+        model="x",
+        dtype="float32",
+        block_tokens=16,
+        layers=[layer],
+        slots=1,
+        max_batch=4,
+        outputs=RemoteRegion(1, "o", 64),
+    )
+    plain = encode(attach)
+
+    assert decode(plain, Attach) == attach
+    for change in ({"slots": 0}, {"dtype": "int3"}, {"layers": []}, {"extra": 1}, {"outputs": [1, "o"]}):
+        with pytest.raises(ProtocolError, match="'Attach'"):
+            decode({**plain, **change}, Attach)
+    with pytest.raises(ProtocolError, match="kv_heads"):
+        decode({**plain, "layers": [{**plain["layers"][0], "kv_heads": 3}]}, Attach)
+
+
+def test_parts_of_regions_do_not_share_cache_lines() -> None:
+    """And hold the largest layer."""
+    layers = tuple(LayerShape(q_heads=q, kv_heads=1, qk_dim=d, v_dim=d + 1, scale=1.0) for q, d in ((1, 3), (5, 7)))
+    geometry = Geometry(layers, "bfloat16", slots=2, max_batch=3)
+
+    assert geometry.query_bytes % 64 == 0
+    assert geometry.query_bytes >= 3 * 5 * 7 * 2
+    assert geometry.key_value_bytes >= 3 * 15 * 2
+    assert geometry.output_bytes >= 3 * 5 * 8 * 2
