@@ -152,11 +152,11 @@ def _attention(
         raise UnsupportedModelError(f"{where} in layer {layer} uses a mask that is not the library's causal mask")
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{where} in layer {layer} is not causal; Lamina decodes causal models only")
-    # The mask decides what attention sees; the argument only repeats it. They differ under chunked attention.
+    # The mask decides what attention sees; the argument only repeats it. Chunked attention has the mask alone.
     if attention_mask.window not in (None, sliding_window):
         raise UnsupportedModelError(
-            f"{where} in layer {layer} is masked to {attention_mask.window} tokens but has sliding window "
-            f"{sliding_window}: chunked attention cannot be represented"
+            f"{where} in layer {layer} is masked to {attention_mask.window} tokens but names {sliding_window} as its "
+            "sliding window; of local masks only sliding windows can be represented, not chunks"
         )
     for name, setting in others.items():
         if setting is not None and name not in _HARMLESS:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina.model.slices import SlicedModel
+from lamina.model.weights import load_weights
 from tests.families import FAMILIES, VOCABULARY
-from tests.model.compose import compose, cut_checkpoint, load
+from tests.model.compose import CPU, compose, cut_checkpoint, load
 
 TOLERANCE = 1e-5
 
@@ -46,17 +50,31 @@ def test_repeated_layers_share_their_functions(family, blueprint):
     assert cut.kinds <= 2 * len(shapes) + 2
 
 
+def test_layer_ranges_compose_to_the_whole_model(blueprint):
+    """Two nodes that hold a range of the slices each do what one node does that holds them all."""
+    cut = blueprint("llama")
+    tokens, rows = prompt(30), torch.arange(30)
+    ranges = [
+        SlicedModel(cut, load_weights(cut.capture, cut.weights_of(*span), CPU), CPU, *span) for span in ((0, 1), (2, 4))
+    ]
+    joined = SimpleNamespace(begin=ranges[1].begin, slices=ranges[0].slices + ranges[1].slices)
+
+    logits, _ = compose(joined, [tokens], rows)
+
+    assert logits.equal(compose(load(cut), [tokens], rows)[0])
+
+
 @pytest.fixture(scope="module")
 def pairs(blueprint, original):
     return {family: (load(blueprint(family)), original(family)) for family in ("llama", "gemma2")}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data(), family=st.sampled_from(["llama", "gemma2"]))
 def test_packed_sequences_do_not_see_each_other(data, family, pairs):
     """Any number of tokens, sequences and sampled rows: each sequence gets the logits that it gets alone."""
     sliced, model = pairs[family]
-    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
     total = sum(lengths)
     rows = torch.tensor(data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=total)))
     sequences = [prompt(length, seed) for seed, length in enumerate(lengths)]
@@ -84,17 +102,19 @@ def test_carry_of_pre_norm_llama_is_the_residual_stream(blueprint, original):
         torch.testing.assert_close(value, residual, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_bfloat16_is_as_close_as_two_runs_of_the_library(family, saved, original):
-    """In bfloat16 the slices round where the library rounds: they are no further from it than it is from float32."""
+def test_bfloat16_is_no_further_from_the_library_than_rounding(saved, original):
+    """In bfloat16 the slices round where the library rounds, up to attention, which is in float32 here.
+
+    Gemma 2 does the most in between: norms in float32, an embedding factor that is a rounded buffer, two soft-caps.
+    """
     from transformers import AutoModelForCausalLM
 
     tokens = prompt(60)
-    half = AutoModelForCausalLM.from_pretrained(saved(family), dtype="bfloat16").eval()
+    half = AutoModelForCausalLM.from_pretrained(saved("gemma2"), dtype="bfloat16").eval()
 
-    logits, _ = compose(load(cut_checkpoint(saved(family), "bfloat16")), [tokens], torch.arange(60))
+    logits, _ = compose(load(cut_checkpoint(saved("gemma2"), "bfloat16")), [tokens], torch.arange(60))
 
     want = whole(half, tokens)
-    error, rounding = relative_error(logits, want), relative_error(want, whole(original(family), tokens))
+    error, rounding = relative_error(logits, want), relative_error(want, whole(original("gemma2"), tokens))
     assert logits.dtype == torch.bfloat16
     assert error <= rounding
