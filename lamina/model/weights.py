@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def load_weights(captured: Capture, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+def load_weights(captured: Capture, names: Collection[str], device: torch.device) -> dict[str, Tensor]:
     """Read the parameters and buffers ``names`` of ``captured`` to ``device``.
 
     CheckpointError names a tensor that is missing, of the wrong shape, or that nothing in the model uses.
