@@ -6,12 +6,16 @@ Compute nodes hold the weights and run everything but attention; memory nodes ho
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.client import Client, Completion, Stream, Token, connect
     from lamina.errors import LaminaError
+
+# A library is silent unless the program that uses it wants its log; the daemons do.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"
 __all__ = ["Client", "Completion", "LaminaError", "Stream", "Token", "connect"]

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -54,6 +55,7 @@ def _free_ports(count: int) -> list[int]:
 class Cluster:
     """The processes of a cluster, as a context manager: leaving it leaves none behind.
 
+    Nodes whose file does not say how many ``threads`` they use get an equal share of this machine's cores.
     ``log_file`` takes the nodes' logs, by default this process's standard error. ``on_change`` is called whenever a
     node's state has changed. ``failed`` gets a NodeError when a node dies or falls silent.
     """
@@ -112,12 +114,16 @@ class Cluster:
             monitor.link.abort("the cluster is stopped")
 
     async def _spawn(self, node: NodeConfig) -> Process:
+        # Nodes that share a machine must share its cores: with all of them for each, threads mostly wait for each other.
+        share = max(1, len(os.sched_getaffinity(0)) // len(self._config.node))
+        environment = {"OMP_NUM_THREADS": str(share), **os.environ}
         command = ["-m", "lamina", "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
         return await asyncio.create_subprocess_exec(
             sys.executable,
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stderr=self._log_file,
+            env=environment,
             # A session of its own keeps Ctrl-C of the terminal from it: it is stopped in order, not all at once.
             start_new_session=True,
             preexec_fn=_die_with_parent,

@@ -70,7 +70,8 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cpus: str | None = None
     """The processors that the node is pinned to, such as "0-3,8"."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    """Threads that compute. None: one for each of ``cpus``, else as many as torch takes."""
+    """Threads that compute. None: one for each of ``cpus``, else as many as torch takes; under ``lamina up``, where all
+    nodes share a machine, an equal share of its cores."""
 
     @property
     def listen(self) -> Address:

@@ -24,7 +24,7 @@ from lamina.protocol import Status
 START_TIMEOUT_S = 60.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["lamina.node.compute", "lamina.node.memory", "lamina.cli"])
+_context.set_forkserver_preload(["tests.preload"])
 
 
 @dataclass

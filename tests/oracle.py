@@ -14,14 +14,14 @@ TIE = 1e-4
 
 
 class Oracle:
-    """The library's model of a checkpoint, in float32."""
+    """The library's model of a checkpoint, in float32 unless said otherwise."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
 
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:

@@ -24,7 +24,7 @@ from lamina.figures import between
 from lamina.protocol import Status
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-MAX_TOKENS = 256
+MAX_TOKENS = 320
 MEMORY_NODES = 2
 
 
@@ -52,7 +52,7 @@ def run(*, as_json: bool) -> int:
         except LaminaError:
             sys.stderr.write(log_path.read_text())
             raise
-        console.print("\nthe same files and prompt in transformers, in one process …")
+        console.print("\n\nthe same files and prompt in transformers, in one process …")
         identical = _oracle(len(answer.tokens)) == answer.tokens
         facts = _facts(config, answer, identical)
         if as_json:

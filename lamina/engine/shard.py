@@ -172,17 +172,20 @@ class AttentionShard:
             header = ChunkHeader.unpack(self._chunks.buffer[start : start + CHUNK_HEADER])
             if header.layer >= len(self._layers) or not 1 <= header.tokens <= CHUNK_TOKENS:
                 raise ProtocolError(f"bulk chunk with {header}; expected a layer below {len(self._layers)}")
-            if header.sequence in self.cache.sequences:
-                await self._device.run(self._append, i, header)
+            if await self._device.run(self._append, i, header):
                 self._grown.set()
             else:
                 self.stale_chunks += 1
             self._link.write(Lane.BULK, self._outputs_remote, 0, [], Tag(Kind.CREDIT, 0, 0, i).pack())
 
-    def _append(self, i: int, header: ChunkHeader) -> None:
+    def _append(self, i: int, header: ChunkHeader) -> bool:
+        """False for a sequence that is over: releases come on the other lane, and overtake chunks."""
+        if header.sequence not in self.cache.sequences:
+            return False
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._layers[header.layer], header.tokens, first)
         self.cache.append(header.layer, Rows((Run(header.sequence, header.start, header.tokens),)), k, v)
+        return True
 
     # -- control
 

@@ -138,6 +138,7 @@ class ComputeNode:
 
     async def _find(self, node: NodeConfig, hello: Hello) -> Link:
         transport = self._config.transport
+        log.info("event=waiting peer=%s address=%s deadline_s=%g", node.name, node.address, transport.start_timeout)
         try:
             link = await connect(
                 node.listen, hello, deadline_s=transport.start_timeout, peer_timeout=transport.peer_timeout

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 import lamina
 from tests import harness
@@ -54,3 +56,47 @@ def test_tokens_are_those_of_transformers(
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert len(answer) == TOKENS
         agreement.check(oracle, prompt, answer, f"{chosen.name}, prompt of {len(prompt)}")
+
+
+def test_bfloat16_is_as_close_as_the_library(memory_ports: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rounding changes tokens only where float32 sees little difference: no more than it does in `transformers`."""
+    path = FAMILIES["llama"].save(tmp_path / "checkpoint")
+    config = harness.write_config(tmp_path, path, memory_ports, dtype="bfloat16")
+    node = harness.start_node(config, "c0")
+
+    async def decode() -> list[list[int]]:
+        await harness.ready(config, node)
+        async with lamina.connect(config.front.address) as client:
+            answers = await asyncio.gather(*(client.generate(p, max_tokens=TOKENS) for p in PROMPTS))
+        return [a.tokens for a in answers]
+
+    with harness.running(node):
+        ours = gaps(Oracle(path), asyncio.run(decode()))
+    rounded = Oracle(path, torch.bfloat16)
+    theirs = gaps(Oracle(path), [rounded.greedy(p, TOKENS) for p in PROMPTS])
+
+    with capsys.disabled():
+        print(f"\nbfloat16: chosen logits lie {ours} behind float32's best, in transformers {theirs}")  # noqa: T201
+    assert ours.worst <= 2 * theirs.worst
+    assert ours.mean <= 2 * theirs.mean
+
+
+class Gaps(NamedTuple):
+    """How far the logits of chosen tokens lie behind the best, in standard deviations of the logits."""
+
+    worst: float
+    mean: float
+
+    def __str__(self) -> str:
+        return f"{self.worst:.3f} σ (mean {self.mean:.5f} σ)"
+
+
+def gaps(oracle: Oracle, answers: list[list[int]]) -> Gaps:
+    """Of ``answers`` to all prompts, as ``oracle`` sees them."""
+    found = []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        logits = oracle.logits(prompt, answer)
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        found.append((logits.max(-1).values - chosen) / logits.std(-1))
+    every = torch.cat(found)
+    return Gaps(float(every.max()), float(every.mean()))
