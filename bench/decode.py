@@ -2,8 +2,8 @@
 
 All sequences have the same prompt of token ids and generate the same number of tokens greedily. A figure counts the
 tokens of all sequences from the first step that has all of them to the last, as ``transformers`` counts its own steps
-after the prompt. Both run in turns, several times; the medians are compared. Nodes use one thread each, and so many
-threads together are given to ``transformers``, at most one for each core.
+after the prompt. Both run in turns, several times; the medians are compared. Nodes use one thread each; a short trial
+decides whether ``transformers`` is given one thread or one for each core.
 """
 
 from __future__ import annotations
@@ -32,6 +32,19 @@ from lamina.figures import Figures, between
 BATCHES = (1, 4, 16, 64)
 QUICK_BATCHES = (1, 16)
 PROMPT_TOKENS = 32
+TRIAL_BATCH, TRIAL_TOKENS = 4, 8
+
+COLUMNS = {
+    "batch": "batch",
+    "tokens_per_s": "tokens/s",
+    "transformers_tokens_per_s": "transformers",
+    "ratio": "ratio",
+    "layer_whole_us": "layer µs",
+    "layer_compute_us": "compute",
+    "layer_attention_us": "attention",
+    "layer_wire_us": "wire",
+    "wire_bytes_per_token": "B/token",
+}
 
 
 def run(
@@ -43,7 +56,7 @@ def run(
     if as_json:
         report.print_json(rows)
     else:
-        report.print_table("decode, tokens/s of all sequences together", rows)
+        report.print_table("decode: tokens/s of all sequences together, time per layer", rows, COLUMNS)
     if plot:
         ys = ("tokens_per_s", "transformers_tokens_per_s")
         report.draw(plot, rows, x="batch", ys=ys, ylabel="tokens/s", title="Decode over local nodes, float32")
@@ -52,17 +65,17 @@ def run(
 async def _measure(
     model: Path, memory_nodes: int, batches: tuple[int, ...], tokens: int, repeats: int
 ) -> list[report.Row]:
-    threads = min(1 + memory_nodes, len(os.sched_getaffinity(0)))
     console = Console(stderr=True)
     rows = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder, Progress(console=console) as progress:
         config = local_config(Path(folder), model, memory_nodes=memory_nodes, dtype="float32", memory="1GiB")
         task = progress.add_task("decode", total=len(batches) * repeats)
-        with (Path(folder) / "nodes.log").open("wb") as log, _Yardstick(model, threads) as yardstick:
+        with (Path(folder) / "nodes.log").open("wb") as log, _Yardstick(model) as yardstick:
             async with Cluster(config, log_file=log) as cluster:
                 await cluster.ready()
                 async with connect(config.front.address, peer_timeout=60.0) as client:
                     await _decode(client, cluster, 2, 8)
+                    await asyncio.to_thread(yardstick.choose_threads)
                     for batch in batches:
                         ours, theirs = [], []
                         for _ in range(repeats):
@@ -105,10 +118,10 @@ def _row(batch: int, ours: list[Figures], theirs: list[float]) -> report.Row:
 _SCRIPT = """
 import json, sys, time, torch
 from transformers import AutoModelForCausalLM, DynamicCache
-torch.set_num_threads(int(sys.argv[2]))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, local_files_only=True).eval()
 for line in sys.stdin:
-    batch, prompt_tokens, tokens = json.loads(line)
+    batch, prompt_tokens, tokens, threads = json.loads(line)
+    torch.set_num_threads(threads)
     ids = torch.arange(1, prompt_tokens + 1).repeat(batch, 1)
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)
@@ -125,9 +138,10 @@ for line in sys.stdin:
 class _Yardstick:
     """``transformers`` with its default cache, in a process of its own."""
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path) -> None:
+        self._threads = 1
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT, str(model), str(threads)],
+            [sys.executable, "-c", _SCRIPT, str(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -143,9 +157,18 @@ class _Yardstick:
 
     def tokens_per_s(self, batch: int, tokens: int) -> float:
         """Of ``batch`` sequences together, after their prompts."""
+        return self._ask(batch, tokens, self._threads)
+
+    def choose_threads(self) -> None:
+        """Warm up, and take the faster number of threads from now on."""
+        candidates = sorted({1, len(os.sched_getaffinity(0))})
+        self._ask(TRIAL_BATCH, TRIAL_TOKENS, 1)
+        self._threads = max(candidates, key=lambda threads: self._ask(TRIAL_BATCH, TRIAL_TOKENS, threads))
+
+    def _ask(self, batch: int, tokens: int, threads: int) -> float:
         assert self._process.stdin
         assert self._process.stdout
-        self._process.stdin.write(json.dumps([batch, PROMPT_TOKENS, tokens]) + "\n")
+        self._process.stdin.write(json.dumps([batch, PROMPT_TOKENS, tokens, threads]) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:

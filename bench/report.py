@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,21 @@ def print_json(rows: Sequence[Row]) -> None:
     sys.stdout.write(json.dumps({"machine": machine(), "rows": list(rows)}, indent=2) + "\n")
 
 
-def print_table(title: str, rows: Sequence[Row]) -> None:
-    table = Table(*rows[0], title=title)
+def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """``columns`` maps the keys to show to their headings."""
+    table = Table(title=title)
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(_short(row[key]) for key in columns))
     Console().print(table)
+
+
+def _short(value: Any) -> str:
+    """Three digits are all that a noisy machine gives."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: str, title: str) -> None:
