@@ -139,6 +139,7 @@ reward: As a reward, {hero} was given a {keepsake}.
   | "This is for you," said {elder}, and gave {hero} a {keepsake}.
   | {elder} put a {keepsake} into the hand of {hero}.
 ending: {hero} put the {keepsake} on the shelf, beside the {earlier}.
+keepsakes: button | scarf | bead | whistle | cup | ribbon | feather | shell | coin | marble | spoon | box
 """)
 """What is special about a tale that is part of a book, and what holds the book together."""
 
@@ -324,7 +325,7 @@ need: One {season} {hour} the well ran dry. {elder} knew an old song about a {co
   | One {season} {hour} there was no water in the well. "A {colour} stone near {place} must have moved,"
     said {elder}.
 find: Near {place} they found the {colour} stone and rolled it aside, and clear water ran down the hill.
-  | At last they reached {place}. Together they pushed the {colour} stone away, and a spring jumped out of
+  | At last they reached {place}. Together they pushed the {colour} stone away, and a spring bubbled out of
     the ground.
 outcome: The well was full again, and {elder} gave everyone a cup of cold water.
 
@@ -350,7 +351,7 @@ find: At last they reached {place}, and among the weeds grew a single {colour} r
   | Near {place} the air was sweet. {hero} dug up a {colour} rose with all its roots.
 outcome: {elder} planted the {colour} rose beside the door, where everyone could smell it.
 
-need: One {season} {hour} a magpie flew in, stole the {colour} ring of {elder} and was gone toward {place}.
+need: One {season} {hour} a magpie stole the {colour} ring of {elder} and flew off toward {place}.
   | One {season} {hour} {elder} came running. "A magpie took my {colour} ring! It flew toward {place}!"
 find: High in a tree near {place} was the nest of the magpie, and in it lay the {colour} ring.
   | Near {place} the magpie was admiring itself in a puddle. It traded the {colour} ring for a bit of
@@ -451,21 +452,6 @@ trade: cobbler
 work: put new soles on old boots
 """)
 
-KEEPSAKES = (
-    "button",
-    "scarf",
-    "bead",
-    "whistle",
-    "cup",
-    "ribbon",
-    "feather",
-    "shell",
-    "coin",
-    "marble",
-    "spoon",
-    "box",
-)
-
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
@@ -493,7 +479,7 @@ def settle(rules: Rules, rng: random.Random, *symbols: str) -> Rules:
 def cast(rng: random.Random) -> Rules:
     """Settle what all tales of a document share: the hero, the friend and their home."""
     rules = {**WORLD, **TALE, **rng.choice(GENDERS), **rng.choice(HOMES), **rng.choice(TRADES)}
-    return settle(rules, rng, "hero", "trait", "friend", "species", "home_long")
+    return settle(rules, rng, "hero", "trait", "friend", "species")
 
 
 def tell(rules: Rules, rng: random.Random) -> str:
@@ -511,14 +497,19 @@ def story(rng: random.Random) -> str:
 def book(rng: random.Random, tales: int) -> str:
     """Tell 2 to ``MAX_TALES`` tales about one cast; the end recalls the keepsakes of all of them."""
     rules = {**cast(rng), **BOOK}
-    keepsakes = [f"{rng.choice(WORLD['colour'])} {thing}" for thing in rng.sample(KEEPSAKES, tales)]
+    keepsakes = [f"{rng.choice(rules['colour'])} {thing}" for thing in rng.sample(BOOK["keepsakes"], tales)]
     parts = [expand("{title}", rules, rng)]
     for ordinal, keepsake in zip((*ORDINALS[: tales - 1], "last"), keepsakes, strict=True):
         rules |= {"ordinal": (ordinal,), "keepsake": (keepsake,)}
         parts += [expand("{heading}", rules, rng), tell(rules, rng)]
-    rules["earlier"] = (" and the ".join(filter(None, (", the ".join(keepsakes[:-2]), keepsakes[-2]))),)
-    parts.append(expand("{ending}", rules, rng))
+    parts.append(expand("{ending}", rules | {"earlier": (series(keepsakes[:-1]),)}, rng))
     return "\n\n".join(parts)
+
+
+def series(nouns: Sequence[str]) -> str:
+    """Return ``nouns`` as they read behind one "the": "cup", "cup and the box", "cup, the box and the spoon"."""
+    *front, last = nouns
+    return f"{', the '.join(front)} and the {last}" if front else last
 
 
 def documents(seed: int, *, books: float) -> Iterator[str]:

@@ -32,7 +32,7 @@ CONTEXT_TOKENS = 2048
 VOCABULARY = 1536
 BOS, EOS = "<s>", "</s>"
 
-STEPS = 1600
+STEPS = 1400
 LONG_EVERY = 4
 """Every so many steps, the rows are as long as the context."""
 
