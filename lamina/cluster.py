@@ -114,7 +114,7 @@ class Cluster:
             monitor.link.abort("the cluster is stopped")
 
     async def _spawn(self, node: NodeConfig) -> Process:
-        # Nodes that share a machine must share its cores: with all of them for each, threads mostly wait for each other.
+        # Nodes that share a machine share its cores: given all of them each, their threads wait for each other.
         share = max(1, len(os.sched_getaffinity(0)) // len(self._config.node))
         environment = {"OMP_NUM_THREADS": str(share), **os.environ}
         command = ["-m", "lamina", "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]

@@ -1,4 +1,4 @@
-"""The demo checkpoint that ships with the package is a trained model, and the stories it learned from are deterministic."""
+"""The shipped demo checkpoint is a trained model, and the stories that it learned from are deterministic."""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ def test_tokens_are_those_of_transformers(
         agreement.check(oracle, prompt, answer, f"{chosen.name}, prompt of {len(prompt)}")
 
 
-def test_bfloat16_is_as_close_as_the_library(memory_ports: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bfloat16_is_as_close_as_the_library(
+    memory_ports: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rounding changes tokens only where float32 sees little difference: no more than it does in `transformers`."""
     path = FAMILIES["llama"].save(tmp_path / "checkpoint")
     config = harness.write_config(tmp_path, path, memory_ports, dtype="bfloat16")
