@@ -19,7 +19,7 @@ demo: setup      ## run one compute and two memory nodes on this machine and com
 	$(BIN)/lamina demo
 
 test: setup      ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: setup ## the long tests
 	$(BIN)/python -m pytest -m slow

@@ -48,7 +48,7 @@ def test_stories_are_the_same_for_the_same_seed() -> None:
 def test_every_symbol_is_expanded() -> None:
     """No document shows the notation of the grammar, an empty expansion or the wrong article."""
     for text in islice(documents(0, books=0.1), 500):
-        assert not re.search(r"[{}|¶]|\ba [aeiou]|\ban [^aeiou]| [ .,\n]", text), text
+        assert not re.search(r"[{}|¶]|\ba [aeiou]|\ban (?!hour)[^aeiou]| [ .,\n]", text), text
 
 
 def test_a_book_ends_with_everything_its_tales_earned() -> None:
