@@ -105,9 +105,3 @@ def test_held_out_loss_is_that_of_a_trained_model(model: LlamaForCausalLM, token
     loss = held_out_loss(model, tokenizer, rows=8, row_tokens=SHORT_ROWS[1], books=0.0)
 
     assert loss < MAX_LOSS
-
-
-def test_the_model_recalls_names_across_the_whole_context(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """At the end of a book, the model remembers the keepsake of a tale that it read more than a thousand tokens ago."""

@@ -24,8 +24,12 @@ from collections.abc import Iterator, Mapping, Sequence
 Rules = Mapping[str, Sequence[str]]
 """The alternatives of each symbol."""
 
-DEMO_PROMPT = "Once upon a time"
-"""A prompt after which greedy decoding tells one whole tale."""
+DEMO_PROMPT = (
+    "Once upon a time, a stubborn baker named Mira lived in a small harbour on a rocky island. She baked brown bread "
+    "before the sun came up, and she was good at it. Wherever Mira went, a fox named Button went too. The greatest "
+    "treasure of Mira was a silk kite, a present from her uncle."
+)
+"""A prompt that the demo checkpoint continues well; after most others it mixes up names and colours on the way."""
 
 MAX_TALES = 6
 """Tales in the longest book; all of them fit into the 2,048 tokens that the demo checkpoint can look back on."""

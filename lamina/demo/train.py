@@ -5,7 +5,7 @@ same versions of the libraries on the same kind of CPU make the same checkpoint.
 a fixed default because it decides in which order sums are rounded.
 
 Most steps see single tales in short rows, which are cheap; every fourth step sees a row as long as the model's context,
-mostly books, so that the model also learns to look back over all of it.
+mostly books, so that the model also writes sentences at the far end of it.
 """
 
 from __future__ import annotations
