@@ -59,6 +59,11 @@ class KVCache:
         self._free = list(range(blocks))
         self._held: dict[int, Reservation] = {}
 
+    def close(self) -> None:
+        """Give the memory back, whoever still holds the cache. Nothing else may be called afterwards."""
+        self.keys.clear()
+        self.values.clear()
+
     @property
     def free_tokens(self) -> int:
         """Positions that can still be reserved, in whole blocks."""

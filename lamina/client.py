@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lamina import errors, protocol
-from lamina.errors import LaminaError, NodeError, RequestError, TransportError
+from lamina.errors import LaminaError, NodeError, ProtocolError, RequestError, TransportError
 from lamina.protocol import AskStatus, Cancel, Failed, Finished, Generate, Status, ToClient, decode, encode
 from lamina.transport import Address, Hello, Link
 from lamina.transport import connect as connect_link
@@ -123,8 +123,8 @@ class Client:
     def _on_message(self, plain: dict[str, Any]) -> None:
         match decode(plain, ToClient):
             case Status() as status:
-                if self._asked:
-                    self._asked.pop(0).set_result(status)
+                if self._asked and not (future := self._asked.pop(0)).done():
+                    future.set_result(status)
             case Failed(id=None) as failure:
                 self._fail(_error(failure))
             case Failed(id=int(id_)) as failure:
@@ -153,7 +153,9 @@ class Stream:
     """The tokens of one answer: an asynchronous iterator and context manager.
 
     After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character)
-    are set. Leaving it early in any way, or ``aclose``, aborts the request and frees its KV cache on every node.
+    are set. ``aclose``, leaving an ``async with`` on it, cancelling whoever waits for a token, or dropping the last
+    reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its KV
+    cache on every node.
     """
 
     def __init__(self, client: Client, request: Generate) -> None:
@@ -191,9 +193,11 @@ class Stream:
 
     def _start(self) -> None:
         self._client._check()
-        self._queue = asyncio.Queue()
-        self._client._streams[self._request.id] = self._queue
-        self._client._link.send(encode(self._request))
+        try:
+            self._client._link.send(encode(self._request))
+        except ProtocolError as e:
+            raise RequestError(f"the prompt is too long to be sent: {e}") from e
+        self._queue = self._client._streams[self._request.id] = asyncio.Queue()
 
     async def aclose(self) -> None:
         """Abort the request if it is not over. Closing twice is fine."""

@@ -45,6 +45,9 @@ class Attach(Message):
     outputs: RemoteRegion
     """Where the attention output is written."""
 
+    def __post_init__(self) -> None:
+        RemoteRegion.from_wire(list(self.outputs))
+
 
 class Attached(Message):
     """The answer: where to write, and how many tokens of KV cache there are."""
@@ -54,6 +57,10 @@ class Attached(Message):
     queries: RemoteRegion
     keys_values: RemoteRegion
     chunks: RemoteRegion
+
+    def __post_init__(self) -> None:
+        for region in (self.plans, self.queries, self.keys_values, self.chunks):
+            RemoteRegion.from_wire(list(region))
 
 
 class Reserve(Message):

@@ -12,7 +12,7 @@ from lamina.engine.remote import RemoteShard
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Scheduler, Sequence, Step
 from lamina.engine.step import StepRunner
-from lamina.errors import LaminaError, RequestError
+from lamina.errors import LaminaError, NodeError, RequestError
 
 log = logging.getLogger("lamina.engine")
 
@@ -32,6 +32,7 @@ class Engine:
 
     def __init__(
         self,
+        name: str,
         runner: StepRunner,
         shards: Listed[RemoteShard],
         scheduler: Scheduler,
@@ -41,6 +42,7 @@ class Engine:
         vocabulary: int,
         stop_tokens: frozenset[int],
     ) -> None:
+        self._name = name
         self._runner = runner
         self._shards = shards
         self._scheduler = scheduler
@@ -79,7 +81,7 @@ class Engine:
         if self._failure:
             raise self._failure
         if self._draining:
-            raise RequestError("the node is draining and takes no new requests")
+            raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
         if not prompt:
             raise RequestError("the prompt is empty; expected at least one token")
         for position, token in enumerate(prompt):
@@ -102,8 +104,7 @@ class Engine:
         self._scheduler.submit(sequence)
         self._answers[sequence] = answer
         self._idle.clear()
-        for event in self._work:
-            event.set()
+        self._wake()
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
@@ -111,19 +112,23 @@ class Engine:
         if self._answers.pop(sequence, None) is not None:
             self._scheduler.cancel(sequence)
             self._note_idle()
+            self._wake()  # whoever waited behind it may be next
 
     async def run(self) -> None:
-        """Serve until cancelled, or until a memory node is lost: then every request is told and NodeError raised."""
+        """Serve until cancelled, or until this node or a memory node fails: then all are told, and NodeError raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for slot in range(self._batches):
                     tasks.create_task(self._drive(slot))
                 for shard in self._shards:
                     tasks.create_task(shard.run(self._runner.device))
-                    tasks.create_task(_raise_when(shard.lost))
+                    tasks.create_task(shard.watch())
         except* LaminaError as group:
-            self._fail(_first(group))
-            raise self._failure from group  # type: ignore[misc]
+            raise self._fail(_first(group)) from group
+        except* Exception as group:
+            error = _first(group)
+            log.exception("event=internal_error")
+            raise self._fail(NodeError(f"compute node {self._name} failed: {error!r}", node=self._name)) from group
 
     async def drain(self) -> None:
         """Take no more requests and wait until those that there are have been answered."""
@@ -152,7 +157,12 @@ class Engine:
         self.tokens += len(outcome.tokens)
         for sequence, token in outcome.tokens:
             if answer := self._answers.get(sequence):
-                answer.token(token)
+                try:
+                    answer.token(token)
+                except Exception as e:  # one answer's trouble is nobody else's
+                    log.exception("event=answer_failed sequence=%d", sequence.id)
+                    self.cancel(sequence)
+                    answer.failed(NodeError(f"compute node {self._name} failed: {e!r}", node=self._name))
         for sequence in outcome.finished + outcome.cancelled:
             self._runner.forget(sequence.id)
             for shard in self._shards:
@@ -161,30 +171,29 @@ class Engine:
             if answer := self._answers.pop(sequence, None):
                 answer.finished(sequence.finish_reason or "length")
         if outcome.finished or outcome.cancelled:
-            # Space has come free, perhaps for a request that another slot can admit.
-            for event in self._work:
-                event.set()
+            self._wake()  # space has come free, perhaps for a request that another slot can admit
+
+    def _wake(self) -> None:
+        for event in self._work:
+            event.set()
 
     def _note_idle(self) -> None:
         if not self._scheduler.running and not self._scheduler.waiting:
             self._idle.set()
 
-    def _fail(self, error: LaminaError) -> None:
+    def _fail(self, error: BaseException) -> LaminaError:
+        assert isinstance(error, LaminaError)
         self._failure = error
         log.error("event=failed requests=%d reason=%r", len(self._answers), str(error))
         for answer in list(self._answers.values()):
             answer.failed(error)
         self._answers.clear()
         self._idle.set()
+        return error
 
 
-async def _raise_when(lost: asyncio.Future[None]) -> None:
-    await lost
-
-
-def _first(group: BaseExceptionGroup[LaminaError]) -> LaminaError:
-    error: BaseException = group
+def _first(error: BaseException) -> BaseException:
+    """The first error of a group of groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, LaminaError)
     return error

@@ -50,7 +50,6 @@ class RemoteShard:
         self._layout = layout
         self._geometry = g = Geometry(shard.layers, layout.dtype, slots, max_batch)
         dtype = getattr(torch, layout.dtype)
-        self._dtype = dtype
         self._queries = Region(f"{name}.queries", slots * g.query_bytes)
         self._keys_values = Region(f"{name}.keys_values", slots * g.key_value_bytes)
         self._outputs = Region(f"{name}.outputs", slots * g.output_bytes)
@@ -194,6 +193,8 @@ class RemoteShard:
     def _on_tag(self, lane: Lane, packed: int) -> None:
         tag = Tag.unpack(packed)
         if tag.kind is Kind.CREDIT:
+            if tag.step >= CHUNKS:
+                raise ProtocolError(f"credit for bulk buffer {tag.step}; there are {CHUNKS}")
             self._idle_chunks.put_nowait(tag.step)
             return
         awaited, done = self._awaited.get(tag.slot, (None, None))
@@ -236,6 +237,10 @@ class RemoteShard:
         """Raise the NodeError of a memory node that is lost."""
         if self.lost.done():
             self.lost.result()
+
+    async def watch(self) -> None:
+        """Wait until the memory node is lost, and raise the NodeError that says so."""
+        await self.lost
 
     def describe(self) -> Peer:
         """What the status of the compute node says about this memory node."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +31,8 @@ from lamina.protocol import (
 )
 from lamina.transport import Lane, Link, Region
 
-log = logging.getLogger("lamina.memory")
+MIN_BLOCK_BYTES = 64
+"""Below, the tables of a cache would take more memory than its blocks."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class AttentionShard:
     """Serves one link of a compute node, from its Attach until the link ends.
 
     ``cache`` is what ``make_cache`` made. Everything that touches tensors runs on ``device``. ``stale_tags`` counts
-    arrivals that belonged to no present step, ``stale_chunks`` those of sequences that were over.
+    arrivals that belonged to no present step or to a sequence that was over.
     """
 
     def __init__(self, link: Link, attach: Attach, cache: KVCache, device: Device) -> None:
@@ -62,7 +62,7 @@ class AttentionShard:
         self._backend = create_backend("torch", cache)
         self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_batch)
         self._outputs_remote = attach.outputs
-        self._dtype = dtype = getattr(torch, attach.dtype)
+        dtype = getattr(torch, attach.dtype)
         n = attach.slots
         self._plans = Region("plans", n * g.plan_bytes)
         self._queries = Region("queries", n * g.query_bytes)
@@ -80,7 +80,6 @@ class AttentionShard:
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.layers = 0
         self.stale_tags = 0
-        self.stale_chunks = 0
 
     async def serve(self) -> None:
         """Answer until the link ends; raises the error that ended it."""
@@ -102,7 +101,10 @@ class AttentionShard:
                 tasks.create_task(self._attend(number))
             tasks.create_task(self._keep())
             tasks.create_task(self._obey())
-            tasks.create_task(_raise_when(self._lost))
+            tasks.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        await self._lost
 
     # -- decode
 
@@ -175,7 +177,7 @@ class AttentionShard:
             if await self._device.run(self._append, i, header):
                 self._grown.set()
             else:
-                self.stale_chunks += 1
+                self.stale_tags += 1
             self._link.write(Lane.BULK, self._outputs_remote, 0, [], Tag(Kind.CREDIT, 0, 0, i).pack())
 
     def _append(self, i: int, header: ChunkHeader) -> bool:
@@ -242,8 +244,9 @@ class AttentionShard:
 def make_cache(attach: Attach, nbytes: int) -> KVCache:
     """The cache that a compute node asks for, in ``nbytes`` of memory, all of it taken now: that may take seconds."""
     layout = KVLayout(layers=tuple(attach.layers), dtype=attach.dtype, block_tokens=attach.block_tokens)
+    if layout.bytes_per_block < MIN_BLOCK_BYTES:
+        raise CapacityError(
+            f"blocks of {layout.bytes_per_block} bytes are too small to keep account of; "
+            f"expected at least {MIN_BLOCK_BYTES}"
+        )
     return KVCache(layout, nbytes)
-
-
-async def _raise_when(lost: asyncio.Future[None]) -> None:
-    await lost

@@ -18,14 +18,14 @@ from lamina.engine.geometry import shard_by_heads
 from lamina.engine.remote import RemoteShard
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
-from lamina.errors import CapacityError, ConfigError, ConnectError, HandshakeError, RequestError
+from lamina.errors import CapacityError, ConfigError, ConnectError, HandshakeError, NodeError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
 from lamina.model.weights import load_weights
-from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.node.front import ClientSession, Tokenizer
-from lamina.protocol import AskStatus, Status, decode, encode
+from lamina.protocol import AskStatus, Status, decode
 from lamina.transport import Hello, Link, Listener, connect
 
 log = logging.getLogger("lamina.compute")
@@ -69,8 +69,7 @@ class ComputeNode:
                 await self._run(engine, stopping)
         finally:
             await listener.close()
-            for link in [*self._clients, *self._links]:
-                await link.close()
+            await asyncio.gather(*(link.close() for link in [*self._clients, *self._links]))
             self._device.close()
 
     async def _run(self, engine: Engine, stopping: asyncio.Event) -> None:
@@ -114,7 +113,7 @@ class ComputeNode:
                     f"({layout.bytes_per_token * context} bytes are needed) or set model.context lower"
                 )
         model = await self._device.run(_load, blueprint, self._device.torch_device)
-        self._tokenizer = await self._device.run(Tokenizer, checkpoint.path)
+        self._tokenizer = await self._device.run(Tokenizer, checkpoint.path, context)
         self._model = checkpoint.fingerprint
         self._blocks = min(s.capacity_tokens for s in self._shards) // BLOCK_TOKENS
         self._runner = StepRunner(model, self._device, self._shards, getattr(torch, checkpoint.dtype))
@@ -127,6 +126,7 @@ class ComputeNode:
             max_waiting=pipeline.max_waiting,
         )
         return Engine(
+            self._node.name,
             self._runner,
             self._shards,
             scheduler,
@@ -171,10 +171,10 @@ class ComputeNode:
     # -- links of others
 
     def _on_link(self, link: Link) -> None:
-        self._clients.add(link)
+        self._clients = {*(known for known in self._clients if not known.closed), link}
         if link.peer.role == "client":
             link.peer_timeout = CLIENT_TIMEOUT_S
-            ClientSession(link, self._ready_engine, self._ready_tokenizer, self._status)
+            ClientSession(link, self._device, self._ready_engine, self._ready_tokenizer, self._status)
         else:
             link.on_message = lambda plain: self._answer_monitor(link, plain)
         lost = link.on_lost
@@ -188,12 +188,13 @@ class ComputeNode:
 
     def _answer_monitor(self, link: Link, plain: dict[str, Any]) -> None:
         decode(plain, AskStatus)
-        link.send(encode(self._status()))
+        answer(link, self._status())
 
     def _ready_engine(self) -> Engine:
         if self._engine is None:
             missing = f"; it waits for {', '.join(sorted(self._waiting_for))}" if self._waiting_for else ""
-            raise RequestError(f"compute node {self._node.name} is still starting{missing}; try again soon")
+            reason = f"compute node {self._node.name} is still starting{missing}; try again soon"
+            raise NodeError(reason, node=self._node.name)
         return self._engine
 
     def _ready_tokenizer(self) -> Tokenizer:

@@ -7,10 +7,11 @@ import logging
 import os
 from typing import Any
 
+from lamina.attention import KVCache
 from lamina.device import Device
 from lamina.engine.shard import AttentionShard, make_cache
 from lamina.errors import LaminaError, TransportError
-from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.protocol import AskStatus, Attach, Failed, Refused, Status, decode, encode
 from lamina.transport import Address, Hello, Link, Listener
 
@@ -46,8 +47,7 @@ class MemoryNode:
             await listener.close()
             for task in list(self._tasks):
                 task.cancel()
-            for link in list(self._links):
-                await link.close()
+            await asyncio.gather(*(link.close() for link in self._links))
             self._device.close()
 
     def _on_link(self, link: Link) -> None:
@@ -61,12 +61,15 @@ class MemoryNode:
                 case Attach() as attach:
                     self._attach(link, attach)
                 case AskStatus():
-                    link.send(encode(self._status()))
+                    answer(link, self._status())
 
         link.on_message = on_message
         link.on_lost = lambda _: self._links.discard(link)
 
     def _attach(self, link: Link, attach: Attach) -> None:
+        if link.peer.role != "compute":
+            link.abort(f"a {link.peer.role} must not attach")
+            return
         if self._draining:
             link.send(encode(Refused(reason="is draining and takes no compute node")))
             return
@@ -82,6 +85,7 @@ class MemoryNode:
     async def _serve_shard(self, link: Link, attach: Attach) -> None:
         """Hold a shard for the compute node at the other end until the link ends."""
         peer = link.peer.name
+        cache: KVCache | None = None
         try:
             cache = await self._device.run(make_cache, attach, self._nbytes)
             self._shard = AttentionShard(link, attach, cache, self._device)
@@ -102,6 +106,9 @@ class MemoryNode:
             log.exception("event=shard_failed peer=%s", peer)
             await self._give_up(link, f"internal error: {group.exceptions[0]!r}")
         finally:
+            # Errors keep frames alive, and frames the cache: its memory must not wait for the garbage collector.
+            if cache is not None:
+                await self._device.run(cache.close)
             self._owner, self._shard = "", None
             self._links.discard(link)
 

@@ -46,6 +46,7 @@ def test_tokens_are_those_of_transformers(
         async with lamina.connect(config.front.address) as client:
             answers = await asyncio.gather(*(client.generate(p, max_tokens=TOKENS) for p in PROMPTS))
             status = await client.status()
+            assert status.steps < 2 * TOKENS, "the prompts did not decode in one batch"
             assert status.kv_tokens_free == status.kv_tokens_total
         return [a.tokens for a in answers]
 

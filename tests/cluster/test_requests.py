@@ -15,6 +15,8 @@ import pytest
 import lamina
 from lamina.config import ClusterConfig
 from lamina.errors import CapacityError, LaminaError, RequestError
+from lamina.protocol import AskStatus, Status, decode, encode
+from lamina.transport import Address, Hello, connect
 from tests import harness
 from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
@@ -49,19 +51,28 @@ def cluster(
 
 
 def ask(config: ClusterConfig, work: Callable[[lamina.Client], Awaitable[None]]) -> None:
-    """Run ``work`` with a client, then check that no KV cache is left in use."""
+    """Run ``work`` with a client, then check that no KV cache is left in use on any node."""
 
     async def main() -> None:
         async with lamina.connect(config.front.address) as client:
             await work(client)
 
             async def idle() -> bool:
-                status = await client.status()
-                return status.requests_running == 0 and status.kv_tokens_free == status.kv_tokens_total
+                nodes = [await client.status(), *[await status_of(n.listen) for n in config.memory_nodes]]
+                return all(s.sequences == 0 and s.kv_tokens_free == s.kv_tokens_total > 0 for s in nodes)
 
             await harness.eventually(idle)
 
     asyncio.run(main())
+
+
+async def status_of(address: Address) -> Status:
+    """What a node says of itself."""
+    async with await connect(address, Hello("monitor", "test"), deadline_s=5) as link:
+        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
+        link.send(encode(AskStatus()))
+        return await answer
 
 
 def prompts(count: int, longest: int = 120) -> list[list[int]]:
@@ -122,6 +133,20 @@ def test_leaving_the_iterator_aborts(cluster: ClusterConfig) -> None:
     ask(cluster, work)
 
 
+def test_giving_up_on_a_status_harms_nobody(cluster: ClusterConfig) -> None:
+    """Its answer comes when nobody waits any more."""
+
+    async def work(client: lamina.Client) -> None:
+        stream = client.stream([1, 2, 3], max_tokens=20)
+        await anext(stream)
+        asked = asyncio.create_task(client.status())
+        await asyncio.sleep(0)
+        asked.cancel()
+        assert len([token async for token in stream]) == 19
+
+    ask(cluster, work)
+
+
 def test_cancelling_at_any_moment_harms_nobody(cluster: ClusterConfig, oracle: Oracle, agreement: Agreement) -> None:
     """While waiting, in mid-prompt and in mid-answer; the others' tokens stay right."""
 
@@ -173,6 +198,7 @@ def test_a_client_that_dies_frees_its_requests(cluster: ClusterConfig) -> None:
         ([1, 2], {"max_tokens": MAX_CONTEXT}, RequestError, f"ask for at most {MAX_CONTEXT - 2}"),
         ([1, VOCABULARY], {}, RequestError, f"token {VOCABULARY} at position 1"),
         ("text", {}, RequestError, "no tokenizer.json"),
+        ("a" * 2**21, {}, RequestError, "the prompt is too long to be sent"),
         ([1], {"temperature": -1.0}, RequestError, "temperature: expected float >= 0"),
         ([1], {"top_p": 1.5}, RequestError, "top_p: expected float <= 1"),
         ([1], {"max_tokens": 0}, RequestError, "max_tokens: expected int >= 1"),
