@@ -29,6 +29,14 @@ def test_shares_follow_the_distribution(temperature: float) -> None:
         assert shares.get(token, 0) == pytest.approx(probability, abs=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    """Numbers that overflow stand for probability 0."""
+    logits = torch.tensor([[1.0, 5.0, 3.0, -2.0]]).repeat(100, 1)
+
+    assert sample(logits, [(Sampling(temperature, seed=5), position) for position in range(100)]) == [1] * 100
+
+
 def test_top_k_leaves_the_likeliest() -> None:
     """Renormalised among themselves."""
     shares = draw(Sampling(1.0, top_k=2, seed=5))

@@ -29,16 +29,17 @@ def sample(logits: Tensor, choices: Sequence[tuple[Sampling, int]]) -> list[int]
     tokens: list[int] = logits.argmax(-1).tolist()
     for row, (sampling, position) in enumerate(choices):
         if sampling.temperature > 0:
-            tokens[row] = _draw(logits[row].float(), sampling, uniform(sampling.seed, position))
+            tokens[row] = _draw(logits[row], sampling, uniform(sampling.seed, position))
     return tokens
 
 
 def _draw(logits: Tensor, sampling: Sampling, u: float) -> int:
     """Invert the cumulative distribution of the tokens that top-k and top-p leave, at ``u`` in [0, 1)."""
-    ordered, ids = logits.div(sampling.temperature).sort(descending=True, stable=True)
+    ordered, ids = logits.double().sort(descending=True, stable=True)
     if sampling.top_k:
         ordered = ordered[: sampling.top_k]
-    probabilities = ordered.double().softmax(-1)
+    # Below the largest, so that however small a temperature overflows to -inf, which is probability 0.
+    probabilities = (ordered - ordered[0]).div(sampling.temperature).softmax(-1)
     cumulative = probabilities.cumsum(-1)
     if sampling.top_p < 1:
         # Up to and including the token with which the sum reaches top_p, so that one token always stays.
