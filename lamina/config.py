@@ -16,10 +16,15 @@ from msgspec import Meta, Struct
 
 from lamina.errors import ConfigError
 from lamina.transport import Address
+from lamina.transport.handshake import MAX_PEER_TIMEOUT, MIN_PEER_TIMEOUT
 from lamina.validation import explain
 
 Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
+PeerTimeout = Annotated[float, Meta(ge=MIN_PEER_TIMEOUT, le=MAX_PEER_TIMEOUT)]
+StartTimeout = Annotated[float, Meta(gt=0, le=86400)]
+
+MAX_SIZE = 2**60
+"""Bytes; what a size may say at most, far beyond what a machine has."""
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,10 +56,10 @@ class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """``[transport]``: how nodes reach each other."""
 
     kind: Literal["auto", "tcp"] = "auto"
-    peer_timeout: Seconds = 2.0
-    """A peer that is silent for longer is dead."""
-    start_timeout: Seconds = 60.0
-    """How long a node waits at its start for the others."""
+    peer_timeout: PeerTimeout = 2.0
+    """A peer that is silent for longer, in seconds, is dead."""
+    start_timeout: StartTimeout = 60.0
+    """How long, in seconds, a node waits at its start for the others."""
 
 
 class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,14 +131,14 @@ def load(path: str | Path) -> ClusterConfig:
         raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: not a text file in UTF-8") from e
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also of numbers and nesting too long for the parser
         raise ConfigError(f"{path}: not valid TOML: {e}") from e
     if "file" in raw:
         raise ConfigError(f"{path}: unknown key 'file'")
     try:
         config = msgspec.convert(raw, ClusterConfig)
     except msgspec.ValidationError as e:
-        raise ConfigError(f"{path}: {explain(e, raw)}") from e
+        raise ConfigError(f"{path}: {explain(e, raw, ClusterConfig)}") from e
     config = msgspec.structs.replace(config, file=path)
     _check(config)
     return config
@@ -182,7 +187,7 @@ def _check(config: ClusterConfig) -> None:
                 fail(f"{at}.device", f"expected no device on a memory node, got {node.device!r}")
         elif node.memory is not None:
             fail(f"{at}.memory", f"expected no memory on a compute node, got {node.memory!r}")
-        elif node.device is not None and not re.fullmatch(r"cpu|cuda:\d+", node.device):
+        elif node.device is not None and not re.fullmatch(r"cpu|cuda:\d{1,3}", node.device):
             fail(f"{at}.device", f'expected "cpu" or "cuda:N", got {node.device!r}')
     compute = [i for i, n in enumerate(config.node) if n.role == "compute"]
     if len(compute) != 1:
@@ -198,20 +203,22 @@ _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "512MiB" or "1.5GiB"."""
+    """Bytes of a size such as "512MiB" or "1.5GiB", at most MAX_SIZE."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text.strip())
-    nbytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    nbytes = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if nbytes < 1:
-        raise ConfigError(f'expected a size like "16GiB", got {text!r}')
-    return nbytes
+        raise ConfigError(f'expected a size like "16GiB", got {text!r:.200}')
+    if nbytes > MAX_SIZE:
+        raise ConfigError(f"expected a size of at most {MAX_SIZE // 2**40}TiB, got {text!r:.200}")
+    return int(nbytes)
 
 
 def parse_cpus(text: str) -> frozenset[int]:
-    """Processor numbers of a list such as "0-3,8"."""
+    """Processor numbers of a list such as "0-3,8"; none is above 99999."""
     cpus: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f'expected processor numbers like "0-3,8", got {text!r}')
+            raise ConfigError(f'expected processor numbers like "0-3,8", got {text!r:.200}')
         cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(cpus)

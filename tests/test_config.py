@@ -60,14 +60,29 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ('memory = "1.5GiB"', "", 'node[1].memory: missing; expected a size like "16GiB"'),
         ('memory = "1.5GiB"', 'memory = "0GiB"', "node[1].memory: expected a size like \"16GiB\", got '0GiB'"),
         ('cpus = "0-1"', 'cpus = "3-1"', "node[1].cpus: expected processor numbers like \"0-3,8\", got '3-1'"),
+        ('memory = "1.5GiB"', f'memory = "1{"0" * 400}GiB"', "node[1].memory: expected a size of at most 1048576TiB"),
+        ('memory = "1.5GiB"', 'memory = "1048577TiB"', "at most 1048576TiB, got '1048577TiB'"),
+        ('cpus = "0-1"', f'cpus = "0-{"9" * 5000}"', "node[1].cpus: expected processor numbers"),
         ('cpus = "0-1"', 'gpus = "0"', "node[1]: unknown key 'gpus'"),
+        ('cpus = "0-1"', '"my cpus" = "0"', "node[1]: unknown key 'my cpus'"),
         ("max_batch = 8", "max_batch = 0", "pipeline.max_batch: expected int >= 1, got 0"),
         ("max_batch = 8", 'max_batch = "8"', "pipeline.max_batch: expected int, got '8'"),
-        ("max_batch = 8", 'partition = "tokens"', "pipeline.partition: invalid enum value 'tokens'"),
+        ("max_batch = 8", f"max_batch = {'8' * 5000}", "not valid TOML"),
+        ("max_batch = 8", f"max_batch = {'[' * 5000}", "not valid TOML"),
+        ("max_batch = 8", 'partition = "tokens"', "pipeline.partition: expected one of heads; got 'tokens'"),
         ("max_batch = 8", "max_bach = 8", "pipeline: unknown key 'max_bach'"),
         ('path = "models/tiny"', "", "model: missing key 'path'"),
-        ('path = "models/tiny"', 'path = "x"\ndtype = "int4"', "model.dtype: invalid enum value 'int4'"),
-        ('role = "memory"', 'role = "gpu"', "node[1].role: invalid enum value 'gpu'"),
+        (
+            'path = "models/tiny"',
+            'path = "x"\ndtype = "int4"',
+            "model.dtype: expected one of float32, bfloat16, float16; got 'int4'",
+        ),
+        (
+            'path = "models/tiny"',
+            'path = "x"\ndtype = 4',
+            "model.dtype: expected one of float32, bfloat16, float16; got 4",
+        ),
+        ('role = "memory"', 'role = "gpu"', "node[1].role: expected one of compute, memory; got 'gpu'"),
         ('name = "m0"', 'name = "c0"', "node[1].name: 'c0' is used twice"),
         ('name = "m0"', 'name = "m 0"', "node[1].name: expected str matching regex"),
         ("127.0.0.1:7071", "127.0.0.1:7070", "node[1].address: '127.0.0.1:7070' is already the address of 'c0'"),
@@ -77,8 +92,28 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ('role = "memory"', 'role = "compute"', "node[1].memory: expected no memory on a compute node"),
         ('cpus = "0-1"', 'device = "cuda:0"', "node[1].device: expected no device on a memory node"),
         ('role = "compute"', 'role = "compute"\ndevice = "gpu"', 'node[0].device: expected "cpu" or "cuda:N"'),
-        ("[pipeline]", '[transport]\nkind = "rdma"\n[pipeline]', "transport.kind: invalid enum value 'rdma'"),
-        ("[pipeline]", "[transport]\npeer_timeout = 0\n[pipeline]", "transport.peer_timeout: expected float > 0"),
+        (
+            "[pipeline]",
+            '[transport]\nkind = "rdma"\n[pipeline]',
+            "transport.kind: expected one of auto, tcp; got 'rdma'",
+        ),
+        (
+            "[pipeline]",
+            "[transport]\npeer_timeout = 0.01\n[pipeline]",
+            "peer_timeout: expected float >= 0.05, got 0.01",
+        ),
+        (
+            "[pipeline]",
+            "[transport]\npeer_timeout = inf\n[pipeline]",
+            "peer_timeout: expected float <= 3600.0, got inf",
+        ),
+        ("[pipeline]", "[transport]\npeer_timeout = nan\n[pipeline]", "peer_timeout: expected float >= 0.05, got nan"),
+        ("[pipeline]", "[transport]\nstart_timeout = 0\n[pipeline]", "start_timeout: expected float > 0.0, got 0"),
+        (
+            "[pipeline]",
+            "[transport]\nstart_timeout = inf\n[pipeline]",
+            "start_timeout: expected float <= 86400.0, got inf",
+        ),
         ("[pipeline]", "[surprise]\n[pipeline]", "unknown key 'surprise'"),
         ("[pipeline]", "[pipeline", "not valid TOML"),
         ("[model]", 'file = "x"\n[model]', "unknown key 'file'"),
@@ -129,6 +164,13 @@ def test_sizes_are_binary(count: int, unit: str) -> None:
 def test_processor_lists_say_what_they_mean(cpus: set[int]) -> None:
     """A list of single numbers gives exactly these."""
     assert parse_cpus(",".join(map(str, cpus))) == cpus
+
+
+def test_processor_numbers_are_bounded() -> None:
+    """No list makes a set larger than the numbers of five digits."""
+    assert parse_cpus("0-99999,0-99999") == set(range(100_000))
+    with pytest.raises(ConfigError, match="expected processor numbers"):
+        parse_cpus("0-100000")
 
 
 @given(st.text(max_size=12))
