@@ -34,7 +34,7 @@ def local_config(folder: Path, model: Path, *, memory_nodes: int, dtype: str, me
 
     Each node computes with one thread, as they share the machine's cores.
     """
-    front, *ports = _free_ports(1 + memory_nodes)
+    front, *ports = free_ports(1 + memory_nodes)
     address = "tcp://127.0.0.1:{}".format
     lines = ["[model]", f"path = {json.dumps(str(model.resolve()))}", f'dtype = "{dtype}"']
     lines += ["[[node]]", 'name = "c0"', 'role = "compute"', f'address = "{address(front)}"', "threads = 1"]
@@ -46,7 +46,8 @@ def local_config(folder: Path, model: Path, *, memory_nodes: int, dtype: str, me
     return load(file)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody listens on."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [s.getsockname()[1] for s in sockets]
@@ -200,7 +201,8 @@ async def _end(process: Process, patience_s: float) -> None:
         await asyncio.wait_for(process.wait(), patience_s)
     except TimeoutError:
         log.warning("event=killed pid=%d", process.pid)
-        process.kill()
+        if process.returncode is None:
+            process.kill()
         await process.wait()
 
 

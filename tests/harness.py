@@ -7,17 +7,16 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import lamina
+from lamina.cluster import free_ports
 from lamina.config import ClusterConfig, load
 from lamina.protocol import Status
 
@@ -72,13 +71,6 @@ def _main(log: str, arguments: tuple[str, ...]) -> None:
     os.dup2(descriptor, 2)
     sys.argv = ["lamina", *arguments]
     main()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
 
 
 def write_config(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import lamina
+from lamina.cluster import Cluster
 from lamina.config import ClusterConfig
 from lamina.errors import LaminaError, NodeError
 from tests import harness
@@ -27,18 +28,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return FAMILIES["llama"].save(tmp_path_factory.mktemp("llama") / "checkpoint")
 
 
-async def interrupt(config: ClusterConfig, strike: object) -> tuple[LaminaError, float]:
-    """Call ``strike`` in the middle of an answer; the error that the client gets, and after how many seconds."""
-    async with lamina.connect(config.front.address) as client:
-        started = 0.0
+def write_config(folder: Path, checkpoint: Path, sections: str = "") -> ClusterConfig:
+    """One compute and two memory nodes."""
+    sections = f"[transport]\npeer_timeout = {PEER_TIMEOUT_S}\n{sections}"
+    return harness.write_config(folder, checkpoint, harness.free_ports(2), sections=sections)
+
+
+async def interrupt(config: ClusterConfig, victim: harness.Node, number: signal.Signals) -> tuple[LaminaError, float]:
+    """Strike ``victim`` in the middle of an answer; the error that the client gets, and after how many seconds."""
+    async with lamina.connect(config.front.address, peer_timeout=PEER_TIMEOUT_S) as client:
+        struck = 0.0
         try:
             async for _ in client.stream([1, 2, 3], max_tokens=500):
-                if not started:
-                    started = time.monotonic()
-                    strike()  # type: ignore[operator]
+                if not struck:
+                    struck = strike(victim, number)
         except LaminaError as e:
-            return e, time.monotonic() - started
+            return e, time.monotonic() - struck
         pytest.fail("the answer was completed")
+
+
+def strike(victim: harness.Node, number: signal.Signals) -> float:
+    """Kill or stop a node; the time of the monotonic clock at which it has happened."""
+    assert victim.process.pid
+    victim.signal(number)
+    while process_state(victim.process.pid) not in "TZX":
+        time.sleep(0.001)
+    return time.monotonic()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
@@ -47,12 +62,12 @@ def test_the_client_learns_which_node_is_lost(
     victim: str, number: signal.Signals, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Within peer_timeout and a second, by name; the others end or wait for a new compute node."""
-    config = harness.write_config(tmp_path, checkpoint, harness.free_ports(2))
+    config = write_config(tmp_path, checkpoint)
     nodes = {n.name: harness.start_node(config, n.name) for n in config.node}
 
     async def main() -> None:
         await harness.ready(config, nodes["c0"])
-        error, seconds = await interrupt(config, lambda: nodes[victim].signal(number))
+        error, seconds = await interrupt(config, nodes[victim], number)
         assert isinstance(error, NodeError)
         assert error.node == victim
         assert victim in str(error)
@@ -72,28 +87,32 @@ def test_the_client_learns_which_node_is_lost(
             assert f"memory node {victim} was lost" in nodes["c0"].log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_up_ends_when_a_node_dies(number: signal.Signals, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("m0", signal.SIGKILL), ("m0", signal.SIGSTOP), ("c0", signal.SIGSTOP)],
+    ids=["m0-killed", "m0-stopped", "c0-stopped"],
+)
+def test_up_ends_when_a_node_dies(victim: str, number: signal.Signals, checkpoint: Path, tmp_path: Path) -> None:
     """It names the node, stops the others and leaves no process behind."""
-    config = harness.write_config(tmp_path, checkpoint, harness.free_ports(2))
+    config = write_config(tmp_path, checkpoint)
     up = start_up(config)
     try:
         pids = wait_until_ready(up, config)
-        os.kill(pids["m0"], number)
+        os.kill(pids[victim], number)
         output, errors = up.communicate(timeout=PEER_TIMEOUT_S + 15)
     finally:
         up.kill()
 
     assert up.returncode == 1
-    assert re.search(r"^lamina: node m0 (was lost|was killed by signal 9)", errors, re.MULTILINE)
+    assert re.search(rf"^lamina: node {victim} (was lost|was killed by signal 9)", errors, re.MULTILINE)
     assert "Traceback" not in errors
     assert not alive(pids)
-    assert "m0 (memory) lost" in output or "m0 (memory) was killed" in output
+    assert re.search(rf"{victim} \(\w+\) (lost|was killed)", output)
 
 
 def test_up_stops_on_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     """States are shown on the way up, every node stops in order, and the exit status is 0."""
-    config = harness.write_config(tmp_path, checkpoint, harness.free_ports(2))
+    config = write_config(tmp_path, checkpoint)
     up = start_up(config)
     try:
         pids = wait_until_ready(up, config)
@@ -108,9 +127,60 @@ def test_up_stops_on_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     assert errors.count("event=stopped") == 3
 
 
+def test_up_does_not_drain_after_a_second_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
+    """Answers that would take longer than the nodes' patience are given up, and no process is left."""
+    config = write_config(tmp_path, checkpoint, "[pipeline]\nmax_batch = 1")
+    up = start_up(config)
+
+    async def main() -> None:
+        async with lamina.connect(config.front.address) as client:
+            answers = [asyncio.ensure_future(client.generate([1, 2, 3], max_tokens=500)) for _ in range(300)]
+            await asyncio.sleep(0)
+            up.send_signal(signal.SIGINT)
+
+            async def draining() -> bool:
+                return (await client.status()).state == "draining"
+
+            await harness.eventually(draining)
+            up.send_signal(signal.SIGINT)
+            ends = await asyncio.gather(*answers, return_exceptions=True)
+            assert isinstance(ends[-1], LaminaError)
+
+    try:
+        pids = wait_until_ready(up, config)
+        asyncio.run(main())
+        _, errors = up.communicate(timeout=15)
+    finally:
+        up.kill()
+
+    assert up.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "event=stopping_now" in errors
+    assert not alive(pids)
+
+
+def test_a_start_that_is_given_up_leaves_no_node(checkpoint: Path, tmp_path: Path) -> None:
+    """Cancelled at any point: before, between and after the starts of the processes."""
+    config = write_config(tmp_path, checkpoint)
+
+    async def main() -> None:
+        for steps in range(1, 40, 4):
+            starting = asyncio.ensure_future(Cluster(config, log_file=log).__aenter__())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            starting.cancel()
+            await asyncio.wait([starting])
+            if not starting.cancelled():
+                await starting.result().stop(drain=False)
+            assert not processes(config)
+
+    with (tmp_path / "nodes.log").open("wb") as log:
+        asyncio.run(main())
+
+
 def test_nodes_do_not_outlive_up(checkpoint: Path, tmp_path: Path) -> None:
     """Not even when it is killed."""
-    config = harness.write_config(tmp_path, checkpoint, harness.free_ports(2))
+    config = write_config(tmp_path, checkpoint)
     up = start_up(config)
     try:
         pids = wait_until_ready(up, config)
@@ -169,6 +239,13 @@ def wait_until_ready(up: subprocess.Popen[str], config: ClusterConfig) -> dict[s
             break
     else:
         pytest.fail(f"the nodes were never ready: {up.communicate()[1]}")
+    pids = processes(config)
+    assert pids.keys() == {n.name for n in config.node}
+    return pids
+
+
+def processes(config: ClusterConfig) -> dict[str, int]:
+    """Process ids of all nodes of the file that run."""
     pids = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -177,18 +254,17 @@ def wait_until_ready(up: subprocess.Popen[str], config: ClusterConfig) -> dict[s
             continue
         if str(config.file).encode() in command and b"--name" in command:
             pids[command[command.index(b"--name") + 1].decode()] = int(process.name)
-    assert pids.keys() == {n.name for n in config.node}
     return pids
 
 
 def alive(pids: dict[str, int]) -> list[str]:
     """Names of the processes that exist and are not zombies."""
-    found = []
-    for name, pid in pids.items():
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0]
-        except OSError:
-            continue
-        if state not in "ZX":
-            found.append(name)
-    return found
+    return [name for name, pid in pids.items() if process_state(pid) not in "ZX"]
+
+
+def process_state(pid: int) -> str:
+    """The letter that Linux gives for it; X where it does not exist."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0]
+    except OSError:
+        return "X"
