@@ -127,6 +127,10 @@ def convert(
 
     from rich.console import Console
 
+    from lamina.model.checkpoint import DTYPES
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
     from lamina.model.report import report
 
     found = report(path, dtype, batch, step_ms)

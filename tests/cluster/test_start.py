@@ -17,6 +17,7 @@ import pytest
 
 import lamina
 from lamina.errors import RequestError
+from lamina.transport import PROTOCOL_VERSION
 from tests import harness
 from tests.families import FAMILIES
 
@@ -84,6 +85,28 @@ def test_a_memory_node_that_is_not_there(checkpoint: Path, tmp_path: Path) -> No
     )
     message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 1)
     assert "memory node m0 was not there within 0.5 s" in message
+
+
+def test_a_memory_node_of_another_release(checkpoint: Path, tmp_path: Path) -> None:
+    """The compute node names both protocol versions and ends."""
+    (port,) = harness.free_ports(1)
+    config = harness.write_config(tmp_path, checkpoint, [port])
+    code = f"""if True:
+        import sys
+        from lamina.transport import frames
+        frames.PROTOCOL_VERSION = {PROTOCOL_VERSION + 1}
+        from lamina.cli import main
+        sys.argv[1:] = ["node", "--role", "memory", "--config", {str(config.file)!r}, "--name", "m0"]
+        main()
+    """
+    other = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 1)
+    finally:
+        other.kill()
+        other.wait()
+    (failure,) = (line for line in message.splitlines() if "event=failed" in line)
+    assert f"speaks protocol version {PROTOCOL_VERSION + 1}, this end speaks version {PROTOCOL_VERSION}" in failure
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:
@@ -165,6 +188,7 @@ def test_a_damaged_checkpoint(
     [
         (["node", "--role", "gpu"], "--role: expected compute or memory, got 'gpu'"),
         (["node", "--role", "memory"], "--listen and --memory"),
+        (["convert", "x", "--dtype", "int4"], "--dtype: expected one of float32, bfloat16, float16; got 'int4'"),
         (["node", "--role", "memory", "--listen", "tcp://0.0.0.0:1", "--memory", "1GiB"], "loopback"),
         (["node", "--role", "memory", "--listen", "x", "--memory", "1GiB"], "'x'"),
         (
