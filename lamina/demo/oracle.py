@@ -1,6 +1,7 @@
 """The same checkpoint and prompt in ``transformers`` alone, in this process: what the cluster must reproduce.
 
-``python -m lamina.demo.oracle CHECKPOINT PROMPT TOKENS`` prints the generated token ids as a JSON list.
+``python -m lamina.demo.oracle CHECKPOINT PROMPT TOKENS`` prints the ids of at most TOKENS generated tokens as
+a JSON list, with the end-of-sequence token if the model ends its answer before.
 """
 
 from __future__ import annotations

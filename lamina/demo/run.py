@@ -26,6 +26,7 @@ from lamina.protocol import Status
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 MAX_TOKENS = 320
 MEMORY_NODES = 2
+ORACLE_TIMEOUT_S = 300.0
 
 
 @dataclass
@@ -53,7 +54,7 @@ def run(*, as_json: bool) -> int:
             sys.stderr.write(log_path.read_text())
             raise
         console.print("\n\nthe same files and prompt in transformers, in one process …")
-        identical = _oracle(len(answer.tokens)) == answer.tokens
+        identical = _oracle() == answer.tokens
         facts = _facts(config, answer, identical)
         if as_json:
             sys.stdout.write(json.dumps(facts, indent=2) + "\n")
@@ -83,11 +84,17 @@ async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _R
                 return _Run(tokens, text + stream.held_back, seconds, before, await cluster.statuses())
 
 
-def _oracle(tokens: int) -> list[int]:
-    command = [sys.executable, "-m", "lamina.demo.oracle", str(CHECKPOINT), DEMO_PROMPT, str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _oracle() -> list[int]:
+    """The whole answer of ``transformers``: it ends by itself, or after MAX_TOKENS."""
+    command = [sys.executable, "-m", "lamina.demo.oracle", str(CHECKPOINT), DEMO_PROMPT, str(MAX_TOKENS)]
+    failed = "transformers could not decode the checkpoint for comparison"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ORACLE_TIMEOUT_S)
+    except subprocess.TimeoutExpired as e:
+        raise LaminaError(f"{failed} within {ORACLE_TIMEOUT_S:g} s") from e
     if done.returncode:
-        raise LaminaError(f"transformers could not decode the checkpoint for comparison:\n{done.stderr}")
+        reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        raise LaminaError(f"{failed}: {reason}")
     ids: list[int] = json.loads(done.stdout.splitlines()[-1])
     return ids
 
