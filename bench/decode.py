@@ -1,6 +1,7 @@
 """Decode throughput of a local cluster over the batch size, beside ``transformers`` in one process.
 
-All sequences have the same prompt of token ids and generate the same number of tokens greedily. A figure counts the
+All sequences have the same prompt of token ids and generate greedily, until the model ends its answers or ``--tokens``
+are there; ``transformers`` then runs as many steps as the longest of these answers has tokens. A figure counts the
 tokens of all sequences from the first step that has all of them to the last, as ``transformers`` counts its own steps
 after the prompt. Both run in turns, several times; the medians are compared. Nodes use one thread each; a short trial
 decides whether ``transformers`` is given one thread or one for each core.
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lamina.bench import report
-from lamina.client import Client, connect
+from lamina.client import Client, Stream, connect
 from lamina.cluster import Cluster, local_config
 from lamina.demo.run import CHECKPOINT
 from lamina.errors import LaminaError
@@ -33,6 +35,8 @@ BATCHES = (1, 4, 16, 64)
 QUICK_BATCHES = (1, 16)
 PROMPT_TOKENS = 32
 TRIAL_BATCH, TRIAL_TOKENS = 4, 8
+MIN_TOKENS = 8
+"""Shorter answers are over before they can be measured."""
 
 COLUMNS = {
     "batch": "batch",
@@ -51,6 +55,8 @@ def run(
     model: Path | None, *, memory_nodes: int, tokens: int, repeats: int, as_json: bool, plot: Path | None, quick: bool
 ) -> None:
     """Measure, print, and draw if asked."""
+    if plot:
+        report.figure_class()
     batches = QUICK_BATCHES if quick else BATCHES
     rows = uvloop.run(_measure(model or CHECKPOINT, memory_nodes, batches, tokens, 1 if quick else repeats))
     if as_json:
@@ -74,35 +80,47 @@ async def _measure(
             async with Cluster(config, log_file=log) as cluster:
                 await cluster.ready()
                 async with connect(config.front.address, peer_timeout=60.0) as client:
-                    await _decode(client, cluster, 2, 8)
+                    await _decode(client, cluster, 2, MIN_TOKENS)
                     await asyncio.to_thread(yardstick.choose_threads)
                     for batch in batches:
                         ours, theirs = [], []
                         for _ in range(repeats):
                             ours.append(await _decode(client, cluster, batch, tokens))
-                            theirs.append(await asyncio.to_thread(yardstick.tokens_per_s, batch, tokens))
+                            theirs.append(await asyncio.to_thread(yardstick.tokens_per_s, batch, ours[-1].tokens))
                             progress.advance(task)
                         rows.append(_row(batch, ours, theirs))
     return rows
 
 
-async def _decode(client: Client, cluster: Cluster, batch: int, tokens: int) -> Figures:
-    """Figures of the steps in which all ``batch`` sequences decode."""
+@dataclass(frozen=True)
+class _Run:
+    """``figures`` of the steps in which all sequences decode; ``tokens`` of the longest answer."""
+
+    figures: Figures
+    tokens: int
+    transport: str
+
+
+async def _decode(client: Client, cluster: Cluster, batch: int, tokens: int) -> _Run:
     streams = [client.stream(list(range(1, PROMPT_TOKENS + 1)), max_tokens=tokens) for _ in range(batch)]
     await asyncio.gather(*(anext(s) for s in streams))
     before, started = await cluster.statuses(), time.perf_counter()
 
-    async def rest(stream: object) -> None:
-        async for _ in stream:  # type: ignore[attr-defined]
-            pass
+    async def rest(stream: Stream) -> int:
+        return len([token async for token in stream])
 
-    await asyncio.gather(*(rest(s) for s in streams))
+    longest = 1 + max(await asyncio.gather(*(rest(s) for s in streams)))
     seconds = time.perf_counter() - started
-    return between(before, await cluster.statuses(), seconds)
+    if longest < MIN_TOKENS:
+        raise LaminaError(f"the model ends its answer after {longest} tokens, too few to measure; use another model")
+    after = await cluster.statuses()
+    transport = ", ".join(sorted({peer.transport for status in after.values() for peer in status.peers}))
+    return _Run(between(before, after, seconds), longest, transport)
 
 
-def _row(batch: int, ours: list[Figures], theirs: list[float]) -> report.Row:
-    middle = sorted(ours, key=lambda f: f.tokens_per_s)[len(ours) // 2]
+def _row(batch: int, ours: list[_Run], theirs: list[float]) -> report.Row:
+    run = sorted(ours, key=lambda r: r.figures.tokens_per_s)[len(ours) // 2]
+    middle = run.figures
     yardstick = statistics.median(theirs)
     return {
         "batch": batch,
@@ -111,7 +129,7 @@ def _row(batch: int, ours: list[Figures], theirs: list[float]) -> report.Row:
         "ratio": middle.tokens_per_s / yardstick,
         **{f"layer_{name}_us": value for name, value in middle.layer_us.items()},
         "wire_bytes_per_token": middle.wire_bytes_per_token,
-        "transport": "tcp",
+        "transport": run.transport,
     }
 
 

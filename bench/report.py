@@ -48,13 +48,18 @@ def _short(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: str, title: str) -> None:
-    """Lines of the columns ``ys`` over the column ``x``, both axes logarithmic. ConfigError without matplotlib."""
+def figure_class() -> Any:
+    """Of matplotlib; ConfigError without it. To be called before anything is measured in vain."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ConfigError("--plot: needs matplotlib; install it with: pip install 'lamina[bench]'") from e
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    return Figure
+
+
+def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: str, title: str) -> None:
+    """Lines of the columns ``ys`` over the column ``x``, both axes logarithmic. ConfigError without matplotlib."""
+    figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for y in ys:
         axes.plot([row[x] for row in rows], [row[y] for row in rows], marker="o", label=y)

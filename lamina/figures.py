@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lamina.errors import LaminaError
 from lamina.protocol import Status
 
 
@@ -34,10 +35,15 @@ class Figures:
 
 
 def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: float) -> Figures:
-    """Differences of the counters of all nodes, by name. Each is taken on one node, so no clocks are compared."""
+    """Differences of the counters of all nodes, by name. Each is taken on one node, so no clocks are compared.
+
+    LaminaError if no token was generated between the two moments: then there is nothing to divide by.
+    """
     (front,) = (name for name, status in after.items() if status.role == "compute")
     old, new = before[front], after[front]
-    layers = new.layers - old.layers
+    layers, tokens = new.layers - old.layers, new.tokens_generated - old.tokens_generated
+    if not layers or not tokens:
+        raise LaminaError("no token was generated while the cluster was measured; ask for a longer answer")
     compute = (new.busy_s - old.busy_s) / layers
     attention = max(after[n].busy_s - before[n].busy_s for n in after if n != front) / layers
     whole = seconds / layers
@@ -50,7 +56,7 @@ def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: 
     return Figures(
         seconds=seconds,
         steps=new.steps - old.steps,
-        tokens=new.tokens_generated - old.tokens_generated,
+        tokens=tokens,
         layers=layers,
         wire_bytes=_wire_bytes(new) - _wire_bytes(old),
         layer_us={name: part * 1e6 for name, part in parts.items()},
