@@ -25,6 +25,8 @@ from lamina.transport import Hello, Link, connect
 log = logging.getLogger("lamina.cluster")
 
 ASK_EVERY_S = 0.25
+BLAME_AFTER_S = 1.0
+"""How long a node that has failed by itself must wait for a better explanation: one that was killed or fell silent."""
 KILL_AFTER_S = 5.0
 """How long a process may take to end once it has drained, or once it need not."""
 
@@ -134,6 +136,9 @@ class Cluster:
         status = await self._processes[node.name].wait()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         self._set(node.name, how)
+        if status > 0:
+            # It may have ended because another one is silent, which is found here as fast as there, but not faster.
+            await asyncio.sleep(BLAME_AFTER_S)
         self._fail(NodeError(f"node {node.name} {how}", node=node.name))
 
     async def _watch_state(self, node: NodeConfig) -> None:

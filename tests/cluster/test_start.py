@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import lamina
-from lamina.errors import RequestError
+from lamina.errors import NodeError
 from lamina.transport import PROTOCOL_VERSION
 from tests import harness
 from tests.families import FAMILIES
@@ -39,7 +39,7 @@ def test_start_order_does_not_matter(checkpoint: Path, tmp_path: Path) -> None:
                 return (await client.status()).waiting_for == "m1"
 
             await harness.eventually(only_one_missing, 30)
-            with pytest.raises(RequestError, match="c0 is still starting; it waits for m1"):
+            with pytest.raises(NodeError, match="c0 is still starting; it waits for m1"):
                 await client.generate([1])
             second = harness.start_node(config, "m1")
             with harness.running(second):
