@@ -160,3 +160,6 @@ FAMILIES = {
         ),
     )
 }
+
+VARIANTS = {"llama_scaled_rope", "llama_tied", "gpt_neox_sequential"}
+"""What differs from a family above by one setting."""

@@ -21,12 +21,19 @@ class Oracle:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        self._answers: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
 
-    @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        """What ``generate`` gives."""
-        ids = torch.tensor([prompt])
+        """What ``generate`` gives; the same question is computed once."""
+        question = (tuple(prompt), tokens)
+        if question not in self._answers:
+            self._answers[question] = self._generate(prompt, tokens)
+        return self._answers[question]
+
+    @torch.inference_mode()
+    def _generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        ids = torch.tensor([list(prompt)])
         out = self._model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )

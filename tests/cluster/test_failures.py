@@ -89,7 +89,11 @@ def test_the_client_learns_which_node_is_lost(
 
 @pytest.mark.parametrize(
     ("victim", "number"),
-    [("m0", signal.SIGKILL), ("m0", signal.SIGSTOP), ("c0", signal.SIGSTOP)],
+    [
+        ("m0", signal.SIGKILL),
+        pytest.param("m0", signal.SIGSTOP, marks=pytest.mark.slow),
+        ("c0", signal.SIGSTOP),
+    ],
     ids=["m0-killed", "m0-stopped", "c0-stopped"],
 )
 def test_up_ends_when_a_node_dies(victim: str, number: signal.Signals, checkpoint: Path, tmp_path: Path) -> None:
@@ -127,6 +131,7 @@ def test_up_stops_on_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     assert errors.count("event=stopped") == 3
 
 
+@pytest.mark.slow
 def test_up_does_not_drain_after_a_second_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     """Answers that would take longer than the nodes' patience are given up, and no process is left."""
     config = write_config(tmp_path, checkpoint, "[pipeline]\nmax_batch = 1")
@@ -178,6 +183,7 @@ def test_a_start_that_is_given_up_leaves_no_node(checkpoint: Path, tmp_path: Pat
         asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_nodes_do_not_outlive_up(checkpoint: Path, tmp_path: Path) -> None:
     """Not even when it is killed."""
     config = write_config(tmp_path, checkpoint)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import lamina
 from tests import harness
-from tests.families import FAMILIES, VOCABULARY, Family
+from tests.families import FAMILIES, VARIANTS, VOCABULARY, Family
 from tests.oracle import Agreement, Oracle
 
 TOKENS = 48
@@ -20,14 +20,25 @@ _random = random.Random(7)
 PROMPTS = [[_random.randrange(VOCABULARY) for _ in range(length)] for length in (1, 9, 33, 70, 300)]
 
 
-@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path, Oracle]:
-    chosen: Family = request.param
+    chosen = FAMILIES[request.param]
     path = chosen.save(tmp_path_factory.mktemp(chosen.name) / "checkpoint")
     return chosen, path, Oracle(path)
 
 
-@pytest.mark.parametrize("memory_nodes", [2, 3])
+def nodes_and_families() -> list[Any]:
+    """Every family over two and three memory nodes; its variants over two only among the slow tests."""
+    return [
+        pytest.param(
+            name, nodes, marks=pytest.mark.slow if nodes == 2 and name in VARIANTS else (), id=f"{name}-{nodes}"
+        )
+        for name in FAMILIES
+        for nodes in (2, 3)
+    ]
+
+
+@pytest.mark.parametrize(("family", "memory_nodes"), nodes_and_families(), indirect=["family"])
 def test_tokens_are_those_of_transformers(
     family: tuple[Family, Path, Oracle],
     memory_nodes: int,

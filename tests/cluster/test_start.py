@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import lamina
+from lamina.config import ClusterConfig
 from lamina.errors import NodeError
 from lamina.transport import PROTOCOL_VERSION
 from tests import harness
@@ -78,12 +79,22 @@ def fails(arguments: list[str], status: int, *, timeout_s: float = 60) -> str:
     return done.stderr
 
 
+def cannot_start(config: ClusterConfig, status: int) -> str:
+    """Run the compute node, which must fail without a traceback; its log."""
+    node = harness.start_node(config, "c0")
+    with harness.running(node):
+        assert node.wait(40) == status
+    log = node.log.read_text()
+    assert "Traceback" not in log
+    return log
+
+
 def test_a_memory_node_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:
     """Named, with the deadline."""
     config = harness.write_config(
         tmp_path, checkpoint, harness.free_ports(1), sections="[transport]\nstart_timeout = 0.5"
     )
-    message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 1)
+    message = cannot_start(config, 1)
     assert "memory node m0 was not there within 0.5 s" in message
 
 
@@ -101,7 +112,7 @@ def test_a_memory_node_of_another_release(checkpoint: Path, tmp_path: Path) -> N
     """
     other = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:
-        message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 1)
+        message = cannot_start(config, 1)
     finally:
         other.kill()
         other.wait()
@@ -124,7 +135,7 @@ def test_too_little_memory(checkpoint: Path, memory_ports: list[int], tmp_path: 
     small = harness.start_memory(tmp_path, port, memory="256KiB")
     config = harness.write_config(tmp_path, checkpoint, [port])
     with harness.running(small):
-        message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 1)
+        message = cannot_start(config, 1)
         assert "memory node m0 holds 256 tokens" in message
         assert "context of 512" in message
         assert small.stop() == 0
@@ -136,7 +147,7 @@ def test_too_many_memory_nodes(checkpoint: Path, memory_ports: list[int], tmp_pa
     extra = [harness.start_memory(tmp_path, port) for port in ports[3:]]
     config = harness.write_config(tmp_path, checkpoint, ports)
     with harness.running(*extra):
-        message = fails(["node", "--role", "compute", "--config", str(config.file), "--name", "c0"], 2)
+        message = cannot_start(config, 2)
     assert "4 KV heads in a layer, which cannot be split over 5 memory nodes (m0, m1, m2, m3, m4)" in message
 
 

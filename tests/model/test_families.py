@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lamina.model.slices import SlicedModel
 from lamina.model.weights import load_weights
-from tests.families import FAMILIES, VOCABULARY
+from tests.families import FAMILIES, VARIANTS, VOCABULARY
 from tests.model.compose import CPU, compose, cut_checkpoint, load
 
 TOLERANCE = 1e-5
@@ -30,7 +30,14 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# What decodes over nodes in tests/cluster need not all be composed here by default, too.
+EACH_FAMILY = [
+    pytest.param(name, marks=pytest.mark.slow if name in {*VARIANTS, "starcoder2", "granite", "olmo2"} else ())
+    for name in FAMILIES
+]
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_slices_compose_to_the_whole_model(family, blueprint, original):
     """In every family and with prompts longer than its windows, all logits are those of transformers."""
     tokens = prompt(60)
@@ -40,7 +47,7 @@ def test_slices_compose_to_the_whole_model(family, blueprint, original):
     assert relative_error(logits, whole(original(family), tokens)) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_repeated_layers_share_their_functions(family, blueprint):
     """A model has as many head functions as kinds of layer, plus one for the first slice and one for the last."""
     cut = blueprint(family)
