@@ -12,7 +12,9 @@ setup: .venv/ready   ## make .venv with everything that the other targets need
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lamina needs Python >= 3.11, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@# pip would compile with one core. A few packages ship templates that are no Python; those may fail.
+	-@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null
 	touch $@
 
 demo: setup      ## run one compute and two memory nodes on this machine and compare with transformers

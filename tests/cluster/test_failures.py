@@ -92,7 +92,7 @@ def test_the_client_learns_which_node_is_lost(
     [
         ("m0", signal.SIGKILL),
         pytest.param("m0", signal.SIGSTOP, marks=pytest.mark.slow),
-        ("c0", signal.SIGSTOP),
+        pytest.param("c0", signal.SIGSTOP, marks=pytest.mark.slow),
     ],
     ids=["m0-killed", "m0-stopped", "c0-stopped"],
 )

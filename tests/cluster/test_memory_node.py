@@ -8,7 +8,7 @@ from pathlib import Path
 from tests import harness
 from tests.families import FAMILIES
 
-CACHE_MIB = 384
+CACHE_MIB = 512
 
 
 def resident_mib(node: harness.Node) -> float:
@@ -25,7 +25,7 @@ def test_the_cache_of_a_compute_node_goes_with_it(tmp_path: Path) -> None:
     config = harness.write_config(tmp_path, path, [port])
     sizes = []
     with harness.running(memory):
-        for _ in range(3):
+        for _ in range(2):
             compute = harness.start_node(config, "c0")
             with harness.running(compute):
                 asyncio.run(harness.ready(config, compute))

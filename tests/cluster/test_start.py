@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,13 +170,18 @@ def lengthen(path: Path) -> None:
     (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
 
 
+def slow(*values: object) -> Any:
+    """A case that is also covered where checkpoints are read."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (shutil.rmtree, "no such checkpoint directory"),
-        (remove_weights, "neither model.safetensors nor model.safetensors.index.json"),
+        slow(remove_weights, "neither model.safetensors nor model.safetensors.index.json"),
         (cut_weights, "model.safetensors: not a readable safetensors file"),
-        (change_model, "'teapot'"),
+        slow(change_model, "'teapot'"),
         (lengthen, "missing from the checkpoint"),
     ],
 )
