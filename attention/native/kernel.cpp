@@ -1,0 +1,644 @@
+// The kernel: attention of the rows of one KV head over pages, and storing into them. Compiled once for every
+// instruction set, with LAMINA_ISA for its name.
+//
+// Attention reads each page once for all rows that share its KV head, a tile of four pages at a time: scores, one
+// update of the running softmax (Milakov and Gimelshein, arXiv 1805.02867), weighted values. Both products are the
+// same `panel` over lines of 32 numbers: it keeps a block of sums in registers and streams lines through them.
+
+#include "kernel.h"
+
+#include <cfloat>
+#include <cmath>
+#include <type_traits>
+
+#define LAMINA_STRING_(x) #x
+#define LAMINA_STRING(x) LAMINA_STRING_(x)
+#define LAMINA_JOIN_(a, b) a##b
+#define LAMINA_JOIN(a, b) LAMINA_JOIN_(a, b)
+
+#ifndef LAMINA_PREFETCH
+#define LAMINA_PREFETCH 3
+#endif
+
+#include "simd.h"
+
+namespace lamina {
+namespace {  // or the linker would keep one instruction set's version of a function for all of them
+
+constexpr int VECTORS = PAGE / W;  // of one page's tokens, or of one chunk of 16 dimensions
+#if LAMINA_WIDE
+constexpr int BLOCK_ROWS = 8;
+constexpr int groups_of(int rows) { return rows <= 4 ? 4 : 2; }  // pages or chunks of dimensions in registers at once
+#else
+constexpr int BLOCK_ROWS = 4;
+constexpr int groups_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#endif
+
+// -- how numbers of each type meet: a policy names the operand (two numbers of a row: q of two dimensions or the
+//    weights of two tokens) and the sum, and adds the products of an operand with vector `v` of a line to a sum.
+
+struct Float32Line {
+    static constexpr int type = FLOAT32;
+    static void split(const uint8_t *line, int v, F &a, F &b) {
+        a = load<F>(line + 4 * W * v);
+        b = load<F>(line + 4 * (PAGE + W * v));
+    }
+};
+struct Float16Line {
+    static constexpr int type = FLOAT16;
+    static void split(const uint8_t *line, int v, F &a, F &b) {
+        a = from_float16((const uint16_t *)line + W * v);
+        b = from_float16((const uint16_t *)line + PAGE + W * v);
+    }
+};
+struct BFloat16Line {
+    static constexpr int type = BFLOAT16;
+    static void split(const uint8_t *line, int v, F &a, F &b) {
+        U x = load<U>(line + 4 * W * v);
+        a = from_bfloat16_low(x);
+        b = from_bfloat16_high(x);
+    }
+    static U pairs(const uint8_t *line, int v) { return load<U>(line + 4 * W * v); }
+};
+
+typedef int8_t B __attribute__((vector_size(2 * W)));
+typedef int16_t S __attribute__((vector_size(2 * W)));
+
+// fp8 e4m3 becomes a wider format by moving its exponent and mantissa to their place, which makes it too small by
+// 2^120, the difference of the biases, subnormals included. FLOAT8_UP on the operands and FLOAT8_UP again on the sums put
+// that right without leaving the range of float32 on the way.
+constexpr float FLOAT8_UP = 0x1p60f;
+struct Float8Line {
+    static constexpr int type = FLOAT8;
+    static void split(const uint8_t *line, int v, F &a, F &b) {
+        I x = __builtin_convertvector(load<S>(line + 2 * W * v), I);
+        a = (F)(((x << 24) >> 4) & (int32_t)0x87f00000);
+        b = (F)((x << 12) & (int32_t)0x87f00000);
+    }
+    static U pairs(const uint8_t *line, int v) {
+        I16 x = __builtin_convertvector(load<B>(line + 2 * W * v), I16);
+        return (U)((x << 4) & (int16_t)0x87f0);
+    }
+};
+
+template <class Line>
+struct FloatProducts {
+    using Sum = F;
+    struct Operand {
+        float a, b;
+    };
+    static constexpr int type = Line::type;
+    static constexpr float up = type == FLOAT8 ? FLOAT8_UP : 1;
+    template <int N>
+    struct Values {
+        F a[N], b[N];
+        void take(int n, const uint8_t *line, int v) { Line::split(line, v, a[n], b[n]); }
+    };
+    template <int N>
+    static void add(Sum *sums, const Values<N> &values, const Operand &operand) {
+        F a = all(operand.a), b = all(operand.b);
+        for (int n = 0; n < N; ++n) sums[n] = values.a[n] * a + sums[n];
+        for (int n = 0; n < N; ++n) sums[n] = values.b[n] * b + sums[n];
+    }
+    // A row of `pairs` pairs as operands. Sums of products with them are to be multiplied by what is returned.
+    static float pack(const float *row, int pairs, Operand *to) {
+        for (int i = 0; i < 2 * pairs; i += W) store((float *)to + i, load<F>(row + i) * up);
+        return up;
+    }
+};
+
+template <class Line>
+struct BFloat16Products {
+    using Sum = F;
+    using Operand = uint32_t;
+    static constexpr int type = Line::type;
+    static constexpr float up = type == FLOAT8 ? FLOAT8_UP : 1;
+    template <int N>
+    struct Values {
+        U x[N];
+        void take(int n, const uint8_t *line, int v) { x[n] = Line::pairs(line, v); }
+    };
+    template <int N>
+    static void add(Sum *sums, const Values<N> &values, const Operand &operand) {
+        U a = all(operand);
+        for (int n = 0; n < N; ++n) sums[n] = dot_bfloat16(sums[n], values.x[n], a);
+    }
+    static float pack(const float *row, int pairs, Operand *to) {
+        for (int i = 0; i < 2 * pairs; i += W)
+            store((uint16_t *)to + i, __builtin_convertvector(to_bfloat16(load<F>(row + i) * up), H));
+        return up;
+    }
+};
+
+// int8 by 16-bit integer products, which are exact: only the operand is rounded, to 15 bits of its largest number.
+struct Int8Products {
+    using Sum = I;
+    using Operand = uint32_t;
+    static constexpr int type = INT8;
+    static constexpr float up = 1;
+    template <int N>
+    struct Values {
+        I16 x[N];
+        void take(int n, const uint8_t *line, int v) { x[n] = __builtin_convertvector(load<B>(line + 2 * W * v), I16); }
+    };
+    template <int N>
+    static void add(Sum *sums, const Values<N> &values, const Operand &operand) {
+        I16 a = (I16)all(operand);
+        for (int n = 0; n < N; ++n) sums[n] = dot_int16(sums[n], values.x[n], a);
+    }
+    static float pack(const float *row, int pairs, Operand *to) {
+        F largest = {}, total = {};
+        for (int i = 0; i < 2 * pairs; i += W) {
+            F x = load<F>(row + i);
+            largest = max(max(x, -x), largest);
+            total = total + x * 0.0f;  // NaN if any is
+        }
+        float peak = horizontal_max(largest);
+        float down = peak > 1e-30f ? 32767.0f / peak : 0;
+        for (int i = 0; i < 2 * pairs; i += W) {
+            F x = load<F>(row + i) * down;
+            x = select(x == x, x, F{});
+            const F magic = all(12582912.0f);
+            I n = (I)((x + magic)) - (I)magic;
+            store((int16_t *)to + i, __builtin_convertvector(n, S));
+        }
+        return (down > 0 ? peak / 32767.0f : 0) + horizontal_sum(total);
+    }
+};
+
+// -- the two products
+
+// sums[r][n] += over `steps` lines: operand (r, i) . line i of group n, where a group is a page (scores) or a chunk of
+// 16 dimensions (values). `ahead[n]` is what will be read next in the place of `lines[n]`.
+template <class P, int R, int N>
+inline void panel(typename P::Sum (&sums)[R][N * VECTORS], const uint8_t *const *lines, const uint8_t *const *ahead,
+                  int steps, const typename P::Operand *operands, int operand_stride) {
+    constexpr int line_bytes = LINE * item_bytes(P::type);
+    for (int i = 0; i < steps; ++i) {
+        typename P::template Values<N * VECTORS> values;
+        for (int n = 0; n < N; ++n)
+            for (int v = 0; v < VECTORS; ++v) values.take(n * VECTORS + v, lines[n] + i * line_bytes, v);
+        if (ahead)
+            for (int n = 0; n < N; ++n)
+                for (int b = 0; b < line_bytes; b += 64) prefetch(ahead[n] + i * line_bytes + b);
+        for (int r = 0; r < R; ++r) P::template add<N * VECTORS>(sums[r], values, operands[r * operand_stride + i]);
+    }
+}
+
+template <class P, int R, int N>
+void score_pages(const uint8_t *const *pages, const uint8_t *const *ahead, int lines,
+                 const typename P::Operand *q, int q_stride, float *scores, bool onto) {
+    typename P::Sum sums[R][N * VECTORS] = {};
+    panel<P, R, N>(sums, pages, ahead, lines, q, q_stride);
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N * VECTORS; ++n) {
+            float *to = scores + r * TILE + n * W;
+            F x;
+            if constexpr (P::type == INT8)
+                x = __builtin_convertvector(sums[r][n], F);
+            else
+                x = sums[r][n];
+            store(to, onto ? x + load<F>(to) : x);
+        }
+}
+
+template <class P, int R>
+void score_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int count, int lines,
+                const typename P::Operand *q, int q_stride, float *scores, bool onto) {
+    constexpr int N = groups_of(R);
+    int n = 0;
+    for (; n + N <= count; n += N)
+        score_pages<P, R, N>(pages + n, ahead ? ahead + n : nullptr, lines, q, q_stride, scores + n * PAGE, onto);
+    for (; n < count; ++n)
+        score_pages<P, R, 1>(pages + n, ahead ? ahead + n : nullptr, lines, q, q_stride, scores + n * PAGE, onto);
+}
+
+template <class P, int R, int N>
+void value_chunks(const uint8_t *const *pages, const uint8_t *const *ahead, int count, size_t offset,
+                  const typename P::Operand *weights, int weight_stride, const float *weight_scale, float *o,
+                  int o_stride) {
+    constexpr int chunk_bytes = PAGE / 2 * LINE * item_bytes(P::type);
+    typename P::Sum sums[R][N * VECTORS] = {};
+    if constexpr (P::type != INT8)
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N * VECTORS; ++n) sums[r][n] = load<F>(o + r * o_stride + n * W);
+    for (int page = 0; page < count; ++page) {
+        const uint8_t *lines[N], *next[N];
+        for (int n = 0; n < N; ++n) {
+            lines[n] = pages[page] + offset + n * chunk_bytes;
+            if (ahead) next[n] = ahead[page] + offset + n * chunk_bytes;
+        }
+        panel<P, R, N>(sums, lines, ahead ? next : nullptr, PAGE / 2, weights + page * (PAGE / 2), weight_stride);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N * VECTORS; ++n) {
+            float *to = o + r * o_stride + n * W;
+            if constexpr (P::type == INT8)
+                store(to, __builtin_convertvector(sums[r][n], F) * weight_scale[r] + load<F>(to));
+            else
+                store(to, sums[r][n]);
+        }
+}
+
+template <class P, int R>
+void value_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int count, int chunks,
+                const typename P::Operand *weights, int weight_stride, const float *weight_scale, float *o,
+                int o_stride) {
+    constexpr int N = groups_of(R);
+    constexpr size_t chunk_bytes = PAGE / 2 * LINE * item_bytes(P::type);
+    int c = 0;
+    for (; c + N <= chunks; c += N)
+        value_chunks<P, R, N>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
+                              o + c * PAGE, o_stride);
+    for (; c < chunks; ++c)
+        value_chunks<P, R, 1>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
+                              o + c * PAGE, o_stride);
+}
+
+// Call f with the number of rows of each block, as a constant, and its first row.
+template <class Function>
+inline void by_rows(int rows, Function f) {
+    for (int row = 0; row < rows;) {
+        int n = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
+        switch (n) {
+            case 1: f(std::integral_constant<int, 1>(), row); break;
+            case 2: f(std::integral_constant<int, 2>(), row); break;
+            case 3: f(std::integral_constant<int, 3>(), row); break;
+#if LAMINA_WIDE
+            case 4: f(std::integral_constant<int, 4>(), row); break;
+            case 5: f(std::integral_constant<int, 5>(), row); break;
+            case 6: f(std::integral_constant<int, 6>(), row); break;
+            case 7: f(std::integral_constant<int, 7>(), row); break;
+#endif
+            default: f(std::integral_constant<int, BLOCK_ROWS>(), row);
+        }
+        row += n;
+    }
+}
+
+// -- input rows of any floating type
+
+inline float number(const void *from, int type, size_t i) {
+    if (type == FLOAT32) return ((const float *)from)[i];
+    uint16_t h = ((const uint16_t *)from)[i];
+    if (type == BFLOAT16) {
+        uint32_t u = uint32_t(h) << 16;
+        float x;
+        std::memcpy(&x, &u, 4);
+        return x;
+    }
+    uint16_t padded[W] = {h};
+    return from_float16(padded)[0];
+}
+
+// `n` numbers from index `at` as float32, followed by zeros up to a multiple of 16.
+inline void read_row(const void *from, int type, size_t at, int n, float *to) {
+    int i = 0;
+    for (; i + W <= n; i += W) {
+        F x;
+        if (type == FLOAT32)
+            x = load<F>((const float *)from + at + i);
+        else if (type == BFLOAT16)
+            x = as_float(__builtin_convertvector(load<H>((const uint16_t *)from + at + i), U) << 16);
+        else
+            x = from_float16((const uint16_t *)from + at + i);
+        store(to + i, x);
+    }
+    for (; i < n; ++i) to[i] = number(from, type, at + i);
+    for (; i < padded(n); ++i) to[i] = 0;
+}
+
+// -- attention
+
+// Copies of the pages in which some tokens are not to be read, because nobody has written them or a window has passed
+// them: the weight of such a token is 0, but 0 times NaN is NaN. Zeros take their place.
+inline const uint8_t *clean_page(const uint8_t *v, int type, int chunks, int from, int to, uint8_t *copy) {
+    int item = item_bytes(type), bytes = chunks * PAGE * PAGE * item;
+    std::memcpy(copy, v, bytes);
+    int step = paired(type) ? 2 * item : item, span = paired(type) ? item : PAGE * item;
+    for (int t = 0; t < PAGE; ++t) {
+        if (t >= from && t < to) continue;
+        for (int c = 0; c < chunks; ++c) {
+            uint8_t *line = copy + (c * (PAGE / 2) + t / 2) * LINE * item + (t % 2) * span;
+            if (!paired(type))
+                std::memset(line, 0, PAGE * item);
+            else
+                for (int d = 0; d < PAGE; ++d) std::memset(line + d * step, 0, item);
+        }
+    }
+    return copy;
+}
+
+// What becomes of the rows of a chunk: output, or a part that the last one to be done merges, in the order of parts.
+inline void leave(const Layer &layer, const Step &step, const Call &call, const Chunk &chunk, float up, Scratch &s) {
+    const int rows = chunk.queries * layer.group, dim = padded(layer.v_dim);
+    if (chunk.parts > 1) {
+        const size_t size = size_t(rows) * (dim + 2);
+        float *mine = chunk.state + chunk.part * size;
+        std::memcpy(mine, s.o, sizeof(float) * rows * dim);
+        std::memcpy(mine + rows * dim, s.peak, sizeof(float) * rows);
+        std::memcpy(mine + rows * (dim + 1), s.sum, sizeof(float) * rows);
+        if (__atomic_add_fetch(chunk.ready, 1, __ATOMIC_ACQ_REL) < chunk.parts) return;
+        for (int r = 0; r < rows; ++r) {
+            float peak = -FLT_MAX, sum = 0, *o = s.o + r * dim;
+            for (int p = 0; p < chunk.parts; ++p) {
+                float other = chunk.state[p * size + rows * dim + r];
+                peak = other > peak ? other : peak;
+            }
+            std::memset(o, 0, sizeof(float) * dim);
+            for (int p = 0; p < chunk.parts; ++p) {
+                const float *part = chunk.state + p * size;
+                F weight = exp_negative(all(part[rows * dim + r] - peak));
+                sum += weight[0] * part[rows * (dim + 1) + r];
+                for (int d = 0; d < dim; d += W) store(o + d, load<F>(part + r * dim + d) * weight + load<F>(o + d));
+            }
+            s.peak[r] = peak, s.sum[r] = sum;
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        const size_t token = step.rows[chunk.run] + chunk.first + r / layer.group;
+        const size_t head = chunk.head * layer.group + r % layer.group, at = token * layer.q_heads() + head;
+        float scale = 1, sum = s.sum[r], peak = s.peak[r];
+        if (call.present && layer.sinks) {
+            const float sink = layer.sinks[head], top = sink > peak ? sink : peak;
+            scale = std::exp(peak - top);
+            sum = sum * scale + std::exp(sink - top), peak = top;
+        }
+        const bool empty = sum == 0;
+        scale = empty ? 0 : scale * up / sum;
+        for (int d = 0; d < layer.v_dim; ++d) call.o[at * layer.v_dim + d] = empty ? 0 : s.o[r * dim + d] * scale;
+        call.lse[at] = empty ? -INFINITY : peak + std::log(sum);
+    }
+}
+
+template <class P>
+void attend_with(const Layer &layer, const Step &step, const Call &call, const Chunk &chunk, Scratch &s) {
+    constexpr int type = P::type;
+    const int group = layer.group, rows = chunk.queries * group;
+    const int k_lines = padded(layer.qk_dim) / 2, dim = padded(layer.v_dim), chunks = dim / 16;
+    const int64_t start = step.starts[chunk.run];
+    const int64_t *table = step.tables[chunk.run];
+    using Operand = typename P::Operand;
+    Operand *q = (Operand *)s.q, *weights = (Operand *)s.weights;
+    constexpr int weight_stride = TILE / 2;
+
+    // bfloat16 products round q, unless it is bfloat16 already: what is lost goes into a second product.
+    constexpr bool rounds = std::is_same_v<Operand, uint32_t> && type != INT8;
+    const int terms = rounds && layer.input_type != BFLOAT16 ? 2 : 1;
+    for (int r = 0; r < rows; ++r) {
+        float row[MAX_DIM];
+        size_t token = step.rows[chunk.run] + chunk.first + r / group;
+        size_t head = chunk.head * group + r % group;
+        read_row(call.q, layer.input_type, (token * layer.q_heads() + head) * layer.qk_dim, layer.qk_dim, row);
+        s.q_scale[r] = layer.scale * P::pack(row, k_lines, q + r * k_lines);
+        if (terms == 2) {
+            for (int i = 0; i < 2 * k_lines; i += W) {
+                F x = load<F>(row + i);
+                store(row + i, x - as_float(to_bfloat16(x) << 16));
+            }
+            P::pack(row, k_lines, q + (ROWS + r) * k_lines);
+        }
+
+        bool merges = call.past_o && chunk.part == 0;
+        size_t at = token * layer.q_heads() + head;
+        // An empty past has a log-sum-exp of -inf; that of a past with NaN is NaN, and stays.
+        const bool seen = merges && !(call.past_lse[at] < -FLT_MAX);
+        s.peak[r] = seen && call.past_lse[at] == call.past_lse[at] ? call.past_lse[at] : -FLT_MAX;
+        s.sum[r] = !seen ? 0 : call.past_lse[at] == call.past_lse[at] ? 1 : NAN;
+        float *o = s.o + r * dim;
+        std::memset(o, 0, dim * sizeof(float));
+        if (seen)
+            for (int d = 0; d < layer.v_dim; ++d) o[d] = call.past_o[at * layer.v_dim + d] / P::up;
+    }
+
+    const int64_t pages_end = (chunk.high + PAGE - 1) / PAGE;
+    const uint8_t *k_pages[2][TILE_PAGES], *v_pages[2][TILE_PAGES];
+    const float *k_scales[2][TILE_PAGES], *v_scales[2][TILE_PAGES];
+    auto locate = [&](int64_t page, int into) {
+        int count = 0;
+        for (; count < TILE_PAGES && page + count < pages_end; ++count) {
+            Place p = place(layer, table, chunk.head, page + count);
+            k_pages[into][count] = p.k, v_pages[into][count] = p.v;
+            k_scales[into][count] = p.k_scales, v_scales[into][count] = p.v_scales;
+        }
+        return count;
+    };
+
+    int64_t page = chunk.low / PAGE;
+    int now = 0, count = locate(page, now);
+    while (count) {
+        const int next = 1 - now, next_count = locate(page + count, next);
+        const bool whole = next_count >= count;  // so that there is something to fetch for every page
+        const int64_t first = page * PAGE;
+        const int tokens = count * PAGE;
+
+        const uint8_t *const *k_ahead = whole ? k_pages[next] : nullptr;
+        for (int term = 0; term < terms; ++term)
+            by_rows(rows, [&](auto block, int row) {
+                score_rows<P, block>(k_pages[now], row + term ? nullptr : k_ahead, count, k_lines,
+                                 q + (term * ROWS + row) * k_lines, k_lines, s.scores + row * TILE, term > 0);
+            });
+
+        // Positions that nobody may read: before the first and behind the last of the chunk.
+        const int low = chunk.low > first ? int(chunk.low - first) : 0;
+        const int high = chunk.high < first + tokens ? int(chunk.high - first) : tokens;
+        const uint8_t *v_read[TILE_PAGES];
+        for (int n = 0; n < count; ++n) {
+            int from = low - n * PAGE, to = high - n * PAGE;
+            v_read[n] = v_pages[now][n];
+            if (from > 0 || to < PAGE) v_read[n] = clean_page(v_read[n], type, chunks, from, to, s.edge[now][n]);
+        }
+        if constexpr (scaled(type))
+            for (int n = 0; n < tokens; ++n) {
+                bool readable = n >= low && n < high;
+                s.edge_scales[0][n] = readable ? k_scales[now][n / PAGE][n % PAGE] : 0;
+                s.edge_scales[1][n] = readable ? v_scales[now][n / PAGE][n % PAGE] : 0;
+            }
+
+        for (int r = 0; r < rows; ++r) {
+            float *scores = s.scores + r * TILE;
+            const int64_t position = start + chunk.first + r / group;
+            int from = low, to = high;
+            if (layer.window && position - layer.window + 1 - first > from)
+                from = int(position - layer.window + 1 - first < tokens ? position - layer.window + 1 - first : tokens);
+            if (position + 1 - first < to) to = position + 1 - first > 0 ? int(position + 1 - first) : 0;
+
+            F peak = all(s.peak[r]);
+            const F q_scale = all(s.q_scale[r]);
+            F lanes;
+            for (int i = 0; i < W; ++i) lanes[i] = float(i);
+            for (int n = 0; n < tokens; n += W) {
+                F x = load<F>(scores + n) * q_scale;
+                if constexpr (scaled(type)) x = x * load<F>(s.edge_scales[0] + n);
+                if (layer.softcap > 0) x = tanh(x / layer.softcap) * layer.softcap;
+                if (n < from || n + W > to) {
+                    F at = lanes + float(n);
+                    x = select((at >= float(from)) & (at < float(to)), x, all(-INFINITY));
+                }
+                store(scores + n, x);
+                peak = max(peak, x);
+            }
+            const float before = s.peak[r], after = horizontal_max(peak);
+            F total = {};
+            for (int n = 0; n < tokens; n += W) {
+                F x = exp_negative(load<F>(scores + n) - after);
+                total = total + x;
+                if constexpr (scaled(type)) x = x * load<F>(s.edge_scales[1] + n);
+                store(scores + n, x);
+            }
+            if (after != before) {
+                F down = exp_negative(all(before - after));
+                s.sum[r] *= down[0];
+                float *o = s.o + r * dim;
+                for (int d = 0; d < dim; d += W) store(o + d, load<F>(o + d) * down);
+                s.peak[r] = after;
+            }
+            s.sum[r] += horizontal_sum(total);
+            s.weight_scale[r] = P::pack(scores, tokens / 2, weights + r * weight_stride);
+        }
+
+        const uint8_t *const *v_ahead = whole ? v_pages[next] : nullptr;
+        by_rows(rows, [&](auto block, int row) {
+            value_rows<P, block>(v_read, row ? nullptr : v_ahead, count, chunks, weights + row * weight_stride,
+                             weight_stride, s.weight_scale + row, s.o + row * dim, dim);
+        });
+        page += count, now = next, count = next_count;
+    }
+    leave(layer, step, call, chunk, P::up, s);
+}
+
+void attend(const Layer &layer, const Step &step, const Call &call, const Chunk &chunk, Scratch &s) {
+#if LAMINA_BFLOAT16
+    using BFloat16 = BFloat16Products<BFloat16Line>;
+    using Float8 = BFloat16Products<Float8Line>;
+#else
+    using BFloat16 = FloatProducts<BFloat16Line>;
+    using Float8 = FloatProducts<Float8Line>;
+#endif
+    switch (layer.kv_type) {
+        case FLOAT32: return attend_with<FloatProducts<Float32Line>>(layer, step, call, chunk, s);
+        case FLOAT16: return attend_with<FloatProducts<Float16Line>>(layer, step, call, chunk, s);
+        case BFLOAT16: return attend_with<BFloat16>(layer, step, call, chunk, s);
+        case FLOAT8: return attend_with<Float8>(layer, step, call, chunk, s);
+        default: return attend_with<Int8Products>(layer, step, call, chunk, s);
+    }
+}
+
+// -- storing
+
+// Round a row of n numbers (a multiple of 16) to 16 or 8 bits.
+inline void round_row(const float *row, int n, int type, void *to, float &scale) {
+    if (type == FLOAT32) {
+        std::memcpy(to, row, n * sizeof(float));
+        return;
+    }
+    if (type == BFLOAT16 || type == FLOAT16) {
+        for (int i = 0; i < n; i += W) {
+            F x = load<F>(row + i);
+            store((uint16_t *)to + i, type == FLOAT16 ? to_float16(x) : __builtin_convertvector(to_bfloat16(x), H));
+        }
+        return;
+    }
+    F largest = {}, nothing = {};
+    for (int i = 0; i < n; i += W) {
+        F x = load<F>(row + i);
+        largest = max(max(x, -x), largest);
+        nothing = nothing + x * 0.0f;  // NaN where x is not finite
+    }
+    const float peak = horizontal_max(largest);
+    scale = (peak < 1e-30f ? 0 : peak / (type == FLOAT8 ? 448.0f : 127.0f)) + horizontal_sum(nothing);
+    const bool stores = scale > 0;  // false for NaN
+    for (int i = 0; i < n; i += W) {
+        F x = stores ? load<F>(row + i) / scale : F{};
+        U code;
+        if (type == INT8) {
+            const F magic = all(12582912.0f);
+            code = as_bits(x + magic) - as_bits(magic);
+        } else {
+            U u = as_bits(x), a = u & 0x7fffffffu;
+            U normal = ((a + 0x7ffffu + ((a >> 20) & 1u)) >> 20) - (120u << 3);
+            const F magic = all(16384.0f);  // adding it rounds to multiples of 2^-9, the smallest subnormal
+            U subnormal = as_bits(as_float(a) + magic) - as_bits(magic);
+            code = (I)(a < 0x3c800000u) ? subnormal : normal;
+            code = (code > 0x7eu ? all(0x7eu) : code) | ((u >> 24) & 0x80u);
+        }
+        typedef uint8_t C __attribute__((vector_size(W)));
+        store((uint8_t *)to + i, __builtin_convertvector(code, C));
+    }
+}
+
+template <class T>
+void append_as(const Layer &layer, const Step &step, const void *k, const void *v, int run, int head, int64_t first,
+               int64_t count, Scratch &s) {
+    const int64_t start = step.starts[run], frozen = step.frozen[run];
+    const int64_t *table = step.tables[run];
+    const int dims[2] = {layer.qk_dim, layer.v_dim};
+    for (int64_t token = first; token < first + count;) {
+        const int64_t position = start + token;
+        const int at = position % PAGE;
+        int tokens = PAGE - at;
+        if (tokens > first + count - token) tokens = first + count - token;
+        if (position < frozen || table[position / layer.block_tokens] < 0) {
+            token += tokens;  // in a published block, which is final, or behind a window already
+            continue;
+        }
+        const Place to = place(layer, table, head, position / PAGE);
+        T *staged = (T *)s.q;
+        for (int which = 0; which < 2; ++which) {
+            const int dim = dims[which], width = padded(dim);
+            for (int t = 0; t < tokens; ++t) {
+                const size_t row = (step.rows[run] + token + t) * layer.kv_heads + head;
+                float scale;
+                read_row(which ? v : k, layer.input_type, row * dim, dim, s.o);
+                round_row(s.o, width, layer.kv_type, staged + t * width, scale);
+                if (scaled(layer.kv_type)) (which ? to.v_scales : to.k_scales)[at + t] = scale;
+            }
+            T *page = (T *)(which ? to.v : to.k);
+            if (!which && paired(layer.kv_type))
+                for (int i = 0; i < width / 2; ++i)
+                    for (int t = 0; t < tokens; ++t)
+                        std::memcpy(page + i * LINE + 2 * (at + t), staged + t * width + 2 * i, 2 * sizeof(T));
+            else if (!which)
+                for (int d = 0; d < width; ++d)
+                    for (int t = 0; t < tokens; ++t) page[d * PAGE + at + t] = staged[t * width + d];
+            else
+                for (int c = 0; c < width / 16; ++c)
+                    for (int t = 0; t < tokens; ++t) {
+                        T *line = page + (c * (PAGE / 2) + (at + t) / 2) * LINE;
+                        const T *from = staged + t * width + c * 16;
+                        if (paired(layer.kv_type))
+                            for (int d = 0; d < 16; ++d) line[2 * d + (at + t) % 2] = from[d];
+                        else
+                            std::memcpy(line + (at + t) % 2 * 16, from, 16 * sizeof(T));
+                    }
+        }
+        token += tokens;
+    }
+}
+
+void append(const Layer &layer, const Step &step, const void *k, const void *v, int run, int head, int64_t first,
+            int64_t count, Scratch &s) {
+    switch (item_bytes(layer.kv_type)) {
+        case 4: return append_as<uint32_t>(layer, step, k, v, run, head, first, count, s);
+        case 2: return append_as<uint16_t>(layer, step, k, v, run, head, first, count, s);
+        default: return append_as<uint8_t>(layer, step, k, v, run, head, first, count, s);
+    }
+}
+
+uint64_t read(const uint8_t *bytes, size_t count) {
+    U sums[8] = {};
+    for (size_t i = 0; i + 8 * sizeof(U) <= count; i += 8 * sizeof(U))
+        for (int n = 0; n < 8; ++n) sums[n] ^= load<U>(bytes + i + n * sizeof(U));
+    U x = {};
+    for (U sum : sums) x ^= sum;
+    uint64_t result = 0;
+    for (int i = 0; i < W; ++i) result += x[i];
+    return result;
+}
+
+}  // namespace
+
+extern const Kernel LAMINA_JOIN(LAMINA_ISA, _kernel);
+const Kernel LAMINA_JOIN(LAMINA_ISA, _kernel) = {LAMINA_STRING(LAMINA_ISA), attend, append, read};
+
+}  // namespace lamina

@@ -1,0 +1,115 @@
+// What the kernel of every instruction set offers, and what it is told. No state, no threads: see workers.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lamina {
+
+// How a layer lies in a block. A block of `block_tokens` positions holds, for each KV head, the pages of K, the pages
+// of V and, for 8-bit types, the scales of K and of V. A page is 16 tokens in lines of 32 numbers:
+//   K: line i holds the dimensions 2i and 2i+1 of the 16 tokens;
+//   V: line 8c+j holds the dimensions 16c .. 16c+15 of the tokens 2j and 2j+1.
+// In a line of bfloat16, fp8 or int8 the two belong together, [16][2], as dot-product instructions want them;
+// float32 and float16 keep them apart, [2][16]. Head sizes are padded with zeros to multiples of 16.
+constexpr int PAGE = 16;
+constexpr int LINE = 32;
+constexpr int TILE_PAGES = 4;
+constexpr int TILE = TILE_PAGES * PAGE;  // tokens of one update of the softmax
+constexpr int ROWS = 64;                 // rows (queries x heads of a group) that one chunk may have
+
+enum Type : int32_t { FLOAT32, BFLOAT16, FLOAT16, FLOAT8, INT8 };
+
+inline constexpr int item_bytes(int type) { return type == FLOAT32 ? 4 : type == BFLOAT16 || type == FLOAT16 ? 2 : 1; }
+inline constexpr bool scaled(int type) { return type == FLOAT8 || type == INT8; }
+inline constexpr bool paired(int type) { return type == BFLOAT16 || scaled(type); }
+inline constexpr int padded(int dim) { return (dim + 15) / 16 * 16; }
+
+// One layer of a cache and its attention. Mirrored in library.py.
+struct Layer {
+    uint8_t *memory;     // of the cache, at the layer's offset within a block
+    const float *sinks;  // [q_heads] or null
+    int32_t kv_heads, group, qk_dim, v_dim;
+    int32_t block_tokens;
+    int32_t kv_type, input_type;  // of what is stored; of q, k and v
+    int32_t window;               // 0: none
+    float scale, softcap;         // softcap 0: none
+
+    int k_page() const { return PAGE * padded(qk_dim) * item_bytes(kv_type); }
+    int v_page() const { return PAGE * padded(v_dim) * item_bytes(kv_type); }
+    int pages() const { return block_tokens / PAGE; }
+    size_t head_bytes() const {
+        return size_t(pages()) * (k_page() + v_page()) + (scaled(kv_type) ? 2 * sizeof(float) * block_tokens : 0);
+    }
+    int q_heads() const { return kv_heads * group; }
+};
+
+// The runs of a step. Mirrored in library.py.
+struct Step {
+    const int64_t *const *tables;  // [runs]: byte offsets of blocks
+    const int64_t *starts, *counts, *rows, *frozen;  // [runs]; rows: of q, k and v; frozen: positions that are final
+    int64_t runs;
+};
+
+// The bytes of one KV head in one page.
+struct Place {
+    uint8_t *k, *v;
+    float *k_scales, *v_scales;  // of the page's 16 tokens; null unless scaled
+};
+
+inline Place place(const Layer &layer, const int64_t *table, int head, int64_t page) {
+    int pages = layer.pages();
+    int64_t block = page / pages, within = page % pages;
+    uint8_t *at = layer.memory + table[block] + head * layer.head_bytes();
+    uint8_t *v = at + size_t(pages) * layer.k_page();
+    Place p = {at + within * layer.k_page(), v + within * layer.v_page(), nullptr, nullptr};
+    if (scaled(layer.kv_type)) {
+        p.k_scales = (float *)(v + size_t(pages) * layer.v_page()) + within * PAGE;
+        p.v_scales = p.k_scales + layer.block_tokens;
+    }
+    return p;
+}
+
+// The queries first .. first+queries-1 of a run, in the heads of one KV head, over the positions low .. high-1.
+// `parts` > 1: there are chunks of the same rows over other positions, to be merged.
+struct Chunk {
+    int32_t run, head, first, queries;
+    int64_t low, high;
+    int32_t part, parts;
+    float *state;    // ROWS rows of (v_dim padded + 2): where a part leaves its output, maximum and sum
+    int32_t *ready;  // how many parts are done; shared by them
+};
+
+// What an attention call reads and writes. o: [T, Hq, Dv]; lse: [T, Hq].
+struct Call {
+    const void *q;
+    const float *past_o, *past_lse;  // null, or to be merged with
+    float *o, *lse;
+    bool present;  // over the new tokens, which ends the step: sinks join now
+};
+
+// Memory of one worker.
+struct Scratch {
+    float q[2 * ROWS * 512];
+    float o[ROWS * 512];
+    float scores[ROWS * TILE];
+    float weights[ROWS * TILE];
+    float peak[ROWS], sum[ROWS], q_scale[ROWS], weight_scale[ROWS];
+    uint8_t edge[2][TILE_PAGES][PAGE * 512 * 4];
+    float edge_scales[2][TILE];
+};
+constexpr int MAX_DIM = 512;
+
+struct Kernel {
+    const char *name;
+    void (*attend)(const Layer &, const Step &, const Call &, const Chunk &, Scratch &);
+    // Store the tokens first .. first+count-1 of a run in one KV head. k: [T, Hkv, Dk]; v: [T, Hkv, Dv].
+    void (*append)(const Layer &, const Step &, const void *k, const void *v, int run, int head, int64_t first,
+                   int64_t count, Scratch &);
+    // Read all of the bytes, a multiple of 4096, with vector loads; the result depends on every one of them.
+    uint64_t (*read)(const uint8_t *, size_t);
+};
+
+extern const Kernel portable_kernel, avx2_kernel, avx512_kernel, avx512bf16_kernel;
+
+}  // namespace lamina

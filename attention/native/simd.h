@@ -1,0 +1,165 @@
+// Vectors of W 32-bit lanes, by the compiler's vector extensions: the same source serves every instruction set, from
+// 16 lanes of AVX-512 to whatever the compiler makes of 8 lanes on another architecture. Only what the extensions
+// cannot say is written with intrinsics, each with a portable form beside it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace lamina {
+
+#if LAMINA_WIDE
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef int16_t I16 __attribute__((vector_size(4 * W)));  // two 16-bit numbers in each lane
+
+template <class V, class T>
+inline V load(const T *p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V, class T>
+inline void store(T *p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+inline F all(float x) { return x - F{}; }
+inline U all(uint32_t x) { return x - U{}; }
+inline F as_float(U x) { return (F)x; }
+inline U as_bits(F x) { return (U)x; }
+inline F max(F a, F b) { return a > b ? a : b; }
+inline F select(I mask, F yes, F no) { return mask ? yes : no; }
+
+inline float horizontal_max(F v) {
+    float m = v[0];
+    for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+}
+inline float horizontal_sum(F v) {
+    // By halves, the same order on every instruction set of equal width.
+    float x[W];
+    store(x, v);
+    for (int n = W / 2; n; n /= 2)
+        for (int i = 0; i < n; ++i) x[i] += x[i + n];
+    return x[0];
+}
+
+// exp(x) for x <= 0; exactly 0 below -87, where float32 ends; NaN stays NaN. Relative error below 3e-7.
+inline F exp_negative(F x) {
+    const F magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    F t = x * 1.44269504f + magic;
+    F n = t - magic;
+    F r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;  // ln 2 in two parts
+    F p = all(1.0f / 720);
+    p = p * r + all(1.0f / 120);
+    p = p * r + all(1.0f / 24);
+    p = p * r + all(1.0f / 6);
+    p = p * r + all(0.5f);
+    p = p * r + all(1.0f);
+    p = p * r + all(1.0f);
+    // A product, not an addition to the exponent's bits, which could turn a NaN into a number.
+    F two_n = as_float((as_bits(t) - as_bits(magic) + 127u) << 23);
+    return select(x < -87.0f, F{}, p * two_n);
+}
+
+// tanh(x). Relative error below 1e-6 near 0 too, where the quotient would cancel.
+inline F tanh(F x) {
+    F a = max(x, -x);
+    F e = exp_negative(a * -2.0f);
+    F far = (1.0f - e) / (1.0f + e);
+    far = select(x < 0.0f, -far, far);
+    // The odd series of tanh, which |x| < 0.25 makes short.
+    F z = x * x;
+    F p = all(-1382.0f / 155925);
+    p = p * z + all(62.0f / 2835);
+    p = p * z + all(-17.0f / 315);
+    p = p * z + all(2.0f / 15);
+    p = p * z + all(-1.0f / 3);
+    F near = x + x * z * p;
+    return select(a < 0.25f, near, far);
+}
+
+// -- 16-bit floating point
+
+inline F from_bfloat16_low(U pairs) { return as_float(pairs << 16); }
+inline F from_bfloat16_high(U pairs) { return as_float(pairs & 0xffff0000u); }
+
+inline U to_bfloat16(F x) {  // round to nearest even, in the low half of each lane
+    U u = as_bits(x);
+    U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (I)(x != x) ? (u >> 16) | 0x40u : rounded;
+}
+
+typedef uint16_t H __attribute__((vector_size(2 * W)));
+
+inline F from_float16(const uint16_t *p) {
+#if defined(__AVX512F__) && LAMINA_WIDE
+    return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__) && !LAMINA_WIDE
+    return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    U h = __builtin_convertvector(load<H>(p), U);
+    U magnitude = (h & 0x7fffu) << 13;
+    F finite = as_float(magnitude) * 0x1p112f;
+    F special = as_float(magnitude | 0x7f800000u);
+    F value = select((I)(magnitude >= 0x0f800000u), special, finite);
+    return as_float(as_bits(value) | ((h & 0x8000u) << 16));
+#endif
+}
+
+inline H to_float16(F x) {  // round to nearest even
+#if defined(__AVX512F__) && LAMINA_WIDE
+    return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__) && !LAMINA_WIDE
+    return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    U u = as_bits(x);
+    U sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+    U normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;
+    U subnormal = as_bits(as_float(a) + 0.5f) - 0x3f000000u;  // the addition rounds to multiples of 2^-24
+    U h = (I)(a < 0x38800000u) ? subnormal : normal;
+    h = (I)(a >= 0x477ff000u) ? all(0x7c00u) : h;
+    h = (I)(a > 0x7f800000u) ? all(0x7e00u) : h;
+    return __builtin_convertvector(h | sign, H);
+#endif
+}
+
+// -- dot products of pairs
+
+// acc + the products of both bfloat16 numbers in each lane, accumulated in float32.
+inline F dot_bfloat16(F acc, U a, U b) {
+#if defined(__AVX512BF16__) && LAMINA_WIDE
+    return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    return acc + from_bfloat16_low(a) * from_bfloat16_low(b) + from_bfloat16_high(a) * from_bfloat16_high(b);
+#endif
+}
+
+// acc + the products of both 16-bit integers in each lane, exact in 32 bits.
+inline I dot_int16(I acc, I16 a, I16 b) {
+#if defined(__AVX512VNNI__) && LAMINA_WIDE
+    return (I)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__) && LAMINA_WIDE
+    return acc + (I)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !LAMINA_WIDE
+    return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    I x = (I)a, y = (I)b;
+    return acc + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+inline void prefetch(const void *p) { __builtin_prefetch(p, 0, LAMINA_PREFETCH); }
+
+}  // namespace lamina

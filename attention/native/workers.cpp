@@ -1,0 +1,355 @@
+// The workers of a memory node, how work is cut for them, and the C interface that library.py calls.
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace lamina {
+namespace {
+
+constexpr int SPINS = 4000;        // some 50 us: the next layer of a step comes soon; after that a worker sleeps
+constexpr int64_t MIN_TILES = 8;   // of a part: merging costs about as much as one tile
+constexpr int PARTS_PER_WORKER = 8;
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+void futex(std::atomic<uint32_t> &word, int operation, uint32_t value) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t *>(&word), operation | FUTEX_PRIVATE_FLAG, value, nullptr, nullptr, 0);
+}
+
+bool pin(int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    return pthread_setaffinity_np(pthread_self(), sizeof set, &set) == 0;
+}
+
+const Kernel *const KERNELS[] = {
+#if defined(__x86_64__)
+    &avx512bf16_kernel, &avx512_kernel, &avx2_kernel,
+#endif
+    &portable_kernel};
+
+bool supported(const Kernel &kernel) {
+    const std::string name = kernel.name;
+#if defined(__x86_64__)
+#if LAMINA_EMULATE  // the wide kernels, compiled for a narrower machine, to test their logic on it
+    const bool wide = __builtin_cpu_supports("avx2"), bfloat16 = wide;
+#else
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool bfloat16 = wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#endif
+    if (name == "avx512bf16") return bfloat16;
+    if (name == "avx512") return wide;
+    if (name == "avx2")
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+    return name == "portable";
+}
+
+// N - 1 threads and the one that calls. Work is numbered, and taken in the order of the numbers.
+class Workers {
+  public:
+    Workers(const Kernel &kernel, int threads, const int *cpus, int cpu_count)
+        : kernel(kernel), cpus_(cpus, cpus + cpu_count), scratch_(threads) {
+        for (auto &scratch : scratch_) scratch.reset(new (std::align_val_t(64)) Scratch);
+        for (int i = 1; i < threads; ++i) {
+            pthread_t thread;
+            auto *start = new Start{this, i};
+            if (pthread_create(&thread, nullptr, enter, start)) {
+                delete start;
+                break;
+            }
+            threads_.push_back(thread);
+        }
+    }
+
+    ~Workers() {
+        stopping_ = true;
+        begin();
+        for (pthread_t thread : threads_) pthread_join(thread, nullptr);
+    }
+
+    bool complete() const { return threads_.size() + 1 == scratch_.size(); }
+    int threads() const { return int(scratch_.size()); }
+
+    // Call f(number, scratch) for every number below `count`; returns when all are done.
+    template <class Function>
+    void run(int64_t count, Function f) {
+        if (!count) return;
+        if (!cpus_.empty() && pinned_ != this) {
+            pin(cpus_[0]);
+            pinned_ = this;
+        }
+        next_ = 0, count_ = count;
+        if (threads_.empty() || count == 1) {
+            for (int64_t i = 0; i < count; ++i) f(i, *scratch_[0]);
+            return;
+        }
+        work_ = [&](int64_t i, Scratch &scratch) { f(i, scratch); };
+        running_ = int(threads_.size());
+        begin();
+        take(*scratch_[0]);
+        for (int spins = 0; running_.load(std::memory_order_acquire);) {
+            if (++spins < SPINS)
+                relax();
+            else if (uint32_t left = running_.load(std::memory_order_acquire))
+                futex(running_, FUTEX_WAIT, left);
+        }
+    }
+
+    const Kernel &kernel;
+    std::vector<Chunk> chunks;
+    std::vector<float> states;
+    std::vector<int32_t> ready;
+    std::atomic<uint64_t> sum{0};
+
+  private:
+    struct Start {
+        Workers *workers;
+        int index;
+    };
+    struct Release {
+        void operator()(Scratch *scratch) const { operator delete(scratch, std::align_val_t(64)); }
+    };
+
+    static void *enter(void *argument) {
+        std::unique_ptr<Start> start(static_cast<Start *>(argument));
+        start->workers->work(start->index);
+        return nullptr;
+    }
+
+    void begin() {
+        generation_.fetch_add(1, std::memory_order_release);
+        futex(generation_, FUTEX_WAKE, 1 << 30);
+    }
+
+    void work(int index) {
+        if (!cpus_.empty()) pin(cpus_[index % cpus_.size()]);
+        for (uint32_t seen = 0;;) {
+            for (int spins = 0; generation_.load(std::memory_order_acquire) == seen;) {
+                if (++spins < SPINS)
+                    relax();
+                else
+                    futex(generation_, FUTEX_WAIT, seen);
+            }
+            ++seen;
+            if (stopping_) return;
+            take(*scratch_[index]);
+            if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) futex(running_, FUTEX_WAKE, 1);
+        }
+    }
+
+    void take(Scratch &scratch) {
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) work_(i, scratch);
+    }
+
+    std::vector<int> cpus_;
+    std::vector<std::unique_ptr<Scratch, Release>> scratch_;
+    std::vector<pthread_t> threads_;
+    std::function<void(int64_t, Scratch &)> work_;
+    std::atomic<uint32_t> generation_{0}, running_{0};
+    std::atomic<int64_t> next_{0};
+    int64_t count_ = 0;
+    std::atomic<bool> stopping_{false};
+    static thread_local const Workers *pinned_;
+};
+
+thread_local const Workers *Workers::pinned_ = nullptr;
+
+// Cut a step into chunks: for each run, KV head and block of queries the positions it sees, long ones in parts. How
+// it is cut depends on the step and the number of workers alone, and so does every bit of the result.
+void cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
+    auto &chunks = workers.chunks;
+    chunks.clear();
+    const int queries_at_once = ROWS / layer.group > 0 ? ROWS / layer.group : 1;
+    int64_t tiles = 0;
+    for (int64_t run = 0; run < step.runs; ++run) {
+        const int64_t start = step.starts[run], count = step.counts[run];
+        for (int64_t first = 0; first < count; first += queries_at_once) {
+            const int queries = int(count - first < queries_at_once ? count - first : queries_at_once);
+            int64_t low = layer.window ? start + first - layer.window + 1 : 0, high = start;
+            if (present) {
+                low = low > start ? low : start;
+                high = start + first + queries;
+            }
+            low = low > 0 ? low : 0;
+            if (low > high) low = high;
+            tiles += (high - low + TILE - 1) / TILE * layer.kv_heads;
+            for (int head = 0; head < layer.kv_heads; ++head)
+                chunks.push_back({int32_t(run), head, int32_t(first), queries, low, high, 0, 1, nullptr, nullptr});
+        }
+    }
+    int64_t most = tiles / (int64_t(workers.threads()) * PARTS_PER_WORKER) + 1;
+    if (most < MIN_TILES) most = MIN_TILES;
+    if (workers.threads() == 1) return;
+
+    const size_t whole = chunks.size();
+    size_t floats = 0, split = 0;
+    for (size_t i = 0; i < whole; ++i) {
+        const Chunk chunk = chunks[i];
+        const int64_t first_page = chunk.low / PAGE, pages = (chunk.high + PAGE - 1) / PAGE - first_page;
+        const int parts = int((pages + most * TILE_PAGES - 1) / (most * TILE_PAGES));
+        if (parts <= 1) continue;
+        const int64_t each = ((pages + parts - 1) / parts + TILE_PAGES - 1) / TILE_PAGES * TILE_PAGES;
+        ++split;
+        for (int part = 0; part < parts; ++part) {
+            Chunk one = chunk;
+            one.part = part, one.parts = parts;
+            one.low = part ? (first_page + part * each) * PAGE : chunk.low;
+            one.high = (first_page + (part + 1) * each) * PAGE;
+            if (one.high > chunk.high) one.high = chunk.high;
+            if (one.low > one.high) one.low = one.high;
+            one.state = reinterpret_cast<float *>(floats);  // an offset until the memory is there
+            one.ready = reinterpret_cast<int32_t *>(split - 1);
+            if (part)
+                chunks.push_back(one);
+            else
+                chunks[i] = one;
+        }
+        floats += size_t(parts) * chunk.queries * layer.group * (padded(layer.v_dim) + 2);
+    }
+    if (workers.states.size() < floats) workers.states.resize(floats);
+    workers.ready.assign(split, 0);
+    for (Chunk &chunk : chunks)
+        if (chunk.parts > 1) {
+            chunk.state = workers.states.data() + reinterpret_cast<size_t>(chunk.state);
+            chunk.ready = workers.ready.data() + reinterpret_cast<size_t>(chunk.ready);
+        }
+}
+
+// Call f(memory of a token's number, canonical place) for the positions first .. first+count-1 of one table.
+template <class Function>
+void each_number(const Layer &layer, const int64_t *table, int64_t first, int64_t count, bool values, Function f) {
+    const int dim = values ? layer.v_dim : layer.qk_dim, item = item_bytes(layer.kv_type);
+    const bool pairs = paired(layer.kv_type);
+    for (int64_t i = 0; i < count; ++i)
+        for (int head = 0; head < layer.kv_heads; ++head) {
+            const int64_t position = first + i, t = position % PAGE;
+            const Place at = place(layer, table, head, position / PAGE);
+            const int64_t row = i * layer.kv_heads + head;
+            for (int d = 0; d < dim; ++d) {
+                const int64_t line = values ? d / 16 * (PAGE / 2) + t / 2 : d / 2;
+                const int64_t x = values ? d % 16 : t, parity = values ? t % 2 : d % 2;
+                const int64_t number = line * LINE + (pairs ? 2 * x + parity : PAGE * parity + x);
+                f((values ? at.v : at.k) + number * item, (row * dim + d) * item, item);
+            }
+            if (scaled(layer.kv_type)) f(nullptr, row, 0, (values ? at.v_scales : at.k_scales) + t);
+        }
+}
+
+struct Canonical {
+    uint8_t *numbers;
+    float *scales;
+    bool out;
+    void operator()(uint8_t *stored, int64_t at, int item) const {
+        if (out)
+            std::memcpy(numbers + at, stored, item);
+        else
+            std::memcpy(stored, numbers + at, item);
+    }
+    void operator()(std::nullptr_t, int64_t row, int, float *scale) const {
+        if (out)
+            scales[row] = *scale;
+        else
+            *scale = scales[row];
+    }
+};
+
+}  // namespace
+}  // namespace lamina
+
+using namespace lamina;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Comma-separated names of the kernels that this machine can run, best first.
+const char *lamina_isas() {
+    static const std::string names = [] {
+        std::string all;
+        for (const Kernel *kernel : KERNELS)
+            if (supported(*kernel)) all += (all.empty() ? "" : ",") + std::string(kernel->name);
+        return all;
+    }();
+    return names.c_str();
+}
+
+// Null where a thread cannot be had, or `isa` is not one of lamina_isas().
+void *lamina_workers(const char *isa, int threads, const int *cpus, int cpu_count) {
+    for (const Kernel *kernel : KERNELS)
+        if (supported(*kernel) && std::string(kernel->name) == isa) {
+            auto workers = std::make_unique<Workers>(*kernel, threads, cpus, cpu_count);
+            return workers->complete() ? workers.release() : nullptr;
+        }
+    return nullptr;
+}
+
+void lamina_close(void *workers) { delete static_cast<Workers *>(workers); }
+
+int64_t lamina_layer_bytes(const Layer *layer) { return int64_t(layer->kv_heads) * int64_t(layer->head_bytes()); }
+
+void lamina_attend(void *handle, const Layer *layer, const Step *step, const void *q, const float *past_o,
+                   const float *past_lse, float *o, float *lse, int present) {
+    Workers &workers = *static_cast<Workers *>(handle);
+    const Call call = {q, past_o, past_lse, o, lse, present != 0};
+    cut(workers, *layer, *step, present != 0);
+    workers.run(int64_t(workers.chunks.size()), [&](int64_t i, Scratch &scratch) {
+        workers.kernel.attend(*layer, *step, call, workers.chunks[i], scratch);
+    });
+}
+
+void lamina_append(void *handle, const Layer *layer, const Step *step, const void *k, const void *v) {
+    Workers &workers = *static_cast<Workers *>(handle);
+    constexpr int64_t AT_ONCE = 256;
+    auto &chunks = workers.chunks;
+    chunks.clear();
+    for (int64_t run = 0; run < step->runs; ++run)
+        for (int64_t first = 0; first < step->counts[run]; first += AT_ONCE)
+            for (int head = 0; head < layer->kv_heads; ++head) {
+                const int64_t left = step->counts[run] - first;
+                chunks.push_back({int32_t(run), head, 0, 0, first, left < AT_ONCE ? left : AT_ONCE, 0, 1, nullptr, nullptr});
+            }
+    workers.run(int64_t(chunks.size()), [&](int64_t i, Scratch &scratch) {
+        const Chunk &chunk = chunks[i];
+        workers.kernel.append(*layer, *step, k, v, chunk.run, chunk.head, chunk.low, chunk.high, scratch);
+    });
+}
+
+// Copy positions between a cache and canonical tensors: k [count, Hkv, Dk], v [count, Hkv, Dv], scales [count, Hkv].
+void lamina_copy(const Layer *layer, const int64_t *table, int64_t first, int64_t count, void *k, void *v,
+                 float *k_scales, float *v_scales, int out) {
+    each_number(*layer, table, first, count, false, Canonical{static_cast<uint8_t *>(k), k_scales, out != 0});
+    each_number(*layer, table, first, count, true, Canonical{static_cast<uint8_t *>(v), v_scales, out != 0});
+}
+
+void lamina_read(void *handle, const uint8_t *bytes, int64_t count) {
+    Workers &workers = *static_cast<Workers *>(handle);
+    const int64_t parts = workers.threads(), each = count / parts / 4096 * 4096;
+    workers.run(parts, [&](int64_t i, Scratch &) {
+        workers.sum += workers.kernel.read(bytes + i * each, i + 1 < parts ? each : count - i * each);
+    });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
