@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: computes and stores, and knows no network, no event loop and no model.
 
-`KVLayout` says what is stored, `KVCache` stores it, a `Backend` attends over it: planned once per step, run
-once per layer. `attend` is the same attention over dense tensors, and `merge` joins the `Partial` results of
-any partition.
+`Memory` is taken once and cut into a `Pool`. `KVLayout` says what is stored, `KVCache` keeps account of where, and a
+`Backend` stores it and attends over it: planned once per step, run once per layer. `attend` is the same attention over
+dense tensors, and `merge` joins the `Partial` results of any partition.
 
 Importing this package is cheap; torch is imported with the first name that needs it.
 """
@@ -13,24 +13,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lamina.attention.backend import Backend, Plan, create_backend
+    from lamina.attention.backend import Backend, Plan, Stored, create_backend, default_backend
     from lamina.attention.cache import KVCache
     from lamina.attention.dense import attend
-    from lamina.attention.layout import KVLayout, LayerShape
-    from lamina.attention.partial import Partial, merge
+    from lamina.attention.layout import KVLayout, LayerGroup, LayerShape
+    from lamina.attention.partial import Partial, add_sinks, merge
+    from lamina.attention.pool import Memory, Pool
     from lamina.attention.rows import Rows, Run
 
 __all__ = [
     "Backend",
     "KVCache",
     "KVLayout",
+    "LayerGroup",
     "LayerShape",
+    "Memory",
     "Partial",
     "Plan",
+    "Pool",
     "Rows",
     "Run",
+    "Stored",
+    "add_sinks",
     "attend",
     "create_backend",
+    "default_backend",
     "merge",
 ]
 
@@ -38,13 +45,19 @@ _MODULES = {
     "Backend": "backend",
     "KVCache": "cache",
     "KVLayout": "layout",
+    "LayerGroup": "layout",
     "LayerShape": "layout",
+    "Memory": "pool",
     "Partial": "partial",
     "Plan": "backend",
+    "Pool": "pool",
     "Rows": "rows",
     "Run": "rows",
+    "Stored": "backend",
+    "add_sinks": "partial",
     "attend": "dense",
     "create_backend": "backend",
+    "default_backend": "backend",
     "merge": "partial",
 }
 

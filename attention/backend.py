@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+import logging
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from lamina.attention.layout import KVLayout, LayerShape
 from lamina.attention.rows import Rows
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lamina.attention.cache import KVCache
     from lamina.attention.partial import Partial
+    from lamina.attention.pool import Memory, Pool
+
+log = logging.getLogger("lamina.attention")
+
+BACKENDS = {
+    "native": ("lamina.attention.native_backend", "NativeBackend"),
+    "flashinfer": ("lamina.attention.flashinfer_backend", "FlashInferBackend"),
+    "torch": ("lamina.attention.torch_backend", "TorchBackend"),
+}
+"""Name, module and class. Beside the class, the module has the `LayerBytes` of its blocks, ``layer_bytes``."""
 
 
 class Plan(Protocol):
@@ -25,15 +38,41 @@ class Plan(Protocol):
     def rows(self) -> Rows: ...
 
 
+class Stored(NamedTuple):
+    """Keys and values as they are stored, the same bits on every backend.
+
+    k: [n, Hkv, Dk] and v: [n, Hkv, Dv] of the layout's type; their scales are float32 [n, Hkv] where the type has some.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
 class Backend(Protocol):
     """Attention of a step's rows over a `KVCache`: planned once per step, run once per layer.
 
     `past` needs only q and may run before k and v of the new tokens exist; `finish` then adds what depends on
-    them. A step is idempotent: run again with the same rows, it overwrites what it stored.
+    them. A step is idempotent: run again with the same rows, it overwrites what it stored. q, k and v may be
+    float32, bfloat16 or float16, whatever is stored. Made as ``Backend(cache, threads=, cpus=)``: so many threads
+    compute, pinned to these processors where there are some; `ConfigError` names what it cannot do.
     """
 
+    name: str
+    cache: KVCache
+
+    def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
+        """Store keys and values, rounded to the layout's type. k: [T, Hkv, Dk]; v: [T, Hkv, Dv].
+
+        A position below the watermark is overwritten, unless it is in a published block or went back from behind the
+        window; then it is skipped. `CapacityError` beyond a reservation; `UsageError` where positions between
+        the watermark and the start of a run would be left out.
+        """
+        ...
+
     def plan(self, rows: Rows) -> Plan:
-        """Work out what is the same for all layers. `CapacityError` where rows exceed their reservations."""
+        """Work out what is the same for all layers. Errors are those of `KVCache.place`."""
         ...
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
@@ -46,22 +85,74 @@ class Backend(Protocol):
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         """Store k and v, attend to them (causally within each run) as stored, and merge with ``past``.
 
-        q: [T, Hq, Dk]; k: [T, Hkv, Dk]; v: [T, Hkv, Dv]. Errors are those of `KVCache.append`.
+        q: [T, Hq, Dk]; k: [T, Hkv, Dk]; v: [T, Hkv, Dv]. The sinks of the layer, which `past` leaves out, join here.
+        Errors are those of `append`.
         """
         ...
 
+    def export(self, sequence: int, layer: int, start: int, stop: int) -> Stored:
+        """A copy of the positions start..stop-1; `UsageError` unless all are there."""
+        ...
 
-def create_backend(name: str, cache: KVCache) -> Backend:
-    """The backend called ``name`` over ``cache``; what it needs is imported now and not before."""
-    if name not in _FACTORIES:
-        raise ConfigError(f"attention backend: expected one of {', '.join(_FACTORIES)}, got {name!r}")
-    return _FACTORIES[name](cache)
+    def restore(self, sequence: int, layer: int, start: int, stored: Stored) -> None:
+        """Store what `export` gave, bit for bit, at the positions from ``start``. Errors are those of `append`."""
+        ...
+
+    def close(self) -> None:
+        """End the threads and give the cache's memory back. Nothing else may be called afterwards."""
+        ...
 
 
-def _torch(cache: KVCache) -> Backend:
-    from lamina.attention.torch_backend import TorchBackend
+def create_backend(
+    name: str,
+    layout: KVLayout,
+    home: Memory | Pool,
+    *,
+    quota: int | None = None,
+    threads: int = 1,
+    cpus: Sequence[int] | None = None,
+) -> Backend:
+    """The backend called ``name`` over a new cache, which may take ``quota`` bytes of a pool, by default all.
 
-    return TorchBackend(cache)
+    A `Memory` becomes a pool of its own, with extents that suit the layout. What the backend needs is imported now and
+    not before. `ConfigError` for an unknown name or a missing backend; errors of the cache are those of `KVCache`.
+    """
+    from lamina.attention.cache import KVCache
+    from lamina.attention.pool import Pool, fit_extent
+
+    if name not in BACKENDS:
+        raise ConfigError(f"attention backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    module_name, class_name = BACKENDS[name]
+    try:
+        module = import_module(module_name)
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"attention backend {name!r} is not available here: {error}") from error
+    if not isinstance(home, Pool):
+        sizes = [
+            sum(module.layer_bytes(layout.layers[layer], layout.dtype, layout.block_tokens) for layer in group.layers)
+            for group in layout.groups
+        ]
+        home = Pool(home, extent_bytes=fit_extent(home.nbytes, sizes))
+    cache = KVCache(layout, home.tenant("the only one", quota), module.layer_bytes)
+    backend: Backend = getattr(module, class_name)(cache, threads=threads, cpus=cpus)
+    return backend
 
 
-_FACTORIES: dict[str, Callable[[KVCache], Backend]] = {"torch": _torch}
+def default_backend(device: str = "cpu") -> str:
+    """The fastest backend that is there for a torch device; a warning is logged where that is only the reference."""
+    fastest = "flashinfer" if device.startswith("cuda") else "native"
+    try:
+        import_module(BACKENDS[fastest][0])
+    except (ImportError, OSError) as error:
+        log.warning("event=attention_fallback backend=torch wanted=%s reason=%r", fastest, str(error))
+        return "torch"
+    return fastest
+
+
+def check_key_value(layer: int, shape: LayerShape, tokens: int, k: Tensor, v: Tensor) -> None:
+    """`UsageError` unless k is [tokens, Hkv, Dk] and v [tokens, Hkv, Dv]."""
+    for name, tensor, dim in (("k", k, shape.qk_dim), ("v", v, shape.v_dim)):
+        if tensor.shape != (tokens, shape.kv_heads, dim):
+            raise UsageError(
+                f"layer {layer}: expected {name} of shape {[tokens, shape.kv_heads, dim]}, got {list(tensor.shape)}"
+            )

@@ -1,158 +1,329 @@
-"""The paged KV cache of one tenant: memory, reservations and block tables."""
+"""The paged KV cache of one tenant: reservations, block tables and watermarks. Keys and values are the backend's."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+import numpy as np
+from numpy.typing import NDArray
 
-from lamina.attention.layout import KVLayout, LayerShape
+from lamina.attention.blocks import Blocks, check_key
+from lamina.attention.layout import KVLayout, LayerGroup, LayerShape
+from lamina.attention.pool import ALIGNMENT, Pool, Tenant, most_blocks
 from lamina.attention.rows import Rows
 from lamina.errors import CapacityError, UsageError
+
+T = TypeVar("T", bound=np.generic)
+Integers = NDArray[np.int64]
+Addresses = NDArray[np.uint64]
+
+LayerBytes = Callable[[LayerShape, str, int], int]
+"""Bytes of a block of so many tokens in one layer, from its shape and the type stored: a backend's choice."""
 
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """What one sequence holds. ``blocks``: int64 [blocks], its block table; ``filled``: watermark per layer."""
+    """What one sequence holds: its column in the arrays of the cache, and by layer group its block table."""
 
+    slot: int
     tokens: int
-    blocks: Tensor
-    filled: list[int]
+    tables: list[Integers]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Where the rows of a step live: ``held[i]`` belongs to ``rows.runs[i]``, ``slots`` is int64 [T]."""
+    """Where the rows of a step live: number i in each array belongs to ``rows.runs[i]``.
+
+    starts, counts: its positions; row_starts: its first row; frozen: positions below are in published blocks, which
+    are not to be overwritten; addresses: uint64 [groups, runs], where the block tables lie in memory.
+    """
 
     rows: Rows
+    starts: Integers
+    counts: Integers
+    row_starts: Integers
+    frozen: Integers
+    addresses: Addresses
+    slots: Integers
+    generations: Integers
     held: tuple[Reservation, ...]
-    slots: Tensor
+
+    def tables(self, group: int) -> list[Integers]:
+        """The block table of each run in a layer group: for positions from ``i * block_tokens`` on, the byte offset of
+        their block within the memory; -1 where there is none, because none is assigned yet or it went back."""
+        return [reservation.tables[group] for reservation in self.held]
 
 
 class KVCache:
-    """Keys and values of many sequences in blocks of ``layout.block_tokens`` positions.
+    """The blocks of many sequences, in extents of one tenant of a pool.
 
-    All memory is taken at once; a sequence gets all blocks that it may ever need at `reserve`, or none. A block
-    holds its positions in every layer, so a sequence has one block table. A *slot* is the place of one position,
-    ``block * block_tokens + position % block_tokens``: the first index of ``keys[layer]`` and ``values[layer]``.
+    The layers of a `LayerGroup` share blocks: a block holds ``layout.block_tokens`` positions in all layers of its
+    group, one layer behind the other, of ``layer_bytes`` each. A sequence has a block table for each group. What it may
+    come to need is set aside at `reserve`, and assigned when a position is first placed. Where a group has a window,
+    blocks wholly behind it go back. Blocks of prompts may be shared under keys of 16 bytes, which say what they hold.
     Belongs to one thread. A refused operation changes nothing.
     """
 
-    def __init__(self, layout: KVLayout, nbytes: int, *, device: torch.device | str = "cpu") -> None:
-        """Take at most ``nbytes``. `CapacityError` when that is less than one block or cannot be had."""
-        blocks = nbytes // layout.bytes_per_block
-        if blocks < 1:
-            raise CapacityError(
-                f"a KV cache of {nbytes} bytes cannot hold one block: "
-                f"{layout.block_tokens} tokens take {layout.bytes_per_block} bytes"
-            )
+    def __init__(self, layout: KVLayout, home: Tenant | Pool, layer_bytes: LayerBytes) -> None:
+        """Take no memory yet. `CapacityError` when not even one block of every group could be had."""
+        self._tenant = home.tenant("the only one") if isinstance(home, Pool) else home
+        pool = self._tenant.pool
         self.layout = layout
-        self.device = torch.device(device)
+        self.memory = pool.memory
+        self.extent_bytes = pool.extent_bytes
+        """Blocks lie at multiples of their size behind multiples of this."""
+        self.groups: tuple[LayerGroup, ...] = layout.groups
+        self._group_of = [0] * len(layout.layers)
+        self._offsets = [0] * len(layout.layers)
+        self.block_bytes: list[int] = []
+        """By layer group: bytes of a block in all its layers."""
+        for index, group in enumerate(self.groups):
+            size = 0
+            for layer in group.layers:
+                self._group_of[layer], self._offsets[layer] = index, size
+                size += layer_bytes(layout.layers[layer], layout.dtype, layout.block_tokens)
+            if size % ALIGNMENT:
+                raise UsageError(f"blocks of {size} bytes; expected a multiple of {ALIGNMENT}")
+            self.block_bytes.append(size)
+        blocks = most_blocks(self._tenant.quota, pool.extent_bytes, self.block_bytes)
+        if not blocks:
+            raise CapacityError(
+                f"a KV cache of {self._tenant.quota_bytes} bytes cannot hold one block: {layout.block_tokens} tokens "
+                f"take {sum(self.block_bytes)} bytes, in extents of {pool.extent_bytes}; give it more memory"
+            )
         self.capacity_tokens = blocks * layout.block_tokens
-        self.keys = [self._take(layer.kv_heads, layer.qk_dim) for layer in layout.layers]
-        """Per layer: [capacity_tokens, Hkv, Dk]. Only slots below a watermark hold anything."""
-        self.values = [self._take(layer.kv_heads, layer.v_dim) for layer in layout.layers]
-        """Per layer: [capacity_tokens, Hkv, Dv]."""
-        self._free = list(range(blocks))
+        """Positions that it can hold if it is alone within its quota and no window saves anything."""
+        self._blocks = [
+            Blocks(self._tenant, size, share=-(-blocks // (pool.extent_bytes // size)), returning=bool(group.window))
+            for group, size in zip(self.groups, self.block_bytes, strict=True)
+        ]
+        self._windowed = [index for index, group in enumerate(self.groups) if group.window is not None]
         self._held: dict[int, Reservation] = {}
+        # Of each sequence, in the column of its slot, so that a step's sequences are looked up all at once:
+        self._free_slots: list[int] = []
+        groups, layers = len(self.groups), len(layout.layers)
+        self._tokens = np.zeros(0, np.int64)
+        self._totals = np.zeros(0, np.int64)
+        """Blocks of each group for all of its tokens."""
+        self._frozen = np.zeros(0, np.int64)
+        """Positions below are in published blocks."""
+        self._generation = np.zeros(0, np.int64)
+        """How many sequences have left the slot."""
+        self._filled = np.zeros((layers, 0), np.int64)
+        """Watermarks: positions 0..filled-1 have been stored."""
+        self._first = np.zeros((groups, 0), np.int64)
+        """Blocks before this one went back, or were never needed; from here to ``_next`` they are assigned."""
+        self._next = np.zeros((groups, 0), np.int64)
+        self._counts = np.zeros((groups, 0), np.int64)
+        """Blocks that it may hold at once."""
+        self._promised = np.zeros((groups, 0), np.int64)
+        """Blocks set aside for it and not yet assigned."""
+        self._addresses = np.zeros((groups, 0), np.uint64)
+        """Where its block tables lie in memory."""
+        self._grow_slots(64)
 
     def close(self) -> None:
-        """Give the memory back, whoever still holds the cache. Nothing else may be called afterwards."""
-        self.keys.clear()
-        self.values.clear()
+        """Give all extents back. Nothing else may be called afterwards."""
+        self._tenant.close()
+        self._held.clear()
 
     @property
     def free_tokens(self) -> int:
-        """Positions that can still be reserved, in whole blocks."""
-        return len(self._free) * self.layout.block_tokens
+        """Positions that can still be reserved, in whole blocks, if no window saves anything."""
+        low, high = 0, self.capacity_tokens // self.layout.block_tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._fits([middle] * len(self.groups)):
+                low = middle
+            else:
+                high = middle - 1
+        return low * self.layout.block_tokens
 
     @property
     def sequences(self) -> Collection[int]:
         """The sequences that hold a reservation."""
         return self._held.keys()
 
-    def reserve(self, sequence: int, tokens: int) -> None:
-        """Hold space for the positions 0..tokens-1; `CapacityError` if there is too little."""
+    # -- reservations
+
+    def reserve(self, sequence: int, tokens: int, *, ahead: int | None = None, keys: Sequence[bytes] = ()) -> int:
+        """Hold space for the positions 0..tokens-1; `CapacityError` if there is too little.
+
+        ``ahead`` is the most positions by which layers of a group can be apart, a step's own rows included; the less,
+        the fewer blocks a windowed group sets aside. None: any number, so that windows save nothing.
+        ``keys`` name the content of the leading blocks. Returns how many leading positions were found published and
+        are shared, in whole blocks and never all of ``tokens``: the watermark of every layer starts there.
+        """
         if sequence in self._held:
             raise UsageError(f"sequence {sequence} already holds a reservation; release it first")
         if tokens < 1:
             raise UsageError(f"sequence {sequence}: expected a reservation of at least 1 token, got {tokens}")
-        needed = -(-tokens // self.layout.block_tokens)
-        if needed > len(self._free):
+        if ahead is not None and ahead < 1:
+            raise UsageError(f"sequence {sequence}: expected ahead >= 1, got {ahead}")
+        size = self.layout.block_tokens
+        total = -(-tokens // size)
+        shared = self.match(keys[: (tokens - 1) // size])
+        found = self._find(keys[: shared // size])
+        counts = [self._count(group, total, ahead or tokens) for group in self.groups]
+        needs = [min(count - len(own), total - shared // size) for count, (_, own) in zip(counts, found, strict=True)]
+        for blocks, (_, own) in zip(self._blocks, found, strict=True):
+            blocks.hold(own)
+        if not self._fits(needs):
+            for blocks, (_, own) in zip(self._blocks, found, strict=True):
+                blocks.give(own)
             raise CapacityError(
                 f"sequence {sequence} needs {tokens} tokens of KV cache, "
                 f"{self.free_tokens} of {self.capacity_tokens} are free"
             )
-        blocks = torch.tensor(self._free[-needed:], device=self.device)
-        del self._free[-needed:]
-        self._held[sequence] = Reservation(tokens, blocks, [0] * len(self.layout.layers))
+        self._make_room(needs)
+
+        if not self._free_slots:
+            self._grow_slots(2 * len(self._tokens))
+        slot = self._free_slots.pop()
+        tables = []
+        for index, (first, own) in enumerate(found):
+            table = np.full(total, -1, dtype=np.int64)
+            table[first : first + len(own)] = own
+            tables.append(table)
+            self._addresses[index, slot] = table.ctypes.data
+            self._first[index, slot], self._next[index, slot] = first, shared // size
+            self._counts[index, slot], self._totals[slot] = counts[index], total
+            self._promised[index, slot] = needs[index]
+            self._blocks[index].promised += needs[index]
+        self._tokens[slot] = tokens
+        self._frozen[slot] = shared
+        self._filled[:, slot] = shared
+        self._held[sequence] = Reservation(slot, tokens, tables)
+        return shared
 
     def release(self, sequence: int) -> None:
         """Give all blocks of a sequence back; `UsageError` if it holds none."""
-        self._free.extend(self._reservation(sequence).blocks.tolist())
+        reservation = self._reservation(sequence)
+        slot = reservation.slot
+        for index, blocks in enumerate(self._blocks):
+            table = reservation.tables[index]
+            # From the end, because without its first blocks a published prompt is of no use.
+            blocks.give(table[table >= 0][::-1].tolist())
+            blocks.promised -= int(self._promised[index, slot])
+            blocks.tidy()
+        self._generation[slot] += 1
+        self._free_slots.append(slot)
         del self._held[sequence]
 
     def filled(self, sequence: int, layer: int) -> int:
-        """The watermark of a layer: its positions 0..filled-1 are all there."""
+        """The watermark of a layer: its positions 0..filled-1 have all been stored."""
         self.shape(layer)
-        return self._reservation(sequence).filled[layer]
+        return int(self._filled[layer, self._reservation(sequence).slot])
 
-    def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
-        """Store keys and values, rounded to the layout's type. k: [T, Hkv, Dk]; v: [T, Hkv, Dv].
+    # -- prompts that are shared
 
-        A position below the watermark is overwritten, so that a step may be replayed. `CapacityError` beyond a
-        reservation; `UsageError` where positions between the watermark and the start of a run would be left out.
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many leading positions of a prompt whose blocks have these ``keys`` could be shared now.
+
+        All blocks have to be there, of windowed groups those that the window still reaches.
         """
-        self.write(layer, self.place(rows), k, v)
-
-    # What follows is for backends: find the rows of a step once, use what was found in every layer.
-
-    def place(self, rows: Rows) -> Placement:
-        """Find the slots of ``rows``; `CapacityError` where they go beyond their reservations."""
-        held = tuple(self._reservation(run.sequence) for run in rows.runs)
-        for run, reservation in zip(rows.runs, held, strict=True):
-            if run.stop > reservation.tokens:
-                raise CapacityError(
-                    f"sequence {run.sequence} has space reserved for {reservation.tokens} tokens, "
-                    f"position {run.stop - 1} needs {run.stop}"
-                )
-        which = [index for index, run in enumerate(rows.runs) for _ in range(run.count)]
-        positions = [position for run in rows.runs for position in range(run.start, run.stop)]
-        return Placement(rows, held, self.slots(held, self._tensor(which), self._tensor(positions)))
-
-    def slots(self, held: Sequence[Reservation], which: Tensor, positions: Tensor) -> Tensor:
-        """The slots of ``positions`` of ``held[which]``; both int64, of shapes that broadcast."""
-        tables = pad_sequence([reservation.blocks for reservation in held], batch_first=True)
         size = self.layout.block_tokens
-        return tables[which, positions // size] * size + positions % size
+        there = [True] * (len(keys) + 1)
+        for group, blocks in zip(self.groups, self._blocks, strict=True):
+            found = 0
+            for usable, key in enumerate(keys, start=1):
+                found = found + 1 if blocks.find(key) is not None else 0
+                there[usable] &= found >= usable - self._behind(group, usable * size)
+        return size * max(usable for usable, every in enumerate(there) if every)
 
-    def write(self, layer: int, placement: Placement, k: Tensor, v: Tensor) -> None:
-        """`append` to a place that is known already."""
-        shape, tokens = self.shape(layer), placement.rows.tokens
-        for name, tensor, dim in (("k", k, shape.qk_dim), ("v", v, shape.v_dim)):
-            if tensor.shape != (tokens, shape.kv_heads, dim):
-                raise UsageError(
-                    f"layer {layer}: expected {name} of shape {[tokens, shape.kv_heads, dim]}, got {list(tensor.shape)}"
-                )
-        self.require_past(layer, placement)
-        self.keys[layer].index_copy_(0, placement.slots, k.to(self.keys[layer].dtype))
-        self.values[layer].index_copy_(0, placement.slots, v.to(self.values[layer].dtype))
-        for run, reservation in zip(placement.rows.runs, placement.held, strict=True):
-            reservation.filled[layer] = max(reservation.filled[layer], run.stop)
+    def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
+        """Let others share the leading ``len(keys)`` blocks of a sequence, which have to be complete in every layer.
+
+        They are not overwritten from now on. Where a key is taken already, its first block stays; blocks that went
+        back from behind a window are left out.
+        """
+        reservation = self._reservation(sequence)
+        stop = len(keys) * self.layout.block_tokens
+        complete = int(self._filled[:, reservation.slot].min())
+        if stop > complete:
+            raise UsageError(
+                f"sequence {sequence}: {len(keys)} blocks of {self.layout.block_tokens} positions are to be published, "
+                f"but only {complete} positions are stored in every layer"
+            )
+        for key in keys:
+            check_key(key)
+        for blocks, table in zip(self._blocks, reservation.tables, strict=True):
+            for key, block in zip(keys, table[: len(keys)].tolist(), strict=True):
+                if block >= 0:
+                    blocks.publish(block, key)
+        self._frozen[reservation.slot] = max(self._frozen[reservation.slot], stop)
+
+    # -- for backends: place the rows of a step once, use what was found in every layer
+
+    def place(self, rows: Rows, *, attend: bool = True) -> Placement:
+        """Find where ``rows`` live, assign the blocks that they are first to use, and let those behind windows go.
+
+        `CapacityError` where they go beyond their reservations. With ``attend``, `UsageError` where a row's window
+        reaches positions that went back already; without, rows at such positions have no block and are not stored.
+        """
+        held = tuple([self._reservation(run.sequence) for run in rows.runs])
+        slots = np.array([reservation.slot for reservation in held], dtype=np.int64)
+        starts = np.array([run.start for run in rows.runs], dtype=np.int64)
+        counts = np.array([run.count for run in rows.runs], dtype=np.int64)
+        stops = starts + counts
+        if (stops > self._tokens[slots]).any():
+            i = int((stops > self._tokens[slots]).argmax())
+            raise CapacityError(
+                f"sequence {rows.runs[i].sequence} has space reserved for {held[i].tokens} tokens, "
+                f"position {stops[i] - 1} needs {stops[i]}"
+            )
+        size = self.layout.block_tokens
+        last = np.maximum(self._next[:, slots], -(-stops // size))
+        first = self._first[:, slots]
+        for index in self._windowed:
+            first[index] = self._new_first(index, rows, slots, starts, last[index], attend=attend)
+        for index, i in zip(*np.nonzero((first > self._first[:, slots]) | (last > self._next[:, slots])), strict=True):
+            self._move(int(index), held[i], int(first[index, i]), int(last[index, i]))
+        return Placement(
+            rows=rows,
+            starts=starts,
+            counts=counts,
+            row_starts=np.cumsum(counts) - counts,
+            frozen=self._frozen[slots],
+            addresses=self._addresses[:, slots],
+            slots=slots,
+            generations=self._generation[slots],
+            held=held,
+        )
 
     def require_past(self, layer: int, placement: Placement) -> None:
         """`UsageError` unless every position before each run is there, in the blocks that were found for it."""
-        for run, reservation in zip(placement.rows.runs, placement.held, strict=True):
-            if self._held.get(run.sequence) is not reservation:
-                raise UsageError(f"sequence {run.sequence} was released after its step had been planned")
-            if run.start > reservation.filled[layer]:
-                raise UsageError(
-                    f"sequence {run.sequence}, layer {layer}: position {run.start} comes after "
-                    f"{reservation.filled[layer]} stored ones; the positions between are missing"
-                )
+        slots = placement.slots
+        if (self._generation[slots] != placement.generations).any():
+            i = int((self._generation[slots] != placement.generations).argmax())
+            raise UsageError(f"sequence {placement.rows.runs[i].sequence} was released after its step had been planned")
+        filled = self._filled[layer, slots]
+        if (placement.starts > filled).any():
+            i = int((placement.starts > filled).argmax())
+            raise UsageError(
+                f"sequence {placement.rows.runs[i].sequence}, layer {layer}: position {placement.starts[i]} comes "
+                f"after {filled[i]} stored ones; the positions between are missing"
+            )
+
+    def advance(self, layer: int, placement: Placement) -> None:
+        """The rows have been stored in ``layer``: raise its watermarks. Errors are those of `require_past`."""
+        self.require_past(layer, placement)
+        slots = placement.slots
+        self._filled[layer, slots] = np.maximum(self._filled[layer, slots], placement.starts + placement.counts)
+
+    def stored(self, sequence: int, layer: int, start: int, stop: int) -> Integers:
+        """The block table for reading the positions start..stop-1 of a layer; `UsageError` unless all are there."""
+        reservation = self._reservation(sequence)
+        filled, group = self.filled(sequence, layer), self.group_of(layer)
+        gone = int(self._first[group, reservation.slot]) * self.layout.block_tokens
+        if not gone <= start < stop <= filled:
+            raise UsageError(
+                f"sequence {sequence}, layer {layer}: the positions {start}..{stop - 1} were asked for, "
+                f"there are {gone}..{filled - 1}"
+            )
+        return reservation.tables[group]
 
     def shape(self, layer: int) -> LayerShape:
         """The shape of a layer; `UsageError` if there is no such layer."""
@@ -160,20 +331,110 @@ class KVCache:
             raise UsageError(f"layer {layer}: expected 0 <= layer < {len(self.layout.layers)}")
         return self.layout.layers[layer]
 
+    def group_of(self, layer: int) -> int:
+        """The number of the layer group that a layer belongs to."""
+        return self._group_of[layer]
+
+    def layer_offset(self, layer: int) -> int:
+        """Where a layer begins within the blocks of its group, in bytes."""
+        return self._offsets[layer]
+
+    # -- inside
+
     def _reservation(self, sequence: int) -> Reservation:
         if sequence not in self._held:
             raise UsageError(f"sequence {sequence} holds no reservation in this KV cache")
         return self._held[sequence]
 
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+    def _count(self, group: LayerGroup, total: int, ahead: int) -> int:
+        """Blocks that a sequence can hold at once in a group: a window and what lies ahead of it, at any offset."""
+        if group.window is None:
+            return total
+        return min(total, -(-(group.window - 1 + ahead) // self.layout.block_tokens) + 1)
 
-    def _take(self, heads: int, dim: int) -> Tensor:
-        size = (self.capacity_tokens, heads, dim)
-        try:
-            # Zeroed, because the system hands out pages only when they are touched: memory that is not there has
-            # to fail here and not in the middle of a step.
-            return torch.empty(size, dtype=getattr(torch, self.layout.dtype), device=self.device).zero_()
-        except RuntimeError as error:
-            nbytes = self.capacity_tokens * self.layout.bytes_per_token
-            raise CapacityError(f"{nbytes} bytes of KV cache cannot be had on {self.device}: {error}") from error
+    def _behind(self, group: LayerGroup, position: int) -> int:
+        """How many blocks of a group lie wholly behind the window of ``position``."""
+        return 0 if group.window is None else max(0, position - group.window + 1) // self.layout.block_tokens
+
+    def _find(self, keys: Sequence[bytes]) -> list[tuple[int, list[int]]]:
+        """By group: the first block that ``len(keys)`` shared blocks need, and those from there on."""
+        found = []
+        for group, blocks in zip(self.groups, self._blocks, strict=True):
+            first = self._behind(group, len(keys) * self.layout.block_tokens)
+            own = [blocks.find(key) for key in keys[first:]]
+            found.append((first, [block for block in own if block is not None]))
+        return found
+
+    def _fits(self, needs: Sequence[int]) -> bool:
+        """Whether each group could promise so many more blocks."""
+        wanted = sum(blocks.extents_for(need) for blocks, need in zip(self._blocks, needs, strict=True))
+        beyond = sum(blocks.extents_beyond(need) for blocks, need in zip(self._blocks, needs, strict=True))
+        return wanted <= self._tenant.available + beyond
+
+    def _make_room(self, needs: Sequence[int]) -> None:
+        """Take the extents that the promises need, where there are none left from other groups; see `_fits`."""
+        for blocks, need in zip(self._blocks, needs, strict=True):
+            for _ in range(blocks.extents_for(need)):
+                if self._tenant.available < 1:
+                    next(b for b, n in zip(self._blocks, needs, strict=True) if b.extents_beyond(n)).shrink()
+                blocks.grow()
+        for blocks, need in zip(self._blocks, needs, strict=True):
+            blocks.keep_idle(need)
+
+    def _new_first(
+        self, group: int, rows: Rows, slots: Integers, starts: Integers, last: Integers, *, attend: bool
+    ) -> Integers:
+        """The first block that each run of a step leaves in a windowed group. Changes nothing yet."""
+        window, size = self.groups[group].window or 0, self.layout.block_tokens
+        before = self._first[group, slots]
+        layers = np.array(self.groups[group].layers)
+        oldest = np.minimum(starts, self._filled[layers[:, None], slots].min(0)) - window + 1
+        reached = np.maximum(starts - window + 1, 0) // size
+        if attend and (reached < before).any():
+            i = int((reached < before).argmax())
+            raise UsageError(
+                f"sequence {rows.runs[i].sequence}: the window of position {starts[i]} reaches back to "
+                f"{reached[i] * size}, but positions before {before[i] * size} went back already"
+            )
+        first: Integers = np.maximum(before, np.maximum(oldest, 0) // size)
+        if (last - first > self._counts[group, slots]).any():
+            i = int((last - first > self._counts[group, slots]).argmax())
+            raise CapacityError(
+                f"sequence {rows.runs[i].sequence}, layers with a window of {window}: positions {first[i] * size} to "
+                f"{last[i] * size - 1} are needed at once, {self._counts[group, slots[i]]} blocks of {size} were "
+                f"reserved; layers are further apart than the reservation said"
+            )
+        return first
+
+    def _move(self, group: int, reservation: Reservation, first: int, last: int) -> None:
+        """Let a sequence hold exactly the blocks first..last-1 of a group."""
+        blocks, table, slot = self._blocks[group], reservation.tables[group], reservation.slot
+        old_first, old_next = int(self._first[group, slot]), int(self._next[group, slot])
+        if first > old_first:
+            blocks.give(table[old_first:first].tolist())
+            table[old_first:first] = -1
+            # What was given back can be taken again: this sequence has a right to a number of blocks.
+            blocks.promised += first - old_first
+        if last > old_next:
+            table[old_next:last] = blocks.take(last - old_next)
+        self._first[group, slot], self._next[group, slot] = first, last
+        promised = min(int(self._counts[group, slot]) - (last - first), int(self._totals[slot]) - last)
+        blocks.promised += promised - int(self._promised[group, slot]) - (first - old_first) + (last - old_next)
+        self._promised[group, slot] = promised
+        if first > old_first:
+            blocks.tidy()
+
+    def _grow_slots(self, slots: int) -> None:
+        """Room for so many sequences at once."""
+        before = len(self._tokens)
+        self._free_slots += range(slots - 1, before - 1, -1)
+
+        def widened(array: NDArray[T]) -> NDArray[T]:
+            more = np.zeros((*array.shape[:-1], slots - before), array.dtype)
+            return np.concatenate([array, more], axis=-1)
+
+        self._tokens, self._totals = widened(self._tokens), widened(self._totals)
+        self._frozen, self._generation = widened(self._frozen), widened(self._generation)
+        self._filled, self._addresses = widened(self._filled), widened(self._addresses)
+        self._first, self._next = widened(self._first), widened(self._next)
+        self._counts, self._promised = widened(self._counts), widened(self._promised)

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 from lamina.errors import ConfigError
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 """Bytes per number of the types that a cache can store."""
+
+SCALED = frozenset({"float8_e4m3fn", "int8"})
+"""Types stored with one float32 scale per token and KV head, for k and for v: a value is number times scale."""
+
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +23,8 @@ class LayerShape:
     A score is ``scale * q.k``, then, with ``softcap``, ``softcap * tanh(score / softcap)``. With ``window``, a
     token attends to itself and the ``window - 1`` tokens before it (``key position > query position - window``,
     as in transformers). Query head ``h`` reads KV head ``h // (q_heads // kv_heads)``.
+    ``sinks`` are learned scores, one for each query head, that join the softmax's denominator, neither scaled nor
+    capped, and have no value. They count once for each row, however many shards it attends to.
     """
 
     q_heads: int
@@ -27,6 +34,7 @@ class LayerShape:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "qk_dim", "v_dim"):
@@ -41,6 +49,24 @@ class LayerShape:
             raise ConfigError(f"LayerShape.scale: expected a finite number, got {self.scale}")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ConfigError(f"LayerShape.softcap: expected a finite number > 0, got {self.softcap}")
+        if self.sinks is not None:
+            if len(self.sinks) != self.q_heads:
+                raise ConfigError(
+                    f"LayerShape.sinks: expected one number for each of {self.q_heads} query heads, got {self.sinks}"
+                )
+            if not all(math.isfinite(sink) for sink in self.sinks):
+                raise ConfigError(f"LayerShape.sinks: expected finite numbers, got {self.sinks}")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers whose blocks live and die together, because window and KV shape are equal: they share a block table."""
+
+    layers: tuple[int, ...]
+    window: int | None
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +85,20 @@ class KVLayout:
         _require_positive_int("KVLayout.block_tokens", self.block_tokens)
 
     @property
-    def bytes_per_token(self) -> int:
-        """Keys and values of one position in all layers."""
-        numbers = sum(layer.kv_heads * (layer.qk_dim + layer.v_dim) for layer in self.layers)
-        return numbers * ITEM_BYTES[self.dtype]
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The layers by window and KV shape, in order of first appearance."""
+        found: dict[tuple[int | None, int, int, int], list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            found.setdefault((layer.window, layer.kv_heads, layer.qk_dim, layer.v_dim), []).append(index)
+        return tuple(LayerGroup(tuple(layers), *alike) for alike, layers in found.items())
 
     @property
-    def bytes_per_block(self) -> int:
-        return self.bytes_per_token * self.block_tokens
+    def bytes_per_token(self) -> int:
+        """Keys and values of one position in all layers, with their scales."""
+        scales = 2 * SCALE_BYTES if self.dtype in SCALED else 0
+        return sum(
+            layer.kv_heads * ((layer.qk_dim + layer.v_dim) * ITEM_BYTES[self.dtype] + scales) for layer in self.layers
+        )
 
 
 def _require_positive_int(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -48,3 +49,11 @@ def merge(first: Partial, *others: Partial) -> Partial:
         o += weight.unsqueeze(-1) * partial.o
     # The largest weight is exp(0), so total is >= 1 where any shard was seen; elsewhere it is 0, and so is o.
     return Partial(o / total.clamp_min(1).unsqueeze(-1), peak + total.log())
+
+
+def add_sinks(partial: Partial, sinks: Sequence[float] | None) -> Partial:
+    """``partial`` with the sinks of a layer in its denominator: once for each row, after all shards are merged."""
+    if sinks is None:
+        return partial
+    score = torch.tensor(sinks, dtype=torch.float32, device=partial.o.device)
+    return merge(partial, Partial(torch.zeros_like(partial.o), score.expand_as(partial.lse)))

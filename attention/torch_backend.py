@@ -2,21 +2,29 @@
 
 The runs of a step are cut into pieces of a few queries. Pieces with equally many queries are attended together,
 their contexts gathered from the cache and padded to the longest. Nothing but stored positions is ever read.
+
+In a block, a layer has k [block_tokens, Hkv, Dk], then v [block_tokens, Hkv, Dv], then, where the type has scales,
+those of k and of v, float32 [block_tokens, Hkv]; each part starts at a multiple of 64 bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.attention.backend import Plan
-from lamina.attention.cache import KVCache, Placement, Reservation
+from lamina.attention.backend import Plan, Stored, check_key_value
+from lamina.attention.cache import Integers, KVCache, Placement
 from lamina.attention.dense import attend_visible, visible_keys
-from lamina.attention.partial import Partial, merge
-from lamina.attention.rows import Rows
+from lamina.attention.layout import ITEM_BYTES, SCALE_BYTES, SCALED, LayerShape
+from lamina.attention.partial import Partial, add_sinks, merge
+from lamina.attention.pool import ALIGNMENT
+from lamina.attention.quantise import dequantise, quantise
+from lamina.attention.rows import Rows, Run
+from lamina.errors import UsageError
 
 PIECE_QUERIES = 64
 """Queries of one run that are attended at once; bounds the scores held in memory."""
@@ -28,9 +36,10 @@ more would leave the caches of a core, and in the end pad short contexts to long
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some queries of a run: the rows from ``row``, at positions from ``position``, attend to first..end-1."""
+    """Some queries of run number ``run``: the rows from ``row``, at positions from ``position``, attend to
+    first..end-1."""
 
-    held: Reservation
+    run: int
     row: int
     position: int
     queries: int
@@ -43,21 +52,38 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """Of positions, in any shape: the byte offset of the block, and the number within the block. Both int64."""
+
+    blocks: Tensor
+    within: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """B pieces attended together. rows: int64 [B, Q]; slots: int64 [B, K]; visible: bool [B, Q, K]."""
+    """B pieces attended together. rows: int64 [B, Q]; places: of [B, K] keys; visible: bool [B, Q, K]."""
 
     rows: Tensor
-    slots: Tensor
+    places: Places
     visible: Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """Where a step's k and v go in a layer group: ``rows``, int64, lists those to be stored; None is all."""
+
+    places: Places
+    rows: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class TorchPlan:
-    """By the window of a layer: what is read of the ``past`` of the runs, and of the ``new`` tokens themselves."""
+    """By layer group: what is read of the ``past`` of the runs, and of the ``new`` tokens; where these go."""
 
     placement: Placement
-    past: dict[int | None, list[Batch]]
-    new: dict[int | None, list[Batch]]
+    past: list[list[Batch]]
+    new: list[list[Batch]]
+    targets: list[Target]
 
     @property
     def rows(self) -> Rows:
@@ -65,83 +91,218 @@ class TorchPlan:
 
 
 class TorchBackend:
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        self._windows = {layer.window for layer in cache.layout.layers}
+    """Computes with torch's own threads: how many there are and where they run is set for the whole process."""
+
+    name = "torch"
+
+    def __init__(self, cache: KVCache, *, threads: int = 1, cpus: Sequence[int] | None = None) -> None:
+        self.cache = cache
+        self._device = cache.memory.device
+        self._stores = [_Store(cache, layer) for layer in range(len(cache.layout.layers))]
+
+    def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
+        shape = self.cache.shape(layer)
+        check_key_value(layer, shape, rows.tokens, k, v)
+        placement = self.cache.place(rows, attend=False)
+        self._write(layer, placement, self._target(placement, self.cache.group_of(layer)), self._rounded(k, v))
 
     def plan(self, rows: Rows) -> TorchPlan:
-        placement = self._cache.place(rows)
+        placement = self.cache.place(rows)
+        groups = range(len(self.cache.groups))
         return TorchPlan(
             placement,
-            past={window: self._batches(_pieces(placement, window, new=False), window) for window in self._windows},
-            new={window: self._batches(_pieces(placement, window, new=True), window) for window in self._windows},
+            past=[self._batches(placement, group, new=False) for group in groups],
+            new=[self._batches(placement, group, new=True) for group in groups],
+            targets=[self._target(placement, group) for group in groups],
         )
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         assert isinstance(plan, TorchPlan)
-        window = self._cache.shape(layer).window
-        self._cache.require_past(layer, plan.placement)
-        return self._attend(plan.past[window], layer, q)
+        self.cache.require_past(layer, plan.placement)
+        return self._attend(plan.past[self.cache.group_of(layer)], layer, q)
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         assert isinstance(plan, TorchPlan)
-        self._cache.write(layer, plan.placement, k, v)
+        group, shape = self.cache.group_of(layer), self.cache.shape(layer)
+        check_key_value(layer, shape, plan.rows.tokens, k, v)
+        self._write(layer, plan.placement, plan.targets[group], self._rounded(k, v))
         # Read back from the cache, so that a token weighs now exactly what it will weigh in later steps.
-        return merge(past, self._attend(plan.new[self._cache.shape(layer).window], layer, q))
+        return add_sinks(merge(past, self._attend(plan.new[group], layer, q)), shape.sinks)
+
+    def export(self, sequence: int, layer: int, start: int, stop: int) -> Stored:
+        positions = np.arange(start, stop)
+        table = self.cache.stored(sequence, layer, start, stop)
+        return self._stores[layer].read(self._places(table[positions // self._size], positions))
+
+    def restore(self, sequence: int, layer: int, start: int, stored: Stored) -> None:
+        shape, tokens = self.cache.shape(layer), len(stored.k)
+        check_key_value(layer, shape, tokens, stored.k, stored.v)
+        dtype = getattr(torch, self.cache.layout.dtype)
+        scaled = self.cache.layout.dtype in SCALED
+        if not stored.k.dtype == stored.v.dtype == dtype or (stored.k_scale is not None) != scaled:
+            raise UsageError(
+                f"layer {layer}: expected stored keys and values of type {dtype}, {'with' if scaled else 'without'} "
+                f"scales, got {stored.k.dtype} and {stored.v.dtype}"
+            )
+        placement = self.cache.place(Rows((Run(sequence, start, tokens),)), attend=False)
+        self._write(layer, placement, self._target(placement, self.cache.group_of(layer)), stored)
+
+    def close(self) -> None:
+        self._stores.clear()
+        self.cache.close()
+
+    # -- storing
+
+    @property
+    def _size(self) -> int:
+        return self.cache.layout.block_tokens
+
+    def _rounded(self, k: Tensor, v: Tensor) -> Stored:
+        dtype = self.cache.layout.dtype
+        if dtype in SCALED:
+            (k, k_scale), (v, v_scale) = quantise(k, dtype), quantise(v, dtype)
+            return Stored(k, v, k_scale, v_scale)
+        return Stored(k.to(getattr(torch, dtype)), v.to(getattr(torch, dtype)))
+
+    def _write(self, layer: int, placement: Placement, target: Target, stored: Stored) -> None:
+        self.cache.require_past(layer, placement)
+        if target.rows is not None:
+            stored = Stored(*(None if part is None else part[target.rows] for part in stored))  # type: ignore[arg-type]
+        self._stores[layer].write(target.places, stored)
+        self.cache.advance(layer, placement)
+
+    def _target(self, placement: Placement, group: int) -> Target:
+        runs, tables = placement.rows.runs, placement.tables(group)
+        positions = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+        counts = placement.counts
+        blocks = np.concatenate(
+            [table[np.arange(run.start, run.stop) // self._size] for run, table in zip(runs, tables, strict=True)]
+        )
+        wanted = (positions >= np.repeat(placement.frozen, counts)) & (blocks >= 0)
+        if wanted.all():
+            return Target(self._places(blocks, positions), None)
+        rows = np.nonzero(wanted)[0]
+        return Target(self._places(blocks[rows], positions[rows]), self._tensor(rows))
+
+    def _places(self, blocks: Integers, positions: Integers) -> Places:
+        return Places(self._tensor(blocks), self._tensor(positions % self._size))
+
+    def _tensor(self, numbers: Integers) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
+
+    # -- attending
 
     def _attend(self, batches: list[Batch], layer: int, q: Tensor) -> Partial:
-        shape = self._cache.shape(layer)
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        shape, store = self.cache.shape(layer), self._stores[layer]
         out = Partial.empty(q.shape[0], shape.q_heads, shape.v_dim, device=q.device)
         for batch in batches:
-            k, v = _gather(keys, batch.slots), _gather(values, batch.slots)
+            k, v, k_scale, v_scale = store.read(batch.places)
+            if k_scale is not None and v_scale is not None:
+                k, v = dequantise(k, k_scale), dequantise(v, v_scale)
             out.o[batch.rows], out.lse[batch.rows] = attend_visible(q[batch.rows], k, v, batch.visible, shape)
         return out
 
-    def _batches(self, pieces: Iterator[Piece], window: int | None) -> list[Batch]:
+    def _batches(self, placement: Placement, group: int, *, new: bool) -> list[Batch]:
         """Join pieces of equally many queries and similar contexts, up to GATHER_TOKENS padded positions."""
-        groups: list[list[Piece]] = []
+        window, tables = self.cache.groups[group].window, placement.tables(group)
+        joined: list[list[Piece]] = []
+        pieces = _pieces(placement.rows, window, new=new)
         for piece in sorted(pieces, key=lambda piece: (piece.queries, piece.keys)):
             joins = (
-                groups
-                and groups[-1][0].queries == piece.queries
-                and (len(groups[-1]) + 1) * piece.keys <= GATHER_TOKENS  # it is the longest so far
+                joined
+                and joined[-1][0].queries == piece.queries
+                and (len(joined[-1]) + 1) * piece.keys <= GATHER_TOKENS  # it is the longest so far
             )
             if joins:
-                groups[-1].append(piece)
+                joined[-1].append(piece)
             else:
-                groups.append([piece])
-        return [self._batch(group, window) for group in groups]
+                joined.append([piece])
+        return [self._batch(pieces, [tables[piece.run] for piece in pieces], window) for pieces in joined]
 
-    def _batch(self, pieces: list[Piece], window: int | None) -> Batch:
-        device = self._cache.device
-        numbers = [(piece.row, piece.position, piece.first, piece.end) for piece in pieces]
-        row, position, first, end = torch.tensor(numbers, device=device).unsqueeze(-1).unbind(1)  # each [B, 1]
-        query = torch.arange(pieces[0].queries, device=device)
-        key = first + torch.arange(pieces[-1].keys, device=device)
+    def _batch(self, pieces: list[Piece], tables: list[Integers], window: int | None) -> Batch:
+        numbers = np.array([(piece.row, piece.position, piece.first, piece.end) for piece in pieces])
+        row, position, first, end = (column[:, None] for column in numbers.T)  # each [B, 1]
+        key = first + np.arange(pieces[-1].keys)
         # Padding repeats the last position of the same sequence: stored, hence finite, and never another's.
-        slots = self._cache.slots(
-            [piece.held for piece in pieces],
-            torch.arange(len(pieces), device=device).unsqueeze(-1),
-            key.minimum(end - 1),
+        read = np.minimum(key, end - 1)
+        blocks = np.stack([table[own] for table, own in zip(tables, read // self._size, strict=True)])
+        query = np.arange(pieces[0].queries)
+        visible = visible_keys(self._tensor(position + query), self._tensor(key), window)
+        return Batch(
+            self._tensor(row + query),
+            self._places(blocks, read),
+            visible & self._tensor(key < end).unsqueeze(1),
         )
-        visible = visible_keys(position + query, key, window) & (key < end).unsqueeze(1)
-        return Batch(row + query, slots, visible)
 
 
-def _pieces(placement: Placement, window: int | None, *, new: bool) -> Iterator[Piece]:
+class _Store:
+    """The keys and values of one layer, in the blocks of its group."""
+
+    def __init__(self, cache: KVCache, layer: int) -> None:
+        shape, name = cache.shape(layer), cache.layout.dtype
+        dtype = getattr(torch, name)
+        sizes = _part_bytes(shape, name, cache.layout.block_tokens)
+        starts = [cache.layer_offset(layer) + sum(sizes[:part]) for part in range(len(sizes))]
+        heads = shape.kv_heads
+        self._k = _Part(cache, dtype, starts[0], (heads, shape.qk_dim))
+        self._v = _Part(cache, dtype, starts[1], (heads, shape.v_dim))
+        self._scales = [_Part(cache, torch.float32, start, (heads,)) for start in starts[2:]]
+
+    def read(self, places: Places) -> Stored:
+        return Stored(*(part.read(places) for part in (self._k, self._v, *self._scales)))
+
+    def write(self, places: Places, stored: Stored) -> None:
+        self._k.write(places, stored.k)
+        self._v.write(places, stored.v)
+        for part, scale in zip(self._scales, (stored.k_scale, stored.v_scale), strict=False):
+            assert scale is not None
+            part.write(places, scale)
+
+
+class _Part:
+    """One part of a layer in its blocks: ``start`` bytes behind the block's beginning, a ``row`` for each position."""
+
+    def __init__(self, cache: KVCache, dtype: torch.dtype, start: int, row: tuple[int, ...]) -> None:
+        self._dtype, self._row = dtype, row
+        self._item = dtype.itemsize
+        self._start, self._width = start // self._item, int(np.prod(row))
+        memory = cache.memory.tensor
+        # Types of 8 bits move as bytes: not every operation knows them.
+        flat = memory[: len(memory) // ALIGNMENT * ALIGNMENT].view(torch.uint8 if self._item == 1 else dtype)
+        # A row may begin at any number, so the view has a row at each of them; they overlap, which only indexing uses.
+        self._rows = flat.as_strided((max(0, len(flat) - self._width + 1), self._width), (1, 1))
+
+    def read(self, places: Places) -> Tensor:
+        found = self._rows.index_select(0, self._index(places)).view(self._dtype)
+        return found.view(*places.blocks.shape, *self._row)
+
+    def write(self, places: Places, values: Tensor) -> None:
+        self._rows.index_copy_(0, self._index(places), values.reshape(-1, self._width).view(self._rows.dtype))
+
+    def _index(self, places: Places) -> Tensor:
+        return (places.blocks // self._item + self._start + places.within * self._width).flatten()
+
+
+def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
+    """Bytes of a block of ``block_tokens`` positions in one layer."""
+    return sum(_part_bytes(shape, dtype, block_tokens))
+
+
+def _part_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> list[int]:
+    rows = [shape.kv_heads * dim * ITEM_BYTES[dtype] for dim in (shape.qk_dim, shape.v_dim)]
+    if dtype in SCALED:
+        rows += [shape.kv_heads * SCALE_BYTES] * 2
+    return [-(-row * block_tokens // ALIGNMENT) * ALIGNMENT for row in rows]
+
+
+def _pieces(rows: Rows, window: int | None, *, new: bool) -> Iterator[Piece]:
     """Cut the runs. New are the positions of a run itself; a piece that sees no position at all is left out."""
     row = 0
-    for run, held in zip(placement.rows.runs, placement.held, strict=True):
+    for number, run in enumerate(rows.runs):
         for position in range(run.start, run.stop, PIECE_QUERIES):
             queries = min(PIECE_QUERIES, run.stop - position)
             oldest = 0 if window is None else max(0, position - window + 1)
             first, end = (max(oldest, run.start), position + queries) if new else (oldest, run.start)
             if first < end:
-                yield Piece(held, row + position - run.start, position, queries, first, end)
+                yield Piece(number, row + position - run.start, position, queries, first, end)
         row += run.count
-
-
-def _gather(store: Tensor, slots: Tensor) -> Tensor:
-    """store: [slots, heads, dim]; slots: int64 [B, K]; returns [B, K, heads, dim]."""
-    return store.index_select(0, slots.flatten()).view(*slots.shape, *store.shape[1:])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lamina.attention import KVCache, KVLayout, Plan, Rows, Run, create_backend
+from lamina.attention import Backend, KVLayout, Memory, Plan, Rows, Run, create_backend
 from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry
@@ -31,9 +31,6 @@ from lamina.protocol import (
 )
 from lamina.transport import Lane, Link, Region
 
-MIN_BLOCK_BYTES = 64
-"""Below, the tables of a cache would take more memory than its blocks."""
-
 
 @dataclass
 class _Slot:
@@ -50,16 +47,16 @@ class _Slot:
 class AttentionShard:
     """Serves one link of a compute node, from its Attach until the link ends.
 
-    ``cache`` is what ``make_cache`` made. Everything that touches tensors runs on ``device``. ``stale_tags`` counts
+    ``backend`` is what ``make_backend`` made. Everything that touches tensors runs on ``device``. ``stale_tags`` counts
     arrivals that belonged to no present step or to a sequence that was over.
     """
 
-    def __init__(self, link: Link, attach: Attach, cache: KVCache, device: Device) -> None:
+    def __init__(self, link: Link, attach: Attach, backend: Backend, device: Device) -> None:
         self._link = link
         self._device = device
         self._layers = tuple(attach.layers)
-        self.cache = cache
-        self._backend = create_backend("torch", cache)
+        self.cache = backend.cache
+        self._backend = backend
         self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_batch)
         self._outputs_remote = attach.outputs
         dtype = getattr(torch, attach.dtype)
@@ -186,7 +183,7 @@ class AttentionShard:
             return False
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._layers[header.layer], header.tokens, first)
-        self.cache.append(header.layer, Rows((Run(header.sequence, header.start, header.tokens),)), k, v)
+        self._backend.append(header.layer, Rows((Run(header.sequence, header.start, header.tokens),)), k, v)
         return True
 
     # -- control
@@ -241,12 +238,7 @@ class AttentionShard:
             self._lost.set_exception(error)
 
 
-def make_cache(attach: Attach, nbytes: int) -> KVCache:
-    """The cache that a compute node asks for, in ``nbytes`` of memory, all of it taken now: that may take seconds."""
+def make_backend(attach: Attach, memory: Memory) -> Backend:
+    """What a compute node asks for, in ``memory``, which is the node's and stays when the backend is closed."""
     layout = KVLayout(layers=tuple(attach.layers), dtype=attach.dtype, block_tokens=attach.block_tokens)
-    if layout.bytes_per_block < MIN_BLOCK_BYTES:
-        raise CapacityError(
-            f"blocks of {layout.bytes_per_block} bytes are too small to keep account of; "
-            f"expected at least {MIN_BLOCK_BYTES}"
-        )
-    return KVCache(layout, nbytes)
+    return create_backend("torch", layout, memory)

@@ -7,9 +7,9 @@ import logging
 import os
 from typing import Any
 
-from lamina.attention import KVCache
+from lamina.attention import Backend, Memory
 from lamina.device import Device
-from lamina.engine.shard import AttentionShard, make_cache
+from lamina.engine.shard import AttentionShard, make_backend
 from lamina.errors import LaminaError, TransportError
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.protocol import AskStatus, Attach, Failed, Refused, Status, decode, encode
@@ -27,6 +27,7 @@ class MemoryNode:
         self._nbytes = nbytes
         self._peer_timeout = peer_timeout
         self._device = device
+        self._memory: Memory | None = None
         self._shard: AttentionShard | None = None
         self._owner = ""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -35,6 +36,7 @@ class MemoryNode:
 
     async def serve(self, stopping: asyncio.Event) -> None:
         """Listen until ``stopping`` is set, then wait for the compute node to leave, for a bounded time."""
+        self._memory = await self._device.run(Memory, self._nbytes)
         hello = Hello("memory", self._name)
         listener = await Listener.open(self._listen, hello, self._on_link, peer_timeout=self._peer_timeout)
         log.info("event=listening address=%s memory_bytes=%d", listener.address, self._nbytes)
@@ -85,17 +87,18 @@ class MemoryNode:
     async def _serve_shard(self, link: Link, attach: Attach) -> None:
         """Hold a shard for the compute node at the other end until the link ends."""
         peer = link.peer.name
-        cache: KVCache | None = None
+        backend: Backend | None = None
         try:
-            cache = await self._device.run(make_cache, attach, self._nbytes)
-            self._shard = AttentionShard(link, attach, cache, self._device)
+            assert self._memory is not None
+            backend = await self._device.run(make_backend, attach, self._memory)
+            self._shard = AttentionShard(link, attach, backend, self._device)
             log.info(
                 "event=attached peer=%s model=%s layers=%d kv_heads=%d capacity_tokens=%d",
                 peer,
                 attach.model,
                 len(attach.layers),
                 attach.layers[0].kv_heads,
-                cache.capacity_tokens,
+                backend.cache.capacity_tokens,
             )
             await self._shard.serve()
         except* TransportError as group:
@@ -106,9 +109,8 @@ class MemoryNode:
             log.exception("event=shard_failed peer=%s", peer)
             await self._give_up(link, f"internal error: {group.exceptions[0]!r}")
         finally:
-            # Errors keep frames alive, and frames the cache: its memory must not wait for the garbage collector.
-            if cache is not None:
-                await self._device.run(cache.close)
+            if backend is not None:
+                await self._device.run(backend.close)
             self._owner, self._shard = "", None
             self._links.discard(link)
 

@@ -1,0 +1,256 @@
+"""The memory of a node: taken once, cut into extents, and handed to tenants under quotas."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lamina.errors import CapacityError, ConfigError, UsageError
+
+ALIGNMENT = 64
+"""Bytes: extents and blocks start at multiples of a cache line."""
+
+EXTENT_BYTES = 2 << 20
+"""The size of extents where memory is plentiful: that of a huge page."""
+
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE, _MADV_DONTNEED, _MADV_POPULATE_WRITE = 14, 4, 23
+_MPOL_BIND = 2
+_MBIND = {"x86_64": 237, "aarch64": 235}
+"""The number of the system call, which is used directly so that no libnuma is needed."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """What a `Memory` got: ``huge_bytes`` lie in huge pages; ``numa`` is the NUMA node that it is bound to."""
+
+    nbytes: int
+    huge_bytes: int
+    numa: int | None
+
+
+class Memory:
+    """``nbytes`` of memory, all of it there from the start: whatever is missing is missed here and not in a step.
+
+    On the CPU it is one private anonymous mapping, in huge pages where the system has them, bound to the NUMA node
+    ``numa``, and zero at first; on a CUDA device it is one allocation. `CapacityError` if it cannot be had,
+    `ConfigError` if there is no such NUMA node or the system does not allow binding to it.
+    """
+
+    def __init__(self, nbytes: int, *, device: torch.device | str = "cpu", numa: int | None = None) -> None:
+        if nbytes < ALIGNMENT:
+            raise CapacityError(f"a memory of {nbytes} bytes is too small; expected at least {ALIGNMENT}")
+        self.nbytes = nbytes
+        self.device = torch.device(device)
+        self.numa = numa
+        self._address = 0
+        self.tensor: torch.Tensor
+        """uint8 [nbytes], page-aligned on the CPU."""
+        if self.device.type == "cpu":
+            self.tensor = self._map()
+        else:
+            if numa is not None:
+                raise ConfigError(f"numa: only memory of the CPU has a NUMA node, got {numa} on {self.device}")
+            try:
+                self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            except RuntimeError as error:
+                raise self._missing(str(error)) from error
+
+    def report(self) -> MemoryReport:
+        """What was taken. Reads the list of this process's mappings: not for the hot path."""
+        return MemoryReport(self.nbytes, self._huge_bytes(), self.numa)
+
+    def close(self) -> None:
+        """Give the memory back, whoever still holds a view of it. Nothing may be read or written afterwards."""
+        if self._address:
+            # Not unmapped, since a view that somebody kept must not become a wild pointer; its pages are gone.
+            _libc.madvise(ctypes.c_void_p(self._address), ctypes.c_size_t(self.nbytes), _MADV_DONTNEED)
+            self._address = 0
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+    def _map(self) -> torch.Tensor:
+        available = _available_bytes()
+        if available is not None and self.nbytes > available:
+            raise self._missing(f"{available} are available on this machine")
+        slack = _HUGE_PAGE if self.nbytes >= _HUGE_PAGE else 0
+        try:
+            mapping = mmap.mmap(-1, self.nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise self._missing(str(error)) from error
+        whole = np.frombuffer(mapping, dtype=np.uint8)
+        start = -whole.ctypes.data % _HUGE_PAGE if slack else 0
+        own = whole[start : start + self.nbytes]
+        address, size = ctypes.c_void_p(own.ctypes.data), ctypes.c_size_t(self.nbytes)
+        _libc.madvise(address, size, _MADV_HUGEPAGE)  # a wish; ordinary pages serve as well
+        if self.numa is not None:
+            self._bind(address, self.numa)
+        if _libc.madvise(address, size, _MADV_POPULATE_WRITE):
+            if ctypes.get_errno() != 22:  # EINVAL: a kernel that does not know it
+                raise self._missing(os.strerror(ctypes.get_errno()))
+            own[:: mmap.PAGESIZE] = 0
+        self._address = own.ctypes.data
+        return torch.from_numpy(own)
+
+    def _bind(self, address: ctypes.c_void_p, node: int) -> None:
+        nodes = numa_nodes()
+        if node not in nodes:
+            raise ConfigError(f"numa: expected one of this machine's NUMA nodes {sorted(nodes)}, got {node}")
+        words = (ctypes.c_ulong * (node // 64 + 1))()
+        words[node // 64] = 1 << node % 64
+        number = _MBIND.get(platform.machine())
+        mask_bits = ctypes.c_ulong(64 * len(words) + 1)
+        size = ctypes.c_ulong(-(-self.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        if number is None or _libc.syscall(
+            ctypes.c_long(number), address, size, ctypes.c_long(_MPOL_BIND), words, mask_bits, ctypes.c_long(0)
+        ):
+            reason = os.strerror(ctypes.get_errno()) if number else f"not known how on {platform.machine()}"
+            raise ConfigError(f"numa: memory cannot be bound to NUMA node {node} here ({reason}); leave it out")
+
+    def _huge_bytes(self) -> int:
+        try:
+            lines = Path("/proc/self/smaps").read_text().splitlines()
+        except OSError:
+            return 0
+        found, inside = 0, False
+        for line in lines:
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                first, stop = int(match[1], 16), int(match[2], 16)
+                inside = first < self._address + self.nbytes and self._address < stop
+            elif inside and line.startswith("AnonHugePages:"):
+                found += int(line.split()[1]) * 1024
+        return found
+
+    def _missing(self, reason: str) -> CapacityError:
+        return CapacityError(f"{self.nbytes} bytes of memory cannot be had on {self.device}: {reason}")
+
+
+class Pool:
+    """A `Memory` in extents of equal size, of which tenants take what they need. Belongs to one thread.
+
+    A block never spans extents, so an extent must hold the largest block of any tenant, and what is left over of each
+    extent is lost. Whoever knows the blocks that a pool will hold chooses ``extent_bytes`` by `fit_extent`; else
+    extents have `EXTENT_BYTES`, or a 64th of the memory where that is less.
+    """
+
+    def __init__(self, memory: Memory, *, extent_bytes: int | None = None) -> None:
+        if extent_bytes is None:
+            extent_bytes = max(ALIGNMENT, min(EXTENT_BYTES, memory.nbytes // 64) // ALIGNMENT * ALIGNMENT)
+        if extent_bytes < ALIGNMENT or extent_bytes % ALIGNMENT:
+            raise UsageError(f"extent_bytes: expected a multiple of {ALIGNMENT} above 0, got {extent_bytes}")
+        self.memory = memory
+        self.extent_bytes = extent_bytes
+        self.extents = memory.nbytes // extent_bytes
+        self._free = list(range(self.extents))[::-1]
+
+    @property
+    def free_extents(self) -> int:
+        return len(self._free)
+
+    def tenant(self, name: str, quota_bytes: int | None = None) -> Tenant:
+        """A new tenant, called ``name`` in messages; it may take ``quota_bytes`` of extents, by default all."""
+        nbytes = self.memory.nbytes if quota_bytes is None else quota_bytes
+        return Tenant(self, name, nbytes)
+
+
+class Tenant:
+    """Who holds extents of a pool: extent ``i`` is the bytes from ``i * pool.extent_bytes``."""
+
+    def __init__(self, pool: Pool, name: str, quota_bytes: int) -> None:
+        self.pool = pool
+        self.name = name
+        self.quota_bytes = quota_bytes
+        self.quota = min(quota_bytes // pool.extent_bytes, pool.extents)
+        """Extents that it may hold at most."""
+        self._held: set[int] = set()
+
+    @property
+    def available(self) -> int:
+        """Extents that can be taken now."""
+        return min(self.quota - len(self._held), self.pool.free_extents)
+
+    def take(self) -> int:
+        """An extent of its own; `CapacityError` beyond the quota, or when the pool has none left."""
+        if len(self._held) >= self.quota:
+            raise CapacityError(f"tenant {self.name} holds all {self.quota} extents that its quota allows")
+        if not self.pool._free:
+            raise CapacityError(f"tenant {self.name}: all {self.pool.extents} extents of the pool are taken")
+        extent = self.pool._free.pop()
+        self._held.add(extent)
+        return extent
+
+    def give(self, extent: int) -> None:
+        """Hand an extent back; `UsageError` for one that it does not hold."""
+        if extent not in self._held:
+            raise UsageError(f"tenant {self.name} gives back extent {extent}, which it does not hold")
+        self._held.remove(extent)
+        self.pool._free.append(extent)
+
+    def close(self) -> None:
+        """Hand everything back."""
+        self.pool._free.extend(self._held)
+        self._held.clear()
+
+
+def most_blocks(extents: int, extent_bytes: int, block_bytes: Sequence[int]) -> int:
+    """The most blocks n, such that n blocks of each of these sizes fit into so many extents together."""
+    per_extent = [extent_bytes // nbytes for nbytes in block_bytes]
+    if not all(per_extent):
+        return 0
+    low, high = 0, extents * max(per_extent)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(-(-middle // count) for count in per_extent) <= extents:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def fit_extent(nbytes: int, block_bytes: Sequence[int]) -> int:
+    """The extent size that lets ``nbytes`` hold the most blocks of these sizes, equally many of each.
+
+    Among sizes that hold equally many, the largest, but no more than `EXTENT_BYTES` unless a block is larger.
+    """
+    largest = max(block_bytes)
+    limit = max(largest, min(EXTENT_BYTES, nbytes // 64))
+    if limit == largest:
+        limit = min(4 * largest, max(largest, nbytes))
+    candidates = {largest}
+    for size in set(block_bytes):
+        # From the limit downwards; more sizes than these bring nothing.
+        candidates |= {size * count for count in range(limit // size, max(0, limit // size - 64), -1)}
+    fitting = [size for size in candidates if largest <= size <= limit]
+    return max(fitting, key=lambda size: (most_blocks(nbytes // size, size, block_bytes), size))
+
+
+def numa_nodes() -> set[int]:
+    """The NUMA nodes of this machine; {0} where the system does not say."""
+    return {int(path.name[4:]) for path in Path("/sys/devices/system/node").glob("node[0-9]*")} or {0}
+
+
+def numa_node_of(cpus: frozenset[int]) -> int | None:
+    """The NUMA node that all of these processors belong to, or None if they have none in common."""
+    for node in numa_nodes():
+        if cpus and all(Path(f"/sys/devices/system/node/node{node}/cpu{cpu}").exists() for cpu in cpus):
+            return node
+    return None
+
+
+def _available_bytes() -> int | None:
+    """What the system could still give without swapping; None where it does not say."""
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) * 1024 if match else None
