@@ -220,12 +220,12 @@ def most_blocks(extents: int, extent_bytes: int, block_bytes: Sequence[int]) -> 
 def fit_extent(nbytes: int, block_bytes: Sequence[int]) -> int:
     """The extent size that lets ``nbytes`` hold the most blocks of these sizes, equally many of each.
 
-    Among sizes that hold equally many, the largest, but no more than `EXTENT_BYTES` unless a block is larger.
+    Among sizes that hold equally many, the largest; at most `EXTENT_BYTES`, or 16 of the largest blocks where these are
+    more, so that little is left over of an extent, and hardly more than a 64th of the memory, so that little is lost
+    where the last extent of each size is not full.
     """
     largest = max(block_bytes)
-    limit = max(largest, min(EXTENT_BYTES, nbytes // 64))
-    if limit == largest:
-        limit = min(4 * largest, max(largest, nbytes))
+    limit = max(min(max(EXTENT_BYTES, 16 * largest), nbytes // 64), min(4 * largest, nbytes), largest)
     candidates = {largest}
     for size in set(block_bytes):
         # From the limit downwards; more sizes than these bring nothing.

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import lamina.attention
-from lamina.attention import KVLayout, LayerShape, Rows, Run
+from lamina.attention import KVLayout, LayerGroup, LayerShape, Rows, Run
 from lamina.errors import ConfigError, UsageError
 
 SHAPE: dict[str, Any] = {"q_heads": 8, "kv_heads": 2, "qk_dim": 64, "v_dim": 32, "scale": 0.125}
@@ -25,14 +27,16 @@ SHAPE: dict[str, Any] = {"q_heads": 8, "kv_heads": 2, "qk_dim": 64, "v_dim": 32,
         ("window", 0),
         ("softcap", 0.0),
         ("softcap", float("inf")),
+        ("sinks", (1.0, 2.0)),
+        ("sinks", (0.0,) * 7 + (float("inf"),)),
     ],
 )
 def test_an_impossible_layer_is_refused_by_field(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"^LayerShape\.{field}: expected .* got {value}$"):
+    with pytest.raises(ConfigError, match=rf"^LayerShape\.{field}: expected .* got {re.escape(str(value))}$"):
         LayerShape(**{**SHAPE, field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("layers", ()), ("dtype", "int8"), ("block_tokens", 0)])
+@pytest.mark.parametrize(("field", "value"), [("layers", ()), ("dtype", "int4"), ("block_tokens", 0)])
 def test_an_impossible_layout_is_refused_by_field(field: str, value: object) -> None:
     layout: dict[str, Any] = {"layers": (LayerShape(**SHAPE),), "dtype": "float16"}
     with pytest.raises(ConfigError, match=rf"^KVLayout\.{field}: expected "):
@@ -44,7 +48,31 @@ def test_a_layout_counts_keys_and_values_of_all_its_layers() -> None:
     layout = KVLayout(layers=(LayerShape(**SHAPE), wide), dtype="bfloat16", block_tokens=32)
 
     assert layout.bytes_per_token == 2 * (2 * (64 + 32) + 4 * (192 + 128))
-    assert layout.bytes_per_block == 32 * layout.bytes_per_token
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_types_of_8_bits_count_their_scales(dtype: str) -> None:
+    """One float32 for the key and one for the value of each KV head."""
+    layout = KVLayout(layers=(LayerShape(**SHAPE),), dtype=dtype)
+
+    assert layout.bytes_per_token == 2 * (64 + 32) + 2 * 2 * 4
+
+
+def test_layers_are_grouped_by_window_and_shape() -> None:
+    """In order of first appearance; scale, soft cap, sinks and query heads make no difference."""
+    full = LayerShape(**SHAPE)
+    sliding = replace(full, window=100)
+    other = replace(full, scale=1.0, softcap=5.0, sinks=(0.0,) * 8)
+    wide = replace(full, v_dim=64)
+    more = replace(full, q_heads=16)
+
+    groups = KVLayout(layers=(full, sliding, other, wide, sliding, more), dtype="float16").groups
+
+    assert groups == (
+        LayerGroup((0, 2, 5), None, 2, 64, 32),
+        LayerGroup((1, 4), 100, 2, 64, 32),
+        LayerGroup((3,), None, 2, 64, 64),
+    )
 
 
 def test_rows_count_their_tokens() -> None:

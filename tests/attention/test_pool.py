@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lamina.attention import Memory, Pool
+from lamina.attention.pool import Tenant, fit_extent, most_blocks, numa_node_of, numa_nodes
+from lamina.errors import CapacityError, ConfigError, UsageError
+
+PAGE = 4096
+MIB = 1 << 20
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is really there."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def test_memory_is_there_from_the_start_and_gone_when_closed() -> None:
+    """Every page is touched at once; closing gives them back although somebody still has a view."""
+    before = resident_bytes()
+    memory = Memory(64 * MIB)
+    view = memory.tensor[MIB:]
+
+    assert memory.tensor.shape == (64 * MIB,)
+    assert memory.tensor.data_ptr() % PAGE == 0
+    assert resident_bytes() - before > 63 * MIB
+    assert not memory.tensor.any()
+    report = memory.report()
+    assert (report.nbytes, report.numa) == (64 * MIB, None)
+    assert 0 <= report.huge_bytes <= 66 * MIB
+
+    memory.close()
+    assert resident_bytes() - before < 8 * MIB
+    assert not view[:PAGE].any()
+
+
+@pytest.mark.parametrize("nbytes", [1 << 45, 1 << 62, 1 << 70])
+def test_memory_that_cannot_be_had_is_a_capacity_error(nbytes: int) -> None:
+    """More than the machine has, than addresses reach and than a number holds."""
+    with pytest.raises(CapacityError, match=f"{nbytes} bytes of memory cannot be had on cpu: "):
+        Memory(nbytes)
+
+
+def test_memory_lies_on_the_numa_node_that_was_asked_for() -> None:
+    """Where no sandbox forbids it."""
+    try:
+        memory = Memory(4 * MIB, numa=0)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    address = f"{memory.tensor.data_ptr():x}"
+    (line,) = (line for line in Path("/proc/self/numa_maps").read_text().splitlines() if line.startswith(address))
+    assert "bind:0" in line
+    assert memory.report().numa == 0
+
+
+def test_a_numa_node_that_does_not_exist_is_refused_by_number() -> None:
+    with pytest.raises(ConfigError, match=r"numa: expected one of this machine's NUMA nodes \[0.*\], got 4095"):
+        Memory(PAGE, numa=4095)
+
+
+def test_processors_without_a_common_numa_node_have_none() -> None:
+    assert numa_node_of(frozenset({99_999})) is None
+    assert numa_node_of(frozenset()) is None
+    assert numa_nodes() >= {numa_node_of(frozenset({0})) or 0}
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Tenants that take and give extents, beside a set for each."""
+
+    @initialize(extents=st.integers(1, 12), quotas=st.lists(st.integers(0, 12) | st.none(), min_size=2, max_size=3))
+    def start(self, extents: int, quotas: list[int | None]) -> None:
+        memory = Memory(extents * 128 + 127)
+        self.pool = Pool(memory, extent_bytes=128)
+        self.quotas = [extents if quota is None else min(quota, extents) for quota in quotas]
+        self.held: dict[Tenant, set[int]] = {
+            self.pool.tenant(f"t{i}", None if quota is None else quota * 128 + 127): set()
+            for i, quota in enumerate(quotas)
+        }
+
+    def tenant(self, number: int) -> tuple[Tenant, int]:
+        number %= len(self.held)
+        return list(self.held)[number], self.quotas[number]
+
+    @rule(number=st.integers(0, 2))
+    def take(self, number: int) -> None:
+        tenant, quota = self.tenant(number)
+        if len(self.held[tenant]) == quota:
+            with pytest.raises(CapacityError, match=f"tenant {tenant.name} holds all {quota} extents"):
+                tenant.take()
+        elif sum(map(len, self.held.values())) == self.pool.extents:
+            with pytest.raises(CapacityError, match=f"all {self.pool.extents} extents of the pool are taken"):
+                tenant.take()
+        else:
+            extent = tenant.take()
+            assert 0 <= extent < self.pool.extents
+            assert not any(extent in held for held in self.held.values())
+            self.held[tenant].add(extent)
+
+    @rule(number=st.integers(0, 2), extent=st.integers(0, 11))
+    def give(self, number: int, extent: int) -> None:
+        tenant, _ = self.tenant(number)
+        if extent in self.held[tenant]:
+            tenant.give(extent)
+            self.held[tenant].remove(extent)
+        else:
+            with pytest.raises(UsageError, match=f"extent {extent}, which it does not hold"):
+                tenant.give(extent)
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(number=st.integers(0, 2))
+    def close(self, number: int) -> None:
+        tenant, _ = self.tenant(number)
+        tenant.close()
+        self.held[tenant].clear()
+
+    @invariant()
+    def extents_are_accounted_for(self) -> None:
+        free = self.pool.extents - sum(map(len, self.held.values()))
+        assert self.pool.free_extents == free
+        for (tenant, held), quota in zip(self.held.items(), self.quotas, strict=True):
+            assert tenant.available == min(free, quota - len(held))
+
+
+PoolMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestPool = PoolMachine.TestCase
+
+
+@pytest.mark.parametrize("extent_bytes", [0, 100, -64])
+def test_extents_are_whole_cache_lines(extent_bytes: int) -> None:
+    with pytest.raises(UsageError, match=f"expected a multiple of 64 above 0, got {extent_bytes}"):
+        Pool(Memory(PAGE), extent_bytes=extent_bytes)
+
+
+@pytest.mark.parametrize(("nbytes", "extent_bytes"), [(256 * MIB, 2 * MIB), (MIB, MIB // 64), (6500, 64), (100, 64)])
+def test_extents_are_smaller_where_there_is_little_memory(nbytes: int, extent_bytes: int) -> None:
+    """A 64th of the memory at most, so that what is left behind the last extent is not much."""
+    assert Pool(Memory(nbytes)).extent_bytes == extent_bytes
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lines=st.lists(st.integers(1, 1000) | st.integers(1, 40_000), min_size=1, max_size=4),
+    blocks=st.integers(500, 20_000),
+    rest=st.integers(0, 10_000),
+)
+def test_extents_that_suit_a_layout_lose_little(lines: list[int], blocks: int, rest: int) -> None:
+    """Less than 7 % of the memory, whatever the sizes of the blocks, where it holds 500 of each."""
+    sizes = [64 * line for line in lines]
+    nbytes = blocks * sum(sizes) + rest
+    extent = fit_extent(nbytes, sizes)
+
+    held = most_blocks(nbytes // extent, extent, sizes)
+
+    assert held * sum(sizes) > 0.93 * nbytes
+    assert sum(-(-held // (extent // size)) for size in sizes) <= nbytes // extent
+    assert sum(-(-(held + 1) // (extent // size)) for size in sizes) > nbytes // extent
+
+
+@given(blocks=st.integers(1, 15), line=st.integers(1, 1000))
+def test_little_memory_holds_what_fits(blocks: int, line: int) -> None:
+    """A few blocks of one size, with nothing lost at all."""
+    size = 64 * line
+    extent = fit_extent(blocks * size, [size])
+
+    assert most_blocks(blocks * size // extent, extent, [size]) == blocks
+
+
+def test_a_view_reaches_all_of_the_memory() -> None:
+    """The last byte can be written and read, also where the size is no multiple of a page."""
+    memory = Memory(3 * PAGE + 100)
+    memory.tensor[-1] = 7
+
+    assert np.asarray(memory.tensor)[-1] == 7
