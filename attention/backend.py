@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.attention.layout import KVLayout, LayerShape
@@ -120,13 +121,7 @@ def create_backend(
     from lamina.attention.cache import KVCache
     from lamina.attention.pool import Pool, fit_extent
 
-    if name not in BACKENDS:
-        raise ConfigError(f"attention backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    module_name, class_name = BACKENDS[name]
-    try:
-        module = import_module(module_name)
-    except (ImportError, OSError) as error:
-        raise ConfigError(f"attention backend {name!r} is not available here: {error}") from error
+    module = require_backend(name)
     if not isinstance(home, Pool):
         sizes = [
             sum(module.layer_bytes(layout.layers[layer], layout.dtype, layout.block_tokens) for layer in group.layers)
@@ -134,17 +129,27 @@ def create_backend(
         ]
         home = Pool(home, extent_bytes=fit_extent(home.nbytes, sizes))
     cache = KVCache(layout, home.tenant("the only one", quota), module.layer_bytes)
-    backend: Backend = getattr(module, class_name)(cache, threads=threads, cpus=cpus)
+    backend: Backend = getattr(module, BACKENDS[name][1])(cache, threads=threads, cpus=cpus)
     return backend
+
+
+def require_backend(name: str) -> ModuleType:
+    """The module of the backend called ``name``; `ConfigError` for an unknown name, or where it cannot be imported."""
+    if name not in BACKENDS:
+        raise ConfigError(f"attention backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    try:
+        return import_module(BACKENDS[name][0])
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"attention backend {name!r} is not available here: {error}") from error
 
 
 def default_backend(device: str = "cpu") -> str:
     """The fastest backend that is there for a torch device; a warning is logged where that is only the reference."""
     fastest = "flashinfer" if device.startswith("cuda") else "native"
     try:
-        import_module(BACKENDS[fastest][0])
-    except (ImportError, OSError) as error:
-        log.warning("event=attention_fallback backend=torch wanted=%s reason=%r", fastest, str(error))
+        require_backend(fastest)
+    except ConfigError as error:
+        log.warning("event=attention_fallback backend=torch reason=%r", str(error))
         return "torch"
     return fastest
 

@@ -6,9 +6,10 @@ import asyncio
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+from msgspec.structs import replace
 
 from lamina.errors import ConfigError, LaminaError
 
@@ -29,18 +30,25 @@ def node(
     name: Annotated[str | None, typer.Option(help="The node's name in the file, or a name for its logs.")] = None,
     listen: Annotated[str | None, typer.Option(help="Memory node without a file: its address.")] = None,
     memory: Annotated[str | None, typer.Option(help='Memory node without a file: KV cache, like "2GiB".')] = None,
-    cpus: Annotated[str | None, typer.Option(help='Memory node without a file: processors, like "0-3".')] = None,
+    cpus: Annotated[
+        str | None, typer.Option(help='Processors to be pinned to, like "0-3"; overrides the file.')
+    ] = None,
+    numa: Annotated[
+        int | None, typer.Option(min=0, help="Memory node: the NUMA node of its memory; overrides the file.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="Memory node without a file: what computes.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Memory node without a file: threads.")] = None,
 ) -> None:
     """Run one node of a cluster until it is stopped. SIGTERM drains it."""
-    from lamina.config import load, parse_cpus, parse_size
+    from lamina.config import Attention, NodeConfig, load, parse_cpus, parse_size
     from lamina.node import daemon
     from lamina.transport import Address
 
     if role not in ("compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
     if config is not None:
-        for option, given in (("--listen", listen), ("--memory", memory), ("--cpus", cpus), ("--threads", threads)):
+        own = {"--listen": listen, "--memory": memory, "--threads": threads, "--attention": attention}
+        for option, given in own.items():
             if given is not None:
                 raise ConfigError(f"{option}: not together with --config, which says so itself")
         if name is None:
@@ -49,30 +57,45 @@ def node(
         chosen = cluster.find(name)
         if chosen.role != role:
             raise ConfigError(f"{config}: {name!r} is a {chosen.role} node, --role says {role}")
-        if role == "compute":
-            from lamina.node.compute import ComputeNode
-
-            raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen).serve))
-        address, nbytes, pinned, threads = chosen.listen, chosen.memory_bytes, chosen.pinned, chosen.threads
         timeout = cluster.transport.peer_timeout
     else:
         if role == "compute":
             raise ConfigError("--config: missing; a compute node needs the file that wires the cluster")
         if listen is None or memory is None:
             raise ConfigError("--listen and --memory: a memory node needs both, or --config and --name")
-        address = Address.parse(listen)
+        if attention is not None and attention not in get_args(Attention):
+            raise ConfigError(f"--attention: expected one of {', '.join(get_args(Attention))}; got {attention!r}")
         try:
-            nbytes, pinned = parse_size(memory), parse_cpus(cpus) if cpus else None
+            parse_size(memory)
         except ConfigError as e:
-            raise ConfigError(f"{'--memory' if 'size' in str(e) else '--cpus'}: {e}") from e
-        name = name or f"memory-{address.port}"
+            raise ConfigError(f"--memory: {e}") from e
+        name = name or f"memory-{Address.parse(listen).port}"
+        chosen = NodeConfig(
+            name=name,
+            role="memory",
+            address=listen,
+            memory=memory,
+            threads=threads,
+            attention=attention,  # type: ignore[arg-type]
+        )
         timeout = 2.0
-    from lamina.device import Device
+    if cpus is not None:
+        try:
+            parse_cpus(cpus)
+        except ConfigError as e:
+            raise ConfigError(f"--cpus: {e}") from e
+        chosen = replace(chosen, cpus=cpus)
+    if role == "compute":
+        if numa is not None:
+            raise ConfigError("--numa: not for a compute node, which holds no KV cache")
+        from lamina.node.compute import ComputeNode
+
+        raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen).serve))
+    if numa is not None:
+        chosen = replace(chosen, numa=numa)
     from lamina.node.memory import MemoryNode
 
-    device = Device(cpus=pinned, threads=threads)
-    own = MemoryNode(name, address, nbytes, device, peer_timeout=timeout)
-    raise typer.Exit(daemon.run(name, own.serve))
+    raise typer.Exit(daemon.run(name, MemoryNode(chosen, peer_timeout=timeout).serve))
 
 
 @app.command()

@@ -19,6 +19,7 @@ from lamina.transport import Address
 from lamina.transport.handshake import MAX_PEER_TIMEOUT, MIN_PEER_TIMEOUT
 from lamina.validation import explain
 
+Attention = Literal["auto", "native", "torch", "flashinfer"]
 Positive = Annotated[int, Meta(ge=1)]
 PeerTimeout = Annotated[float, Meta(ge=MIN_PEER_TIMEOUT, le=MAX_PEER_TIMEOUT)]
 StartTimeout = Annotated[float, Meta(gt=0, le=86400)]
@@ -33,6 +34,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """None: as stored in the checkpoint."""
+    kv_dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"] | None = None
+    """The type in which memory nodes store keys and values. None: that in which the model runs."""
     context: Positive | None = None
     """The most tokens of one request, prompt and answer together. None: what the model was made for."""
 
@@ -74,6 +77,10 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Memory nodes: how much KV cache, such as "16GiB"."""
     cpus: str | None = None
     """The processors that the node is pinned to, such as "0-3,8"."""
+    numa: Annotated[int, Meta(ge=0, le=4095)] | None = None
+    """Memory nodes: the NUMA node that the KV cache lies on. None: that of ``cpus``, if they have one in common."""
+    attention: Attention | None = None
+    """Memory nodes: what computes attention. "auto" (default): the fastest that is there; "torch" is the reference."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Threads that compute. None: one for each of ``cpus``, else as many as torch takes; under ``lamina up``, where all
     nodes share a machine, an equal share of its cores."""
@@ -185,9 +192,11 @@ def _check(config: ClusterConfig) -> None:
                     fail(f"{at}.memory", str(e))
             if node.device is not None:
                 fail(f"{at}.device", f"expected no device on a memory node, got {node.device!r}")
-        elif node.memory is not None:
-            fail(f"{at}.memory", f"expected no memory on a compute node, got {node.memory!r}")
-        elif node.device is not None and not re.fullmatch(r"cpu|cuda:\d{1,3}", node.device):
+            continue
+        for key, value in (("memory", node.memory), ("numa", node.numa), ("attention", node.attention)):
+            if value is not None:
+                fail(f"{at}.{key}", f"expected no {key} on a compute node, got {value!r}")
+        if node.device is not None and not re.fullmatch(r"cpu|cuda:\d{1,3}", node.device):
             fail(f"{at}.device", f'expected "cpu" or "cuda:N", got {node.device!r}')
     compute = [i for i, n in enumerate(config.node) if n.role == "compute"]
     if len(compute) != 1:

@@ -21,8 +21,9 @@ _Job = tuple[asyncio.AbstractEventLoop, "asyncio.Future[object]", Callable[[], o
 class Device:
     """Runs functions one after the other in a thread of its own, so that the event loop never computes.
 
-    ``name`` is a torch device. ``cpus`` pins the whole process; ``threads`` is how many threads torch computes with,
-    by default one for each of ``cpus``. ``busy_s`` is the time spent in functions so far, in seconds.
+    ``name`` is a torch device. ``cpus`` pins the whole process; ``threads`` is how many threads compute, by default
+    one for each of ``cpus``, else as many as torch takes: both attributes say what came of it. ``busy_s`` is the time
+    spent in functions so far, in seconds.
     """
 
     def __init__(self, name: str = "cpu", *, cpus: frozenset[int] | None = None, threads: int | None = None) -> None:
@@ -42,6 +43,8 @@ class Device:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA device on this machine")
         self.torch_device = torch.device(name)
+        self.cpus = tuple(sorted(os.sched_getaffinity(0))) if cpus else None
+        self.threads = torch.get_num_threads()
         self.busy_s = 0.0
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)

@@ -35,6 +35,9 @@ class Attach(Message):
     model: str
     """Fingerprint of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16"]
+    """Of queries, keys, values and outputs on the wire."""
+    kv_dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"]
+    """Of keys and values as they are stored."""
     block_tokens: Annotated[int, Meta(ge=1, le=1024)]
     layers: Annotated[list[LayerShape], Meta(min_length=1, max_length=1024)]
     """The attention of every layer over this node's heads."""

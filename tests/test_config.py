@@ -29,6 +29,8 @@ role = "memory"
 address = "127.0.0.1:7071"
 memory = "1.5GiB"
 cpus = "0-1"
+numa = 1
+attention = "torch"
 """
 
 
@@ -49,6 +51,8 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
     (memory,) = config.memory_nodes
     assert memory.memory_bytes == 3 * 2**29
     assert memory.pinned == {0, 1}
+    assert (memory.numa, memory.attention) == (1, "torch")
+    assert config.model.kv_dtype is None
     assert (memory.listen.host, memory.listen.port) == ("127.0.0.1", 7071)
 
 
@@ -81,6 +85,24 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
             'path = "models/tiny"',
             'path = "x"\ndtype = 4',
             "model.dtype: expected one of float32, bfloat16, float16; got 4",
+        ),
+        (
+            'path = "models/tiny"',
+            'path = "x"\nkv_dtype = "int4"',
+            "model.kv_dtype: expected one of float32, bfloat16, float16, float8_e4m3fn, int8; got 'int4'",
+        ),
+        ("numa = 1", "numa = -1", "node[1].numa: expected int >= 0, got -1"),
+        ("numa = 1", 'numa = "0"', "node[1].numa: expected int | null, got '0'"),
+        ('role = "compute"', 'role = "compute"\nnuma = 0', "node[0].numa: expected no numa on a compute node, got 0"),
+        (
+            'role = "compute"',
+            'role = "compute"\nattention = "torch"',
+            "node[0].attention: expected no attention on a compute node, got 'torch'",
+        ),
+        (
+            'attention = "torch"',
+            'attention = "fast"',
+            "node[1].attention: expected one of auto, native, torch, flashinfer; got 'fast'",
         ),
         ('role = "memory"', 'role = "gpu"', "node[1].role: expected one of compute, memory; got 'gpu'"),
         ('name = "m0"', 'name = "c0"', "node[1].name: 'c0' is used twice"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,8 @@ def test_query_heads_follow_their_kv_heads() -> None:
 
     assert [s.q[0] for s in shards] == [range(12), range(12, 24), range(24, 32)]
     assert [(s.layers[0].q_heads, s.layers[0].kv_heads) for s in shards] == [(12, 3), (12, 3), (8, 2)]
+    sinks = dataclasses.replace(layer, sinks=tuple(map(float, range(32))))
+    assert [s.layers[0].sinks for s in shard_by_heads([sinks], ["m0", "m1"])] == [sinks.sinks[:16], sinks.sinks[16:]]
     with pytest.raises(ConfigError, match="8 KV heads in a layer, which cannot be split over 9"):
         shard_by_heads([layer], [f"m{i}" for i in range(9)])
 
@@ -85,6 +89,7 @@ def test_messages_are_checked_when_they_arrive() -> None:
     attach = Attach(
         model="x",
         dtype="float32",
+        kv_dtype="int8",
         block_tokens=16,
         layers=[layer],
         slots=1,
@@ -94,7 +99,14 @@ def test_messages_are_checked_when_they_arrive() -> None:
     plain = encode(attach)
 
     assert decode(plain, Attach) == attach
-    for change in ({"slots": 0}, {"dtype": "int3"}, {"layers": []}, {"extra": 1}, {"outputs": [1, "o"]}):
+    for change in (
+        {"slots": 0},
+        {"dtype": "int8"},
+        {"kv_dtype": "int3"},
+        {"layers": []},
+        {"extra": 1},
+        {"outputs": [1, "o"]},
+    ):
         with pytest.raises(ProtocolError, match="'Attach'"):
             decode({**plain, **change}, Attach)
     with pytest.raises(ProtocolError, match="kv_heads"):

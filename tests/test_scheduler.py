@@ -66,6 +66,27 @@ def test_order_of_arrival_is_kept() -> None:
     assert s.waiting == 2
 
 
+def test_a_refused_sequence_leaves_the_step_and_its_space() -> None:
+    """The others of the step go on, and who waited is next."""
+    s = scheduler(blocks=6)
+    good, refused, waiting = make(0, 4, 4), make(1, 4, 8), make(2, 4, 8)
+    for sequence in (good, refused, waiting):
+        s.submit(sequence)
+    first = s.next_step(0)
+    assert first
+    assert first.admitted == (good, refused)
+
+    rest = s.refuse(0, first, [refused])
+
+    assert rest.admitted == (good,)
+    assert [c.sequence for c in rest.prompts] == [good]
+    assert (s.running, s.waiting, s.free_blocks) == (1, 1, 4)
+    s.finish(0, rest, [7])
+    second = s.next_step(0)
+    assert second
+    assert second.admitted == (waiting,)
+
+
 class Traffic(RuleBasedStateMachine):
     """Random requests, steps and cancellations, against counts that are kept here."""
 
@@ -96,6 +117,11 @@ class Traffic(RuleBasedStateMachine):
         step = self.scheduler.next_step(slot)
         if step is None:
             return
+        if step.admitted and data.draw(st.sampled_from([True, False, False, False])):
+            refused = data.draw(st.lists(st.sampled_from(step.admitted), unique_by=id, min_size=1))
+            step = self.scheduler.refuse(slot, step, refused)
+            for sequence in refused:
+                del self.live[sequence.id]
         self.reserved |= {s.id for s in step.admitted}
         assert sum(len(c.tokens) for c in step.prompts) <= self.prefill_tokens
         assert len(step.decode) + len(step.prompts) <= 3

@@ -18,7 +18,7 @@ from typing import Any
 from lamina.errors import HandshakeError, ProtocolError
 from lamina.transport.messages import decode_message, encode_message
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"LMNA"
 
 # The most that one system call moves. It bounds how long bulk data can keep the loop from looking at the decode

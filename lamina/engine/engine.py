@@ -12,7 +12,7 @@ from lamina.engine.remote import RemoteShard
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Scheduler, Sequence, Step
 from lamina.engine.step import StepRunner
-from lamina.errors import LaminaError, NodeError, RequestError
+from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
 
 log = logging.getLogger("lamina.engine")
 
@@ -143,14 +143,36 @@ class Engine:
                 self._note_idle()
                 work.clear()
                 await work.wait()
-            await self._reserve(step)
+            step = await self._reserve(slot, step)
+            if not step.decode and not step.prompts:
+                continue
             tokens = await self._runner.run(slot, number, step)
             self.steps += 1
             self._finish(slot, step, tokens)
 
-    async def _reserve(self, step: Step) -> None:
+    async def _reserve(self, slot: int, step: Step) -> Step:
+        """Have space set aside for new sequences; the step that remains without those for which there was none."""
+        refused: dict[Sequence, CapacityError] = {}
         for sequence in step.admitted:
-            await asyncio.gather(*(s.reserve(sequence.id, sequence.reserved_tokens) for s in self._shards))
+            asked = [s.reserve(sequence.id, sequence.reserved_tokens) for s in self._shards]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, CapacityError):
+                    refused[sequence] = answer
+                elif answer is not None:
+                    raise answer
+            if sequence in refused:
+                for shard, answer in zip(self._shards, answers, strict=True):
+                    if answer is None:
+                        shard.release(sequence.id)
+        for sequence, error in refused.items():
+            log.warning("event=refused sequence=%d reason=%r", sequence.id, str(error))
+            if asker := self._answers.pop(sequence, None):
+                asker.failed(error)
+        if refused:
+            step = self._scheduler.refuse(slot, step, list(refused))
+            self._wake()  # for whoever waited behind them
+        return step
 
     def _finish(self, slot: int, step: Step, tokens: list[int]) -> None:
         outcome = self._scheduler.finish(slot, step, tokens)

@@ -53,7 +53,9 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
         groups = [layer.q_heads // layer.kv_heads for layer in layers]
         q = tuple(range(r.start * g, r.stop * g) for r, g in zip(kv, groups, strict=True))
         own = tuple(
-            dataclasses.replace(layer, kv_heads=len(k), q_heads=len(h))
+            dataclasses.replace(
+                layer, kv_heads=len(k), q_heads=len(h), sinks=layer.sinks and layer.sinks[h.start : h.stop]
+            )
             for layer, k, h in zip(layers, kv, q, strict=True)
         )
         shards.append(HeadShard(kv, q, own))

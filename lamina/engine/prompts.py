@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lamina.attention import LayerShape, attend
+from lamina.attention import LayerShape, add_sinks, attend
 
 
 class PromptKV:
@@ -33,7 +33,9 @@ class PromptKV:
     def attend(self, layer: int, start: int, q: Tensor) -> Tensor:
         """o [T, Hq, Dv] in float32 of the queries q [T, Hq, Dk] at the positions from ``start``."""
         stop = start + len(q)
-        return attend(q, self._k[layer][:stop], self._v[layer][:stop], shape=self._layers[layer], q_start=start).o
+        shape = self._layers[layer]
+        whole = attend(q, self._k[layer][:stop], self._v[layer][:stop], shape=shape, q_start=start)
+        return add_sinks(whole, shape.sinks).o
 
     def read(self, layer: int, start: int, count: int, heads: range) -> tuple[Tensor, Tensor]:
         """k and v of ``count`` positions from ``start``, of the KV heads ``heads`` alone."""

@@ -41,23 +41,26 @@ class RemoteShard:
     loop. A batch slot's buffers are written again only after the answer to their contents has come back.
     """
 
-    def __init__(self, name: str, link: Link, shard: HeadShard, layout: KVLayout, slots: int, max_batch: int) -> None:
+    def __init__(
+        self, name: str, link: Link, shard: HeadShard, layout: KVLayout, *, dtype: str, slots: int, max_batch: int
+    ) -> None:
+        """``layout`` is what the memory node stores, ``dtype`` the type of everything on the way there and back."""
         self.name = name
         self.link = link
         self.stale_tags = 0
         self.capacity_tokens = 0
         self._heads = shard
         self._layout = layout
-        self._geometry = g = Geometry(shard.layers, layout.dtype, slots, max_batch)
-        dtype = getattr(torch, layout.dtype)
+        self._geometry = g = Geometry(shard.layers, dtype, slots, max_batch)
+        own = getattr(torch, dtype)
         self._queries = Region(f"{name}.queries", slots * g.query_bytes)
         self._keys_values = Region(f"{name}.keys_values", slots * g.key_value_bytes)
         self._outputs = Region(f"{name}.outputs", slots * g.output_bytes)
         self._chunks = Region(f"{name}.chunks", CHUNKS * g.chunk_bytes)
-        self._query_parts = views.parts(self._queries, slots, g.query_bytes, dtype)
-        self._key_value_parts = views.parts(self._keys_values, slots, g.key_value_bytes, dtype)
-        self._output_parts = views.parts(self._outputs, slots, g.output_bytes, dtype)
-        self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, dtype)
+        self._query_parts = views.parts(self._queries, slots, g.query_bytes, own)
+        self._key_value_parts = views.parts(self._keys_values, slots, g.key_value_bytes, own)
+        self._output_parts = views.parts(self._outputs, slots, g.output_bytes, own)
+        self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, own)
 
         self._remote: Attached | None = None
         self._replies: dict[int | None, asyncio.Future[Attached | Reserved]] = {}
@@ -77,7 +80,8 @@ class RemoteShard:
         """Ask the memory node for its cache and learn where to write. NodeError if it refuses."""
         attach = Attach(
             model=model,
-            dtype=self._layout.dtype,  # type: ignore[arg-type]
+            dtype=self._geometry.dtype,  # type: ignore[arg-type]
+            kv_dtype=self._layout.dtype,  # type: ignore[arg-type]
             block_tokens=self._layout.block_tokens,
             layers=list(self._heads.layers),
             slots=self._geometry.slots,

@@ -150,6 +150,17 @@ class Scheduler:
                 budget -= len(chunk.tokens)
         return Step(tuple(decode), tuple(prompts), admitted) if running else None
 
+    def refuse(self, slot: int, step: Step, refused: Rows[Sequence]) -> Step:
+        """What remains of a step without those of ``step.admitted`` that found no space; they are over."""
+        for sequence in refused:
+            self._slots[slot].remove(sequence)
+            self._free += self._need(sequence)
+        return Step(
+            step.decode,
+            tuple(chunk for chunk in step.prompts if chunk.sequence not in refused),
+            tuple(sequence for sequence in step.admitted if sequence not in refused),
+        )
+
     def finish(self, slot: int, step: Step, tokens: Rows[int]) -> Outcome:
         """Take in the tokens of a step's sampled rows, and free what the sequences that are over had reserved."""
         for chunk in step.prompts:

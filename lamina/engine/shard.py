@@ -238,7 +238,10 @@ class AttentionShard:
             self._lost.set_exception(error)
 
 
-def make_backend(attach: Attach, memory: Memory) -> Backend:
-    """What a compute node asks for, in ``memory``, which is the node's and stays when the backend is closed."""
-    layout = KVLayout(layers=tuple(attach.layers), dtype=attach.dtype, block_tokens=attach.block_tokens)
-    return create_backend("torch", layout, memory)
+def make_backend(attach: Attach, name: str, memory: Memory, device: Device) -> Backend:
+    """The backend called ``name`` over the cache that a compute node asks for.
+
+    ``memory`` is the node's: it stays as it is when the backend is closed.
+    """
+    layout = KVLayout(layers=tuple(attach.layers), dtype=attach.kv_dtype, block_tokens=attach.block_tokens)
+    return create_backend(name, layout, memory, threads=device.threads, cpus=device.cpus)

@@ -102,15 +102,24 @@ class ComputeNode:
         pipeline = self._config.pipeline
         context = self._context(checkpoint)
         for name, link, shard in zip(names, self._links, shard_by_heads(layers, names), strict=True):
-            layout = KVLayout(layers=shard.layers, dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
-            remote = RemoteShard(name, link, shard, layout, pipeline.batches, pipeline.max_batch)
+            kv_dtype = self._config.model.kv_dtype or checkpoint.dtype
+            layout = KVLayout(layers=shard.layers, dtype=kv_dtype, block_tokens=BLOCK_TOKENS)
+            remote = RemoteShard(
+                name,
+                link,
+                shard,
+                layout,
+                dtype=checkpoint.dtype,
+                slots=pipeline.batches,
+                max_batch=pipeline.max_batch,
+            )
             self._shards.append(remote)
             await remote.attach(checkpoint.fingerprint)
             if remote.capacity_tokens < context:
                 raise CapacityError(
                     f"memory node {name} holds {remote.capacity_tokens} tokens of this model's KV cache, fewer than "
                     f"one request of the context of {context}; give it more memory "
-                    f"({layout.bytes_per_token * context} bytes are needed) or set model.context lower"
+                    f"(at least {layout.bytes_per_token * context} bytes are needed) or set model.context lower"
                 )
         model = await self._device.run(_load, blueprint, self._device.torch_device)
         self._tokenizer = await self._device.run(Tokenizer, checkpoint.path, context)

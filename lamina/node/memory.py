@@ -7,27 +7,33 @@ import logging
 import os
 from typing import Any
 
-from lamina.attention import Backend, Memory
+from lamina.attention import Backend, Memory, default_backend
+from lamina.attention.backend import require_backend
+from lamina.attention.pool import numa_node_of, numa_nodes
+from lamina.config import NodeConfig
 from lamina.device import Device
 from lamina.engine.shard import AttentionShard, make_backend
-from lamina.errors import LaminaError, TransportError
+from lamina.errors import ConfigError, LaminaError, TransportError
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.protocol import AskStatus, Attach, Failed, Refused, Status, decode, encode
-from lamina.transport import Address, Hello, Link, Listener
+from lamina.transport import Hello, Link, Listener
 
 log = logging.getLogger("lamina.memory")
 
 
 class MemoryNode:
-    """One memory node with ``nbytes`` of KV cache, which serves one compute node at a time."""
+    """The memory node ``node`` of a cluster, which serves one compute node at a time.
 
-    def __init__(self, name: str, listen: Address, nbytes: int, device: Device, *, peer_timeout: float = 2.0) -> None:
-        self._name = name
-        self._listen = listen
-        self._nbytes = nbytes
+    The memory for KV cache is the node's: taken when it starts, and lent to one compute node after the other.
+    """
+
+    def __init__(self, node: NodeConfig, *, peer_timeout: float) -> None:
+        self._node = node
+        self._name = node.name
         self._peer_timeout = peer_timeout
-        self._device = device
-        self._memory: Memory | None = None
+        self._device = Device(cpus=node.pinned, threads=node.threads)
+        self._attention = node.attention or "auto"
+        self._taken: asyncio.Future[Memory] | None = None
         self._shard: AttentionShard | None = None
         self._owner = ""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -36,11 +42,13 @@ class MemoryNode:
 
     async def serve(self, stopping: asyncio.Event) -> None:
         """Listen until ``stopping`` is set, then wait for the compute node to leave, for a bounded time."""
-        self._memory = await self._device.run(Memory, self._nbytes)
+        # Somebody may attach at once; that is answered when the memory is there.
+        self._taken = self._device.run(self._take)
         hello = Hello("memory", self._name)
-        listener = await Listener.open(self._listen, hello, self._on_link, peer_timeout=self._peer_timeout)
-        log.info("event=listening address=%s memory_bytes=%d", listener.address, self._nbytes)
+        listener = await Listener.open(self._node.listen, hello, self._on_link, peer_timeout=self._peer_timeout)
+        log.info("event=listening address=%s", listener.address)
         try:
+            await asyncio.shield(self._taken)
             await stopping.wait()
             self._draining = True
             if self._tasks:
@@ -51,6 +59,34 @@ class MemoryNode:
                 task.cancel()
             await asyncio.gather(*(link.close() for link in self._links))
             self._device.close()
+
+    def _take(self) -> Memory:
+        """Choose the backend and take the memory; for much memory that takes seconds."""
+        if self._attention == "auto":
+            self._attention = default_backend()
+        require_backend(self._attention)
+        memory = self._bound_memory()
+        report = memory.report()
+        log.info(
+            "event=memory bytes=%d huge_page_bytes=%d numa=%s attention=%s threads=%d",
+            report.nbytes,
+            report.huge_bytes,
+            "any" if report.numa is None else report.numa,
+            self._attention,
+            self._device.threads,
+        )
+        return memory
+
+    def _bound_memory(self) -> Memory:
+        nbytes = self._node.memory_bytes
+        if self._node.numa is not None:
+            return Memory(nbytes, numa=self._node.numa)
+        near = numa_node_of(frozenset(self._device.cpus)) if self._device.cpus and len(numa_nodes()) > 1 else None
+        try:
+            return Memory(nbytes, numa=near)
+        except ConfigError as error:  # nobody asked for it, and pinned threads touch memory near themselves anyway
+            log.warning("event=unbound reason=%r", str(error))
+            return Memory(nbytes)
 
     def _on_link(self, link: Link) -> None:
         self._links.add(link)
@@ -89,8 +125,9 @@ class MemoryNode:
         peer = link.peer.name
         backend: Backend | None = None
         try:
-            assert self._memory is not None
-            backend = await self._device.run(make_backend, attach, self._memory)
+            assert self._taken is not None
+            memory = await asyncio.shield(self._taken)
+            backend = await self._device.run(make_backend, attach, self._attention, memory, self._device)
             self._shard = AttentionShard(link, attach, backend, self._device)
             log.info(
                 "event=attached peer=%s model=%s layers=%d kv_heads=%d capacity_tokens=%d",
@@ -123,12 +160,13 @@ class MemoryNode:
 
     def _status(self) -> Status:
         shard = self._shard
-        state = "draining" if self._draining else "ready" if shard else "waiting"
+        there = self._taken is not None and self._taken.done()
+        state = "draining" if self._draining else "ready" if shard else "waiting" if there else "starting"
         return Status(
             name=self._name,
             role="memory",
             state=state,  # type: ignore[arg-type]
-            waiting_for="" if shard else "a compute node",
+            waiting_for="a compute node" if state == "waiting" else "",
             pid=os.getpid(),
             busy_s=self._device.busy_s,
             layers=shard.layers if shard else 0,

@@ -495,6 +495,26 @@ def test_windowed_layers_need_only_what_their_window_reaches() -> None:
     assert (table >= 0).tolist() == [False, True, True, True, False]
 
 
+def test_sharing_behind_a_window_saves_no_space() -> None:
+    """A sequence that goes on needs blocks of its own while another still holds those that both had."""
+    for blocks in (5, 6):
+        cache = make(blocks, layers=(SLIDING,), extent=64)
+        cache.reserve(0, 40, ahead=1)  # three blocks at once
+        for position in range(12):
+            store(cache, 0, Run(0, position, 1))
+        cache.publish(0, keys(PROMPT))
+        if blocks == 5:
+            with pytest.raises(CapacityError):
+                cache.reserve(1, 40, ahead=1, keys=keys(PROMPT))
+    assert cache.reserve(1, 40, ahead=1, keys=keys(PROMPT)) == 12
+
+    for sequence in (0, 1):
+        for position in range(12, 40):
+            store(cache, 0, Run(sequence, position, 1))
+    first, second = cache.place(Rows((Run(0, 39, 1), Run(1, 39, 1)))).tables(0)
+    assert not {*first[first >= 0].tolist()} & {*second[second >= 0].tolist()}
+
+
 def test_the_first_publisher_of_a_key_stays() -> None:
     """Two sequences that computed the same prompt at once keep their own blocks; others share the first."""
     cache = make(6, layers=(FULL,), extent=64)

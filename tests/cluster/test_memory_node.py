@@ -1,12 +1,24 @@
-"""A memory node outlives its compute nodes, and gives back what they took."""
+"""A memory node outlives its compute nodes, lends them its memory, and refuses what it cannot hold."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+import lamina
+from lamina.config import ClusterConfig
+from lamina.errors import CapacityError
+from lamina.protocol import AskStatus, Status, decode, encode
+from lamina.transport import Address, Hello, connect
 from tests import harness
+from tests.cluster.test_families import PROMPTS, gaps
 from tests.families import FAMILIES
+from tests.oracle import Oracle
 
 CACHE_MIB = 512
 
@@ -17,14 +29,30 @@ def resident_mib(node: harness.Node) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
-def test_the_cache_of_a_compute_node_goes_with_it(tmp_path: Path) -> None:
-    """Attach by attach, the memory node is no larger than one cache."""
+async def status_of(address: Address) -> Status:
+    """What a node says of itself."""
+    async with await connect(address, Hello("monitor", "test"), deadline_s=30) as link:
+        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
+        link.send(encode(AskStatus()))
+        return await answer
+
+
+def test_the_memory_is_taken_at_the_start_and_lent(tmp_path: Path) -> None:
+    """All of it is there before anybody attaches, the log says so, and attach by attach it becomes no more."""
     path = FAMILIES["llama"].save(tmp_path / "checkpoint")
     (port,) = harness.free_ports(1)
     memory = harness.start_memory(tmp_path, port, memory=f"{CACHE_MIB}MiB")
     config = harness.write_config(tmp_path, path, [port])
+
+    async def waiting() -> bool:
+        status = await status_of(config.memory_nodes[0].listen)
+        return (status.state, status.waiting_for) == ("waiting", "a compute node")
+
     sizes = []
     with harness.running(memory):
+        asyncio.run(harness.eventually(waiting, 30))
+        sizes.append(resident_mib(memory))
         for _ in range(2):
             compute = harness.start_node(config, "c0")
             with harness.running(compute):
@@ -35,3 +63,79 @@ def test_the_cache_of_a_compute_node_goes_with_it(tmp_path: Path) -> None:
 
     assert sizes[0] > CACHE_MIB
     assert max(sizes) < sizes[0] + CACHE_MIB / 2
+    told = rf"event=memory bytes={CACHE_MIB << 20} huge_page_bytes=\d+ numa=\w+ attention=\w+ threads=1"
+    assert re.search(told, memory.log.read_text())
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+def test_keys_and_values_of_8_bits(kv_dtype: str, memory_ports: list[int], tmp_path: Path) -> None:
+    """Nearly four times the tokens of float32 in the same memory, and answers that float32 finds nearly as good."""
+    path = FAMILIES["llama"].save(tmp_path / "checkpoint", head_dim=64)
+
+    async def decode(config: ClusterConfig, node: harness.Node) -> tuple[int, list[list[int]]]:
+        status = await harness.ready(config, node)
+        async with lamina.connect(config.front.address) as client:
+            answers = await asyncio.gather(*(client.generate(p, max_tokens=48) for p in PROMPTS))
+        return status.kv_tokens_total, [a.tokens for a in answers]
+
+    tokens = []
+    for keys in ("", f'kv_dtype = "{kv_dtype}"'):
+        config = harness.write_config(tmp_path, path, memory_ports[:2], model_keys=keys)
+        node = harness.start_node(config, "c0")
+        with harness.running(node):
+            total, answers = asyncio.run(decode(config, node))
+            tokens.append(total)
+            assert node.stop() == 0
+
+    assert 3.5 < tokens[1] / tokens[0] < 4
+    assert gaps(Oracle(path), answers).mean < 0.02
+
+
+CHOOSY = """if True:
+    from lamina.attention.cache import KVCache
+    from lamina.errors import CapacityError
+
+    reserve = KVCache.reserve
+
+    def choosy(cache, sequence, tokens, **more):
+        if tokens > 100:
+            raise CapacityError(f"sequence {sequence} needs {tokens} tokens of KV cache, 100 of 1000 are free")
+        return reserve(cache, sequence, tokens, **more)
+
+    KVCache.reserve = choosy
+    from lamina.cli import main
+    main()
+"""
+
+
+def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path) -> None:
+    """With the memory node's sentence; the others are answered, and no node holds anything for it."""
+    path = FAMILIES["llama"].save(tmp_path / "checkpoint")
+    config = harness.write_config(tmp_path, path, harness.free_ports(2), sections="[pipeline]\nbatches = 2")
+    nodes = [harness.start_node(config, "m0"), harness.start_node(config, "c0")]
+    choosy = ["node", "--role", "memory", "--config", str(config.file), "--name", "m1"]
+    other = subprocess.Popen([sys.executable, "-c", CHOOSY, *choosy], stderr=subprocess.DEVNULL)
+
+    async def main() -> None:
+        await harness.ready(config, nodes[1])
+        async with lamina.connect(config.front.address) as client:
+            asked = [client.generate([1, 2, 3], max_tokens=400 if i % 3 == 1 else 20) for i in range(9)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert [isinstance(a, CapacityError) for a in answers] == [i % 3 == 1 for i in range(9)]
+            assert "memory node m1: sequence 1 needs 403 tokens of KV cache, 100 of 1000 are free" in str(answers[1])
+            assert all(len(a.tokens) == 20 for a in answers if isinstance(a, lamina.Completion))
+
+            async def idle() -> bool:
+                states = [await client.status(), *[await status_of(n.listen) for n in config.memory_nodes]]
+                return all(s.sequences == 0 and s.kv_tokens_free == s.kv_tokens_total > 0 for s in states)
+
+            await harness.eventually(idle)
+            assert (await client.status()).requests_running == 0
+
+    try:
+        with harness.running(*nodes):
+            asyncio.run(main())
+            assert nodes[1].stop() == 0
+    finally:
+        other.kill()
+        other.wait()
