@@ -52,8 +52,8 @@ def compiler() -> str:
 def build(output: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False) -> Path:
     """Compile into ``output``; BuildError if that fails.
 
-    ``sanitize`` adds AddressSanitizer and UndefinedBehaviorSanitizer. ``emulate`` compiles the AVX-512 kernels for AVX2,
-    so that their logic can be tested where the instructions are missing.
+    ``sanitize`` adds AddressSanitizer and UndefinedBehaviorSanitizer. ``emulate`` compiles the AVX-512 kernels for
+    AVX2, so that their logic can be tested where the instructions are missing.
     """
     cxx = compiler()
     isas = {"portable": [], **(X86 if platform.machine() in ("x86_64", "AMD64") else {})}

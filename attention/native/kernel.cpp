@@ -61,9 +61,6 @@ struct BFloat16Line {
     static U pairs(const uint8_t *line, int v) { return load<U>(line + 4 * W * v); }
 };
 
-typedef int8_t B __attribute__((vector_size(2 * W)));
-typedef int16_t S __attribute__((vector_size(2 * W)));
-
 // fp8 e4m3 becomes a wider format by moving its exponent and mantissa to their place, which makes it too small by
 // 2^120, the difference of the biases, subnormals included. FLOAT8_UP on the operands and FLOAT8_UP again on the sums put
 // that right without leaving the range of float32 on the way.
@@ -71,12 +68,12 @@ constexpr float FLOAT8_UP = 0x1p60f;
 struct Float8Line {
     static constexpr int type = FLOAT8;
     static void split(const uint8_t *line, int v, F &a, F &b) {
-        I x = __builtin_convertvector(load<S>(line + 2 * W * v), I);
+        I x = widen(load<S>(line + 2 * W * v));
         a = (F)(((x << 24) >> 4) & (int32_t)0x87f00000);
         b = (F)((x << 12) & (int32_t)0x87f00000);
     }
     static U pairs(const uint8_t *line, int v) {
-        I16 x = __builtin_convertvector(load<B>(line + 2 * W * v), I16);
+        I16 x = widen(load<B>(line + 2 * W * v));
         return (U)((x << 4) & (int16_t)0x87f0);
     }
 };
@@ -100,6 +97,7 @@ struct FloatProducts {
         for (int n = 0; n < N; ++n) sums[n] = values.a[n] * a + sums[n];
         for (int n = 0; n < N; ++n) sums[n] = values.b[n] * b + sums[n];
     }
+    static F rounded(F x) { return x; }
     // A row of `pairs` pairs as operands. Sums of products with them are to be multiplied by what is returned.
     static float pack(const float *row, int pairs, Operand *to) {
         for (int i = 0; i < 2 * pairs; i += W) store((float *)to + i, load<F>(row + i) * up);
@@ -123,6 +121,7 @@ struct BFloat16Products {
         U a = all(operand);
         for (int n = 0; n < N; ++n) sums[n] = dot_bfloat16(sums[n], values.x[n], a);
     }
+    static F rounded(F x) { return as_float(to_bfloat16(x) << 16); }
     static float pack(const float *row, int pairs, Operand *to) {
         for (int i = 0; i < 2 * pairs; i += W)
             store((uint16_t *)to + i, __builtin_convertvector(to_bfloat16(load<F>(row + i) * up), H));
@@ -139,7 +138,7 @@ struct Int8Products {
     template <int N>
     struct Values {
         I16 x[N];
-        void take(int n, const uint8_t *line, int v) { x[n] = __builtin_convertvector(load<B>(line + 2 * W * v), I16); }
+        void take(int n, const uint8_t *line, int v) { x[n] = widen(load<B>(line + 2 * W * v)); }
     };
     template <int N>
     static void add(Sum *sums, const Values<N> &values, const Operand &operand) {
@@ -168,28 +167,36 @@ struct Int8Products {
 
 // -- the two products
 
-// sums[r][n] += over `steps` lines: operand (r, i) . line i of group n, where a group is a page (scores) or a chunk of
+// sums[r][n] += over `steps` lines, an even number: operand (r, i) . line i of group n, where a group is a page (scores) or a chunk of
 // 16 dimensions (values). `ahead[n]` is what will be read next in the place of `lines[n]`.
-template <class P, int R, int N>
-inline void panel(typename P::Sum (&sums)[R][N * VECTORS], const uint8_t *const *lines, const uint8_t *const *ahead,
-                  int steps, const typename P::Operand *operands, int operand_stride) {
+template <class P, int R, int N, bool Ahead>
+inline void panel(typename P::Sum (&sums)[R][N * VECTORS], const uint8_t *const (&lines)[N],
+                  const uint8_t *const (&ahead)[N], int steps, const typename P::Operand *operands,
+                  int operand_stride) {
     constexpr int line_bytes = LINE * item_bytes(P::type);
-    for (int i = 0; i < steps; ++i) {
-        typename P::template Values<N * VECTORS> values;
-        for (int n = 0; n < N; ++n)
-            for (int v = 0; v < VECTORS; ++v) values.take(n * VECTORS + v, lines[n] + i * line_bytes, v);
-        if (ahead)
+    for (int i = 0; i < steps; i += 2) {
+        if (Ahead)
             for (int n = 0; n < N; ++n)
-                for (int b = 0; b < line_bytes; b += 64) prefetch(ahead[n] + i * line_bytes + b);
-        for (int r = 0; r < R; ++r) P::template add<N * VECTORS>(sums[r], values, operands[r * operand_stride + i]);
+                for (int b = 0; b < 2 * line_bytes; b += 64) prefetch(ahead[n] + i * line_bytes + b);
+        for (int j = i; j < i + 2; ++j) {
+            typename P::template Values<N * VECTORS> values;
+            for (int n = 0; n < N; ++n)
+                for (int v = 0; v < VECTORS; ++v) values.take(n * VECTORS + v, lines[n] + j * line_bytes, v);
+            for (int r = 0; r < R; ++r)
+                P::template add<N * VECTORS>(sums[r], values, operands[r * operand_stride + j]);
+        }
     }
 }
 
-template <class P, int R, int N>
-void score_pages(const uint8_t *const *pages, const uint8_t *const *ahead, int lines,
+template <class P, int R, int N, bool Ahead>
+__attribute__((noinline)) void score_pages(const uint8_t *const *pages, const uint8_t *const *ahead, int lines,
                  const typename P::Operand *q, int q_stride, float *scores, bool onto) {
-    typename P::Sum sums[R][N * VECTORS] = {};
-    panel<P, R, N>(sums, pages, ahead, lines, q, q_stride);
+    typename P::Sum sums[R][N * VECTORS];
+    for (auto &row : sums)
+        for (auto &sum : row) sum = typename P::Sum{};
+    const uint8_t *now[N], *next[N];
+    for (int n = 0; n < N; ++n) now[n] = pages[n], next[n] = Ahead ? ahead[n] : nullptr;
+    panel<P, R, N, Ahead>(sums, now, next, lines, q, q_stride);
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N * VECTORS; ++n) {
             float *to = scores + r * TILE + n * W;
@@ -202,33 +209,37 @@ void score_pages(const uint8_t *const *pages, const uint8_t *const *ahead, int l
         }
 }
 
-template <class P, int R>
+template <class P, int R, bool Ahead>
 void score_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int count, int lines,
                 const typename P::Operand *q, int q_stride, float *scores, bool onto) {
     constexpr int N = groups_of(R);
     int n = 0;
     for (; n + N <= count; n += N)
-        score_pages<P, R, N>(pages + n, ahead ? ahead + n : nullptr, lines, q, q_stride, scores + n * PAGE, onto);
+        score_pages<P, R, N, Ahead>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
     for (; n < count; ++n)
-        score_pages<P, R, 1>(pages + n, ahead ? ahead + n : nullptr, lines, q, q_stride, scores + n * PAGE, onto);
+        score_pages<P, R, 1, Ahead>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
 }
 
-template <class P, int R, int N>
-void value_chunks(const uint8_t *const *pages, const uint8_t *const *ahead, int count, size_t offset,
+template <class P, int R, int N, bool Ahead>
+__attribute__((noinline)) void value_chunks(const uint8_t *const *pages, const uint8_t *const *ahead, int count, size_t offset,
                   const typename P::Operand *weights, int weight_stride, const float *weight_scale, float *o,
                   int o_stride) {
     constexpr int chunk_bytes = PAGE / 2 * LINE * item_bytes(P::type);
-    typename P::Sum sums[R][N * VECTORS] = {};
-    if constexpr (P::type != INT8)
-        for (int r = 0; r < R; ++r)
-            for (int n = 0; n < N * VECTORS; ++n) sums[r][n] = load<F>(o + r * o_stride + n * W);
+    typename P::Sum sums[R][N * VECTORS];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N * VECTORS; ++n) {
+            if constexpr (P::type == INT8)
+                sums[r][n] = I{};
+            else
+                sums[r][n] = load<F>(o + r * o_stride + n * W);
+        }
     for (int page = 0; page < count; ++page) {
         const uint8_t *lines[N], *next[N];
         for (int n = 0; n < N; ++n) {
             lines[n] = pages[page] + offset + n * chunk_bytes;
-            if (ahead) next[n] = ahead[page] + offset + n * chunk_bytes;
+            next[n] = Ahead ? ahead[page] + offset + n * chunk_bytes : nullptr;
         }
-        panel<P, R, N>(sums, lines, ahead ? next : nullptr, PAGE / 2, weights + page * (PAGE / 2), weight_stride);
+        panel<P, R, N, Ahead>(sums, lines, next, PAGE / 2, weights + page * (PAGE / 2), weight_stride);
     }
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N * VECTORS; ++n) {
@@ -240,7 +251,7 @@ void value_chunks(const uint8_t *const *pages, const uint8_t *const *ahead, int 
         }
 }
 
-template <class P, int R>
+template <class P, int R, bool Ahead>
 void value_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int count, int chunks,
                 const typename P::Operand *weights, int weight_stride, const float *weight_scale, float *o,
                 int o_stride) {
@@ -248,11 +259,11 @@ void value_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int co
     constexpr size_t chunk_bytes = PAGE / 2 * LINE * item_bytes(P::type);
     int c = 0;
     for (; c + N <= chunks; c += N)
-        value_chunks<P, R, N>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
-                              o + c * PAGE, o_stride);
+        value_chunks<P, R, N, Ahead>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
+                                     o + c * PAGE, o_stride);
     for (; c < chunks; ++c)
-        value_chunks<P, R, 1>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
-                              o + c * PAGE, o_stride);
+        value_chunks<P, R, 1, Ahead>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
+                                     o + c * PAGE, o_stride);
 }
 
 // Call f with the number of rows of each block, as a constant, and its first row.
@@ -348,7 +359,7 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
             std::memset(o, 0, sizeof(float) * dim);
             for (int p = 0; p < chunk.parts; ++p) {
                 const float *part = chunk.state + p * size;
-                F weight = exp_negative(all(part[rows * dim + r] - peak));
+                F weight = exp2_negative(all(part[rows * dim + r] - peak));
                 sum += weight[0] * part[rows * (dim + 1) + r];
                 for (int d = 0; d < dim; d += W) store(o + d, load<F>(part + r * dim + d) * weight + load<F>(o + d));
             }
@@ -360,15 +371,63 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
         const size_t head = chunk.head * layer.group + r % layer.group, at = token * layer.q_heads() + head;
         float scale = 1, sum = s.sum[r], peak = s.peak[r];
         if (call.present && layer.sinks) {
-            const float sink = layer.sinks[head], top = sink > peak ? sink : peak;
-            scale = std::exp(peak - top);
-            sum = sum * scale + std::exp(sink - top), peak = top;
+            const float sink = layer.sinks[head] * LOG2_E, top = sink > peak ? sink : peak;
+            scale = std::exp2(peak - top);
+            sum = sum * scale + std::exp2(sink - top), peak = top;
         }
         const bool empty = sum == 0;
         scale = empty ? 0 : scale * up / sum;
         for (int d = 0; d < layer.v_dim; ++d) call.o[at * layer.v_dim + d] = empty ? 0 : s.o[r * dim + d] * scale;
-        call.lse[at] = empty ? -INFINITY : peak + std::log(sum);
+        call.lse[at] = empty ? -INFINITY : peak * LN_2 + std::log(sum);
     }
+}
+
+// From the products of a row with a tile to its weights, as operands; what the row has so far is scaled to its new
+// peak. Scores and peaks are logarithms to base 2. Tokens before `from` and from `to` on are not seen. Returns what
+// products with the weights are to be multiplied by.
+template <class P, int Tokens, bool Masked>
+inline float weigh(const Layer &layer, int tokens, int from, int to, const float *const *k_scales,
+                   const float *const *v_scales, int r, int dim, float *scores, typename P::Operand *weights, float *o,
+                   Scratch &s) {
+    if (Tokens) tokens = Tokens;
+    const float before = s.peak[r];
+    const F q_scale = all(s.q_scale[r]);
+    F lanes, peak = all(before);
+    for (int i = 0; i < W; ++i) lanes[i] = float(i);
+    for (int n = 0; n < tokens; n += W) {
+        F x = load<F>(scores + n) * q_scale;
+        if constexpr (scaled(P::type)) x = x * load<F>(k_scales[n / PAGE] + n % PAGE);
+        if (layer.softcap > 0) x = tanh(x / layer.softcap) * (layer.softcap * LOG2_E);
+        if (Masked) {
+            const F at = lanes + float(n);
+            x = select((at >= float(from)) & (at < float(to)), x, all(-INFINITY));
+        }
+        store(scores + n, x);
+        peak = max(peak, x);
+    }
+    const float after = horizontal_max(peak);
+    F total = {};
+    for (int n = 0; n < tokens; n += W) {
+        F x = exp2_negative(load<F>(scores + n) - after);
+        if constexpr (scaled(P::type)) {
+            total = total + x;
+            x = x * load<F>(v_scales[n / PAGE] + n % PAGE);
+            // A scale that is not to be read may be NaN, which a weight of 0 does not undo.
+            if (Masked) x = select((lanes + float(n) >= float(from)) & (lanes + float(n) < float(to)), x, F{});
+        } else {
+            x = P::rounded(x);  // the weights that are summed are those that the values get
+            total = total + x;
+        }
+        store(scores + n, x);
+    }
+    if (after != before) {
+        const F down = exp2_negative(all(before - after));
+        s.sum[r] *= down[0];
+        for (int d = 0; d < dim; d += W) store(o + d, load<F>(o + d) * down);
+        s.peak[r] = after;
+    }
+    s.sum[r] += horizontal_sum(total);
+    return P::pack(scores, tokens / 2, weights);
 }
 
 template <class P>
@@ -390,7 +449,7 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
         size_t token = step.rows[chunk.run] + chunk.first + r / group;
         size_t head = chunk.head * group + r % group;
         read_row(call.q, layer.input_type, (token * layer.q_heads() + head) * layer.qk_dim, layer.qk_dim, row);
-        s.q_scale[r] = layer.scale * P::pack(row, k_lines, q + r * k_lines);
+        s.q_scale[r] = layer.scale * P::pack(row, k_lines, q + r * k_lines) * (layer.softcap > 0 ? 1 : LOG2_E);
         if (terms == 2) {
             for (int i = 0; i < 2 * k_lines; i += W) {
                 F x = load<F>(row + i);
@@ -403,7 +462,7 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
         size_t at = token * layer.q_heads() + head;
         // An empty past has a log-sum-exp of -inf; that of a past with NaN is NaN, and stays.
         const bool seen = merges && !(call.past_lse[at] < -FLT_MAX);
-        s.peak[r] = seen && call.past_lse[at] == call.past_lse[at] ? call.past_lse[at] : -FLT_MAX;
+        s.peak[r] = seen && call.past_lse[at] == call.past_lse[at] ? call.past_lse[at] * LOG2_E : -FLT_MAX;
         s.sum[r] = !seen ? 0 : call.past_lse[at] == call.past_lse[at] ? 1 : NAN;
         float *o = s.o + r * dim;
         std::memset(o, 0, dim * sizeof(float));
@@ -432,11 +491,11 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
         const int64_t first = page * PAGE;
         const int tokens = count * PAGE;
 
-        const uint8_t *const *k_ahead = whole ? k_pages[next] : nullptr;
         for (int term = 0; term < terms; ++term)
             by_rows(rows, [&](auto block, int row) {
-                score_rows<P, block>(k_pages[now], row + term ? nullptr : k_ahead, count, k_lines,
-                                 q + (term * ROWS + row) * k_lines, k_lines, s.scores + row * TILE, term > 0);
+                auto score = row + term || !whole ? score_rows<P, block, false> : score_rows<P, block, true>;
+                score(k_pages[now], k_pages[next], count, k_lines, q + (term * ROWS + row) * k_lines, k_lines,
+                      s.scores + row * TILE, term > 0);
             });
 
         // Positions that nobody may read: before the first and behind the last of the chunk.
@@ -448,59 +507,26 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
             v_read[n] = v_pages[now][n];
             if (from > 0 || to < PAGE) v_read[n] = clean_page(v_read[n], type, chunks, from, to, s.edge[now][n]);
         }
-        if constexpr (scaled(type))
-            for (int n = 0; n < tokens; ++n) {
-                bool readable = n >= low && n < high;
-                s.edge_scales[0][n] = readable ? k_scales[now][n / PAGE][n % PAGE] : 0;
-                s.edge_scales[1][n] = readable ? v_scales[now][n / PAGE][n % PAGE] : 0;
-            }
 
         for (int r = 0; r < rows; ++r) {
-            float *scores = s.scores + r * TILE;
-            const int64_t position = start + chunk.first + r / group;
+            const int64_t position = start + chunk.first + r / group - first;  // within the tile
             int from = low, to = high;
-            if (layer.window && position - layer.window + 1 - first > from)
-                from = int(position - layer.window + 1 - first < tokens ? position - layer.window + 1 - first : tokens);
-            if (position + 1 - first < to) to = position + 1 - first > 0 ? int(position + 1 - first) : 0;
-
-            F peak = all(s.peak[r]);
-            const F q_scale = all(s.q_scale[r]);
-            F lanes;
-            for (int i = 0; i < W; ++i) lanes[i] = float(i);
-            for (int n = 0; n < tokens; n += W) {
-                F x = load<F>(scores + n) * q_scale;
-                if constexpr (scaled(type)) x = x * load<F>(s.edge_scales[0] + n);
-                if (layer.softcap > 0) x = tanh(x / layer.softcap) * layer.softcap;
-                if (n < from || n + W > to) {
-                    F at = lanes + float(n);
-                    x = select((at >= float(from)) & (at < float(to)), x, all(-INFINITY));
-                }
-                store(scores + n, x);
-                peak = max(peak, x);
-            }
-            const float before = s.peak[r], after = horizontal_max(peak);
-            F total = {};
-            for (int n = 0; n < tokens; n += W) {
-                F x = exp_negative(load<F>(scores + n) - after);
-                total = total + x;
-                if constexpr (scaled(type)) x = x * load<F>(s.edge_scales[1] + n);
-                store(scores + n, x);
-            }
-            if (after != before) {
-                F down = exp_negative(all(before - after));
-                s.sum[r] *= down[0];
-                float *o = s.o + r * dim;
-                for (int d = 0; d < dim; d += W) store(o + d, load<F>(o + d) * down);
-                s.peak[r] = after;
-            }
-            s.sum[r] += horizontal_sum(total);
-            s.weight_scale[r] = P::pack(scores, tokens / 2, weights + r * weight_stride);
+            if (layer.window && position - layer.window + 1 > from)
+                from = position - layer.window + 1 < tokens ? int(position - layer.window + 1) : tokens;
+            if (position + 1 < to) to = position + 1 > 0 ? int(position + 1) : 0;
+            float *o = s.o + r * dim;
+            if (count == TILE_PAGES && from == 0 && to == tokens)
+                s.weight_scale[r] = weigh<P, TILE, false>(layer, tokens, 0, tokens, k_scales[now], v_scales[now], r,
+                                                          dim, s.scores + r * TILE, weights + r * weight_stride, o, s);
+            else
+                s.weight_scale[r] = weigh<P, 0, true>(layer, tokens, from, to, k_scales[now], v_scales[now], r, dim,
+                                                      s.scores + r * TILE, weights + r * weight_stride, o, s);
         }
 
-        const uint8_t *const *v_ahead = whole ? v_pages[next] : nullptr;
         by_rows(rows, [&](auto block, int row) {
-            value_rows<P, block>(v_read, row ? nullptr : v_ahead, count, chunks, weights + row * weight_stride,
-                             weight_stride, s.weight_scale + row, s.o + row * dim, dim);
+            auto add = row || !whole ? value_rows<P, block, false> : value_rows<P, block, true>;
+            add(v_read, v_pages[next], count, chunks, weights + row * weight_stride, weight_stride,
+                s.weight_scale + row, s.o + row * dim, dim);
         });
         page += count, now = next, count = next_count;
     }

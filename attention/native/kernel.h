@@ -96,7 +96,6 @@ struct Scratch {
     float weights[ROWS * TILE];
     float peak[ROWS], sum[ROWS], q_scale[ROWS], weight_scale[ROWS];
     uint8_t edge[2][TILE_PAGES][PAGE * 512 * 4];
-    float edge_scales[2][TILE];
 };
 constexpr int MAX_DIM = 512;
 

@@ -66,7 +66,7 @@ def load() -> ctypes.CDLL:
         "lamina_layer_bytes": (c_int64, (POINTER(Layer),)),
         "lamina_attend": (None, (c_void_p, POINTER(Layer), POINTER(Step), *(c_void_p,) * 5, c_int)),
         "lamina_append": (None, (c_void_p, POINTER(Layer), POINTER(Step), c_void_p, c_void_p)),
-        "lamina_copy": (None, (POINTER(Layer), c_void_p, c_int64, c_int64, *(c_void_p,) * 4, c_int)),
+        "lamina_copy": (None, (POINTER(Layer), c_void_p, c_int64, c_int64, *(c_void_p,) * 4, c_int64, c_int)),
         "lamina_read": (None, (c_void_p, c_void_p, c_int64)),
     }
     for name, (result, arguments) in signatures.items():

@@ -40,6 +40,8 @@ inline U as_bits(F x) { return (U)x; }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F select(I mask, F yes, F no) { return mask ? yes : no; }
 
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
 inline float horizontal_max(F v) {
     float m = v[0];
     for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
@@ -54,29 +56,26 @@ inline float horizontal_sum(F v) {
     return x[0];
 }
 
-// exp(x) for x <= 0; exactly 0 below -87, where float32 ends; NaN stays NaN. Relative error below 3e-7.
-inline F exp_negative(F x) {
+// 2^x for x <= 0; exactly 0 below -126, where float32's normal numbers end; NaN stays NaN. Relative error below 3e-7.
+inline F exp2_negative(F x) {
     const F magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    F t = x * 1.44269504f + magic;
-    F n = t - magic;
-    F r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;  // ln 2 in two parts
-    F p = all(1.0f / 720);
-    p = p * r + all(1.0f / 120);
-    p = p * r + all(1.0f / 24);
-    p = p * r + all(1.0f / 6);
-    p = p * r + all(0.5f);
-    p = p * r + all(1.0f);
-    p = p * r + all(1.0f);
+    F t = x + magic;
+    F r = x - (t - magic);  // -0.5 .. 0.5, where a polynomial of least relative error takes over
+    F p = all(0.0013276457f);
+    p = p * r + 0.009675541f;
+    p = p * r + 0.055507135f;
+    p = p * r + 0.2402212f;
+    p = p * r + 0.69314694f;
+    p = p * r + 1.0f;
     // A product, not an addition to the exponent's bits, which could turn a NaN into a number.
     F two_n = as_float((as_bits(t) - as_bits(magic) + 127u) << 23);
-    return select(x < -87.0f, F{}, p * two_n);
+    return select(x < -126.0f, F{}, p * two_n);
 }
 
 // tanh(x). Relative error below 1e-6 near 0 too, where the quotient would cancel.
 inline F tanh(F x) {
     F a = max(x, -x);
-    F e = exp_negative(a * -2.0f);
+    F e = exp2_negative(a * (-2 * LOG2_E));
     F far = (1.0f - e) / (1.0f + e);
     far = select(x < 0.0f, -far, far);
     // The odd series of tanh, which |x| < 0.25 makes short.
@@ -90,7 +89,7 @@ inline F tanh(F x) {
     return select(a < 0.25f, near, far);
 }
 
-// -- 16-bit floating point
+// -- bfloat16
 
 inline F from_bfloat16_low(U pairs) { return as_float(pairs << 16); }
 inline F from_bfloat16_high(U pairs) { return as_float(pairs & 0xffff0000u); }
@@ -100,6 +99,33 @@ inline U to_bfloat16(F x) {  // round to nearest even, in the low half of each l
     U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     return (I)(x != x) ? (u >> 16) | 0x40u : rounded;
 }
+
+// -- 8-bit integers
+
+typedef int8_t B __attribute__((vector_size(2 * W)));
+typedef int16_t S __attribute__((vector_size(2 * W)));
+
+// The compiler's own conversion takes a vector apart and puts it together again.
+inline I16 widen(B x) {
+#if defined(__AVX512BW__) && LAMINA_WIDE
+    return (I16)_mm512_cvtepi8_epi16((__m256i)x);
+#elif defined(__AVX2__) && !LAMINA_WIDE
+    return (I16)_mm256_cvtepi8_epi16((__m128i)x);
+#else
+    return __builtin_convertvector(x, I16);
+#endif
+}
+inline I widen(S x) {
+#if defined(__AVX512F__) && LAMINA_WIDE
+    return (I)_mm512_cvtepi16_epi32((__m256i)x);
+#elif defined(__AVX2__) && !LAMINA_WIDE
+    return (I)_mm256_cvtepi16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, I);
+#endif
+}
+
+// -- 16-bit floating point
 
 typedef uint16_t H __attribute__((vector_size(2 * W)));
 

@@ -238,14 +238,17 @@ void cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
         }
 }
 
-// Call f(memory of a token's number, canonical place) for the positions first .. first+count-1 of one table.
+// Call f(memory of a token's number, canonical place) for the positions first .. first+count-1 of one table, but
+// those below `frozen` and those in blocks that are not there.
 template <class Function>
-void each_number(const Layer &layer, const int64_t *table, int64_t first, int64_t count, bool values, Function f) {
+void each_number(const Layer &layer, const int64_t *table, int64_t first, int64_t count, int64_t frozen, bool values,
+                 Function f) {
     const int dim = values ? layer.v_dim : layer.qk_dim, item = item_bytes(layer.kv_type);
     const bool pairs = paired(layer.kv_type);
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t position = first + i, t = position % PAGE;
+        if (position < frozen || table[position / layer.block_tokens] < 0) continue;
         for (int head = 0; head < layer.kv_heads; ++head) {
-            const int64_t position = first + i, t = position % PAGE;
             const Place at = place(layer, table, head, position / PAGE);
             const int64_t row = i * layer.kv_heads + head;
             for (int d = 0; d < dim; ++d) {
@@ -256,6 +259,7 @@ void each_number(const Layer &layer, const int64_t *table, int64_t first, int64_
             }
             if (scaled(layer.kv_type)) f(nullptr, row, 0, (values ? at.v_scales : at.k_scales) + t);
         }
+    }
 }
 
 struct Canonical {
@@ -338,9 +342,11 @@ void lamina_append(void *handle, const Layer *layer, const Step *step, const voi
 
 // Copy positions between a cache and canonical tensors: k [count, Hkv, Dk], v [count, Hkv, Dv], scales [count, Hkv].
 void lamina_copy(const Layer *layer, const int64_t *table, int64_t first, int64_t count, void *k, void *v,
-                 float *k_scales, float *v_scales, int out) {
-    each_number(*layer, table, first, count, false, Canonical{static_cast<uint8_t *>(k), k_scales, out != 0});
-    each_number(*layer, table, first, count, true, Canonical{static_cast<uint8_t *>(v), v_scales, out != 0});
+                 float *k_scales, float *v_scales, int64_t frozen, int out) {
+    const Canonical keys = {static_cast<uint8_t *>(k), k_scales, out != 0};
+    const Canonical values = {static_cast<uint8_t *>(v), v_scales, out != 0};
+    each_number(*layer, table, first, count, frozen, false, keys);
+    each_number(*layer, table, first, count, frozen, true, values);
 }
 
 void lamina_read(void *handle, const uint8_t *bytes, int64_t count) {

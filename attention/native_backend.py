@@ -1,0 +1,235 @@
+"""The backend of CPU memory nodes: the native kernel, which reads the cache at the speed of its memory.
+
+A block holds the KV heads of a layer one after the other, each in pages of 16 tokens that suit the kernel; how
+a page lies is written in ``native/kernel.h``. Blocks are therefore multiples of 16 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import byref
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamina.attention.backend import Plan, Stored, check_key_value
+from lamina.attention.cache import Addresses, KVCache, Placement
+from lamina.attention.layout import SCALED, LayerShape
+from lamina.attention.native.library import Layer, Step, Workers, load
+from lamina.attention.partial import Partial
+from lamina.attention.rows import Rows, Run
+from lamina.errors import ConfigError, UsageError
+
+PAGE_TOKENS, MAX_DIM, MAX_GROUP = 16, 512, 64
+"""Limits of the kernel: PAGE, MAX_DIM and ROWS of ``native/kernel.h``."""
+
+TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "int8": 4}
+"""``Type`` of ``native/kernel.h``."""
+
+_INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_library = load()  # here, so that a missing library is a missing backend
+
+
+def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
+    """Bytes of a block in one layer; `ConfigError` for a shape that the kernel has no place for."""
+    if block_tokens % PAGE_TOKENS:
+        raise ConfigError(f"attention backend native: expected blocks of a multiple of 16 tokens, got {block_tokens}")
+    for name in ("qk_dim", "v_dim"):
+        if getattr(shape, name) > MAX_DIM:
+            raise ConfigError(
+                f"attention backend native: expected {name} <= {MAX_DIM}, got {getattr(shape, name)}; use torch"
+            )
+    if shape.q_heads // shape.kv_heads > MAX_GROUP:
+        raise ConfigError(
+            f"attention backend native: expected at most {MAX_GROUP} query heads for each KV head, "
+            f"got {shape.q_heads // shape.kv_heads}; use torch"
+        )
+    size: int = _library.lamina_layer_bytes(byref(_layer(shape, dtype, block_tokens)))
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """By layer group: the step as the kernel takes it, and the arrays that it points to."""
+
+    placement: Placement
+    steps: list[Step]
+    addresses: Addresses
+
+    @property
+    def rows(self) -> Rows:
+        return self.placement.rows
+
+
+class NativeBackend:
+    """Computes with ``threads`` threads of its own, the calling one among them. Results depend on their number in the
+    last bits, and on nothing else. ``LAMINA_ISA`` in the environment chooses the kernel."""
+
+    name = "native"
+
+    def __init__(self, cache: KVCache, *, threads: int = 1, cpus: Sequence[int] | None = None) -> None:
+        if cache.memory.device.type != "cpu":
+            raise ConfigError(f"attention backend native: expected memory of the CPU, got {cache.memory.device}")
+        self.cache = cache
+        self.workers = Workers(threads, cpus)
+        layout = cache.layout
+        base = cache.memory.tensor.data_ptr()
+        self._sinks = [None if shape.sinks is None else torch.tensor(shape.sinks) for shape in layout.layers]
+        self._layers = {
+            dtype: [
+                _layer(
+                    shape,
+                    layout.dtype,
+                    layout.block_tokens,
+                    input_type=number,
+                    memory=base + cache.layer_offset(layer),
+                    sinks=None if sinks is None else sinks.data_ptr(),
+                )
+                for layer, (shape, sinks) in enumerate(zip(layout.layers, self._sinks, strict=True))
+            ]
+            for dtype, number in _INPUTS.items()
+        }
+
+    def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
+        check_key_value(layer, self.cache.shape(layer), rows.tokens, k, v)
+        self._append(self._plan(self.cache.place(rows, attend=False)), layer, k, v)
+
+    def plan(self, rows: Rows) -> NativePlan:
+        return self._plan(self.cache.place(rows))
+
+    def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
+        assert isinstance(plan, NativePlan)
+        self.cache.require_past(layer, plan.placement)
+        return self._attend(plan, layer, q, None)
+
+    def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
+        assert isinstance(plan, NativePlan)
+        check_key_value(layer, self.cache.shape(layer), plan.rows.tokens, k, v)
+        self._append(plan, layer, k, v)
+        return self._attend(plan, layer, q, past)
+
+    def export(self, sequence: int, layer: int, start: int, stop: int) -> Stored:
+        table = self.cache.stored(sequence, layer, start, stop)
+        stored = self._empty(layer, stop - start)
+        self._copy(layer, table.ctypes.data, start, stored, out=True)
+        return stored
+
+    def restore(self, sequence: int, layer: int, start: int, stored: Stored) -> None:
+        tokens = len(stored.k)
+        expected = self._empty(layer, tokens)
+        for name, got, want in zip(Stored._fields, stored, expected, strict=True):
+            if _like(got) != _like(want):
+                raise UsageError(f"layer {layer}: expected stored {name} like {_like(want)}, got {_like(got)}")
+        placement = self.cache.place(Rows((Run(sequence, start, tokens),)), attend=False)
+        self.cache.require_past(layer, placement)
+        stored = Stored(*(None if part is None else part.contiguous() for part in stored))  # type: ignore[arg-type]
+        table = int(placement.addresses[self.cache.group_of(layer), 0])
+        self._copy(layer, table, start, stored, out=False, frozen=int(placement.frozen[0]))
+        self.cache.advance(layer, placement)
+
+    def close(self) -> None:
+        self.workers.close()
+        self.cache.close()
+
+    def _plan(self, placement: Placement) -> NativePlan:
+        addresses = np.ascontiguousarray(placement.addresses)
+        arrays = (placement.starts, placement.counts, placement.row_starts, placement.frozen)
+        pointers = [array.ctypes.data for array in arrays]
+        runs = len(placement.starts)
+        first, size = addresses.ctypes.data, addresses.itemsize * runs
+        steps = [Step(first + group * size, *pointers, runs) for group in range(len(addresses))]
+        return NativePlan(placement, steps, addresses)
+
+    def _append(self, plan: NativePlan, layer: int, k: Tensor, v: Tensor) -> None:
+        self.cache.require_past(layer, plan.placement)
+        if k.dtype != v.dtype:
+            k, v = k.float(), v.float()
+        k, v = k.contiguous(), v.contiguous()
+        step = plan.steps[self.cache.group_of(layer)]
+        _library.lamina_append(
+            self.workers.handle, byref(self._layer(layer, k)), byref(step), k.data_ptr(), v.data_ptr()
+        )
+        self.cache.advance(layer, plan.placement)
+
+    def _attend(self, plan: NativePlan, layer: int, q: Tensor, past: Partial | None) -> Partial:
+        shape = self.cache.shape(layer)
+        tokens = plan.rows.tokens
+        if q.shape != (tokens, shape.q_heads, shape.qk_dim):
+            raise UsageError(
+                f"layer {layer}: expected q of shape {[tokens, shape.q_heads, shape.qk_dim]}, got {list(q.shape)}"
+            )
+        q = q.contiguous()
+        out = Partial(torch.empty(tokens, shape.q_heads, shape.v_dim), torch.empty(tokens, shape.q_heads))
+        if past is not None:
+            if past.o.shape != out.o.shape or past.lse.shape != out.lse.shape:
+                raise UsageError(
+                    f"layer {layer}: expected a past of shape {list(out.o.shape)}, got {list(past.o.shape)}"
+                )
+            past = Partial(past.o.float().contiguous(), past.lse.float().contiguous())
+        _library.lamina_attend(
+            self.workers.handle,
+            byref(self._layer(layer, q)),
+            byref(plan.steps[self.cache.group_of(layer)]),
+            q.data_ptr(),
+            None if past is None else past.o.data_ptr(),
+            None if past is None else past.lse.data_ptr(),
+            out.o.data_ptr(),
+            out.lse.data_ptr(),
+            past is not None,
+        )
+        return out
+
+    def _layer(self, layer: int, given: Tensor) -> Layer:
+        if given.dtype not in self._layers or given.device.type != "cpu":
+            raise UsageError(
+                f"layer {layer}: expected tensors of float32, bfloat16 or float16 on the CPU, "
+                f"got {given.dtype} on {given.device}"
+            )
+        return self._layers[given.dtype][layer]
+
+    def _empty(self, layer: int, tokens: int) -> Stored:
+        """Uninitialised tensors for what is stored of so many positions."""
+        shape, dtype = self.cache.shape(layer), self.cache.layout.dtype
+        rows = (tokens, shape.kv_heads)
+        scales = [torch.empty(rows), torch.empty(rows)] if dtype in SCALED else [None, None]
+        kind = getattr(torch, dtype)
+        return Stored(
+            torch.empty(*rows, shape.qk_dim, dtype=kind), torch.empty(*rows, shape.v_dim, dtype=kind), *scales
+        )
+
+    def _copy(self, layer: int, table: int, start: int, stored: Stored, *, out: bool, frozen: int = 0) -> None:
+        pointers = [None if part is None else part.data_ptr() for part in stored]
+        description = self._layers[torch.float32][layer]
+        _library.lamina_copy(byref(description), table, start, len(stored.k), *pointers, frozen, out)
+
+
+def _layer(
+    shape: LayerShape,
+    dtype: str,
+    block_tokens: int,
+    *,
+    input_type: int = 0,
+    memory: int | None = None,
+    sinks: int | None = None,
+) -> Layer:
+    return Layer(
+        memory=memory,
+        sinks=sinks,
+        kv_heads=shape.kv_heads,
+        group=shape.q_heads // shape.kv_heads,
+        qk_dim=shape.qk_dim,
+        v_dim=shape.v_dim,
+        block_tokens=block_tokens,
+        kv_type=TYPES[dtype],
+        input_type=input_type,
+        window=shape.window or 0,
+        scale=shape.scale,
+        softcap=shape.softcap or 0,
+    )
+
+
+def _like(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
