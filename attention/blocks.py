@@ -45,8 +45,8 @@ class Blocks:
         """Extents with free blocks."""
         self._empty: dict[int, _Extent] = {}
         """Extents with nothing but free blocks."""
-        self._unused: dict[int, _Extent] = {}
-        """Extents of which nobody holds a block: the empty ones, and those with idle blocks."""
+        self._unused: OrderedDict[int, _Extent] = OrderedDict()
+        """Extents of which nobody holds a block, longest first: the empty ones, and those with idle blocks."""
         self._published: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._holders: dict[int, int] = {}
@@ -85,15 +85,16 @@ class Blocks:
 
     def shrink(self) -> None:
         """Hand back an extent of which nobody holds a block, whatever is published in it: see `extents_beyond`."""
-        self._drop(next(iter((self._empty or self._unused).values())))
+        extent = self._empty.popitem()[1] if self._empty else next(iter(self._unused.values()))
+        self._drop(extent)
 
     def tidy(self) -> None:
         """Hand back the empty extents that no promise needs."""
         while self._empty and self.spare - len(self._idle) >= self._per_extent:
-            self._drop(next(iter(self._empty.values())))
+            self._drop(self._empty.popitem()[1])
 
     def _drop(self, extent: _Extent) -> None:
-        if extent.index not in self._empty:
+        if len(extent.free) < self._per_extent:
             start = extent.index * self._extent_bytes
             for block in range(start, start + self._per_extent * self._block_bytes, self._block_bytes):
                 if block in self._idle:
@@ -115,14 +116,14 @@ class Blocks:
                 block, _ = self._idle.popitem(last=False)
                 self._unpublish(block)
                 self._put_back(block)
-            extent = next(iter(self._open.values()))
+            _, extent = self._open.popitem()  # the first would be slow to find behind many that were removed
             chosen = extent.free[-missing:]
             del extent.free[-missing:]
             self._free -= len(chosen)
             self._use(extent, len(chosen))
             self._empty.pop(extent.index, None)
-            if not extent.free:
-                del self._open[extent.index]
+            if extent.free:
+                self._open[extent.index] = extent
             taken += chosen
         return taken
 

@@ -220,9 +220,9 @@ def most_blocks(extents: int, extent_bytes: int, block_bytes: Sequence[int]) -> 
 def fit_extent(nbytes: int, block_bytes: Sequence[int]) -> int:
     """The extent size that lets ``nbytes`` hold the most blocks of these sizes, equally many of each.
 
-    Among sizes that hold equally many, the largest; at most `EXTENT_BYTES`, or 16 of the largest blocks where these are
-    more, so that little is left over of an extent, and hardly more than a 64th of the memory, so that little is lost
-    where the last extent of each size is not full.
+    Among sizes that hold as many but for 1 in 200, the largest, since extents are work; at most `EXTENT_BYTES`, or 16
+    of the largest blocks where these are more, so that little is left over of an extent, and hardly more than a 64th
+    of the memory, so that little is lost where the last extent of each size is not full.
     """
     largest = max(block_bytes)
     limit = max(min(max(EXTENT_BYTES, 16 * largest), nbytes // 64), min(4 * largest, nbytes), largest)
@@ -230,8 +230,9 @@ def fit_extent(nbytes: int, block_bytes: Sequence[int]) -> int:
     for size in set(block_bytes):
         # From the limit downwards; more sizes than these bring nothing.
         candidates |= {size * count for count in range(limit // size, max(0, limit // size - 64), -1)}
-    fitting = [size for size in candidates if largest <= size <= limit]
-    return max(fitting, key=lambda size: (most_blocks(nbytes // size, size, block_bytes), size))
+    held = {size: most_blocks(nbytes // size, size, block_bytes) for size in candidates if largest <= size <= limit}
+    best = max(held.values())
+    return max(size for size, blocks in held.items() if 200 * blocks >= 199 * best)
 
 
 def numa_nodes() -> set[int]:

@@ -32,7 +32,7 @@ class MemoryNode:
         self._name = node.name
         self._peer_timeout = peer_timeout
         self._device = Device(cpus=node.pinned, threads=node.threads)
-        self._attention = node.attention or "auto"
+        self._attention: str = node.attention or "auto"
         self._taken: asyncio.Future[Memory] | None = None
         self._shard: AttentionShard | None = None
         self._owner = ""
