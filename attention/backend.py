@@ -29,6 +29,10 @@ BACKENDS = {
 """Name, module and class. Beside the class, the module has the `LayerBytes` of its blocks, ``layer_bytes``."""
 
 
+INPUTS = ("float32", "bfloat16", "float16")
+"""Types of q, k and v."""
+
+
 class Plan(Protocol):
     """What a backend worked out about the rows of one step.
 
@@ -155,9 +159,24 @@ def default_backend(device: str = "cpu") -> str:
 
 
 def check_key_value(layer: int, shape: LayerShape, tokens: int, k: Tensor, v: Tensor) -> None:
-    """`UsageError` unless k is [tokens, Hkv, Dk] and v [tokens, Hkv, Dv]."""
-    for name, tensor, dim in (("k", k, shape.qk_dim), ("v", v, shape.v_dim)):
-        if tensor.shape != (tokens, shape.kv_heads, dim):
-            raise UsageError(
-                f"layer {layer}: expected {name} of shape {[tokens, shape.kv_heads, dim]}, got {list(tensor.shape)}"
-            )
+    """`UsageError` unless k is [tokens, Hkv, Dk] and v [tokens, Hkv, Dv], of a type that comes over the wire."""
+    _check(layer, "k", k, (tokens, shape.kv_heads, shape.qk_dim), INPUTS)
+    _check(layer, "v", v, (tokens, shape.kv_heads, shape.v_dim), INPUTS)
+
+
+def check_query(layer: int, shape: LayerShape, tokens: int, q: Tensor) -> None:
+    """`UsageError` unless q is [tokens, Hq, Dk], of a type that comes over the wire."""
+    _check(layer, "q", q, (tokens, shape.q_heads, shape.qk_dim), INPUTS)
+
+
+def check_past(layer: int, shape: LayerShape, tokens: int, past: Partial) -> None:
+    """`UsageError` unless ``past`` is what `Backend.past` gives for so many rows."""
+    _check(layer, "o", past.o, (tokens, shape.q_heads, shape.v_dim), ("float32",))
+    _check(layer, "lse", past.lse, (tokens, shape.q_heads), ("float32",))
+
+
+def _check(layer: int, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
+    if tensor.shape != shape:
+        raise UsageError(f"layer {layer}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+    if str(tensor.dtype).removeprefix("torch.") not in dtypes:
+        raise UsageError(f"layer {layer}: expected {name} of type {' or '.join(dtypes)}, got {tensor.dtype}")

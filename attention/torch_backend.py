@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.attention.backend import Plan, Stored, check_key_value
+from lamina.attention.backend import Plan, Stored, check_key_value, check_past, check_query
 from lamina.attention.cache import Integers, KVCache, Placement
 from lamina.attention.dense import attend_visible, visible_keys
 from lamina.attention.layout import ITEM_BYTES, SCALE_BYTES, SCALED, LayerShape
@@ -53,10 +53,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Of positions, in any shape: the byte offset of the block, and the number within the block. Both int64."""
+    """Of positions, in any ``shape``: for each part of a layer the int64 index of their rows in its `_Part`, flat."""
 
-    blocks: Tensor
-    within: Tensor
+    shape: tuple[int, ...]
+    rows: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +118,16 @@ class TorchBackend:
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         assert isinstance(plan, TorchPlan)
+        check_query(layer, self.cache.shape(layer), plan.rows.tokens, q)
         self.cache.require_past(layer, plan.placement)
         return self._attend(plan.past[self.cache.group_of(layer)], layer, q)
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         assert isinstance(plan, TorchPlan)
         group, shape = self.cache.group_of(layer), self.cache.shape(layer)
+        check_query(layer, shape, plan.rows.tokens, q)
         check_key_value(layer, shape, plan.rows.tokens, k, v)
+        check_past(layer, shape, plan.rows.tokens, past)
         self._write(layer, plan.placement, plan.targets[group], self._rounded(k, v))
         # Read back from the cache, so that a token weighs now exactly what it will weigh in later steps.
         return add_sinks(merge(past, self._attend(plan.new[group], layer, q)), shape.sinks)
@@ -132,18 +135,13 @@ class TorchBackend:
     def export(self, sequence: int, layer: int, start: int, stop: int) -> Stored:
         positions = np.arange(start, stop)
         table = self.cache.stored(sequence, layer, start, stop)
-        return self._stores[layer].read(self._places(table[positions // self._size], positions))
+        return self._stores[layer].read(
+            self._places(self.cache.group_of(layer), table[positions // self._size], positions)
+        )
 
     def restore(self, sequence: int, layer: int, start: int, stored: Stored) -> None:
-        shape, tokens = self.cache.shape(layer), len(stored.k)
-        check_key_value(layer, shape, tokens, stored.k, stored.v)
-        dtype = getattr(torch, self.cache.layout.dtype)
-        scaled = self.cache.layout.dtype in SCALED
-        if not stored.k.dtype == stored.v.dtype == dtype or (stored.k_scale is not None) != scaled:
-            raise UsageError(
-                f"layer {layer}: expected stored keys and values of type {dtype}, {'with' if scaled else 'without'} "
-                f"scales, got {stored.k.dtype} and {stored.v.dtype}"
-            )
+        tokens = len(stored.k)
+        self._stores[layer].check(layer, tokens, stored)
         placement = self.cache.place(Rows((Run(sequence, start, tokens),)), attend=False)
         self._write(layer, placement, self._target(placement, self.cache.group_of(layer)), stored)
 
@@ -180,12 +178,20 @@ class TorchBackend:
         )
         wanted = (positions >= np.repeat(placement.frozen, counts)) & (blocks >= 0)
         if wanted.all():
-            return Target(self._places(blocks, positions), None)
+            return Target(self._places(group, blocks, positions), None)
         rows = np.nonzero(wanted)[0]
-        return Target(self._places(blocks[rows], positions[rows]), self._tensor(rows))
+        return Target(self._places(group, blocks[rows], positions[rows]), self._tensor(rows))
 
-    def _places(self, blocks: Integers, positions: Integers) -> Places:
-        return Places(self._tensor(blocks), self._tensor(positions % self._size))
+    def _places(self, group: int, blocks: Integers, positions: Integers) -> Places:
+        """``blocks``: the byte offsets of the blocks that hold ``positions``, in the same shape."""
+        # In layers of a group rows have the same sizes, and often k the same as v.
+        parts = self._stores[self.cache.groups[group].layers[0]].parts
+        within = positions % self._size
+        found: dict[tuple[int, int], Tensor] = {}
+        for part in parts:
+            if (size := (part.item, part.width)) not in found:
+                found[size] = self._tensor((blocks // part.item + within * part.width).ravel())
+        return Places(positions.shape, tuple(found[part.item, part.width] for part in parts))
 
     def _tensor(self, numbers: Integers) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)
@@ -217,9 +223,9 @@ class TorchBackend:
                 joined[-1].append(piece)
             else:
                 joined.append([piece])
-        return [self._batch(pieces, [tables[piece.run] for piece in pieces], window) for pieces in joined]
+        return [self._batch(group, pieces, [tables[piece.run] for piece in pieces]) for pieces in joined]
 
-    def _batch(self, pieces: list[Piece], tables: list[Integers], window: int | None) -> Batch:
+    def _batch(self, group: int, pieces: list[Piece], tables: list[Integers]) -> Batch:
         numbers = np.array([(piece.row, piece.position, piece.first, piece.end) for piece in pieces])
         row, position, first, end = (column[:, None] for column in numbers.T)  # each [B, 1]
         key = first + np.arange(pieces[-1].keys)
@@ -227,10 +233,11 @@ class TorchBackend:
         read = np.minimum(key, end - 1)
         blocks = np.stack([table[own] for table, own in zip(tables, read // self._size, strict=True)])
         query = np.arange(pieces[0].queries)
+        window = self.cache.groups[group].window
         visible = visible_keys(self._tensor(position + query), self._tensor(key), window)
         return Batch(
             self._tensor(row + query),
-            self._places(blocks, read),
+            self._places(group, blocks, read),
             visible & self._tensor(key < end).unsqueeze(1),
         )
 
@@ -240,47 +247,52 @@ class _Store:
 
     def __init__(self, cache: KVCache, layer: int) -> None:
         shape, name = cache.shape(layer), cache.layout.dtype
-        dtype = getattr(torch, name)
-        sizes = _part_bytes(shape, name, cache.layout.block_tokens)
-        starts = [cache.layer_offset(layer) + sum(sizes[:part]) for part in range(len(sizes))]
-        heads = shape.kv_heads
-        self._k = _Part(cache, dtype, starts[0], (heads, shape.qk_dim))
-        self._v = _Part(cache, dtype, starts[1], (heads, shape.v_dim))
-        self._scales = [_Part(cache, torch.float32, start, (heads,)) for start in starts[2:]]
+        dtype, heads = getattr(torch, name), shape.kv_heads
+        rows: list[tuple[torch.dtype, tuple[int, ...]]] = [
+            (dtype, (heads, shape.qk_dim)),
+            (dtype, (heads, shape.v_dim)),
+        ]
+        if name in SCALED:
+            rows += [(torch.float32, (heads,))] * 2
+        self.parts: list[_Part] = []
+        start = cache.layer_offset(layer)
+        for row, nbytes in zip(rows, _part_bytes(shape, name, cache.layout.block_tokens), strict=True):
+            self.parts.append(_Part(cache.memory.tensor, start, *row))
+            start += nbytes
 
     def read(self, places: Places) -> Stored:
-        return Stored(*(part.read(places) for part in (self._k, self._v, *self._scales)))
+        parts = zip(self.parts, places.rows, strict=True)
+        return Stored(*(part.read(rows).view(*places.shape, *part.row) for part, rows in parts))
+
+    def check(self, layer: int, tokens: int, stored: Stored) -> None:
+        """`UsageError` unless ``stored`` is what `read` gives for so many positions."""
+        wanted = [((tokens, *part.row), part.dtype) for part in self.parts]
+        found = [(tuple(part.shape), part.dtype) for part in stored if part is not None]
+        if found != wanted:
+            raise UsageError(f"layer {layer}: expected stored keys, values and scales like {wanted}, got {found}")
 
     def write(self, places: Places, stored: Stored) -> None:
-        self._k.write(places, stored.k)
-        self._v.write(places, stored.v)
-        for part, scale in zip(self._scales, (stored.k_scale, stored.v_scale), strict=False):
-            assert scale is not None
-            part.write(places, scale)
+        for part, rows, values in zip(self.parts, places.rows, stored, strict=False):
+            assert values is not None
+            part.write(rows, values)
 
 
 class _Part:
-    """One part of a layer in its blocks: ``start`` bytes behind the block's beginning, a ``row`` for each position."""
+    """One part of a layer, ``start`` bytes behind the beginning of each block: a row of ``width`` numbers for each
+    position, which is called by its distance from ``start``, in numbers of ``item`` bytes."""
 
-    def __init__(self, cache: KVCache, dtype: torch.dtype, start: int, row: tuple[int, ...]) -> None:
-        self._dtype, self._row = dtype, row
-        self._item = dtype.itemsize
-        self._start, self._width = start // self._item, int(np.prod(row))
-        memory = cache.memory.tensor
+    def __init__(self, memory: Tensor, start: int, dtype: torch.dtype, row: tuple[int, ...]) -> None:
+        self.dtype, self.row, self.item, self.width = dtype, row, dtype.itemsize, int(np.prod(row))
         # Types of 8 bits move as bytes: not every operation knows them.
-        flat = memory[: len(memory) // ALIGNMENT * ALIGNMENT].view(torch.uint8 if self._item == 1 else dtype)
+        flat = memory[start : len(memory) // ALIGNMENT * ALIGNMENT].view(torch.uint8 if self.item == 1 else dtype)
         # A row may begin at any number, so the view has a row at each of them; they overlap, which only indexing uses.
-        self._rows = flat.as_strided((max(0, len(flat) - self._width + 1), self._width), (1, 1))
+        self._rows = flat.as_strided((max(0, len(flat) - self.width + 1), self.width), (1, 1))
 
-    def read(self, places: Places) -> Tensor:
-        found = self._rows.index_select(0, self._index(places)).view(self._dtype)
-        return found.view(*places.blocks.shape, *self._row)
+    def read(self, rows: Tensor) -> Tensor:
+        return self._rows.index_select(0, rows).view(self.dtype)
 
-    def write(self, places: Places, values: Tensor) -> None:
-        self._rows.index_copy_(0, self._index(places), values.reshape(-1, self._width).view(self._rows.dtype))
-
-    def _index(self, places: Places) -> Tensor:
-        return (places.blocks // self._item + self._start + places.within * self._width).flatten()
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        self._rows.index_copy_(0, rows, values.reshape(-1, self.width).view(self._rows.dtype))
 
 
 def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
