@@ -26,7 +26,22 @@ def decode(
     run(model, memory_nodes=memory_nodes, tokens=tokens, repeats=repeats, as_json=as_json, plot=plot, quick=quick)
 
 
+@app.command()
+def attention(
+    backend: Annotated[list[str] | None, typer.Option(help="Measure only this one; may be given again.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of everything; default: all cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the share of the bandwidth over the context.")] = None,
+    quick: Annotated[bool, typer.Option(help="Two shapes of decode, one of prefill.")] = False,
+) -> None:
+    """Attention on the CPU against the memory's bandwidth, torch, and vLLM and llama.cpp where they are installed."""
+    from lamina.bench.attention import run
+
+    run(backend, threads=threads, as_json=as_json, plot=plot, quick=quick)
+
+
 @app.command(name="all")
 def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
     """Every benchmark, with its defaults."""
+    attention(quick=quick)
     decode(quick=quick)

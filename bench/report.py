@@ -27,8 +27,9 @@ def machine() -> dict[str, Any]:
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
 
 
-def print_json(rows: Sequence[Row]) -> None:
-    sys.stdout.write(json.dumps({"machine": machine(), "rows": list(rows)}, indent=2) + "\n")
+def print_json(rows: Sequence[Row], on: Mapping[str, Any] | None = None) -> None:
+    """``on``: what the figures were taken on, if more is known than `machine` says."""
+    sys.stdout.write(json.dumps({"machine": on or machine(), "rows": list(rows)}, indent=2) + "\n")
 
 
 def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
@@ -44,7 +45,7 @@ def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> 
 def _short(value: Any) -> str:
     """Three digits are all that a noisy machine gives."""
     if not isinstance(value, float):
-        return str(value)
+        return "" if value is None else str(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -58,13 +59,18 @@ def figure_class() -> Any:
 
 
 def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: str, title: str) -> None:
-    """Lines of the columns ``ys`` over the column ``x``, both axes logarithmic. ConfigError without matplotlib."""
+    """Lines of the columns ``ys`` over the column ``x``, both axes logarithmic; a row may lack some of ``ys``.
+
+    ConfigError without matplotlib.
+    """
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for y in ys:
-        axes.plot([row[x] for row in rows], [row[y] for row in rows], marker="o", label=y)
+        there = [row for row in rows if y in row]
+        axes.plot([row[x] for row in there], [row[y] for row in there], marker="o", label=y)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=ylabel, title=title)
     axes.set_xticks([row[x] for row in rows], [str(row[x]) for row in rows])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

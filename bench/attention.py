@@ -1,0 +1,365 @@
+"""Attention on a memory node, beside other libraries and beside what the machine's memory delivers.
+
+Decode is bound by the bytes of the KV cache, so its figure is the share of the read bandwidth that it reaches. Virtual
+machines change their bandwidth within minutes. Hence a plain read by as many threads goes before and after every
+sample, which is compared with the mean of the two; the median of these ratios is reported. Samples go around
+layers that together are ten times the last-level caches, so that no byte is still there when it is visited again.
+
+Prefill is bound by arithmetic and compared with torch. Appending is shown beside the attention of the same step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lamina.attention.pool import Memory
+from lamina.attention.rows import Rows, Run
+from lamina.bench import report
+from lamina.bench.bandwidth import Bandwidth, Others, cache_bytes, free_bytes, in_turns, read_bytes
+from lamina.bench.contenders import LIBRARIES, Content, Own, Point, layout_of, scattered
+from lamina.errors import CapacityError, ConfigError
+
+Machine = dict[str, Any]
+
+SHAPES = ((1, 2048), (1, 8192), (1, 32768), (16, 512), (16, 2048), (16, 8192), (32, 2048))
+"""Batch and context."""
+MAIN_SHAPES = ((16, 2048), (1, 32768))
+"""All that a quick run has; and where other libraries are measured with other than the first of these:"""
+GQA, HEAD_DIMS = (4, 8), (128, 64)
+COMMON_TYPES = ("bfloat16", "float8_e4m3fn", "int8")
+"""Of our own. Other types, and other GQA, are measured at one shape only."""
+RARE_SHAPE, RARE_GQA = (16, 2048), (1, 16)
+
+APPEND_SHAPE = (32, 2048)
+PREFILLS = ((512, 0), (512, 1024), (2048, 0), (2048, 1024))
+"""New tokens and tokens before them."""
+QUICK_PREFILLS = PREFILLS[:1]
+PREFILL_LAYERS = 2
+
+SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "float16": "f16", "float32": "f32"}
+
+PLOT_SHAPES = ((16, 512), (16, 2048), (16, 8192), (1, 32768))
+
+CACHES = 10
+"""Times the last-level caches that are read between two visits of a byte."""
+MAX_BYTES = 6 << 30
+"""Of memory, together with the buffer for plain reads; and no more than half of what is free."""
+
+MAX_OTHERS = 0.1
+"""Cores busy with other work, beyond which it is mentioned."""
+
+COLUMNS = {
+    "decode": {
+        "backend": "backend",
+        "kv": "KV",
+        "shape": "BxC",
+        "gqa": "GQA",
+        "head_dim": "head",
+        "tokens_per_s": "tokens/s",
+        "gbps": "GB/s",
+        "read_gbps": "read",
+        "ratio": "ratio",
+    },
+    "append": {
+        "backend": "backend",
+        "kv": "KV",
+        "shape": "BxC",
+        "attend_us": "attend µs",
+        "append_us": "append µs",
+        "append_share": "append/attend",
+        "finish_us": "finish µs",
+    },
+    "prefill": {
+        "backend": "backend",
+        "kv": "KV",
+        "new": "new",
+        "past": "past",
+        "attend_us": "µs",
+        "tokens_per_s": "tokens/s",
+        "gflops": "GFLOP/s",
+        "sdpa_ratio": "x sdpa",
+    },
+}
+"""By the phase that a row is about."""
+
+
+def run(backends: list[str] | None, *, threads: int | None, as_json: bool, plot: Path | None, quick: bool) -> None:
+    """Measure, print, and draw if asked."""
+    if plot:
+        report.figure_class()
+    console = Console(stderr=True)
+    threads = _check_threads(threads)
+    names = _usable(backends, console)
+    machine, rows = _measure(names, threads, console, quick=quick)
+    if as_json:
+        report.print_json(rows, machine)
+    else:
+        _print(rows, machine)
+    if plot:
+        _draw(plot, rows)
+
+
+def _check_threads(threads: int | None) -> int:
+    cores = len(os.sched_getaffinity(0))
+    if threads is not None and threads > cores:
+        raise ConfigError(f"--threads: expected at most {cores}, the cores that this process may use, got {threads}")
+    return threads or cores
+
+
+def _usable(backends: list[str] | None, console: Console) -> list[str]:
+    """The libraries to measure. Without ``backends`` those that are there; the others are named and left out."""
+    unknown = sorted(set(backends or ()) - LIBRARIES.keys())
+    if unknown:
+        raise ConfigError(f"--backend: expected one of {', '.join(LIBRARIES)}, got {', '.join(unknown)}")
+    usable = []
+    for name in dict.fromkeys(backends or [name for name, library in LIBRARIES.items() if library.default]):
+        why = LIBRARIES[name].unavailable()
+        if why and backends:
+            raise ConfigError(f"--backend {name}: {why}")
+        if why:
+            console.print(f"{name} is left out: {why}", highlight=False, soft_wrap=True)
+        else:
+            usable.append(name)
+    return usable
+
+
+def _measure(names: list[str], threads: int, console: Console, *, quick: bool) -> tuple[Machine, list[report.Row]]:
+    own = [name for name in names if LIBRARIES[name].own]
+    jobs = [("decode", name, point) for name, point in _grid(names, quick=quick)]
+    jobs += [("append", name, _point(*APPEND_SHAPE, kv_dtype)) for name in own for kv_dtype in COMMON_TYPES]
+    limit = min(MAX_BYTES, free_bytes() // 2) - read_bytes()
+    fitting = [job for job in jobs if _nbytes(*job[1:]) <= limit]
+    if not fitting:
+        needed = min(_nbytes(*job[1:]) for job in jobs) + read_bytes()
+        raise CapacityError(
+            f"bench attention: needs {needed / 2**30:.1f} GiB of memory to leave caches of {cache_bytes() >> 20} MiB "
+            f"behind, but may take {(limit + read_bytes()) / 2**30:.1f} GiB: half of what is free, at most "
+            f"{MAX_BYTES >> 30} GiB"
+        )
+    if len(fitting) < len(jobs):
+        missing = f"{len(jobs) - len(fitting)} of {len(jobs)} points are left out"
+        console.print(f"{missing}: they take more than {limit / 2**30:.1f} GiB of memory", highlight=False)
+    prefills = QUICK_PREFILLS if quick else PREFILLS
+
+    torch.set_num_threads(threads)
+    others, rows = Others(), []
+    bench = _Bench(threads, max(_nbytes(*job[1:]) for job in fitting))
+    try:
+        machine = {**report.machine(), **bench.machine()}
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("attention", total=len(fitting) + len(prefills))
+            for phase, name, point in fitting:
+                rows.append(bench.decode(name, point) if phase == "decode" else bench.append(name, point))
+                progress.advance(task)
+            for new, past in prefills:
+                rows += bench.prefill(own, new, past, sdpa="sdpa" in names)
+                progress.advance(task)
+    finally:
+        bench.close()
+    machine["other_cores"] = others.cores()
+    if machine["other_cores"] > MAX_OTHERS:
+        busy = f"other work kept {machine['other_cores']:.2f} cores busy meanwhile"
+        console.print(f"{busy}; figures of a quiet machine will be better", highlight=False)
+    return machine, rows
+
+
+def _grid(names: list[str], *, quick: bool) -> list[tuple[str, Point]]:
+    """What to measure, libraries next to one another: what is compared then is of about the same minute."""
+    grid = []
+    for name in names:
+        library = LIBRARIES[name]
+        types = [kv_dtype for kv_dtype in library.kv_dtypes if kv_dtype in COMMON_TYPES or not library.own]
+        points = [_point(*shape, kv_dtype) for shape in (MAIN_SHAPES if quick else SHAPES) for kv_dtype in types]
+        if not quick:
+            others = [(gqa, dim) for gqa in GQA for dim in HEAD_DIMS if (gqa, dim) != (GQA[0], HEAD_DIMS[0])]
+            shapes = SHAPES if library.own else MAIN_SHAPES
+            points += [_point(*shape, kv, *other) for shape in shapes for kv in types for other in others]
+            points += [_point(*RARE_SHAPE, types[0], gqa) for gqa in RARE_GQA]
+            points += [_point(*RARE_SHAPE, kv_dtype) for kv_dtype in library.kv_dtypes if kv_dtype not in types]
+        grid += [(name, point) for point in points]
+    return sorted(grid, key=lambda entry: (entry[1].batch, entry[1].context, entry[1].head_dim, entry[1].gqa))
+
+
+def _point(batch: int, context: int, kv_dtype: str, gqa: int = GQA[0], head_dim: int = HEAD_DIMS[0]) -> Point:
+    return Point(kv_dtype=kv_dtype, batch=batch, context=context, gqa=gqa, head_dim=head_dim)
+
+
+def _layers(point: Point) -> int:
+    """So many layers leave the caches behind between two visits of a byte."""
+    return -(-CACHES * cache_bytes() // point.kv_bytes)
+
+
+def _nbytes(name: str, point: Point) -> int:
+    return LIBRARIES[name].nbytes(point, _layers(point))
+
+
+class _Bench:
+    """The yardstick, and one memory of ``nbytes`` that all caches take turns in."""
+
+    def __init__(self, threads: int, nbytes: int) -> None:
+        self._threads = threads
+        self._bandwidth = Bandwidth(threads)
+        self._memory = Memory(nbytes)
+
+    def close(self) -> None:
+        self._bandwidth.close()
+        self._memory.close()
+
+    def machine(self) -> Machine:
+        return {
+            "llc_bytes": cache_bytes(),
+            "isa": self._bandwidth.isa,
+            "threads": self._threads,
+            "read_gbps_one_thread": self._bandwidth.one_thread(),
+            "read_gbps": self._bandwidth.all_threads(),
+        }
+
+    def decode(self, name: str, point: Point) -> report.Row:
+        """One token of each sequence attends to its context."""
+        library, layers = LIBRARIES[name], _layers(point)
+        contender = library.make(point, layers, self._memory, self._threads)
+        try:
+            found = self._bandwidth.compare(contender.attend, layers, point.kv_bytes, settle=not library.own)
+        finally:
+            contender.close()
+        return {
+            **self._about("decode", name, point),
+            "layers": layers,
+            "attend_us": found.seconds * 1e6,
+            "gbps": found.gbps,
+            "read_gbps": found.read_gbps,
+            "ratio": found.ratio,
+            "tokens_per_s": point.batch / found.seconds,
+        }
+
+    def append(self, name: str, point: Point) -> report.Row:
+        """How long new tokens' keys and values take to store, alone and within ``finish``, which attends to them."""
+        layers = _layers(point)
+        own = Own(name, point, layers, self._memory, self._threads)
+        backend, rows, plan, content = own.backend, own.rows, own.plan, Content.of(point, tokens=point.batch)
+        q, k, v = content.q, content.k, content.v
+        try:
+            past = backend.past(plan, 0, q)
+            calls: dict[str, Callable[[int], object]] = {
+                "attend_us": lambda layer: backend.past(plan, layer, q),
+                "append_us": lambda layer: backend.append(layer, rows, k, v),
+                "finish_us": lambda layer: backend.finish(plan, layer, q, k, v, past),
+            }
+            seconds = in_turns(calls, layers)
+        finally:
+            own.close()
+        return {
+            **self._about("append", name, point),
+            **{call: found * 1e6 for call, found in seconds.items()},
+            "append_share": seconds["append_us"] / seconds["attend_us"],
+        }
+
+    def prefill(self, own: list[str], new: int, past: int, *, sdpa: bool) -> list[report.Row]:
+        """``new`` tokens of one sequence are stored and attend, to one another and to ``past`` tokens before them."""
+        calls: dict[tuple[str, str], Callable[[int], object]] = {}
+        with ExitStack() as stack:
+            if sdpa:
+                calls["sdpa", "bfloat16"] = _sdpa_prefill(new, past)
+            for name, kv_dtype in product(own, COMMON_TYPES):
+                calls[name, kv_dtype] = stack.enter_context(_own_prefill(name, kv_dtype, new, past, self._threads))
+            seconds = in_turns(calls, PREFILL_LAYERS) if calls else {}
+        rows = []
+        for (name, kv_dtype), found in seconds.items():
+            point = _point(1, past + new, kv_dtype)
+            flops = 4 * point.q_heads * point.head_dim * (new * past + new * (new + 1) // 2)
+            rows.append(
+                {
+                    **self._about("prefill", name, point),
+                    "new": new,
+                    "past": past,
+                    "attend_us": found * 1e6,
+                    "tokens_per_s": new / found,
+                    "gflops": flops / found / 1e9,
+                    "sdpa_ratio": seconds["sdpa", "bfloat16"] / found if sdpa else None,
+                }
+            )
+        return rows
+
+    def _about(self, phase: str, name: str, point: Point) -> report.Row:
+        return {"phase": phase, "backend": name, **asdict(point), "threads": self._threads}
+
+
+def _sdpa_prefill(new: int, past: int) -> Callable[[int], object]:
+    q, k, v = _prompt(_point(1, past + new, "bfloat16"), new, past)
+    query = q.transpose(0, 1).unsqueeze(0)
+    caches = [(k.transpose(0, 1).unsqueeze(0).clone(), v.transpose(0, 1).unsqueeze(0).clone())] * PREFILL_LAYERS
+    # Without a past torch needs no mask, and is faster.
+    visible = torch.ones(new, past + new, dtype=torch.bool).tril(past) if past else None
+
+    def attend(layer: int) -> object:
+        return scaled_dot_product_attention(query, *caches[layer], visible, is_causal=not past, enable_gqa=True)
+
+    return attend
+
+
+@contextmanager
+def _own_prefill(name: str, kv_dtype: str, new: int, past: int, threads: int) -> Iterator[Callable[[int], object]]:
+    point = _point(1, past + new, kv_dtype)
+    q, k, v = _prompt(point, new, past)
+    memory = Memory(LIBRARIES[name].nbytes(point, PREFILL_LAYERS))
+    backend = scattered(name, layout_of(point, PREFILL_LAYERS), memory, threads)
+    try:
+        backend.cache.reserve(0, past + new)
+        for layer in range(PREFILL_LAYERS if past else 0):
+            backend.append(layer, Rows((Run(0, 0, past),)), k[:past], v[:past])
+        plan = backend.plan(Rows((Run(0, past, new),)))
+        yield lambda layer: backend.finish(plan, layer, q, k[past:], v[past:], backend.past(plan, layer, q))
+    finally:
+        backend.close()
+        memory.close()
+
+
+def _prompt(point: Point, new: int, past: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q: [new, Hq, D]; k, v: [past + new, 8, D]."""
+    content = Content.of(point, tokens=past + new)
+    q = torch.randn(new, point.q_heads, point.head_dim, generator=torch.Generator().manual_seed(1))
+    return q.to(torch.bfloat16), content.k, content.v
+
+
+def _print(rows: list[report.Row], machine: Machine) -> None:
+    title = (
+        f"attention, {machine['threads']} threads, {machine['isa']}, plain read {machine['read_gbps']:.1f} GB/s "
+        f"({machine['read_gbps_one_thread']:.1f} with one)"
+    )
+    for phase, columns in COLUMNS.items():
+        shown = [
+            {**row, "kv": SHORT.get(row["kv_dtype"], row["kv_dtype"]), "shape": f"{row['batch']}x{row['context']}"}
+            for row in rows
+            if row["phase"] == phase
+        ]
+        if shown:
+            report.print_table(f"{title}: {phase}" if phase == "decode" else phase, shown, columns)
+
+
+def _draw(path: Path, rows: list[report.Row]) -> None:
+    """The ratio over the context, a line for each library and type."""
+    points: list[report.Row] = []
+    for batch, context in PLOT_SHAPES:
+        shown = {
+            f"{row['backend']} {row['kv_dtype']}": row["ratio"]
+            for row in rows
+            if (row["phase"], row["batch"], row["context"], row["gqa"], row["head_dim"])
+            == ("decode", batch, context, GQA[0], HEAD_DIMS[0])
+        }
+        if shown:
+            points.append({"context": context, **shown})
+    ys = list(dict.fromkeys(y for point in points for y in point if y != "context"))
+    title = "Decode attention: share of the read bandwidth, batch 16 (1 at 32768)"
+    report.draw(path, points, x="context", ys=ys, ylabel="GB/s of KV cache / GB/s of a plain read", title=title)

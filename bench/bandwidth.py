@@ -1,0 +1,167 @@
+"""What this machine's memory delivers, and work measured in turns with it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle, pairwise
+from pathlib import Path
+from typing import TypeVar
+
+from lamina.attention.native.library import Workers
+from lamina.attention.pool import Memory
+
+Name = TypeVar("Name", bound=Hashable)
+
+REPEATS = 5
+SAMPLE_S = 0.02
+"""A sample goes on from layer to layer for at least this long."""
+
+SETTLE_S, INTEL_SETTLE_S = 0.02, 0.25
+"""How long threads of OpenMP look for more work before they leave the cores to others; those of Intel take longer."""
+
+READ_CACHES, MIN_READ_BYTES = 4, 256 << 20
+"""A plain read goes over so many times the last-level cache."""
+
+ASSUMED_CACHE = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Medians. ``ratio``: of each sample to the plain reads before and after it, not of the medians."""
+
+    seconds: float
+    gbps: float
+    read_gbps: float
+    ratio: float
+
+
+class Bandwidth:
+    """Reads a buffer much larger than the caches, with the vector loads of the native kernel."""
+
+    def __init__(self, threads: int) -> None:
+        self._workers = Workers(threads)
+        self._one = Workers(1)
+        self._buffer = Memory(read_bytes())
+        self.isa = self._workers.isa
+
+    def close(self) -> None:
+        self._workers.close()
+        self._one.close()
+        self._buffer.close()
+
+    def one_thread(self) -> float:
+        """GB/s."""
+        return statistics.median(self._read(self._one) for _ in range(REPEATS))
+
+    def all_threads(self) -> float:
+        """GB/s."""
+        return statistics.median(self._read(self._workers) for _ in range(REPEATS))
+
+    def compare(self, work: Callable[[int], object], layers: int, nbytes: int, *, settle: bool) -> Measured:
+        """Call ``work`` for one layer after the other, which reads ``nbytes`` in each, in turns with plain reads.
+
+        ``settle``: its threads may still be busy when it returns; they are waited for.
+        """
+        pause = _settle_seconds() if settle else 0.0
+        around = cycle(range(layers))
+        _sample(work, around)
+        time.sleep(_settle_seconds())  # for whatever filled the caches, too
+        reads, samples = [self._read(self._workers)], []
+        for _ in range(REPEATS):
+            samples.append(_sample(work, around))
+            time.sleep(pause)
+            reads.append(self._read(self._workers))
+        rates = [nbytes / seconds / 1e9 for seconds in samples]
+        beside = [(before + after) / 2 for before, after in pairwise(reads)]
+        return Measured(
+            seconds=statistics.median(samples),
+            gbps=statistics.median(rates),
+            read_gbps=statistics.median(reads),
+            ratio=statistics.median(rate / read for rate, read in zip(rates, beside, strict=True)),
+        )
+
+    def _read(self, workers: Workers) -> float:
+        started = time.perf_counter()
+        workers.read(self._buffer.tensor)
+        return self._buffer.nbytes / (time.perf_counter() - started) / 1e9
+
+
+def in_turns(calls: Mapping[Name, Callable[[int], object]], layers: int) -> dict[Name, float]:
+    """Median seconds that each of ``calls`` takes for a layer, sampled in turns."""
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
+    arounds = {name: cycle(range(layers)) for name in calls}
+    pause = _settle_seconds()
+    for repeat in range(REPEATS + 1):
+        for name, call in calls.items():
+            seconds = _sample(call, arounds[name])
+            if repeat:  # the first warms up
+                samples[name].append(seconds)
+            time.sleep(pause)
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def _sample(call: Callable[[int], object], layers: Iterator[int]) -> float:
+    """Seconds per layer."""
+    calls, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < SAMPLE_S:
+        call(next(layers))
+        calls += 1
+    return seconds / calls
+
+
+class Others:
+    """How many of the cores that this process may use have been busy with something else since this was made."""
+
+    def __init__(self) -> None:
+        self._started, self._busy = time.perf_counter(), _others_seconds()
+
+    def cores(self) -> float:
+        """On average."""
+        return max(0.0, (_others_seconds() - self._busy) / (time.perf_counter() - self._started))
+
+
+def _others_seconds() -> float:
+    ours = time.process_time()
+    names = {f"cpu{cpu}" for cpu in os.sched_getaffinity(0)}
+    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    # user, nice, system, irq, softirq and, on a virtual machine, what its host kept for itself
+    ticks = sum(int(line[i]) for line in lines if line[0] in names for i in (1, 2, 3, 6, 7, 8))
+    return ticks / os.sysconf("SC_CLK_TCK") - ours
+
+
+def read_bytes() -> int:
+    """The size of the buffer that is read."""
+    return max(READ_CACHES * cache_bytes(), MIN_READ_BYTES)
+
+
+@cache
+def cache_bytes() -> int:
+    """The last-level caches of the processors that this process may use, together."""
+    caches: dict[str, int] = {}
+    for cpu in os.sched_getaffinity(0):
+        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/cache")
+        levels = [index for index in folder.glob("index*") if (index / "size").exists()]
+        if levels:
+            last = max(levels, key=lambda index: int((index / "level").read_text()))
+            size = (last / "size").read_text().strip()
+            caches[(last / "shared_cpu_list").read_text()] = int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(
+                size[-1], 0
+            )
+    return sum(caches.values()) or ASSUMED_CACHE
+
+
+def free_bytes() -> int:
+    """Memory that can be taken without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _settle_seconds() -> float:
+    return INTEL_SETTLE_S if "libiomp5" in Path("/proc/self/maps").read_text() else SETTLE_S
