@@ -16,10 +16,6 @@
 #define LAMINA_JOIN_(a, b) a##b
 #define LAMINA_JOIN(a, b) LAMINA_JOIN_(a, b)
 
-#ifndef LAMINA_PREFETCH
-#define LAMINA_PREFETCH 3
-#endif
-
 #include "simd.h"
 
 namespace lamina {
@@ -169,15 +165,14 @@ struct Int8Products {
 
 // sums[r][n] += over `steps` lines, an even number: operand (r, i) . line i of group n, where a group is a page (scores) or a chunk of
 // 16 dimensions (values). `ahead[n]` is what will be read next in the place of `lines[n]`.
-template <class P, int R, int N, bool Ahead>
+template <class P, int R, int N>
 inline void panel(typename P::Sum (&sums)[R][N * VECTORS], const uint8_t *const (&lines)[N],
                   const uint8_t *const (&ahead)[N], int steps, const typename P::Operand *operands,
                   int operand_stride) {
     constexpr int line_bytes = LINE * item_bytes(P::type);
     for (int i = 0; i < steps; i += 2) {
-        if (Ahead)
-            for (int n = 0; n < N; ++n)
-                for (int b = 0; b < 2 * line_bytes; b += 64) prefetch(ahead[n] + i * line_bytes + b);
+        for (int n = 0; n < N; ++n)
+            for (int b = 0; b < 2 * line_bytes; b += 64) prefetch(ahead[n] + i * line_bytes + b);
         for (int j = i; j < i + 2; ++j) {
             typename P::template Values<N * VECTORS> values;
             for (int n = 0; n < N; ++n)
@@ -188,15 +183,15 @@ inline void panel(typename P::Sum (&sums)[R][N * VECTORS], const uint8_t *const 
     }
 }
 
-template <class P, int R, int N, bool Ahead>
+template <class P, int R, int N>
 __attribute__((noinline)) void score_pages(const uint8_t *const *pages, const uint8_t *const *ahead, int lines,
                  const typename P::Operand *q, int q_stride, float *scores, bool onto) {
     typename P::Sum sums[R][N * VECTORS];
     for (auto &row : sums)
         for (auto &sum : row) sum = typename P::Sum{};
     const uint8_t *now[N], *next[N];
-    for (int n = 0; n < N; ++n) now[n] = pages[n], next[n] = Ahead ? ahead[n] : nullptr;
-    panel<P, R, N, Ahead>(sums, now, next, lines, q, q_stride);
+    for (int n = 0; n < N; ++n) now[n] = pages[n], next[n] = ahead[n];
+    panel<P, R, N>(sums, now, next, lines, q, q_stride);
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N * VECTORS; ++n) {
             float *to = scores + r * TILE + n * W;
@@ -209,18 +204,18 @@ __attribute__((noinline)) void score_pages(const uint8_t *const *pages, const ui
         }
 }
 
-template <class P, int R, bool Ahead>
+template <class P, int R>
 void score_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int count, int lines,
                 const typename P::Operand *q, int q_stride, float *scores, bool onto) {
     constexpr int N = groups_of(R);
     int n = 0;
     for (; n + N <= count; n += N)
-        score_pages<P, R, N, Ahead>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
+        score_pages<P, R, N>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
     for (; n < count; ++n)
-        score_pages<P, R, 1, Ahead>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
+        score_pages<P, R, 1>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
 }
 
-template <class P, int R, int N, bool Ahead>
+template <class P, int R, int N>
 __attribute__((noinline)) void value_chunks(const uint8_t *const *pages, const uint8_t *const *ahead, int count, size_t offset,
                   const typename P::Operand *weights, int weight_stride, const float *weight_scale, float *o,
                   int o_stride) {
@@ -237,9 +232,9 @@ __attribute__((noinline)) void value_chunks(const uint8_t *const *pages, const u
         const uint8_t *lines[N], *next[N];
         for (int n = 0; n < N; ++n) {
             lines[n] = pages[page] + offset + n * chunk_bytes;
-            next[n] = Ahead ? ahead[page] + offset + n * chunk_bytes : nullptr;
+            next[n] = ahead[page] + offset + n * chunk_bytes;
         }
-        panel<P, R, N, Ahead>(sums, lines, next, PAGE / 2, weights + page * (PAGE / 2), weight_stride);
+        panel<P, R, N>(sums, lines, next, PAGE / 2, weights + page * (PAGE / 2), weight_stride);
     }
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N * VECTORS; ++n) {
@@ -251,7 +246,7 @@ __attribute__((noinline)) void value_chunks(const uint8_t *const *pages, const u
         }
 }
 
-template <class P, int R, bool Ahead>
+template <class P, int R>
 void value_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int count, int chunks,
                 const typename P::Operand *weights, int weight_stride, const float *weight_scale, float *o,
                 int o_stride) {
@@ -259,10 +254,10 @@ void value_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int co
     constexpr size_t chunk_bytes = PAGE / 2 * LINE * item_bytes(P::type);
     int c = 0;
     for (; c + N <= chunks; c += N)
-        value_chunks<P, R, N, Ahead>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
+        value_chunks<P, R, N>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
                                      o + c * PAGE, o_stride);
     for (; c < chunks; ++c)
-        value_chunks<P, R, 1, Ahead>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
+        value_chunks<P, R, 1>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
                                      o + c * PAGE, o_stride);
 }
 
@@ -487,15 +482,15 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
     int now = 0, count = locate(page, now);
     while (count) {
         const int next = 1 - now, next_count = locate(page + count, next);
-        const bool whole = next_count >= count;  // so that there is something to fetch for every page
+        const int ahead = next_count >= count ? next : now;  // what to fetch, if there is something for every page
         const int64_t first = page * PAGE;
         const int tokens = count * PAGE;
 
         for (int term = 0; term < terms; ++term)
             by_rows(rows, [&](auto block, int row) {
-                auto score = row + term || !whole ? score_rows<P, block, false> : score_rows<P, block, true>;
-                score(k_pages[now], k_pages[next], count, k_lines, q + (term * ROWS + row) * k_lines, k_lines,
-                      s.scores + row * TILE, term > 0);
+                const bool first_time = row + term == 0;
+                score_rows<P, block>(k_pages[now], k_pages[first_time ? ahead : now], count, k_lines,
+                                     q + (term * ROWS + row) * k_lines, k_lines, s.scores + row * TILE, term > 0);
             });
 
         // Positions that nobody may read: before the first and behind the last of the chunk.
@@ -524,9 +519,8 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
         }
 
         by_rows(rows, [&](auto block, int row) {
-            auto add = row || !whole ? value_rows<P, block, false> : value_rows<P, block, true>;
-            add(v_read, v_pages[next], count, chunks, weights + row * weight_stride, weight_stride,
-                s.weight_scale + row, s.o + row * dim, dim);
+            value_rows<P, block>(v_read, v_pages[row ? now : ahead], count, chunks, weights + row * weight_stride,
+                                 weight_stride, s.weight_scale + row, s.o + row * dim, dim);
         });
         page += count, now = next, count = next_count;
     }

@@ -42,18 +42,30 @@ inline F select(I mask, F yes, F no) { return mask ? yes : no; }
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
+// Lane i of the result is lane i ^ Bit.
+template <int Bit>
+inline F swapped(F v) {
+    I lanes;
+    for (int i = 0; i < W; ++i) lanes[i] = i ^ Bit;
+#if defined(__clang__)
+    F x;
+    for (int i = 0; i < W; ++i) x[i] = v[lanes[i]];
+    return x;
+#else
+    return __builtin_shuffle(v, lanes);
+#endif
+}
 inline float horizontal_max(F v) {
-    float m = v[0];
-    for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
-    return m;
+    if (W > 8) v = max(v, swapped<8 % W>(v));
+    v = max(v, swapped<4>(v));
+    v = max(v, swapped<2>(v));
+    return max(v, swapped<1>(v))[0];
 }
 inline float horizontal_sum(F v) {
-    // By halves, the same order on every instruction set of equal width.
-    float x[W];
-    store(x, v);
-    for (int n = W / 2; n; n /= 2)
-        for (int i = 0; i < n; ++i) x[i] += x[i + n];
-    return x[0];
+    if (W > 8) v = v + swapped<8 % W>(v);
+    v = v + swapped<4>(v);
+    v = v + swapped<2>(v);
+    return (v + swapped<1>(v))[0];
 }
 
 // 2^x for x <= 0; exactly 0 below -126, where float32's normal numbers end; NaN stays NaN. Relative error below 3e-7.
@@ -186,6 +198,6 @@ inline I dot_int16(I acc, I16 a, I16 b) {
 #endif
 }
 
-inline void prefetch(const void *p) { __builtin_prefetch(p, 0, LAMINA_PREFETCH); }
+inline void prefetch(const void *p) { __builtin_prefetch(p); }
 
 }  // namespace lamina
