@@ -446,7 +446,9 @@ def test_newer_node_connects(run):
             listening() as (listener, keeper),
             stranger(listener.address, OTHER_VERSION + hello_frame()[6:]) as sock,
         ):
-            with pytest.raises(HandshakeError, match=r"the peer refused: .*version 9, this end speaks version 1"):
+            with pytest.raises(
+                HandshakeError, match=f"the peer refused: .*version 9, this end speaks version {PROTOCOL_VERSION}"
+            ):
                 await receive_introduction(sock)
             assert not keeper.links
 
@@ -458,7 +460,9 @@ def test_newer_node_listens(run):
 
     async def main():
         with fake_listener(OTHER_VERSION + hello_frame()[6:]) as (address, accepted):
-            with pytest.raises(HandshakeError, match=f"{address}: .*version 9, this end speaks version 1"):
+            with pytest.raises(
+                HandshakeError, match=f"{address}: .*version 9, this end speaks version {PROTOCOL_VERSION}"
+            ):
                 await connect(address, COMPUTE, deadline_s=20)
 
             assert len(accepted) == 1
