@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.attention.backend import Plan, Stored, check_key_value
+from lamina.attention.backend import Plan, Stored, check_key_value, check_past, check_query
 from lamina.attention.cache import Addresses, KVCache, Placement
 from lamina.attention.layout import SCALED, LayerShape
 from lamina.attention.native.library import Layer, Step, Workers, load
@@ -22,7 +22,7 @@ from lamina.attention.partial import Partial
 from lamina.attention.rows import Rows, Run
 from lamina.errors import ConfigError, UsageError
 
-PAGE_TOKENS, MAX_DIM, MAX_GROUP = 16, 512, 64
+PAGE_TOKENS, MAX_DIM, MAX_GROUP = 16, 512, 128
 """Limits of the kernel: PAGE, MAX_DIM and ROWS of ``native/kernel.h``."""
 
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "int8": 4}
@@ -102,12 +102,16 @@ class NativeBackend:
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         assert isinstance(plan, NativePlan)
+        check_query(layer, self.cache.shape(layer), plan.rows.tokens, q)
         self.cache.require_past(layer, plan.placement)
         return self._attend(plan, layer, q, None)
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         assert isinstance(plan, NativePlan)
-        check_key_value(layer, self.cache.shape(layer), plan.rows.tokens, k, v)
+        shape, tokens = self.cache.shape(layer), plan.rows.tokens
+        check_query(layer, shape, tokens, q)
+        check_key_value(layer, shape, tokens, k, v)
+        check_past(layer, shape, tokens, past)
         self._append(plan, layer, k, v)
         return self._attend(plan, layer, q, past)
 
@@ -155,20 +159,11 @@ class NativeBackend:
         self.cache.advance(layer, plan.placement)
 
     def _attend(self, plan: NativePlan, layer: int, q: Tensor, past: Partial | None) -> Partial:
-        shape = self.cache.shape(layer)
-        tokens = plan.rows.tokens
-        if q.shape != (tokens, shape.q_heads, shape.qk_dim):
-            raise UsageError(
-                f"layer {layer}: expected q of shape {[tokens, shape.q_heads, shape.qk_dim]}, got {list(q.shape)}"
-            )
+        shape, tokens = self.cache.shape(layer), plan.rows.tokens
         q = q.contiguous()
         out = Partial(torch.empty(tokens, shape.q_heads, shape.v_dim), torch.empty(tokens, shape.q_heads))
         if past is not None:
-            if past.o.shape != out.o.shape or past.lse.shape != out.lse.shape:
-                raise UsageError(
-                    f"layer {layer}: expected a past of shape {list(out.o.shape)}, got {list(past.o.shape)}"
-                )
-            past = Partial(past.o.float().contiguous(), past.lse.float().contiguous())
+            past = Partial(past.o.contiguous(), past.lse.contiguous())
         _library.lamina_attend(
             self.workers.handle,
             byref(self._layer(layer, q)),
@@ -183,11 +178,6 @@ class NativeBackend:
         return out
 
     def _layer(self, layer: int, given: Tensor) -> Layer:
-        if given.dtype not in self._layers or given.device.type != "cpu":
-            raise UsageError(
-                f"layer {layer}: expected tensors of float32, bfloat16 or float16 on the CPU, "
-                f"got {given.dtype} on {given.device}"
-            )
         return self._layers[given.dtype][layer]
 
     def _empty(self, layer: int, tokens: int) -> Stored:

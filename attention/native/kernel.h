@@ -16,7 +16,8 @@ constexpr int PAGE = 16;
 constexpr int LINE = 32;
 constexpr int TILE_PAGES = 4;
 constexpr int TILE = TILE_PAGES * PAGE;  // tokens of one update of the softmax
-constexpr int ROWS = 64;                 // rows (queries x heads of a group) that one chunk may have
+constexpr int ROWS = 128;                // rows (queries x heads of a group) that one chunk may have
+constexpr int MAX_DIM = 512;             // of a head
 
 enum Type : int32_t { FLOAT32, BFLOAT16, FLOAT16, FLOAT8, INT8 };
 
@@ -90,15 +91,13 @@ struct Call {
 
 // Memory of one worker.
 struct Scratch {
-    float q[2 * ROWS * 512];
-    float o[ROWS * 512];
+    float q[2 * ROWS * MAX_DIM];
+    float o[ROWS * MAX_DIM];
     float scores[ROWS * TILE];
     float weights[ROWS * TILE];
     float peak[ROWS], sum[ROWS], q_scale[ROWS], weight_scale[ROWS];
-    uint8_t edge[2][TILE_PAGES][PAGE * 512 * 4];
+    uint8_t edge[2][TILE_PAGES][PAGE * MAX_DIM * 4];
 };
-constexpr int MAX_DIM = 512;
-
 struct Kernel {
     const char *name;
     void (*attend)(const Layer &, const Step &, const Call &, const Chunk &, Scratch &);

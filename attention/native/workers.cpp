@@ -23,6 +23,7 @@ namespace {
 constexpr int SPINS = 4000;        // some 50 us: the next layer of a step comes soon; after that a worker sleeps
 constexpr int64_t MIN_TILES = 8;   // of a part: merging costs about as much as one tile
 constexpr int PARTS_PER_WORKER = 8;
+constexpr int ROWS_AT_ONCE = 64;   // of several queries: more would leave the second-level cache
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -182,7 +183,7 @@ thread_local const Workers *Workers::pinned_ = nullptr;
 void cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
     auto &chunks = workers.chunks;
     chunks.clear();
-    const int queries_at_once = ROWS / layer.group > 0 ? ROWS / layer.group : 1;
+    const int queries_at_once = ROWS_AT_ONCE > layer.group ? ROWS_AT_ONCE / layer.group : 1;
     int64_t tiles = 0;
     for (int64_t run = 0; run < step.runs; ++run) {
         const int64_t start = step.starts[run], count = step.counts[run];
@@ -238,8 +239,8 @@ void cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
         }
 }
 
-// Call f(memory of a token's number, canonical place) for the positions first .. first+count-1 of one table, but
-// those below `frozen` and those in blocks that are not there.
+// Call f(memory of a token's number, canonical place or -1 for padding) for the positions first .. first+count-1 of one
+// table, but those below `frozen` and those in blocks that are not there.
 template <class Function>
 void each_number(const Layer &layer, const int64_t *table, int64_t first, int64_t count, int64_t frozen, bool values,
                  Function f) {
@@ -251,11 +252,11 @@ void each_number(const Layer &layer, const int64_t *table, int64_t first, int64_
         for (int head = 0; head < layer.kv_heads; ++head) {
             const Place at = place(layer, table, head, position / PAGE);
             const int64_t row = i * layer.kv_heads + head;
-            for (int d = 0; d < dim; ++d) {
+            for (int d = 0; d < padded(dim); ++d) {
                 const int64_t line = values ? d / 16 * (PAGE / 2) + t / 2 : d / 2;
                 const int64_t x = values ? d % 16 : t, parity = values ? t % 2 : d % 2;
                 const int64_t number = line * LINE + (pairs ? 2 * x + parity : PAGE * parity + x);
-                f((values ? at.v : at.k) + number * item, (row * dim + d) * item, item);
+                f((values ? at.v : at.k) + number * item, d < dim ? (row * dim + d) * item : -1, item);
             }
             if (scaled(layer.kv_type)) f(nullptr, row, 0, (values ? at.v_scales : at.k_scales) + t);
         }
@@ -267,10 +268,12 @@ struct Canonical {
     float *scales;
     bool out;
     void operator()(uint8_t *stored, int64_t at, int item) const {
-        if (out)
-            std::memcpy(numbers + at, stored, item);
-        else
+        if (!out && at < 0)
+            std::memset(stored, 0, item);
+        else if (!out)
             std::memcpy(stored, numbers + at, item);
+        else if (at >= 0)
+            std::memcpy(numbers + at, stored, item);
     }
     void operator()(std::nullptr_t, int64_t row, int, float *scale) const {
         if (out)
