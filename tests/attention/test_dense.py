@@ -23,6 +23,7 @@ SHAPE = LayerShape(q_heads=6, kv_heads=2, qk_dim=16, v_dim=8, scale=0.25)
     window=st.none() | st.integers(1, 120),
     softcap=st.none() | st.floats(0.5, 50),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    sinks=st.booleans(),
 )
 def test_attend_is_the_exact_attention(
     queries: int,
@@ -33,9 +34,13 @@ def test_attend_is_the_exact_attention(
     window: int | None,
     softcap: float | None,
     dtype: str,
+    sinks: bool,
 ) -> None:
-    """Keys may lie before, among and after the queries, overlap them in part or not at all."""
-    shape = replace(SHAPE, q_heads=2 * group, window=window, softcap=softcap)
+    """Keys may lie before, among and after the queries, overlap them in part or not at all. Sinks are left out: of all
+    the shards of a row, `attend` does not know which is to count them."""
+    shape = replace(
+        SHAPE, q_heads=2 * group, window=window, softcap=softcap, sinks=(3.0,) * 2 * group if sinks else None
+    )
     generator = torch.Generator().manual_seed(queries)
     q = torch.randn(queries, 2 * group, 16, generator=generator).to(getattr(torch, dtype))
     k = torch.randn(k_start + keys, 2, 16, generator=generator).to(getattr(torch, dtype))

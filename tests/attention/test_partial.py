@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lamina.attention import LayerShape, Partial, attend, merge
+from lamina.attention import LayerShape, Partial, add_sinks, attend, merge
 from tests.attention.oracle import assert_close, exact_rows
 
 SHAPE = LayerShape(q_heads=4, kv_heads=2, qk_dim=8, v_dim=16, scale=0.5)
@@ -88,3 +89,25 @@ def test_partials_of_the_wire_type_are_merged_in_float32() -> None:
     assert o.dtype == lse.dtype == torch.float32
     assert torch.equal(o, torch.full((1, 1, 4), (1 + 1 / 128) / 2))
     assert lse.item() == pytest.approx(math.log(2))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    keys=st.integers(0, 30),
+    cut=st.integers(0, 30),
+    sinks=st.lists(st.floats(-50, 50), min_size=4, max_size=4).map(tuple),
+    seed=st.integers(0, 99),
+)
+def test_sinks_join_once_after_all_shards(keys: int, cut: int, sinks: tuple[float, ...], seed: int) -> None:
+    """They take weight and give no value; rows that see nothing else give all of theirs to them."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(3, 4, 8, generator=generator)
+    k = torch.randn(keys, 2, 8, generator=generator)
+    v = torch.randn(keys, 2, 16, generator=generator)
+    expected = exact_rows(q, keys, k, v, range(keys), replace(SHAPE, sinks=sinks), sinks=True)
+    cut = min(cut, keys)
+
+    whole = merge(shard(q, k, v, list(range(cut))), shard(q, k, v, list(range(cut, keys))))
+
+    assert_close(add_sinks(whole, sinks), expected, 1e-5)
+    assert add_sinks(whole, None) is whole
