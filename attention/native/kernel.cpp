@@ -381,7 +381,7 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
 // peak. Scores and peaks are logarithms to base 2. Tokens before `from` and from `to` on are not seen. Returns what
 // products with the weights are to be multiplied by.
 template <class P, int Tokens, bool Masked>
-inline float weigh(const Layer &layer, int tokens, int from, int to, const float *const *k_scales,
+__attribute__((noinline)) float weigh(const Layer &layer, int tokens, int from, int to, const float *const *k_scales,
                    const float *const *v_scales, int r, int dim, float *scores, typename P::Operand *weights, float *o,
                    Scratch &s) {
     if (Tokens) tokens = Tokens;
@@ -482,7 +482,8 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
     int now = 0, count = locate(page, now);
     while (count) {
         const int next = 1 - now, next_count = locate(page + count, next);
-        const int ahead = next_count >= count ? next : now;  // what to fetch, if there is something for every page
+        // What to fetch meanwhile: the next tile, if it has something for every page; else nothing that is not here.
+        const int ahead = call.prefetch && next_count >= count ? next : now;
         const int64_t first = page * PAGE;
         const int tokens = count * PAGE;
 

@@ -86,7 +86,8 @@ struct Call {
     const void *q;
     const float *past_o, *past_lse;  // null, or to be merged with
     float *o, *lse;
-    bool present;  // over the new tokens, which ends the step: sinks join now
+    bool present;   // over the new tokens, which ends the step: sinks join now
+    bool prefetch;  // fetch each tile while the one before is worked on; changes no result
 };
 
 // Memory of one worker.

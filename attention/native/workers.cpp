@@ -6,13 +6,16 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernel.h"
@@ -23,6 +26,8 @@ namespace {
 constexpr int SPINS = 4000;        // some 50 us: the next layer of a step comes soon; after that a worker sleeps
 constexpr int64_t MIN_TILES = 8;   // of a part: merging costs about as much as one tile
 constexpr int PARTS_PER_WORKER = 8;
+constexpr int TRIALS = 8;
+constexpr int64_t TRIAL_TILES = 512;  // of a worker: enough to be measured, and more than its caches hold
 constexpr int ROWS_AT_ONCE = 64;   // of several queries: more would leave the second-level cache
 
 inline void relax() {
@@ -67,6 +72,24 @@ bool supported(const Kernel &kernel) {
 #endif
     return name == "portable";
 }
+
+// Whether to prefetch by instructions, which is better where the arithmetic takes long enough to hide it, or to leave
+// it to the processor, which keeps more lines on their way where nothing but memory counts. Which of the two a load is
+// depends on the machine, so the first large calls of each kind try both.
+class Prefetching {
+  public:
+    bool trying() const { return calls_ < TRIALS; }
+    bool next() const { return calls_ % 2; }
+    bool settled() const { return trying() || best_[1] <= best_[0]; }
+    void took(double seconds_per_tile) {
+        double &best = best_[calls_++ % 2];
+        best = seconds_per_tile < best ? seconds_per_tile : best;
+    }
+
+  private:
+    int calls_ = 0;
+    double best_[2] = {1e9, 1e9};
+};
 
 // N - 1 threads and the one that calls. Work is numbered, and taken in the order of the numbers.
 class Workers {
@@ -123,6 +146,7 @@ class Workers {
     std::vector<Chunk> chunks;
     std::vector<float> states;
     std::vector<int32_t> ready;
+    std::map<std::pair<int, int>, Prefetching> prefetching;  // by type stored and rows that share a KV head
     std::atomic<uint64_t> sum{0};
 
   private:
@@ -179,8 +203,9 @@ class Workers {
 thread_local const Workers *Workers::pinned_ = nullptr;
 
 // Cut a step into chunks: for each run, KV head and block of queries the positions it sees, long ones in parts. How
-// it is cut depends on the step and the number of workers alone, and so does every bit of the result.
-void cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
+// it is cut depends on the step and the number of workers alone, and so does every bit of the result. Returns how many
+// tiles there are.
+int64_t cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
     auto &chunks = workers.chunks;
     chunks.clear();
     const int queries_at_once = ROWS_AT_ONCE > layer.group ? ROWS_AT_ONCE / layer.group : 1;
@@ -203,7 +228,7 @@ void cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
     }
     int64_t most = tiles / (int64_t(workers.threads()) * PARTS_PER_WORKER) + 1;
     if (most < MIN_TILES) most = MIN_TILES;
-    if (workers.threads() == 1) return;
+    if (workers.threads() == 1) return tiles;
 
     const size_t whole = chunks.size();
     size_t floats = 0, split = 0;
@@ -237,6 +262,7 @@ void cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
             chunk.state = workers.states.data() + reinterpret_cast<size_t>(chunk.state);
             chunk.ready = workers.ready.data() + reinterpret_cast<size_t>(chunk.ready);
         }
+    return tiles;
 }
 
 // Call f(memory of a token's number, canonical place or -1 for padding) for the positions first .. first+count-1 of one
@@ -319,11 +345,15 @@ int64_t lamina_layer_bytes(const Layer *layer) { return int64_t(layer->kv_heads)
 void lamina_attend(void *handle, const Layer *layer, const Step *step, const void *q, const float *past_o,
                    const float *past_lse, float *o, float *lse, int present) {
     Workers &workers = *static_cast<Workers *>(handle);
-    const Call call = {q, past_o, past_lse, o, lse, present != 0};
-    cut(workers, *layer, *step, present != 0);
+    const int64_t tiles = cut(workers, *layer, *step, present != 0);
+    Prefetching &prefetching = workers.prefetching[{layer->kv_type, layer->group}];
+    const bool trial = !present && tiles >= TRIAL_TILES * workers.threads() && prefetching.trying();
+    const Call call = {q, past_o, past_lse, o, lse, present != 0, trial ? prefetching.next() : prefetching.settled()};
+    const auto start = std::chrono::steady_clock::now();
     workers.run(int64_t(workers.chunks.size()), [&](int64_t i, Scratch &scratch) {
         workers.kernel.attend(*layer, *step, call, workers.chunks[i], scratch);
     });
+    if (trial) prefetching.took(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / tiles);
 }
 
 void lamina_append(void *handle, const Layer *layer, const Step *step, const void *k, const void *v) {
