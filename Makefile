@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# The package's build compiles it.
+KERNEL := $(wildcard attention/native/*.cpp attention/native/*.h) attention/native/build.py hatch_build.py
+
 .PHONY: help setup demo test test-slow check format bench checkpoint clean
 
 help:            ## list the targets
@@ -9,7 +12,7 @@ help:            ## list the targets
 
 setup: .venv/ready   ## make .venv with everything that the other targets need
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lamina needs Python >= 3.11, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
@@ -43,4 +46,4 @@ checkpoint: setup  ## train the demo checkpoint again (about 25 minutes on 2 cor
 	$(BIN)/python -m lamina.demo.train
 
 clean:           ## remove what setup and the tools made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist attention/native/*.so

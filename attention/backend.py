@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -152,6 +153,8 @@ def default_backend(device: str = "cpu") -> str:
     fastest = "flashinfer" if device.startswith("cuda") else "native"
     try:
         require_backend(fastest)
+        if fastest == "flashinfer" and find_spec("flashinfer") is None:
+            raise ConfigError("the package flashinfer is not installed; install lamina[flashinfer]")
     except ConfigError as error:
         log.warning("event=attention_fallback backend=torch reason=%r", str(error))
         return "torch"
