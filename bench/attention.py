@@ -4,6 +4,8 @@ Decode is bound by the bytes of the KV cache, so its figure is the share of the 
 machines change their bandwidth within minutes. Hence a plain read by as many threads goes before and after every
 sample, which is compared with the mean of the two; the median of these ratios is reported. Samples go around
 layers that together are ten times the last-level caches, so that no byte is still there when it is visited again.
+What our own backends reach over a context that stays in those caches is shown beside it: the same work without the
+memory, and so what arithmetic allows on this machine. Where that is below the read bandwidth, it is the limit.
 
 Prefill is bound by arithmetic and compared with torch. Appending is shown beside the attention of the same step.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,8 @@ PLOT_SHAPES = ((16, 512), (16, 2048), (16, 8192), (1, 32768))
 
 CACHES = 10
 """Times the last-level caches that are read between two visits of a byte."""
+CACHED_SHARE = 4
+"""The part of the last-level caches that a context takes which is to stay in them."""
 MAX_BYTES = 6 << 30
 """Of memory, together with the buffer for plain reads; and no more than half of what is free."""
 
@@ -71,6 +75,7 @@ COLUMNS = {
         "gbps": "GB/s",
         "read_gbps": "read",
         "ratio": "ratio",
+        "cached_gbps": "in cache",
     },
     "append": {
         "backend": "backend",
@@ -212,6 +217,7 @@ class _Bench:
         self._threads = threads
         self._bandwidth = Bandwidth(threads)
         self._memory = Memory(nbytes)
+        self._cached: dict[tuple[str, str, int, int], float] = {}
 
     def close(self) -> None:
         self._bandwidth.close()
@@ -242,7 +248,22 @@ class _Bench:
             "read_gbps": found.read_gbps,
             "ratio": found.ratio,
             "tokens_per_s": point.batch / found.seconds,
+            "cached_gbps": self._in_cache(name, point) if library.own else None,
         }
+
+    def _in_cache(self, name: str, point: Point) -> float:
+        """GB/s of one sequence in one layer that stays in the last-level caches, in the shape of ``point``."""
+        key = (name, point.kv_dtype, point.gqa, point.head_dim)
+        if key not in self._cached:
+            token_bytes = point.kv_bytes // (point.batch * point.context)
+            small = replace(point, batch=1, context=cache_bytes() // CACHED_SHARE // token_bytes)
+            contender = LIBRARIES[name].make(small, 1, self._memory, self._threads)
+            try:
+                seconds = in_turns({"attend": contender.attend}, 1)["attend"]
+            finally:
+                contender.close()
+            self._cached[key] = small.kv_bytes / seconds / 1e9
+        return self._cached[key]
 
     def append(self, name: str, point: Point) -> report.Row:
         """How long new tokens' keys and values take to store, alone and within ``finish``, which attends to them."""

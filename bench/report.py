@@ -63,7 +63,7 @@ def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: 
 
     ConfigError without matplotlib.
     """
-    figure = figure_class()(figsize=(7, 4.5), layout="constrained")
+    figure = figure_class()(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for y in ys:
         there = [row for row in rows if y in row]
@@ -72,7 +72,7 @@ def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: 
     axes.set_xticks([row[x] for row in rows], [str(row[x]) for row in rows])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
