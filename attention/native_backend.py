@@ -25,6 +25,9 @@ from lamina.errors import ConfigError, UsageError
 PAGE_TOKENS, MAX_DIM, MAX_GROUP = 16, 512, 128
 """Limits of the kernel: PAGE, MAX_DIM and ROWS of ``native/kernel.h``."""
 
+MAX_WINDOW = 2**31 - 1
+"""A longer window reaches everything, as this one does."""
+
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "int8": 4}
 """``Type`` of ``native/kernel.h``."""
 
@@ -65,8 +68,8 @@ class NativePlan:
 
 
 class NativeBackend:
-    """Computes with ``threads`` threads of its own, the calling one among them. Results depend on their number in the
-    last bits, and on nothing else. ``LAMINA_ISA`` in the environment chooses the kernel."""
+    """Computes with ``threads`` threads of its own, the calling one among them. A run's results are the same bits for
+    any number of threads and any other runs in the step. ``LAMINA_ISA`` in the environment chooses the kernel."""
 
     name = "native"
 
@@ -215,7 +218,7 @@ def _layer(
         block_tokens=block_tokens,
         kv_type=TYPES[dtype],
         input_type=input_type,
-        window=shape.window or 0,
+        window=min(shape.window or 0, MAX_WINDOW),
         scale=shape.scale,
         softcap=shape.softcap or 0,
     )

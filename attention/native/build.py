@@ -42,11 +42,14 @@ class BuildError(Exception):
 
 
 def compiler() -> str:
-    """The C++ compiler: ``$CXX``, else c++, g++ or clang++. BuildError if there is none."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+    """The C++ compiler: ``$CXX``, or else c++, g++ or clang++. BuildError if there is none."""
+    chosen = os.environ.get("CXX")
+    if chosen and not shutil.which(chosen):
+        raise BuildError(f"$CXX names {chosen!r}, which is not there; set it to a C++ compiler, or not at all")
+    for name in (chosen, "c++", "g++", "clang++"):
         if name and (path := shutil.which(name)):
             return path
-    raise BuildError("no C++ compiler found ($CXX, c++, g++, clang++); install one, such as g++, and build again")
+    raise BuildError("no C++ compiler found (c++, g++, clang++); install one, such as g++, and build again")
 
 
 def build(output: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False) -> Path:

@@ -59,7 +59,8 @@ struct BFloat16Line {
 
 // fp8 e4m3 becomes a wider format by moving its exponent and mantissa to their place, which makes it too small by
 // 2^120, the difference of the biases, subnormals included. FLOAT8_UP on the operands and FLOAT8_UP again on the sums put
-// that right without leaving the range of float32 on the way.
+// that right without leaving the range of float32 on the way. VDPBF16PS reads subnormals as 0: there, numbers below 2^-6,
+// which is 1/28672 of the largest of their vector, count as 0.
 constexpr float FLOAT8_UP = 0x1p60f;
 struct Float8Line {
     static constexpr int type = FLOAT8;
@@ -340,20 +341,21 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
     const int rows = chunk.queries * layer.group, dim = padded(layer.v_dim);
     if (chunk.parts > 1) {
         const size_t size = size_t(rows) * (dim + 2);
-        float *mine = chunk.state + chunk.part * size;
+        const float *states = call.states + chunk.state;
+        float *mine = call.states + chunk.state + chunk.part * size;
         std::memcpy(mine, s.o, sizeof(float) * rows * dim);
         std::memcpy(mine + rows * dim, s.peak, sizeof(float) * rows);
         std::memcpy(mine + rows * (dim + 1), s.sum, sizeof(float) * rows);
-        if (__atomic_add_fetch(chunk.ready, 1, __ATOMIC_ACQ_REL) < chunk.parts) return;
+        if (__atomic_add_fetch(call.ready + chunk.ready, 1, __ATOMIC_ACQ_REL) < chunk.parts) return;
         for (int r = 0; r < rows; ++r) {
             float peak = -FLT_MAX, sum = 0, *o = s.o + r * dim;
             for (int p = 0; p < chunk.parts; ++p) {
-                float other = chunk.state[p * size + rows * dim + r];
+                float other = states[p * size + rows * dim + r];
                 peak = other > peak ? other : peak;
             }
             std::memset(o, 0, sizeof(float) * dim);
             for (int p = 0; p < chunk.parts; ++p) {
-                const float *part = chunk.state + p * size;
+                const float *part = states + p * size;
                 F weight = exp2_negative(all(part[rows * dim + r] - peak));
                 sum += weight[0] * part[rows * (dim + 1) + r];
                 for (int d = 0; d < dim; d += W) store(o + d, load<F>(part + r * dim + d) * weight + load<F>(o + d));
@@ -588,17 +590,29 @@ inline void round_row(const float *row, int n, int type, void *to, float &scale)
     }
 }
 
+// 16 pairs of numbers, one of each row.
+inline void interleave(const uint16_t *a, const uint16_t *b, uint16_t *to) {
+    for (int d = 0; d < 16; d += W) {
+        const U low = __builtin_convertvector(load<H>(a + d), U), high = __builtin_convertvector(load<H>(b + d), U);
+        store(to + 2 * d, low | high << 16);
+    }
+}
+inline void interleave(const uint8_t *a, const uint8_t *b, uint8_t *to) {
+    for (int d = 0; d < 16; ++d) to[2 * d] = a[d], to[2 * d + 1] = b[d];
+}
+inline void interleave(const uint32_t *, const uint32_t *, uint32_t *) {}  // no type of 32 bits is stored in pairs
+
 template <class T>
-void append_as(const Layer &layer, const Step &step, const void *k, const void *v, int run, int head, int64_t first,
-               int64_t count, Scratch &s) {
-    const int64_t start = step.starts[run], frozen = step.frozen[run];
+void append_as(const Layer &layer, const Step &step, const void *k, const void *v, const Piece &piece, Scratch &s) {
+    const int run = piece.run, head = piece.head;
+    const int64_t start = step.starts[run], frozen = step.frozen[run], end = piece.first + piece.count;
     const int64_t *table = step.tables[run];
     const int dims[2] = {layer.qk_dim, layer.v_dim};
-    for (int64_t token = first; token < first + count;) {
+    for (int64_t token = piece.first; token < end;) {
         const int64_t position = start + token;
         const int at = position % PAGE;
         int tokens = PAGE - at;
-        if (tokens > first + count - token) tokens = first + count - token;
+        if (tokens > end - token) tokens = int(end - token);
         if (position < frozen || table[position / layer.block_tokens] < 0) {
             token += tokens;  // in a published block, which is final, or behind a window already
             continue;
@@ -627,7 +641,9 @@ void append_as(const Layer &layer, const Step &step, const void *k, const void *
                     for (int t = 0; t < tokens; ++t) {
                         T *line = page + (c * (PAGE / 2) + (at + t) / 2) * LINE;
                         const T *from = staged + t * width + c * 16;
-                        if (paired(layer.kv_type))
+                        if (paired(layer.kv_type) && (at + t) % 2 == 0 && t + 1 < tokens)
+                            interleave(from, from + width, line), ++t;
+                        else if (paired(layer.kv_type))
                             for (int d = 0; d < 16; ++d) line[2 * d + (at + t) % 2] = from[d];
                         else
                             std::memcpy(line + (at + t) % 2 * 16, from, 16 * sizeof(T));
@@ -637,12 +653,11 @@ void append_as(const Layer &layer, const Step &step, const void *k, const void *
     }
 }
 
-void append(const Layer &layer, const Step &step, const void *k, const void *v, int run, int head, int64_t first,
-            int64_t count, Scratch &s) {
+void append(const Layer &layer, const Step &step, const void *k, const void *v, const Piece &piece, Scratch &s) {
     switch (item_bytes(layer.kv_type)) {
-        case 4: return append_as<uint32_t>(layer, step, k, v, run, head, first, count, s);
-        case 2: return append_as<uint16_t>(layer, step, k, v, run, head, first, count, s);
-        default: return append_as<uint8_t>(layer, step, k, v, run, head, first, count, s);
+        case 4: return append_as<uint32_t>(layer, step, k, v, piece, s);
+        case 2: return append_as<uint16_t>(layer, step, k, v, piece, s);
+        default: return append_as<uint8_t>(layer, step, k, v, piece, s);
     }
 }
 

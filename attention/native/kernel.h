@@ -72,19 +72,29 @@ inline Place place(const Layer &layer, const int64_t *table, int head, int64_t p
 }
 
 // The queries first .. first+queries-1 of a run, in the heads of one KV head, over the positions low .. high-1.
-// `parts` > 1: there are chunks of the same rows over other positions, to be merged.
+// `parts` > 1: there are chunks of the same rows over other positions, to be merged; their states lie side by side in
+// Call.states from `state` on, and Call.ready[ready] counts those that are done.
 struct Chunk {
     int32_t run, head, first, queries;
     int64_t low, high;
     int32_t part, parts;
-    float *state;    // ROWS rows of (v_dim padded + 2): where a part leaves its output, maximum and sum
-    int32_t *ready;  // how many parts are done; shared by them
+    int64_t state;
+    int32_t ready;
+};
+
+// The tokens first .. first+count-1 of a run, to be stored in one KV head.
+struct Piece {
+    static constexpr int64_t MOST = 256;
+    int32_t run, head;
+    int64_t first, count;
 };
 
 // What an attention call reads and writes. o: [T, Hq, Dv]; lse: [T, Hq].
 struct Call {
     const void *q;
     const float *past_o, *past_lse;  // null, or to be merged with
+    float *states;                   // of a part: for each row its output, padded, and then all peaks and all sums
+    int32_t *ready;
     float *o, *lse;
     bool present;   // over the new tokens, which ends the step: sinks join now
     bool prefetch;  // fetch each tile while the one before is worked on; changes no result
@@ -102,9 +112,8 @@ struct Scratch {
 struct Kernel {
     const char *name;
     void (*attend)(const Layer &, const Step &, const Call &, const Chunk &, Scratch &);
-    // Store the tokens first .. first+count-1 of a run in one KV head. k: [T, Hkv, Dk]; v: [T, Hkv, Dv].
-    void (*append)(const Layer &, const Step &, const void *k, const void *v, int run, int head, int64_t first,
-                   int64_t count, Scratch &);
+    // k: [T, Hkv, Dk]; v: [T, Hkv, Dv], of the layer's input type.
+    void (*append)(const Layer &, const Step &, const void *k, const void *v, const Piece &, Scratch &);
     // Read all of the bytes, a multiple of 4096, with vector loads; the result depends on every one of them.
     uint64_t (*read)(const uint8_t *, size_t);
 };

@@ -5,14 +5,21 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p, sizeof
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from lamina.attention.native.build import LIBRARY
-from lamina.errors import CapacityError, ConfigError
+from lamina.errors import CapacityError, ConfigError, UsageError
+
+ABI = 1
+"""``ABI`` of workers.cpp."""
+
+REBUILD = "install g++ and run: python -m lamina.attention.native.build"
+
+MAX_THREADS = 1024
 
 
 class Layer(Structure):
@@ -56,23 +63,37 @@ def load() -> ctypes.CDLL:
     except OSError as e:
         raise ConfigError(
             f"attention backend native: its library {path} cannot be loaded ({e}); it is compiled when lamina is "
-            "installed on a machine with a C++ compiler. Install g++ and run: python -m lamina.attention.native.build; "
-            "or choose the backend torch, which is slower"
+            f"installed on a machine with a C++ compiler; {REBUILD}, or choose the backend torch, which is slower"
         ) from e
     signatures: dict[str, tuple[object, tuple[object, ...]]] = {
+        "lamina_abi": (c_int64, ()),
         "lamina_isas": (c_char_p, ()),
         "lamina_workers": (c_void_p, (c_char_p, c_int, POINTER(c_int), c_int)),
         "lamina_close": (None, (c_void_p,)),
         "lamina_layer_bytes": (c_int64, (POINTER(Layer),)),
-        "lamina_attend": (None, (c_void_p, POINTER(Layer), POINTER(Step), *(c_void_p,) * 5, c_int)),
-        "lamina_append": (None, (c_void_p, POINTER(Layer), POINTER(Step), c_void_p, c_void_p)),
+        "lamina_attend": (c_int, (c_void_p, POINTER(Layer), POINTER(Step), *(c_void_p,) * 5, c_int)),
+        "lamina_append": (c_int, (c_void_p, POINTER(Layer), POINTER(Step), c_void_p, c_void_p)),
         "lamina_copy": (None, (POINTER(Layer), c_void_p, c_int64, c_int64, *(c_void_p,) * 4, c_int64, c_int)),
-        "lamina_read": (None, (c_void_p, c_void_p, c_int64)),
+        "lamina_read": (c_int, (c_void_p, c_void_p, c_int64)),
     }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    try:
+        for name, (result, arguments) in signatures.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+            if result is c_int:
+                function.errcheck = _status
+        found = library.lamina_abi()
+    except AttributeError as e:
+        raise ConfigError(f"attention backend native: {path} is not a library of this kernel ({e}); {REBUILD}") from e
+    if found != ABI << 32 | sizeof(Layer) << 16 | sizeof(Step):
+        raise ConfigError(f"attention backend native: {path} was built from other sources than these; {REBUILD}")
     return library
+
+
+def _status(status: int, function: object, arguments: tuple[object, ...]) -> int:
+    if status:
+        raise CapacityError("attention backend native: no memory left for the parts of a step; free some and try again")
+    return status
 
 
 def available_isas() -> list[str]:
@@ -91,32 +112,49 @@ def choose_isa() -> str:
 
 
 class Workers:
-    """``threads`` threads that attend, the calling one among them, pinned to ``cpus`` in turn if these are given.
+    """``threads`` threads that attend: the calling one, and others pinned to ``cpus`` in turn if these are given.
 
-    Belongs to the thread that calls it. `ConfigError` for an instruction set that the machine has not,
+    Belongs to the thread that calls it. `ConfigError` for processors or an instruction set that the machine has not,
     `CapacityError` where a thread cannot be had.
     """
 
     def __init__(self, threads: int, cpus: Sequence[int] | None = None) -> None:
-        if threads < 1:
-            raise ConfigError(f"attention threads: expected at least 1, got {threads}")
+        self._handle: int | None = None
+        if not 1 <= threads <= MAX_THREADS:
+            raise ConfigError(f"attention threads: expected 1 to {MAX_THREADS}, got {threads}")
+        cpus, available = sorted(cpus or ()), os.sched_getaffinity(0)
+        if missing := set(cpus) - available:
+            raise ConfigError(f"attention cpus: expected some of {sorted(available)}, got {sorted(missing)} as well")
         self.threads = threads
         self.isa = choose_isa()
-        cpus = sorted(cpus or ())
-        self.handle = load().lamina_workers(self.isa.encode(), threads, (c_int * len(cpus))(*cpus), len(cpus))
-        if not self.handle:
+        self._process = os.getpid()
+        self._handle = load().lamina_workers(self.isa.encode(), threads, (c_int * len(cpus))(*cpus), len(cpus))
+        if not self._handle:
             raise CapacityError(f"attention threads: this machine refuses to start {threads} threads; ask for fewer")
 
+    @property
+    def handle(self) -> int:
+        """What the library's calls take; `UsageError` after `close`, and in a forked process, which has no threads."""
+        if self._handle is None:
+            raise UsageError("the attention threads were closed; make a new backend")
+        if os.getpid() != self._process:
+            raise UsageError("attention threads do not survive a fork; make the backend in the process that uses it")
+        return self._handle
+
     def read(self, tensor: Tensor) -> None:
-        """Read every byte of a contiguous tensor once, an equal part in each thread: what memory can deliver."""
+        """Read every byte of a contiguous tensor once, an equal part in each thread: what memory can deliver.
+
+        `UsageError` unless these are whole pages of 4 KiB.
+        """
+        if tensor.nbytes % 4096 or not tensor.is_contiguous():
+            raise UsageError(f"expected a contiguous tensor of a multiple of 4096 bytes, got {tensor.nbytes}")
         load().lamina_read(self.handle, tensor.data_ptr(), tensor.nbytes)
 
     def close(self) -> None:
         """End the threads. May be called twice."""
-        if self.handle:
-            load().lamina_close(self.handle)
-            self.handle = None
+        if self._handle is not None and os.getpid() == self._process:
+            load().lamina_close(self._handle)
+        self._handle = None
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self.close()
+        self.close()

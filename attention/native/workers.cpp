@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -15,7 +16,6 @@
 #include <memory>
 #include <new>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "kernel.h"
@@ -23,12 +23,12 @@
 namespace lamina {
 namespace {
 
-constexpr int SPINS = 4000;        // some 50 us: the next layer of a step comes soon; after that a worker sleeps
-constexpr int64_t MIN_TILES = 8;   // of a part: merging costs about as much as one tile
-constexpr int PARTS_PER_WORKER = 8;
+constexpr int ABI = 1;               // counted up when a call changes its meaning; see library.py
+constexpr int SPINS = 4000;          // tens of us: the next layer of a step comes soon; after that a worker sleeps
+constexpr int64_t PART_TILES = 32;   // of a long context: merging a part costs less than one of its tiles
+constexpr int ROWS_AT_ONCE = 64;     // of several queries: more would leave the second-level cache
 constexpr int TRIALS = 8;
 constexpr int64_t TRIAL_TILES = 512;  // of a worker: enough to be measured, and more than its caches hold
-constexpr int ROWS_AT_ONCE = 64;   // of several queries: more would leave the second-level cache
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -40,13 +40,6 @@ inline void relax() {
 
 void futex(std::atomic<uint32_t> &word, int operation, uint32_t value) {
     syscall(SYS_futex, reinterpret_cast<uint32_t *>(&word), operation | FUTEX_PRIVATE_FLAG, value, nullptr, nullptr, 0);
-}
-
-bool pin(int cpu) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    return pthread_setaffinity_np(pthread_self(), sizeof set, &set) == 0;
 }
 
 const Kernel *const KERNELS[] = {
@@ -91,19 +84,29 @@ class Prefetching {
     double best_[2] = {1e9, 1e9};
 };
 
-// N - 1 threads and the one that calls. Work is numbered, and taken in the order of the numbers.
+// N - 1 threads, each pinned to a processor if some are given, and the one that calls, which stays where its owner put
+// it. Work is numbered, and taken in the order of the numbers.
 class Workers {
   public:
     Workers(const Kernel &kernel, int threads, const int *cpus, int cpu_count)
         : kernel(kernel), cpus_(cpus, cpus + cpu_count), scratch_(threads) {
+        threads_.reserve(threads);
         for (auto &scratch : scratch_) scratch.reset(new (std::align_val_t(64)) Scratch);
         for (int i = 1; i < threads; ++i) {
-            pthread_t thread;
-            auto *start = new Start{this, i};
-            if (pthread_create(&thread, nullptr, enter, start)) {
-                delete start;
-                break;
+            pthread_attr_t attributes;
+            pthread_attr_init(&attributes);
+            if (cpu_count) {
+                cpu_set_t set;
+                CPU_ZERO(&set);
+                CPU_SET(cpus_[i % cpu_count], &set);
+                pthread_attr_setaffinity_np(&attributes, sizeof set, &set);
             }
+            pthread_t thread;
+            auto start = std::make_unique<Start>(Start{this, i});
+            const int failed = pthread_create(&thread, &attributes, enter, start.get());
+            pthread_attr_destroy(&attributes);
+            if (failed) break;
+            start.release();  // it belongs to the thread now
             threads_.push_back(thread);
         }
     }
@@ -121,10 +124,6 @@ class Workers {
     template <class Function>
     void run(int64_t count, Function f) {
         if (!count) return;
-        if (!cpus_.empty() && pinned_ != this) {
-            pin(cpus_[0]);
-            pinned_ = this;
-        }
         next_ = 0, count_ = count;
         if (threads_.empty() || count == 1) {
             for (int64_t i = 0; i < count; ++i) f(i, *scratch_[0]);
@@ -144,9 +143,10 @@ class Workers {
 
     const Kernel &kernel;
     std::vector<Chunk> chunks;
+    std::vector<Piece> pieces;
     std::vector<float> states;
     std::vector<int32_t> ready;
-    std::map<std::pair<int, int>, Prefetching> prefetching;  // by type stored and rows that share a KV head
+    std::map<std::array<int, 3>, Prefetching> prefetching;  // by type stored, rows that share a KV head and head size
     std::atomic<uint64_t> sum{0};
 
   private:
@@ -170,7 +170,6 @@ class Workers {
     }
 
     void work(int index) {
-        if (!cpus_.empty()) pin(cpus_[index % cpus_.size()]);
         for (uint32_t seen = 0;;) {
             for (int spins = 0; generation_.load(std::memory_order_acquire) == seen;) {
                 if (++spins < SPINS)
@@ -197,19 +196,17 @@ class Workers {
     std::atomic<int64_t> next_{0};
     int64_t count_ = 0;
     std::atomic<bool> stopping_{false};
-    static thread_local const Workers *pinned_;
 };
 
-thread_local const Workers *Workers::pinned_ = nullptr;
-
-// Cut a step into chunks: for each run, KV head and block of queries the positions it sees, long ones in parts. How
-// it is cut depends on the step and the number of workers alone, and so does every bit of the result. Returns how many
-// tiles there are.
+// Cut a step into chunks: for each run, KV head and block of queries the positions it sees. Where one block is all
+// that a run has, as in decode, a long context goes in parts. How a run is cut depends on nothing but itself, and so
+// does every bit of its result, whatever else is in the step and however many workers there are. Returns the tiles.
 int64_t cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
     auto &chunks = workers.chunks;
     chunks.clear();
     const int queries_at_once = ROWS_AT_ONCE > layer.group ? ROWS_AT_ONCE / layer.group : 1;
-    int64_t tiles = 0;
+    int64_t tiles = 0, floats = 0;
+    int32_t split = 0;
     for (int64_t run = 0; run < step.runs; ++run) {
         const int64_t start = step.starts[run], count = step.counts[run];
         for (int64_t first = 0; first < count; first += queries_at_once) {
@@ -221,47 +218,27 @@ int64_t cut(Workers &workers, const Layer &layer, const Step &step, bool present
             }
             low = low > 0 ? low : 0;
             if (low > high) low = high;
-            tiles += (high - low + TILE - 1) / TILE * layer.kv_heads;
-            for (int head = 0; head < layer.kv_heads; ++head)
-                chunks.push_back({int32_t(run), head, int32_t(first), queries, low, high, 0, 1, nullptr, nullptr});
+            const int64_t first_page = low / PAGE, end = (high + PAGE - 1) / PAGE;
+            const int64_t pages = PART_TILES * TILE_PAGES;  // of a part
+            int32_t parts = count == queries ? int32_t((end - first_page + pages - 1) / pages) : 1;
+            if (parts < 1) parts = 1;
+            tiles += (end - first_page + TILE_PAGES - 1) / TILE_PAGES * layer.kv_heads;
+            for (int head = 0; head < layer.kv_heads; ++head) {
+                Chunk chunk = {int32_t(run), head, int32_t(first), queries, low, high, 0, parts, floats, split};
+                if (parts > 1) {
+                    floats += int64_t(parts) * queries * layer.group * (padded(layer.v_dim) + 2);
+                    ++split;
+                }
+                for (; chunk.part < parts; ++chunk.part) {
+                    chunk.low = chunk.part ? (first_page + chunk.part * pages) * PAGE : low;
+                    chunk.high = chunk.part + 1 < parts ? (first_page + (chunk.part + 1) * pages) * PAGE : high;
+                    chunks.push_back(chunk);
+                }
+            }
         }
     }
-    int64_t most = tiles / (int64_t(workers.threads()) * PARTS_PER_WORKER) + 1;
-    if (most < MIN_TILES) most = MIN_TILES;
-    if (workers.threads() == 1) return tiles;
-
-    const size_t whole = chunks.size();
-    size_t floats = 0, split = 0;
-    for (size_t i = 0; i < whole; ++i) {
-        const Chunk chunk = chunks[i];
-        const int64_t first_page = chunk.low / PAGE, pages = (chunk.high + PAGE - 1) / PAGE - first_page;
-        const int parts = int((pages + most * TILE_PAGES - 1) / (most * TILE_PAGES));
-        if (parts <= 1) continue;
-        const int64_t each = ((pages + parts - 1) / parts + TILE_PAGES - 1) / TILE_PAGES * TILE_PAGES;
-        ++split;
-        for (int part = 0; part < parts; ++part) {
-            Chunk one = chunk;
-            one.part = part, one.parts = parts;
-            one.low = part ? (first_page + part * each) * PAGE : chunk.low;
-            one.high = (first_page + (part + 1) * each) * PAGE;
-            if (one.high > chunk.high) one.high = chunk.high;
-            if (one.low > one.high) one.low = one.high;
-            one.state = reinterpret_cast<float *>(floats);  // an offset until the memory is there
-            one.ready = reinterpret_cast<int32_t *>(split - 1);
-            if (part)
-                chunks.push_back(one);
-            else
-                chunks[i] = one;
-        }
-        floats += size_t(parts) * chunk.queries * layer.group * (padded(layer.v_dim) + 2);
-    }
-    if (workers.states.size() < floats) workers.states.resize(floats);
+    if (int64_t(workers.states.size()) < floats) workers.states.resize(floats);
     workers.ready.assign(split, 0);
-    for (Chunk &chunk : chunks)
-        if (chunk.parts > 1) {
-            chunk.state = workers.states.data() + reinterpret_cast<size_t>(chunk.state);
-            chunk.ready = workers.ready.data() + reinterpret_cast<size_t>(chunk.ready);
-        }
     return tiles;
 }
 
@@ -314,8 +291,22 @@ struct Canonical {
 
 using namespace lamina;
 
+// Nothing may be thrown into Python: 0, or -1 where memory ran out.
+template <class Function>
+static int guarded(Function f) {
+    try {
+        f();
+        return 0;
+    } catch (...) {
+        return -1;
+    }
+}
+
 #pragma GCC visibility push(default)
 extern "C" {
+
+// Which library this is: its version and the sizes of what it shares with library.py.
+int64_t lamina_abi() { return int64_t(ABI) << 32 | sizeof(Layer) << 16 | sizeof(Step); }
 
 // Comma-separated names of the kernels that this machine can run, best first.
 const char *lamina_isas() {
@@ -328,48 +319,57 @@ const char *lamina_isas() {
     return names.c_str();
 }
 
-// Null where a thread cannot be had, or `isa` is not one of lamina_isas().
+// Null where memory or a thread cannot be had, or `isa` is not one of lamina_isas().
 void *lamina_workers(const char *isa, int threads, const int *cpus, int cpu_count) {
-    for (const Kernel *kernel : KERNELS)
-        if (supported(*kernel) && std::string(kernel->name) == isa) {
-            auto workers = std::make_unique<Workers>(*kernel, threads, cpus, cpu_count);
-            return workers->complete() ? workers.release() : nullptr;
-        }
-    return nullptr;
+    void *handle = nullptr;
+    guarded([&] {
+        for (const Kernel *kernel : KERNELS)
+            if (supported(*kernel) && std::string(kernel->name) == isa) {
+                auto workers = std::make_unique<Workers>(*kernel, threads, cpus, cpu_count);
+                if (workers->complete()) handle = workers.release();
+                return;
+            }
+    });
+    return handle;
 }
 
 void lamina_close(void *workers) { delete static_cast<Workers *>(workers); }
 
 int64_t lamina_layer_bytes(const Layer *layer) { return int64_t(layer->kv_heads) * int64_t(layer->head_bytes()); }
 
-void lamina_attend(void *handle, const Layer *layer, const Step *step, const void *q, const float *past_o,
-                   const float *past_lse, float *o, float *lse, int present) {
-    Workers &workers = *static_cast<Workers *>(handle);
-    const int64_t tiles = cut(workers, *layer, *step, present != 0);
-    Prefetching &prefetching = workers.prefetching[{layer->kv_type, layer->group}];
-    const bool trial = !present && tiles >= TRIAL_TILES * workers.threads() && prefetching.trying();
-    const Call call = {q, past_o, past_lse, o, lse, present != 0, trial ? prefetching.next() : prefetching.settled()};
-    const auto start = std::chrono::steady_clock::now();
-    workers.run(int64_t(workers.chunks.size()), [&](int64_t i, Scratch &scratch) {
-        workers.kernel.attend(*layer, *step, call, workers.chunks[i], scratch);
+int lamina_attend(void *handle, const Layer *layer, const Step *step, const void *q, const float *past_o,
+                  const float *past_lse, float *o, float *lse, int present) {
+    return guarded([&] {
+        Workers &workers = *static_cast<Workers *>(handle);
+        const int64_t tiles = cut(workers, *layer, *step, present != 0);
+        Prefetching &prefetching = workers.prefetching[{layer->kv_type, layer->group, layer->qk_dim}];
+        const bool trial = !present && tiles >= TRIAL_TILES * workers.threads() && prefetching.trying();
+        const bool prefetch = trial ? prefetching.next() : prefetching.settled();
+        const Call call = {q,   past_o,        past_lse, workers.states.data(), workers.ready.data(), o,
+                           lse, present != 0, prefetch};
+        const auto start = std::chrono::steady_clock::now();
+        workers.run(int64_t(workers.chunks.size()), [&](int64_t i, Scratch &scratch) {
+            workers.kernel.attend(*layer, *step, call, workers.chunks[i], scratch);
+        });
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        if (trial) prefetching.took(took.count() / tiles);
     });
-    if (trial) prefetching.took(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / tiles);
 }
 
-void lamina_append(void *handle, const Layer *layer, const Step *step, const void *k, const void *v) {
-    Workers &workers = *static_cast<Workers *>(handle);
-    constexpr int64_t AT_ONCE = 256;
-    auto &chunks = workers.chunks;
-    chunks.clear();
-    for (int64_t run = 0; run < step->runs; ++run)
-        for (int64_t first = 0; first < step->counts[run]; first += AT_ONCE)
-            for (int head = 0; head < layer->kv_heads; ++head) {
-                const int64_t left = step->counts[run] - first;
-                chunks.push_back({int32_t(run), head, 0, 0, first, left < AT_ONCE ? left : AT_ONCE, 0, 1, nullptr, nullptr});
-            }
-    workers.run(int64_t(chunks.size()), [&](int64_t i, Scratch &scratch) {
-        const Chunk &chunk = chunks[i];
-        workers.kernel.append(*layer, *step, k, v, chunk.run, chunk.head, chunk.low, chunk.high, scratch);
+int lamina_append(void *handle, const Layer *layer, const Step *step, const void *k, const void *v) {
+    return guarded([&] {
+        Workers &workers = *static_cast<Workers *>(handle);
+        auto &pieces = workers.pieces;
+        pieces.clear();
+        for (int64_t run = 0; run < step->runs; ++run)
+            for (int64_t first = 0; first < step->counts[run]; first += Piece::MOST)
+                for (int head = 0; head < layer->kv_heads; ++head) {
+                    const int64_t left = step->counts[run] - first;
+                    pieces.push_back({int32_t(run), head, first, left < Piece::MOST ? left : Piece::MOST});
+                }
+        workers.run(int64_t(pieces.size()), [&](int64_t i, Scratch &scratch) {
+            workers.kernel.append(*layer, *step, k, v, pieces[i], scratch);
+        });
     });
 }
 
@@ -382,11 +382,14 @@ void lamina_copy(const Layer *layer, const int64_t *table, int64_t first, int64_
     each_number(*layer, table, first, count, frozen, true, values);
 }
 
-void lamina_read(void *handle, const uint8_t *bytes, int64_t count) {
-    Workers &workers = *static_cast<Workers *>(handle);
-    const int64_t parts = workers.threads(), each = count / parts / 4096 * 4096;
-    workers.run(parts, [&](int64_t i, Scratch &) {
-        workers.sum += workers.kernel.read(bytes + i * each, i + 1 < parts ? each : count - i * each);
+// Read `count` bytes, a multiple of 4096.
+int lamina_read(void *handle, const uint8_t *bytes, int64_t count) {
+    return guarded([&] {
+        Workers &workers = *static_cast<Workers *>(handle);
+        const int64_t parts = workers.threads(), each = count / parts / 4096 * 4096;
+        workers.run(parts, [&](int64_t i, Scratch &) {
+            workers.sum += workers.kernel.read(bytes + i * each, i + 1 < parts ? each : count - i * each);
+        });
     });
 }
 
