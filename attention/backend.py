@@ -37,7 +37,8 @@ INPUTS = ("float32", "bfloat16", "float16")
 class Plan(Protocol):
     """What a backend worked out about the rows of one step.
 
-    Valid for the backend that made it, until a sequence of the step is released.
+    Valid for the backend that made it, until a sequence of the step is released, or until a later step of it is planned
+    whose windows have left behind what this one's reach; using it then is a `UsageError`.
     """
 
     @property
@@ -84,7 +85,7 @@ class Backend(Protocol):
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         """Attention to the positions before the start of each row's run. q: [T, Hq, Dk].
 
-        `UsageError` where one of these positions is not in the cache yet.
+        `UsageError` where one of these positions is not in the cache yet, or the plan is no longer valid.
         """
         ...
 
@@ -92,7 +93,7 @@ class Backend(Protocol):
         """Store k and v, attend to them (causally within each run) as stored, and merge with ``past``.
 
         q: [T, Hq, Dk]; k: [T, Hkv, Dk]; v: [T, Hkv, Dv]. The sinks of the layer, which `past` leaves out, join here.
-        Errors are those of `append`.
+        Errors are those of `append`; a plan that is no longer valid is a `UsageError`.
         """
         ...
 

@@ -37,7 +37,8 @@ class Placement:
     """Where the rows of a step live: number i in each array belongs to ``rows.runs[i]``.
 
     starts, counts: its positions; row_starts: its first row; frozen: positions below are in published blocks, which
-    are not to be overwritten; addresses: uint64 [groups, runs], where the block tables lie in memory.
+    are not to be overwritten; addresses: uint64 [groups, runs], where the block tables lie in memory; attend: whether
+    the rows may attend, see `KVCache.place`.
     """
 
     rows: Rows
@@ -49,6 +50,7 @@ class Placement:
     slots: Integers
     generations: Integers
     held: tuple[Reservation, ...]
+    attend: bool
 
     def tables(self, group: int) -> list[Integers]:
         """The block table of each run in a layer group: for positions from ``i * block_tokens`` on, the byte offset of
@@ -291,10 +293,14 @@ class KVCache:
             slots=slots,
             generations=self._generation[slots],
             held=held,
+            attend=attend,
         )
 
     def require_past(self, layer: int, placement: Placement) -> None:
-        """`UsageError` unless every position before each run is there, in the blocks that were found for it."""
+        """`UsageError` unless every position before each run is there, in the blocks that were found for it.
+
+        Of rows that attend, no position that a window reaches may have gone back since they were placed.
+        """
         slots = placement.slots
         if (self._generation[slots] != placement.generations).any():
             i = int((self._generation[slots] != placement.generations).argmax())
@@ -305,6 +311,18 @@ class KVCache:
             raise UsageError(
                 f"sequence {placement.rows.runs[i].sequence}, layer {layer}: position {placement.starts[i]} comes "
                 f"after {filled[i]} stored ones; the positions between are missing"
+            )
+        group = self._group_of[layer]
+        window = self.groups[group].window
+        if window is None or not placement.attend:
+            return
+        gone = self._first[group, slots] * self.layout.block_tokens
+        if (gone > np.maximum(placement.starts - window + 1, 0)).any():
+            i = int((gone > np.maximum(placement.starts - window + 1, 0)).argmax())
+            raise UsageError(
+                f"sequence {placement.rows.runs[i].sequence}, layer {layer}: positions before {gone[i]} went back "
+                f"after the step at {placement.starts[i]} had been planned, and its window reaches them; plan it anew "
+                f"before later steps"
             )
 
     def advance(self, layer: int, placement: Placement) -> None:

@@ -394,6 +394,65 @@ def test_a_plan_does_not_outlive_its_sequences(target: Target) -> None:
 
 
 @every_target
+def test_a_plan_does_not_outlive_what_its_windows_reach(target: Target) -> None:
+    """When a later step has let blocks go that the window of an earlier one reaches, the earlier plan is refused where
+    there is a window, nothing is stored, and the later plan is as good as ever; where there is none, both are."""
+    layout = KVLayout(layers=(replace(PLAIN, window=16), PLAIN), dtype=any_type(target))
+    whole = Step(layout, (0,), (201,), device=target.device)
+    with target.open(layout, 201) as backend:
+        backend.cache.reserve(0, 201)
+        inputs = [(q, k, v) for q, (k,), (v,) in (whole.inputs(layer) for layer in whole.layers)]
+        for layer, (_, k, v) in enumerate(inputs):
+            backend.append(layer, Rows((Run(0, 0, 100),)), k[:100], v[:100])
+        early = backend.plan(Rows((Run(0, 100, 1),)))
+        pasts = [backend.past(early, layer, q[100:101]) for layer, (q, _, _) in enumerate(inputs)]
+        for layer, (_, k, v) in enumerate(inputs):
+            backend.append(layer, Rows((Run(0, 100, 100),)), k[100:200], v[100:200])
+        late = backend.plan(Rows((Run(0, 200, 1),)))
+        before = [backend.export(0, 0, 190, 200), backend.export(0, 1, 0, 200)]
+
+        q, k, v = (one[100:101] for one in inputs[0])
+        with pytest.raises(
+            UsageError, match=r"sequence 0, layer 0: positions before \d+ went back after the step at 100"
+        ):
+            backend.past(early, 0, q)
+        with pytest.raises(
+            UsageError, match=r"sequence 0, layer 0: positions before \d+ went back after the step at 100"
+        ):
+            backend.finish(early, 0, q, k, v, pasts[0])
+        assert_same_bits(backend.past(early, 1, inputs[1][0][100:101]), pasts[1])
+        for old, new in zip(before, [backend.export(0, 0, 190, 200), backend.export(0, 1, 0, 200)], strict=True):
+            assert torch.equal(old.k.view(torch.uint8), new.k.view(torch.uint8))
+            assert torch.equal(old.v.view(torch.uint8), new.v.view(torch.uint8))
+        for layer, (q, k, v) in enumerate(inputs):
+            row = slice(200, 201)
+            out = backend.finish(late, layer, q[row], k[row], v[row], backend.past(late, layer, q[row]))
+            ((k, v),) = Step(layout, (200,), (1,)).stored(backend, layer)
+            expected = exact_rows(q[row], 200, k, v, range(201), layout.layers[layer])
+            assert_close(out, expected, target.tolerance(layout.dtype, 64))
+
+
+@every_target
+def test_what_windows_have_left_behind_may_be_appended_again(target: Target) -> None:
+    """Nothing can see it any more: it is skipped, and what is still there stays as it is."""
+    layout = KVLayout(layers=(replace(PLAIN, window=16),), dtype=any_type(target))
+    whole = Step(layout, (0,), (200,), device=target.device)
+    _, (k,), (v,) = whole.inputs(0)
+    with target.open(layout, 201) as backend:
+        backend.cache.reserve(0, 201)
+        backend.append(0, Rows((Run(0, 0, 200),)), k, v)
+        backend.plan(Rows((Run(0, 200, 1),)))
+        before = backend.export(0, 0, 185, 200)
+
+        backend.append(0, Rows((Run(0, 20, 30),)), k[60:90], v[60:90])
+
+        after = backend.export(0, 0, 185, 200)
+        assert torch.equal(before.k.view(torch.uint8), after.k.view(torch.uint8))
+        assert torch.equal(before.v.view(torch.uint8), after.v.view(torch.uint8))
+        assert backend.cache.filled(0, 0) == 200
+
+
+@every_target
 def test_a_plan_stays_within_reservations(target: Target) -> None:
     with target.open(KVLayout(layers=(PLAIN,), dtype=any_type(target)), 3) as backend:
         backend.cache.reserve(0, 3)
