@@ -31,12 +31,14 @@ test-slow: setup ## the long tests
 
 check: setup     ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror attention/native/*.cpp attention/native/*.h
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: setup    ## format the code and mend what the linter can
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i attention/native/*.cpp attention/native/*.h
 	$(BIN)/ruff check --fix .
 
 bench: setup     ## all benchmarks, each beside its yardstick

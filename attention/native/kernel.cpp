@@ -58,9 +58,9 @@ struct BFloat16Line {
 };
 
 // fp8 e4m3 becomes a wider format by moving its exponent and mantissa to their place, which makes it too small by
-// 2^120, the difference of the biases, subnormals included. FLOAT8_UP on the operands and FLOAT8_UP again on the sums put
-// that right without leaving the range of float32 on the way. VDPBF16PS reads subnormals as 0: there, numbers below 2^-6,
-// which is 1/28672 of the largest of their vector, count as 0.
+// 2^120, the difference of the biases, subnormals included. FLOAT8_UP on the operands and FLOAT8_UP again on the sums
+// put that right without leaving the range of float32 on the way. VDPBF16PS reads subnormals as 0: there, numbers below
+// 2^-6, which is 1/28672 of the largest of their vector, count as 0.
 constexpr float FLOAT8_UP = 0x1p60f;
 struct Float8Line {
     static constexpr int type = FLOAT8;
@@ -164,8 +164,8 @@ struct Int8Products {
 
 // -- the two products
 
-// sums[r][n] += over `steps` lines, an even number: operand (r, i) . line i of group n, where a group is a page (scores) or a chunk of
-// 16 dimensions (values). `ahead[n]` is what will be read next in the place of `lines[n]`.
+// sums[r][n] += over `steps` lines, an even number: operand (r, i) . line i of group n, where a group is a page
+// (scores) or a chunk of 16 dimensions (values). `ahead[n]` is what will be read next in the place of `lines[n]`.
 template <class P, int R, int N>
 inline void panel(typename P::Sum (&sums)[R][N * VECTORS], const uint8_t *const (&lines)[N],
                   const uint8_t *const (&ahead)[N], int steps, const typename P::Operand *operands,
@@ -178,15 +178,14 @@ inline void panel(typename P::Sum (&sums)[R][N * VECTORS], const uint8_t *const 
             typename P::template Values<N * VECTORS> values;
             for (int n = 0; n < N; ++n)
                 for (int v = 0; v < VECTORS; ++v) values.take(n * VECTORS + v, lines[n] + j * line_bytes, v);
-            for (int r = 0; r < R; ++r)
-                P::template add<N * VECTORS>(sums[r], values, operands[r * operand_stride + j]);
+            for (int r = 0; r < R; ++r) P::template add<N * VECTORS>(sums[r], values, operands[r * operand_stride + j]);
         }
     }
 }
 
 template <class P, int R, int N>
 __attribute__((noinline)) void score_pages(const uint8_t *const *pages, const uint8_t *const *ahead, int lines,
-                 const typename P::Operand *q, int q_stride, float *scores, bool onto) {
+                                           const typename P::Operand *q, int q_stride, float *scores, bool onto) {
     typename P::Sum sums[R][N * VECTORS];
     for (auto &row : sums)
         for (auto &sum : row) sum = typename P::Sum{};
@@ -212,14 +211,13 @@ void score_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int co
     int n = 0;
     for (; n + N <= count; n += N)
         score_pages<P, R, N>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
-    for (; n < count; ++n)
-        score_pages<P, R, 1>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
+    for (; n < count; ++n) score_pages<P, R, 1>(pages + n, ahead + n, lines, q, q_stride, scores + n * PAGE, onto);
 }
 
 template <class P, int R, int N>
-__attribute__((noinline)) void value_chunks(const uint8_t *const *pages, const uint8_t *const *ahead, int count, size_t offset,
-                  const typename P::Operand *weights, int weight_stride, const float *weight_scale, float *o,
-                  int o_stride) {
+__attribute__((noinline)) void value_chunks(const uint8_t *const *pages, const uint8_t *const *ahead, int count,
+                                            size_t offset, const typename P::Operand *weights, int weight_stride,
+                                            const float *weight_scale, float *o, int o_stride) {
     constexpr int chunk_bytes = PAGE / 2 * LINE * item_bytes(P::type);
     typename P::Sum sums[R][N * VECTORS];
     for (int r = 0; r < R; ++r)
@@ -255,11 +253,11 @@ void value_rows(const uint8_t *const *pages, const uint8_t *const *ahead, int co
     constexpr size_t chunk_bytes = PAGE / 2 * LINE * item_bytes(P::type);
     int c = 0;
     for (; c + N <= chunks; c += N)
-        value_chunks<P, R, N>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
-                                     o + c * PAGE, o_stride);
+        value_chunks<P, R, N>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale, o + c * PAGE,
+                              o_stride);
     for (; c < chunks; ++c)
-        value_chunks<P, R, 1>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale,
-                                     o + c * PAGE, o_stride);
+        value_chunks<P, R, 1>(pages, ahead, count, c * chunk_bytes, weights, weight_stride, weight_scale, o + c * PAGE,
+                              o_stride);
 }
 
 // Call f with the number of rows of each block, as a constant, and its first row.
@@ -384,8 +382,8 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
 // products with the weights are to be multiplied by.
 template <class P, int Tokens, bool Masked>
 __attribute__((noinline)) float weigh(const Layer &layer, int tokens, int from, int to, const float *const *k_scales,
-                   const float *const *v_scales, int r, int dim, float *scores, typename P::Operand *weights, float *o,
-                   Scratch &s) {
+                                      const float *const *v_scales, int r, int dim, float *scores,
+                                      typename P::Operand *weights, float *o, Scratch &s) {
     if (Tokens) tokens = Tokens;
     const float before = s.peak[r];
     const F q_scale = all(s.q_scale[r]);

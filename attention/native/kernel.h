@@ -47,7 +47,7 @@ struct Layer {
 
 // The runs of a step. Mirrored in library.py.
 struct Step {
-    const int64_t *const *tables;  // [runs]: byte offsets of blocks
+    const int64_t *const *tables;                    // [runs]: byte offsets of blocks
     const int64_t *starts, *counts, *rows, *frozen;  // [runs]; rows: of q, k and v; frozen: positions that are final
     int64_t runs;
 };

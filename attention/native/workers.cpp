@@ -23,10 +23,10 @@
 namespace lamina {
 namespace {
 
-constexpr int ABI = 1;               // counted up when a call changes its meaning; see library.py
-constexpr int SPINS = 4000;          // tens of us: the next layer of a step comes soon; after that a worker sleeps
-constexpr int64_t PART_TILES = 32;   // of a long context: merging a part costs less than one of its tiles
-constexpr int ROWS_AT_ONCE = 64;     // of several queries: more would leave the second-level cache
+constexpr int ABI = 1;              // counted up when a call changes its meaning; see library.py
+constexpr int SPINS = 4000;         // tens of us: the next layer of a step comes soon; after that a worker sleeps
+constexpr int64_t PART_TILES = 32;  // of a long context: merging a part costs less than one of its tiles
+constexpr int ROWS_AT_ONCE = 64;    // of several queries: more would leave the second-level cache
 constexpr int TRIALS = 8;
 constexpr int64_t TRIAL_TILES = 512;  // of a worker: enough to be measured, and more than its caches hold
 
@@ -345,7 +345,7 @@ int lamina_attend(void *handle, const Layer *layer, const Step *step, const void
         Prefetching &prefetching = workers.prefetching[{layer->kv_type, layer->group, layer->qk_dim}];
         const bool trial = !present && tiles >= TRIAL_TILES * workers.threads() && prefetching.trying();
         const bool prefetch = trial ? prefetching.next() : prefetching.settled();
-        const Call call = {q,   past_o,        past_lse, workers.states.data(), workers.ready.data(), o,
+        const Call call = {q,   past_o,       past_lse, workers.states.data(), workers.ready.data(), o,
                            lse, present != 0, prefetch};
         const auto start = std::chrono::steady_clock::now();
         workers.run(int64_t(workers.chunks.size()), [&](int64_t i, Scratch &scratch) {
