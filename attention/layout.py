@@ -15,6 +15,13 @@ SCALED = frozenset({"float8_e4m3fn", "int8"})
 
 SCALE_BYTES = 4
 
+MAX_SIZE = 1 << 16
+"""The most heads of a layer, numbers of a head and tokens of a block: far beyond any model, and kernels may multiply
+two of them."""
+
+MIN_SOFTCAP = 1e-6
+"""Less would cap every score to the same, and ``score / softcap`` would leave float32."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShape:
@@ -38,7 +45,7 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "qk_dim", "v_dim"):
-            _require_positive_int(f"LayerShape.{name}", getattr(self, name))
+            _require_positive_int(f"LayerShape.{name}", getattr(self, name), MAX_SIZE)
         if self.window is not None:
             _require_positive_int("LayerShape.window", self.window)
         if self.q_heads % self.kv_heads:
@@ -47,8 +54,8 @@ class LayerShape:
             )
         if not math.isfinite(self.scale):
             raise ConfigError(f"LayerShape.scale: expected a finite number, got {self.scale}")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ConfigError(f"LayerShape.softcap: expected a finite number > 0, got {self.softcap}")
+        if self.softcap is not None and not MIN_SOFTCAP <= self.softcap < math.inf:
+            raise ConfigError(f"LayerShape.softcap: expected a finite number >= {MIN_SOFTCAP}, got {self.softcap}")
         if self.sinks is not None:
             if len(self.sinks) != self.q_heads:
                 raise ConfigError(
@@ -82,7 +89,7 @@ class KVLayout:
             raise ConfigError("KVLayout.layers: expected at least one layer, got none")
         if self.dtype not in ITEM_BYTES:
             raise ConfigError(f"KVLayout.dtype: expected one of {', '.join(ITEM_BYTES)}, got {self.dtype!r}")
-        _require_positive_int("KVLayout.block_tokens", self.block_tokens)
+        _require_positive_int("KVLayout.block_tokens", self.block_tokens, MAX_SIZE)
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -101,6 +108,7 @@ class KVLayout:
         )
 
 
-def _require_positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: expected an integer >= 1, got {value!r}")
+def _require_positive_int(name: str, value: object, most: int | None = None) -> None:
+    if not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        allowed = ">= 1" if most is None else f"from 1 to {most}"
+        raise ConfigError(f"{name}: expected an integer {allowed}, got {value!r}")

@@ -19,13 +19,18 @@ SHAPE: dict[str, Any] = {"q_heads": 8, "kv_heads": 2, "qk_dim": 64, "v_dim": 32,
     ("field", "value"),
     [
         ("q_heads", 0),
+        ("q_heads", 65538),
         ("kv_heads", -1),
+        ("kv_heads", 2**32 + 2),
         ("kv_heads", 3),
         ("qk_dim", 1.5),
+        ("qk_dim", 65537),
         ("v_dim", 0),
+        ("v_dim", 2**31),
         ("scale", float("nan")),
         ("window", 0),
         ("softcap", 0.0),
+        ("softcap", 9e-07),
         ("softcap", float("inf")),
         ("sinks", (1.0, 2.0)),
         ("sinks", (0.0,) * 7 + (float("inf"),)),
@@ -36,11 +41,20 @@ def test_an_impossible_layer_is_refused_by_field(field: str, value: object) -> N
         LayerShape(**{**SHAPE, field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("layers", ()), ("dtype", "int4"), ("block_tokens", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("layers", ()), ("dtype", "int4"), ("block_tokens", 0), ("block_tokens", 65537)]
+)
 def test_an_impossible_layout_is_refused_by_field(field: str, value: object) -> None:
     layout: dict[str, Any] = {"layers": (LayerShape(**SHAPE),), "dtype": "float16"}
     with pytest.raises(ConfigError, match=rf"^KVLayout\.{field}: expected "):
         KVLayout(**{**layout, field: value})
+
+
+def test_the_largest_shapes_are_taken() -> None:
+    """Up to 65536 heads, numbers of a head and tokens of a block, any window and the least soft cap."""
+    shape = LayerShape(q_heads=65536, kv_heads=65536, qk_dim=65536, v_dim=65536, scale=1.0, window=2**40, softcap=1e-6)
+
+    assert KVLayout(layers=(shape,), dtype="float32", block_tokens=65536).bytes_per_token == 2 * 4 * 65536**2
 
 
 def test_a_layout_counts_keys_and_values_of_all_its_layers() -> None:
