@@ -162,25 +162,28 @@ def default_backend(device: str = "cpu") -> str:
     return fastest
 
 
-def check_key_value(layer: int, shape: LayerShape, tokens: int, k: Tensor, v: Tensor) -> None:
-    """`UsageError` unless k is [tokens, Hkv, Dk] and v [tokens, Hkv, Dv], of a type that comes over the wire."""
-    _check(layer, "k", k, (tokens, shape.kv_heads, shape.qk_dim), INPUTS)
-    _check(layer, "v", v, (tokens, shape.kv_heads, shape.v_dim), INPUTS)
+def check_key_value(layer: int, shape: LayerShape, tokens: int, k: Tensor, v: Tensor, device: str = "cpu") -> None:
+    """`UsageError` unless k is [tokens, Hkv, Dk] and v [tokens, Hkv, Dv], of a type that comes over the wire, on the
+    torch device of the cache."""
+    _check(layer, "k", k, (tokens, shape.kv_heads, shape.qk_dim), INPUTS, device)
+    _check(layer, "v", v, (tokens, shape.kv_heads, shape.v_dim), INPUTS, device)
 
 
-def check_query(layer: int, shape: LayerShape, tokens: int, q: Tensor) -> None:
-    """`UsageError` unless q is [tokens, Hq, Dk], of a type that comes over the wire."""
-    _check(layer, "q", q, (tokens, shape.q_heads, shape.qk_dim), INPUTS)
+def check_query(layer: int, shape: LayerShape, tokens: int, q: Tensor, device: str = "cpu") -> None:
+    """`UsageError` unless q is [tokens, Hq, Dk], of a type that comes over the wire, on the cache's device."""
+    _check(layer, "q", q, (tokens, shape.q_heads, shape.qk_dim), INPUTS, device)
 
 
-def check_past(layer: int, shape: LayerShape, tokens: int, past: Partial) -> None:
-    """`UsageError` unless ``past`` is what `Backend.past` gives for so many rows."""
-    _check(layer, "o", past.o, (tokens, shape.q_heads, shape.v_dim), ("float32",))
-    _check(layer, "lse", past.lse, (tokens, shape.q_heads), ("float32",))
+def check_past(layer: int, shape: LayerShape, tokens: int, past: Partial, device: str = "cpu") -> None:
+    """`UsageError` unless ``past`` is what `Backend.past` gives for so many rows, on the cache's device."""
+    _check(layer, "o", past.o, (tokens, shape.q_heads, shape.v_dim), ("float32",), device)
+    _check(layer, "lse", past.lse, (tokens, shape.q_heads), ("float32",), device)
 
 
-def _check(layer: int, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
+def _check(layer: int, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Sequence[str], device: str) -> None:
     if tensor.shape != shape:
         raise UsageError(f"layer {layer}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
     if str(tensor.dtype).removeprefix("torch.") not in dtypes:
         raise UsageError(f"layer {layer}: expected {name} of type {' or '.join(dtypes)}, got {tensor.dtype}")
+    if str(tensor.device) != device:
+        raise UsageError(f"layer {layer}: expected {name} on {device}, where the cache is, got it on {tensor.device}")

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lamina.attention.backend import Plan, Stored, check_key_value
+from lamina.attention.backend import Plan, Stored, check_key_value, check_past, check_query
 from lamina.attention.cache import Integers, KVCache, Placement
 from lamina.attention.dense import attend_visible, visible_keys
 from lamina.attention.layout import SCALED, KVLayout
@@ -458,6 +458,7 @@ class FlashInferBackend:
         cuda = Cuda(cache.memory.device)
         self.cache = cache
         self._shared = _Shared(cache, cuda, _library())
+        self._where = str(cache.memory.tensor.device)
         self._torch = TorchBackend(cache)
         """The same blocks in the same layout: all that is not attention."""
         self._idle_decodes: defaultdict[int, list[_Decode]] = defaultdict(list)
@@ -497,12 +498,16 @@ class FlashInferBackend:
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         assert isinstance(plan, FlashInferPlan)
+        check_query(layer, self.cache.shape(layer), plan.rows.tokens, q, self._where)
         self.cache.require_past(layer, plan.placement)
         return self._joined(plan, layer, lambda part, rows: part.past(layer, q[rows]))
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         assert isinstance(plan, FlashInferPlan)
-        check_key_value(layer, self.cache.shape(layer), plan.rows.tokens, k, v)
+        shape, tokens = self.cache.shape(layer), plan.rows.tokens
+        check_query(layer, shape, tokens, q, self._where)
+        check_key_value(layer, shape, tokens, k, v, self._where)
+        check_past(layer, shape, tokens, past, self._where)
         self.cache.require_past(layer, plan.placement)
         k, v = self._store(layer, plan.targets[self.cache.group_of(layer)], k, v)
         self.cache.advance(layer, plan.placement)

@@ -97,12 +97,13 @@ class TorchBackend:
 
     def __init__(self, cache: KVCache, *, threads: int = 1, cpus: Sequence[int] | None = None) -> None:
         self.cache = cache
-        self._device = cache.memory.device
+        self._device = cache.memory.tensor.device
+        self._where = str(self._device)
         self._stores = [_Store(cache, layer) for layer in range(len(cache.layout.layers))]
 
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         shape = self.cache.shape(layer)
-        check_key_value(layer, shape, rows.tokens, k, v)
+        check_key_value(layer, shape, rows.tokens, k, v, self._where)
         placement = self.cache.place(rows, attend=False)
         self._write(layer, placement, self._target(placement, self.cache.group_of(layer)), self._rounded(k, v))
 
@@ -118,16 +119,16 @@ class TorchBackend:
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         assert isinstance(plan, TorchPlan)
-        check_query(layer, self.cache.shape(layer), plan.rows.tokens, q)
+        check_query(layer, self.cache.shape(layer), plan.rows.tokens, q, self._where)
         self.cache.require_past(layer, plan.placement)
         return self._attend(plan.past[self.cache.group_of(layer)], layer, q)
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         assert isinstance(plan, TorchPlan)
         group, shape = self.cache.group_of(layer), self.cache.shape(layer)
-        check_query(layer, shape, plan.rows.tokens, q)
-        check_key_value(layer, shape, plan.rows.tokens, k, v)
-        check_past(layer, shape, plan.rows.tokens, past)
+        check_query(layer, shape, plan.rows.tokens, q, self._where)
+        check_key_value(layer, shape, plan.rows.tokens, k, v, self._where)
+        check_past(layer, shape, plan.rows.tokens, past, self._where)
         self._write(layer, plan.placement, plan.targets[group], self._rounded(k, v))
         # Read back from the cache, so that a token weighs now exactly what it will weigh in later steps.
         return add_sinks(merge(past, self._attend(plan.new[group], layer, q)), shape.sinks)
@@ -266,8 +267,8 @@ class _Store:
 
     def check(self, layer: int, tokens: int, stored: Stored) -> None:
         """`UsageError` unless ``stored`` is what `read` gives for so many positions."""
-        wanted = [((tokens, *part.row), part.dtype) for part in self.parts]
-        found = [(tuple(part.shape), part.dtype) for part in stored if part is not None]
+        wanted = [((tokens, *part.row), part.dtype, str(part.device)) for part in self.parts]
+        found = [(tuple(part.shape), part.dtype, str(part.device)) for part in stored if part is not None]
         if found != wanted:
             raise UsageError(f"layer {layer}: expected stored keys, values and scales like {wanted}, got {found}")
 
@@ -283,6 +284,7 @@ class _Part:
 
     def __init__(self, memory: Tensor, start: int, dtype: torch.dtype, row: tuple[int, ...]) -> None:
         self.dtype, self.row, self.item, self.width = dtype, row, dtype.itemsize, int(np.prod(row))
+        self.device = memory.device
         # Types of 8 bits move as bytes: not every operation knows them.
         flat = memory[start : len(memory) // ALIGNMENT * ALIGNMENT].view(torch.uint8 if self.item == 1 else dtype)
         # A row may begin at any number, so the view has a row at each of them; they overlap, which only indexing uses.

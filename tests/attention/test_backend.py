@@ -462,7 +462,7 @@ def test_a_plan_stays_within_reservations(target: Target) -> None:
 
 
 @every_target
-@pytest.mark.parametrize("wrong", ["q", "k", "v", "tokens", "o", "lse", "type"])
+@pytest.mark.parametrize("wrong", ["q", "k", "v", "tokens", "o", "lse", "type", "device"])
 def test_tensors_of_the_wrong_shape_are_refused(target: Target, wrong: str) -> None:
     """Before anything is stored, and before anything outside the tensors could be read."""
     step = Step(KVLayout(layers=(PLAIN,), dtype=any_type(target)), (3,), (2,), device=target.device)
@@ -483,6 +483,8 @@ def test_tensors_of_the_wrong_shape_are_refused(target: Target, wrong: str) -> N
             o = o[:1]
         elif wrong == "lse":
             lse = lse[:, :1]
+        elif wrong == "device":
+            v = v.to("meta")
         else:
             k = k.to(torch.int32)
 

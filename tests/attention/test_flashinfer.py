@@ -544,6 +544,43 @@ def test_a_released_sequence_ends_its_plans(device: str) -> None:
         backend.finish(plan, 0, q, k, v, past)
 
 
+def test_a_plan_does_not_outlive_what_its_windows_reach(device: str) -> None:
+    """Where a later step has let blocks go that the window of an earlier one reaches."""
+    layout = KVLayout(layers=(PLAIN, SLIDING), dtype="bfloat16", block_tokens=4)
+    pair = Pair(layout, [64], device)
+    pair.append(Rows((Run(0, 0, 20),)), seed=0)
+    early, _ = pair.plan(Rows((Run(0, 20, 1),)))
+    q, k, v = (one.to(device) for one in pair.values(0, 1, 1))
+    backend = pair.backends[0]
+    past = backend.past(early, 1, q)
+    pair.append(Rows((Run(0, 20, 40),)), seed=1)
+    pair.plan(Rows((Run(0, 60, 1),)))
+
+    with pytest.raises(UsageError, match="went back after the step at 20 had been planned"):
+        backend.past(early, 1, q)
+    with pytest.raises(UsageError, match="went back after the step at 20 had been planned"):
+        backend.finish(early, 1, q, k, v, past)
+    backend.past(early, 0, q)
+
+
+@pytest.mark.parametrize("wrong", range(5))
+def test_wrong_tensors_are_refused_before_anything_is_stored(device: str, wrong: int) -> None:
+    """One head too few in q, k, v, o or lse, and one of them on another device."""
+    pair = Pair(LAYOUT, [20], device)
+    plan, _ = pair.plan(Rows((Run(0, 0, 2),)))
+    backend = pair.backends[0]
+    q, k, v = (one.to(device) for one in pair.values(0, 0, 2))
+    right = (q, k, v, *backend.past(plan, 0, q))
+    for tensor in (right[wrong][:, :-1], right[wrong].to("meta")):
+        q, k, v, o, lse = (tensor if i == wrong else one for i, one in enumerate(right))
+        with pytest.raises(UsageError, match=f"layer 0: expected {('q', 'k', 'v', 'o', 'lse')[wrong]} o"):
+            backend.finish(plan, 0, q, k, v, Partial(o, lse))
+        if wrong == 0:
+            with pytest.raises(UsageError, match="layer 0: expected q o"):
+                backend.past(plan, 0, q)
+        assert backend.cache.filled(0, 0) == 0
+
+
 # -- page tables
 
 
