@@ -134,7 +134,7 @@ def create_backend(
             for group in layout.groups
         ]
         home = Pool(home, extent_bytes=fit_extent(home.nbytes, sizes))
-    cache = KVCache(layout, home.tenant("the only one", quota), module.layer_bytes)
+    cache = KVCache(layout, home.tenant("cache", quota), module.layer_bytes)
     backend: Backend = getattr(module, BACKENDS[name][1])(cache, threads=threads, cpus=cpus)
     return backend
 

@@ -70,7 +70,7 @@ class KVCache:
 
     def __init__(self, layout: KVLayout, home: Tenant | Pool, layer_bytes: LayerBytes) -> None:
         """Take no memory yet. `CapacityError` when not even one block of every group could be had."""
-        self._tenant = home.tenant("the only one") if isinstance(home, Pool) else home
+        self._tenant = home.tenant("cache") if isinstance(home, Pool) else home
         pool = self._tenant.pool
         self.layout = layout
         self.memory = pool.memory

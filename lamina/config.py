@@ -19,7 +19,7 @@ from lamina.transport import Address
 from lamina.transport.handshake import MAX_PEER_TIMEOUT, MIN_PEER_TIMEOUT
 from lamina.validation import explain
 
-Attention = Literal["auto", "native", "torch", "flashinfer"]
+Attention = Literal["auto", "native", "torch"]
 Positive = Annotated[int, Meta(ge=1)]
 PeerTimeout = Annotated[float, Meta(ge=MIN_PEER_TIMEOUT, le=MAX_PEER_TIMEOUT)]
 StartTimeout = Annotated[float, Meta(gt=0, le=86400)]

@@ -102,7 +102,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         (
             'attention = "torch"',
             'attention = "fast"',
-            "node[1].attention: expected one of auto, native, torch, flashinfer; got 'fast'",
+            "node[1].attention: expected one of auto, native, torch; got 'fast'",
         ),
         ('role = "memory"', 'role = "gpu"', "node[1].role: expected one of compute, memory; got 'gpu'"),
         ('name = "m0"', 'name = "c0"', "node[1].name: 'c0' is used twice"),

@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint(
         ),
         (
             ["node", "--role", "memory", "--listen", "tcp://127.0.0.1:1", "--memory", "1MiB", "--attention", "fast"],
-            "--attention: expected one of auto, native, torch, flashinfer; got 'fast'",
+            "--attention: expected one of auto, native, torch; got 'fast'",
         ),
         (["node", "--role", "compute"], "--config: missing"),
         (["node", "--role", "compute", "--config", "none.toml", "--name", "c0"], "none.toml"),
