@@ -40,6 +40,7 @@ SHAPES = ((1, 2048), (1, 8192), (1, 32768), (16, 512), (16, 2048), (16, 8192), (
 MAIN_SHAPES = ((16, 2048), (1, 32768))
 """All that a quick run has; and where other libraries are measured with other than the first of these:"""
 GQA, HEAD_DIMS = (4, 8), (128, 64)
+HEADS = tuple(product(GQA, HEAD_DIMS))
 COMMON_TYPES = ("bfloat16", "float8_e4m3fn", "int8")
 """Of our own. Other types, and other GQA, are measured at one shape only."""
 RARE_SHAPE, RARE_GQA = (16, 2048), (1, 16)
@@ -71,6 +72,7 @@ COLUMNS = {
         "shape": "BxC",
         "gqa": "GQA",
         "head_dim": "head",
+        "threads": "threads",
         "tokens_per_s": "tokens/s",
         "gbps": "GB/s",
         "read_gbps": "read",
@@ -142,12 +144,15 @@ def _usable(backends: list[str] | None, console: Console) -> list[str]:
 
 def _measure(names: list[str], threads: int, console: Console, *, quick: bool) -> tuple[Machine, list[report.Row]]:
     own = [name for name in names if LIBRARIES[name].own]
-    jobs = [("decode", name, point) for name, point in _grid(names, quick=quick)]
-    jobs += [("append", name, _point(*APPEND_SHAPE, kv_dtype)) for name in own for kv_dtype in COMMON_TYPES]
+    jobs = [("decode", name, point, threads) for name, point in _grid(names, quick=quick)]
+    if threads > 1 and not quick:
+        main = [_point(*shape, kv, *heads) for shape in MAIN_SHAPES for kv in COMMON_TYPES for heads in HEADS]
+        jobs += [("decode", name, point, 1) for name in own for point in main]
+    jobs += [("append", name, _point(*APPEND_SHAPE, kv_dtype), threads) for name in own for kv_dtype in COMMON_TYPES]
     limit = min(MAX_BYTES, free_bytes() // 2) - read_bytes()
-    fitting = [job for job in jobs if _nbytes(*job[1:]) <= limit]
+    fitting = [job for job in jobs if _nbytes(*job[1:3]) <= limit]
     if not fitting:
-        needed = min(_nbytes(*job[1:]) for job in jobs) + read_bytes()
+        needed = min(_nbytes(*job[1:3]) for job in jobs) + read_bytes()
         raise CapacityError(
             f"bench attention: needs {needed / 2**30:.1f} GiB of memory to leave caches of {cache_bytes() >> 20} MiB "
             f"behind, but may take {(limit + read_bytes()) / 2**30:.1f} GiB: half of what is free, at most "
@@ -160,13 +165,13 @@ def _measure(names: list[str], threads: int, console: Console, *, quick: bool) -
 
     torch.set_num_threads(threads)
     others, rows = Others(), []
-    bench = _Bench(threads, max(_nbytes(*job[1:]) for job in fitting))
+    bench = _Bench(threads, max(_nbytes(*job[1:3]) for job in fitting))
     try:
         machine = {**report.machine(), **bench.machine()}
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("attention", total=len(fitting) + len(prefills))
-            for phase, name, point in fitting:
-                rows.append(bench.decode(name, point) if phase == "decode" else bench.append(name, point))
+            for phase, name, point, used in fitting:
+                rows.append(bench.decode(name, point, used) if phase == "decode" else bench.append(name, point))
                 progress.advance(task)
             for new, past in prefills:
                 rows += bench.prefill(own, new, past, sdpa="sdpa" in names)
@@ -188,9 +193,8 @@ def _grid(names: list[str], *, quick: bool) -> list[tuple[str, Point]]:
         types = [kv_dtype for kv_dtype in library.kv_dtypes if kv_dtype in COMMON_TYPES or not library.own]
         points = [_point(*shape, kv_dtype) for shape in (MAIN_SHAPES if quick else SHAPES) for kv_dtype in types]
         if not quick:
-            others = [(gqa, dim) for gqa in GQA for dim in HEAD_DIMS if (gqa, dim) != (GQA[0], HEAD_DIMS[0])]
             shapes = SHAPES if library.own else MAIN_SHAPES
-            points += [_point(*shape, kv, *other) for shape in shapes for kv in types for other in others]
+            points += [_point(*shape, kv, *heads) for shape in shapes for kv in types for heads in HEADS[1:]]
             points += [_point(*RARE_SHAPE, types[0], gqa) for gqa in RARE_GQA]
             points += [_point(*RARE_SHAPE, kv_dtype) for kv_dtype in library.kv_dtypes if kv_dtype not in types]
         grid += [(name, point) for point in points]
@@ -217,7 +221,7 @@ class _Bench:
         self._threads = threads
         self._bandwidth = Bandwidth(threads)
         self._memory = Memory(nbytes)
-        self._cached: dict[tuple[str, str, int, int], float] = {}
+        self._cached: dict[tuple[str, str, int, int, int], float] = {}
 
     def close(self) -> None:
         self._bandwidth.close()
@@ -232,32 +236,35 @@ class _Bench:
             "read_gbps": self._bandwidth.all_threads(),
         }
 
-    def decode(self, name: str, point: Point) -> report.Row:
-        """One token of each sequence attends to its context."""
+    def decode(self, name: str, point: Point, threads: int) -> report.Row:
+        """One token of each sequence attends to its context, with ``threads`` threads: one or all."""
         library, layers = LIBRARIES[name], _layers(point)
-        contender = library.make(point, layers, self._memory, self._threads)
+        contender = library.make(point, layers, self._memory, threads)
         try:
-            found = self._bandwidth.compare(contender.attend, layers, point.kv_bytes, settle=not library.own)
+            found = self._bandwidth.compare(
+                contender.attend, layers, point.kv_bytes, one=threads == 1, settle=not library.own
+            )
         finally:
             contender.close()
         return {
             **self._about("decode", name, point),
+            "threads": threads,
             "layers": layers,
             "attend_us": found.seconds * 1e6,
             "gbps": found.gbps,
             "read_gbps": found.read_gbps,
             "ratio": found.ratio,
             "tokens_per_s": point.batch / found.seconds,
-            "cached_gbps": self._in_cache(name, point) if library.own else None,
+            "cached_gbps": self._in_cache(name, point, threads) if library.own else None,
         }
 
-    def _in_cache(self, name: str, point: Point) -> float:
+    def _in_cache(self, name: str, point: Point, threads: int) -> float:
         """GB/s of one sequence in one layer that stays in the last-level caches, in the shape of ``point``."""
-        key = (name, point.kv_dtype, point.gqa, point.head_dim)
+        key = (name, point.kv_dtype, point.gqa, point.head_dim, threads)
         if key not in self._cached:
             token_bytes = point.kv_bytes // (point.batch * point.context)
             small = replace(point, batch=1, context=cache_bytes() // CACHED_SHARE // token_bytes)
-            contender = LIBRARIES[name].make(small, 1, self._memory, self._threads)
+            contender = LIBRARIES[name].make(small, 1, self._memory, threads)
             try:
                 seconds = in_turns({"attend": contender.attend}, 1)["attend"]
             finally:
@@ -370,14 +377,15 @@ def _print(rows: list[report.Row], machine: Machine) -> None:
 
 
 def _draw(path: Path, rows: list[report.Row]) -> None:
-    """The ratio over the context, a line for each library and type."""
+    """The ratio over the context with all threads, a line for each library and type."""
     points: list[report.Row] = []
+    threads = max(row["threads"] for row in rows)
     for batch, context in PLOT_SHAPES:
         shown = {
             f"{row['backend']} {row['kv_dtype']}": row["ratio"]
             for row in rows
-            if (row["phase"], row["batch"], row["context"], row["gqa"], row["head_dim"])
-            == ("decode", batch, context, GQA[0], HEAD_DIMS[0])
+            if (row["phase"], row["batch"], row["context"], row["gqa"], row["head_dim"], row["threads"])
+            == ("decode", batch, context, GQA[0], HEAD_DIMS[0], threads)
         }
         if shown:
             points.append({"context": context, **shown})

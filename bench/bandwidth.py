@@ -62,20 +62,22 @@ class Bandwidth:
         """GB/s."""
         return statistics.median(self._read(self._workers) for _ in range(REPEATS))
 
-    def compare(self, work: Callable[[int], object], layers: int, nbytes: int, *, settle: bool) -> Measured:
+    def compare(self, work: Callable[[int], object], layers: int, nbytes: int, *, one: bool, settle: bool) -> Measured:
         """Call ``work`` for one layer after the other, which reads ``nbytes`` in each, in turns with plain reads.
 
-        ``settle``: its threads may still be busy when it returns; they are waited for.
+        ``one``: these are by one thread, else by all. ``settle``: the threads of ``work`` may still be busy when it
+        returns; they are waited for.
         """
+        workers = self._one if one else self._workers
         pause = _settle_seconds() if settle else 0.0
         around = cycle(range(layers))
         _sample(work, around)
         time.sleep(_settle_seconds())  # for whatever filled the caches, too
-        reads, samples = [self._read(self._workers)], []
+        reads, samples = [self._read(workers)], []
         for _ in range(REPEATS):
             samples.append(_sample(work, around))
             time.sleep(pause)
-            reads.append(self._read(self._workers))
+            reads.append(self._read(workers))
         rates = [nbytes / seconds / 1e9 for seconds in samples]
         beside = [(before + after) / 2 for before, after in pairwise(reads)]
         return Measured(

@@ -501,7 +501,7 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
         for (int n = 0; n < count; ++n) {
             int from = low - n * PAGE, to = high - n * PAGE;
             v_read[n] = v_pages[now][n];
-            if (from > 0 || to < PAGE) v_read[n] = clean_page(v_read[n], type, chunks, from, to, s.edge[now][n]);
+            if (from > 0 || to < PAGE) v_read[n] = clean_page(v_read[n], type, chunks, from, to, s.edge[n]);
         }
 
         for (int r = 0; r < rows; ++r) {

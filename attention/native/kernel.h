@@ -107,7 +107,7 @@ struct Scratch {
     float scores[ROWS * TILE];
     float weights[ROWS * TILE];
     float peak[ROWS], sum[ROWS], q_scale[ROWS], weight_scale[ROWS];
-    uint8_t edge[2][TILE_PAGES][PAGE * MAX_DIM * 4];
+    uint8_t edge[TILE_PAGES][PAGE * MAX_DIM * 4];
 };
 struct Kernel {
     const char *name;
