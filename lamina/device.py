@@ -30,13 +30,7 @@ class Device:
         import torch
 
         if cpus:
-            try:
-                os.sched_setaffinity(0, cpus)
-            except OSError as e:
-                available = sorted(os.sched_getaffinity(0))
-                raise ConfigError(
-                    f"cannot be pinned to the processors {sorted(cpus)}; this process has {available}"
-                ) from e
+            _pin(cpus)
             threads = threads or len(cpus)
         if threads:
             torch.set_num_threads(threads)
@@ -82,6 +76,19 @@ class Device:
                     loop.call_soon_threadsafe(_unless_done, future, outcome)
                 except RuntimeError:
                     return  # the loop is closed: nobody waits any more
+
+
+def _pin(cpus: frozenset[int]) -> None:
+    """Pin the process; `ConfigError` unless it has all of these processors. The system would leave out the others."""
+    available = os.sched_getaffinity(0)
+    missing = sorted(cpus - available)
+    if missing:
+        some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise ConfigError(f"cpus: this process has no processors {some}; expected some of {sorted(available)}")
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as e:
+        raise ConfigError(f"cpus: cannot be pinned to the processors {sorted(cpus)}: {e.strerror}") from e
 
 
 class _Set:

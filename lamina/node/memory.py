@@ -9,6 +9,7 @@ from typing import Any
 
 from lamina.attention import Backend, Memory, default_backend
 from lamina.attention.backend import require_backend
+from lamina.attention.native.library import choose_isa
 from lamina.attention.pool import numa_node_of, numa_nodes
 from lamina.config import NodeConfig
 from lamina.device import Device
@@ -47,13 +48,19 @@ class MemoryNode:
         hello = Hello("memory", self._name)
         listener = await Listener.open(self._node.listen, hello, self._on_link, peer_timeout=self._peer_timeout)
         log.info("event=listening address=%s", listener.address)
+        stopped = asyncio.ensure_future(stopping.wait())
         try:
-            await asyncio.shield(self._taken)
-            await stopping.wait()
+            await asyncio.wait((self._taken, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if not self._taken.done():
+                return  # told to stop before there was anything to drain
+            self._taken.result()
+            await stopped
             self._draining = True
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=DRAIN_TIMEOUT_S)
         finally:
+            self._taken.cancel()
+            stopped.cancel()
             await listener.close()
             for task in list(self._tasks):
                 task.cancel()
@@ -65,14 +72,16 @@ class MemoryNode:
         if self._attention == "auto":
             self._attention = default_backend()
         require_backend(self._attention)
+        isa = choose_isa() if self._attention == "native" else "any"
         memory = self._bound_memory()
         report = memory.report()
         log.info(
-            "event=memory bytes=%d huge_page_bytes=%d numa=%s attention=%s threads=%d",
+            "event=memory bytes=%d huge_page_bytes=%d numa=%s attention=%s isa=%s threads=%d",
             report.nbytes,
             report.huge_bytes,
             "any" if report.numa is None else report.numa,
             self._attention,
+            isa,
             self._device.threads,
         )
         return memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import lamina
+from lamina.attention.backend import require_backend
 from lamina.config import ClusterConfig
-from lamina.errors import CapacityError
+from lamina.errors import CapacityError, ConfigError
 from lamina.protocol import AskStatus, Status, decode, encode
 from lamina.transport import Address, Hello, connect
 from tests import harness
@@ -63,8 +65,60 @@ def test_the_memory_is_taken_at_the_start_and_lent(tmp_path: Path) -> None:
 
     assert sizes[0] > CACHE_MIB
     assert max(sizes) < sizes[0] + CACHE_MIB / 2
-    told = rf"event=memory bytes={CACHE_MIB << 20} huge_page_bytes=\d+ numa=\w+ attention=\w+ threads=1"
+    told = rf"event=memory bytes={CACHE_MIB << 20} huge_page_bytes=\d+ numa=\w+ attention=\w+ isa=\w+ threads=1"
     assert re.search(told, memory.log.read_text())
+
+
+SLOW = """if True:
+    import time
+    import lamina.node.memory
+
+    take = lamina.node.memory.Memory
+
+    def slow(*given, **more):
+        time.sleep(60)
+        return take(*given, **more)
+
+    lamina.node.memory.Memory = slow
+    from lamina.cli import main
+    main()
+"""
+
+
+def test_a_node_that_still_takes_its_memory_can_be_stopped() -> None:
+    """Much memory takes long; SIGTERM ends the node at once, with the status of one that was told to stop."""
+    (port,) = harness.free_ports(1)
+    own = ["node", "--role", "memory", "--listen", f"tcp://127.0.0.1:{port}", "--memory", "1MiB"]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *own], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        while "event=listening" not in process.stderr.readline():
+            assert process.poll() is None
+        process.terminate()
+
+        assert process.wait(20) == 0
+        assert "event=stopped" in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("attention", ["auto", "native"])
+def test_an_unknown_instruction_set_is_refused_at_the_start(attention: str) -> None:
+    """Not at the first attach, and not by falling back to a slower backend."""
+    try:
+        require_backend("native")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    (port,) = harness.free_ports(1)
+    own = ["node", "--role", "memory", "--listen", f"tcp://127.0.0.1:{port}", "--memory", "1MiB"]
+    command = [sys.executable, "-m", "lamina", *own, "--attention", attention]
+    environment = {**os.environ, "LAMINA_ISA": "foo"}
+    node = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+    assert node.returncode == 2
+    assert re.search(r"LAMINA_ISA: expected one of .*, which this machine can run, got 'foo'", node.stderr)
+    assert "Traceback" not in node.stderr
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])

@@ -240,6 +240,20 @@ def test_a_damaged_checkpoint(
             "--cpus: expected processor numbers",
         ),
         (
+            [
+                "node",
+                "--role",
+                "memory",
+                "--listen",
+                "tcp://127.0.0.1:1",
+                "--memory",
+                "1MiB",
+                "--cpus",
+                "0,99990-99999",
+            ],
+            "cpus: this process has no processors 99990, 99991, 99992, 99993, 99994, 99995, 99996, 99997 and 2 more",
+        ),
+        (
             ["node", "--role", "memory", "--listen", "tcp://127.0.0.1:1", "--memory", "1MiB", "--attention", "fast"],
             "--attention: expected one of auto, native, torch; got 'fast'",
         ),
