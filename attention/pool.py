@@ -80,9 +80,9 @@ class Memory:
         self.tensor = torch.empty(0, dtype=torch.uint8)
 
     def _map(self) -> torch.Tensor:
-        available = _available_bytes()
-        if available is not None and self.nbytes > available:
-            raise self._missing(f"{available} are available on this machine")
+        for where, available in available_bytes(self.numa).items():
+            if self.nbytes > available:
+                raise self._missing(f"{available} are available {where}")
         slack = _HUGE_PAGE if self.nbytes >= _HUGE_PAGE else 0
         try:
             mapping = mmap.mmap(-1, self.nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -248,10 +248,43 @@ def numa_node_of(cpus: frozenset[int]) -> int | None:
     return None
 
 
-def _available_bytes() -> int | None:
-    """What the system could still give without swapping; None where it does not say."""
+def available_bytes(numa: int | None = None, *, root: Path = Path("/")) -> dict[str, int]:
+    """What could still be had without swapping, by where: on this machine, in the control groups (version 2) of this
+    process, and on the NUMA node ``numa``. Left out is what the system, whose files are below ``root``, does not say.
+
+    Files that are kept in memory count as free: the system drops them when it needs their place.
+    """
+    found = {}
+    machine = _numbers(root / "proc/meminfo", r"^(\w+):\s+(\d+) kB$")
+    if "MemAvailable" in machine:
+        found["on this machine"] = machine["MemAvailable"] * 1024
+    group = re.search(r"^0::(/.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
+    top = root / "sys/fs/cgroup"
+    own = top / group[1].lstrip("/") if group else top
+    for folder in (own, *own.parents):
+        limit, used = _text(folder / "memory.max").strip(), _text(folder / "memory.current").strip()
+        if limit.isdecimal() and used.isdecimal():
+            kept = _numbers(folder / "memory.stat", r"^(\w+) (\d+)$")
+            files = kept.get("active_file", 0) + kept.get("inactive_file", 0)
+            free = max(0, int(limit) - int(used) + files)
+            found["in its control group"] = min(free, found.get("in its control group", free))
+        if folder == top:
+            break
+    node = _numbers(root / f"sys/devices/system/node/node{numa}/meminfo", r"^Node \d+ ([\w()]+):\s+(\d+) kB$")
+    if numa is not None and "MemFree" in node:
+        files = node.get("Active(file)", 0) + node.get("Inactive(file)", 0)
+        found[f"on NUMA node {numa}"] = (node["MemFree"] + files) * 1024
+    return found
+
+
+def _numbers(path: Path, pattern: str) -> dict[str, int]:
+    """Names and numbers in the lines of a file of the system."""
+    return {name: int(number) for name, number in re.findall(pattern, _text(path), re.MULTILINE)}
+
+
+def _text(path: Path) -> str:
+    """What a file of the system says; nothing where there is none."""
     try:
-        match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        return path.read_text()
     except OSError:
-        return None
-    return int(match[1]) * 1024 if match else None
+        return ""

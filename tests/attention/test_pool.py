@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lamina.attention import Memory, Pool
-from lamina.attention.pool import Tenant, fit_extent, most_blocks, numa_node_of, numa_nodes
+from lamina.attention.pool import Tenant, available_bytes, fit_extent, most_blocks, numa_node_of, numa_nodes
 from lamina.errors import CapacityError, ConfigError, UsageError
 
 PAGE = 4096
@@ -33,7 +33,6 @@ def test_memory_is_there_from_the_start_and_gone_when_closed() -> None:
     assert not memory.tensor.any()
     report = memory.report()
     assert (report.nbytes, report.numa) == (64 * MIB, None)
-    assert 0 <= report.huge_bytes <= 66 * MIB
 
     memory.close()
     assert resident_bytes() - before < 8 * MIB
@@ -67,7 +66,47 @@ def test_a_numa_node_that_does_not_exist_is_refused_by_number() -> None:
 def test_processors_without_a_common_numa_node_have_none() -> None:
     assert numa_node_of(frozenset({99_999})) is None
     assert numa_node_of(frozenset()) is None
-    assert numa_nodes() >= {numa_node_of(frozenset({0})) or 0}
+
+
+def test_processors_of_a_numa_node_find_it() -> None:
+    """Alone and all together, where the system says which it has."""
+    nodes: dict[int, set[int]] = {}
+    for path in Path("/sys/devices/system/node").glob("node[0-9]*/cpu[0-9]*"):
+        nodes.setdefault(int(path.parent.name[4:]), set()).add(int(path.name[3:]))
+    if not nodes:
+        pytest.skip("this system does not say which processors its NUMA nodes have")
+    for node, cpus in nodes.items():
+        assert node in numa_nodes()
+        assert numa_node_of(frozenset(cpus)) == node
+        assert {numa_node_of(frozenset({cpu})) for cpu in cpus} == {node}
+
+
+SYSTEM = {
+    "proc/meminfo": "MemTotal:  9000 kB\nMemFree:   100 kB\nMemAvailable:   8000 kB\n",
+    "proc/self/cgroup": "1:name=old:/x\n0::/outer/inner\n",
+    "sys/fs/cgroup/outer/memory.max": "700000\n",
+    "sys/fs/cgroup/outer/memory.current": "500000\n",
+    "sys/fs/cgroup/outer/memory.stat": "anon 100000\nactive_file 30000\ninactive_file 4000\n",
+    "sys/fs/cgroup/outer/inner/memory.max": "max\n",
+    "sys/fs/cgroup/outer/inner/memory.current": "500000\n",
+    "sys/devices/system/node/node1/meminfo": "Node 1 MemTotal: 4000 kB\nNode 1 MemFree:  30 kB\n"
+    "Node 1 Active(file):   7 kB\nNode 1 Inactive(file):   5 kB\n",
+}
+
+
+def test_what_can_be_had_is_the_least_of_all_limits(tmp_path: Path) -> None:
+    """The machine's, those of all control groups above the process, and the NUMA node's; unknown ones do not count."""
+    assert available_bytes(root=tmp_path) == {}
+    for name, text in SYSTEM.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    every = {"on this machine": 8000 * 1024, "in its control group": 234_000}
+
+    assert available_bytes(root=tmp_path) == available_bytes(0, root=tmp_path) == every
+    assert available_bytes(1, root=tmp_path) == {**every, "on NUMA node 1": 42 * 1024}
+
+    (tmp_path / "sys/fs/cgroup/outer/inner/memory.max").write_text("400000\n")
+    assert available_bytes(root=tmp_path)["in its control group"] == 0
 
 
 class PoolMachine(RuleBasedStateMachine):
