@@ -120,10 +120,25 @@ def test_huge_scores_neither_overflow_nor_vanish(target: Target, size: float) ->
         exact_rows(size * rows, run.start, *context, range(run.stop), layout.layers[0])
         for run, rows, context in zip(step.rows.runs, q.split(step.counts), contexts, strict=True)
     ]
-    # A score of 1e5 has an error of 1e-2 in float32: two keys as close as that are not looked for.
     assert whole.o.isfinite().all()
     error = (whole.o.cpu().double() - join(parts).o).norm(dim=-1) / join(parts).o.norm(dim=-1)
-    assert error.median() < 1e-3
+    # Where two keys are closer than the rounding of q makes them differ, either may be right: few rows, none other.
+    clear = torch.cat(
+        [
+            _gaps(size * rows, k, run.start) > 2**-8 * size * rows.double().norm(dim=-1) * k.norm(dim=-1).max()
+            for run, rows, (k, _) in zip(step.rows.runs, q.cpu().split(step.counts), contexts, strict=True)
+        ]
+    )
+    assert clear.double().mean() > 0.7
+    assert error[clear].max() < 1e-3
+
+
+def _gaps(q: torch.Tensor, k: torch.Tensor, start: int) -> torch.Tensor:
+    """How far the best visible key is before the second, of q [T, Hq, D] from ``start`` on and k [K, Hkv, D]."""
+    scores = torch.einsum("qhd,khd->qhk", q.double(), k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    visible = torch.arange(len(k)) <= start + torch.arange(len(q))[:, None]
+    best = scores.masked_fill(~visible[:, None], -torch.inf).topk(2).values
+    return best[..., 0] - best[..., 1]
 
 
 @every_type
