@@ -600,6 +600,43 @@ inline void interleave(const uint8_t *a, const uint8_t *b, uint8_t *to) {
 }
 inline void interleave(const uint32_t *, const uint32_t *, uint32_t *) {}  // no type of 32 bits is stored in pairs
 
+// to[i * PAGE + t] = from[t * n + i], for so many tokens t and n numbers or pairs i, a multiple of 8.
+template <class T>
+inline void transpose(const T *from, int tokens, int n, T *to) {
+    for (int i = 0; i < n; ++i)
+        for (int t = 0; t < tokens; ++t) to[i * PAGE + t] = from[t * n + i];
+}
+#if __has_builtin(__builtin_shufflevector)
+inline void transpose(const uint32_t *from, int tokens, int n, uint32_t *to) {
+    typedef uint32_t U8 __attribute__((vector_size(32)));
+    if (tokens != PAGE) return transpose<uint32_t>(from, tokens, n, to);
+    for (int i = 0; i < n; i += 8)
+        for (int t = 0; t < PAGE; t += 8) {  // 8 x 8 at a time: by numbers, by pairs, by fours
+            U8 a[8], b[8];
+            for (int r = 0; r < 8; ++r) a[r] = load<U8>(from + (t + r) * n + i);
+            for (int r = 0; r < 8; r += 2) {
+                b[r] = __builtin_shufflevector(a[r], a[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+                b[r + 1] = __builtin_shufflevector(a[r], a[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+            }
+            for (int r = 0; r < 8; r += 4)
+                for (int h = 0; h < 2; ++h) {
+                    a[r + 2 * h] = __builtin_shufflevector(b[r + h], b[r + 2 + h], 0, 1, 8, 9, 4, 5, 12, 13);
+                    a[r + 2 * h + 1] = __builtin_shufflevector(b[r + h], b[r + 2 + h], 2, 3, 10, 11, 6, 7, 14, 15);
+                }
+            for (int r = 0; r < 4; ++r) {
+                const U8 low = __builtin_shufflevector(a[r], a[r + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+                const U8 high = __builtin_shufflevector(a[r], a[r + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+                store(to + (i + r) * PAGE + t, low);
+                store(to + (i + r + 4) * PAGE + t, high);
+            }
+        }
+}
+#endif
+
+// Two neighbouring numbers.
+template <class T>
+using Pair = std::conditional_t<sizeof(T) == 1, uint16_t, std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>>;
+
 template <class T>
 void append_as(const Layer &layer, const Step &step, const void *k, const void *v, const Piece &piece, Scratch &s) {
     const int run = piece.run, head = piece.head;
@@ -621,6 +658,11 @@ void append_as(const Layer &layer, const Step &step, const void *k, const void *
             const int dim = dims[which], width = padded(dim);
             for (int t = 0; t < tokens; ++t) {
                 const size_t row = (step.rows[run] + token + t) * layer.kv_heads + head;
+                if (layer.kv_type == layer.input_type) {
+                    std::memcpy(staged + t * width, (const T *)(which ? v : k) + row * dim, dim * sizeof(T));
+                    std::memset(staged + t * width + dim, 0, (width - dim) * sizeof(T));
+                    continue;
+                }
                 float scale;
                 read_row(which ? v : k, layer.input_type, row * dim, dim, s.o);
                 round_row(s.o, width, layer.kv_type, staged + t * width, scale);
@@ -628,12 +670,9 @@ void append_as(const Layer &layer, const Step &step, const void *k, const void *
             }
             T *page = (T *)(which ? to.v : to.k);
             if (!which && paired(layer.kv_type))
-                for (int i = 0; i < width / 2; ++i)
-                    for (int t = 0; t < tokens; ++t)
-                        std::memcpy(page + i * LINE + 2 * (at + t), staged + t * width + 2 * i, 2 * sizeof(T));
+                transpose((const Pair<T> *)staged, tokens, width / 2, (Pair<T> *)page + at);
             else if (!which)
-                for (int d = 0; d < width; ++d)
-                    for (int t = 0; t < tokens; ++t) page[d * PAGE + at + t] = staged[t * width + d];
+                transpose(staged, tokens, width, page + at);
             else
                 for (int c = 0; c < width / 16; ++c)
                     for (int t = 0; t < tokens; ++t) {
