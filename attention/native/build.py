@@ -22,6 +22,7 @@ FLAGS = [
     "-O3",
     "-fPIC",
     "-fno-math-errno",
+    "-fno-strict-aliasing",  # buffers hold numbers of one type after the other
     "-ffp-contract=fast",
     "-fvisibility=hidden",
     "-Wall",
