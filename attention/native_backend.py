@@ -225,4 +225,4 @@ def _layer(
 
 
 def _like(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
