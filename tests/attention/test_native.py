@@ -12,10 +12,22 @@ import torch
 
 from lamina.attention import KVLayout, LayerShape, Partial, Rows, Run
 from lamina.attention.backend import create_backend
-from lamina.attention.native.build import BuildError, build
+from lamina.attention.native.build import LIBRARY, BuildError, build, compiler
 from lamina.attention.native.library import Workers, available_isas
 from lamina.attention.pool import Memory
 from lamina.errors import ConfigError, UsageError
+
+
+def missing() -> str:
+    """Why there is no library, if that is because nothing here can compile one; else nothing."""
+    try:
+        compiler()
+    except BuildError as error:
+        return "" if LIBRARY.exists() else str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 SHAPE = LayerShape(q_heads=8, kv_heads=2, qk_dim=64, v_dim=64, scale=0.125)
 CONTEXTS = (5000, 3, 2500)
