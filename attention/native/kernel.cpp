@@ -154,7 +154,7 @@ struct Int8Products {
         for (int i = 0; i < 2 * pairs; i += W) {
             F x = load<F>(row + i) * down;
             x = select(x == x, x, F{});
-            const F magic = all(12582912.0f);
+            const F magic = all(TO_INTEGER);
             I n = (I)((x + magic)) - (I)magic;
             store((int16_t *)to + i, __builtin_convertvector(n, S));
         }
@@ -547,7 +547,7 @@ void attend(const Layer &layer, const Step &step, const Call &call, const Chunk 
 
 // -- storing
 
-// Round a row of n numbers (a multiple of 16) to 16 or 8 bits.
+// A row of n numbers (a multiple of 16) in the type stored; `scale` is set where that type has one.
 inline void round_row(const float *row, int n, int type, void *to, float &scale) {
     if (type == FLOAT32) {
         std::memcpy(to, row, n * sizeof(float));
@@ -573,7 +573,7 @@ inline void round_row(const float *row, int n, int type, void *to, float &scale)
         F x = stores ? load<F>(row + i) / scale : F{};
         U code;
         if (type == INT8) {
-            const F magic = all(12582912.0f);
+            const F magic = all(TO_INTEGER);
             code = as_bits(x + magic) - as_bits(magic);
         } else {
             U u = as_bits(x), a = u & 0x7fffffffu;

@@ -41,6 +41,7 @@ inline F max(F a, F b) { return a > b ? a : b; }
 inline F select(I mask, F yes, F no) { return mask ? yes : no; }
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
 
 // Lane i of the result is lane i ^ Bit.
 template <int Bit>
@@ -70,7 +71,7 @@ inline float horizontal_sum(F v) {
 
 // 2^x for x <= 0; exactly 0 below -126, where float32's normal numbers end; NaN stays NaN. Relative error below 3e-7.
 inline F exp2_negative(F x) {
-    const F magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const F magic = all(TO_INTEGER);
     F t = x + magic;
     F r = x - (t - magic);  // -0.5 .. 0.5, where a polynomial of least relative error takes over
     F p = all(0.0013276457f);

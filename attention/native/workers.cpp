@@ -8,8 +8,6 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -23,11 +21,11 @@
 namespace lamina {
 namespace {
 
-constexpr int ABI = 1;              // counted up when a call changes its meaning; see library.py
-constexpr int SPINS = 4000;         // tens of us: the next layer of a step comes soon; after that a worker sleeps
-constexpr int64_t PART_TILES = 32;  // of a long context: merging a part costs less than one of its tiles
-constexpr int ROWS_AT_ONCE = 64;    // of several queries: more would leave the second-level cache
-constexpr int TRIALS = 8;
+constexpr int ABI = 1;                // counted up when a call changes its meaning; see library.py
+constexpr int SPINS = 4000;           // tens of us: the next layer of a step comes soon; after that a worker sleeps
+constexpr int64_t PART_TILES = 32;    // of a long context: merging a part costs less than one of its tiles
+constexpr int ROWS_AT_ONCE = 64;      // of several queries: more would leave the second-level cache
+constexpr int TRIALS = 8;             // calls with and without prefetching, in turns
 constexpr int64_t TRIAL_TILES = 512;  // of a worker: enough to be measured, and more than its caches hold
 
 inline void relax() {
@@ -88,8 +86,7 @@ class Prefetching {
 // it. Work is numbered, and taken in the order of the numbers.
 class Workers {
   public:
-    Workers(const Kernel &kernel, int threads, const int *cpus, int cpu_count)
-        : kernel(kernel), cpus_(cpus, cpus + cpu_count), scratch_(threads) {
+    Workers(const Kernel &kernel, int threads, const int *cpus, int cpu_count) : kernel(kernel), scratch_(threads) {
         threads_.reserve(threads);
         for (auto &scratch : scratch_) scratch.reset(new (std::align_val_t(64)) Scratch);
         for (int i = 1; i < threads; ++i) {
@@ -98,7 +95,7 @@ class Workers {
             if (cpu_count) {
                 cpu_set_t set;
                 CPU_ZERO(&set);
-                CPU_SET(cpus_[i % cpu_count], &set);
+                CPU_SET(cpus[i % cpu_count], &set);
                 pthread_attr_setaffinity_np(&attributes, sizeof set, &set);
             }
             pthread_t thread;
@@ -188,7 +185,6 @@ class Workers {
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) work_(i, scratch);
     }
 
-    std::vector<int> cpus_;
     std::vector<std::unique_ptr<Scratch, Release>> scratch_;
     std::vector<pthread_t> threads_;
     std::function<void(int64_t, Scratch &)> work_;
