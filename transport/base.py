@@ -1,4 +1,12 @@
-"""What every transport promises.
+"""The contract: what every transport promises, and what ``testing`` checks of each of them.
+
+- Whoever will be written to owns the memory, a ``Region``, and describes it to the peer once, at set-up. After that
+  nothing is negotiated, allocated or serialised for a write.
+- A write is one-sided. Its tag is seen at the far side when all its bytes are, never before.
+- Each of the two lanes is ordered in itself. Between the lanes no order is promised, nor between writes and control
+  messages, which travel on a connection of their own; messages are ordered among themselves.
+- Nothing waits inside a call. What the medium does not take at once is queued, without a copy.
+- A link ends once, and whoever waits on it learns why, whether the peer closed, died, fell silent or sent nonsense.
 
 Everything here belongs to the thread of the event loop: call it there, and callbacks come there. The one exception
 in sight is ``Link.poll``, which a device thread may one day call for itself while the loop leaves the link alone.
@@ -6,14 +14,18 @@ in sight is ``Link.poll``, which a device thread may one day call for itself whi
 
 from __future__ import annotations
 
+import ctypes
 import enum
+import fcntl
 import logging
 import mmap
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from lamina.errors import CapacityError, ConfigError, ProtocolError, TransportError
 
@@ -23,6 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("lamina.transport")
 
 MAX_TAG = 2**32 - 1
+MAX_REGIONS = 1024
+"""Regions that one end may expose on one link."""
+
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""What must be impossible with the file of a region before another process relies on it."""
 
 
 class Lane(enum.IntEnum):
@@ -68,23 +85,46 @@ class RemoteRegion(NamedTuple):
 
 
 class Region:
-    """Page-aligned, zeroed memory of this process that peers may be allowed to write.
+    """Memory of this process that peers may be allowed to write.
 
-    The pages are taken when they are first touched. One region may be exposed on several links. Close the links
-    before the region: what a peer writes to a closed region goes into memory that nobody reads.
+    One region may be exposed on several links. Close the links before the region: what a peer writes to a closed
+    region goes into memory that nobody reads.
     """
 
+    fd: int | None
+    """The file behind the memory, for processes of this host that map it too; None for memory from elsewhere."""
+
     def __init__(self, name: str, nbytes: int) -> None:
+        """Page-aligned, zeroed memory; the pages are taken when they are first touched. CapacityError if there is none."""
         if nbytes < 1:
             raise ConfigError(f"region {name!r} must have at least one byte, got {nbytes}")
-        self.name = name
-        self.nbytes = nbytes
         try:
-            # Private, because a forked child must not share it; anonymous pages may also become huge pages.
-            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError) as error:
+            fd = os.memfd_create("lamina", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            weakref.finalize(self, os.close, fd)
+            os.ftruncate(fd, nbytes)
+            # A process that maps it too could otherwise shorten it, which kills whoever touches what is gone.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+            memory = mmap.mmap(fd, nbytes)
+            memory.madvise(mmap.MADV_DONTFORK)
+        except (OSError, OverflowError, ValueError) as error:
             raise CapacityError(f"no memory for the {nbytes} bytes of region {name!r}: {error}") from error
-        self._buffer: memoryview | None = memoryview(memory)
+        self._set(name, memoryview(memory), fd)
+
+    @classmethod
+    def over(cls, name: str, memory: Buffer) -> Region:
+        """A region that is ``memory``: any writable, contiguous buffer. Not for shm, whose peers map memory by its file."""
+        view = memoryview(memory)
+        if view.readonly or not view.c_contiguous or not view.nbytes:
+            raise ConfigError(f"region {name!r} must lie in a writable, contiguous buffer of at least one byte")
+        region = cls.__new__(cls)
+        region._set(name, view.cast("B"), None)
+        return region
+
+    def _set(self, name: str, buffer: memoryview, fd: int | None) -> None:
+        self.name = name
+        self.nbytes = buffer.nbytes
+        self.fd = fd
+        self._buffer: memoryview | None = buffer
 
     @property
     def buffer(self) -> memoryview:
@@ -98,6 +138,11 @@ class Region:
         self._buffer = None
 
 
+def address_of(view: memoryview) -> int:
+    """Where the first byte of a writable view lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
 class Link(ABC):
     """A connection to one other node.
 
@@ -109,8 +154,10 @@ class Link(ABC):
     exactly once. From then on no other callback comes, and every operation raises.
     """
 
-    transport: ClassVar[str]
-    """Name of the implementation: ``tcp``."""
+    transport: str
+    """What moves the bytes: ``rdma``, ``shm`` or ``tcp``; ``control`` for a link without lanes."""
+    choice: str
+    """What either end asked for, what was taken, and why, in words."""
     peer_timeout: float
     """Silence, in seconds, after which the peer is taken for dead. The owner may change it at any time."""
 
@@ -121,7 +168,6 @@ class Link(ABC):
         self.error: TransportError | None = None
         """Why the link ended; None while it lives and after a complete ``close``."""
         self._open = True
-        self._regions: dict[int, memoryview] = {}
         self._on_tag: Callable[[Lane, int], None] | None = None
         self._on_message: Callable[[dict[str, Any]], None] | None = None
         self._on_lost: Callable[[TransportError], None] | None = None
@@ -167,26 +213,35 @@ class Link(ABC):
 
     @abstractmethod
     def poll(self) -> bool:
-        """Receive and deliver what has arrived, without waiting; True if there was anything.
+        """Receive and deliver what has arrived on the lanes, without waiting; True if there was anything.
 
         Takes a bounded piece of each lane: call it again while it returns True. Callbacks are called from within.
+        Control messages are left to the loop.
         """
 
     # -- what is sent
 
+    @abstractmethod
     def expose(self, region: Region) -> RemoteRegion:
-        """Allow the peer to write ``region`` from now on; the result goes to the peer in a control message."""
-        self._check_open()
-        key = len(self._regions) + 1
-        self._regions[key] = region.buffer
-        return RemoteRegion(key, region.name, region.nbytes)
+        """Allow the peer to write ``region`` from now on; the result goes to the peer in a control message.
+
+        Raises ConfigError where the transport cannot reach this region's memory.
+        """
+
+    @abstractmethod
+    def window(self, remote: RemoteRegion) -> memoryview | None:
+        """The peer's region itself, where the transport maps it into this process (shm); None where it does not.
+
+        Whoever computes straight into the place for which a write is meant passes that slice of the window to
+        ``write``, and nothing is copied.
+        """
 
     @abstractmethod
     def write(self, lane: Lane, remote: RemoteRegion, offset: int, buffers: Sequence[Buffer], tag: int) -> None:
         """Put ``buffers``, one after the other, at byte ``offset`` of a region of the peer, then deliver ``tag`` there.
 
         One-sided and ordered within its lane; the tag (32 bits, unsigned) comes after all bytes. Never waits: what the
-        network does not take at once is queued, without a copy, so the buffers belong to the link until ``drain``
+        medium does not take at once is queued, without a copy, so the buffers belong to the link until ``drain``
         returned or the peer answered. ``buffers`` may be empty: then only the tag travels. Raises ProtocolError, before
         anything is sent, where offset, length or tag are out of range, and the link's error when it has ended.
         A failure of the network is not raised here but reported through ``on_lost``.
@@ -194,7 +249,7 @@ class Link(ABC):
 
     @abstractmethod
     def send(self, message: dict[str, Any]) -> None:
-        """Send a control message, ordered with the writes of the decode lane; never waits.
+        """Send a control message, ordered among messages only; never waits.
 
         Raises ProtocolError if it takes more than ``MAX_MESSAGE`` bytes or cannot be encoded.
         """
@@ -202,21 +257,21 @@ class Link(ABC):
     @property
     @abstractmethod
     def pending_bytes(self) -> int:
-        """Bytes queued on all lanes and not yet taken by the network; the caller bounds it if it must be bounded."""
+        """Bytes of writes and messages whose buffers the link still needs; the caller bounds it if it must be bounded."""
 
     @property
     @abstractmethod
     def bytes_written(self) -> tuple[int, int]:
-        """Bytes handed to the network since the link exists, framing included; index with a Lane."""
+        """Bytes of writes handed to the medium since the link exists, framing included; index with a Lane."""
 
     @property
     @abstractmethod
     def bytes_received(self) -> tuple[int, int]:
-        """Bytes taken from the network since the link exists, framing included; index with a Lane."""
+        """Bytes of writes that arrived since the link exists, framing included; index with a Lane."""
 
     @abstractmethod
     async def drain(self, lane: Lane = Lane.DECODE) -> None:
-        """Wait until the network has taken everything queued on ``lane``; raises the link's error if it ends first.
+        """Wait until no buffer of ``lane`` is needed any more; raises the link's error if it ends first.
 
         Being cancelled changes nothing about the queue.
         """

@@ -1,0 +1,110 @@
+"""What a transport implements: the two lanes of a link, and how both ends agree on them.
+
+A link is a control connection, which ``link`` looks after, and lanes, which are all that differs between transports.
+A transport is a module with these names::
+
+    def offer(options: Options) -> dict[str, Any]       # what this end can do; UpgradeError says why it cannot
+    async def upgrade(session: Session) -> Lanes        # on both ends at once; UpgradeError says which step failed
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lamina.errors import TransportError
+from lamina.transport.base import Lane, Region
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+CHUNK_BYTES = 256 << 10
+"""The most that is moved at once. It bounds how long bulk keeps the loop from looking at the decode lane: copying as
+much takes some 50 microseconds."""
+
+
+class Owner(Protocol):
+    """What lanes tell their link."""
+
+    def delivered(self, lane: Lane, tag: int) -> None:
+        """All bytes of a write are there. The link may be at its end when this returns."""
+
+    def lanes_failed(self, error: TransportError) -> None:
+        """Nothing more will arrive, or can be sent. Not from within ``write``."""
+
+    def send_note(self, note: dict[str, Any]) -> None:
+        """Have ``Lanes.take_note`` called at the other end, in order with what ``expose`` described."""
+
+
+class Lanes(ABC):
+    """Both lanes of a link. Made by ``upgrade``; belongs to the thread of the event loop.
+
+    The link has checked everything that it can before it calls: regions are known, offsets, lengths and tags in range.
+    """
+
+    def __init__(self) -> None:
+        self.tags_written = [0, 0]
+        """Writes that ``write`` took, by lane."""
+        self.tags_received = [0, 0]
+        """Writes that arrived, by lane; counted before they are delivered."""
+        self.bytes_written = [0, 0]
+        self.bytes_received = [0, 0]
+        self.pending_bytes = [0, 0]
+        """Bytes of writes whose buffers are still needed, by lane."""
+
+    @abstractmethod
+    def start(self, owner: Owner) -> None:
+        """From the next round of the loop on, deliver what arrives to ``owner``. Called once, before anything else."""
+
+    @abstractmethod
+    def expose(self, key: int, region: Region) -> dict[str, Any]:
+        """Let the peer write ``region``; returns what its ``learn`` must know, as plain values of a few hundred bytes."""
+
+    @abstractmethod
+    def learn(self, key: int, nbytes: int, details: dict[str, Any]) -> None:
+        """The peer exposed a region. ``details`` comes from the wire: ProtocolError for what cannot be."""
+
+    @abstractmethod
+    def window(self, key: int) -> memoryview | None:
+        """See ``Link.window``."""
+
+    @abstractmethod
+    def write(self, lane: Lane, key: int, offset: int, buffers: Sequence[Buffer], nbytes: int, tag: int) -> None:
+        """See ``Link.write``. ``nbytes`` is the sum over ``buffers``, any of which may be empty or of any format."""
+
+    def take_note(self, note: dict[str, Any]) -> None:
+        """The other end's lanes sent this. ProtocolError for what cannot be."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def poll(self) -> bool:
+        """See ``Link.poll``."""
+
+    @abstractmethod
+    async def drain(self, lane: Lane) -> None:
+        """Wait until ``pending_bytes[lane]`` is 0 and nothing is queued; raises what ``close`` is given if that comes first."""
+
+    @abstractmethod
+    def close(self, error: TransportError) -> None:
+        """Let go of everything at once; whoever waits in ``drain`` gets ``error``. Called once, perhaps before ``start``,
+        perhaps from within ``Owner.delivered``. Afterwards no byte of any region changes on account of this link."""
+
+
+class UpgradeError(TransportError):
+    """A transport that cannot be had between these two nodes: which step failed, and what to do about it."""
+
+
+class Session(Protocol):
+    """A handshake after both ends have proved who they are: what a transport needs to set up its lanes."""
+
+    connecting: bool
+    """Whether this end called ``connect``; the other one listens."""
+    peer_place: str
+    """Where the peer is, for messages."""
+
+    async def send(self, setup: dict[str, Any]) -> None:
+        """Send a message to ``upgrade`` at the other end, up to 16 KiB."""
+
+    async def receive(self) -> dict[str, Any]:
+        """The next message of the other end's ``upgrade``; UpgradeError if that failed."""

@@ -1,0 +1,100 @@
+"""How one end wants its links."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lamina.errors import ConfigError
+
+KINDS = ("auto", "rdma", "shm", "tcp", "control")
+"""``auto`` takes shm on one host, else rdma, else tcp; ``control`` is for links that only carry messages."""
+
+DEFAULT_PEER_TIMEOUT = 2.0
+MIN_PEER_TIMEOUT = 0.05
+MAX_PEER_TIMEOUT = 3600.0
+
+MIN_SECRET_BYTES = 16
+MAX_SECRET_BYTES = 4096
+
+MTUS = (256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """Files in PEM format: this node's certificate and key, and the authority that signs those of all nodes."""
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+    def context(self, *, connecting: bool) -> ssl.SSLContext:
+        """For either side of a connection, each of which must show a certificate. ConfigError names what does not fit.
+
+        Names in certificates are not compared with addresses: the authority is the cluster's own, and the proof of
+        the secret covers both certificates.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if connecting else ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(self.authority)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"TLS authority {self.authority} cannot be used: {error.strerror or error}") from error
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"TLS certificate {self.certificate} with key {self.key} cannot be used: {error.strerror or error}"
+            ) from error
+        return context
+
+
+@dataclass(frozen=True)
+class RdmaOptions:
+    """Which port to use and how. None: the first that is active; the GID of RoCE v2 with an IPv4 address, if any."""
+
+    device: str | None = None
+    port: int | None = None
+    gid_index: int | None = None
+    mtu: int | None = None
+    """Bytes, one of ``MTUS``. None: the smaller of both ports' active MTU."""
+    queue: int = 1024
+    """Writes that may be under way on a lane, and receives that are posted for the peer's."""
+
+    def __post_init__(self) -> None:
+        if self.mtu is not None and self.mtu not in MTUS:
+            raise ConfigError(f"rdma: mtu must be one of {', '.join(map(str, MTUS))}, got {self.mtu}")
+        if not 16 <= self.queue <= 16384:
+            raise ConfigError(f"rdma: queue must be 16 to 16384, got {self.queue}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of ``connect`` and ``Listener.open``; both ends must agree on secret and TLS."""
+
+    kind: str = "auto"
+    """One of ``KINDS``. A kind that cannot be had is an error, but for ``auto``."""
+    peer_timeout: float = DEFAULT_PEER_TIMEOUT
+    """Silence of the peer, in seconds, that ends a link."""
+    secret: bytes | None = field(default=None, repr=False)
+    """What all nodes of a cluster know and nobody else does. Without it only loopback addresses are allowed."""
+    tls: TlsFiles | None = None
+    """Encrypt the control connection, and lanes over tcp."""
+    busy_poll: bool = False
+    """Let the loop look for arrivals all the time instead of sleeping: faster answers for a whole processor."""
+    rdma: RdmaOptions = RdmaOptions()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind of transport must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not MIN_PEER_TIMEOUT <= self.peer_timeout <= MAX_PEER_TIMEOUT:
+            raise ConfigError(
+                f"peer_timeout must be {MIN_PEER_TIMEOUT:g} to {MAX_PEER_TIMEOUT:g} s, got {self.peer_timeout:g}"
+            )
+        if self.secret is not None and not MIN_SECRET_BYTES <= len(self.secret) <= MAX_SECRET_BYTES:
+            raise ConfigError(
+                f"a cluster secret must have {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes, got {len(self.secret)}"
+            )
