@@ -67,11 +67,12 @@ class Address:
             return False
 
 
-def require_loopback(address: Address) -> None:
-    """Raise ConfigError for an address that other machines could reach: nothing authenticates a peer yet."""
-    if not address.is_loopback:
+def check_reach(address: Address, *, secret: bool) -> None:
+    """Raise ConfigError for an address that other machines can reach where nothing would authenticate them."""
+    if not (secret or address.is_loopback):
         raise ConfigError(
-            f"{address} is not a loopback address: until a cluster secret exists only loopback addresses are allowed"
+            f"{address} is not a loopback address: without a cluster secret only loopback addresses are allowed; "
+            "make a secret file, the same for all nodes and clients"
         )
 
 

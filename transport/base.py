@@ -95,7 +95,7 @@ class Region:
     """The file behind the memory, for processes of this host that map it too; None for memory from elsewhere."""
 
     def __init__(self, name: str, nbytes: int) -> None:
-        """Page-aligned, zeroed memory; the pages are taken when they are first touched. CapacityError if there is none."""
+        """Page-aligned, zeroed memory, whose pages are taken when they are first touched; CapacityError if not."""
         if nbytes < 1:
             raise ConfigError(f"region {name!r} must have at least one byte, got {nbytes}")
         try:
@@ -112,7 +112,10 @@ class Region:
 
     @classmethod
     def over(cls, name: str, memory: Buffer) -> Region:
-        """A region that is ``memory``: any writable, contiguous buffer. Not for shm, whose peers map memory by its file."""
+        """A region that is ``memory``: any writable, contiguous buffer.
+
+        Not for shm, whose peers map memory by its file.
+        """
         view = memoryview(memory)
         if view.readonly or not view.c_contiguous or not view.nbytes:
             raise ConfigError(f"region {name!r} must lie in a writable, contiguous buffer of at least one byte")
@@ -257,7 +260,7 @@ class Link(ABC):
     @property
     @abstractmethod
     def pending_bytes(self) -> int:
-        """Bytes of writes and messages whose buffers the link still needs; the caller bounds it if it must be bounded."""
+        """Bytes of writes and messages that the medium has not taken; the caller bounds it if it must be bounded."""
 
     @property
     @abstractmethod

@@ -1,41 +1,47 @@
-"""How two nodes find each other: one listens, the other connects, and both hold a ``Link``.
-
-A link takes two connections. The first one brings the introductions and, in the listening end's answer, a random link
-id; the second one names this id and so joins the first.
-"""
+"""How two nodes find each other: one listens, the other connects, and both hold a ``Link``."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import hmac
+import importlib
 import os
 import random
-import secrets
 import socket
+import ssl
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Self
 
 from lamina.errors import ConnectError, HandshakeError, ProtocolError, TransportError
-from lamina.transport.address import Address, require_loopback
+from lamina.transport.address import Address, check_reach
 from lamina.transport.base import Hello, Lane, Link, log
+from lamina.transport.choice import choose, offers
+from lamina.transport.frames import message_frame
 from lamina.transport.handshake import (
-    LINK_ID_BYTES,
+    MAX_HELLO,
     Introduction,
+    Session,
+    cancelled_after,
     check_introduction,
-    receive_introduction,
+    join_frame,
+    join_proof,
+    receive_frame,
     refuse,
-    send_introduction,
 )
-from lamina.transport.tcp import TcpLink
+from lamina.transport.lanes import Lanes
+from lamina.transport.link import NodeLink
+from lamina.transport.options import Options
+from lamina.transport.stream import Stream, secure, send_all
 
-DEFAULT_PEER_TIMEOUT = 2.0
 HANDSHAKE_TIMEOUT = 5.0
+UPGRADE_TIMEOUT = 4.0
+"""Seconds that setting up one transport may take."""
 MAX_HANDSHAKES = 64
-"""Connections that may be in their handshake at once, and as many links that wait for their second connection."""
+"""Connections that may be in their handshake at once, and as many links that are being set up."""
 
 _BACKLOG = 128
 _FIRST_PAUSE = 0.02
@@ -43,24 +49,23 @@ _LONGEST_PAUSE = 0.5
 _ACCEPT_PAUSE = 0.5
 
 
-async def connect(
-    address: Address, hello: Hello, *, deadline_s: float, peer_timeout: float = DEFAULT_PEER_TIMEOUT
-) -> Link:
+async def connect(address: Address, hello: Hello, options: Options | None = None, *, deadline_s: float) -> Link:
     """Connect to the node that listens at ``address``, trying again until ``deadline_s`` seconds have passed.
 
-    So nodes may start in any order. A peer that speaks another protocol version, refuses, or is no Lamina node at all
-    is not tried again: HandshakeError. Otherwise ConnectError says what the last attempt met. ``peer_timeout`` is the
-    silence of the peer, in seconds, that ends the link.
+    So nodes may start in any order. A peer that speaks another protocol version, does not know the secret, refuses, has
+    no transport in common, or is no Lamina node at all is not tried again: HandshakeError. Otherwise ConnectError says
+    what the last attempt met.
     """
-    require_loopback(address)
-    check_introduction(hello, peer_timeout)
+    options = options or Options()
+    check_introduction(hello, options)
+    entrance = _Entrance(address, options, connecting=True)
     failure: Exception | None = None
     pause = _FIRST_PAUSE
     try:
         async with asyncio.timeout(deadline_s):
             while True:
                 try:
-                    return await _connect_once(address, hello, peer_timeout)
+                    return await _connect_once(entrance, hello)
                 except (HandshakeError, ProtocolError) as error:
                     raise HandshakeError(f"{address}: {error}") from error
                 except (OSError, ConnectError) as error:
@@ -73,21 +78,32 @@ async def connect(
         raise ConnectError(f"{address}: no link within {deadline_s:g} s, last attempt: {reason}") from failure
 
 
-async def _connect_once(address: Address, hello: Hello, peer_timeout: float) -> Link:
+async def _connect_once(entrance: _Entrance, hello: Hello) -> Link:
     with ExitStack() as stack:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-            decode = await _open_socket(address, peer_timeout)
-            stack.callback(decode.close)
-            await send_introduction(decode, Introduction(hello, Lane.DECODE, b"", peer_timeout))
-            peer = await receive_introduction(decode)
-            if not peer.link_id:
-                raise HandshakeError("the peer gave the link no id")
-            bulk = await _open_socket(address, peer_timeout)
-            stack.callback(bulk.close)
-            await send_introduction(bulk, Introduction(hello, Lane.BULK, peer.link_id, peer_timeout))
-            await receive_introduction(bulk)
+            stream = await entrance.open()
+            stack.callback(stream.close)
+            session = Session(
+                stream, entrance.options, True, str(entrance.address), Introduction.of(hello, *entrance.can)
+            )
+            await session.introduce()
+
+        async def open_lane(lane: Lane) -> Stream:
+            own = await entrance.open()
+            try:
+                await send_all(own, join_frame(session, lane))
+                _, answer = await receive_frame(own)
+                if answer != {"joined": int(lane)}:
+                    raise HandshakeError(f"the peer did not take a connection for a lane: {answer!r:.200}")
+            except BaseException:
+                own.close()
+                raise
+            return own
+
+        session.open_lane = open_lane
+        link = await _make_link(session)
         stack.pop_all()
-    return _make_link(hello, peer, str(address), (decode, bulk), peer_timeout)
+        return link
 
 
 class Listener:
@@ -98,23 +114,24 @@ class Listener:
 
     def __init__(
         self,
-        address: Address,
+        entrance: _Entrance,
         sock: socket.socket,
         hello: Hello,
         on_link: Callable[[Link], None],
-        peer_timeout: float,
         handshake_timeout: float,
     ) -> None:
         """Use ``open``."""
-        self.address = address
+        self.address = entrance.address
+        self._entrance = entrance
         self._socket = sock
         self._hello = hello
         self._on_link = on_link
-        self._peer_timeout = peer_timeout
         self._handshake_timeout = handshake_timeout
         self._loop = asyncio.get_running_loop()
-        self._handshakes: set[asyncio.Task[None]] = set()
-        self._half_links: dict[bytes, _HalfLink] = {}
+        self._strangers: set[asyncio.Task[None]] = set()
+        """Connections that have not proved themselves."""
+        self._guests: dict[asyncio.Task[None], _Guest] = {}
+        """Links that are being set up."""
         self._closed = False
         self._resume()
 
@@ -124,16 +141,18 @@ class Listener:
         address: Address,
         hello: Hello,
         on_link: Callable[[Link], None],
+        options: Options | None = None,
         *,
-        peer_timeout: float = DEFAULT_PEER_TIMEOUT,
         handshake_timeout: float = HANDSHAKE_TIMEOUT,
     ) -> Listener:
         """Listen at ``address``; with port 0 the attribute ``address`` has the port that was found free.
 
-        ``peer_timeout`` and ``handshake_timeout`` are in seconds. Raises ConnectError if the address cannot be had.
+        ``handshake_timeout``, in seconds, is what a stranger has to prove itself. Raises ConnectError if the address
+        cannot be had.
         """
-        require_loopback(address)
-        check_introduction(hello, peer_timeout)
+        options = options or Options()
+        check_introduction(hello, options)
+        entrance = _Entrance(address, options, connecting=False)
         try:
             family, place = (await _resolve(address))[0]
             sock = socket.create_server(place, family=family, backlog=_BACKLOG)  # with SO_REUSEADDR
@@ -142,9 +161,9 @@ class Listener:
                 raise ConnectError(f"cannot listen at {address}: another process uses the port") from error
             raise ConnectError(f"cannot listen at {address}: {_reason(error)}") from error
         sock.setblocking(False)
-        bound = Address(address.scheme, address.host, sock.getsockname()[1])
-        log.info('event=listening address=%s node="%s"', bound, hello.name)
-        return cls(bound, sock, hello, on_link, peer_timeout, handshake_timeout)
+        entrance.address = Address(address.scheme, address.host, sock.getsockname()[1])
+        log.info('event=listening address=%s node="%s"', entrance.address, hello.name)
+        return cls(entrance, sock, hello, on_link, handshake_timeout)
 
     async def close(self) -> None:
         """Stop listening and drop what is still in its handshake; links that exist live on. May be called twice."""
@@ -152,12 +171,10 @@ class Listener:
             self._closed = True
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
-        for task in self._handshakes:
+        tasks = {*self._strangers, *self._guests}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._handshakes, return_exceptions=True)
-        for half_link in self._half_links.values():
-            half_link.close()
-        self._half_links.clear()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def __aenter__(self) -> Self:
         return self
@@ -180,17 +197,18 @@ class Listener:
             self._loop.remove_reader(self._socket.fileno())
             self._loop.call_later(_ACCEPT_PAUSE, self._resume)
             return
-        sock.setblocking(False)
         task = self._loop.create_task(self._welcome(sock))
-        self._handshakes.add(task)
-        task.add_done_callback(self._handshake_done)
-        if len(self._handshakes) == MAX_HANDSHAKES:
+        self._strangers.add(task)
+        task.add_done_callback(self._known)
+        if len(self._strangers) == MAX_HANDSHAKES:
             log.warning("event=listener_full address=%s handshakes=%d", self.address, MAX_HANDSHAKES)
             self._loop.remove_reader(self._socket.fileno())
 
-    def _handshake_done(self, task: asyncio.Task[None]) -> None:
-        self._handshakes.discard(task)
-        self._resume()
+    def _known(self, task: asyncio.Task[None]) -> None:
+        """``task`` is over, or its peer is no stranger any more: somebody else may come in."""
+        if task in self._strangers:
+            self._strangers.discard(task)
+            self._resume()
 
     async def _welcome(self, sock: socket.socket) -> None:
         """Shake hands on one connection; never raises, as nobody waits for it."""
@@ -198,78 +216,201 @@ class Listener:
         with ExitStack() as stack:
             stack.callback(sock.close)
             try:
+                sock.setblocking(False)
                 peer = _place_text(sock.getpeername())
                 async with asyncio.timeout(self._handshake_timeout):
+                    stream = await self._entrance.dress(sock)
+                    stack.callback(stream.close)
                     try:
-                        await self._shake_hands(sock, peer, stack)
-                    except HandshakeError as error:
-                        await refuse(sock, str(error))
+                        first = await receive_frame(stream)
+                        if "join" in first[1]:
+                            await self._join(stream, first[1])
+                            stack.pop_all()
+                            return
+                        introduction = Introduction.of(self._hello, *self._entrance.can)
+                        session = Session(stream, self._entrance.options, False, peer, introduction)
+                        await session.introduce(first)
+                        if len(self._guests) >= MAX_HANDSHAKES:
+                            raise ConnectError(f"{MAX_HANDSHAKES} links are being set up already")
+                    except (HandshakeError, ProtocolError) as error:
+                        await refuse(stream, str(error))
                         raise
+                link = await self._set_up(session)
+                stack.pop_all()
             except (TransportError, OSError) as error:
                 log.warning('event=handshake_failed address=%s peer=%s reason="%s"', self.address, peer, _reason(error))
-
-    async def _shake_hands(self, sock: socket.socket, peer_address: str, stack: ExitStack) -> None:
-        _tune(sock, self._peer_timeout)
-        peer = await receive_introduction(sock)
-        if peer.lane is Lane.DECODE:
-            if len(self._half_links) >= MAX_HANDSHAKES:
-                raise ConnectError(f"{MAX_HANDSHAKES} links already wait for their second connection")
-            link_id = secrets.token_bytes(LINK_ID_BYTES)
-            await send_introduction(sock, Introduction(self._hello, Lane.DECODE, link_id, self._peer_timeout))
-            stack.pop_all()
-            timer = self._loop.call_later(self._handshake_timeout, self._expire, link_id)
-            self._half_links[link_id] = _HalfLink(sock, peer, peer_address, timer)
-            return
-
-        first = self._take_half_link(peer.link_id)
-        stack.callback(first.close)
-        await send_introduction(sock, Introduction(self._hello, Lane.BULK, peer.link_id, self._peer_timeout))
-        stack.pop_all()
-        first.timer.cancel()
-        link = _make_link(self._hello, first.introduction, first.peer_address, (first.sock, sock), self._peer_timeout)
+                return
         try:
             self._on_link(link)
         except Exception as error:
             log.exception('event=callback_failed transport=%s peer="%s"', link.transport, link)
             link.abort(f"it could not be taken: {error!r}")
 
-    def _take_half_link(self, link_id: bytes) -> _HalfLink:
-        # The id is what proves that both connections come from one node: no early end of a comparison may leak it.
-        for known in self._half_links:
-            if hmac.compare_digest(known, link_id):
-                return self._half_links.pop(known)
-        raise HandshakeError("no link waits for a second connection with this id")
+    async def _set_up(self, session: Session) -> Link:
+        task = asyncio.current_task()
+        assert task is not None
+        guest = self._guests[task] = _Guest(session)
+        self._known(task)
+        session.open_lane = guest.lane
+        try:
+            return await _make_link(session)
+        except HandshakeError as error:
+            await cancelled_after(self._handshake_timeout, refuse(session.stream, str(error)), "refusing")
+            raise
+        finally:
+            del self._guests[task]
+            guest.close()
 
-    def _expire(self, link_id: bytes) -> None:
-        half_link = self._half_links.pop(link_id)
-        half_link.close()
-        log.warning(
-            'event=handshake_failed address=%s peer=%s reason="the second connection did not come"',
-            self.address,
-            half_link.peer_address,
-        )
+    async def _join(self, stream: Stream, message: dict[str, Any]) -> None:
+        """Hand a further connection of a link to the handshake that waits for it."""
+        match message:
+            case {"join": bytes(link_id), "lane": 0 | 1 as lane, "proof": bytes(proof)}:
+                pass
+            case _:
+                raise HandshakeError(f"the peer joined with something else than a link and a lane: {message!r:.200}")
+        for guest in self._guests.values():
+            # No early end of a comparison may tell anybody about ids or proofs.
+            known = hmac.compare_digest(guest.session.link_id, link_id)
+            if known and hmac.compare_digest(join_proof(guest.session, Lane(lane)), proof):
+                waiting = guest.lanes[lane]
+                if waiting.done():
+                    raise HandshakeError(f"lane {lane} of this link has its connection already")
+                await send_all(stream, message_frame({"joined": lane}, MAX_HELLO))
+                if not waiting.done():
+                    waiting.set_result(stream)
+                    return
+        raise HandshakeError("no link waits for a connection with this id and proof")
 
 
-@dataclass(frozen=True)
-class _HalfLink:
-    """A link whose second connection has not come yet."""
+@dataclass
+class _Guest:
+    """A link that is being set up, and its further connections."""
 
-    sock: socket.socket
-    introduction: Introduction
-    peer_address: str
-    timer: asyncio.TimerHandle
+    session: Session
+    lanes: list[asyncio.Future[Stream]] = field(init=False)
+    taken: set[Lane] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.lanes = [loop.create_future() for _ in Lane]
+
+    async def lane(self, lane: Lane) -> Stream:
+        stream = await asyncio.shield(self.lanes[lane])
+        self.taken.add(lane)
+        return stream
 
     def close(self) -> None:
-        self.timer.cancel()
-        self.sock.close()
+        for lane, waiting in zip(Lane, self.lanes, strict=True):
+            if not waiting.done():
+                waiting.cancel()
+            elif lane not in self.taken and not waiting.cancelled():
+                waiting.result().close()
 
 
-def _make_link(
-    local: Hello, peer: Introduction, address: str, sockets: tuple[socket.socket, socket.socket], peer_timeout: float
-) -> Link:
-    link = TcpLink(local, peer.hello, address, sockets, peer_timeout=peer_timeout, heartbeat_timeout=peer.peer_timeout)
-    log.info('event=link_opened transport=%s peer="%s" node="%s"', link.transport, link, local.name)
+class _Entrance:
+    """How sockets to or from an address are made, and what this end offers."""
+
+    def __init__(self, address: Address, options: Options, *, connecting: bool) -> None:
+        """ConfigError for an address without protection, or TLS files that do not fit."""
+        check_reach(address, secret=options.secret is not None)
+        self.address = address
+        self.options = options
+        self.can = (options, offers(options))
+        """What ``Introduction.of`` wants to know besides the hello."""
+        self._connecting = connecting
+        self._tls: tuple[ssl.SSLContext, bytes] | None = None
+        if options.tls is not None:
+            self._tls = options.tls.context(connecting=connecting), options.tls.certificate_bytes()
+        elif not address.is_loopback:
+            log.warning('event=unprotected address=%s reason="no TLS: whoever is on the way can read"', address)
+
+    async def open(self) -> Stream:
+        """A new connection; raises OSError, or HandshakeError for TLS that fails."""
+        failure = OSError(f"{self.address.host} has no address")
+        for family, place in await _resolve(self.address):
+            with ExitStack() as stack:
+                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                stack.callback(sock.close)
+                try:
+                    await asyncio.get_running_loop().sock_connect(sock, place)
+                    if sock.getsockname() == sock.getpeername():
+                        # A port of the ephemeral range on which nobody listens may be picked as our own.
+                        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+                    stream = await self.dress(sock)
+                except OSError as error:
+                    failure = error
+                    continue
+                stack.pop_all()
+                return stream
+        raise failure
+
+    async def dress(self, sock: socket.socket) -> Stream:
+        """``sock`` with its options set, and inside TLS if that is wanted."""
+        _tune(sock, self.options.peer_timeout)
+        if self._tls is None:
+            return Stream(sock)
+        context, certificate = self._tls
+        try:
+            return await secure(sock, context, certificate, connecting=self._connecting)
+        except ssl.SSLError as error:
+            raise HandshakeError(
+                f"TLS failed: {error.reason or error}; both ends need it, and one authority"
+            ) from error
+
+
+async def _make_link(session: Session) -> Link:
+    """Set up the best transport that both ends have."""
+    sides = (session.local.party, session.peer.party)
+    choice = choose(*(sides if session.connecting else sides[::-1]))
+    taken, lanes = "control", None
+    for name in choice.candidates:
+        session.local_offer = dict(session.local.offers[name])
+        session.peer_offer = dict(session.peer.offers[name])
+        failure, own = "", None
+        try:
+            module = importlib.import_module(f"lamina.transport.{name}")
+            own = await cancelled_after(UPGRADE_TIMEOUT, module.upgrade(session), f"setting up {name}")
+        except (TransportError, OSError) as error:
+            failure = str(error) or type(error).__name__
+        told = await _agree(session, failure[:500], own)
+        if own is not None and not told:
+            taken, lanes = name, own
+            break
+        choice.reasons.append(f"{name}: {failure or told}")
+    else:
+        if choice.candidates:
+            raise HandshakeError(f"no transport could be set up: {choice.told('none')}")
+    peer = session.peer
+    link = NodeLink(
+        session.local.hello,
+        peer.hello,
+        session.peer_place,
+        session.stream,
+        lanes,
+        transport=taken,
+        choice=choice.told(taken),
+        peer_timeout=session.options.peer_timeout,
+        heartbeat_timeout=peer.peer_timeout,
+    )
+    log.info(
+        'event=link_opened transport=%s peer="%s" node="%s" choice="%s"',
+        taken,
+        link,
+        session.local.hello.name,
+        link.choice,
+    )
     return link
+
+
+async def _agree(session: Session, failure: str, lanes: Lanes | None) -> str:
+    """Compare how the set-up went; lanes of which the other end knows nothing are closed."""
+    told = "the handshake was broken off"
+    try:
+        told = str(await cancelled_after(2 * UPGRADE_TIMEOUT, session.agree(failure), "agreeing"))
+    finally:
+        if told and lanes is not None:
+            lanes.close(TransportError(f"the peer cannot: {told}"))
+    return told
 
 
 async def _resolve(address: Address) -> list[tuple[int, Any]]:
@@ -283,32 +424,11 @@ async def _resolve(address: Address) -> list[tuple[int, Any]]:
         return [(family, place[:2]) for family, _, _, _, place in found]
 
 
-async def _open_socket(address: Address, peer_timeout: float) -> socket.socket:
-    """A connected, non-blocking socket; raises OSError."""
-    failure = OSError(f"{address.host} has no address")
-    for family, place in await _resolve(address):
-        with ExitStack() as stack:
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            stack.callback(sock.close)
-            try:
-                await asyncio.get_running_loop().sock_connect(sock, place)
-                if sock.getsockname() == sock.getpeername():
-                    # A port of the ephemeral range on which nobody listens may be picked as our own.
-                    raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-                _tune(sock, peer_timeout)
-            except OSError as error:
-                failure = error
-                continue
-            stack.pop_all()
-            return sock
-    raise failure
-
-
 def _tune(sock: socket.socket, peer_timeout: float) -> None:
     """Small writes leave at once, and the kernel gives up on a dead peer about when the heartbeats do."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(peer_timeout * 1000))
-    # An idle bulk lane carries no heartbeats of its own.
+    # A lane that rests carries no heartbeats of its own.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(peer_timeout)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
@@ -316,7 +436,7 @@ def _tune(sock: socket.socket, peer_timeout: float) -> None:
 
 def _reason(error: Exception) -> str:
     """What went wrong, in the words of the operating system where it has any; loops add words of their own."""
-    if isinstance(error, OSError) and error.errno:
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
         return os.strerror(error.errno)
     if isinstance(error, TimeoutError):
         return "the handshake took too long"

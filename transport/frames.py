@@ -4,8 +4,9 @@ A frame starts with 32 bytes, little endian::
 
     magic "LMNA" | version u16 | kind u16 | region key u32 | tag u32 | offset u64 | length u64
 
-and goes on with ``length`` bytes: of a region for WRITE, of a msgpack map for MESSAGE, none for the others. Magic and
-version keep their place in every future version, so that two releases can always name their disagreement.
+and goes on with ``length`` bytes: of a region for WRITE, of a msgpack map for MESSAGE and NOTE, none for HEARTBEAT. The
+control connection carries all but WRITE, the lanes of tcp nothing else. Magic and version keep their place in every
+future version, so that two releases can always name their disagreement.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamina.errors import HandshakeError, ProtocolError
+from lamina.transport.lanes import CHUNK_BYTES
 from lamina.transport.messages import decode_message, encode_message
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"LMNA"
-
-# The most that one system call moves. It bounds how long bulk data can keep the loop from looking at the decode
-# lane: copying 256 KiB takes some 50 microseconds.
-CHUNK_BYTES = 256 << 10
 
 _HEADER = struct.Struct("<4sHHIIQQ")
 HEADER_BYTES = _HEADER.size
 
 
 # Plain integers: looking up members of an enum takes longer than receiving a header.
-WRITE, MESSAGE, HEARTBEAT, BYE = 1, 2, 3, 4
+WRITE, MESSAGE, NOTE, HEARTBEAT = 1, 2, 3, 4
+
+MAX_NOTE = 4 << 10
+
+
+class Note(dict[str, Any]):
+    """What one end of a link tells the other one itself, rather than their owners."""
 
 
 class Sign(enum.Enum):
@@ -38,12 +42,10 @@ class Sign(enum.Enum):
 
     HEARTBEAT = HEARTBEAT
     """The peer is alive."""
-    BYE = BYE
-    """The peer has sent everything that it will ever send on this lane."""
 
 
-Event = int | dict[str, Any] | Sign
-"""What became complete: a write, by its tag, when all its bytes are in the region; a control message; or a sign."""
+Event = int | dict[str, Any] | Note | Sign
+"""What became complete: a write, by its tag, when all its bytes are in the region; a message; a note; a sign."""
 
 
 def _header(kind: int, length: int = 0, key: int = 0, tag: int = 0, offset: int = 0) -> bytes:
@@ -51,7 +53,6 @@ def _header(kind: int, length: int = 0, key: int = 0, tag: int = 0, offset: int 
 
 
 HEARTBEAT_FRAME = _header(HEARTBEAT)
-BYE_FRAME = _header(BYE)
 
 
 def write_header(key: int, offset: int, nbytes: int, tag: int) -> bytes:
@@ -63,6 +64,12 @@ def message_frame(message: dict[str, Any], limit: int) -> bytes:
     """A whole MESSAGE frame. Raises ProtocolError if the encoded message is longer than ``limit`` bytes."""
     body = encode_message(message, limit)
     return _header(MESSAGE, len(body)) + body
+
+
+def note_frame(note: dict[str, Any]) -> bytes:
+    """A whole NOTE frame."""
+    body = encode_message(note, MAX_NOTE)
+    return _header(NOTE, len(body)) + body
 
 
 class FrameReceiver:
@@ -111,9 +118,8 @@ class FrameReceiver:
         """Check the header that just became complete; returns where its payload goes, None if it has none."""
         magic, version, self._kind, key, self._tag, offset, length = _HEADER.unpack(self._header)
         if magic != MAGIC:
-            raise ProtocolError(
-                f"expected a frame that starts with {MAGIC!r}, got {magic!r}: the peer is no Lamina node"
-            )
+            who = "the peer uses TLS and this end does not" if magic[1] == 3 else "the peer is no Lamina node"
+            raise ProtocolError(f"expected a frame that starts with {MAGIC!r}, got {magic!r}: {who}")
         if version != PROTOCOL_VERSION:
             raise HandshakeError(
                 f"the peer speaks protocol version {version}, this end speaks version {PROTOCOL_VERSION}: "
@@ -130,14 +136,18 @@ class FrameReceiver:
             return region[offset : offset + length] if length else None
         if self._kind == MESSAGE:
             if not 0 < length <= self._max_message:
-                raise ProtocolError(
-                    f"the peer sent a message of {length} bytes where 1 to {self._max_message} are allowed"
-                )
+                allowed = f"1 to {self._max_message} are allowed" if self._max_message else "there are no messages"
+                raise ProtocolError(f"the peer sent a message of {length} bytes where {allowed}")
             return memoryview(bytearray(length))
-        if self._kind not in (HEARTBEAT, BYE):
+        if self._kind == NOTE:
+            limit = min(self._max_message, MAX_NOTE)
+            if not 0 < length <= limit:
+                raise ProtocolError(f"the peer sent a note of {length} bytes where 1 to {limit} are allowed")
+            return memoryview(bytearray(length))
+        if self._kind != HEARTBEAT:
             raise ProtocolError(f"the peer sent a frame of the unknown kind {self._kind}")
         if length:
-            raise ProtocolError(f"the peer sent {length} bytes with a {Sign(self._kind).name}, which has none")
+            raise ProtocolError(f"the peer sent {length} bytes with a HEARTBEAT, which has none")
         return None
 
     def _completed(self) -> Event:
@@ -145,4 +155,6 @@ class FrameReceiver:
             return self._tag
         if self._kind == MESSAGE:
             return decode_message(self._target)
-        return Sign(self._kind)
+        if self._kind == NOTE:
+            return Note(decode_message(self._target))
+        return Sign.HEARTBEAT

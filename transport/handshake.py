@@ -1,46 +1,73 @@
-"""The first words on every connection: who is there, and which lane of which link this is.
+"""What two ends say before they are linked: who they are, that they know the secret, and how bytes will travel.
 
-The end that connects speaks first, the other answers; each sends one MESSAGE frame that holds an ``Introduction``,
-or the reason why it refuses. Authentication will go between the two: both introductions are known on both sides
-before anything is done about them, so a proof over both can follow as a second frame each.
+All of it travels as MESSAGE frames on the connection that becomes the link's control connection, the connecting end
+first::
+
+    hello      both   role, name, details, a nonce, what it asks for and what it can do
+    proof      both   HMAC-SHA256 with the cluster's secret over which end this is and both hellos, byte for byte
+    setup ...  both   whatever the transport needs
+    outcome    both   whether it worked; if not, and another one is possible, it is tried next
+
+The proof covers both nonces, so nothing can be replayed; which end it is from, so nothing can be reflected; and all
+that was said before, so nobody in between can make two nodes take a weaker transport than they could. Inside TLS it
+also covers both certificates. The connecting end proves itself first: a stranger learns nothing but a hello.
+
+A further connection of the same link, such as a lane of tcp, begins with a ``join`` frame, which shows the link's id
+and a proof with the link's own key.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
-from dataclasses import dataclass
+import hashlib
+import hmac
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
-from lamina.errors import ConfigError, ConnectError, HandshakeError, ProtocolError
+from lamina.errors import ConfigError, ConnectError, HandshakeError, ProtocolError, TransportError
 from lamina.transport.base import Hello, Lane
-from lamina.transport.frames import FrameReceiver, message_frame
+from lamina.transport.choice import Offers, Party
+from lamina.transport.frames import HEADER_BYTES, FrameReceiver, message_frame
+from lamina.transport.lanes import UpgradeError
+from lamina.transport.options import KINDS, MAX_PEER_TIMEOUT, MIN_PEER_TIMEOUT, Options
+from lamina.transport.stream import Stream, recv_into, send_all
 
 MAX_HELLO = 16 << 10
+NONCE_BYTES = 32
 LINK_ID_BYTES = 16
-
-MIN_PEER_TIMEOUT = 0.05
-MAX_PEER_TIMEOUT = 3600.0
+PROOF_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Introduction:
-    """What each end says. ``link_id`` is empty until the listening end has chosen it in its first answer."""
+    """What an end says about itself."""
 
     hello: Hello
-    lane: Lane
-    link_id: bytes
+    kind: str
+    offers: Offers
     peer_timeout: float
     """Seconds of silence this end tolerates; the other end paces its heartbeats by it."""
+    secret: bool
+    """Whether it has a cluster secret."""
+    nonce: bytes = field(default_factory=lambda: secrets.token_bytes(NONCE_BYTES))
+
+    @classmethod
+    def of(cls, hello: Hello, options: Options, offers: Offers) -> Introduction:
+        return cls(hello, options.kind, offers, options.peer_timeout, options.secret is not None)
 
     def to_map(self) -> dict[str, Any]:
         return {
             "role": self.hello.role,
             "name": self.hello.name,
             "details": self.hello.details,
-            "lane": int(self.lane),
-            "link_id": self.link_id,
+            "kind": self.kind,
+            "offers": self.offers,
             "peer_timeout": self.peer_timeout,
+            "secret": self.secret,
+            "nonce": self.nonce,
         }
 
     @classmethod
@@ -51,61 +78,189 @@ class Introduction:
                 "role": str(role),
                 "name": str(name),
                 "details": dict(details),
-                "lane": 0 | 1 as lane,
-                "link_id": bytes(link_id),
+                "kind": str(kind),
+                "offers": dict(offers),
                 "peer_timeout": float() | int() as peer_timeout,
-            } if MIN_PEER_TIMEOUT <= peer_timeout <= MAX_PEER_TIMEOUT and len(link_id) in (0, LINK_ID_BYTES):
+                "secret": bool(secret),
+                "nonce": bytes(nonce),
+            } if (
+                MIN_PEER_TIMEOUT <= peer_timeout <= MAX_PEER_TIMEOUT
+                and len(nonce) == NONCE_BYTES
+                and kind in KINDS
+                and all(isinstance(offer, dict) for offer in offers.values())
+            ):
                 try:
-                    return cls(Hello(role, name, details), Lane(lane), link_id, peer_timeout)
+                    return cls(Hello(role, name, details), kind, offers, peer_timeout, secret, nonce)
                 except ConfigError as error:
                     raise HandshakeError(f"the peer introduced itself wrongly: {error}") from error
             case _:
                 raise HandshakeError(f"the peer introduced itself with something else than a hello: {message!r:.200}")
 
+    @property
+    def party(self) -> Party:
+        return Party(self.hello.name, self.kind, self.offers)
 
-def check_introduction(hello: Hello, peer_timeout: float) -> None:
+
+def check_introduction(hello: Hello, options: Options) -> None:
     """Raise ConfigError, before any connection, for what the other end would not accept."""
-    if not MIN_PEER_TIMEOUT <= peer_timeout <= MAX_PEER_TIMEOUT:
-        raise ConfigError(f"peer_timeout must be {MIN_PEER_TIMEOUT:g} to {MAX_PEER_TIMEOUT:g} s, got {peer_timeout:g}")
     try:
-        message_frame(Introduction(hello, Lane.DECODE, bytes(LINK_ID_BYTES), peer_timeout).to_map(), MAX_HELLO)
+        message_frame(Introduction.of(hello, options, {}).to_map(), MAX_HELLO // 2)
     except ProtocolError as error:
         raise ConfigError(f"the details of node {hello.name!r} cannot be sent: {error}") from error
 
 
-async def send_introduction(sock: socket.socket, introduction: Introduction) -> None:
-    frame = message_frame(introduction.to_map(), MAX_HELLO)
-    await asyncio.get_running_loop().sock_sendall(sock, frame)
+@dataclass
+class Session:
+    """A handshake on one connection; once both ends have proved themselves, what a transport needs to set itself up."""
+
+    stream: Stream
+    options: Options
+    connecting: bool
+    peer_place: str
+    """Where the peer is, for messages."""
+    local: Introduction
+    peer: Introduction = field(init=False)
+    key: bytes = field(init=False, repr=False)
+    """Of this link: with a cluster secret, known to both ends only."""
+    link_id: bytes = field(init=False)
+    open_lane: Callable[[Lane], Awaitable[Stream]] = field(init=False)
+    """How this end gets a further connection of the link."""
+    local_offer: dict[str, Any] = field(default_factory=dict)
+    peer_offer: dict[str, Any] = field(default_factory=dict)
+    _outcome: str | None = field(default=None, init=False)
+
+    async def introduce(self, first: tuple[bytes, dict[str, Any]] | None = None) -> None:
+        """Swap hellos and proofs. ``first`` is what the peer has sent already."""
+        mine = message_frame(self.local.to_map(), MAX_HELLO)
+        if self.connecting:
+            await send_all(self.stream, mine)
+        theirs, message = first or await receive_frame(self.stream)
+        self.peer = Introduction.from_map(_unrefused(message))
+        if not self.connecting:
+            await send_all(self.stream, mine)
+        hellos = (mine, theirs) if self.connecting else (theirs, mine)
+        if self.local.secret != self.peer.secret:
+            have, lack = ("this end", "the peer") if self.local.secret else ("the peer", "this end")
+            raise HandshakeError(
+                f"{have} has a cluster secret and {lack} has none: all nodes and clients need the same secret file"
+            )
+        transcript = hashlib.sha256()
+        for part in (*hellos, self.stream.binding):
+            transcript.update(len(part).to_bytes(8, "little") + part)
+        self.key = self._mac(b"link", transcript.digest())
+        proofs = [self._mac(end, transcript.digest()) for end in (b"connecting", b"listening")]
+        if self.connecting:
+            await self.send({"proof": proofs[0]})
+            answer = await self.receive()
+            self._check_proof(answer, proofs[1])
+            match answer:
+                case {"link_id": bytes(link_id)} if len(link_id) == LINK_ID_BYTES:
+                    self.link_id = link_id
+                case _:
+                    raise HandshakeError("the peer gave the link no id")
+        else:
+            self._check_proof(await self.receive(), proofs[0])
+            self.link_id = secrets.token_bytes(LINK_ID_BYTES)
+            await self.send({"proof": proofs[1], "link_id": self.link_id})
+
+    def _mac(self, what: bytes, transcript: bytes) -> bytes:
+        return hmac.digest(self.options.secret or b"", b"lamina " + what + b"\0" + transcript, "sha256")
+
+    def _check_proof(self, message: dict[str, Any], expected: bytes) -> None:
+        proof = message.get("proof")
+        if not isinstance(proof, bytes) or not hmac.compare_digest(proof, expected):
+            raise HandshakeError(
+                "the peer does not know the cluster secret: both ends need the same secret file"
+                if self.options.secret
+                else "the peer's proof does not fit what was said: something in between changes the connection"
+            )
+
+    # -- for transports
+
+    async def lane(self, lane: Lane) -> Stream:
+        """A further connection of this link, both ends of which have proved that they belong to it."""
+        return await self.open_lane(lane)
+
+    async def send(self, setup: dict[str, Any]) -> None:
+        """Send a message to ``upgrade`` at the other end, of up to 16 KiB."""
+        await send_all(self.stream, message_frame(setup, MAX_HELLO))
+
+    async def receive(self) -> dict[str, Any]:
+        """The next message of the other end's ``upgrade``; UpgradeError if that failed."""
+        message = _unrefused((await receive_frame(self.stream))[1])
+        if "outcome" in message:
+            self._outcome = str(message["outcome"])
+            raise UpgradeError(f"{self.peer.hello.name}: {self._outcome or 'ended early'}")
+        return message
+
+    async def agree(self, failure: str) -> str:
+        """Say how the upgrade went here, "" for well; returns how it went there."""
+        told = self._outcome
+        self._outcome = None
+        await self.send({"outcome": failure})
+        while told is None:
+            match _unrefused((await receive_frame(self.stream))[1]):
+                case {"outcome": str(told)}:
+                    pass
+                case _ if not failure:
+                    raise ProtocolError("the peer went on with a set-up that is complete here")
+        return told
 
 
-async def receive_introduction(sock: socket.socket) -> Introduction:
-    """Read exactly one frame of the peer.
+def join_frame(session: Session, lane: Lane) -> bytes:
+    """The first frame of a further connection of the link."""
+    return message_frame({"join": session.link_id, "lane": int(lane), "proof": join_proof(session, lane)}, MAX_HELLO)
 
-    Raises ConnectError if the peer closes instead, HandshakeError if it refuses or speaks another version,
-    ProtocolError if it sends anything else.
+
+def join_proof(session: Session, lane: Lane) -> bytes:
+    return hmac.digest(session.key, b"lane %d" % lane + session.link_id, "sha256")
+
+
+async def receive_frame(stream: Stream) -> tuple[bytes, dict[str, Any]]:
+    """Read exactly one MESSAGE frame of the peer: its bytes, and what it says.
+
+    Raises ConnectError if the peer closes instead, HandshakeError if it speaks another version, ProtocolError if it
+    sends anything else.
     """
-    loop = asyncio.get_running_loop()
     receiver = FrameReceiver({}, MAX_HELLO)
     event = None
+    frame = bytearray()
     while event is None:
-        nbytes = await loop.sock_recv_into(sock, receiver.next_buffer())
+        buffer = receiver.next_buffer()
+        nbytes = await recv_into(stream, buffer)
         if nbytes == 0:
             raise ConnectError("the peer closed the connection during the handshake")
+        frame += buffer[:nbytes]
         event = receiver.received(nbytes)
-    match event:
+    if type(event) is not dict:
+        raise ProtocolError(f"the peer opened with {event!r:.100} instead of a hello")
+    assert len(frame) > HEADER_BYTES
+    return bytes(frame), event
+
+
+def _unrefused(message: dict[str, Any]) -> dict[str, Any]:
+    """``message``, unless it is a refusal: that is raised as HandshakeError."""
+    match message:
         case {"refused": str(reason)}:
             raise HandshakeError(f"the peer refused: {reason!r:.500}")
-        case dict():
-            return Introduction.from_map(event)
-        case _:
-            raise ProtocolError(f"the peer opened with {event} instead of a hello")
+    return message
 
 
-async def refuse(sock: socket.socket, reason: str) -> None:
+async def refuse(stream: Stream, reason: str) -> None:
     """Tell the peer why; the frame also carries our protocol version. Returns when the peer has closed."""
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(sock, message_frame({"refused": reason[:500]}, MAX_HELLO))
-    sock.shutdown(socket.SHUT_WR)
+    await send_all(stream, message_frame({"refused": reason[:500]}, MAX_HELLO))
+    stream.shut_down()
     # Closing with unread bytes would reset the connection and could destroy the answer on its way.
-    while await loop.sock_recv(sock, 4096):
-        pass
+    buffer = memoryview(bytearray(4096))
+    with suppress(TransportError):
+        while await recv_into(stream, buffer):
+            pass
+
+
+async def cancelled_after(seconds: float, work: Awaitable[Any], what: str) -> Any:
+    """The result of ``work``; UpgradeError when it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise UpgradeError(f"{what} took longer than {seconds:g} s") from None

@@ -43,15 +43,18 @@ class Lanes(ABC):
     The link has checked everything that it can before it calls: regions are known, offsets, lengths and tags in range.
     """
 
+    bytes_written: Sequence[int]
+    """Bytes of writes handed to the medium, by lane; every subclass has these three."""
+    bytes_received: Sequence[int]
+    """Bytes of writes that arrived, by lane."""
+    pending_bytes: Sequence[int]
+    """Bytes of writes whose buffers are still needed, by lane."""
+
     def __init__(self) -> None:
         self.tags_written = [0, 0]
         """Writes that ``write`` took, by lane."""
         self.tags_received = [0, 0]
         """Writes that arrived, by lane; counted before they are delivered."""
-        self.bytes_written = [0, 0]
-        self.bytes_received = [0, 0]
-        self.pending_bytes = [0, 0]
-        """Bytes of writes whose buffers are still needed, by lane."""
 
     @abstractmethod
     def start(self, owner: Owner) -> None:
@@ -59,7 +62,7 @@ class Lanes(ABC):
 
     @abstractmethod
     def expose(self, key: int, region: Region) -> dict[str, Any]:
-        """Let the peer write ``region``; returns what its ``learn`` must know, as plain values of a few hundred bytes."""
+        """Let the peer write ``region``; returns what its ``learn`` must know, as a few plain values."""
 
     @abstractmethod
     def learn(self, key: int, nbytes: int, details: dict[str, Any]) -> None:
@@ -83,28 +86,16 @@ class Lanes(ABC):
 
     @abstractmethod
     async def drain(self, lane: Lane) -> None:
-        """Wait until ``pending_bytes[lane]`` is 0 and nothing is queued; raises what ``close`` is given if that comes first."""
+        """Wait until no buffer of ``lane`` is needed any more; raises what ``close`` is given if that comes first."""
 
     @abstractmethod
     def close(self, error: TransportError) -> None:
-        """Let go of everything at once; whoever waits in ``drain`` gets ``error``. Called once, perhaps before ``start``,
-        perhaps from within ``Owner.delivered``. Afterwards no byte of any region changes on account of this link."""
+        """Let go of everything at once; whoever waits in ``drain`` gets ``error``.
+
+        Called once, perhaps before ``start``, perhaps from within ``Owner.delivered``. Afterwards no byte of any region
+        changes on account of this link.
+        """
 
 
 class UpgradeError(TransportError):
     """A transport that cannot be had between these two nodes: which step failed, and what to do about it."""
-
-
-class Session(Protocol):
-    """A handshake after both ends have proved who they are: what a transport needs to set up its lanes."""
-
-    connecting: bool
-    """Whether this end called ``connect``; the other one listens."""
-    peer_place: str
-    """Where the peer is, for messages."""
-
-    async def send(self, setup: dict[str, Any]) -> None:
-        """Send a message to ``upgrade`` at the other end, up to 16 KiB."""
-
-    async def receive(self) -> dict[str, Any]:
-        """The next message of the other end's ``upgrade``; UpgradeError if that failed."""

@@ -51,6 +51,12 @@ class TlsFiles:
             ) from error
         return context
 
+    def certificate_bytes(self) -> bytes:
+        """This node's own certificate in DER, as its peers see it."""
+        text = self.certificate.read_text()
+        first, last = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+        return ssl.PEM_cert_to_DER_cert(text[text.index(first) : text.index(last) + len(last)])
+
 
 @dataclass(frozen=True)
 class RdmaOptions:

@@ -1,14 +1,16 @@
-"""Both event loops, and links over TCP on this machine."""
+"""Both event loops, and links of every kind on this machine."""
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lamina.transport import Address, Hello, Link, Listener, connect
+from lamina.transport import Address, Hello, Link, Listener, Options, TlsFiles, connect
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -23,13 +25,39 @@ def run(request: pytest.FixtureRequest) -> Run:
     return pytest.importorskip("uvloop").run
 
 
+KINDS = ("tcp", "tls", "shm")
+
+
+@pytest.fixture(params=KINDS)
+def options(request: pytest.FixtureRequest) -> Options:
+    """Of both ends, for each way to move bytes on this machine; ``tls`` is tcp inside TLS, with a secret."""
+    if request.param == "tls":
+        return Options(kind="tcp", peer_timeout=10.0, secret=b"0123456789abcdef", tls=request.getfixturevalue("tls"))
+    return Options(kind=request.param, peer_timeout=10.0)
+
+
 @pytest.fixture
-def make_tcp_pair() -> Callable[[], Coroutine[Any, Any, tuple[Link, Link]]]:
+def make_pair(options: Options) -> Callable[[], Coroutine[Any, Any, tuple[Link, Link]]]:
     async def make_pair() -> tuple[Link, Link]:
         accepted: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
         hello = Hello("memory", "m0", {"heads": [0, 4]})
-        async with await Listener.open(LOCAL, hello, accepted.set_result, peer_timeout=10.0) as listener:
-            link = await connect(listener.address, Hello("compute", "c0"), deadline_s=10.0, peer_timeout=10.0)
+        async with await Listener.open(LOCAL, hello, accepted.set_result, options) as listener:
+            link = await connect(listener.address, Hello("compute", "c0"), options, deadline_s=10.0)
             return link, await accepted
 
     return make_pair
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsFiles:
+    """A certificate that is its own authority; all nodes of a test share it."""
+    folder = tmp_path_factory.mktemp("tls")
+    return make_certificate(folder, "node")
+
+
+def make_certificate(folder: Path, name: str) -> TlsFiles:
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    files = ["-subj", f"/CN={name}", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", *request, *files], check=True, capture_output=True)
+    return TlsFiles(certificate, key, certificate)

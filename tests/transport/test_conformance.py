@@ -8,5 +8,5 @@ from lamina.transport.testing import CHECKS
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_tcp(run, make_tcp_pair, check):
-    run(check(make_tcp_pair))
+def test_conformance(run, make_pair, check):
+    run(check(make_pair))

@@ -1,0 +1,86 @@
+"""Which transport two nodes take, from what both asked for and what both can do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lamina.errors import HandshakeError
+from lamina.transport.lanes import UpgradeError
+from lamina.transport.options import Options
+
+TRANSPORTS = ("shm", "rdma", "tcp")
+"""Modules of this package, in the order in which ``auto`` prefers them."""
+
+Offers = Mapping[str, Mapping[str, Any]]
+"""What an end can do, by transport: plain values, or ``{"missing": reason}``."""
+
+
+@dataclass(frozen=True)
+class Party:
+    """One end, as the choice sees it."""
+
+    name: str
+    kind: str
+    offers: Offers
+
+
+@dataclass
+class Choice:
+    """The transports to try, in order, and why the others are out."""
+
+    asked: str
+    candidates: list[str]
+    reasons: list[str]
+
+    def told(self, taken: str) -> str:
+        """Everything in words, for the log."""
+        return "; ".join([self.asked, *self.reasons, f"took {taken}"])
+
+
+def offers(options: Options) -> dict[str, dict[str, Any]]:
+    """What this end can do. A transport that it did not ask for is not even looked at."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in TRANSPORTS:
+        if options.kind in ("auto", name):
+            try:
+                found[name] = importlib.import_module(f"lamina.transport.{name}").offer(options)
+            except UpgradeError as error:
+                found[name] = {"missing": str(error)[:500]}
+    return found
+
+
+def choose(connecting: Party, listening: Party) -> Choice:
+    """The same on both ends. Raises HandshakeError where what one of them demands cannot be."""
+    asked = f"asked: {connecting.kind} ({connecting.name}), {listening.kind} ({listening.name})"
+    if connecting.kind == "control":
+        return Choice(asked, [], [])
+    demanded = {party.kind for party in (connecting, listening)} - {"auto"}
+    if len(demanded) > 1 or "control" in demanded:
+        raise HandshakeError(
+            f"{connecting.name} demands transport {connecting.kind}, {listening.name} demands {listening.kind}: "
+            "configure one kind, or auto"
+        )
+    choice = Choice(asked, [], [])
+    for name in demanded or TRANSPORTS:
+        reason = _obstacle(name, connecting, listening)
+        if reason:
+            choice.reasons.append(f"{name}: {reason}")
+        else:
+            choice.candidates.append(name)
+    if not choice.candidates:
+        raise HandshakeError(f"no transport is possible ({asked}): {'; '.join(choice.reasons)}")
+    return choice
+
+
+def _obstacle(name: str, connecting: Party, listening: Party) -> str:
+    """Why ``name`` cannot be; empty if it may be possible."""
+    for party in (connecting, listening):
+        offer = party.offers.get(name, {"missing": "not offered"})
+        if "missing" in offer:
+            return f"{party.name}: {offer['missing']}"
+    if name == "shm" and connecting.offers[name].get("host") != listening.offers[name].get("host"):
+        return "the nodes are not on one host"
+    return ""

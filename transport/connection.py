@@ -1,0 +1,203 @@
+"""Frames in both directions over one stream, driven by the loop: a queue of what is to be sent, and a receiver.
+
+The control connection of every link is one, and so is each lane of tcp.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
+
+from lamina.errors import PeerLostError, ProtocolError, TransportError
+from lamina.transport.frames import Event, FrameReceiver
+from lamina.transport.lanes import CHUNK_BYTES
+from lamina.transport.stream import Stream
+
+MAX_GATHER = 1024
+"""Linux's IOV_MAX: the most buffers that one sendmsg takes."""
+
+
+class Connection:
+    """Sends at once what the stream takes, and queues the rest, without a copy.
+
+    ``on_event`` is called with each complete frame, ``on_failed`` once, with the error that ended it: never from
+    within ``push``. An end that the peer announced is an error here too: its link knows better.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        receiver: FrameReceiver,
+        on_event: Callable[[Event], None],
+        on_failed: Callable[[TransportError], None],
+    ) -> None:
+        self._stream = stream
+        self._receiver = receiver
+        self._on_event = on_event
+        self._on_failed = on_failed
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[memoryview] = deque()
+        self._drained: list[asyncio.Future[None]] = []
+        self._ended = False
+        self.pending_bytes = 0
+        self.bytes_written = 0
+        self.bytes_received = 0
+
+    # -- sending
+
+    def push(self, pieces: list[memoryview], nbytes: int) -> None:
+        """Send ``pieces``, none of them empty: at once if nothing is queued before them."""
+        if self._ended:
+            return
+        queue = self._queue
+        idle = not queue
+        self.pending_bytes += nbytes
+        if not idle:
+            queue.extend(pieces)
+            return
+        if nbytes <= CHUNK_BYTES and len(pieces) <= MAX_GATHER:
+            # Nearly always, the kernel takes all of it: spare the queue.
+            try:
+                sent = self._stream.send(pieces)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._fail_later(error)
+                return
+            self.pending_bytes -= sent
+            self.bytes_written += sent
+            if sent == nbytes:
+                return
+            queue.extend(pieces)
+            self._drop(sent)
+        else:
+            queue.extend(pieces)
+        self._loop.add_writer(self._stream.fileno(), self._send_rest)
+
+    async def drain(self) -> None:
+        """Wait until the queue is empty; raises the error with which this is closed, if that comes first."""
+        if self._queue:
+            waiter = self._loop.create_future()
+            self._drained.append(waiter)
+            await waiter
+
+    def _send_rest(self) -> None:
+        """Make one system call with at most one chunk."""
+        queue = self._queue
+        chunk: list[memoryview] = []
+        room = CHUNK_BYTES
+        for piece in islice(queue, MAX_GATHER):
+            chunk.append(piece[:room])
+            room -= len(piece)
+            if room <= 0:
+                break
+        try:
+            sent = self._stream.send(chunk)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._loop.remove_writer(self._stream.fileno())
+            self._fail_later(error)
+            return
+        self.pending_bytes -= sent
+        self.bytes_written += sent
+        self._drop(sent)
+        if queue:
+            return
+        self._loop.remove_writer(self._stream.fileno())
+        for waiter in self._drained:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._drained.clear()
+
+    def _drop(self, nbytes: int) -> None:
+        queue = self._queue
+        while nbytes:
+            piece = queue[0]
+            if nbytes < len(piece):
+                queue[0] = piece[nbytes:]
+                return
+            nbytes -= len(piece)
+            queue.popleft()
+
+    # -- receiving
+
+    def start_reading(self) -> None:
+        self._loop.add_reader(self._stream.fileno(), self.receive)
+        if self._stream.buffered():
+            self._loop.call_soon(self.receive)
+
+    def receive(self) -> bool:
+        """Receive about one chunk and deliver what it completes, without waiting; True if anything arrived."""
+        taken = 0
+        receiver, recv_into = self._receiver, self._stream.recv_into
+        while taken < CHUNK_BYTES and not self._ended:
+            try:
+                nbytes = recv_into(receiver.next_buffer())
+            except (BlockingIOError, InterruptedError):
+                return taken > 0
+            except OSError as error:
+                self._fail(PeerLostError(f"is gone: {_words(error)}"))
+                break
+            if not nbytes:
+                self._fail(PeerLostError("closed the connection"))
+                break
+            taken += nbytes
+            self.bytes_received += nbytes
+            try:
+                event = receiver.received(nbytes)
+            except TransportError as error:
+                self._fail(ProtocolError(str(error)))
+                break
+            if event is not None:
+                self._on_event(event)
+                break  # usually nothing follows: the loop says so more cheaply than a system call that fails
+        if not self._ended and self._stream.buffered():
+            self._loop.call_soon(self.receive)
+        return taken > 0
+
+    # -- the end
+
+    def _fail_later(self, error: OSError) -> None:
+        """What the peer sent before, perhaps its goodbye, counts first; and never from within ``push``."""
+        self._loop.call_soon(self._fail_when_read, PeerLostError(f"is gone: {_words(error)}"))
+
+    def _fail_when_read(self, error: TransportError) -> None:
+        while self.receive():
+            pass
+        self._fail(error)
+
+    def _fail(self, error: TransportError) -> None:
+        if not self._ended:
+            self._stop()
+            self._on_failed(error)
+
+    def _stop(self) -> None:
+        self._ended = True
+        self._loop.remove_reader(self._stream.fileno())
+        self._loop.remove_writer(self._stream.fileno())
+
+    def close(self, error: TransportError) -> None:
+        """Close the stream; who waits for the queue gets ``error``. Called once."""
+        if not self._ended:
+            self._stop()
+        self._stream.close()
+        self._queue.clear()
+        self.pending_bytes = 0
+        for waiter in self._drained:
+            if not waiter.done():
+                waiter.set_exception(error)
+                waiter.exception()  # nobody has to look
+        self._drained.clear()
+
+
+def _words(error: OSError) -> str:
+    """In the words of the operating system where it has any; loops add words of their own."""
+    with suppress(TypeError, ValueError):
+        if error.errno and not type(error).__module__.startswith("ssl"):
+            return os.strerror(error.errno)
+    return str(error)

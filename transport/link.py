@@ -1,0 +1,318 @@
+"""The link between two nodes: a control connection, and the lanes of whatever transport they agreed on.
+
+Everything that transports have in common is here: messages, heartbeats, the peer's death, regions and their numbers,
+callbacks, and the order in which a link ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lamina.errors import ConfigError, PeerLostError, ProtocolError, TransportError
+from lamina.transport.base import MAX_REGIONS, MAX_TAG, Hello, Lane, Link, Region, RemoteRegion, log
+from lamina.transport.connection import Connection
+from lamina.transport.frames import HEADER_BYTES, HEARTBEAT_FRAME, Event, FrameReceiver, Note, message_frame, note_frame
+from lamina.transport.lanes import Lanes
+from lamina.transport.messages import MAX_MESSAGE
+from lamina.transport.stream import Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+HEARTBEATS_PER_TIMEOUT = 4
+CLOSE_DEADLINE_S = 5.0
+_HEARTBEAT = memoryview(HEARTBEAT_FRAME)
+
+
+class NodeLink(Link):
+    """See ``Link``. Made by ``connect`` and ``Listener``, when both ends have agreed on everything."""
+
+    def __init__(
+        self,
+        local: Hello,
+        peer: Hello,
+        peer_address: str,
+        control: Stream,
+        lanes: Lanes | None,
+        *,
+        transport: str,
+        choice: str,
+        peer_timeout: float,
+        heartbeat_timeout: float,
+    ) -> None:
+        """``heartbeat_timeout`` is the silence in seconds that the peer tolerates, ``peer_timeout`` what we do."""
+        super().__init__(local, peer, peer_address)
+        self.transport = transport
+        self.choice = choice
+        self._loop = asyncio.get_running_loop()
+        self._control = Connection(control, FrameReceiver({}, MAX_MESSAGE), self._on_frame, self._control_failed)
+        self._lanes = lanes
+        self._exposed = 0
+        self._known: dict[int, int] = {}
+        """Sizes of the peer's regions."""
+        self._reading = False
+        self._said_bye = False
+        self._peer_bye: tuple[int, int] | None = None
+        """How many writes of each lane the peer sent, once it has said that there will be no more."""
+        self._ended = asyncio.Event()
+
+        # Silence is counted in periods rather than seconds: while this process is stopped or its loop is blocked no
+        # period passes, so the peer is not blamed for what it could not be heard saying.
+        self.peer_timeout = peer_timeout
+        self._period = min(peer_timeout, heartbeat_timeout) / HEARTBEATS_PER_TIMEOUT
+        self._silent_periods = 0
+        self._heard_bytes = 0
+        self._timer = self._loop.call_later(self._period, self._each_period)
+
+    # -- Link
+
+    def expose(self, region: Region) -> RemoteRegion:
+        self._check_open()
+        lanes = self._require_lanes()
+        if self._exposed == MAX_REGIONS:
+            raise ConfigError(f"the link to {self} exposes {MAX_REGIONS} regions already; more are not allowed")
+        key = self._exposed + 1
+        details = lanes.expose(key, region)
+        self._exposed = key
+        self._note({"region": [key, region.nbytes, details]})
+        return RemoteRegion(key, region.name, region.nbytes)
+
+    def window(self, remote: RemoteRegion) -> memoryview | None:
+        self._check_open()
+        self._check_known(remote)
+        return self._require_lanes().window(remote.key)
+
+    def write(self, lane: Lane, remote: RemoteRegion, offset: int, buffers: Sequence[Buffer], tag: int) -> None:
+        nbytes = 0
+        for buffer in buffers:
+            nbytes += memoryview(buffer).nbytes
+        if not self._open:
+            self._check_open()
+        if self._known.get(remote.key) != remote.nbytes:
+            self._check_known(remote)
+        if not 0 <= offset <= offset + nbytes <= remote.nbytes:
+            raise ProtocolError(
+                f"bytes {offset}..{offset + nbytes} are outside region {remote.name!r} of {self}, "
+                f"which has {remote.nbytes}"
+            )
+        if not 0 <= tag <= MAX_TAG:
+            raise ProtocolError(f"tag {tag} is outside 0..{MAX_TAG}")
+        assert self._lanes is not None, "else no region is known"
+        self._lanes.write(lane, remote.key, offset, buffers, nbytes, tag)
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._check_open()
+        frame = message_frame(message, MAX_MESSAGE)
+        self._control.push([memoryview(frame)], len(frame))
+
+    def poll(self) -> bool:
+        return self._lanes is not None and not self._ended.is_set() and self._lanes.poll()
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._control.pending_bytes + (sum(self._lanes.pending_bytes) if self._lanes else 0)
+
+    @property
+    def bytes_written(self) -> tuple[int, int]:
+        decode, bulk = self._lanes.bytes_written if self._lanes else (0, 0)
+        return decode, bulk
+
+    @property
+    def bytes_received(self) -> tuple[int, int]:
+        decode, bulk = self._lanes.bytes_received if self._lanes else (0, 0)
+        return decode, bulk
+
+    async def drain(self, lane: Lane = Lane.DECODE) -> None:
+        if self.error is not None:
+            raise self.error
+        if self._lanes is not None and not self._ended.is_set():
+            await self._lanes.drain(lane)
+
+    async def close(self) -> None:
+        opened = self._open
+        self._open = False
+        try:
+            async with asyncio.timeout(CLOSE_DEADLINE_S):
+                if opened and not self._ended.is_set():
+                    await self._say_bye()
+                await self._ended.wait()
+        except TransportError:
+            pass  # it ended in another way meanwhile
+        except TimeoutError:
+            self._fail(TransportError(f"{self} did not close the link within {CLOSE_DEADLINE_S:g} s"))
+        finally:
+            self._end(TransportError(f"closing the link to {self} was cancelled"))
+
+    def abort(self, reason: str) -> None:
+        if self._end(TransportError(f"the link to {self} was aborted: {reason}")):
+            log.warning('event=link_aborted transport=%s peer="%s" reason="%s"', self.transport, self, reason)
+
+    # -- what the lanes report
+
+    def delivered(self, lane: Lane, tag: int) -> None:
+        if self._open and self._on_tag is not None:
+            try:
+                self._on_tag(lane, tag)
+            except Exception as error:
+                self._callback_failed(error)
+        if self._peer_bye is not None:
+            self._check_bye()
+
+    def lanes_failed(self, error: TransportError) -> None:
+        """A lane's connection may end before the goodbye on the other connection was read, and its bytes with it."""
+        if not self._said_bye and self._peer_bye is None:
+            while not self._ended.is_set() and self._control.receive():
+                pass
+        if not self._said_bye:
+            self._fail(error)
+
+    def send_note(self, note: dict[str, Any]) -> None:
+        self._note({"lanes": note})
+
+    # -- what arrives on the control connection
+
+    def _on_frame(self, event: Event) -> None:
+        try:
+            if isinstance(event, Note):
+                self._on_note(event)
+            elif isinstance(event, dict) and self._open and self._on_message is not None:
+                self._on_message(event)
+        except ProtocolError as error:
+            if isinstance(event, Note):
+                self._fail(ProtocolError(f"{self}: {error}"))
+            else:
+                self._callback_failed(error)
+        except Exception as error:
+            self._callback_failed(error)
+
+    def _on_note(self, note: Note) -> None:
+        match note:
+            case {"region": [int(key), int(nbytes), dict(details)]}:
+                number = len(self._known) + 1
+                if key != number or key > MAX_REGIONS or not 0 < nbytes < 2**63:
+                    raise ProtocolError(f"the peer exposed region {key} of {nbytes} bytes where {number} was expected")
+                if self._lanes is None:
+                    raise ProtocolError("the peer exposed a region on a link without lanes")
+                self._lanes.learn(key, nbytes, details)
+                self._known[key] = nbytes
+            case {"lanes": dict(details)} if self._lanes is not None:
+                self._lanes.take_note(details)
+            case {"bye": [int(decode), int(bulk)]} if decode >= 0 and bulk >= 0:
+                self._peer_bye = (decode, bulk)
+                self._check_bye()
+            case _:
+                raise ProtocolError(f"the peer sent a note that is none: {dict(note)!r:.200}")
+
+    def _check_bye(self) -> None:
+        """The peer has said goodbye: has everything arrived that it sent before?"""
+        received = tuple(self._lanes.tags_received) if self._lanes else (0, 0)
+        if received != self._peer_bye:
+            return
+        if self._open:
+            # Answered, so that the peer need not take our silence for a death.
+            self._push_bye()
+            self._fail(PeerLostError(f"{self} closed the link"))
+        elif self._said_bye:
+            self._end(None)
+
+    def _control_failed(self, error: TransportError) -> None:
+        if isinstance(error, ProtocolError):
+            self._fail(ProtocolError(f"{self}: {error}"))
+            return
+        # Whatever the peer wrote before it died may still lie in the lanes; its owner gets it first.
+        while self._lanes is not None and not self._ended.is_set() and self._lanes.poll():
+            pass
+        self._fail(PeerLostError(f"{self} {error}"))
+
+    # -- the end
+
+    async def _say_bye(self) -> None:
+        self._start_reading()
+        if self._lanes is not None:
+            for lane in Lane:
+                await self._lanes.drain(lane)
+        self._push_bye()
+        await self._control.drain()
+        self._said_bye = True
+        if self._peer_bye is not None:
+            self._check_bye()
+
+    def _push_bye(self) -> None:
+        self._note({"bye": list(self._lanes.tags_written) if self._lanes else [0, 0]})
+
+    def _callback_failed(self, error: Exception) -> None:
+        log.exception('event=callback_failed transport=%s peer="%s"', self.transport, self)
+        lost = TransportError(f"what {self} sent could not be handled: {error!r}")
+        lost.__cause__ = error
+        self._fail(lost)
+
+    def _fail(self, error: TransportError) -> None:
+        """End the link for a reason that the owner does not know yet."""
+        was_open = self._open
+        if not self._end(error):
+            return
+        if not was_open:
+            log.warning('event=link_close_failed transport=%s peer="%s" reason="%s"', self.transport, self, error)
+            return
+        log.warning('event=link_lost transport=%s peer="%s" reason="%s"', self.transport, self, error)
+        if self._on_lost is not None:
+            try:
+                self._on_lost(error)
+            except Exception:
+                log.exception('event=callback_failed transport=%s peer="%s"', self.transport, self)
+
+    def _end(self, error: TransportError | None) -> bool:
+        """Close everything and wake everybody who waits; False if that was done before."""
+        if self._ended.is_set():
+            return False
+        self._open = False
+        self.error = error
+        self._ended.set()
+        self._timer.cancel()
+        reason = error or TransportError(f"the link to {self} is closed")
+        self._control.close(reason)
+        if self._lanes is not None:
+            self._lanes.close(reason)
+        return True
+
+    # -- inside
+
+    def _start_reading(self) -> None:
+        if self._reading or self._ended.is_set():
+            return
+        self._reading = True
+        if self._lanes is not None:
+            self._lanes.start(self)
+        self._control.start_reading()
+
+    def _each_period(self) -> None:
+        self._timer = self._loop.call_later(self._period, self._each_period)
+        if self._reading:
+            # On some loops timers run before sockets: look before judging.
+            self._control.receive()
+            self.poll()
+            if self._ended.is_set():
+                return
+            heard_bytes = self._control.bytes_received + sum(self.bytes_received)
+            self._silent_periods = 0 if heard_bytes != self._heard_bytes else self._silent_periods + 1
+            self._heard_bytes = heard_bytes
+            if self._silent_periods * self._period >= self.peer_timeout:
+                self._fail(PeerLostError(f"{self} has been silent for {self.peer_timeout:.1f} s"))
+                return
+        if not self._control.pending_bytes:
+            self._control.push([_HEARTBEAT], HEADER_BYTES)
+
+    def _note(self, note: dict[str, Any]) -> None:
+        frame = note_frame(note)
+        self._control.push([memoryview(frame)], len(frame))
+
+    def _require_lanes(self) -> Lanes:
+        if self._lanes is None:
+            raise ConfigError(f"the link to {self} only carries messages: it was made with kind 'control'")
+        return self._lanes
+
+    def _check_known(self, remote: RemoteRegion) -> None:
+        if self._known.get(remote.key) != remote.nbytes:
+            raise ProtocolError(f"{self} has exposed no region {remote.name!r} of {remote.nbytes} bytes")

@@ -1,0 +1,144 @@
+"""A connected TCP socket that never blocks: plain, or inside TLS.
+
+Both raise BlockingIOError where they would have to wait, and OSError when the connection is broken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+import ssl
+from collections.abc import Sequence
+
+_TLS_RECORD = 16 << 10
+
+
+class Stream:
+    """Plain TCP: received straight into memory of the caller, gathered from it by the kernel."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.recv_into = sock.recv_into
+        """Receive into a buffer; 0 at the end of the connection."""
+        self.send = sock.sendmsg
+        """Send a piece of the buffers, which are not empty; returns how many bytes."""
+        self.fileno = sock.fileno
+
+    binding = b""
+    """What both ends know of the encryption and nobody in between can fake."""
+
+    def buffered(self) -> bool:
+        """Whether bytes wait in this process: no readiness of the socket will announce them."""
+        return False
+
+    def shut_down(self) -> None:
+        """Say that nothing more will be sent."""
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def place(self) -> str:
+        host, port = self._sock.getpeername()[:2]
+        return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class TlsStream(Stream):
+    """TLS 1.3. Decrypted straight into memory of the caller; small pieces that are sent are gathered to a record."""
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        super().__init__(sock)
+        self._tls = sock
+        self.recv_into = self._recv_into  # type: ignore[assignment]
+        self.send = self._send  # type: ignore[assignment]
+
+    async def shake_hands(self) -> None:
+        """Raises OSError, which SSLError is."""
+        while True:
+            try:
+                self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                await wait_until_ready(self, reading=True)
+            except ssl.SSLWantWriteError:
+                await wait_until_ready(self, reading=False)
+
+    def buffered(self) -> bool:
+        return self._tls.pending() > 0
+
+    def _recv_into(self, buffer: memoryview) -> int:
+        try:
+            return self._tls.recv_into(buffer)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise BlockingIOError from error
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return 0
+
+    def _send(self, pieces: Sequence[memoryview]) -> int:
+        # After "try again" OpenSSL wants the same bytes again, or more: the queue they come from only grows.
+        first = pieces[0]
+        if len(first) < _TLS_RECORD and len(pieces) > 1:
+            record = bytearray()
+            for piece in pieces:
+                record += piece[: _TLS_RECORD - len(record)]
+                if len(record) == _TLS_RECORD:
+                    break
+            first = memoryview(record)
+        try:
+            return self._tls.send(first)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise BlockingIOError from error
+
+
+async def secure(sock: socket.socket, context: ssl.SSLContext, certificate: bytes, *, connecting: bool) -> TlsStream:
+    """Put ``sock`` inside TLS. ``certificate`` is this end's, in DER."""
+    tls = context.wrap_socket(
+        sock, server_side=not connecting, do_handshake_on_connect=False, suppress_ragged_eofs=False
+    )
+    stream = TlsStream(tls)
+    try:
+        await stream.shake_hands()
+    except BaseException:
+        stream.close()
+        raise
+    hashes = [hashlib.sha256(one).digest() for one in (certificate, tls.getpeercert(binary_form=True) or b"")]
+    stream.binding = b"".join(hashes if connecting else reversed(hashes))
+    return stream
+
+
+async def wait_until_ready(stream: Stream, *, reading: bool) -> None:
+    """Wait until the socket can be read, or written."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    fd = stream.fileno()
+    add, remove = (loop.add_reader, loop.remove_reader) if reading else (loop.add_writer, loop.remove_writer)
+
+    def on_ready() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    add(fd, on_ready)
+    try:
+        await ready
+    finally:
+        remove(fd)
+
+
+async def send_all(stream: Stream, data: bytes) -> None:
+    """Send everything, waiting as needed."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[stream.send([rest]) :]
+        except BlockingIOError:
+            await wait_until_ready(stream, reading=False)
+
+
+async def recv_into(stream: Stream, buffer: memoryview) -> int:
+    """Receive something into ``buffer``, waiting for it; 0 at the end of the connection."""
+    while True:
+        try:
+            return stream.recv_into(buffer)
+        except BlockingIOError:
+            await wait_until_ready(stream, reading=True)
