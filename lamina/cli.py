@@ -6,12 +6,17 @@ import asyncio
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from msgspec.structs import replace
 
 from lamina.errors import ConfigError, LaminaError
+from lamina.transport import Address
+
+if TYPE_CHECKING:
+    from lamina.config import NodeConfig
+    from lamina.transport import Options
 
 app = typer.Typer(
     help="LLM decoding split at attention: compute nodes hold the weights, memory nodes the KV cache.",
@@ -38,64 +43,104 @@ def node(
     ] = None,
     attention: Annotated[str | None, typer.Option(help="Memory node without a file: what computes.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Memory node without a file: threads.")] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="Memory node without a file: auto, rdma, shm or tcp; default: auto.")
+    ] = None,
+    rdma_device: Annotated[
+        str | None, typer.Option(help='RDMA device of this machine, like "mlx5_0"; overrides the file.')
+    ] = None,
+    secret_file: Annotated[
+        str | None, typer.Option(help="Memory node without a file: the file with the cluster's secret.")
+    ] = None,
+    tls_certificate: Annotated[
+        str | None, typer.Option(help="Memory node without a file: its certificate in PEM; needs the next two.")
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(help="The key of the certificate.")] = None,
+    tls_authority: Annotated[
+        str | None, typer.Option(help="The authority that signed all nodes' certificates.")
+    ] = None,
 ) -> None:
     """Run one node of a cluster until it is stopped. SIGTERM drains it."""
-    from lamina.config import Attention, NodeConfig, load, parse_cpus, parse_size
+    from lamina.config import load, parse_cpus
     from lamina.node import daemon
-    from lamina.transport import Address
 
     if role not in ("compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
-    if config is not None:
-        own = {"--listen": listen, "--memory": memory, "--threads": threads, "--attention": attention}
-        for option, given in own.items():
+    if cpus is not None:
+        try:
+            parse_cpus(cpus)
+        except ConfigError as e:
+            raise ConfigError(f"--cpus: {e}") from e
+    overrides = {"cpus": cpus, "numa": numa, "rdma_device": rdma_device}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention}
+    links = {"transport": transport, "secret_file": secret_file}
+    links |= {"tls_certificate": tls_certificate, "tls_key": tls_key, "tls_authority": tls_authority}
+    if config is None:
+        if role == "compute":
+            raise ConfigError("--config: missing; a compute node needs the file that wires the cluster")
+        chosen, options = _memory_node(name, own, links)
+        chosen = replace(chosen, **overrides)
+    else:
+        for key, given in (own | links).items():
             if given is not None:
-                raise ConfigError(f"{option}: not together with --config, which says so itself")
+                raise ConfigError(f"{_option(key)}: not together with --config, which says so itself")
         if name is None:
             raise ConfigError("--name: missing; --config needs the name of the node to run")
         cluster = load(config)
         chosen = cluster.find(name)
         if chosen.role != role:
             raise ConfigError(f"{config}: {name!r} is a {chosen.role} node, --role says {role}")
-        timeout = cluster.transport.peer_timeout
-    else:
+        chosen = replace(chosen, **overrides)
         if role == "compute":
-            raise ConfigError("--config: missing; a compute node needs the file that wires the cluster")
-        if listen is None or memory is None:
-            raise ConfigError("--listen and --memory: a memory node needs both, or --config and --name")
-        if attention is not None and attention not in get_args(Attention):
-            raise ConfigError(f"--attention: expected one of {', '.join(get_args(Attention))}; got {attention!r}")
-        try:
-            parse_size(memory)
-        except ConfigError as e:
-            raise ConfigError(f"--memory: {e}") from e
-        name = name or f"memory-{Address.parse(listen).port}"
-        chosen = NodeConfig(
-            name=name,
-            role="memory",
-            address=listen,
-            memory=memory,
-            threads=threads,
-            attention=attention,  # type: ignore[arg-type]
-        )
-        timeout = 2.0
-    if cpus is not None:
-        try:
-            parse_cpus(cpus)
-        except ConfigError as e:
-            raise ConfigError(f"--cpus: {e}") from e
-        chosen = replace(chosen, cpus=cpus)
-    if role == "compute":
-        if numa is not None:
-            raise ConfigError("--numa: not for a compute node, which holds no KV cache")
-        from lamina.node.compute import ComputeNode
+            if numa is not None:
+                raise ConfigError("--numa: not for a compute node, which holds no KV cache")
+            from lamina.node.compute import ComputeNode
 
-        raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen).serve))
-    if numa is not None:
-        chosen = replace(chosen, numa=numa)
+            raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen).serve))
+        options = cluster.links
     from lamina.node.memory import MemoryNode
 
-    raise typer.Exit(daemon.run(name, MemoryNode(chosen, peer_timeout=timeout).serve))
+    raise typer.Exit(daemon.run(chosen.name, MemoryNode(chosen, chosen.options(options)).serve))
+
+
+def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[NodeConfig, Options]:
+    """A memory node that no file describes, from the options of the command line."""
+    from lamina.config import Attention, NodeConfig, TransportConfig, TransportKind, parse_size
+
+    if own["listen"] is None or own["memory"] is None:
+        raise ConfigError("--listen and --memory: a memory node needs both, or --config and --name")
+    for key, value, known in (
+        ("attention", own["attention"], get_args(Attention)),
+        ("transport", links["transport"], get_args(TransportKind)),
+    ):
+        if value is not None and value not in known:
+            raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
+    try:
+        parse_size(own["memory"])
+    except ConfigError as e:
+        raise ConfigError(f"--memory: {e}") from e
+    listen = Address.parse(own.pop("listen"))
+    node = NodeConfig(name=name or f"memory-{listen.port}", role="memory", address=str(listen), **own)
+    options = TransportConfig(kind=links.pop("transport") or "auto", **links).options(Path(), _option)
+    if not listen.is_loopback and options.secret is None:
+        raise ConfigError(
+            f"--listen: {listen} is not a loopback address, which needs --secret-file with the secret of the cluster; "
+            "`lamina secret` makes one"
+        )
+    return node, options
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+@app.command()
+def secret(file: Annotated[Path, typer.Argument(help="The file to make, for transport.secret_file.")]) -> None:
+    """Make a file with a new cluster secret. Every node and client needs a copy, readable by its owner alone."""
+    from lamina.config import write_secret
+
+    write_secret(file)
 
 
 @app.command()
@@ -122,10 +167,12 @@ def generate(
     from lamina.config import load
 
     cluster = load(config)
+    links = cluster.links
 
     async def stream() -> None:
-        timeout = cluster.transport.peer_timeout
-        async with connect(cluster.front.address, deadline_s=5.0, peer_timeout=timeout) as client:
+        async with connect(
+            cluster.front.address, secret=links.secret, tls=links.tls, deadline_s=5.0, peer_timeout=links.peer_timeout
+        ) as client:
             answer = client.stream(
                 prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
             )

@@ -8,14 +8,16 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from lamina import errors, protocol
+from lamina.config import read_secret
 from lamina.errors import LaminaError, NodeError, ProtocolError, RequestError, TransportError
 from lamina.protocol import AskStatus, Cancel, Failed, Finished, Generate, Status, ToClient, decode, encode
-from lamina.transport import Address, Hello, Link
+from lamina.transport import Address, Hello, Link, Options, TlsFiles
 from lamina.transport import connect as connect_link
 from lamina.validation import explain
 
@@ -38,13 +40,25 @@ class Completion:
 
 
 @asynccontextmanager
-async def connect(address: str, *, deadline_s: float = 10.0, peer_timeout: float = 2.0) -> AsyncIterator[Client]:
+async def connect(
+    address: str,
+    *,
+    secret: bytes | Path | None = None,
+    tls: TlsFiles | None = None,
+    deadline_s: float = 10.0,
+    peer_timeout: float = 2.0,
+) -> AsyncIterator[Client]:
     """A client of the front at ``address``, such as ``tcp://127.0.0.1:7070``.
 
-    ConnectError if nobody answers within ``deadline_s`` seconds. Leaving the block cancels what still runs.
+    ``secret`` is the cluster's secret, or the file that holds it, and ``tls`` (from ``lamina.transport``) names this
+    client's certificate, where the cluster has these. ConnectError if nobody answers within ``deadline_s`` seconds;
+    after ``peer_timeout`` seconds of silence the front is lost. Leaving the block cancels what still runs.
     """
+    if isinstance(secret, Path):
+        secret = read_secret(secret)
+    options = Options(kind="control", secret=secret, tls=tls, peer_timeout=peer_timeout)
     hello = Hello("client", f"client-{os.getpid()}")
-    link = await connect_link(Address.parse(address), hello, deadline_s=deadline_s, peer_timeout=peer_timeout)
+    link = await connect_link(Address.parse(address), hello, options, deadline_s=deadline_s)
     client = Client(link)
     try:
         yield client

@@ -142,12 +142,10 @@ class Cluster:
         self._fail(NodeError(f"node {node.name} {how}", node=node.name))
 
     async def _watch_state(self, node: NodeConfig) -> None:
-        transport = self._config.transport
         hello = Hello("monitor", "up")
+        deadline_s = self._config.transport.start_timeout
         try:
-            link = await connect(
-                node.listen, hello, deadline_s=transport.start_timeout, peer_timeout=transport.peer_timeout
-            )
+            link = await connect(node.listen, hello, self._config.options(), deadline_s=deadline_s)
             monitor = self._monitors[node.name] = _Monitor(link)
             while True:
                 status = await monitor.ask()

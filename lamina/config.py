@@ -6,8 +6,14 @@ was expected and what was found.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
+import secrets
+import stat
 import tomllib
+from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,10 +22,20 @@ from msgspec import Meta, Struct
 
 from lamina.errors import ConfigError
 from lamina.transport import Address
-from lamina.transport.handshake import MAX_PEER_TIMEOUT, MIN_PEER_TIMEOUT
+from lamina.transport.options import (
+    DEFAULT_PEER_TIMEOUT,
+    MAX_PEER_TIMEOUT,
+    MAX_SECRET_BYTES,
+    MIN_PEER_TIMEOUT,
+    MIN_SECRET_BYTES,
+    Options,
+    RdmaOptions,
+    TlsFiles,
+)
 from lamina.validation import explain
 
 Attention = Literal["auto", "native", "torch"]
+TransportKind = Literal["auto", "rdma", "shm", "tcp"]
 Positive = Annotated[int, Meta(ge=1)]
 PeerTimeout = Annotated[float, Meta(ge=MIN_PEER_TIMEOUT, le=MAX_PEER_TIMEOUT)]
 StartTimeout = Annotated[float, Meta(gt=0, le=86400)]
@@ -55,14 +71,76 @@ class PipelineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How the KV cache lies on the memory nodes."""
 
 
-class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[transport]``: how nodes reach each other."""
+class RdmaConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[transport.rdma]``: which port to use and how. None: the first that is active."""
 
-    kind: Literal["auto", "tcp"] = "auto"
-    peer_timeout: PeerTimeout = 2.0
+    device: str | None = None
+    """Such as "mlx5_0"; a node's ``rdma_device`` says otherwise for that node."""
+    port: Annotated[int, Meta(ge=1, le=255)] | None = None
+    gid_index: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    """None: that of RoCE v2 with an IPv4 address, where there is one."""
+    mtu: int | None = None
+    """Bytes. None: the smaller of both ports' active MTU."""
+    queue: int = RdmaOptions().queue
+    """Writes that may be under way on a lane."""
+
+
+class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[transport]``: how nodes reach each other. Files are relative to the cluster file."""
+
+    kind: TransportKind = "auto"
+    """"auto" takes shm on one host, else rdma, else tcp; anything else is an error where it cannot be had."""
+    secret_file: str | None = None
+    """What all nodes and clients know and nobody else does; ``lamina secret`` makes one. Needed off this machine."""
+    tls_certificate: str | None = None
+    """With ``tls_key`` and ``tls_authority``, in PEM: encrypt control connections, and lanes over tcp."""
+    tls_key: str | None = None
+    tls_authority: str | None = None
+    """Whoever signed the certificates of all nodes and clients."""
+    busy_poll: bool = False
+    """Look for arrivals all the time instead of sleeping: faster answers, for a whole processor of every node."""
+    peer_timeout: PeerTimeout = DEFAULT_PEER_TIMEOUT
     """A peer that is silent for longer, in seconds, is dead."""
     start_timeout: StartTimeout = 60.0
     """How long, in seconds, a node waits at its start for the others."""
+    rdma: RdmaConfig = RdmaConfig()
+
+    def options(self, folder: Path, place: Callable[[str], str] = "transport.{}".format) -> Options:
+        """What links want to know, with the secret read. ConfigError begins with the ``place`` of the wrong key."""
+
+        def at(key: str, error: ConfigError) -> ConfigError:
+            return ConfigError(f"{place(key)}: {error}")
+
+        secret = None
+        if self.secret_file is not None:
+            try:
+                secret = read_secret(folder / self.secret_file)
+            except ConfigError as e:
+                raise at("secret_file", e) from e
+        tls = None
+        files = {key: getattr(self, key) for key in ("tls_certificate", "tls_key", "tls_authority")}
+        given = [file for file in files.values() if file is not None]
+        if len(given) == len(files):
+            tls = TlsFiles(*(folder / file for file in given))
+            try:
+                tls.context(connecting=True)
+            except ConfigError as e:
+                raise at("tls_certificate", e) from e
+        elif given:
+            missing = next(key for key, file in files.items() if file is None)
+            raise at(missing, ConfigError("missing; certificate, key and authority are needed together"))
+        try:
+            rdma = RdmaOptions(**msgspec.structs.asdict(self.rdma))
+        except ConfigError as e:
+            raise ConfigError(f"{place('rdma')}: {str(e).removeprefix('rdma: ')}") from e
+        return Options(
+            kind=self.kind,
+            peer_timeout=self.peer_timeout,
+            secret=secret,
+            tls=tls,
+            busy_poll=self.busy_poll,
+            rdma=rdma,
+        )
 
 
 class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +162,8 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Threads that compute. None: one for each of ``cpus``, else as many as torch takes; under ``lamina up``, where all
     nodes share a machine, an equal share of its cores."""
+    rdma_device: str | None = None
+    """The RDMA device of this node's machine. None: that of ``[transport.rdma]``."""
 
     @property
     def listen(self) -> Address:
@@ -98,15 +178,26 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         assert self.memory is not None, "checked when the file was loaded"
         return parse_size(self.memory)
 
+    def options(self, links: Options) -> Options:
+        """``links``, those of the whole cluster, as this node makes them."""
+        if self.rdma_device is None:
+            return links
+        return dataclasses.replace(links, rdma=dataclasses.replace(links.rdma, device=self.rdma_device))
+
 
 class ClusterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The whole file. ``file`` is where it was read from."""
+    """The whole file. ``file`` is where it was read from, ``links`` what ``[transport]`` and the files it names say."""
 
     model: ModelConfig
     node: list[NodeConfig]
     pipeline: PipelineConfig = PipelineConfig()
     transport: TransportConfig = TransportConfig()
     file: Path = Path()
+    links: Options = Options()
+
+    def options(self, node: NodeConfig | None = None) -> Options:
+        """How links of ``node`` are made; without a node, those of clients and monitors, which only carry messages."""
+        return node.options(self.links) if node else dataclasses.replace(self.links, kind="control")
 
     @property
     def front(self) -> NodeConfig:
@@ -140,13 +231,18 @@ def load(path: str | Path) -> ClusterConfig:
         raise ConfigError(f"{path}: not a text file in UTF-8") from e
     except (ValueError, RecursionError) as e:  # also of numbers and nesting too long for the parser
         raise ConfigError(f"{path}: not valid TOML: {e}") from e
-    if "file" in raw:
-        raise ConfigError(f"{path}: unknown key 'file'")
+    for key in ("file", "links"):
+        if key in raw:
+            raise ConfigError(f"{path}: unknown key {key!r}")
     try:
         config = msgspec.convert(raw, ClusterConfig)
     except msgspec.ValidationError as e:
         raise ConfigError(f"{path}: {explain(e, raw, ClusterConfig)}") from e
-    config = msgspec.structs.replace(config, file=path)
+    try:
+        links = config.transport.options(path.parent)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    config = msgspec.structs.replace(config, file=path, links=links)
     _check(config)
     return config
 
@@ -166,11 +262,13 @@ def _check(config: ClusterConfig) -> None:
             listen = node.listen
         except ConfigError as e:
             fail(f"{at}.address", str(e))
-        if not listen.is_loopback:
+        if _is_unspecified(listen):
+            fail(f"{at}.address", f"expected an address that other nodes can reach, got {node.address!r}")
+        if not listen.is_loopback and config.links.secret is None:
             fail(
                 f"{at}.address",
-                f"{node.address!r} is not a loopback address; until nodes can authenticate each "
-                "other by a cluster secret, only 127.0.0.0/8, ::1 and localhost are allowed",
+                f"{node.address!r} is not a loopback address, which needs a cluster secret: make one with "
+                '`lamina secret cluster.key` and set transport.secret_file = "cluster.key"',
             )
         if listen.port == 0:
             fail(f"{at}.address", f"expected a port from 1 to 65535, got {node.address!r}")
@@ -206,6 +304,52 @@ def _check(config: ClusterConfig) -> None:
         )
     if not config.memory_nodes:
         fail("node", "expected at least one memory node, got none")
+
+
+def _is_unspecified(address: Address) -> bool:
+    """Whether it means every address of the machine, which is somewhere to listen and nowhere to call."""
+    try:
+        return ip_address(address.host).is_unspecified
+    except ValueError:
+        return False
+
+
+def read_secret(path: Path) -> bytes:
+    """The cluster secret in a file that only its owner may read; one newline at its end does not count."""
+    try:
+        # A pipe would keep us waiting for whoever writes it.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise ConfigError(f"{path} is not a regular file")
+            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise ConfigError(
+                    f"{path} is open to others (mode {stat.S_IMODE(mode):04o}); let its owner alone read it: "
+                    f"chmod 600 {path}"
+                )
+            secret = file.read(MAX_SECRET_BYTES + 2)
+    except OSError as e:
+        hint = f"; `lamina secret {path}` makes a new one" if isinstance(e, FileNotFoundError) else ""
+        raise ConfigError(f"{path} cannot be read: {e.strerror}{hint}") from e
+    secret = secret.removesuffix(b"\n")
+    if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
+        size = f"{len(secret)} bytes" if len(secret) <= MAX_SECRET_BYTES else "more"
+        raise ConfigError(f"{path}: expected a secret of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes, got {size}")
+    return secret
+
+
+def write_secret(path: Path) -> None:
+    """Make a file with a new random secret that only its owner may read. ConfigError if there is one already."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as e:
+        raise ConfigError(
+            f"{path} exists already and is not overwritten: nodes that know the old secret need it"
+        ) from e
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
 
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.config import load, parse_cpus, parse_size
+from lamina.config import load, parse_cpus, parse_size, read_secret, write_secret
 from lamina.errors import ConfigError
+from lamina.transport import Options, RdmaOptions
 
 GOOD = """\
 [model]
@@ -108,7 +112,13 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ('name = "m0"', 'name = "c0"', "node[1].name: 'c0' is used twice"),
         ('name = "m0"', 'name = "m 0"', "node[1].name: expected str matching regex"),
         ("127.0.0.1:7071", "127.0.0.1:7070", "node[1].address: '127.0.0.1:7070' is already the address of 'c0'"),
-        ("127.0.0.1:7071", "10.0.0.2:7071", "node[1].address: '10.0.0.2:7071' is not a loopback address"),
+        (
+            "127.0.0.1:7071",
+            "10.0.0.2:7071",
+            "node[1].address: '10.0.0.2:7071' is not a loopback address, which needs a",
+        ),
+        ("127.0.0.1:7071", "10.0.0.2:7071", "make one with `lamina secret cluster.key`"),
+        ("127.0.0.1:7071", "0.0.0.0:7071", "node[1].address: expected an address that other nodes can reach"),
         ("127.0.0.1:7071", "127.0.0.1:99999", "node[1].address: "),
         ("127.0.0.1:7071", "tcp://127.0.0.1", "node[1].address: "),
         ('role = "memory"', 'role = "compute"', "node[1].memory: expected no memory on a compute node"),
@@ -116,9 +126,31 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ('role = "compute"', 'role = "compute"\ndevice = "gpu"', 'node[0].device: expected "cpu" or "cuda:N"'),
         (
             "[pipeline]",
-            '[transport]\nkind = "rdma"\n[pipeline]',
-            "transport.kind: expected one of auto, tcp; got 'rdma'",
+            '[transport]\nkind = "ib"\n[pipeline]',
+            "transport.kind: expected one of auto, rdma, shm, tcp; got 'ib'",
         ),
+        (
+            "[pipeline]",
+            '[transport]\nkind = "control"\n[pipeline]',
+            "transport.kind: expected one of auto, rdma, shm, tcp",
+        ),
+        ("[pipeline]", '[transport]\nsecret = "x"\n[pipeline]', "transport: unknown key 'secret'"),
+        ("[pipeline]", '[transport]\nsecret_file = "none.key"\n[pipeline]', "transport.secret_file: "),
+        (
+            "[pipeline]",
+            '[transport]\ntls_key = "a"\ntls_authority = "b"\n[pipeline]',
+            "transport.tls_certificate: missing; certificate, key and authority are needed together",
+        ),
+        (
+            "[pipeline]",
+            '[transport]\ntls_certificate = "a"\ntls_key = "b"\ntls_authority = "none.pem"\n[pipeline]',
+            "none.pem cannot be used: No such file or directory",
+        ),
+        ("[pipeline]", '[transport]\nbusy_poll = "yes"\n[pipeline]', "transport.busy_poll: expected bool, got 'yes'"),
+        ("[pipeline]", "[transport.rdma]\nmtu = 1500\n[pipeline]", "transport.rdma: mtu must be one of 256, 512, 1024"),
+        ("[pipeline]", "[transport.rdma]\nqueue = 1\n[pipeline]", "transport.rdma: queue must be 16 to 16384, got 1"),
+        ("[pipeline]", "[transport.rdma]\nport = 0\n[pipeline]", "transport.rdma.port: expected int >= 1, got 0"),
+        ("[pipeline]", '[transport.rdma]\nspeed = "fast"\n[pipeline]', "transport.rdma: unknown key 'speed'"),
         (
             "[pipeline]",
             "[transport]\npeer_timeout = 0.01\n[pipeline]",
@@ -139,6 +171,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ("[pipeline]", "[surprise]\n[pipeline]", "unknown key 'surprise'"),
         ("[pipeline]", "[pipeline", "not valid TOML"),
         ("[model]", 'file = "x"\n[model]', "unknown key 'file'"),
+        ("[model]", "links = {}\n[model]", "unknown key 'links'"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -172,6 +205,87 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         load(tmp_path / "binary.toml")
+
+
+TRANSPORT = """\
+[transport]
+kind = "rdma"
+secret_file = "cluster.key"
+busy_poll = true
+peer_timeout = 5
+
+[transport.rdma]
+device = "mlx5_0"
+port = 2
+gid_index = 3
+mtu = 4096
+queue = 64
+
+"""
+
+
+def secured(folder: Path, secret: bytes = b"0123456789abcdef\n", mode: int = 0o600) -> Path:
+    """A file of a cluster with other machines, and its secret."""
+    (folder / "cluster.key").write_bytes(secret)
+    (folder / "cluster.key").chmod(mode)
+    return write(folder, TRANSPORT + GOOD.replace("127.0.0.1:7071", "10.0.0.2:7071") + 'rdma_device = "mlx5_1"\n')
+
+
+def test_links_are_made_as_the_file_says(tmp_path: Path) -> None:
+    """Nodes get everything, and each its own device; clients and monitors carry messages only."""
+    config = load(secured(tmp_path))
+
+    expected = Options(
+        kind="rdma",
+        peer_timeout=5.0,
+        secret=b"0123456789abcdef",
+        busy_poll=True,
+        rdma=RdmaOptions(device="mlx5_0", port=2, gid_index=3, mtu=4096, queue=64),
+    )
+    assert config.options(config.front) == expected
+    assert config.options(config.find("m0")) == replace(expected, rdma=replace(expected.rdma, device="mlx5_1"))
+    assert config.options() == replace(expected, kind="control")
+    assert "0123456789" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("secret", "mode", "message"),
+    [
+        (b"0123456789abcdef", 0o640, r"open to others \(mode 0640\).*: chmod 600 .*cluster.key"),
+        (b"0123456789abcdef", 0o604, r"open to others \(mode 0604\)"),
+        (b"0123456789abcde\n", 0o600, "expected a secret of 16 to 4096 bytes, got 15 bytes"),
+        (b"", 0o400, "got 0 bytes"),
+        (b"x" * 4097, 0o600, "got more"),
+        (b"x" * 5000, 0o600, "got more"),
+    ],
+)
+def test_a_secret_that_is_none_is_refused(secret: bytes, mode: int, message: str, tmp_path: Path) -> None:
+    """What others can read, and what can be guessed; the message does not give it away."""
+    with pytest.raises(ConfigError, match=f"transport.secret_file: .*{message}"):
+        load(secured(tmp_path, secret, mode))
+
+
+def test_a_secret_file_is_a_file(tmp_path: Path) -> None:
+    """Neither a folder nor a pipe, which would keep everybody waiting."""
+    (tmp_path / "folder").mkdir(0o700)
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for name, message in (("folder", "cannot be read"), ("pipe", "not a regular file"), ("none", "`lamina secret ")):
+        with pytest.raises(ConfigError, match=message):
+            read_secret(tmp_path / name)
+
+
+def test_a_secret_is_made_once(tmp_path: Path) -> None:
+    """At random, for its owner alone, and never over another one."""
+    write_secret(tmp_path / "one")
+    write_secret(tmp_path / "two")
+
+    assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o600
+    assert len(read_secret(tmp_path / "one")) == 64
+    assert read_secret(tmp_path / "one") != read_secret(tmp_path / "two")
+    with pytest.raises(ConfigError, match="exists already and is not overwritten"):
+        write_secret(tmp_path / "one")
+    with pytest.raises(ConfigError, match="cannot be written: No such file"):
+        write_secret(tmp_path / "none" / "one")
 
 
 @given(st.integers(1, 2**20), st.sampled_from(["KiB", "MiB", "GiB", "TiB"]))

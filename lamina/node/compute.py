@@ -44,6 +44,7 @@ class ComputeNode:
     def __init__(self, config: ClusterConfig, node: NodeConfig) -> None:
         self._config = config
         self._node = node
+        self._options = config.options(node)
         self._device = Device(node.device or "cpu", cpus=node.pinned, threads=node.threads)
         self._waiting_for: set[str] = {n.name for n in config.memory_nodes}
         self._shards: list[RemoteShard] = []
@@ -58,8 +59,7 @@ class ComputeNode:
     async def serve(self, stopping: asyncio.Event) -> None:
         """Start, serve, and when ``stopping`` is set answer what was asked before leaving."""
         hello = Hello("compute", self._node.name)
-        timeout = self._config.transport.peer_timeout
-        listener = await Listener.open(self._node.listen, hello, self._on_link, peer_timeout=timeout)
+        listener = await Listener.open(self._node.listen, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listener.address)
         try:
             engine = await _unless(stopping, self._start(hello))
@@ -146,16 +146,12 @@ class ComputeNode:
         )
 
     async def _find(self, node: NodeConfig, hello: Hello) -> Link:
-        transport = self._config.transport
-        log.info("event=waiting peer=%s address=%s deadline_s=%g", node.name, node.address, transport.start_timeout)
+        deadline_s = self._config.transport.start_timeout
+        log.info("event=waiting peer=%s address=%s deadline_s=%g", node.name, node.address, deadline_s)
         try:
-            link = await connect(
-                node.listen, hello, deadline_s=transport.start_timeout, peer_timeout=transport.peer_timeout
-            )
+            link = await connect(node.listen, hello, self._options, deadline_s=deadline_s)
         except ConnectError as e:
-            raise ConnectError(
-                f"memory node {node.name} was not there within {transport.start_timeout:g} s: {e}"
-            ) from e
+            raise ConnectError(f"memory node {node.name} was not there within {deadline_s:g} s: {e}") from e
         if link.peer.role != "memory":
             await link.close()
             raise HandshakeError(
@@ -163,7 +159,7 @@ class ComputeNode:
             )
         link.on_lost = lambda _: None  # start to read; from the attach on, the shard listens
         self._waiting_for.discard(node.name)
-        log.info("event=connected peer=%s transport=%s", node.name, link.transport)
+        log.info("event=connected peer=%s transport=%s choice=%r", node.name, link.transport, link.choice)
         return link
 
     def _cut(self) -> Blueprint:

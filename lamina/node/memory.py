@@ -17,7 +17,7 @@ from lamina.engine.shard import AttentionShard, make_backend
 from lamina.errors import ConfigError, LaminaError, TransportError
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.protocol import AskStatus, Attach, Failed, Refused, Status, decode, encode
-from lamina.transport import Hello, Link, Listener
+from lamina.transport import Hello, Link, Listener, Options
 
 log = logging.getLogger("lamina.memory")
 
@@ -28,10 +28,10 @@ class MemoryNode:
     The memory for KV cache is the node's: taken when it starts, and lent to one compute node after the other.
     """
 
-    def __init__(self, node: NodeConfig, *, peer_timeout: float) -> None:
+    def __init__(self, node: NodeConfig, options: Options) -> None:
         self._node = node
         self._name = node.name
-        self._peer_timeout = peer_timeout
+        self._options = options
         self._device = Device(cpus=node.pinned, threads=node.threads)
         self._attention: str = node.attention or "auto"
         self._taken: asyncio.Future[Memory] | None = None
@@ -46,7 +46,7 @@ class MemoryNode:
         # Somebody may attach at once; that is answered when the memory is there.
         self._taken = self._device.run(self._take)
         hello = Hello("memory", self._name)
-        listener = await Listener.open(self._node.listen, hello, self._on_link, peer_timeout=self._peer_timeout)
+        listener = await Listener.open(self._node.listen, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listener.address)
         stopped = asyncio.ensure_future(stopping.wait())
         try:
@@ -139,8 +139,10 @@ class MemoryNode:
             backend = await self._device.run(make_backend, attach, self._attention, memory, self._device)
             self._shard = AttentionShard(link, attach, backend, self._device)
             log.info(
-                "event=attached peer=%s model=%s layers=%d kv_heads=%d capacity_tokens=%d",
+                "event=attached peer=%s transport=%s choice=%r model=%s layers=%d kv_heads=%d capacity_tokens=%d",
                 peer,
+                link.transport,
+                link.choice,
                 attach.model,
                 len(attach.layers),
                 attach.layers[0].kv_heads,
