@@ -94,6 +94,8 @@ class FrameReceiver:
 
     def next_buffer(self) -> memoryview:
         """Where the next bytes go: never empty, and never more than CHUNK_BYTES."""
+        if not self._filled and len(self._target) <= CHUNK_BYTES:
+            return self._target
         return self._target[self._filled : self._filled + CHUNK_BYTES]
 
     def received(self, nbytes: int) -> Event | None:

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from lamina.errors import TransportError
 from lamina.transport.base import Lane, Region
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 CHUNK_BYTES = 256 << 10
 """The most that is moved at once. It bounds how long bulk keeps the loop from looking at the decode lane: copying as
@@ -73,8 +70,8 @@ class Lanes(ABC):
         """See ``Link.window``."""
 
     @abstractmethod
-    def write(self, lane: Lane, key: int, offset: int, buffers: Sequence[Buffer], nbytes: int, tag: int) -> None:
-        """See ``Link.write``. ``nbytes`` is the sum over ``buffers``, any of which may be empty or of any format."""
+    def write(self, lane: Lane, key: int, offset: int, pieces: list[memoryview], nbytes: int, tag: int) -> None:
+        """See ``Link.write``. ``pieces`` are views of bytes, ``nbytes`` in all, none of them empty; keep the list."""
 
     def take_note(self, note: dict[str, Any]) -> None:
         """The other end's lanes sent this. ProtocolError for what cannot be."""

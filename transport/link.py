@@ -85,11 +85,21 @@ class NodeLink(Link):
         return self._require_lanes().window(remote.key)
 
     def write(self, lane: Lane, remote: RemoteRegion, offset: int, buffers: Sequence[Buffer], tag: int) -> None:
-        nbytes = 0
-        for buffer in buffers:
-            nbytes += memoryview(buffer).nbytes
         if not self._open:
             self._check_open()
+        nbytes = 0
+        pieces = []
+        for buffer in buffers:
+            piece = memoryview(buffer)
+            if piece.nbytes:
+                if not piece.c_contiguous:
+                    raise ProtocolError(
+                        f"a write to region {remote.name!r} of {self} from memory that is not contiguous"
+                    )
+                if piece.ndim != 1 or piece.format != "B":
+                    piece = piece.cast("B")
+                pieces.append(piece)
+                nbytes += piece.nbytes
         if self._known.get(remote.key) != remote.nbytes:
             self._check_known(remote)
         if not 0 <= offset <= offset + nbytes <= remote.nbytes:
@@ -100,7 +110,7 @@ class NodeLink(Link):
         if not 0 <= tag <= MAX_TAG:
             raise ProtocolError(f"tag {tag} is outside 0..{MAX_TAG}")
         assert self._lanes is not None, "else no region is known"
-        self._lanes.write(lane, remote.key, offset, buffers, nbytes, tag)
+        self._lanes.write(lane, remote.key, offset, pieces, nbytes, tag)
 
     def send(self, message: dict[str, Any]) -> None:
         self._check_open()

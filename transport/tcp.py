@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ProtocolError, TransportError
@@ -15,8 +14,6 @@ from lamina.transport.options import Options
 from lamina.transport.stream import Stream
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
     from lamina.transport.handshake import Session
 
 
@@ -69,12 +66,8 @@ class TcpLanes(Lanes):
     def window(self, key: int) -> memoryview | None:
         return None
 
-    def write(self, lane: Lane, key: int, offset: int, buffers: Sequence[Buffer], nbytes: int, tag: int) -> None:
-        pieces = [memoryview(write_header(key, offset, nbytes, tag))]
-        for buffer in buffers:
-            view = memoryview(buffer)
-            if view.nbytes:
-                pieces.append(view.cast("B"))
+    def write(self, lane: Lane, key: int, offset: int, pieces: list[memoryview], nbytes: int, tag: int) -> None:
+        pieces.insert(0, memoryview(write_header(key, offset, nbytes, tag)))
         self.tags_written[lane] += 1
         self._connections[lane].push(pieces, HEADER_BYTES + nbytes)
 
