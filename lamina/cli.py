@@ -211,6 +211,20 @@ def convert(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="Look at the nodes of this file too, and measure.")] = None,
+    step_ms: Annotated[
+        float, typer.Option(min=0.001, help="Time of one decode step in milliseconds, for the least bandwidth.")
+    ] = 50.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look for what a cluster lacks: in this machine and, with a file, in its nodes and between them."""
+    from lamina.doctor.report import run
+
+    raise typer.Exit(run(config, step_ms=step_ms, as_json=as_json))
+
+
+@app.command()
 def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Decode a small shipped model over three local nodes and compare with transformers."""
     from lamina.demo.run import run

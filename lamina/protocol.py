@@ -181,6 +181,36 @@ class Status(Message):
     peers: list[Peer] = []
 
 
+# -- lamina doctor and a node
+
+
+class Probe(Message):
+    """Measure the way to memory node ``node`` of your own file by one transport; answered by Probed."""
+
+    node: Annotated[str, Meta(max_length=64)]
+    kind: Literal["rdma", "shm", "tcp"]
+
+
+class Probed(Message):
+    """What was measured: round trips of 8 KiB and bandwidth; or, in ``error``, why it could not be."""
+
+    kind: str
+    choice: str = ""
+    p50_s: float = 0.0
+    p99_s: float = 0.0
+    bytes_per_s: float = 0.0
+    error: str = ""
+
+
+class Echo(Message):
+    """Where the end that says so may be written while the way to it is measured."""
+
+    region: RemoteRegion
+
+    def __post_init__(self) -> None:
+        RemoteRegion.from_wire(list(self.region))
+
+
 FromCompute = Attach | Reserve | Release
 FromMemory = Attached | Reserved | Refused
 FromClient = Generate | Cancel | AskStatus

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +19,15 @@ from lamina.engine.geometry import shard_by_heads
 from lamina.engine.remote import RemoteShard
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
-from lamina.errors import CapacityError, ConfigError, ConnectError, HandshakeError, NodeError
+from lamina.errors import CapacityError, ConfigError, ConnectError, HandshakeError, LaminaError, NodeError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
 from lamina.model.weights import load_weights
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.node.front import ClientSession, Tokenizer
-from lamina.protocol import AskStatus, Status, decode
+from lamina.probe import measure
+from lamina.protocol import AskStatus, Probe, Probed, Status, decode
 from lamina.transport import Hello, Link, Listener, connect
 
 log = logging.getLogger("lamina.compute")
@@ -33,6 +35,8 @@ log = logging.getLogger("lamina.compute")
 BLOCK_TOKENS = 16
 """Tokens of a block of the KV cache."""
 
+MAX_PROBES = 64
+"""Measurements that may wait for their turn."""
 
 CLIENT_TIMEOUT_S = 30.0
 """Silence that is forgiven to clients, whose event loops may be busy with other things than Lamina."""
@@ -50,6 +54,8 @@ class ComputeNode:
         self._shards: list[RemoteShard] = []
         self._links: list[Link] = []
         self._clients: set[Link] = set()
+        self._probing = asyncio.Lock()
+        self._probes: set[asyncio.Task[None]] = set()
         self._runner: StepRunner | None = None
         self._engine: Engine | None = None
         self._tokenizer: Tokenizer | None = None
@@ -69,6 +75,8 @@ class ComputeNode:
                 await self._run(engine, stopping)
         finally:
             await listener.close()
+            for task in self._probes:
+                task.cancel()
             await asyncio.gather(*(link.close() for link in [*self._clients, *self._links]))
             self._device.close()
 
@@ -192,8 +200,27 @@ class ComputeNode:
         link.on_lost = on_lost
 
     def _answer_monitor(self, link: Link, plain: dict[str, Any]) -> None:
-        decode(plain, AskStatus)
-        answer(link, self._status())
+        match decode(plain, AskStatus | Probe):
+            case AskStatus():
+                answer(link, self._status())
+            case Probe() as asked if len(self._probes) < MAX_PROBES:
+                task = asyncio.get_running_loop().create_task(self._probe(link, asked))
+                self._probes.add(task)
+                task.add_done_callback(self._probes.discard)
+            case Probe() as asked:
+                answer(link, Probed(kind=asked.kind, error=f"{MAX_PROBES} measurements wait already; try again later"))
+
+    async def _probe(self, link: Link, asked: Probe) -> None:
+        """Measure, one at a time, the way to a memory node of this node's file, and to nothing else."""
+        node = next((n for n in self._config.memory_nodes if n.name == asked.node), None)
+        try:
+            if node is None:
+                raise ConfigError(f"{self._node.name} knows no memory node called {asked.node!r}")
+            async with self._probing:
+                probed = await measure(node.listen, self._node.name, replace(self._options, kind=asked.kind))
+        except LaminaError as e:
+            probed = Probed(kind=asked.kind, error=str(e))
+        answer(link, probed)
 
     def _ready_engine(self) -> Engine:
         if self._engine is None:

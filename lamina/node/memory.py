@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+from lamina import probe
 from lamina.attention import Backend, Memory, default_backend
 from lamina.attention.backend import require_backend
 from lamina.attention.native.library import choose_isa
@@ -39,6 +40,7 @@ class MemoryNode:
         self._owner = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._links: set[Link] = set()
+        self._echoes = probe.Echoes()
         self._draining = False
 
     async def serve(self, stopping: asyncio.Event) -> None:
@@ -98,6 +100,9 @@ class MemoryNode:
             return Memory(nbytes)
 
     def _on_link(self, link: Link) -> None:
+        if link.peer.role == probe.ROLE:
+            self._echoes.take(link)
+            return
         self._links.add(link)
         if link.peer.role == "client":
             refusal = f"{self._name} is a memory node; clients talk to the compute node"
