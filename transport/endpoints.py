@@ -11,7 +11,7 @@ import random
 import socket
 import ssl
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Self
@@ -255,7 +255,8 @@ class Listener:
         try:
             return await _make_link(session)
         except HandshakeError as error:
-            await cancelled_after(self._handshake_timeout, refuse(session.stream, str(error)), "refusing")
+            with suppress(TransportError, OSError):
+                await cancelled_after(self._handshake_timeout, refuse(session.stream, str(error)), "refusing")
             raise
         finally:
             del self._guests[task]

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from lamina.errors import TransportError
+from lamina.errors import HandshakeError, TransportError
 from lamina.transport.base import Lane, Region
 
 CHUNK_BYTES = 256 << 10
@@ -94,5 +94,5 @@ class Lanes(ABC):
         """
 
 
-class UpgradeError(TransportError):
+class UpgradeError(HandshakeError):
     """A transport that cannot be had between these two nodes: which step failed, and what to do about it."""
