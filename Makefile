@@ -5,10 +5,10 @@ BIN := .venv/bin
 # The package's build compiles it.
 KERNEL := $(wildcard attention/native/*.cpp attention/native/*.h) attention/native/build.py hatch_build.py
 
-.PHONY: help setup demo test test-slow check format bench checkpoint clean
+.PHONY: help setup demo test test-slow test-rdma rdma-packages rdma-kernel check format bench checkpoint clean
 
 help:            ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 15
 
 setup: .venv/ready   ## make .venv with everything that the other targets need
 
@@ -23,11 +23,20 @@ setup: .venv/ready   ## make .venv with everything that the other targets need
 demo: setup      ## run one compute and two memory nodes on this machine and compare with transformers
 	$(BIN)/lamina demo
 
-test: setup      ## the fast tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+test: setup      ## the fast tests; those over RDMA too, where its kernel has been built
+	$(BIN)/python -m pytest -rs --numprocesses 2 --dist worksteal
 
 test-slow: setup ## the long tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -rs -m slow
+
+test-rdma: setup rdma-kernel  ## the tests over RDMA, which need Debian but no adapter
+	$(BIN)/python -m pytest -rs tests/rdma
+
+rdma-packages:   ## install what those need (as root)
+	$(PYTHON) tests/rdma/uml.py --install
+
+rdma-kernel:     ## build the user-mode kernel that those run under (once, three minutes)
+	$(PYTHON) tests/rdma/uml.py --build
 
 check: setup     ## format, lint, types, import directions
 	$(BIN)/ruff format --check .

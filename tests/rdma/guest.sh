@@ -2,7 +2,8 @@
 # The first process of the user-mode kernel: sets up its files and network, runs the command, ends the kernel.
 #
 # uml.py passes $talk, a folder of the host. There, request is this script's input, variables in bash's notation:
-# directory, shares, environment and command; status is its output. The first two serial lines are the command's output.
+# directory, shares, environment and command; cpuinfo is the host's, of one processor; status is this script's output.
+# The first two serial lines are the command's output.
 set -euo pipefail
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 trap 'echo "guest.sh: line $LINENO failed" >/dev/console' ERR
@@ -27,6 +28,9 @@ source "$host$talk/request"
 for share in "${shares[@]}"; do
     mount -n --bind "$host$share" "$root$share"
 done
+
+# The host's, which names the processor's model and frequency; perftest computes with the latter.
+mount -n --bind "$host$talk/cpuinfo" $root/proc/cpuinfo
 
 # Of Debian's Python packages, pyverbs and no other may be seen.
 mkdir -p $root/run/lamina/python

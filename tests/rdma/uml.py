@@ -215,6 +215,8 @@ def run(kernel: Path, options: argparse.Namespace) -> int:
         talk = Path(name)
         shutil.copy(GUEST, talk / "init")  # the checkout's path may have characters that the kernel's arguments cannot
         write_request(talk / "request", options)
+        first_processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        (talk / "cpuinfo").write_text(f"{first_processor}\n\n")
         with (talk / "console").open("w+b") as console:
             try:
                 state = boot(kernel, talk, console, options.mem, options.timeout)
