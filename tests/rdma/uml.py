@@ -3,10 +3,11 @@
 
     tests/rdma/uml.py [--mem MIB] [--timeout S] [--env NAME=VALUE]... [--dir DIR] [--share DIR]... -- COMMAND...
     tests/rdma/uml.py --install     install the Debian packages that this needs (as root)
-    tests/rdma/uml.py --build       build the kernel only
+    tests/rdma/uml.py --build       build the kernel, unless it is there
 
 No RDMA hardware, module or right of root is needed: the kernel is an ordinary program. It is built once, from Debian's
-source and ``kernel.config``, and kept in ``$LAMINA_UML_CACHE`` (``~/.cache/lamina/uml``).
+source and ``kernel.config``, and kept in ``$LAMINA_UML_CACHE`` (``~/.cache/lamina/uml``). ``--build`` builds it again
+when Debian's source or ``kernel.config`` has changed; running a command does so for the latter only.
 
 COMMAND sees this machine's files. What it writes is kept in memory and forgotten, except below a ``--share`` folder.
 It runs as root in ``--dir`` (the current folder), with an empty standard input and a bare environment. Its standard
@@ -65,8 +66,14 @@ def main() -> int:
         if options.install:
             install()
             return 0
-        kernel = build_kernel()
-        return 0 if options.build else run(kernel, options)
+        if missing := missing_packages():
+            raise CannotRunError(
+                f"packages are missing: {' '.join(missing)}; `make rdma-packages` as root installs them"
+            )
+        if options.build:
+            build_kernel()
+            return 0
+        return run(find_kernel() or build_kernel(), options)
     except CannotRunError as error:
         say(str(error))
         return CANNOT_RUN
@@ -81,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, default=Path(), help="where the command runs")
     parser.add_argument("--share", type=Path, action="append", default=[], help="a folder in which writes are kept")
     parser.add_argument("--install", action="store_true", help="install the Debian packages that this needs")
-    parser.add_argument("--build", action="store_true", help="build the kernel only")
+    parser.add_argument("--build", action="store_true", help="build the kernel, unless it is there")
     parser.add_argument("command", nargs="*", metavar="COMMAND")
     options = parser.parse_args()
     if bool(options.command) == (options.install or options.build):
@@ -138,27 +145,28 @@ def install() -> None:
 # ---- The kernel
 
 
-def find_kernel() -> Path:
-    """Where the kernel is, or will be when built: another source or another ``kernel.config`` is another kernel."""
+def find_kernel() -> Path | None:
+    """The newest kernel that has been built with this ``kernel.config``, of whichever source."""
+    built = kernel_file("*")
+    return max(built.parent.glob(built.name), key=lambda kernel: kernel.stat().st_mtime, default=None)
+
+
+def kernel_file(version: str) -> Path:
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("LAMINA_UML_CACHE") or caches / "lamina" / "uml")
+    config = hashlib.sha256(CONFIG.read_bytes()).hexdigest()
+    return cache.resolve() / f"linux-{version}-{config[:12]}"
+
+
+def build_kernel() -> Path:
+    """The kernel of the source that apt offers, from the cache or built now. Raises CannotRunError."""
     offered = subprocess.run(
         ["/usr/bin/apt-cache", "show", "--no-all-versions", SOURCE], capture_output=True, text=True
     ).stdout
     versions = [line.removeprefix("Version: ") for line in offered.splitlines() if line.startswith("Version: ")]
     if not versions:
         raise CannotRunError(f"apt offers no {SOURCE}, which Debian 12 and 13 have: try apt-get update")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("LAMINA_UML_CACHE") or caches / "lamina" / "uml")
-    config = hashlib.sha256(CONFIG.read_bytes()).hexdigest()
-    return cache.resolve() / f"linux-{versions[0]}-{config[:12]}"
-
-
-def build_kernel() -> Path:
-    """The kernel, from the cache or built now. Raises CannotRunError."""
-    if missing := missing_packages():
-        raise CannotRunError(
-            f"packages are missing: {' '.join(missing)}; install them with `make rdma-packages`, as root"
-        )
-    kernel = find_kernel()
+    kernel = kernel_file(versions[0])
     if kernel.exists():
         return kernel
     cache = kernel.parent
