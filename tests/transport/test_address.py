@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lamina.errors import ConfigError
 from lamina.transport import Address
-from lamina.transport.address import require_loopback
+from lamina.transport.address import check_reach
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,25 @@ def test_refused(text, hint):
         Address.parse(text)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "localhost", "LOCALHOST", "::1"])
+HERE = ("127.0.0.1", "127.8.9.1", "localhost", "LOCALHOST", "::1")
+ELSEWHERE = ("0.0.0.0", "10.0.0.1", "::", "localhost.example", "127.example", "::ffff:10.0.0.1")  # noqa: S104
+
+
+@pytest.mark.parametrize("host", HERE)
 def test_loopback(host):
-    """What stays on this machine is allowed."""
-    require_loopback(Address("tcp", host, 7101))
+    """What stays on this machine is allowed without a secret."""
+    check_reach(Address("tcp", host, 7101), secret=False)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "localhost.example", "127.example", "::ffff:10.0.0.1"])  # noqa: S104
+@pytest.mark.parametrize("host", ELSEWHERE)
 def test_not_loopback(host):
-    """What others could reach is refused until peers prove who they are."""
-    with pytest.raises(ConfigError, match="until a cluster secret exists only loopback addresses are allowed"):
-        require_loopback(Address("tcp", host, 7101))
+    """What others could reach is refused where nobody proves who they are."""
+    address = Address("tcp", host, 7101)
+    with pytest.raises(ConfigError, match="without a cluster secret only loopback addresses are allowed"):
+        check_reach(address, secret=False)
+
+
+@pytest.mark.parametrize("host", HERE + ELSEWHERE)
+def test_with_a_secret(host):
+    """Those who prove that they know the secret may be anywhere."""
+    check_reach(Address("tcp", host, 7101), secret=True)

@@ -8,15 +8,19 @@ from hypothesis import strategies as st
 
 from lamina.errors import HandshakeError, ProtocolError, TransportError
 from lamina.transport.frames import (
-    BYE_FRAME,
     CHUNK_BYTES,
     HEADER_BYTES,
+    HEARTBEAT,
     HEARTBEAT_FRAME,
+    MAX_NOTE,
     MESSAGE,
+    NOTE,
     PROTOCOL_VERSION,
     FrameReceiver,
+    Note,
     Sign,
     message_frame,
+    note_frame,
     write_header,
 )
 
@@ -38,8 +42,16 @@ def writes(draw):
 
 plain_maps = st.dictionaries(st.text("aé", max_size=5), st.integers(-5, 300) | st.binary(max_size=8), max_size=5)
 messages = plain_maps.map(lambda body: (message_frame(body, MAX_MESSAGE), body))
-signs = st.sampled_from([(HEARTBEAT_FRAME, Sign.HEARTBEAT), (BYE_FRAME, Sign.BYE)])
-frames = st.lists(writes() | messages | signs, min_size=1, max_size=8)
+notes = plain_maps.map(lambda body: (note_frame(body), Note(body)))
+signs = st.just((HEARTBEAT_FRAME, Sign.HEARTBEAT))
+frames = st.lists(writes() | messages | notes | signs, min_size=1, max_size=8)
+
+
+def header_of(kind: int, length: int, key: int = 0, offset: int = 0, tag: int = 0) -> bytes:
+    """A header with any kind."""
+    header = bytearray(write_header(key, offset, length, tag))
+    header[6] = kind
+    return bytes(header)
 
 
 def new_receiver() -> tuple[FrameReceiver, bytearray]:
@@ -70,8 +82,10 @@ def test_any_split_gives_the_same_events(sent, data):
     whole, whole_memory = new_receiver()
     split, split_memory = new_receiver()
 
-    assert feed(whole, stream) == [event for _, event in sent]
-    assert feed(split, stream, lambda: data.draw(st.integers(1, 40))) == [event for _, event in sent]
+    expected = [(type(event), event) for _, event in sent]  # a note equals the message with the same content
+    assert [(type(event), event) for event in feed(whole, stream)] == expected
+    pieces = feed(split, stream, lambda: data.draw(st.integers(1, 40)))
+    assert [(type(event), event) for event in pieces] == expected
     assert whole_memory == split_memory
 
 
@@ -112,12 +126,10 @@ def test_damaged_frames(sent, flips):
 
 
 @relaxed
-@given(kind=st.integers(1, 4), key=u32, tag=u32, offset=st.integers(0, 2**64 - 1), length=st.integers(0, 2**64 - 1))
+@given(kind=st.integers(0, 6), key=u32, tag=u32, offset=st.integers(0, 2**64 - 1), length=st.integers(0, 2**64 - 1))
 def test_any_header(kind, key, tag, offset, length):
     """Every combination of fields is checked before anything is done about it."""
-    header = bytearray(write_header(key, offset, length, tag))
-    header[6] = kind
-    check_survives(bytes(header) + bytes(100))
+    check_survives(header_of(kind, length, key, offset, tag) + bytes(100))
 
 
 @pytest.mark.parametrize(
@@ -142,11 +154,42 @@ def test_write_to_unknown_region():
 @pytest.mark.parametrize("length", [0, MAX_MESSAGE + 1, 2**64 - 1])
 def test_length_of_a_message(length):
     """A message has at least one byte and at most as many as were agreed, whatever its header claims."""
-    header = bytearray(write_header(0, 0, length, 0))
-    header[6] = MESSAGE
-
     with pytest.raises(ProtocolError, match=f"message of {length} bytes where 1 to 200 are allowed"):
-        feed(new_receiver()[0], bytes(header))
+        feed(new_receiver()[0], header_of(MESSAGE, length))
+
+
+@pytest.mark.parametrize(
+    ("max_message", "length", "limit"),
+    [(MAX_MESSAGE, 0, MAX_MESSAGE), (MAX_MESSAGE, MAX_MESSAGE + 1, MAX_MESSAGE), (1 << 20, MAX_NOTE + 1, MAX_NOTE)],
+)
+def test_length_of_a_note(max_message, length, limit):
+    """A note is short, even where messages may be long."""
+    receiver = FrameReceiver({}, max_message)
+
+    with pytest.raises(ProtocolError, match=f"note of {length} bytes where 1 to {limit} are allowed"):
+        feed(receiver, header_of(NOTE, length))
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "reason"),
+    [
+        (MESSAGE, 1, "a message of 1 bytes where there are no messages"),
+        (NOTE, 1, "a note of 1 bytes where 1 to 0 are allowed"),
+        (HEARTBEAT, 1, "1 bytes with a HEARTBEAT"),
+        (0, 0, "the unknown kind 0"),
+        (HEARTBEAT + 1, 0, "the unknown kind 5"),
+    ],
+)
+def test_what_has_no_place_on_a_lane(kind, length, reason):
+    """Where only writes travel there is no memory for anything else."""
+    with pytest.raises(ProtocolError, match=reason):
+        feed(FrameReceiver({}, 0), header_of(kind, length))
+
+
+def test_tls_to_a_plain_end():
+    """Whoever starts to speak TLS here is told what is wrong."""
+    with pytest.raises(ProtocolError, match="the peer uses TLS and this end does not"):
+        feed(new_receiver()[0], bytes.fromhex("16030102 00010001 fc0303") + bytes(30))
 
 
 def test_other_version():
@@ -187,10 +230,16 @@ def test_header_is_as_documented():
     header = write_header(key=0x01020304, offset=5, nbytes=6, tag=7)
 
     assert HEADER_BYTES == 32
-    assert header == bytes.fromhex("4c4d4e41 0200 0100 04030201 07000000 0500000000000000 0600000000000000")
+    assert header == bytes.fromhex("4c4d4e41 0300 0100 04030201 07000000 0500000000000000 0600000000000000")
 
 
 def test_sender_refuses_long_message():
     """The limit holds on both ends."""
     with pytest.raises(TransportError, match="200 are allowed"):
         message_frame({"x": bytes(200)}, MAX_MESSAGE)
+
+
+def test_sender_refuses_long_note():
+    """Notes are for set-up: whatever does not fit is a mistake here."""
+    with pytest.raises(TransportError, match=f"{MAX_NOTE} are allowed"):
+        note_frame({"x": bytes(MAX_NOTE)})
