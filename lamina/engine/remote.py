@@ -53,14 +53,8 @@ class RemoteShard:
         self._layout = layout
         self._geometry = g = Geometry(shard.layers, dtype, slots, max_batch)
         own = getattr(torch, dtype)
-        self._queries = Region(f"{name}.queries", slots * g.query_bytes)
-        self._keys_values = Region(f"{name}.keys_values", slots * g.key_value_bytes)
         self._outputs = Region(f"{name}.outputs", slots * g.output_bytes)
-        self._chunks = Region(f"{name}.chunks", CHUNKS * g.chunk_bytes)
-        self._query_parts = views.parts(self._queries, slots, g.query_bytes, own)
-        self._key_value_parts = views.parts(self._keys_values, slots, g.key_value_bytes, own)
-        self._output_parts = views.parts(self._outputs, slots, g.output_bytes, own)
-        self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, own)
+        self._output_parts = views.parts(self._outputs.buffer, slots, g.output_bytes, own)
 
         self._remote: Attached | None = None
         self._replies: dict[int | None, asyncio.Future[Attached | Reserved]] = {}
@@ -92,6 +86,13 @@ class RemoteShard:
         assert isinstance(attached, Attached)
         self._remote = attached
         self.capacity_tokens = attached.capacity_tokens
+        g, slots, own = self._geometry, self._geometry.slots, getattr(torch, self._geometry.dtype)
+        self._queries = views.outgoing(self.link, attached.queries, slots * g.query_bytes)
+        self._keys_values = views.outgoing(self.link, attached.keys_values, slots * g.key_value_bytes)
+        self._chunks = views.outgoing(self.link, attached.chunks, CHUNKS * g.chunk_bytes)
+        self._query_parts = views.parts(self._queries, slots, g.query_bytes, own)
+        self._key_value_parts = views.parts(self._keys_values, slots, g.key_value_bytes, own)
+        self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, own)
 
     async def reserve(self, sequence: int, tokens: int) -> None:
         """Have space set aside before any of it is used. CapacityError if there is none."""
@@ -131,7 +132,7 @@ class RemoteShard:
         self._awaited[slot] = (Tag(Kind.OUTPUT, slot, layer, step).pack(), done)
         offset = slot * self._geometry.query_bytes
         nbytes = self._query_view(slot, layer, tokens).nbytes
-        source = self._queries.buffer[offset : offset + nbytes]
+        source = self._queries[offset : offset + nbytes]
         self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
 
     def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
@@ -146,7 +147,7 @@ class RemoteShard:
         shape, item = self._heads.layers[layer], self._geometry.item
         offset = slot * self._geometry.key_value_bytes
         nbytes = tokens * shape.kv_heads * (shape.qk_dim + shape.v_dim) * item
-        source = self._keys_values.buffer[offset : offset + nbytes]
+        source = self._keys_values[offset : offset + nbytes]
         self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
 
     async def answered(self, slot: int) -> None:
@@ -178,13 +179,13 @@ class RemoteShard:
             i = await self._idle_chunks.get()
             nbytes = await device.run(self._stage_chunk, i, prompt, layer, start, count)
             offset = i * self._geometry.chunk_bytes
-            source = self._chunks.buffer[offset : offset + nbytes]
+            source = self._chunks[offset : offset + nbytes]
             self._write(Lane.BULK, self._remote.chunks, offset, source, Tag(Kind.CHUNK, 0, layer, i))
 
     def _stage_chunk(self, i: int, prompt: PromptKV, layer: int, start: int, count: int) -> int:
         offset = i * self._geometry.chunk_bytes
         header = ChunkHeader(prompt.sequence, layer, start, count).pack()
-        self._chunks.buffer[offset : offset + len(header)] = header
+        self._chunks[offset : offset + len(header)] = header
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._heads.layers[layer], count, first)
         own_k, own_v = prompt.read(layer, start, count, self._heads.kv[layer])

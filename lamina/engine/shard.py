@@ -64,12 +64,12 @@ class AttentionShard:
         self._plans = Region("plans", n * g.plan_bytes)
         self._queries = Region("queries", n * g.query_bytes)
         self._keys_values = Region("keys_values", n * g.key_value_bytes)
-        self._outputs = Region("outputs", n * g.output_bytes)
+        self._outputs = views.outgoing(link, attach.outputs, n * g.output_bytes)
         self._chunks = Region("chunks", CHUNKS * g.chunk_bytes)
-        self._query_parts = views.parts(self._queries, n, g.query_bytes, dtype)
-        self._key_value_parts = views.parts(self._keys_values, n, g.key_value_bytes, dtype)
+        self._query_parts = views.parts(self._queries.buffer, n, g.query_bytes, dtype)
+        self._key_value_parts = views.parts(self._keys_values.buffer, n, g.key_value_bytes, dtype)
         self._output_parts = views.parts(self._outputs, n, g.output_bytes, dtype)
-        self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, dtype)
+        self._chunk_parts = views.parts(self._chunks.buffer, CHUNKS, g.chunk_bytes, dtype)
         self._slots = [_Slot() for _ in range(n)]
         self._control: asyncio.Queue[Reserve | Release] = asyncio.Queue()
         self._chunks_arrived: asyncio.Queue[int] = asyncio.Queue()
@@ -123,7 +123,7 @@ class AttentionShard:
                 # The next plan may come as soon as the last output is out.
                 slot.busy = layer + 1 < len(self._layers)
                 tag = Tag(Kind.OUTPUT, number, layer, slot.step).pack()
-                source = self._outputs.buffer[offset : offset + nbytes]
+                source = self._outputs[offset : offset + nbytes]
                 self._link.write(Lane.DECODE, self._outputs_remote, offset, [source], tag)
                 self.layers += 1
 

@@ -1,4 +1,4 @@
-"""Tensors over the memory of regions."""
+"""Tensors over the memory that is written to and sent from."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ import torch
 from torch import Tensor
 
 from lamina.attention import LayerShape
-from lamina.transport import Region
+from lamina.errors import ProtocolError
+from lamina.transport import Link, Region, RemoteRegion
 
 
-def parts(region: Region, count: int, nbytes: int, dtype: torch.dtype) -> list[Tensor]:
-    """The first ``count`` parts of ``nbytes`` each of ``region``, as flat tensors."""
-    flat = torch.frombuffer(region.buffer, dtype=dtype)
+def outgoing(link: Link, remote: RemoteRegion, nbytes: int) -> memoryview:
+    """Where to compute what will be written to ``remote``: there itself if the transport maps it, else own memory.
+
+    ProtocolError if the peer's region has not the ``nbytes`` on which both ends should have agreed.
+    """
+    if remote.nbytes != nbytes:
+        raise ProtocolError(f"{link} exposed region {remote.name!r} of {remote.nbytes} bytes where {nbytes} are needed")
+    window = link.window(remote)
+    return Region(remote.name, nbytes).buffer if window is None else window
+
+
+def parts(buffer: memoryview, count: int, nbytes: int, dtype: torch.dtype) -> list[Tensor]:
+    """The first ``count`` parts of ``nbytes`` each of ``buffer``, as flat tensors."""
+    flat = torch.frombuffer(buffer, dtype=dtype)
     size = nbytes // flat.itemsize
     return [flat[i * size : (i + 1) * size] for i in range(count)]
 
