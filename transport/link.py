@@ -176,7 +176,7 @@ class NodeLink(Link):
             while not self._ended.is_set() and self._control.receive():
                 pass
         if not self._said_bye:
-            self._fail(error)
+            self._fail(type(error)(f"{self}: {error}"))
 
     def send_note(self, note: dict[str, Any]) -> None:
         self._note({"lanes": note})
