@@ -1,19 +1,32 @@
-"""A node in a process of its own: connects to the port in argv[1], answers every tag and message, never ends."""
+"""A node in a process of its own: connects to the port in argv[1], answers every message, never ends.
+
+argv[2] is the kind of transport; further arguments are a secret and three TLS files.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
-from lamina.transport import Address, Hello, Region, connect
+from lamina.transport import Address, Hello, Options, Region, TlsFiles, connect
+
+INBOX_BYTES = 64 << 20
 
 
-async def main(port: int) -> None:
-    link = await connect(Address("tcp", "127.0.0.1", port), Hello("memory", "m1"), deadline_s=30, peer_timeout=30)
+async def main(port: str, kind: str, secret: str = "", *files: str) -> None:
+    options = Options(
+        kind=kind,
+        peer_timeout=30.0,
+        secret=secret.encode() or None,
+        tls=TlsFiles(*map(Path, files)) if files else None,
+    )
+    link = await connect(Address("tcp", "127.0.0.1", int(port)), Hello("memory", "m1"), options, deadline_s=30)
     link.on_message = link.send
     link.on_lost = lambda error: sys.exit(0)
-    link.send({"region": link.expose(Region("inbox", 64 << 20))})
+    if kind != "control":
+        link.send({"region": link.expose(Region("inbox", INBOX_BYTES))})
     await asyncio.Event().wait()
 
 
-asyncio.run(main(int(sys.argv[1])))
+asyncio.run(main(*sys.argv[1:]))
