@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,13 +20,76 @@ from typing import Any
 
 import lamina
 from lamina.cluster import free_ports
-from lamina.config import ClusterConfig, load
-from lamina.protocol import Status
+from lamina.config import ClusterConfig, NodeConfig, load, write_secret
+from lamina.protocol import AskStatus, Status, decode, encode
+from lamina.transport import Hello, TlsFiles, connect
 
 START_TIMEOUT_S = 60.0
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
+
+
+TRANSPORTS = ("auto", "tcp", "shm", "rdma", "tls")
+"""What tests can be run over; ``tls`` is tcp, encrypted."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the nodes of a test reach each other."""
+
+    kind: str = "auto"
+    compute: str = "127.0.0.1"
+    memory: str = "127.0.0.1"
+    """Addresses of compute node and memory nodes."""
+    compute_device: str | None = None
+    memory_device: str | None = None
+    """RDMA devices."""
+    secret: Path | None = None
+    tls: TlsFiles | None = None
+
+    def keys(self) -> dict[str, str]:
+        """Keys of ``[transport]``, and with other words for it options of ``lamina node``."""
+        keys = {"secret_file": self.secret}
+        if self.tls:
+            keys |= {"tls_certificate": self.tls.certificate, "tls_key": self.tls.key}
+            keys |= {"tls_authority": self.tls.authority}
+        return {key: str(file) for key, file in keys.items() if file}
+
+    def memory_address(self, port: int) -> str:
+        return f"tcp://{self.memory}:{port}"
+
+
+def wire(transport: str, folder: Path) -> Wiring:
+    """The wiring for one of TRANSPORTS; its secret and certificates are made in ``folder``."""
+    if transport in ("auto", "tcp", "shm"):
+        return Wiring(transport)
+    secret = folder / "cluster.key"
+    if not secret.exists():
+        write_secret(secret)
+    if transport == "rdma":
+        # The two ends of the wire in the user-mode kernel, see tests/rdma.
+        return Wiring("rdma", "10.77.0.1", "10.77.0.2", "rxe0", "rxe1", secret)
+    return Wiring("tcp", secret=secret, tls=certificates(folder))
+
+
+def certificates(folder: Path, name: str = "node") -> TlsFiles:
+    """A new authority in ``folder``, and a certificate that it signed."""
+    authority, authority_key = folder / f"{name}-authority.pem", folder / f"{name}-authority.key"
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    _openssl(*new, "-subj", "/CN=authority", "-keyout", str(authority_key), "-out", str(authority))
+    signed = ["-CA", str(authority), "-CAkey", str(authority_key), "-addext", "basicConstraints=critical,CA:FALSE"]
+    _openssl(*new, *signed, "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(certificate))
+    return TlsFiles(certificate, key, authority)
+
+
+def _openssl(*arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True)  # noqa: S607 - wherever it is
+
+
+default = Wiring()
+"""Of nodes whose test does not say otherwise; chosen by ``--transport``."""
 
 
 @dataclass
@@ -82,36 +148,38 @@ def write_config(
     memory: str = "16MiB",
     sections: str = "",
     model_keys: str = "",
+    transport_keys: str = "",
+    wiring: Wiring | None = None,
 ) -> ClusterConfig:
     """A cluster file with one compute node ``c0`` and memory nodes ``m0``, ``m1``, ... on ``memory_ports``."""
+    wiring = wiring or default
     (front,) = free_ports(1)
     lines = [f'[model]\npath = "{model}"\ndtype = "{dtype}"\n{model_keys}\n{sections}']
-    lines.append(f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://127.0.0.1:{front}"\nthreads = 1')
-    lines += [
-        f'[[node]]\nname = "m{i}"\nrole = "memory"\naddress = "tcp://127.0.0.1:{port}"\nthreads = 1\n'
-        f'memory = "{memory}"'
-        for i, port in enumerate(memory_ports)
-    ]
+    lines.append(f'[transport]\nkind = "{wiring.kind}"\n{transport_keys}')
+    lines += [f"{key} = {json.dumps(value)}" for key, value in wiring.keys().items()]
+    lines.append(f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://{wiring.compute}:{front}"\nthreads = 1')
+    if wiring.compute_device:
+        lines.append(f'rdma_device = "{wiring.compute_device}"')
+    for i, port in enumerate(memory_ports):
+        address = wiring.memory_address(port)
+        lines.append(f'[[node]]\nname = "m{i}"\nrole = "memory"\naddress = "{address}"\nthreads = 1')
+        lines.append(f'memory = "{memory}"')
+        if wiring.memory_device:
+            lines.append(f'rdma_device = "{wiring.memory_device}"')
     file = folder / "cluster.toml"
     file.write_text("\n".join(lines) + "\n")
     return load(file)
 
 
-def start_memory(folder: Path, port: int, *, memory: str = "16MiB") -> Node:
+def start_memory(folder: Path, port: int, *, memory: str = "16MiB", wiring: Wiring | None = None) -> Node:
     """A memory node without a configuration."""
-    address = f"tcp://127.0.0.1:{port}"
-    return start(
-        folder / f"memory-{port}.log",
-        "node",
-        "--role",
-        "memory",
-        "--listen",
-        address,
-        "--memory",
-        memory,
-        "--threads",
-        "1",
-    )
+    wiring = wiring or default
+    given = {"role": "memory", "listen": wiring.memory_address(port), "memory": memory, "threads": "1"}
+    given |= {"transport": wiring.kind} | wiring.keys()
+    if wiring.memory_device:
+        given["rdma_device"] = wiring.memory_device
+    options = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
+    return start(folder / f"memory-{port}.log", "node", *options)
 
 
 def start_node(config: ClusterConfig, name: str) -> Node:
@@ -135,11 +203,25 @@ def running(*nodes: Node) -> Iterator[None]:
                 node.kill()
 
 
+def client(config: ClusterConfig, **settings: Any) -> AbstractAsyncContextManager[lamina.Client]:
+    """A client of a running cluster, with its secret and certificates."""
+    return lamina.connect(config.front.address, secret=config.links.secret, tls=config.links.tls, **settings)
+
+
+async def status_of(config: ClusterConfig, node: NodeConfig) -> Status:
+    """What a node says of itself."""
+    async with await connect(node.listen, Hello("monitor", "test"), config.options(), deadline_s=30) as link:
+        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
+        link.send(encode(AskStatus()))
+        return await answer
+
+
 async def ready(config: ClusterConfig, node: Node) -> Status:
     """Wait until the front takes requests."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    async with lamina.connect(config.front.address, deadline_s=START_TIMEOUT_S) as client:
-        while (status := await client.status()).state != "ready":
+    async with client(config, deadline_s=START_TIMEOUT_S) as asking:
+        while (status := await asking.status()).state != "ready":
             assert node.process.is_alive(), f"the front ended while starting:\n{node.log.read_text()}"
             assert time.monotonic() < deadline, f"the front is not ready:\n{node.log.read_text()}"
             await asyncio.sleep(0.05)

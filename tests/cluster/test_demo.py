@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lamina
 from lamina.demo.run import CHECKPOINT
 from lamina.demo.stories import DEMO_PROMPT
 from tests import harness
@@ -33,8 +32,8 @@ def test_the_demo_is_identical_to_transformers() -> None:
     assert payload < facts["wire_bytes_per_token"] < 1.5 * payload
     assert [(n["name"], n["role"], n["transport"], n["kv_heads"]) for n in facts["nodes"]] == [
         ("c0", "compute", None, 0),
-        ("m0", "memory", "tcp", 2),
-        ("m1", "memory", "tcp", 2),
+        ("m0", "memory", "shm", 2),
+        ("m1", "memory", "shm", 2),
     ]
 
 
@@ -48,7 +47,7 @@ def test_text_comes_as_it_is_generated(memory_ports: list[int], tmp_path: Path) 
 
     async def stream() -> tuple[str, list[int]]:
         await harness.ready(config, node)
-        async with lamina.connect(config.front.address) as client:
+        async with harness.client(config) as client:
             answer = client.stream(DEMO_PROMPT, max_tokens=60, temperature=0.9, top_p=0.9, top_k=40, seed=5)
             tokens = [token async for token in answer]
             return "".join(t.text for t in tokens) + answer.held_back, [t.id for t in tokens]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import lamina
 from lamina.cluster import Cluster
 from lamina.config import ClusterConfig
 from lamina.errors import LaminaError, NodeError
@@ -30,13 +29,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_config(folder: Path, checkpoint: Path, sections: str = "") -> ClusterConfig:
     """One compute and two memory nodes."""
-    sections = f"[transport]\npeer_timeout = {PEER_TIMEOUT_S}\n{sections}"
-    return harness.write_config(folder, checkpoint, harness.free_ports(2), sections=sections)
+    keys = f"peer_timeout = {PEER_TIMEOUT_S}"
+    return harness.write_config(folder, checkpoint, harness.free_ports(2), sections=sections, transport_keys=keys)
 
 
 async def interrupt(config: ClusterConfig, victim: harness.Node, number: signal.Signals) -> tuple[LaminaError, float]:
     """Strike ``victim`` in the middle of an answer; the error that the client gets, and after how many seconds."""
-    async with lamina.connect(config.front.address, peer_timeout=PEER_TIMEOUT_S) as client:
+    async with harness.client(config, peer_timeout=PEER_TIMEOUT_S) as client:
         struck = 0.0
         try:
             async for _ in client.stream([1, 2, 3], max_tokens=500):
@@ -138,7 +137,7 @@ def test_up_does_not_drain_after_a_second_ctrl_c(checkpoint: Path, tmp_path: Pat
     up = start_up(config)
 
     async def main() -> None:
-        async with lamina.connect(config.front.address) as client:
+        async with harness.client(config) as client:
             answers = [asyncio.ensure_future(client.generate([1, 2, 3], max_tokens=500)) for _ in range(300)]
             await asyncio.sleep(0)
             up.send_signal(signal.SIGINT)
@@ -207,7 +206,7 @@ def test_sigterm_drains(checkpoint: Path, memory_ports: list[int], tmp_path: Pat
 
     async def main() -> None:
         await harness.ready(config, node)
-        async with lamina.connect(config.front.address) as client:
+        async with harness.client(config) as client:
             stream = client.stream([1, 2, 3], max_tokens=150)
             tokens = [await anext(stream)]
             node.signal(signal.SIGTERM)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-import lamina
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY, Family
 from tests.oracle import Agreement, Oracle
@@ -43,19 +43,22 @@ def nodes_and_families() -> list[Any]:
 def test_tokens_are_those_of_transformers(
     family: tuple[Family, Path, Oracle],
     memory_nodes: int,
+    transport: str,
     memory_ports: list[int],
     agreement: Agreement,
     tmp_path: Path,
 ) -> None:
     """Ragged prompts in one batch, over two memory nodes and over three with 2 + 1 + 1 KV heads."""
     chosen, path, oracle = family
-    config = harness.write_config(tmp_path, path, memory_ports[:memory_nodes])
+    wiring = replace(harness.default, kind="tcp" if transport == "tls" else transport)
+    config = harness.write_config(tmp_path, path, memory_ports[:memory_nodes], wiring=wiring)
     node = harness.start_node(config, "c0")
 
     async def decode() -> list[list[int]]:
         status = await harness.ready(config, node)
         assert [p.kv_heads for p in status.peers] == ([2, 2] if memory_nodes == 2 else [2, 1, 1])
-        async with lamina.connect(config.front.address) as client:
+        assert wiring.kind in ("auto", *{p.transport for p in status.peers})
+        async with harness.client(config) as client:
             answers = await asyncio.gather(*(client.generate(p, max_tokens=TOKENS) for p in PROMPTS))
             status = await client.status()
             assert status.steps < 2 * TOKENS, "the prompts did not decode in one batch"
@@ -81,7 +84,7 @@ def test_bfloat16_is_as_close_as_the_library(
 
     async def decode() -> list[list[int]]:
         await harness.ready(config, node)
-        async with lamina.connect(config.front.address) as client:
+        async with harness.client(config) as client:
             answers = await asyncio.gather(*(client.generate(p, max_tokens=TOKENS) for p in PROMPTS))
         return [a.tokens for a in answers]
 

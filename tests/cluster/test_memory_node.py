@@ -15,8 +15,6 @@ import lamina
 from lamina.attention.backend import require_backend
 from lamina.config import ClusterConfig
 from lamina.errors import CapacityError, ConfigError
-from lamina.protocol import AskStatus, Status, decode, encode
-from lamina.transport import Address, Hello, connect
 from tests import harness
 from tests.cluster.test_families import PROMPTS, gaps
 from tests.families import FAMILIES
@@ -31,15 +29,6 @@ def resident_mib(node: harness.Node) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
-async def status_of(address: Address) -> Status:
-    """What a node says of itself."""
-    async with await connect(address, Hello("monitor", "test"), deadline_s=30) as link:
-        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
-        link.send(encode(AskStatus()))
-        return await answer
-
-
 def test_the_memory_is_taken_at_the_start_and_lent(tmp_path: Path) -> None:
     """All of it is there before anybody attaches, the log says so, and attach by attach it becomes no more."""
     path = FAMILIES["llama"].save(tmp_path / "checkpoint")
@@ -48,7 +37,7 @@ def test_the_memory_is_taken_at_the_start_and_lent(tmp_path: Path) -> None:
     config = harness.write_config(tmp_path, path, [port])
 
     async def waiting() -> bool:
-        status = await status_of(config.memory_nodes[0].listen)
+        status = await harness.status_of(config, config.memory_nodes[0])
         return (status.state, status.waiting_for) == ("waiting", "a compute node")
 
     sizes = []
@@ -128,7 +117,7 @@ def test_keys_and_values_of_8_bits(kv_dtype: str, memory_ports: list[int], tmp_p
 
     async def decode(config: ClusterConfig, node: harness.Node) -> tuple[int, list[list[int]]]:
         status = await harness.ready(config, node)
-        async with lamina.connect(config.front.address) as client:
+        async with harness.client(config) as client:
             answers = await asyncio.gather(*(client.generate(p, max_tokens=48) for p in PROMPTS))
         return status.kv_tokens_total, [a.tokens for a in answers]
 
@@ -172,7 +161,7 @@ def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path) -> None:
 
     async def main() -> None:
         await harness.ready(config, nodes[1])
-        async with lamina.connect(config.front.address) as client:
+        async with harness.client(config) as client:
             asked = [client.generate([1, 2, 3], max_tokens=400 if i % 3 == 1 else 20) for i in range(9)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
             assert [isinstance(a, CapacityError) for a in answers] == [i % 3 == 1 for i in range(9)]
@@ -180,7 +169,7 @@ def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path) -> None:
             assert all(len(a.tokens) == 20 for a in answers if isinstance(a, lamina.Completion))
 
             async def idle() -> bool:
-                states = [await client.status(), *[await status_of(n.listen) for n in config.memory_nodes]]
+                states = [await client.status(), *[await harness.status_of(config, n) for n in config.memory_nodes]]
                 return all(s.sequences == 0 and s.kv_tokens_free == s.kv_tokens_total > 0 for s in states)
 
             await harness.eventually(idle)

@@ -15,8 +15,6 @@ import pytest
 import lamina
 from lamina.config import ClusterConfig
 from lamina.errors import CapacityError, LaminaError, RequestError
-from lamina.protocol import AskStatus, Status, decode, encode
-from lamina.transport import Address, Hello, connect
 from tests import harness
 from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
@@ -54,25 +52,16 @@ def ask(config: ClusterConfig, work: Callable[[lamina.Client], Awaitable[None]])
     """Run ``work`` with a client, then check that no KV cache is left in use on any node."""
 
     async def main() -> None:
-        async with lamina.connect(config.front.address) as client:
+        async with harness.client(config) as client:
             await work(client)
 
             async def idle() -> bool:
-                nodes = [await client.status(), *[await status_of(n.listen) for n in config.memory_nodes]]
+                nodes = [await client.status(), *[await harness.status_of(config, n) for n in config.memory_nodes]]
                 return all(s.sequences == 0 and s.kv_tokens_free == s.kv_tokens_total > 0 for s in nodes)
 
             await harness.eventually(idle)
 
     asyncio.run(main())
-
-
-async def status_of(address: Address) -> Status:
-    """What a node says of itself."""
-    async with await connect(address, Hello("monitor", "test"), deadline_s=5) as link:
-        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
-        link.send(encode(AskStatus()))
-        return await answer
 
 
 def prompts(count: int, longest: int = 120) -> list[list[int]]:
@@ -169,9 +158,11 @@ def test_cancelling_at_any_moment_harms_nobody(cluster: ClusterConfig, oracle: O
 
 CLIENT = """
 import asyncio, os, signal, sys, lamina
+from lamina.config import load
 
 async def main():
-    async with lamina.connect(sys.argv[1]) as client:
+    config = load(sys.argv[1])
+    async with lamina.connect(config.front.address, secret=config.links.secret, tls=config.links.tls) as client:
         async for _ in client.stream([1, 2, 3], max_tokens=300):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -181,7 +172,7 @@ asyncio.run(main())
 
 def test_a_client_that_dies_frees_its_requests(cluster: ClusterConfig) -> None:
     """No goodbye needed."""
-    died = subprocess.run([sys.executable, "-c", CLIENT, cluster.front.address], check=False, timeout=60)
+    died = subprocess.run([sys.executable, "-c", CLIENT, str(cluster.file)], check=False, timeout=60)
     assert died.returncode == -signal.SIGKILL
 
     async def work(client: lamina.Client) -> None:
@@ -240,7 +231,8 @@ def test_a_memory_node_sends_clients_away(memory_ports: list[int]) -> None:
     """Instead of leaving them to wait."""
 
     async def main() -> None:
-        async with lamina.connect(f"tcp://127.0.0.1:{memory_ports[0]}") as client:
+        address = harness.default.memory_address(memory_ports[0])
+        async with lamina.connect(address, secret=harness.default.secret, tls=harness.default.tls) as client:
             with pytest.raises(LaminaError, match="is a memory node; clients talk to the compute node"):
                 await client.generate([1])
 
@@ -263,7 +255,7 @@ def test_a_client_after_its_end(cluster: ClusterConfig) -> None:
     """Says so, and does not wait."""
 
     async def main() -> None:
-        async with lamina.connect(cluster.front.address) as client:
+        async with harness.client(cluster) as client:
             pass
         with pytest.raises(LaminaError, match="closed"):
             await client.generate([1])

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-import lamina
 from lamina.config import ClusterConfig
 from lamina.errors import NodeError
 from lamina.transport import PROTOCOL_VERSION
@@ -36,7 +35,7 @@ def test_start_order_does_not_matter(checkpoint: Path, tmp_path: Path) -> None:
     compute, first = harness.start_node(config, "c0"), harness.start_node(config, "m0")
 
     async def main() -> None:
-        async with lamina.connect(config.front.address, deadline_s=30) as client:
+        async with harness.client(config, deadline_s=30) as client:
 
             async def only_one_missing() -> bool:
                 return (await client.status()).waiting_for == "m1"
@@ -93,9 +92,7 @@ def cannot_start(config: ClusterConfig, status: int) -> str:
 
 def test_a_memory_node_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:
     """Named, with the deadline."""
-    config = harness.write_config(
-        tmp_path, checkpoint, harness.free_ports(1), sections="[transport]\nstart_timeout = 0.5"
-    )
+    config = harness.write_config(tmp_path, checkpoint, harness.free_ports(1), transport_keys="start_timeout = 0.5")
     message = cannot_start(config, 1)
     assert "memory node m0 was not there within 0.5 s" in message
 
