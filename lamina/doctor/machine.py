@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import ipaddress
 import os
 import platform
@@ -17,8 +16,9 @@ from pathlib import Path
 from lamina.config import ClusterConfig
 from lamina.doctor.finding import Finding, State, guarded
 from lamina.errors import ConfigError
-from lamina.transport import Options
+from lamina.transport import Options, verbs
 from lamina.transport.choice import offers
+from lamina.transport.lanes import UpgradeError
 
 PATH_MTU = 4096
 """The largest that RDMA knows, in bytes."""
@@ -147,8 +147,8 @@ def locked_memory() -> Iterator[Finding]:
         yield Finding("locked memory", "ok", "no limit")
     else:
         advice = "ulimit -l unlimited, or LimitMEMLOCK=infinity of a service: RDMA locks the memory that it moves"
-        found = f"at most {soft >> 10} KiB"
-        yield Finding("locked memory", "fail" if needed else "none", found, advice if needed else "")
+        state: State = "none" if not needed else "fail" if soft < verbs.MIN_MEMLOCK else "warn"
+        yield Finding("locked memory", state, f"at most {soft >> 10} KiB", advice if needed else "")
 
 
 def _limit(value: int) -> str:
@@ -222,11 +222,13 @@ def rdma_devices(*, demanded: bool, root: Path = Path("/")) -> Iterator[Finding]
         yield Finding("RDMA access", "fail", f"{closed[0]} may not be opened", "join the group of that file")
     elif not any((root / "dev/infiniband").glob("uverbs*")):
         yield Finding("RDMA access", "fail", "/dev/infiniband has no uverbs files", "modprobe ib_uverbs")
-    if importlib.util.find_spec("pyverbs") is None:
-        advice = "install pyverbs of the version of the system's rdma-core (Debian: python3-pyverbs)"
-        yield Finding("pyverbs", "fail" if demanded else "warn", "not installed, so RDMA cannot be used", advice)
+    try:
+        verbs.pyverbs()
+    except UpgradeError as e:
+        found, _, advice = str(e).partition(": ")
+        yield Finding("pyverbs", "fail" if demanded else "warn", f"{found}, so RDMA cannot be used", advice)
     else:
-        yield Finding("pyverbs", "ok", f"installed, version {_version('pyverbs')}")
+        yield Finding("pyverbs", "ok", "installed, and fits the system's libibverbs")
     ports = [port for device in devices for port in sorted((device / "ports").glob("*"))]
     findings = [_port(root, port) for port in ports]
     if demanded and not any(f.state == "ok" for f in findings):
@@ -270,7 +272,8 @@ def transports(links: Options) -> Iterator[Finding]:
     for name, offer in offers(links).items():
         missing = offer.get("missing")
         if missing is None:
-            yield Finding(f"transport {name}", "ok", "can be used")
+            port = f" by {offer['device']} port {offer['port']}, MTU {offer['mtu']}" if name == "rdma" else ""
+            yield Finding(f"transport {name}", "ok", f"can be used{port}")
         else:
             yield Finding(f"transport {name}", "none" if links.kind == "auto" else "fail", missing)
 
