@@ -40,8 +40,25 @@ def attention(
     run(backend, threads=threads, as_json=as_json, plot=plot, quick=quick)
 
 
+@app.command()
+def transport(
+    transport: Annotated[list[str] | None, typer.Option(help="Measure only this one; may be given again.")] = None,
+    rdma_device: Annotated[
+        list[str] | None, typer.Option(help="RDMA device of both ends; given twice, of either. Default: the first two.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw round trips and bandwidth over the size.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer sizes and depths.")] = False,
+) -> None:
+    """Round trips and bandwidth of each transport on this machine, against programs that do only that."""
+    from lamina.bench.transport import run
+
+    run(transport, rdma_device, as_json=as_json, plot=plot, quick=quick)
+
+
 @app.command(name="all")
 def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
     """Every benchmark, with its defaults."""
+    transport(quick=quick)
     attention(quick=quick)
     decode(quick=quick)
