@@ -46,6 +46,9 @@ def node(
     transport: Annotated[
         str | None, typer.Option(help="Memory node without a file: auto, rdma, shm or tcp; default: auto.")
     ] = None,
+    peer_timeout: Annotated[
+        float | None, typer.Option(help="Memory node without a file: seconds of silence after which a peer is dead.")
+    ] = None,
     rdma_device: Annotated[
         str | None, typer.Option(help='RDMA device of this machine, like "mlx5_0"; overrides the file.')
     ] = None,
@@ -74,7 +77,7 @@ def node(
     overrides = {"cpus": cpus, "numa": numa, "rdma_device": rdma_device}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention}
-    links = {"transport": transport, "secret_file": secret_file}
+    links = {"transport": transport, "peer_timeout": peer_timeout, "secret_file": secret_file}
     links |= {"tls_certificate": tls_certificate, "tls_key": tls_key, "tls_authority": tls_authority}
     if config is None:
         if role == "compute":
@@ -122,6 +125,8 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
         raise ConfigError(f"--memory: {e}") from e
     listen = Address.parse(own.pop("listen"))
     node = NodeConfig(name=name or f"memory-{listen.port}", role="memory", address=str(listen), **own)
+    if links["peer_timeout"] is None:
+        del links["peer_timeout"]
     options = TransportConfig(kind=links.pop("transport") or "auto", **links).options(Path(), _option)
     if not listen.is_loopback and options.secret is None:
         raise ConfigError(

@@ -115,6 +115,8 @@ def huge_pages(root: Path = Path("/")) -> Iterator[Finding]:
     found = f"transparent huge pages: {chosen or 'not supported'}; reserved: {reserved}, which Lamina does not use"
     if chosen in ("always", "madvise"):
         yield Finding("huge pages", "ok", found)
+    elif not chosen:
+        yield Finding("huge pages", "warn", found, "use a kernel that has them, for faster attention")
     else:
         advice = (
             "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled: attention reads memory faster through them"

@@ -19,8 +19,6 @@ from lamina.errors import LaminaError, NodeError
 from tests import harness
 from tests.families import FAMILIES
 
-PEER_TIMEOUT_S = 2.0
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,13 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_config(folder: Path, checkpoint: Path, sections: str = "") -> ClusterConfig:
     """One compute and two memory nodes."""
-    keys = f"peer_timeout = {PEER_TIMEOUT_S}"
-    return harness.write_config(folder, checkpoint, harness.free_ports(2), sections=sections, transport_keys=keys)
+    return harness.write_config(folder, checkpoint, harness.free_ports(2), sections=sections)
 
 
 async def interrupt(config: ClusterConfig, victim: harness.Node, number: signal.Signals) -> tuple[LaminaError, float]:
     """Strike ``victim`` in the middle of an answer; the error that the client gets, and after how many seconds."""
-    async with harness.client(config, peer_timeout=PEER_TIMEOUT_S) as client:
+    async with harness.client(config) as client:
         struck = 0.0
         try:
             async for _ in client.stream([1, 2, 3], max_tokens=500):
@@ -70,7 +67,7 @@ def test_the_client_learns_which_node_is_lost(
         assert isinstance(error, NodeError)
         assert error.node == victim
         assert victim in str(error)
-        assert seconds < PEER_TIMEOUT_S + 1
+        assert seconds < harness.default.peer_timeout + 1
 
     with harness.running(*nodes.values()):
         asyncio.run(main())
@@ -102,7 +99,7 @@ def test_up_ends_when_a_node_dies(victim: str, number: signal.Signals, checkpoin
     try:
         pids = wait_until_ready(up, config)
         os.kill(pids[victim], number)
-        output, errors = up.communicate(timeout=PEER_TIMEOUT_S + 15)
+        output, errors = up.communicate(timeout=harness.default.peer_timeout + 15)
     finally:
         up.kill()
 
