@@ -212,6 +212,8 @@ class NodeLink(Link):
             case {"bye": [int(decode), int(bulk)]} if decode >= 0 and bulk >= 0:
                 self._peer_bye = (decode, bulk)
                 self._check_bye()
+            case {"gone": True} if not self._open:
+                self._end(None)
             case _:
                 raise ProtocolError(f"the peer sent a note that is none: {dict(note)!r:.200}")
 
@@ -221,8 +223,8 @@ class NodeLink(Link):
         if received != self._peer_bye:
             return
         if self._open:
-            # Answered, so that the peer need not take our silence for a death.
-            self._push_bye()
+            # Answered, so that the peer need not take our silence for a death. What is queued here goes nowhere.
+            self._note({"gone": True})
             self._fail(PeerLostError(f"{self} closed the link"))
         elif self._said_bye:
             self._end(None)
@@ -243,14 +245,11 @@ class NodeLink(Link):
         if self._lanes is not None:
             for lane in Lane:
                 await self._lanes.drain(lane)
-        self._push_bye()
+        self._note({"bye": list(self._lanes.tags_written) if self._lanes else [0, 0]})
         await self._control.drain()
         self._said_bye = True
         if self._peer_bye is not None:
             self._check_bye()
-
-    def _push_bye(self) -> None:
-        self._note({"bye": list(self._lanes.tags_written) if self._lanes else [0, 0]})
 
     def _callback_failed(self, error: Exception) -> None:
         log.exception('event=callback_failed transport=%s peer="%s"', self.transport, self)
