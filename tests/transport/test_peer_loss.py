@@ -100,8 +100,8 @@ def test_peer_killed_in_mid_write(run, options):
                     owner.link.write(lane, region, 0, [data], i)
             waiting = asyncio.create_task(owner.link.drain(Lane.BULK))
             queued = owner.link.pending_bytes
-            while owner.link.pending_bytes > queued - 20 * MIB:
-                await asyncio.sleep(0)  # noqa: ASYNC110 - nothing announces it
+            while owner.link.pending_bytes > queued - 20 * MIB:  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0)
             process.kill()
             error = await asyncio.wait_for(owner.lost, SLACK)
             await asyncio.wait([waiting])
