@@ -22,21 +22,27 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from lamina.errors import CapacityError, ConfigError, PeerLostError, ProtocolError, TransportError
 from lamina.transport.base import SEALS, Lane, Region, address_of
 from lamina.transport.lanes import CHUNK_BYTES, Lanes, Owner, UpgradeError
 from lamina.transport.options import Options
-from lamina.transport.ring import HEAD, NBYTES, RING_BYTES, SLOTS, STARVED, TAIL, Rings, RingWriter, fence
+from lamina.transport.ring import HEAD, NBYTES, RING_BYTES, SLOTS, STARVED, TAIL, Rings, RingWriter, fence, ring
 
 if TYPE_CHECKING:
     from lamina.transport.handshake import Session
 
 BATCH = 64
 """The most tags of a lane that are delivered in one go."""
+
+LINGER_S = 50e-6
+NAPS = 16
+"""Going to sleep and waking again takes some microseconds on either side. After so many naps of less than ``LINGER_S``
+in a row, an end stays awake instead, until nothing has come for that long."""
 
 _WRITE_COST = 4096
 """Bytes that can be copied in the time which a write takes besides."""
@@ -121,8 +127,7 @@ class ShmLanes(Lanes):
         self._words = incoming.words
         self._slots = incoming.slots
         self._asleep = incoming.asleep
-        self._peer_asleep = outgoing.asleep
-        self._writers = [RingWriter(outgoing, lane) for lane in Lane]
+        self._writers = [RingWriter(outgoing, lane, peer_doorbell) for lane in Lane]
         self._published = [0, 0]
         """Of the tags received, how many the peer has been told, by lane."""
         self._busy_poll = busy_poll
@@ -132,6 +137,12 @@ class ShmLanes(Lanes):
         """Whether ``_move`` is going to be called."""
         self._drained: tuple[list[asyncio.Future[None]], ...] = ([], [])
         self._owner: Owner | None = None
+        self._awake = False
+        """Whether ``_look`` is called in every round."""
+        self._since = monotonic()
+        """When this end fell asleep, or when it last heard something while it stays awake."""
+        self._naps = 0
+        """How often in a row it slept for less than LINGER_S."""
         # What comes before ``start`` rings, and the bell is heard then.
         self._asleep[0] = 1
 
@@ -191,9 +202,6 @@ class ShmLanes(Lanes):
                     offset += len(piece)
                 writer.put(tag, nbytes)
                 self.bytes_written[0] += nbytes
-                fence()
-                if self._peer_asleep[0]:
-                    self._wake_peer()
                 return
         pieces.reverse()
         self._queues[lane].append(_Queued(window, offset, pieces, nbytes, tag))
@@ -234,20 +242,9 @@ class ShmLanes(Lanes):
                 writer.put(queued.tag, queued.nbytes)
                 self.bytes_written[lane] += queued.nbytes
                 self.pending_bytes[lane] -= queued.nbytes
-        fence()
-        if self._peer_asleep[0]:
-            self._wake_peer()
         if not queue:
             _wake(self._drained[lane], lambda waiter: waiter.set_result(None))
         return budget < CHUNK_BYTES
-
-    def _wake_peer(self) -> None:
-        self._peer_asleep[0] = 0
-        self._ring()
-
-    def _ring(self) -> None:
-        with suppress(BlockingIOError):  # rung 2**64 times already
-            os.eventfd_write(self._peer_doorbell, 1)
 
     # -- what arrives
 
@@ -255,8 +252,7 @@ class ShmLanes(Lanes):
         self._owner = owner
         self._loop.add_reader(self._doorbell, self._rung)
         if self._busy_poll:
-            self._asleep[0] = 0
-            self._loop.call_soon(self._spin)
+            self._stay_awake()
 
     def poll(self) -> bool:
         heard = False
@@ -291,37 +287,53 @@ class ShmLanes(Lanes):
             fence()
             if words[STARVED]:
                 words[STARVED] = 0
-                self._ring()
+                ring(self._peer_doorbell)
 
     def _rung(self) -> None:
         self.poll()
         if self._owner is None:
             return
-        with suppress(BlockingIOError):
+        try:  # noqa: SIM105 - see ``ring``
             os.eventfd_read(self._doorbell)
+        except BlockingIOError:
+            pass
         if self._queues[0] or self._queues[1]:
             self._move_soon()
-        self._settle()
-
-    def _look(self) -> None:
-        self.poll()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Say that this end sleeps, unless there is more: rings after the doorbell was read are heard again."""
-        if self._owner is None or self._busy_poll:
+        if self._awake:
             return
+        self._naps = self._naps + 1 if monotonic() - self._since < LINGER_S else 0
+        if self._naps < NAPS:
+            self._sleep()
+        else:
+            self._stay_awake()
+
+    def _sleep(self) -> None:
+        """Ask for the doorbell, unless something has come meanwhile."""
         self._asleep[0] = 1
         fence()
+        self._since = monotonic()
         decode, bulk = self._words
         if [decode[HEAD], bulk[HEAD]] != self.tags_received:
-            self._asleep[0] = 0
-            self._loop.call_soon(self._look)
+            self._stay_awake()
 
-    def _spin(self) -> None:
-        if self._owner is not None:
-            self.poll()
-            self._loop.call_soon(self._spin)
+    def _stay_awake(self) -> None:
+        self._awake = True
+        self._asleep[0] = 0
+        self._since = monotonic()
+        self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Look once in each round of the loop, until nothing has come for a while."""
+        if self._owner is None:
+            return
+        if self.poll():
+            self._since = monotonic()
+        elif not self._busy_poll and monotonic() - self._since > LINGER_S:
+            self._awake = False
+            self._naps = 0
+            self._sleep()
+            return
+        self._loop.call_soon(self._look)
 
     # -- the end
 
@@ -340,6 +352,10 @@ class ShmLanes(Lanes):
         self._socket.close()
         # Memory is unmapped with the last view of it, and the owner may have views of the windows.
         self._windows.clear()
+        self._words.clear()
+        self._slots.clear()
+        self._writers.clear()
+        del self._asleep
         for lane in Lane:
             self._queues[lane].clear()
             self.pending_bytes[lane] = 0
@@ -377,10 +393,13 @@ class _Queued:
 def _place(window: _Window, offset: int, piece: memoryview) -> None:
     """Copy ``piece`` into the window, unless it is that very part of it."""
     view, memory, address = window
-    comparable = (piece.obj is memory or len(piece) >= _COMPARE_BYTES) and not piece.readonly
-    if comparable and address_of(piece) == address + offset:
+    if (piece.obj is memory or len(piece) >= _COMPARE_BYTES) and _lies_at(piece, address + offset):
         return
     view[offset : offset + len(piece)] = piece
+
+
+def _lies_at(piece: memoryview, address: int) -> bool:
+    return not piece.readonly and address_of(piece) == address
 
 
 def _wake(waiters: list[asyncio.Future[None]], tell: Callable[[asyncio.Future[None]], None]) -> None:
