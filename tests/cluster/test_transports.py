@@ -23,6 +23,12 @@ from tests.harness import Wiring
 from tests.oracle import Agreement, Oracle
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_choice(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("transport", None):
+        pytest.skip("these tests choose transports themselves, on one ordinary machine")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return FAMILIES["llama"].save(tmp_path_factory.mktemp("llama") / "checkpoint")
