@@ -27,7 +27,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from lamina.errors import CapacityError, ConfigError, PeerLostError, ProtocolError, TransportError
+from lamina.errors import CapacityError, ConfigError, ProtocolError, TransportError
 from lamina.transport.base import SEALS, Lane, Region, address_of
 from lamina.transport.lanes import CHUNK_BYTES, Lanes, Owner, UpgradeError
 from lamina.transport.options import Options
@@ -127,7 +127,7 @@ class ShmLanes(Lanes):
         self._words = incoming.words
         self._slots = incoming.slots
         self._asleep = incoming.asleep
-        self._writers = [RingWriter(outgoing, lane, peer_doorbell) for lane in Lane]
+        self._writers = [RingWriter(outgoing, lane, peer_doorbell) for lane in _LANES]
         self._published = [0, 0]
         """Of the tags received, how many the peer has been told, by lane."""
         self._busy_poll = busy_poll
@@ -156,12 +156,13 @@ class ShmLanes(Lanes):
             )
         try:
             socket.send_fds(self._socket, [_region_message(key)], [region.fd])
-        except BlockingIOError as error:
-            raise CapacityError(
-                f"region {region.name!r} cannot be passed on: the peer has yet to take those before"
-            ) from error
+        except ConnectionError:
+            pass  # the peer is gone, as the control connection is about to say
         except OSError as error:
-            raise PeerLostError(f"region {region.name!r} cannot be passed on: {error}") from error
+            raise CapacityError(
+                f"region {region.name!r} cannot be passed on, after {key - 1} others: {error}; "
+                "wait until the peer has taken some"
+            ) from error
         return {}
 
     def learn(self, key: int, nbytes: int, details: dict[str, Any]) -> None:
@@ -223,7 +224,7 @@ class ShmLanes(Lanes):
         """Copy a chunk of what is queued: of decode, unless that has to wait for the peer; else of bulk."""
         self._moving = False
         try:
-            if any(self._move_lane(lane) for lane in Lane if self._queues[lane]):
+            if any(self._move_lane(lane) for lane in _LANES if self._queues[lane]):
                 self._move_soon()
         except ProtocolError as error:
             self._fail(error)
@@ -257,8 +258,9 @@ class ShmLanes(Lanes):
     def poll(self) -> bool:
         heard = False
         for lane in _LANES:
-            if self._words[lane][HEAD] != self.tags_received[lane] and self._owner is not None:
-                self._deliver(lane, self._owner)
+            owner = self._owner  # None as soon as the link has ended
+            if owner is not None and self._words[lane][HEAD] != self.tags_received[lane]:
+                self._deliver(lane, owner)
                 heard = True
         return heard
 
@@ -356,7 +358,7 @@ class ShmLanes(Lanes):
         self._slots.clear()
         self._writers.clear()
         del self._asleep
-        for lane in Lane:
+        for lane in _LANES:
             self._queues[lane].clear()
             self.pending_bytes[lane] = 0
             _wake(self._drained[lane], lambda waiter: waiter.set_exception(error))
