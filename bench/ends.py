@@ -9,66 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import uvloop
 
+from lamina.bench.variants import Setting
 from lamina.errors import TransportError
-from lamina.transport import (
-    Address,
-    Hello,
-    Lane,
-    Link,
-    Listener,
-    Options,
-    RdmaOptions,
-    Region,
-    RemoteRegion,
-    TlsFiles,
-    connect,
-)
+from lamina.transport import Address, Hello, Lane, Link, Listener, Options, Region, RemoteRegion, connect
 
 LOCAL = Address.parse("127.0.0.1:0")
 CONNECT_S = 10.0
-PEER_TIMEOUT_S = 10.0
 MEASURE_S = 60.0
 """How long one measurement may take on a bad day."""
-
-
-class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How both ends want their links, and where they run."""
-
-    kind: str
-    busy_poll: bool = False
-    tls: str | None = None
-    """The folder with ``node.pem`` and ``node.key``, which is its own authority."""
-    devices: tuple[str | None, str | None] = (None, None)
-    """Of RDMA: near, far."""
-    cpus: tuple[int, int] = (-1, -1)
-    """Near, far; -1: not pinned."""
-
-    def options(self, end: int) -> Options:
-        """Of the near end (0) or the far one (1)."""
-        tls = None
-        if self.tls is not None:
-            certificate = Path(self.tls) / "node.pem"
-            tls = TlsFiles(certificate, certificate.with_suffix(".key"), certificate)
-        return Options(
-            kind=self.kind,
-            busy_poll=self.busy_poll,
-            peer_timeout=PEER_TIMEOUT_S,
-            tls=tls,
-            rdma=RdmaOptions(device=self.devices[end]),
-        )
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -96,12 +55,6 @@ class Task(msgspec.Struct, frozen=True):
     def read(cls, line: str) -> Task:
         phase, size, slots, depth, seconds = line.split()
         return cls(phase, int(size), int(slots), int(depth), float(seconds))
-
-
-def pin(cpu: int) -> None:
-    """To one processor; -1: to none."""
-    if cpu >= 0:
-        os.sched_setaffinity(0, {cpu})
 
 
 # -- the far end
@@ -138,7 +91,7 @@ class _Answers:
 
 async def _far(setting: Setting) -> None:
     """Listen, say where, and answer until standard input ends."""
-    pin(setting.cpus[1])
+    setting.pin(1)
 
     def on_link(link: Link) -> None:
         _Answers(link)
@@ -242,7 +195,7 @@ async def measure(address: Address, options: Options, task: Task) -> dict[str, f
 
 
 def _near(setting: Setting) -> None:
-    pin(setting.cpus[0])
+    setting.pin(0)
     command = [sys.executable, "-m", __spec__.name, "--far", msgspec.json.encode(setting).decode()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as far:
         assert far.stdin

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -28,12 +26,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lamina.bench import report
-from lamina.bench.ends import Setting, Task
+from lamina.bench.ends import Task
+from lamina.bench.variants import VARIANTS, Setting, emulated, find, ports, two_processors
 from lamina.bench.yardsticks import Contender, Program, Result, Tool, build
 from lamina.errors import ConfigError, LaminaError, TransportError
-from lamina.transport import RdmaOptions
-from lamina.transport.lanes import UpgradeError
-from lamina.transport.verbs import Port, find_port
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (64, 512, 4 * KIB, 8 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 8 * MIB)
@@ -46,8 +42,6 @@ SPAN = 32 * MIB
 """Writes go to one place after the other, as many as are under way, but to no more bytes than this."""
 
 PHASES = ("round_trip", "bandwidth")
-TRANSPORTS = ("tcp", "tcp+tls", "shm", "shm+busy_poll", "rdma", "rdma+busy_poll")
-DEVICES = Path("/sys/class/infiniband")
 
 COLUMNS = {
     "round_trip": {
@@ -100,15 +94,15 @@ def run(
     """Measure ``only`` these transports or all, print, and draw if asked."""
     if plot:
         report.figure_class()
-    unknown = sorted(set(only or ()) - set(TRANSPORTS))
+    unknown = sorted(set(only or ()) - set(VARIANTS))
     if unknown:
-        raise ConfigError(f"--transport: expected one of {', '.join(TRANSPORTS)}, got {', '.join(unknown)}")
+        raise ConfigError(f"--transport: expected one of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if devices and len(devices) > 2:
         raise ConfigError(f"--rdma-device: expected at most two, one of each end, got {', '.join(devices)}")
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
         bench = _Bench(Path(folder), console, devices or (), quick=quick)
-        rows = bench.measure([name for name in TRANSPORTS if name in (only or TRANSPORTS)])
+        rows = bench.measure([name for name in VARIANTS if name in (only or VARIANTS)])
     if as_json:
         report.print_json(rows, bench.machine)
     else:
@@ -138,7 +132,7 @@ class _Bench:
         self._folder = folder
         self._console = console
         self._quick = quick
-        self._cpus = _two_processors()
+        self._cpus = two_processors()
         self._wanted = devices
         self._pingpong: Path | None = None
         self.machine: dict[str, Any] = {
@@ -190,9 +184,7 @@ class _Bench:
                     try:
                         found.setdefault(name, []).append(contender.measure(task))
                     except TransportError as error:
-                        self._console.print(
-                            f"{name} is left out: {error}", highlight=False, markup=False, soft_wrap=True
-                        )
+                        self._leave_out(name, str(error))
                         del yardsticks[name]
                         found.pop(name, None)
             medians = {name: _medians(results) for name, results in found.items()}
@@ -205,45 +197,43 @@ class _Bench:
 
     def _find(self, name: str) -> _Transport:
         """Raises TransportError with the reason why it cannot be measured here."""
-        kind, _, variant = name.partition("+")
-        cpus = self._cpus
-        if variant == "busy_poll" and cpus[0] < 0:
-            raise TransportError("who polls takes a processor, and there is but one for both ends")
-        if kind == "rdma":
-            return self._rdma(name, variant == "busy_poll")
-        if kind == "shm":
-            trips = [_Yardstick("eventfd", PHASES, self._c("eventfd"))]
-            if variant == "busy_poll":
-                trips.append(_Yardstick("polling", PHASES[:1], self._c("polling")))
-            floods = _Yardstick("memcpy", PHASES[1:], self._c("memcpy"))
-            setting = Setting(kind, busy_poll=variant == "busy_poll", cpus=cpus)
-            return _Transport(name, setting, [*trips, floods] if self._pingpong else [])
-        tls = str(make_certificate(self._folder)) if variant == "tls" else None
-        yardsticks = [_Yardstick("socket", PHASES, self._c("tcp"))] if self._pingpong else []
-        return _Transport(name, Setting(kind, tls=tls, cpus=cpus), yardsticks)
+        setting = find(name, self._folder, self._cpus, self._wanted)
+        if setting.kind == "rdma":
+            yardsticks = self._tools()
+        elif self._pingpong is None:
+            yardsticks = []
+        elif setting.kind == "shm":
+            yardsticks = [_Yardstick("eventfd", PHASES, self._c("eventfd"))]
+            if setting.busy_poll:
+                yardsticks.append(_Yardstick("polling", PHASES[:1], self._c("polling")))
+            yardsticks.append(_Yardstick("memcpy", PHASES[1:], self._c("memcpy")))
+        else:
+            yardsticks = [_Yardstick("socket", PHASES, self._c("tcp"))]
+        return _Transport(name, setting, yardsticks)
 
-    def _rdma(self, name: str, busy_poll: bool) -> _Transport:
-        ports = _ports(self._wanted)
-        near, far = ports[0], ports[-1]
-        emulated = all("/virtual/" in os.path.realpath(DEVICES / port.device) for port in (near, far))
-        self.machine["rdma"] = {"near": near.device, "far": far.device, "emulated": emulated}
-        devices = near.device, far.device
-        cpus = [str(cpu) for cpu in self._cpus]
-        yardsticks = [
-            _Yardstick("pyverbs", PHASES, lambda: Program.module("yardsticks.verbs", *devices, *cpus)),
-        ]
-        for tool, phase, main in (("ib_write_bw", 1, True), ("ibv_rc_pingpong", 0, False), ("ib_write_lat", 0, False)):
-            if tool == "ib_write_lat" and self._cpus[0] < 0:
-                why = "it polls, and there is one processor for both ends"
-            elif not shutil.which(tool):
-                why = "it is not installed"
+    def _tools(self) -> list[_Yardstick]:
+        """Of RDMA."""
+        near, far = ports(self._wanted)
+        self.machine["rdma"] = {"near": near.device, "far": far.device, "emulated": emulated(near) and emulated(far)}
+        places = (near.device, near.gid_index), (far.device, far.gid_index)
+        arguments = near.device, far.device, *map(str, self._cpus)
+        yardsticks = [_Yardstick("pyverbs", PHASES, lambda: Program.module("yardsticks.verbs", *arguments))]
+        for tool, phases, main in (
+            ("ib_write_bw", PHASES[1:], True),
+            ("ibv_rc_pingpong", PHASES[:1], False),
+            ("ib_write_lat", PHASES[:1], False),
+        ):
+            if not shutil.which(tool):
+                self._leave_out(tool, "it is not installed")
+            elif tool == "ib_write_lat" and self._cpus[0] < 0:
+                self._leave_out(tool, "it polls, and there is but one processor for both ends")
             else:
-                places = (near.device, near.gid_index), (far.device, far.gid_index)
-                start = functools.partial(Tool, tool, places, self._cpus)
-                yardsticks.append(_Yardstick(tool, PHASES[phase : phase + 1], start, main))
-                continue
-            self._console.print(f"{tool} is left out: {why}", highlight=False)
-        return _Transport(name, Setting("rdma", busy_poll=busy_poll, devices=devices, cpus=self._cpus), yardsticks)
+                yardsticks.append(_Yardstick(tool, phases, functools.partial(Tool, tool, places, self._cpus), main))
+        return yardsticks
+
+    def _leave_out(self, yardstick: str, why: str) -> None:
+        told = f"{yardstick} is left out: {why}"
+        self._console.print(told, highlight=False, markup=False, soft_wrap=True)
 
     def _c(self, medium: str) -> Callable[[], Contender]:
         return lambda: Program([str(self._pingpong), medium, *map(str, self._cpus)])
@@ -258,41 +248,6 @@ def _points(*, quick: bool) -> list[Task]:
         for depth in (QUICK_DEPTHS if quick else DEPTHS)
     ]
     return trips + floods
-
-
-def _two_processors() -> tuple[int, int]:
-    """For the near and the far end: of two cores where there are, -1 where there is only one processor."""
-    first, *others = sorted(os.sched_getaffinity(0))
-    if not others:
-        return -1, -1
-    siblings = _first_line(f"/sys/devices/system/cpu/cpu{first}/topology/thread_siblings_list") or ""
-    twins = {int(cpu) for part in siblings.split(",") for cpu in part.split("-") if cpu}
-    return first, next((cpu for cpu in others if cpu not in twins), others[0])
-
-
-def _ports(wanted: Sequence[str]) -> list[Port]:
-    """Ports that can be used: of the devices wanted, or of all there are. UpgradeError if there is none."""
-    if wanted:
-        return [find_port(RdmaOptions(device=name)) for name in wanted]
-    ports = [find_port(RdmaOptions())]
-    for name in sorted(entry.name for entry in DEVICES.iterdir()):
-        with contextlib.suppress(UpgradeError):
-            if name != ports[0].device:
-                ports.append(find_port(RdmaOptions(device=name)))
-    return ports[:2]
-
-
-def make_certificate(folder: Path) -> Path:
-    """Make ``node.pem`` and ``node.key`` in ``folder``; TransportError where that cannot be."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        raise TransportError("the command openssl, which would make a certificate, is not installed")
-    request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    files = ["-subj", "/CN=lamina", "-keyout", str(folder / "node.key"), "-out", str(folder / "node.pem")]
-    done = subprocess.run([openssl, *request, *files], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise TransportError(f"openssl made no certificate: {done.stderr.strip()[-300:]}")
-    return folder
 
 
 # -- results

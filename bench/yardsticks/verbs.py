@@ -16,7 +16,8 @@ import time
 from collections import deque
 from typing import Any
 
-from lamina.bench.ends import Task, pin
+from lamina.bench.ends import Task
+from lamina.bench.variants import pin
 from lamina.transport import RdmaOptions
 from lamina.transport.base import address_of
 from lamina.transport.verbs import Port, find_port, pyverbs

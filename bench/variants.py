@@ -1,0 +1,112 @@
+"""The transports that are measured, some of them in several ways, and what each needs to be had on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from lamina.errors import TransportError
+from lamina.transport import Options, RdmaOptions, TlsFiles
+from lamina.transport.lanes import UpgradeError
+from lamina.transport.verbs import Port, find_port
+
+VARIANTS = ("tcp", "tcp+tls", "shm", "shm+busy_poll", "rdma", "rdma+busy_poll")
+
+PEER_TIMEOUT_S = 10.0
+DEVICES = Path("/sys/class/infiniband")
+
+
+class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How both ends want their links, and where they run. Plain values: it travels on command lines."""
+
+    kind: str
+    busy_poll: bool = False
+    tls: str | None = None
+    """The folder with ``node.pem``, which is its own authority, and ``node.key``."""
+    devices: tuple[str, str] | None = None
+    """Of RDMA: near, far."""
+    cpus: tuple[int, int] = (-1, -1)
+    """Near, far; -1: not pinned."""
+
+    def options(self, end: int) -> Options:
+        """Of the near end (0) or the far one (1)."""
+        tls = None
+        if self.tls is not None:
+            certificate = Path(self.tls) / "node.pem"
+            tls = TlsFiles(certificate, certificate.with_suffix(".key"), certificate)
+        rdma = RdmaOptions(device=self.devices[end]) if self.devices else RdmaOptions()
+        return Options(kind=self.kind, busy_poll=self.busy_poll, peer_timeout=PEER_TIMEOUT_S, tls=tls, rdma=rdma)
+
+    def pin(self, end: int) -> None:
+        """Have this process run where that end should."""
+        pin(self.cpus[end])
+
+
+def pin(cpu: int) -> None:
+    """Have this process run on one processor; -1: on any."""
+    if cpu >= 0:
+        os.sched_setaffinity(0, {cpu})
+
+
+def find(variant: str, folder: Path, cpus: tuple[int, int], wanted: Sequence[str] = ()) -> Setting:
+    """How to have one of ``VARIANTS``; TransportError says why it cannot be had here.
+
+    Certificates are made in ``folder``. ``wanted``: RDMA devices, of both ends or of each.
+    """
+    kind, _, way = variant.partition("+")
+    if way == "busy_poll" and cpus[0] < 0:
+        raise TransportError("who polls needs a processor, and there is but one for both ends")
+    tls = devices = None
+    if way == "tls":
+        make_certificate(folder)
+        tls = str(folder)
+    if kind == "rdma":
+        near, far = ports(wanted)
+        devices = near.device, far.device
+    return Setting(kind, busy_poll=way == "busy_poll", tls=tls, devices=devices, cpus=cpus)
+
+
+def two_processors() -> tuple[int, int]:
+    """For the near and the far end: of two cores where there are, -1 where there is only one processor."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        return -1, -1
+    siblings = Path(f"/sys/devices/system/cpu/cpu{first}/topology/thread_siblings_list")
+    twins = siblings.read_text().strip().replace("-", ",").split(",") if siblings.exists() else []
+    return first, next((cpu for cpu in others if str(cpu) not in twins), others[0])
+
+
+def ports(wanted: Sequence[str] = ()) -> tuple[Port, Port]:
+    """For the near and the far end: of the devices wanted, or the first two that can be used; UpgradeError if none."""
+    if wanted:
+        found = [find_port(RdmaOptions(device=name)) for name in wanted]
+    else:
+        found = [find_port(RdmaOptions())]
+        for name in sorted(entry.name for entry in DEVICES.iterdir()):
+            with contextlib.suppress(UpgradeError):
+                if name != found[0].device:
+                    found.append(find_port(RdmaOptions(device=name)))
+    return found[0], found[min(1, len(found) - 1)]
+
+
+def emulated(port: Port) -> bool:
+    """Whether software pretends to be this device, as Soft-RoCE does."""
+    return "/virtual/" in os.path.realpath(DEVICES / port.device)
+
+
+def make_certificate(folder: Path) -> None:
+    """Make ``node.pem`` and ``node.key`` in ``folder``; TransportError where that cannot be."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        raise TransportError("the command openssl, which would make a certificate, is not installed")
+    request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    files = ["-subj", "/CN=lamina", "-keyout", str(folder / "node.key"), "-out", str(folder / "node.pem")]
+    done = subprocess.run([openssl, *request, *files], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TransportError(f"openssl made no certificate: {done.stderr.strip()[-300:]}")
