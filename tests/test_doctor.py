@@ -264,11 +264,15 @@ def test_strangers_and_others(tmp_path: Path) -> None:
     assert line(facts, "node m0")["state"] == "fail"
     assert "reached by TCP, but" in line(facts, "node m0")["found"]
     assert line(facts, "node m0")["do"] == "give all nodes and this machine a copy of the same secret file"
+    assert "no answer" in line(facts, "node m1")["found"]
+    assert "firewall" in line(facts, "node m1")["do"]
     assert line(facts, "node m1")["state"] == "fail"
     assert line(facts, "node m2")["state"] == "fail"
     assert "a compute node answers, c0" in line(facts, "node m2")["found"]
     assert "nobody listens there" in line(facts, "node m3")["found"]
     assert facts["pairs"] == []
+    # One memory node per KV head at most, of which this model has four.
+    assert line(facts, "least bandwidth")["state"] == "ok"
 
 
 async def _until_listening(*nodes: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,10 +10,11 @@ from typing import Any
 
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.doctor.finding import Finding, State, guarded
-from lamina.errors import CheckpointError, ConnectError, HandshakeError, LaminaError, TransportError
+from lamina.doctor.machine import is_here
+from lamina.errors import CheckpointError, ConfigError, ConnectError, HandshakeError, LaminaError, TransportError
 from lamina.probe import CONNECT_S, MEASURE_S, measure
 from lamina.protocol import AskStatus, Probe, Probed, Status, decode, encode
-from lamina.transport import Address, Hello, Link, connect
+from lamina.transport import Hello, Link, connect
 from lamina.transport.choice import TRANSPORTS
 
 REACH_S = 2.0
@@ -72,11 +71,14 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[Link | None, 
         hint = next((hint for word, hint in _HINTS.items() if word in str(e)), "something else listens there")
         return None, Finding(item, "fail", f"{place}: reached by TCP, but {_reason(e, node)}", hint)
     except ConnectError as e:
-        start = f"lamina node --role {node.role} --config {config.file} --name {node.name}"
-        advice = f"start it with `{start}`; if it runs, look for a firewall or a wrong address"
         # Whoever comes before the first run may well have the memory nodes alone.
         state: State = "fail" if node.role == "memory" else "warn"
-        return None, Finding(item, state, f"{place}: nobody listens there: {_reason(e, node)}", advice)
+        if isinstance(e.__cause__, ConnectionRefusedError):
+            start = f"lamina node --role {node.role} --config {config.file} --name {node.name}"
+            advice = f"start it with `{start}`; if it runs, correct the address"
+            return None, Finding(item, state, f"{place}: nobody listens there", advice)
+        advice = "look for a firewall, a wrong address, or a process that hangs"
+        return None, Finding(item, state, f"{place}: no answer: {_reason(e, node)}", advice)
     except LaminaError as e:
         return None, Finding(item, "fail", f"{place}: {e}")
     if link.peer.role != node.role:
@@ -180,8 +182,8 @@ def _enough(config: ClusterConfig, pairs: list[Pair], step_ms: float) -> Iterato
         model = report(config.model_path, config.model.dtype, batch, step_ms)
         shares = _shares(Checkpoint.open(config.model_path, config.model.dtype), config)
     except CheckpointError as e:
-        here = _is_here(config.front.listen)
-        yield Finding("least bandwidth", "fail" if here else "warn", str(e), "look from a machine that has the model")
+        state: State = "fail" if is_here(config.front.listen) else "warn"
+        yield Finding("least bandwidth", state, str(e), "look from a machine that has the model")
         return
     needed = model.bandwidth / 1e9
     yield Finding(
@@ -209,14 +211,8 @@ def _shares(checkpoint: Any, config: ClusterConfig) -> dict[str, float]:
 
     names = [n.name for n in config.memory_nodes]
     heads = getattr(checkpoint.config.get_text_config(), "num_key_value_heads", None)
-    if not isinstance(heads, int) or heads < len(names):
+    if not isinstance(heads, int):
         return dict.fromkeys(names, 1 / len(names))
+    if heads < len(names):
+        raise ConfigError(f"{heads} KV heads cannot be split over {len(names)} memory nodes; use at most {heads}")
     return {name: len(own) / heads for name, own in zip(names, split_heads(heads, len(names)), strict=True)}
-
-
-def _is_here(address: Address) -> bool:
-    """Whether it is an address of this machine."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as s:
-        s.bind((address.host, 0))
-        return True
-    return False

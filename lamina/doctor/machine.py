@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ipaddress
 import os
 import platform
 import resource
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,7 @@ from pathlib import Path
 from lamina.config import ClusterConfig
 from lamina.doctor.finding import Finding, State, guarded
 from lamina.errors import ConfigError
-from lamina.transport import Options, verbs
+from lamina.transport import Address, Options, verbs
 from lamina.transport.choice import offers
 from lamina.transport.lanes import UpgradeError
 
@@ -46,6 +48,14 @@ def look(config: ClusterConfig | None) -> list[Finding]:
         ("transports", partial(transports, links)),
     ]
     return [finding for item, check in checks for finding in guarded(item, check)]
+
+
+def is_here(address: Address) -> bool:
+    """Whether it is an address of this machine."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as s:
+        s.bind((address.host, 0))
+        return True
+    return False
 
 
 # -- software and processors
@@ -103,7 +113,7 @@ def numa(config: ClusterConfig | None) -> Iterator[Finding]:
         return
     state: State = "ok"
     advice = "run one memory node per NUMA node, each with numa = N (or --numa) and the cpus of that node"
-    if config and any(n.listen.is_loopback and n.numa is None and n.cpus is None for n in config.memory_nodes):
+    if config and any(is_here(n.listen) and n.numa is None and n.cpus is None for n in config.memory_nodes):
         state = "warn"
     yield Finding("NUMA", state, f"{len(nodes)} NUMA nodes: {', '.join(map(str, nodes))}", advice)
 
@@ -164,7 +174,7 @@ def gpus(config: ClusterConfig | None) -> Iterator[Finding]:
     wanted = config is not None and (config.front.device or "cpu").startswith("cuda")
     devices = sorted(p.name for p in Path("/dev").glob("nvidia[0-9]*"))
     if not devices:
-        if wanted and config and config.front.listen.is_loopback:
+        if wanted and config and is_here(config.front.listen):
             found = f"none, but {config.front.name} asks for {config.front.device}"
             yield Finding("GPU", "fail", found, "install the driver, or choose another device")
         else:
