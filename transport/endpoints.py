@@ -377,7 +377,8 @@ async def _make_link(session: Session) -> Link:
         if own is not None and not told:
             taken, lanes = name, own
             break
-        choice.reasons.append(f"{name}: {failure or told}")
+        there = f"{session.peer.hello.name}: {told}" if told and told not in failure else ""
+        choice.reasons.append(f"{name}: {'; '.join(filter(None, (failure, there)))}")
     else:
         if choice.candidates:
             raise HandshakeError(f"no transport could be set up: {choice.told('none')}")

@@ -89,8 +89,12 @@ class Introduction:
                 and kind in KINDS
                 and all(isinstance(offer, dict) for offer in offers.values())
             ):
+                said = {
+                    transport: {"missing": _one_line(offer["missing"])} if "missing" in offer else offer
+                    for transport, offer in offers.items()
+                }
                 try:
-                    return cls(Hello(role, name, details), kind, offers, peer_timeout, secret, nonce)
+                    return cls(Hello(role, name, details), kind, said, peer_timeout, secret, nonce)
                 except ConfigError as error:
                     raise HandshakeError(f"the peer introduced itself wrongly: {error}") from error
             case _:
@@ -189,7 +193,7 @@ class Session:
         """The next message of the other end's ``upgrade``; UpgradeError if that failed."""
         message = _unrefused((await receive_frame(self.stream))[1])
         if "outcome" in message:
-            self._outcome = str(message["outcome"])
+            self._outcome = _one_line(message["outcome"])
             raise UpgradeError(f"{self.peer.hello.name}: {self._outcome or 'ended early'}")
         return message
 
@@ -200,8 +204,8 @@ class Session:
         await self.send({"outcome": failure})
         while told is None:
             match _unrefused((await receive_frame(self.stream))[1]):
-                case {"outcome": str(told)}:
-                    pass
+                case {"outcome": outcome}:
+                    told = _one_line(outcome)
                 case _ if not failure:
                     raise ProtocolError("the peer went on with a set-up that is complete here")
         return told
@@ -236,6 +240,11 @@ async def receive_frame(stream: Stream) -> tuple[bytes, dict[str, Any]]:
         raise ProtocolError(f"the peer opened with {event!r:.100} instead of a hello")
     assert len(frame) > HEADER_BYTES
     return bytes(frame), event
+
+
+def _one_line(words: object) -> str:
+    """What the peer says, fit for a log."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(words)[:500])
 
 
 def _unrefused(message: dict[str, Any]) -> dict[str, Any]:
