@@ -13,6 +13,7 @@ import msgspec
 
 from lamina.errors import TransportError
 from lamina.transport import Options, RdmaOptions, TlsFiles
+from lamina.transport.choice import offers
 from lamina.transport.lanes import UpgradeError
 from lamina.transport.verbs import Port, find_port
 
@@ -69,7 +70,10 @@ def find(variant: str, folder: Path, cpus: tuple[int, int], wanted: Sequence[str
     if kind == "rdma":
         near, far = ports(wanted)
         devices = near.device, far.device
-    return Setting(kind, busy_poll=way == "busy_poll", tls=tls, devices=devices, cpus=cpus)
+    setting = Setting(kind, busy_poll=way == "busy_poll", tls=tls, devices=devices, cpus=cpus)
+    if why := offers(setting.options(0))[kind].get("missing"):
+        raise TransportError(why)
+    return setting
 
 
 def two_processors() -> tuple[int, int]:

@@ -155,7 +155,7 @@ class Tool:
         elif self._name == "ib_write_lat":
             command += ["-F", f"--gid-index={gid}"]
         else:
-            command += ["-F", f"--gid-index={gid}", "--events", "--report_gbits", f"--tx-depth={task.depth}"]
+            command += ["-F", f"--gid-index={gid}", "--report_gbits", f"--tx-depth={task.depth}"]
         if end == 0:
             command.append("127.0.0.1")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
