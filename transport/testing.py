@@ -309,9 +309,9 @@ async def check_bulk_does_not_hold_up_decode(make_pair: MakePair) -> None:
 
         steps = sorted(after - before for before, after in zip([0, *passed], [*passed, 2 * chunks], strict=True))
         # Each of the two writes may meet a chunk in the hands of its sender and one in those of its receiver, in both
-        # directions of bulk. Now and then a busy machine holds up somebody for longer.
+        # directions of bulk. Now and then a busy machine, or a device that tells late, holds up somebody for longer.
         assert steps[len(steps) * 3 // 4] <= 8, steps
-        assert steps[-1] <= 64, steps
+        assert steps[-1] <= chunks, steps
 
 
 async def check_decode_overtakes_bulk(make_pair: MakePair) -> None:

@@ -50,14 +50,21 @@ def make_pair(options: Options) -> Callable[[], Coroutine[Any, Any, tuple[Link, 
 
 @pytest.fixture(scope="session")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsFiles:
-    """A certificate that is its own authority; all nodes of a test share it."""
-    folder = tmp_path_factory.mktemp("tls")
-    return make_certificate(folder, "node")
+    """A certificate and its authority; all nodes of a test share it."""
+    return make_certificate(tmp_path_factory.mktemp("tls"), "node")
 
 
 def make_certificate(folder: Path, name: str) -> TlsFiles:
+    """A new certificate of the authority in ``folder``, which is made with the first one."""
+    authority, authority_key = folder / "authority.pem", folder / "authority.key"
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
-    request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    files = ["-subj", f"/CN={name}", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(["openssl", *request, *files], check=True, capture_output=True)  # noqa: S607
-    return TlsFiles(certificate, key, certificate)
+    new = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    if not authority.exists():
+        openssl("req", *new, "-subj", "/CN=authority", "-keyout", str(authority_key), "-out", str(authority))
+    signed = ["-CA", str(authority), "-CAkey", str(authority_key), "-addext", "basicConstraints=critical,CA:FALSE"]
+    openssl("req", *new, *signed, "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(certificate))
+    return TlsFiles(certificate, key, authority)
+
+
+def openssl(*arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True)  # noqa: S607

@@ -1,0 +1,263 @@
+"""Which transport two nodes take, what they say about it, and what happens when it cannot be had."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lamina.errors import ConfigError, HandshakeError, ProtocolError
+from lamina.transport import Lane, Options, Region, RemoteRegion, connect
+from tests.transport import wire
+from tests.transport.nodes import COMPUTE, TCP, listening, round_trip, still_welcomes
+
+AUTO = Options("auto", peer_timeout=10.0)
+ELSEWHERE = {"shm": {"host": "another host"}, "rdma": {"missing": "no adapter is plugged in"}, "tcp": {}}
+
+
+async def link_of(near, far):
+    """The choice of both ends of a link that was made between these options."""
+    async with (
+        listening(far) as (listener, keeper),
+        await connect(listener.address, COMPUTE, near, deadline_s=10) as link,
+    ):
+        other = await keeper.first()
+        assert await round_trip(link, other)
+        assert link.choice == other.choice
+        assert link.transport == other.transport
+        return link.transport, link.choice
+
+
+def test_auto_takes_shared_memory_on_one_host(run):
+    """The best that both ends have, which is said with what was asked for."""
+    transport, choice = run(link_of(AUTO, AUTO))
+
+    assert transport == "shm"
+    assert choice.startswith("asked: auto (c0), auto (m0); ")
+    assert choice.endswith("took shm")
+
+
+@pytest.mark.parametrize("kind", ["tcp", "shm"])
+@pytest.mark.parametrize("who", ["connecting", "listening"])
+def test_one_end_decides(kind, who):
+    """What one end demands, the other one takes when it has no preference."""
+    demanded = Options(kind, peer_timeout=10.0)
+    near, far = (demanded, AUTO) if who == "connecting" else (AUTO, demanded)
+    transport, choice = asyncio.run(link_of(near, far))
+
+    assert transport == kind
+    assert choice == f"asked: {near.kind} (c0), {far.kind} (m0); took {kind}"
+
+
+@pytest.mark.parametrize(("near", "far"), [("tcp", "shm"), ("shm", "tcp"), ("auto", "control"), ("tcp", "control")])
+def test_different_demands(run, near, far):
+    """Both demands are in the error, which both ends have; nobody tries again."""
+
+    async def main():
+        async with listening(Options(far)) as (listener, keeper):
+            with pytest.raises(
+                HandshakeError, match=f"c0 demands transport {near}, m0 demands {far}: configure one kind, or auto"
+            ):
+                await connect(listener.address, COMPUTE, Options(near), deadline_s=20)
+            assert not keeper.links
+
+    run(main())
+
+
+@pytest.mark.parametrize("who", ["connecting", "listening"])
+def test_what_is_demanded_and_missing(run, who, caplog):
+    """Both ends say which step failed, and where; there is no silent fallback."""
+    rdma = Options("rdma")
+
+    async def main():
+        near, far = (rdma, AUTO) if who == "connecting" else (AUTO, rdma)
+        async with listening(far) as (listener, keeper):
+            try:
+                link = await connect(listener.address, COMPUTE, near, deadline_s=20)
+            except HandshakeError as error:
+                while "no transport is possible" not in caplog.text:  # noqa: ASYNC110 - the other end says it, too
+                    await asyncio.sleep(0.01)
+                return str(error), keeper.links
+            link.abort("the test is over")
+            pytest.skip("there is RDMA here")
+
+    error, links = run(main())
+    assert not links
+    assert f"no transport is possible (asked: {'rdma' if who == 'connecting' else 'auto'} (c0)" in error
+    assert "; rdma: " in error or ": rdma: " in error
+    assert "not offered" not in error
+
+
+def test_demanded_but_the_peer_has_none():
+    """The reason is the peer's own."""
+
+    async def main():
+        async with listening(Options("rdma")) as (listener, keeper):
+            async with wire.stranger(listener.address) as stranger:
+                await wire.introduce(stranger, kind="auto", offers=ELSEWHERE)
+                refusal = (await stranger.hear())["refused"]
+            assert not keeper.links
+            return refusal
+
+    refusal = asyncio.run(main())
+    assert "no transport is possible (asked: auto (stranger), rdma (m0)): rdma: " in refusal
+
+
+def test_auto_falls_back_to_what_is_possible(run):
+    """Why the better ones were not taken can be read from the link."""
+
+    async def main():
+        async with (
+            listening(AUTO) as (listener, keeper),
+            wire.hand_made_link(listener.address, kind="auto", offers=ELSEWHERE),
+        ):
+            return (await keeper.first()).choice
+
+    assert run(main()) == (
+        "asked: auto (stranger), auto (m0); shm: the nodes are not on one host; "
+        "rdma: stranger: no adapter is plugged in; took tcp"
+    )
+
+
+def test_auto_falls_back_when_a_set_up_fails(run):
+    """What looked possible and was not costs a moment; the reason of the end where it failed is kept."""
+
+    async def main():
+        async with listening(AUTO) as (listener, keeper):
+            offers = await wire.offers_of(listener.address)
+            async with wire.stranger(listener.address) as control:
+                link_id, key = await wire.introduce(control, kind="auto", offers={**offers, "tcp": {}, "rdma": {}})
+                assert "socket" in await control.hear()
+                await control.send(wire.message({"outcome": "no memory\nis left"}))
+                assert "no memory" in (await control.hear())["outcome"]
+                async with (
+                    wire.stranger(listener.address, wire.join(link_id, key, 0)) as decode,
+                    wire.stranger(listener.address, wire.join(link_id, key, 1)) as bulk,
+                ):
+                    assert [await decode.hear(), await bulk.hear()] == [{"joined": 0}, {"joined": 1}]
+                    assert await control.hear() == {"outcome": ""}
+                    await control.send(wire.message({"outcome": ""}))
+                    link = await keeper.first()
+                    return link.transport, link.choice
+
+    transport, choice = run(main())
+    assert transport == "tcp"
+    assert "shm: stranger: no memory" in choice
+    assert choice.endswith("; took tcp")
+    assert choice.isprintable()
+
+
+def test_words_of_the_peer_are_fit_for_a_log(run):
+    """What a peer says about itself stays on its line, and short."""
+
+    async def main():
+        offers = {"shm": {"missing": "x\nevent=all_is_well" + "y" * 5000}, "rdma": {"missing": 7}, "tcp": {}}
+        async with (
+            listening(AUTO) as (listener, keeper),
+            wire.hand_made_link(listener.address, kind="auto", offers=offers),
+        ):
+            return (await keeper.first()).choice
+
+    choice = run(main())
+    assert choice.isprintable()
+    assert len(choice) < 1500
+
+
+@pytest.mark.parametrize("kind", [pytest.param("tcp", marks=pytest.mark.slow), "shm"])
+def test_demanded_and_its_set_up_fails(kind):
+    """There is no fallback from what was demanded: the handshake ends with the reason of the other end."""
+
+    async def main():
+        async with listening(Options(kind)) as (listener, keeper):
+            offers = await wire.offers_of(listener.address)
+            async with wire.stranger(listener.address) as control:
+                await wire.introduce(control, kind="auto", offers=offers)
+                await control.send(wire.message({"outcome": "it is broken"}))
+                while "refused" not in (answer := await control.hear()):
+                    pass
+            assert not keeper.links
+            assert await still_welcomes(listener, keeper, Options(kind))
+            return answer["refused"]
+
+    refusal = asyncio.run(main())
+    assert f"no transport could be set up: asked: auto (stranger), {kind} (m0); {kind}: " in refusal
+    assert "it is broken" in refusal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent_from", ["set-up", "outcome"])
+def test_peer_that_falls_silent_in_a_set_up(silent_from):
+    """The listener does not wait for ever, and the connection ends with the reason."""
+
+    async def main():
+        async with listening(AUTO) as (listener, keeper):
+            offers = await wire.offers_of(listener.address)
+            async with wire.stranger(listener.address) as control:
+                await wire.introduce(control, kind="shm", offers=offers)
+                if silent_from == "outcome":
+                    await control.send(wire.message({"outcome": "it is broken"}))
+                assert b"refused" in await control.rest()
+            assert not keeper.links
+
+    asyncio.run(main())
+
+
+# -- links that only carry messages
+
+
+def test_control_link(run):
+    """It carries messages, and says what it is to whoever wants more of it."""
+
+    async def main():
+        async with (
+            listening(AUTO) as (listener, keeper),
+            await connect(listener.address, COMPUTE, Options("control", peer_timeout=10.0), deadline_s=10) as link,
+        ):
+            other = await keeper.first()
+            assert link.transport == other.transport == "control"
+            assert link.choice == other.choice == "asked: control (c0), auto (m0); took control"
+            assert await round_trip(link, other)
+            remote = RemoteRegion(1, "inbox", 100)
+            for end in (link, other):
+                with pytest.raises(ConfigError, match="only carries messages: it was made with kind 'control'"):
+                    end.expose(Region("inbox", 100))
+                with pytest.raises(ProtocolError, match="has exposed no region 'inbox' of 100 bytes"):
+                    end.write(Lane.DECODE, remote, 0, [b"data"], 1)
+                with pytest.raises(ProtocolError, match="has exposed no region 'inbox' of 100 bytes"):
+                    end.window(remote)
+                assert not end.poll()
+                assert end.bytes_written == end.bytes_received == (0, 0)
+                await end.drain()
+            await link.close()
+            assert link.error is None
+
+    run(main())
+
+
+def test_control_link_to_any_listener():
+    """Whatever a listener demands of links with lanes."""
+
+    async def main():
+        for far in (TCP, Options("shm"), Options("rdma"), Options("control")):
+            async with (
+                listening(far) as (listener, keeper),
+                await connect(listener.address, COMPUTE, Options("control"), deadline_s=10) as link,
+            ):
+                assert await round_trip(link, await keeper.first())
+
+    asyncio.run(main())
+
+
+def test_region_on_a_control_link():
+    """A peer that exposes a region there breaks the protocol."""
+
+    async def main():
+        async with listening(AUTO) as (listener, keeper), wire.stranger(listener.address) as control:
+            await wire.introduce(control, kind="control", offers={})
+            link = await keeper.first()
+            lost = asyncio.get_running_loop().create_future()
+            link.on_lost = lost.set_result
+            await control.send(wire.note({"region": [1, 100, {}]}))
+            assert "exposed a region on a link without lanes" in str(await lost)
+
+    asyncio.run(main())
