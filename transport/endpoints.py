@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Self
 
-from lamina.errors import ConnectError, HandshakeError, ProtocolError, TransportError
+from lamina.errors import CapacityError, ConnectError, HandshakeError, ProtocolError, TransportError
 from lamina.transport.address import Address, check_reach
 from lamina.transport.base import Hello, Lane, Link, log
 from lamina.transport.choice import choose, offers
@@ -35,7 +35,7 @@ from lamina.transport.handshake import (
 from lamina.transport.lanes import Lanes
 from lamina.transport.link import NodeLink
 from lamina.transport.options import Options
-from lamina.transport.stream import Stream, secure, send_all
+from lamina.transport.stream import Stream, secure, send_all, starts_tls
 
 HANDSHAKE_TIMEOUT = 5.0
 UPGRADE_TIMEOUT = 4.0
@@ -68,6 +68,9 @@ async def connect(address: Address, hello: Hello, options: Options | None = None
                     return await _connect_once(entrance, hello)
                 except (HandshakeError, ProtocolError) as error:
                     raise HandshakeError(f"{address}: {error}") from error
+                except ssl.SSLError as error:
+                    # The listening end looks at our certificate when TLS is complete for us.
+                    raise HandshakeError(f"{address}: {_tls_failed(error)}") from error
                 except (OSError, ConnectError) as error:
                     failure = error
                 # Many nodes may wait for the same one: they should not all come back at the same moment.
@@ -350,13 +353,17 @@ class _Entrance:
         _tune(sock, self.options.peer_timeout)
         if self._tls is None:
             return Stream(sock)
+        if not (self._connecting or await starts_tls(plain := Stream(sock))):
+            reason = "this end uses TLS and the peer does not: configure it at both"
+            await refuse(plain, reason)
+            raise HandshakeError(reason)
         context, certificate = self._tls
         try:
             return await secure(sock, context, certificate, connecting=self._connecting)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+            raise ConnectError("the peer closed the connection during the handshake") from error
         except ssl.SSLError as error:
-            raise HandshakeError(
-                f"TLS failed: {error.reason or error}; both ends need it, and one authority"
-            ) from error
+            raise HandshakeError(_tls_failed(error)) from error
 
 
 async def _make_link(session: Session) -> Link:
@@ -371,7 +378,7 @@ async def _make_link(session: Session) -> Link:
         try:
             module = importlib.import_module(f"lamina.transport.{name}")
             own = await cancelled_after(UPGRADE_TIMEOUT, module.upgrade(session), f"setting up {name}")
-        except (TransportError, OSError) as error:
+        except (TransportError, CapacityError, OSError) as error:
             failure = str(error) or type(error).__name__
         told = await _agree(session, failure[:500], own)
         if own is not None and not told:
@@ -434,6 +441,10 @@ def _tune(sock: socket.socket, peer_timeout: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(peer_timeout)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+
+
+def _tls_failed(error: ssl.SSLError) -> str:
+    return f"TLS failed: {error.reason or error}; both ends need it, and one authority"
 
 
 def _reason(error: Exception) -> str:

@@ -23,17 +23,16 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamina.errors import ConfigError, ConnectError, HandshakeError, ProtocolError, TransportError
+from lamina.errors import ConfigError, ConnectError, HandshakeError, ProtocolError
 from lamina.transport.base import Hello, Lane
 from lamina.transport.choice import Offers, Party
 from lamina.transport.frames import HEADER_BYTES, FrameReceiver, message_frame
 from lamina.transport.lanes import UpgradeError
 from lamina.transport.options import KINDS, MAX_PEER_TIMEOUT, MIN_PEER_TIMEOUT, Options
-from lamina.transport.stream import Stream, recv_into, send_all
+from lamina.transport.stream import Stream, hang_up, recv_into, send_all
 
 MAX_HELLO = 16 << 10
 NONCE_BYTES = 32
@@ -258,12 +257,7 @@ def _unrefused(message: dict[str, Any]) -> dict[str, Any]:
 async def refuse(stream: Stream, reason: str) -> None:
     """Tell the peer why; the frame also carries our protocol version. Returns when the peer has closed."""
     await send_all(stream, message_frame({"refused": reason[:500]}, MAX_HELLO))
-    stream.shut_down()
-    # Closing with unread bytes would reset the connection and could destroy the answer on its way.
-    buffer = memoryview(bytearray(4096))
-    with suppress(TransportError):
-        while await recv_into(stream, buffer):
-            pass
+    await hang_up(stream)
 
 
 async def cancelled_after(seconds: float, work: Awaitable[Any], what: str) -> Any:

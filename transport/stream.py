@@ -10,8 +10,10 @@ import hashlib
 import socket
 import ssl
 from collections.abc import Sequence
+from contextlib import suppress
 
 _TLS_RECORD = 16 << 10
+_TLS_HANDSHAKE = b"\x16"
 
 
 class Stream:
@@ -31,6 +33,10 @@ class Stream:
     def buffered(self) -> bool:
         """Whether bytes wait in this process: no readiness of the socket will announce them."""
         return False
+
+    def peek(self, nbytes: int) -> bytes:
+        """The next bytes, which stay there; empty at the end of the connection."""
+        return self._sock.recv(nbytes, socket.MSG_PEEK)
 
     def shut_down(self) -> None:
         """Say that nothing more will be sent."""
@@ -99,6 +105,13 @@ async def secure(sock: socket.socket, context: ssl.SSLContext, certificate: byte
     stream = TlsStream(tls)
     try:
         await stream.shake_hands()
+    except ssl.SSLError:
+        try:
+            if not connecting:
+                await hang_up(stream)
+        finally:
+            stream.close()
+        raise
     except BaseException:
         stream.close()
         raise
@@ -142,3 +155,24 @@ async def recv_into(stream: Stream, buffer: memoryview) -> int:
             return stream.recv_into(buffer)
         except BlockingIOError:
             await wait_until_ready(stream, reading=True)
+
+
+async def starts_tls(stream: Stream) -> bool:
+    """Whether the peer, which speaks first, uses TLS. Its bytes are left where they are."""
+    while True:
+        await wait_until_ready(stream, reading=True)
+        with suppress(BlockingIOError):
+            # A connection that ends at once has said nothing else.
+            return stream.peek(1) in (b"", _TLS_HANDSHAKE)
+
+
+async def hang_up(stream: Stream) -> None:
+    """Send nothing more, and wait until the peer has closed: it should hear what was said last.
+
+    Closing with unread bytes would reset the connection, and could destroy that on its way.
+    """
+    buffer = memoryview(bytearray(4096))
+    with suppress(OSError):
+        stream.shut_down()
+        while await recv_into(stream, buffer):
+            pass
