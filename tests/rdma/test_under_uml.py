@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rdma.uml import CANNOT_RUN, TIMED_OUT, CannotRunError, find_kernel, missing_packages
+from tests.rdma.uml import CANNOT_RUN, TIMED_OUT, CannotRunError, find_kernel, missing_packages, room_for_torch
 
 HERE = Path(__file__).parent
 UML = HERE / "uml.py"
@@ -46,6 +46,26 @@ def test_inside(file: Path) -> None:
     report = ended.stdout.decode() + ended.stderr.decode()
     assert ended.returncode == 0, report
     assert not re.search(r"\d+ (skipped|xfailed)", report.splitlines()[-1]), report
+
+
+@pytest.mark.timeout(3 * INSIDE_TIMEOUT_S)
+@pytest.mark.parametrize(
+    "tests",
+    [("tests/cluster/test_requests.py",), ("tests/cluster/test_families.py", "-k", "llama-2 or llama-3")],
+    ids=["requests", "tokens"],
+)
+def test_cluster(tests: tuple[str, ...]) -> None:
+    """A whole cluster over RDMA: its memory nodes on one device, its compute node on the other."""
+    if not room_for_torch():
+        pytest.skip("no cluster over RDMA: vm.max_map_count is too low; run `make rdma-packages` once as root")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "--transport", "rdma", *tests]
+    given = ("--mem", "8192", "--timeout", str(INSIDE_TIMEOUT_S), "--dir", str(REPOSITORY), "--", *command)
+    ended = uml(*given)
+    if ended.returncode == CANNOT_RUN:  # Linux as a program is not as steady as what runs under it
+        ended = uml(*given)
+    report = ended.stdout.decode() + ended.stderr.decode()
+    assert ended.returncode == 0, report
+    assert re.search(r"\d+ passed", report), report
 
 
 def test_output_and_status_are_the_commands() -> None:

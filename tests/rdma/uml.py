@@ -2,7 +2,7 @@
 """Run a command where there is RDMA: under a user-mode Linux kernel with two Soft-RoCE devices.
 
     tests/rdma/uml.py [--mem MIB] [--timeout S] [--env NAME=VALUE]... [--dir DIR] [--share DIR]... -- COMMAND...
-    tests/rdma/uml.py --install     install the Debian packages that this needs (as root)
+    tests/rdma/uml.py --install     install the Debian packages that this needs, and let programs be large (as root)
     tests/rdma/uml.py --build       build the kernel, unless it is there
 
 No RDMA hardware, module or right of root is needed: the kernel is an ordinary program. It is built once, from Debian's
@@ -52,6 +52,10 @@ PYTHON_PACKAGES = "/run/lamina/python"  # made by guest.sh
 
 TIMED_OUT, CANNOT_RUN = 124, 125
 SHOWN_LINES = 30  # of a log, when something fails
+
+# To the kernel outside, nearly every page of a program under this one is a mapping of its own. Beyond the limit, which
+# is 65530 unless changed, that program dies; torch comes near it.
+MAPPINGS, MAPPINGS_FILE = 1 << 20, Path("/proc/sys/vm/max_map_count")
 
 
 class CannotRunError(Exception):
@@ -129,7 +133,13 @@ def missing_packages() -> list[str]:
 
 
 def install() -> None:
-    """Install what is missing. Raises CannotRunError if that needs root, or fails."""
+    """Install what is missing, and raise the limit of mappings. Raises CannotRunError if that needs root, or fails."""
+    if not room_for_torch():
+        try:
+            MAPPINGS_FILE.write_text(str(MAPPINGS))
+        except OSError as error:
+            raise CannotRunError(f"run as root: sysctl vm.max_map_count={MAPPINGS} ({error.strerror})") from error
+        say(f"set vm.max_map_count to {MAPPINGS} until the next boot")
     missing = missing_packages()
     if not missing:
         return
@@ -140,6 +150,11 @@ def install() -> None:
     with tempfile.TemporaryFile() as log:
         for command in (update, add):
             call(log, "env", "DEBIAN_FRONTEND=noninteractive", *command)
+
+
+def room_for_torch() -> bool:
+    """Whether programs with torch can run under the kernel."""
+    return int(MAPPINGS_FILE.read_text()) >= MAPPINGS
 
 
 # ---- The kernel
