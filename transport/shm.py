@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 BATCH = 64
 """The most tags of a lane that are delivered in one go."""
 
-LINGER_S = 50e-6
+LINGER_S = 100e-6
 NAPS = 16
 """Going to sleep and waking again takes some microseconds on either side. After so many naps of less than ``LINGER_S``
 in a row, an end stays awake instead, until nothing has come for that long."""
@@ -190,8 +190,9 @@ class ShmLanes(Lanes):
     def write(self, lane: Lane, key: int, offset: int, pieces: list[memoryview], nbytes: int, tag: int) -> None:
         self.tags_written[lane] += 1
         window = self._windows[key]
-        if lane == 0 and nbytes <= CHUNK_BYTES and not self._queues[0]:
-            writer = self._writers[0]
+        # Of bulk, only the first chunk in a round of the loop is copied at once.
+        if nbytes <= CHUNK_BYTES and not self._queues[lane] and not (lane and self._moving):
+            writer = self._writers[lane]
             try:
                 room = writer.has_room()
             except ProtocolError as error:
@@ -202,7 +203,9 @@ class ShmLanes(Lanes):
                     _place(window, offset, piece)
                     offset += len(piece)
                 writer.put(tag, nbytes)
-                self.bytes_written[0] += nbytes
+                self.bytes_written[lane] += nbytes
+                if lane:
+                    self._move_soon()
                 return
         pieces.reverse()
         self._queues[lane].append(_Queued(window, offset, pieces, nbytes, tag))
