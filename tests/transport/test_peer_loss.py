@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager, suppress
@@ -35,10 +37,10 @@ class Owner:
 
 
 @asynccontextmanager
-async def peer_process(options):
-    """A link to a node in another process, its region, and that process."""
+async def peer_process(options, *, host="127.0.0.1", prefix=()):
+    """A link to a node in another process, its region, and that process. ``prefix`` is a command that starts it."""
     accepted = asyncio.get_running_loop().create_future()
-    local = Address.parse("127.0.0.1:0")
+    local = Address("tcp", host, 0)
     async with (
         asyncio.timeout(30),
         await Listener.open(
@@ -49,11 +51,11 @@ async def peer_process(options):
             handshake_timeout=30,
         ) as listener,
     ):
-        arguments = [str(listener.address.port), options.kind]
+        arguments = [str(listener.address), options.kind, (options.secret or b"").decode()]
         if options.tls:
-            files = options.tls
-            arguments += [options.secret.decode(), str(files.certificate), str(files.key), str(files.authority)]
+            arguments += [str(file) for file in (options.tls.certificate, options.tls.key, options.tls.authority)]
         process = await asyncio.create_subprocess_exec(
+            *prefix,
             sys.executable,
             Path(__file__).with_name("peer.py"),
             *arguments,
@@ -176,5 +178,95 @@ def test_control_link(run, stop):
             process.send_signal(stop)
 
             assert isinstance(await asyncio.wait_for(owner.lost, PEER_TIMEOUT + SLACK), PeerLostError)
+
+    run(main())
+
+
+# -- a network that drops everything
+
+
+class Cable:
+    """A network namespace of its own, joined to this one by a cable that can be cut; packets are then dropped."""
+
+    def __init__(self):
+        # Several processes may run tests at once.
+        block = os.getpid() % (1 << 14)
+        self.near, self.far = (f"10.213.{block >> 6}.{(block & 63) * 4 + end}" for end in (1, 2))
+        self.name = f"lamina-{os.getpid()}"
+        self._device = f"lam{os.getpid() % 100_000}"
+        self.prefix = ("ip", "netns", "exec", self.name)
+
+    def lay(self):
+        far = ["netns", "exec", self.name, "ip"]
+        ip("netns", "add", self.name)
+        ip("link", "add", self._device, "type", "veth", "peer", "name", "veth0", "netns", self.name)
+        ip("address", "add", f"{self.near}/30", "dev", self._device)
+        ip("link", "set", self._device, "up")
+        ip(*far, "address", "add", f"{self.far}/30", "dev", "veth0")
+        ip(*far, "link", "set", "veth0", "up")
+
+    def cut(self):
+        ip("netns", "exec", self.name, "ip", "link", "set", "veth0", "down")
+
+    def remove(self):
+        with suppress(subprocess.CalledProcessError):
+            ip("netns", "delete", self.name)
+        with suppress(subprocess.CalledProcessError):
+            ip("link", "delete", self._device)
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)  # noqa: S607
+
+
+@pytest.fixture
+def cable():
+    if not shutil.which("ip"):
+        pytest.skip("no network can be made here: the command ip is missing (iproute2)")
+    cable = Cable()
+    try:
+        cable.lay()
+    except subprocess.CalledProcessError as error:
+        cable.remove()
+        pytest.skip(f"no network can be made here, which only root may do: {error.stderr.strip()}")
+    yield cable
+    cable.remove()
+
+
+SECRET = b"sixteen bytes or more"
+
+
+@pytest.mark.parametrize(
+    ("kind", "queue"), [("control", "idle"), ("tcp", "idle"), ("tcp", "busy"), ("tls", "idle"), ("tls", "busy")]
+)
+def test_silent_network(run, request, cable, kind, queue):
+    """A peer whose packets are lost, and ours to it, is found in time, however much is under way to it."""
+    options = Options("tcp" if kind == "tls" else kind, secret=SECRET)
+    if kind == "tls":
+        options = replace(options, tls=request.getfixturevalue("tls"))
+
+    async def main():
+        async with peer_process(options, host=cable.near, prefix=cable.prefix) as (owner, region, _):
+            loop = asyncio.get_running_loop()
+            owner.link.send({"still": "there"})
+            assert await owner.messages.get() == {"still": "there"}
+            await asyncio.sleep(2 * PEER_TIMEOUT)
+            assert not owner.lost.done()
+            if queue == "busy":
+                for lane in Lane:
+                    for i in range(16):
+                        owner.link.write(lane, region, 0, [bytes(16 * MIB)], i)
+                await asyncio.sleep(0.02)
+                assert owner.link.pending_bytes
+            cable.cut()
+            cut = loop.time()
+            waiting = asyncio.create_task(owner.link.drain(Lane.BULK))
+            error = await asyncio.wait_for(owner.lost, PEER_TIMEOUT + HEARTBEAT_PERIOD + SLACK)
+            await asyncio.wait([waiting])
+
+            assert isinstance(error, PeerLostError)
+            assert f"m1 (memory, tcp://{cable.far}:" in str(error)
+            assert loop.time() - cut > PEER_TIMEOUT - 2 * HEARTBEAT_PERIOD
+            assert queue == "idle" or waiting.exception() is error
 
     run(main())
