@@ -35,9 +35,9 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = (64, 512, 4 * KIB, 8 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 8 * MIB)
 DEPTHS = (1, 4, 16)
 QUICK_TRIPS, QUICK_FLOODS, QUICK_DEPTHS = (64, 8 * KIB, 256 * KIB), (8 * KIB, 2 * MIB), (1, 16)
-SECONDS, QUICK_SECONDS = 0.25, 0.08
+SECONDS, QUICK_SECONDS = 0.2, 0.08
 """Of each turn."""
-TURNS, QUICK_TURNS = 7, 3
+TURNS, QUICK_TURNS = 5, 3
 SPAN = 32 * MIB
 """Writes go to one place after the other, as many as are under way, but to no more bytes than this."""
 

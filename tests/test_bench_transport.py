@@ -31,13 +31,13 @@ def pingpong(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("medium", ["tcp", "eventfd", "memcpy"])
 def test_yardsticks_answer(medium: str, pingpong: Path) -> None:
-    """Each yardstick in C answers one question after the other; less than all answers take longer than the median."""
+    """Each yardstick in C answers one question after the other; what it answers fits together."""
     with closing(Program([str(pingpong), medium, "-1", "-1"])) as program:
         for task in TASKS:
             found = program.measure(task)
             assert 0 < found["p50_us"] <= found["p99_us"]
-            # As much as the median says, or less where some trips took long; with more than one under way, more.
-            assert 0 < found["gbps"] < 1.5 * task.depth * task.size / found["p50_us"] / 1e3
+            # A median is at most twice the mean, and so many bytes were under way in it.
+            assert 0 < found["gbps"] < 2.1 * task.depth * task.size / found["p50_us"] / 1e3
 
 
 def test_a_yardstick_that_ends_is_an_error(pingpong: Path) -> None:
