@@ -460,7 +460,7 @@ def test_killed_processes_leave_nothing(run):
             pids = [listening.pid, connecting.pid]
             sockets = {inode for pid in pids for inode in inodes_of_sockets(pid)}
             names = {name for inode, name in names_of_sockets() if inode in sockets}
-            assert len(names) == 1
+            assert names
             assert not any("/dev/shm" in Path(f"/proc/{pid}/maps").read_text() for pid in pids)  # noqa: ASYNC240, S108
             for process in (listening, connecting):
                 process.send_signal(signal.SIGKILL)
