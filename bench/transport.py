@@ -35,7 +35,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = (64, 512, 4 * KIB, 8 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 8 * MIB)
 DEPTHS = (1, 4, 16)
 QUICK_TRIPS, QUICK_FLOODS, QUICK_DEPTHS = (64, 8 * KIB, 256 * KIB), (8 * KIB, 2 * MIB), (1, 16)
-SECONDS, QUICK_SECONDS = 0.2, 0.08
+SECONDS, QUICK_SECONDS = 0.2, 0.05
 """Of each turn."""
 TURNS, QUICK_TURNS = 5, 3
 SPAN = 32 * MIB
@@ -61,11 +61,11 @@ COLUMNS = {
         "yardstick": "yardstick",
         "yardstick_gbps": "GB/s",
         "ratio": "ratio",
-        "cpu_write_us": "CPU/write",
-        "cpu_arrival_us": "CPU/arrival",
+        "cpu_write_us": "CPU near",
+        "cpu_arrival_us": "CPU far",
     },
 }
-"""By phase. A round trip is a write and an arrival at either end; for bandwidth an empty write comes back."""
+"""By phase. CPU: microseconds of an end for each round trip, or for each write and the empty one that comes back."""
 TITLES = {"round_trip": "round trips", "bandwidth": "bandwidth"}
 
 KEYS = (
