@@ -1,6 +1,6 @@
 """Lanes over RDMA: a queue pair each. The device writes from memory into the peer's memory; nothing is copied.
 
-A write is an RDMA WRITE WITH IMMEDIATE, whose immediate is the tag; if it has more pieces than a request can gather,
+A write is an RDMA WRITE WITH IMMEDIATE, whose immediate is the tag; if it has more pieces or bytes than a request may,
 plain RDMA WRITEs go before. Every tag takes a receive at the peer, of which the sender knows how many are posted: the
 peer tells by notes when it has posted more. Sources are sent from where they lie if that is registered: regions that
 are exposed, and regions that are only sources from their first write on. Of other memory, tiny and small pieces are
@@ -39,6 +39,9 @@ PROBE_PERIOD_S = 0.001
 
 STAGING_BYTES = 256 << 10
 """Registered memory of each lane to which small sources are copied."""
+WATCH_PERIODS = 4
+"""Looks at what is under way in ``peer_timeout``."""
+
 SIGNAL_WRITES, SIGNAL_BYTES = 16, 64 << 10
 """At the latest after so many requests, or bytes, one asks for a completion."""
 MAX_COMPLETIONS = 64
@@ -59,11 +62,10 @@ async def upgrade(session: Session) -> Lanes:
         raise UpgradeError(
             f"one port is {local.link_layer}, the other {remote.link_layer}: choose others by rdma.device"
         )
-    options = session.options
-    lanes = RdmaLanes(verbs.open_device(local.device), local, options.rdma.queue, session.peer_place, options.busy_poll)
+    lanes = RdmaLanes(verbs.open_device(local.device), local, session.options, session.peer_place)
     try:
         await session.send({"lanes": lanes.describe()})
-        lanes.connect(local, remote, (await session.receive()).get("lanes"), options.peer_timeout)
+        lanes.connect(local, remote, (await session.receive()).get("lanes"))
         # A packet that comes before the peer's queue pair expects it is lost.
         await session.send({"expecting": True})
         await session.receive()
@@ -80,7 +82,7 @@ class RdmaLanes(Lanes):
     bytes_written: list[int]
     bytes_received: list[int]
 
-    def __init__(self, device: Device, port: Port, queue: int, place: str, busy_poll: bool) -> None:
+    def __init__(self, device: Device, port: Port, options: Options, place: str) -> None:
         """Raises UpgradeError; has freed everything then."""
         super().__init__()
         self.bytes_written = [0, 0]
@@ -88,7 +90,9 @@ class RdmaLanes(Lanes):
         self._loop = asyncio.get_running_loop()
         self._device = device
         self.place = place
-        self.busy_poll = busy_poll
+        self.busy_poll = options.busy_poll
+        self._peer_timeout = options.peer_timeout
+        self._timer: asyncio.TimerHandle | None = None
         self.holdings = Holdings(device)
         self._remote: dict[int, tuple[int, int]] = {}
         """Address and key of the peer's regions."""
@@ -104,7 +108,7 @@ class RdmaLanes(Lanes):
         try:
             for lane in Lane:
                 part = staging[lane * STAGING_BYTES : (lane + 1) * STAGING_BYTES]
-                pair = QueuePair(device, port, queue)
+                pair = QueuePair(device, port, options.rdma.queue)
                 self._lanes.append(_Lane(self, lane, pair, self.holdings, part, self._staging.lkey))
         except BaseException:
             self.close(UpgradeError("the set-up failed"))
@@ -116,7 +120,7 @@ class RdmaLanes(Lanes):
         """What the peer needs to know of each lane: number, first packet number, receives that are posted."""
         return [[lane.pair.number, lane.psn, lane.pair.queue] for lane in self._lanes]
 
-    def connect(self, local: Port, remote: Port, described: Any, peer_timeout: float) -> None:
+    def connect(self, local: Port, remote: Port, described: Any) -> None:
         """To the lanes that the peer described; raises UpgradeError."""
         match described:
             case [[int(), int(), int()], [int(), int(), int()]]:
@@ -129,7 +133,7 @@ class RdmaLanes(Lanes):
             lane.credits = lane.max_credits = queue
             for _ in range(lane.pair.queue // lane.pair.batch):
                 lane.pair.post_receives()
-            lane.pair.connect(local, remote, number, lane.psn, psn, peer_timeout)
+            lane.pair.connect(local, remote, number, lane.psn, psn, self._peer_timeout)
 
     async def probe(self, local: Port, remote: Port) -> None:
         """Write nothing over both lanes, and wait until that arrived here and there. Raises UpgradeError."""
@@ -157,6 +161,7 @@ class RdmaLanes(Lanes):
                 self._loop.add_reader(lane.pair.fd, self._on_event, lane)
                 lane.arm()
             lane.return_receives()
+        self._timer = self._loop.call_later(self._peer_timeout / WATCH_PERIODS, self._watch)
         if self._error:
             self._loop.call_soon(self._report)
 
@@ -184,6 +189,8 @@ class RdmaLanes(Lanes):
             case {"lane": 0 | 1 as lane, "credits": int(count)} if count > 0:
                 if not self._lanes[lane].give_credits(count):
                     raise ProtocolError(f"the peer has posted {count} receives more than it said that it can")
+            case {"lane": 0 | 1 as lane, "bytes": int(nbytes)} if nbytes > 0:
+                self.bytes_received[lane] += nbytes
             case _:
                 raise ProtocolError(f"the peer sent a note that is none of RDMA's: {note!r:.200}")
 
@@ -205,6 +212,8 @@ class RdmaLanes(Lanes):
 
     def close(self, error: TransportError) -> None:
         self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         for lane in self._lanes:
             self._loop.remove_reader(lane.pair.fd)
             lane.close(error)
@@ -227,6 +236,18 @@ class RdmaLanes(Lanes):
             assert self.owner is not None
             assert self._error is not None
             self.owner.lanes_failed(self._error)
+
+    def _watch(self) -> None:
+        """Find a peer whose device does not answer: those of some makers retry for ever, or longer than is wanted.
+
+        Periods are counted rather than seconds: a loop that was held up blames nobody.
+        """
+        self._timer = self._loop.call_later(self._peer_timeout / WATCH_PERIODS, self._watch)
+        self._look()
+        for lane in self._lanes:
+            if lane.stuck_periods() >= WATCH_PERIODS:
+                reason = f"no answer from its device for {self._peer_timeout:.1f} s"
+                self.fail(PeerLostError(f"{self.place} cannot be reached over RDMA any more: {reason}"))
 
     def deliver_soon(self) -> None:
         self._loop.call_soon(self._look)
@@ -317,6 +338,9 @@ class _Lane:
         """Of the last request, and of the last one that asks for a completion."""
         self._signal_writes = min(SIGNAL_WRITES, pair.queue // 4)
         self._unsignalled_bytes = 0
+        self._unseen_bytes = 0
+        """Of requests without a tag, of which the peer is told otherwise."""
+        self._watched = self._stuck_periods = 0
 
         # A request that carries its bytes in itself takes them from here.
         self._inline = memoryview(bytearray(max(1, pair.inline_bytes)))
@@ -352,8 +376,11 @@ class _Lane:
 
     def mark(self) -> None:
         """See to it that there will be a completion after all requests so far."""
-        if self._serial != self._signalled:
-            self._hand_over([], 0, 0, None, None, 0, signal=True, inline=False)
+        if self._serial != self._signalled and not self._closed:
+            try:
+                self._hand_over([], 0, 0, None, None, 0, signal=True, inline=False)
+            except verbs.pyverbs().Error as error:
+                self._fail(f"the device takes no more: {error}")
 
     def give_credits(self, count: int) -> bool:
         """The peer posted ``count`` receives; False if it cannot have that many."""
@@ -388,6 +415,15 @@ class _Lane:
         """Be woken by arrivals; by completions of writes only if somebody waits for them."""
         if not self._lanes.busy_poll:
             self.pair.arm(not (self._waiting or self._drainers))
+
+    def stuck_periods(self) -> int:
+        """For how many calls the device has not completed what it had at the first one."""
+        oldest = self._sent[0].serial if self._sent else 0
+        self._stuck_periods = self._stuck_periods + 1 if oldest and oldest == self._watched else 0
+        self._watched = oldest
+        if oldest:
+            self.mark()
+        return self._stuck_periods
 
     def _await_completions(self) -> None:
         self.mark()
@@ -502,9 +538,14 @@ class _Lane:
         self._serial = serial
         self._sent.append(_Request(serial, nbytes, staged, write))
         self._room -= 1
-        if tag is not None:
-            self.credits -= 1
         self._lanes.bytes_written[self._lane] += nbytes
+        if tag is None:
+            self._unseen_bytes += nbytes
+        else:
+            self.credits -= 1
+            if self._unseen_bytes and self._lanes.owner is not None:
+                self._lanes.owner.send_note({"lane": int(self._lane), "bytes": self._unseen_bytes})
+                self._unseen_bytes = 0
         self.pair.post(serial, pieces, address, rkey, tag, signal=signal, inline=inline)
 
     # -- what the device tells
@@ -600,6 +641,7 @@ class _Lane:
         self._waiting.clear()
         self._arrived.clear()
         self._pending = 0
+        self._staging.release()
         for done in self._drainers:
             if not done.done():
                 done.set_exception(error)

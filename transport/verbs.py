@@ -6,6 +6,7 @@ by itself, so they are made once and used again where that is possible, and clos
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -30,19 +31,20 @@ from lamina.transport.options import MTUS, RdmaOptions
 
 MAX_GATHER = 30
 """Pieces of memory that one request may gather; more does not fit into a request of common devices."""
-MAX_REQUEST_BYTES = 1 << 30
-"""Bytes that a request may have; most ports take up to 2 GiB."""
+MAX_REQUEST_BYTES = 1 << 20
+"""Of one request: so progress shows on a slow network too."""
 INLINE_BYTES = (256, 64, 0)
 """Bytes that a request may carry in itself: the first that the device grants."""
 
 COPY_BYTES = 16 << 10
 """Up to here a source from anywhere is copied to memory that is registered; registering a larger one costs less."""
 
-RETRIES = 6
-"""After a packet that is not acknowledged. 7 means without end to Soft-RoCE."""
+RETRIES = 7
+"""After a packet that is not acknowledged. Soft-RoCE takes it for no limit, and with any other gives up where a few
+percent are lost; so whoever uses a queue pair has to watch for progress."""
 ACK_TIMEOUT_UNIT_S = 4.096e-6
-MAX_ACK_TIMEOUT = 18
-"""1.07 s. A lost packet costs as much, so it does not grow with ``peer_timeout`` for ever."""
+MAX_ACK_TIMEOUT = 17
+"""0.54 s. Some losses cost as much, so it does not grow with ``peer_timeout`` for ever."""
 RNR_RETRIES = 7
 """Without end: credits see to it that a receive is posted."""
 MIN_RNR_TIMER = 1
@@ -268,6 +270,7 @@ class Device:
                 f"RDMA device {name} cannot be opened ({error}): check that this user may open /dev/infiniband/uverbs*"
             ) from error
         self.name = name
+        self._pid = os.getpid()
         self.ports: int = attributes.phys_port_cnt
         self.max_gather = min(attributes.max_sge, MAX_GATHER)
         self.max_queue = min(attributes.max_qp_wr, attributes.max_cqe // 2 - 1)
@@ -311,6 +314,12 @@ class Device:
         memory = Memory(mr, key, None, weakref.ref(owner, lambda _: self._forget(memory)))
         self._memories[key] = memory
         return memory
+
+    def close(self) -> None:
+        """At the end of the process: pyverbs fails when it is left to the interpreter."""
+        if os.getpid() == self._pid:  # what a child has by fork is still the parent's
+            with contextlib.suppress(pyverbs().Error):
+                self.context.close()  # and all that belongs to it
 
     def release(self, memory: Memory) -> None:
         memory.users -= 1
@@ -378,7 +387,8 @@ def open_device(name: str) -> Device:
     """The device, opened once in a process: what a child inherits by fork cannot be used. Raises UpgradeError."""
     key = (os.getpid(), name)
     if key not in _devices:
-        _devices[key] = Device(name)
+        device = _devices[key] = Device(name)
+        atexit.register(device.close)
     return _devices[key]
 
 
@@ -494,7 +504,7 @@ class QueuePair:
         self._closing.callback(self._sge.close)
 
     def connect(self, local: Port, remote: Port, number: int, psn: int, remote_psn: int, timeout_s: float) -> None:
-        """To the peer's queue pair ``number``, which is lost after ``timeout_s`` without an answer."""
+        """To the peer's queue pair ``number``; retries take at most ``timeout_s``, where they end."""
         verbs = pyverbs()
         attr = verbs.QPAttr(port_num=local.port)
         infiniband = local.link_layer == "infiniband"
