@@ -6,17 +6,20 @@ The control connection of every link is one, and so is each lane of tcp.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 
 from lamina.errors import PeerLostError, ProtocolError, TransportError
-from lamina.transport.frames import Event, FrameReceiver
+from lamina.transport.frames import HEADER_BYTES, Event, FrameReceiver
 from lamina.transport.lanes import CHUNK_BYTES
 from lamina.transport.stream import Stream
 
+SEND_BYTES = CHUNK_BYTES + HEADER_BYTES
+"""The most that one system call sends: a chunk with its header needs no second one."""
 MAX_GATHER = 1024
 """Linux's IOV_MAX: the most buffers that one sendmsg takes."""
 
@@ -54,29 +57,19 @@ class Connection:
         if self._ended:
             return
         queue = self._queue
-        idle = not queue
         self.pending_bytes += nbytes
-        if not idle:
+        if queue:
             queue.extend(pieces)
             return
-        if nbytes <= CHUNK_BYTES and len(pieces) <= MAX_GATHER:
-            # Nearly always, the kernel takes all of it: spare the queue.
-            try:
-                sent = self._stream.send(pieces)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._fail_later(error)
-                return
-            self.pending_bytes -= sent
-            self.bytes_written += sent
-            if sent == nbytes:
-                return
+        sent = self._send(pieces if nbytes <= SEND_BYTES and len(pieces) <= MAX_GATHER else _chunk(pieces))
+        if sent != nbytes:
             queue.extend(pieces)
             self._drop(sent)
-        else:
-            queue.extend(pieces)
-        self._loop.add_writer(self._stream.fileno(), self._send_rest)
+            try:
+                self._loop.add_writer(self._stream.fileno(), self._send_rest)
+            except RuntimeError:
+                # uvloop lets go of a connection that the peer has reset before anybody else learns of it.
+                self._fail_later(ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
 
     async def drain(self) -> None:
         """Wait until the queue is empty; raises the error with which this is closed, if that comes first."""
@@ -86,33 +79,27 @@ class Connection:
             await waiter
 
     def _send_rest(self) -> None:
-        """Make one system call with at most one chunk."""
-        queue = self._queue
-        chunk: list[memoryview] = []
-        room = CHUNK_BYTES
-        for piece in islice(queue, MAX_GATHER):
-            chunk.append(piece[:room])
-            room -= len(piece)
-            if room <= 0:
-                break
-        try:
-            sent = self._stream.send(chunk)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self._loop.remove_writer(self._stream.fileno())
-            self._fail_later(error)
-            return
-        self.pending_bytes -= sent
-        self.bytes_written += sent
-        self._drop(sent)
-        if queue:
+        self._drop(self._send(_chunk(self._queue)))
+        if self._queue:
             return
         self._loop.remove_writer(self._stream.fileno())
         for waiter in self._drained:
             if not waiter.done():
                 waiter.set_result(None)
         self._drained.clear()
+
+    def _send(self, chunk: list[memoryview]) -> int:
+        """Make one system call; the bytes that it took."""
+        try:
+            sent = self._stream.send(chunk)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self._fail_later(error)
+            return 0
+        self.pending_bytes -= sent
+        self.bytes_written += sent
+        return sent
 
     def _drop(self, nbytes: int) -> None:
         queue = self._queue
@@ -193,6 +180,18 @@ class Connection:
                 waiter.set_exception(error)
                 waiter.exception()  # nobody has to look
         self._drained.clear()
+
+
+def _chunk(pieces: Iterable[memoryview]) -> list[memoryview]:
+    """As much of the beginning of ``pieces`` as is sent at once."""
+    chunk: list[memoryview] = []
+    room = SEND_BYTES
+    for piece in islice(pieces, MAX_GATHER):
+        chunk.append(piece[:room])
+        room -= len(piece)
+        if room <= 0:
+            break
+    return chunk
 
 
 def _words(error: OSError) -> str:
