@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The package's build compiles it.
 KERNEL := $(wildcard attention/native/*.cpp attention/native/*.h) attention/native/build.py hatch_build.py
 
-.PHONY: help setup demo test test-slow test-rdma rdma-packages rdma-kernel check format bench checkpoint clean
+.PHONY: help setup demo test test-slow test-rdma rdma-packages rdma-kernel check format bench soak checkpoint clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 15
@@ -52,6 +52,9 @@ format: setup    ## format the code and mend what the linter can
 
 bench: setup     ## all benchmarks, each beside its yardstick
 	$(BIN)/lamina bench all
+
+soak: setup      ## an hour of links at full rate, which must not grow
+	$(BIN)/python -m lamina.bench.soak --minutes 60
 
 checkpoint: setup  ## train the demo checkpoint again (about 25 minutes on 2 cores)
 	$(BIN)/python -m lamina.demo.train
