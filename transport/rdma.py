@@ -42,7 +42,7 @@ STAGING_BYTES = 256 << 10
 WATCH_PERIODS = 4
 """Looks at what is under way in ``peer_timeout``."""
 
-SIGNAL_WRITES, SIGNAL_BYTES = 16, 64 << 10
+SIGNAL_WRITES, SIGNAL_BYTES = 16, 1 << 20
 """At the latest after so many requests, or bytes, one asks for a completion."""
 MAX_COMPLETIONS = 64
 """Of a lane, taken at once."""
@@ -453,6 +453,7 @@ class _Lane:
                 return True
             pieces, nbytes, staged = self._gather(write)
             if not pieces:
+                self.mark()  # what takes the staging memory may not have asked for a completion
                 return False
             last = write.index == len(write.views)
             self._hand_over(
