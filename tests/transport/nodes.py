@@ -39,12 +39,12 @@ class LinkKeeper:
 async def listening(options=TCP, *, deadline_s=30, **more):
     """A listener, and the links that came to it."""
     keeper = LinkKeeper()
-    async with asyncio.timeout(deadline_s), await Listener.open(LOCAL, MEMORY, keeper, options, **more) as listener:
-        try:
+    try:
+        async with asyncio.timeout(deadline_s), await Listener.open(LOCAL, MEMORY, keeper, options, **more) as listener:
             yield listener, keeper
-        finally:
-            for link in keeper.links:
-                link.abort("the test is over")
+    finally:
+        for link in keeper.links:
+            link.abort("the test is over")
 
 
 async def still_welcomes(listener, keeper, options=TCP) -> bool:

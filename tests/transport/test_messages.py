@@ -83,9 +83,9 @@ def test_deepest_allowed():
 
 
 @pytest.mark.parametrize("head", [b"\xdd", b"\xdf", b"\xdb", b"\xc6"], ids=["array", "map", "text", "bytes"])
-@pytest.mark.parametrize("claim", [100_000, 2**32 - 1])
+@pytest.mark.parametrize("claim", [90_000, 2**32 - 1])
 def test_bombs(head, claim):
-    """Containers that announce more than the message holds cost no memory, even a thousand of them nested."""
+    """Containers that announce more than the message holds, or just not, cost no memory, though a thousand nest."""
     bomb = b"\x81\xa1x" + (head + claim.to_bytes(4, "big")) * 1000 + bytes(90_000)
     tracemalloc.start()
     try:
