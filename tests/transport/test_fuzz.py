@@ -26,7 +26,7 @@ from tests.transport.nodes import COMPUTE, TCP, listening, round_trip
 
 REGION_BYTES = 4096
 SECRET = b"what all nodes of a cluster know"
-LONGEST_STALL_S = 2.0  # the machine may be busy; what is looked for takes for ever, or as long as the attacker likes
+LONGEST_STALL_S = 1.0  # of computing, as the machine may be busy with something else
 MIB = 1 << 20
 
 any_map = st.dictionaries(
@@ -189,11 +189,11 @@ class Arena:
             watch.cancel()
 
     async def _watch(self):
-        """Measure how long the loop was not free."""
+        """Measure how long the loop computed without looking at anybody else."""
         while True:
-            before = time.monotonic()
+            before = time.thread_time()
             await asyncio.sleep(0)
-            self.stall_s = max(self.stall_s, time.monotonic() - before)
+            self.stall_s = max(self.stall_s, time.thread_time() - before)
 
     async def listened_to_by(self, hand_made):
         """The real end of a link whose other end is made by hand, when it has a region there."""
