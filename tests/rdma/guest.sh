@@ -36,6 +36,9 @@ mount -n --bind "$host$talk/cpuinfo" $root/proc/cpuinfo
 mkdir -p $root/run/lamina/python
 ln -s /usr/lib/python3/dist-packages/pyverbs $root/run/lamina/python/
 
+# This kernel breaks when the end of a process unmaps an io_uring, which uvloop makes where it can.
+echo 2 >/proc/sys/kernel/io_uring_disabled
+
 # ---- Network: two ends of a cable, and an RDMA device on each
 
 # The kernel would deliver packets between its own addresses without any device. Hence routes by sender, asked before

@@ -259,7 +259,6 @@ def write_request(file: Path, options: argparse.Namespace) -> None:
         "HOME": os.environ.get("HOME", "/root"),
         "LANG": "C.UTF-8",
         "PATH": os.environ.get("PATH", os.defpath),
-        "UV_USE_IO_URING": "0",  # uvloop takes it where it can, and here it brings the kernel down
         **dict(variable.split("=", 1) for variable in options.env),
     }
     environment["PYTHONPATH"] = ":".join(filter(None, [PYTHON_PACKAGES, environment.get("PYTHONPATH")]))
