@@ -9,8 +9,9 @@ first::
     outcome    both   whether it worked; if not, and another one is possible, it is tried next
 
 The proof covers both nonces, so nothing can be replayed; which end it is from, so nothing can be reflected; and all
-that was said before, so nobody in between can make two nodes take a weaker transport than they could. Inside TLS it
-also covers both certificates. The connecting end proves itself first: a stranger learns nothing but a hello.
+that was said before, so nobody in between can make one end look as if it could less than it can. Whoever is in between
+can always make a set-up fail, though, and ``auto`` then takes the next transport; TLS, whose certificates the proof
+covers too, keeps everybody out. The connecting end proves itself first: a stranger learns nothing but a hello.
 
 A further connection of the same link, such as a lane of tcp, begins with a ``join`` frame, which shows the link's id
 and a proof with the link's own key.
