@@ -243,6 +243,9 @@ class Listener:
             except (TransportError, OSError) as error:
                 log.warning('event=handshake_failed address=%s peer=%s reason="%s"', self.address, peer, _reason(error))
                 return
+        if self._closed:
+            link.abort("its listener was closed meanwhile")
+            return
         try:
             self._on_link(link)
         except Exception as error:

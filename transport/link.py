@@ -176,7 +176,7 @@ class NodeLink(Link):
             while not self._ended.is_set() and self._control.receive():
                 pass
         if not self._said_bye:
-            self._fail(type(error)(f"{self}: {error}"))
+            self._fail(self._of_peer(error))
 
     def send_note(self, note: dict[str, Any]) -> None:
         self._note({"lanes": note})
@@ -231,12 +231,16 @@ class NodeLink(Link):
 
     def _control_failed(self, error: TransportError) -> None:
         if isinstance(error, ProtocolError):
-            self._fail(ProtocolError(f"{self}: {error}"))
+            self._fail(self._of_peer(error))
             return
         # Whatever the peer wrote before it died may still lie in the lanes; its owner gets it first.
         while self._lanes is not None and not self._ended.is_set() and self._lanes.poll():
             pass
-        self._fail(PeerLostError(f"{self} {error}"))
+        self._fail(self._of_peer(error))
+
+    def _of_peer(self, error: TransportError) -> TransportError:
+        """The same, with the peer's name: "m0 ... is gone", or "m0 ...: it sent nonsense"."""
+        return type(error)(f"{self} {error}" if isinstance(error, PeerLostError) else f"{self}: {error}")
 
     # -- the end
 

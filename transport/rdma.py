@@ -62,7 +62,7 @@ async def upgrade(session: Session) -> Lanes:
         raise UpgradeError(
             f"one port is {local.link_layer}, the other {remote.link_layer}: choose others by rdma.device"
         )
-    lanes = RdmaLanes(verbs.open_device(local.device), local, session.options, session.peer_place)
+    lanes = RdmaLanes(verbs.open_device(local.device), local, session.options)
     try:
         await session.send({"lanes": lanes.describe()})
         lanes.connect(local, remote, (await session.receive()).get("lanes"))
@@ -82,14 +82,13 @@ class RdmaLanes(Lanes):
     bytes_written: list[int]
     bytes_received: list[int]
 
-    def __init__(self, device: Device, port: Port, options: Options, place: str) -> None:
+    def __init__(self, device: Device, port: Port, options: Options) -> None:
         """Raises UpgradeError; has freed everything then."""
         super().__init__()
         self.bytes_written = [0, 0]
         self.bytes_received = [0, 0]
         self._loop = asyncio.get_running_loop()
         self._device = device
-        self.place = place
         self.busy_poll = options.busy_poll
         self._peer_timeout = options.peer_timeout
         self._timer: asyncio.TimerHandle | None = None
@@ -247,7 +246,7 @@ class RdmaLanes(Lanes):
         for lane in self._lanes:
             if lane.stuck_periods() >= WATCH_PERIODS:
                 reason = f"no answer from its device for {self._peer_timeout:.1f} s"
-                self.fail(PeerLostError(f"{self.place} cannot be reached over RDMA any more: {reason}"))
+                self.fail(PeerLostError(f"cannot be reached over RDMA any more: {reason}"))
 
     def deliver_soon(self) -> None:
         self._loop.call_soon(self._look)
@@ -628,7 +627,7 @@ class _Lane:
                     done.set_result(None)
 
     def _fail(self, reason: str) -> None:
-        self._lanes.fail(PeerLostError(f"{self._lanes.place} cannot be reached over RDMA any more: {reason}"))
+        self._lanes.fail(PeerLostError(f"cannot be reached over RDMA any more: {reason}"))
 
     def close(self, error: TransportError) -> None:
         self._closed = error
