@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -24,6 +25,8 @@ EXTENT_BYTES = 2 << 20
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE, _MADV_DONTNEED, _MADV_POPULATE_WRITE = 14, 4, 23
+_POPULATE_BYTES = 16 << 20
+"""Taken at once, for some milliseconds: no other thread can map anything meanwhile, so longer would look like death."""
 _MPOL_BIND = 2
 _MBIND = {"x86_64": 237, "aarch64": 235}
 """The number of the system call, which is used directly so that no libnuma is needed."""
@@ -95,10 +98,12 @@ class Memory:
         _libc.madvise(address, size, _MADV_HUGEPAGE)  # a wish; ordinary pages serve as well
         if self.numa is not None:
             self._bind(address, self.numa)
-        if _libc.madvise(address, size, _MADV_POPULATE_WRITE):
-            if ctypes.get_errno() != 22:  # EINVAL: a kernel that does not know it
-                raise self._missing(os.strerror(ctypes.get_errno()))
-            own[:: mmap.PAGESIZE] = 0
+        for first in range(0, self.nbytes, _POPULATE_BYTES):
+            piece = own[first : first + _POPULATE_BYTES]
+            if _libc.madvise(ctypes.c_void_p(piece.ctypes.data), ctypes.c_size_t(len(piece)), _MADV_POPULATE_WRITE):
+                if ctypes.get_errno() != errno.EINVAL:  # a kernel that does not know it
+                    raise self._missing(os.strerror(ctypes.get_errno()))
+                piece[:: mmap.PAGESIZE] = 0
         self._address = own.ctypes.data
         return torch.from_numpy(own)
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import mmap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,23 @@ def test_memory_is_there_from_the_start_and_gone_when_closed() -> None:
     memory.close()
     assert resident_bytes() - before < 8 * MIB
     assert not view[:PAGE].any()
+
+
+def test_others_can_map_memory_while_much_is_taken() -> None:
+    """A node's event loop, which maps rings and regions, must not stand still and fall silent meanwhile."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as thread:
+        taken = thread.submit(Memory, 512 * MIB)
+        longest = 0.0
+        while not taken.done():
+            before = time.monotonic()
+            mmap.mmap(-1, PAGE).close()
+            longest = max(longest, time.monotonic() - before)
+            time.sleep(0.005)
+        seconds = time.monotonic() - started
+        taken.result().close()
+
+    assert longest < max(0.3, seconds / 2)
 
 
 @pytest.mark.parametrize("nbytes", [1 << 45, 1 << 62, 1 << 70])
