@@ -103,7 +103,7 @@ class MemoryNode:
         if link.peer.role == probe.ROLE:
             self._echoes.take(link)
             return
-        self._links.add(link)
+        self._links = {*(known for known in self._links if not known.closed), link}
         if link.peer.role == "client":
             refusal = f"{self._name} is a memory node; clients talk to the compute node"
             link.send(encode(Failed(kind="RequestError", message=refusal)))
@@ -155,7 +155,11 @@ class MemoryNode:
             )
             await self._shard.serve()
         except* TransportError as group:
-            log.info("event=detached peer=%s reason=%r", peer, str(group.exceptions[0]))
+            reason = str(group.exceptions[0])
+            if link.closed:
+                log.info("event=detached peer=%s reason=%r", peer, reason)
+            else:  # it sent what cannot be, over a link that is in order
+                await self._give_up(link, reason)
         except* LaminaError as group:
             await self._give_up(link, str(group.exceptions[0]))
         except* Exception as group:

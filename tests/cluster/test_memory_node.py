@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 import lamina
+from lamina.attention import LayerShape
 from lamina.attention.backend import require_backend
 from lamina.config import ClusterConfig
 from lamina.errors import CapacityError, ConfigError
+from lamina.protocol import Attach, encode
+from lamina.transport import Address, Hello, Region, connect
 from tests import harness
 from tests.cluster.test_families import PROMPTS, gaps
 from tests.families import FAMILIES
@@ -132,6 +135,28 @@ def test_keys_and_values_of_8_bits(kv_dtype: str, memory_ports: list[int], tmp_p
 
     assert 3.5 < tokens[1] / tokens[0] < 4
     assert gaps(Oracle(path), answers).mean < 0.02
+
+
+def test_a_compute_node_that_asks_for_what_cannot_be_is_told_so(tmp_path: Path) -> None:
+    """It does not wait for ever for an answer on a link that is in order, and the next one is served."""
+    (port,) = harness.free_ports(1)
+    memory = harness.start_memory(tmp_path, port, wiring=harness.Wiring())
+    layer = LayerShape(q_heads=2, kv_heads=1, qk_dim=8, v_dim=8, scale=1.0)
+
+    async def refusal() -> str:
+        address = Address.parse(f"127.0.0.1:{port}")
+        async with await connect(address, Hello("compute", "odd"), deadline_s=20) as link:
+            told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            link.on_message = lambda plain: told.set_result(plain["reason"])
+            outputs = link.expose(Region("outputs", 3))
+            types = {"dtype": "float32", "kv_dtype": "float32", "block_tokens": 16, "slots": 1, "max_batch": 1}
+            link.send(encode(Attach(model="odd", layers=[layer], outputs=outputs, **types)))
+            return await asyncio.wait_for(told, 20)
+
+    with harness.running(memory):
+        for _ in range(2):
+            assert "region 'outputs' of 3 bytes where 64 are needed" in asyncio.run(refusal())
+        assert memory.stop() == 0
 
 
 CHOOSY = """if True:
