@@ -311,13 +311,3 @@ class Link(ABC):
     def _check_open(self) -> None:
         if not self._open:
             raise self.error or TransportError(f"the link to {self} is closed")
-
-    def _check_write(self, remote: RemoteRegion, offset: int, nbytes: int, tag: int) -> None:
-        self._check_open()
-        if not 0 <= offset <= offset + nbytes <= remote.nbytes:
-            raise ProtocolError(
-                f"bytes {offset}..{offset + nbytes} are outside region {remote.name!r} of {self}, "
-                f"which has {remote.nbytes}"
-            )
-        if not 0 <= tag <= MAX_TAG:
-            raise ProtocolError(f"tag {tag} is outside 0..{MAX_TAG}")
