@@ -331,6 +331,8 @@ def read_secret(path: Path) -> bytes:
     except OSError as e:
         hint = f"; `lamina secret {path}` makes a new one" if isinstance(e, FileNotFoundError) else ""
         raise ConfigError(f"{path} cannot be read: {e.strerror}{hint}") from e
+    except ValueError as e:  # a name that no file can have
+        raise ConfigError(f"{str(path)!r} cannot be read: {e}") from e
     secret = secret.removesuffix(b"\n")
     if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
         size = f"{len(secret)} bytes" if len(secret) <= MAX_SECRET_BYTES else "more"

@@ -138,6 +138,11 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ("[pipeline]", '[transport]\nsecret_file = "none.key"\n[pipeline]', "transport.secret_file: "),
         (
             "[pipeline]",
+            '[transport]\nsecret_file = "a\\u0000b"\n[pipeline]',
+            "cannot be read: embedded null byte",
+        ),
+        (
+            "[pipeline]",
             '[transport]\ntls_key = "a"\ntls_authority = "b"\n[pipeline]',
             "transport.tls_certificate: missing; certificate, key and authority are needed together",
         ),

@@ -41,21 +41,33 @@ class TlsFiles:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(self.authority)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"TLS authority {self.authority} cannot be used: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"TLS authority {self.authority} cannot be used: {_words(error)}") from error
         try:
-            context.load_cert_chain(self.certificate, self.key)
-        except (OSError, ssl.SSLError) as error:
+            context.load_cert_chain(self.certificate, self.key, self._no_password)
+        except (OSError, ValueError) as error:
             raise ConfigError(
-                f"TLS certificate {self.certificate} with key {self.key} cannot be used: {error.strerror or error}"
+                f"TLS certificate {self.certificate} with key {self.key} cannot be used: {_words(error)}"
             ) from error
         return context
 
+    def _no_password(self) -> str:
+        """Instead of OpenSSL's question on the terminal, which a node in the background could not answer."""
+        raise ConfigError(
+            f"TLS key {self.key} is encrypted; decrypt it (openssl pkey -in KEY -out NEW), for its owner alone to read"
+        )
+
     def certificate_bytes(self) -> bytes:
         """This node's own certificate in DER, as its peers see it."""
-        text = self.certificate.read_text()
+        text = self.certificate.read_text(errors="replace")  # what stands around it may be in any encoding
         first, last = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+        if first not in text:
+            raise ConfigError(f"TLS certificate {self.certificate} has no line {first!r}; write it in PEM again")
         return ssl.PEM_cert_to_DER_cert(text[text.index(first) : text.index(last) + len(last)])
+
+
+def _words(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import subprocess
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -520,7 +521,11 @@ def test_tls_files_that_do_not_fit(tls, tmp_path):
     """What is wrong with the files is said before anything is opened."""
     other = make_certificate(tmp_path, "other")
     missing = tmp_path / "missing.pem"
+    locked = tmp_path / "locked.key"
+    encrypt = ["openssl", "pkey", "-in", tls.key, "-aes256", "-passout", "pass:word", "-out", locked]
+    subprocess.run(encrypt, check=True)
     cases = {
+        f"TLS key {locked} is encrypted": TlsFiles(tls.certificate, locked, tls.authority),
         f"TLS authority {missing} cannot be used: No such file": TlsFiles(tls.certificate, tls.key, missing),
         f"TLS certificate {missing} with key {tls.key} cannot be used": TlsFiles(missing, tls.key, tls.authority),
         f"TLS certificate {tls.certificate} with key {other.key} cannot": TlsFiles(
