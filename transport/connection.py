@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
+from time import monotonic
 
 from lamina.errors import PeerLostError, ProtocolError, TransportError
 from lamina.transport.frames import HEADER_BYTES, Event, FrameReceiver
@@ -20,6 +21,8 @@ from lamina.transport.stream import Stream
 
 SEND_BYTES = CHUNK_BYTES + HEADER_BYTES
 """The most that one system call sends: a chunk with its header needs no second one."""
+LAST_WORDS_S = 0.1
+"""How long an end is kept from everything else by what a peer sent before it was gone; kernels hold some megabytes."""
 MAX_GATHER = 1024
 """Linux's IOV_MAX: the most buffers that one sendmsg takes."""
 
@@ -154,8 +157,7 @@ class Connection:
         self._loop.call_soon(self._fail_when_read, PeerLostError(f"is gone: {_words(error)}"))
 
     def _fail_when_read(self, error: TransportError) -> None:
-        while self.receive():
-            pass
+        hear_out(self.receive)
         self._fail(error)
 
     def _fail(self, error: TransportError) -> None:
@@ -180,6 +182,13 @@ class Connection:
                 waiter.set_exception(error)
                 waiter.exception()  # nobody has to look
         self._drained.clear()
+
+
+def hear_out(hear: Callable[[], bool]) -> None:
+    """Let ``hear`` take what has arrived already: for a bounded time, as some peers never stop sending."""
+    until = monotonic() + LAST_WORDS_S
+    while hear() and monotonic() < until:
+        pass
 
 
 def _chunk(pieces: Iterable[memoryview]) -> list[memoryview]:

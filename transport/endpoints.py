@@ -186,7 +186,7 @@ class Listener:
         await self.close()
 
     def _resume(self) -> None:
-        if not self._closed:
+        if not self._closed and len(self._strangers) < MAX_HANDSHAKES:
             self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:

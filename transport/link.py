@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ConfigError, PeerLostError, ProtocolError, TransportError
 from lamina.transport.base import MAX_REGIONS, MAX_TAG, Hello, Lane, Link, Region, RemoteRegion, log
-from lamina.transport.connection import Connection
+from lamina.transport.connection import Connection, hear_out
 from lamina.transport.frames import HEADER_BYTES, HEARTBEAT_FRAME, Event, FrameReceiver, Note, message_frame, note_frame
 from lamina.transport.lanes import Lanes
 from lamina.transport.messages import MAX_MESSAGE
@@ -173,8 +173,7 @@ class NodeLink(Link):
     def lanes_failed(self, error: TransportError) -> None:
         """A lane's connection may end before the goodbye on the other connection was read, and its bytes with it."""
         if not self._said_bye and self._peer_bye is None:
-            while not self._ended.is_set() and self._control.receive():
-                pass
+            hear_out(self._control.receive)
         if not self._said_bye:
             self._fail(self._of_peer(error))
 
@@ -234,8 +233,7 @@ class NodeLink(Link):
             self._fail(self._of_peer(error))
             return
         # Whatever the peer wrote before it died may still lie in the lanes; its owner gets it first.
-        while self._lanes is not None and not self._ended.is_set() and self._lanes.poll():
-            pass
+        hear_out(self.poll)
         self._fail(self._of_peer(error))
 
     def _of_peer(self, error: TransportError) -> TransportError:

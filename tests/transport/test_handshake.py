@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 from contextlib import AsyncExitStack, ExitStack
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from lamina.errors import ConfigError, ConnectError, HandshakeError, PeerLostError, TransportError
 from lamina.transport import PROTOCOL_VERSION, Address, Hello, Lane, Listener, Options, Region, connect
 from lamina.transport.endpoints import MAX_HANDSHAKES
-from lamina.transport.frames import FrameReceiver
+from lamina.transport.frames import FrameReceiver, write_header
 from lamina.transport.handshake import MAX_HELLO
 from tests.transport import wire
 from tests.transport.nodes import COMPUTE, LOCAL, MEMORY, TCP, LinkKeeper, listening, round_trip, still_welcomes
@@ -648,3 +650,41 @@ def test_receiver_takes_no_more_than_its_frame():
         taken += len(buffer)
         event = receiver.received(len(buffer))
     assert taken == len(frame)
+
+
+FLOOD = """if True:
+    import socket, sys
+    frames = bytes.fromhex(sys.argv[2]) * 4096
+    with socket.socket(fileno=int(sys.argv[1])) as lane:
+        lane.setblocking(True)
+        while True:
+            lane.sendall(frames)
+"""
+
+
+def test_peer_that_never_stops_sending(run):
+    """It has left by its control connection, and floods a lane as fast as it can: nobody else has to wait for that."""
+
+    async def main():
+        async with listening() as (listener, keeper), wire.hand_made_link(listener.address) as made:
+            link = await keeper.first()
+            lost = asyncio.get_running_loop().create_future()
+            heard = asyncio.Event()
+            link.on_lost, link.on_tag = lost.set_result, lambda lane, tag: heard.set()
+            link.expose(Region("target", 64))
+            lane = made.lanes[0].sock.fileno()
+            given = [str(lane), write_header(1, 0, 0, 0).hex()]
+            flood = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", FLOOD, *given, pass_fds=[lane], stderr=subprocess.DEVNULL
+            )
+            try:
+                await heard.wait()
+                made.control.sock.shutdown(socket.SHUT_WR)
+                assert isinstance(await asyncio.wait_for(lost, 20), PeerLostError)
+                assert await flood.wait() == 1  # nobody listens to it any more
+            finally:
+                if flood.returncode is None:
+                    flood.kill()
+                    await flood.wait()
+
+    run(main())
