@@ -151,6 +151,8 @@ class Peer(Struct, frozen=True, kw_only=True):
 
     name: str
     transport: str
+    choice: str
+    """What either end asked for, which transport was taken, and why."""
     kv_heads: int
     """KV heads per layer that lie on the node."""
     bytes_sent: int

@@ -252,6 +252,7 @@ class RemoteShard:
         return Peer(
             name=self.name,
             transport=self.link.transport,
+            choice=self.link.choice,
             kv_heads=len(self._heads.kv[0]),
             bytes_sent=sum(self.link.bytes_written),
             bytes_received=sum(self.link.bytes_received),

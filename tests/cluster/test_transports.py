@@ -136,6 +136,7 @@ def test_what_was_asked_and_chosen_is_told(
     with harness.running(node, front):
         status = asyncio.run(harness.ready(config, front))
         assert [p.transport for p in status.peers] == [taken]
+        assert status.peers[0].choice.endswith(f"took {taken}")
         asked = rf"asked: {compute} \(c0\), {memory} \(memory-{port}\)"
         assert re.search(
             rf"event=connected peer=m0 transport={taken} choice=.*{asked}.*took {taken}", front.log.read_text()
