@@ -42,7 +42,7 @@ def node(
         int | None, typer.Option(min=0, help="Memory node: the NUMA node of its memory; overrides the file.")
     ] = None,
     attention: Annotated[str | None, typer.Option(help="Memory node without a file: what computes.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Memory node without a file: threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Memory node without a file: threads.")] = None,
     transport: Annotated[
         str | None, typer.Option(help="Memory node without a file: auto, rdma, shm or tcp; default: auto.")
     ] = None,
