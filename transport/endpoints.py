@@ -271,7 +271,7 @@ class Listener:
     async def _join(self, stream: Stream, message: dict[str, Any]) -> None:
         """Hand a further connection of a link to the handshake that waits for it."""
         match message:
-            case {"join": bytes(link_id), "lane": 0 | 1 as lane, "proof": bytes(proof)}:
+            case {"join": bytes(link_id), "lane": int(lane), "proof": bytes(proof)} if lane in (0, 1):
                 pass
             case _:
                 raise HandshakeError(f"the peer joined with something else than a link and a lane: {message!r:.200}")

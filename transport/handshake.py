@@ -38,7 +38,6 @@ from lamina.transport.stream import Stream, hang_up, recv_into, send_all
 MAX_HELLO = 16 << 10
 NONCE_BYTES = 32
 LINK_ID_BYTES = 16
-PROOF_BYTES = 32
 
 
 @dataclass(frozen=True)

@@ -185,10 +185,10 @@ class RdmaLanes(Lanes):
 
     def take_note(self, note: dict[str, Any]) -> None:
         match note:
-            case {"lane": 0 | 1 as lane, "credits": int(count)} if count > 0:
+            case {"lane": int(lane), "credits": int(count)} if lane in (0, 1) and count > 0:
                 if not self._lanes[lane].give_credits(count):
                     raise ProtocolError(f"the peer has posted {count} receives more than it said that it can")
-            case {"lane": 0 | 1 as lane, "bytes": int(nbytes)} if nbytes > 0:
+            case {"lane": int(lane), "bytes": int(nbytes)} if lane in (0, 1) and nbytes > 0:
                 self.bytes_received[lane] += nbytes
             case _:
                 raise ProtocolError(f"the peer sent a note that is none of RDMA's: {note!r:.200}")

@@ -42,10 +42,6 @@ class Stream:
         """Say that nothing more will be sent."""
         self._sock.shutdown(socket.SHUT_WR)
 
-    def place(self) -> str:
-        host, port = self._sock.getpeername()[:2]
-        return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
     def close(self) -> None:
         self._sock.close()
 
