@@ -60,10 +60,12 @@ class Hello:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # They end up in log lines and error messages, where a line break or a megabyte would do harm.
+        # They end up in log lines and error messages, where a line break, a quote or a megabyte would do harm.
         for what, text, limit in (("role", self.role, 32), ("name", self.name, 128)):
-            if not (isinstance(text, str) and 0 < len(text) <= limit and text.isprintable()):
-                raise ConfigError(f"the {what} of a node must be 1 to {limit} printable characters, got {text!r:.200}")
+            if not (isinstance(text, str) and 0 < len(text) <= limit and text.isprintable() and '"' not in text):
+                raise ConfigError(
+                    f"the {what} of a node must be 1 to {limit} printable characters but quotes, got {text!r:.200}"
+                )
         if not isinstance(self.details, dict):
             raise ConfigError(f"the details of a node must be a map, got {type(self.details).__name__}")
 

@@ -86,9 +86,7 @@ async def _connect_once(entrance: _Entrance, hello: Hello) -> Link:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT):
             stream = await entrance.open()
             stack.callback(stream.close)
-            session = Session(
-                stream, entrance.options, True, str(entrance.address), Introduction.of(hello, *entrance.can)
-            )
+            session = Session(stream, entrance.options, True, str(entrance.address), entrance.introduce(hello))
             await session.introduce()
 
         async def open_lane(lane: Lane) -> Stream:
@@ -166,6 +164,9 @@ class Listener:
         sock.setblocking(False)
         entrance.address = Address(address.scheme, address.host, sock.getsockname()[1])
         log.info('event=listening address=%s node="%s"', entrance.address, hello.name)
+        missing = entrance.introduce(hello).offers.get(options.kind, {}).get("missing")
+        if missing:  # it may come yet, such as a port that is still down
+            log.error('event=transport_missing address=%s kind=%s reason="%s"', entrance.address, options.kind, missing)
         return cls(entrance, sock, hello, on_link, handshake_timeout)
 
     async def close(self) -> None:
@@ -230,7 +231,7 @@ class Listener:
                             await self._join(stream, first[1])
                             stack.pop_all()
                             return
-                        introduction = Introduction.of(self._hello, *self._entrance.can)
+                        introduction = self._entrance.introduce(self._hello)
                         session = Session(stream, self._entrance.options, False, peer, introduction)
                         await session.introduce(first)
                         if len(self._guests) >= MAX_HANDSHAKES:
@@ -322,14 +323,16 @@ class _Entrance:
         check_reach(address, secret=options.secret is not None)
         self.address = address
         self.options = options
-        self.can = (options, offers(options))
-        """What ``Introduction.of`` wants to know besides the hello."""
         self._connecting = connecting
         self._tls: tuple[ssl.SSLContext, bytes] | None = None
         if options.tls is not None:
             self._tls = options.tls.context(connecting=connecting), options.tls.certificate_bytes()
         elif not address.is_loopback:
             log.warning('event=unprotected address=%s reason="no TLS: whoever is on the way can read"', address)
+
+    def introduce(self, hello: Hello) -> Introduction:
+        """What this end says of itself; what it can do may have changed since it said so last."""
+        return Introduction.of(hello, self.options, offers(self.options))
 
     async def open(self) -> Stream:
         """A new connection; raises OSError, or HandshakeError for TLS that fails."""
@@ -393,6 +396,8 @@ async def _make_link(session: Session) -> Link:
         if choice.candidates:
             raise HandshakeError(f"no transport could be set up: {choice.told('none')}")
     peer = session.peer
+    if taken == "rdma" and session.options.tls is not None:
+        log.warning('event=unprotected peer=%s reason="TLS does not encrypt RDMA"', session.peer_place)
     link = NodeLink(
         session.local.hello,
         peer.hello,

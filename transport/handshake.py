@@ -11,7 +11,8 @@ first::
 The proof covers both nonces, so nothing can be replayed; which end it is from, so nothing can be reflected; and all
 that was said before, so nobody in between can make one end look as if it could less than it can. Whoever is in between
 can always make a set-up fail, though, and ``auto`` then takes the next transport; TLS, whose certificates the proof
-covers too, keeps everybody out. The connecting end proves itself first: a stranger learns nothing but a hello.
+covers too, keeps everybody out. The connecting end proves itself first: a stranger who connects learns nothing but a
+hello. One who listens in a node's place gets its proof, with which a weak secret could be guessed: make it at random.
 
 A further connection of the same link, such as a lane of tcp, begins with a ``join`` frame, which shows the link's id
 and a proof with the link's own key.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +87,21 @@ def test_what_is_demanded_and_missing(run, who, caplog):
     assert f"no transport is possible (asked: {'rdma' if who == 'connecting' else 'auto'} (c0)" in error
     assert "; rdma: " in error or ": rdma: " in error
     assert "not offered" not in error
+
+
+def test_a_listener_says_at_once_what_it_lacks(run, caplog):
+    """Whoever starts a node that can never serve what it demands learns it from that node's own log, at its start."""
+
+    async def main():
+        async with listening(Options("rdma")):
+            pass
+
+    with caplog.at_level("ERROR", "lamina.transport"):
+        run(main())
+    if any(Path("/sys/class/infiniband").glob("*")):
+        pytest.skip("there is RDMA here")
+    assert "event=transport_missing" in caplog.text
+    assert "kind=rdma" in caplog.text
 
 
 def test_demanded_but_the_peer_has_none():
