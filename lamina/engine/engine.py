@@ -121,7 +121,7 @@ class Engine:
                 for slot in range(self._batches):
                     tasks.create_task(self._drive(slot))
                 for shard in self._shards:
-                    tasks.create_task(shard.run(self._runner.device))
+                    tasks.create_task(self._ship(shard))
                     tasks.create_task(shard.watch())
         except* LaminaError as group:
             raise self._fail(_first(group)) from group
@@ -146,9 +146,12 @@ class Engine:
             step = await self._reserve(slot, step)
             if not step.decode and not step.prompts:
                 continue
-            tokens = await self._runner.run(slot, number, step)
+            tokens = await self._runner.device.start(self._runner.run(slot, number, step))
             self.steps += 1
             self._finish(slot, step, tokens)
+
+    async def _ship(self, shard: RemoteShard) -> None:
+        await self._runner.device.start(shard.run())
 
     async def _reserve(self, slot: int, step: Step) -> Step:
         """Have space set aside for new sequences; the step that remains without those for which there was none."""

@@ -37,14 +37,27 @@ from lamina.transport import Lane, Link, Region, RemoteRegion
 class RemoteShard:
     """The shard of the KV cache on one memory node, as the compute node uses it.
 
-    Methods called ``stage_*`` and ``output`` touch tensors and run in the device thread; everything else runs on the
-    loop. A batch slot's buffers are written again only after the answer to their contents has come back.
+    Set-up and control belong to the node's loop, steps and prompts to the device's, where the lanes are. A batch slot's
+    buffers are written again only after the answer to their contents has come back.
     """
 
     def __init__(
-        self, name: str, link: Link, shard: HeadShard, layout: KVLayout, *, dtype: str, slots: int, max_batch: int
+        self,
+        name: str,
+        link: Link,
+        shard: HeadShard,
+        layout: KVLayout,
+        device: Device,
+        *,
+        dtype: str,
+        slots: int,
+        max_batch: int,
     ) -> None:
-        """``layout`` is what the memory node stores, ``dtype`` the type of everything on the way there and back."""
+        """``layout`` is what the memory node stores, ``dtype`` the type of everything on the way there and back.
+
+        The lanes of ``link`` have to belong to ``device``.
+        """
+        self._device = device
         self.name = name
         self.link = link
         self.stale_tags = 0
@@ -171,13 +184,13 @@ class RemoteShard:
         for first in range(start, start + count, CHUNK_TOKENS):
             self._to_ship.put_nowait((prompt, layer, first, min(CHUNK_TOKENS, start + count - first)))
 
-    async def run(self, device: Device) -> None:
+    async def run(self) -> None:
         """Send what ``ship`` queued, until cancelled."""
         assert self._remote is not None
         while True:
             prompt, layer, start, count = await self._to_ship.get()
             i = await self._idle_chunks.get()
-            nbytes = await device.run(self._stage_chunk, i, prompt, layer, start, count)
+            nbytes = await self._device.compute(self._stage_chunk, i, prompt, layer, start, count)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks[offset : offset + nbytes]
             self._write(Lane.BULK, self._remote.chunks, offset, source, Tag(Kind.CHUNK, 0, layer, i))
@@ -228,11 +241,11 @@ class RemoteShard:
 
     def _on_lost(self, error: TransportError) -> None:
         lost = NodeError(f"memory node {self.name} was lost: {error}", node=self.name)
-        waiters: list[asyncio.Future[Any]] = [self.lost, *self._replies.values()]
-        for waiting in waiters + [done for _, done in self._awaited.values()]:
-            if not waiting.done():
-                waiting.set_exception(lost)
-                waiting.exception()  # whoever waits is told; nobody has to
+        _fail([self.lost, *self._replies.values()], lost)
+        self._device.loop.call_soon_threadsafe(self._fail_steps, lost)
+
+    def _fail_steps(self, lost: NodeError) -> None:
+        _fail([done for _, done in self._awaited.values()], lost)
 
     def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: Tag) -> None:
         self._check()
@@ -257,6 +270,14 @@ class RemoteShard:
             bytes_sent=sum(self.link.bytes_written),
             bytes_received=sum(self.link.bytes_received),
         )
+
+
+def _fail(waiters: list[asyncio.Future[Any]], error: LaminaError) -> None:
+    """Tell whoever waits; nobody has to."""
+    for waiting in waiters:
+        if not waiting.done():
+            waiting.set_exception(error)
+            waiting.exception()
 
 
 def _span(heads: range) -> slice:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +49,8 @@ class _Slot:
 class AttentionShard:
     """Serves one link of a compute node, from its Attach until the link ends.
 
-    ``backend`` is what ``make_backend`` made. Everything that touches tensors runs on ``device``. ``stale_tags`` counts
-    arrivals that belonged to no present step or to a sequence that was over.
+    ``backend`` is what ``make_backend`` made. The lanes belong to ``device``, where everything happens but control.
+    ``stale_tags`` counts arrivals that belonged to no present step or to a sequence that was over.
     """
 
     def __init__(self, link: Link, attach: Attach, backend: Backend, device: Device) -> None:
@@ -95,10 +97,13 @@ class AttentionShard:
         )
         async with asyncio.TaskGroup() as tasks:
             for number in range(len(self._slots)):
-                tasks.create_task(self._attend(number))
-            tasks.create_task(self._keep())
+                tasks.create_task(self._on_device(self._attend(number)))
+            tasks.create_task(self._on_device(self._keep()))
             tasks.create_task(self._obey())
             tasks.create_task(self._watch())
+
+    async def _on_device(self, work: Coroutine[Any, Any, None]) -> None:
+        await self._device.start(work)
 
     async def _watch(self) -> None:
         await self._lost
@@ -112,13 +117,13 @@ class AttentionShard:
             await slot.planned.wait()
             slot.planned.clear()
             rows = self._read_plan(number)
-            plan = await self._device.run(self._backend.plan, rows)
+            plan = await self._device.compute(self._backend.plan, rows)
             for layer in range(len(self._layers)):
                 await self._arrival(slot, Kind.QUERY, layer)
                 await self._filled(rows, layer)
-                past = await self._device.run(self._past, plan, number, layer)
+                past = await self._device.compute(self._past, plan, number, layer)
                 await self._arrival(slot, Kind.KEY_VALUE, layer)
-                nbytes = await self._device.run(self._finish, plan, number, layer, past)
+                nbytes = await self._device.compute(self._finish, plan, number, layer, past)
                 offset = number * self._geometry.output_bytes
                 # The next plan may come as soon as the last output is out.
                 slot.busy = layer + 1 < len(self._layers)
@@ -171,7 +176,7 @@ class AttentionShard:
             header = ChunkHeader.unpack(self._chunks.buffer[start : start + CHUNK_HEADER])
             if header.layer >= len(self._layers) or not 1 <= header.tokens <= CHUNK_TOKENS:
                 raise ProtocolError(f"bulk chunk with {header}; expected a layer below {len(self._layers)}")
-            if await self._device.run(self._append, i, header):
+            if await self._device.compute(self._append, i, header):
                 self._grown.set()
             else:
                 self.stale_tags += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,8 +33,8 @@ class StepRunner:
         self.layers = 0
 
     async def run(self, slot: int, number: int, step: Step) -> list[int]:
-        """The tokens of the step's sampled rows. NodeError if a memory node is lost on the way."""
-        compute, forward = self.device.run, _Forward(self, slot, step)
+        """The tokens of the step's sampled rows. On the device's loop; NodeError if a memory node is lost meanwhile."""
+        compute, forward = self.device.compute, _Forward(self, slot, step)
         remote = len(step.decode)
         # Without decode rows the memory nodes have no part in the step.
         shards = self.shards if remote else ()
@@ -52,6 +53,8 @@ class StepRunner:
                 await compute(forward.attend_to_prompts, layer)
             for shard in shards:
                 await shard.answered(slot)
+            if not shards:
+                await asyncio.sleep(0)  # others have their turn
             self.layers += 1
         for chunk in step.prompts:
             if chunk.completes:
@@ -69,7 +72,7 @@ class StepRunner:
 
 
 class _Forward:
-    """One step on its way through the slices. All methods run in the device thread."""
+    """One step on its way through the slices."""
 
     def __init__(self, runner: StepRunner, slot: int, step: Step) -> None:
         self._slices = runner.model.slices

@@ -117,6 +117,7 @@ class ComputeNode:
                 link,
                 shard,
                 layout,
+                self._device,
                 dtype=checkpoint.dtype,
                 slots=pipeline.batches,
                 max_batch=pipeline.max_batch,
@@ -165,6 +166,7 @@ class ComputeNode:
             raise HandshakeError(
                 f"{node.address} should be memory node {node.name}, but a {link.peer.role} node answers"
             )
+        link.lane_loop = self._device.loop
         link.on_lost = lambda _: None  # start to read; from the attach on, the shard listens
         self._waiting_for.discard(node.name)
         log.info("event=connected peer=%s transport=%s choice=%r", node.name, link.transport, link.choice)
