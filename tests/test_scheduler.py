@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from lamina.engine.placement import Placement
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Scheduler, Sequence
 from lamina.errors import CapacityError
@@ -16,7 +17,7 @@ STOP = 99
 
 
 def make(id_: int, prompt: int, max_tokens: int) -> Sequence:
-    return Sequence(id_, list(range(prompt)), max_tokens, Sampling(), frozenset({STOP}))
+    return Sequence(id_, list(range(prompt)), max_tokens, Sampling(), frozenset({STOP}), Placement((0,)))
 
 
 def scheduler(**changes: int) -> Scheduler:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence as Listed
 from typing import Protocol
 
+from lamina.engine.placement import Placement
 from lamina.engine.remote import RemoteShard
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Scheduler, Sequence, Step
@@ -50,6 +51,7 @@ class Engine:
         self._context = context
         self._vocabulary = vocabulary
         self._stop_tokens = stop_tokens
+        self._everywhere = Placement(tuple(range(len(shards))))
         self._answers: dict[Sequence, Answer] = {}
         self._ids = itertools.count()
         self._work = [asyncio.Event() for _ in range(batches)]
@@ -100,7 +102,7 @@ class Engine:
                 f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
                 f"ask for at most {room}"
             )
-        sequence = Sequence(next(self._ids), prompt, max_tokens or room, sampling, self._stop_tokens)
+        sequence = Sequence(next(self._ids), prompt, max_tokens or room, sampling, self._stop_tokens, self._everywhere)
         self._scheduler.submit(sequence)
         self._answers[sequence] = answer
         self._idle.clear()

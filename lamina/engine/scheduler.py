@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
+from lamina.engine.placement import Placement
 from lamina.engine.sampler import Sampling
 from lamina.errors import CapacityError
 
@@ -19,6 +20,8 @@ class Sequence:
     max_tokens: int
     sampling: Sampling
     stop_tokens: frozenset[int]
+    placement: Placement
+    """Where its keys and values lie."""
     output: list[int] = field(default_factory=list)
     prefilled: int = 0
     """Prompt tokens that have gone through the slices."""
@@ -52,6 +55,8 @@ class PromptChunk:
     sequence: Sequence
     start: int
     tokens: list[int]
+    remote: bool = False
+    """Whether its past lies on memory nodes, rather than here."""
 
     @property
     def completes(self) -> bool:

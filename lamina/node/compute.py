@@ -120,7 +120,7 @@ class ComputeNode:
                 self._device,
                 dtype=checkpoint.dtype,
                 slots=pipeline.batches,
-                max_batch=pipeline.max_batch,
+                max_rows=pipeline.max_batch,
             )
             self._shards.append(remote)
             await remote.attach(checkpoint.fingerprint)
