@@ -21,6 +21,11 @@ from lamina.validation import explain
 Count = Annotated[int, Meta(ge=0, le=2**40)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
 
+KEY_BYTES = 16
+"""Of the key of a block."""
+MAX_KEYS = 2**15
+"""The most keys of one message."""
+
 
 class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):
     """Base of the control messages; the class name travels as ``type``."""
@@ -66,15 +71,31 @@ class Attached(Message):
             RemoteRegion.from_wire(list(region))
 
 
+Keys = Annotated[bytes, Meta(max_length=MAX_KEYS * KEY_BYTES)]
+"""Keys of blocks, one after the other."""
+
+
 class Reserve(Message):
-    """Set space aside for ``tokens`` positions of a new sequence; answered by Reserved or Refused."""
+    """Set space aside for ``tokens`` positions of a sequence, a new one or one that needs more than it has; answered by
+    Reserved or Refused."""
 
     sequence: Count
     tokens: Positive
+    keys: Keys = b""
+    """Of leading blocks of a new sequence, which it may share with others."""
 
 
 class Reserved(Message):
     sequence: Count
+    shared: Count = 0
+    """Leading positions of a new sequence that were found."""
+
+
+class Publish(Message):
+    """Let others share the leading blocks of a sequence, under these keys, when they are complete in every layer."""
+
+    sequence: Count
+    keys: Keys
 
 
 class Release(Message):
@@ -108,6 +129,12 @@ class Generate(Message):
     """Only the likeliest tokens that together have this probability."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     """None: a random one."""
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    """Higher goes first; equal ones in the order of their arrival."""
+    share_prefix: bool = True
+    """Whether it may share the keys and values of a prompt that begins alike."""
+    salt: Annotated[str, Meta(max_length=256)] = ""
+    """Only requests with the same salt share anything."""
 
 
 class Cancel(Message):
@@ -137,6 +164,8 @@ class Failed(Message):
     message: str
     id: Count | None = None
     node: str | None = None
+    retry_after_s: float | None = None
+    """After so many seconds the same request may be taken."""
 
 
 # -- anybody and a node
@@ -176,6 +205,12 @@ class Status(Message):
     """Attention layers run, over all steps."""
     busy_s: float = 0.0
     """Time that the device thread spent computing."""
+    preemptions: int = 0
+    """How often a sequence lost its space to others."""
+    prompt_tokens: int = 0
+    """Tokens that were to be prefilled,"""
+    shared_tokens: int = 0
+    """and those of them that lay on the memory nodes already."""
     sequences: int = 0
     kv_tokens_total: int = 0
     kv_tokens_free: int = 0
@@ -213,7 +248,7 @@ class Echo(Message):
         RemoteRegion.from_wire(list(self.region))
 
 
-FromCompute = Attach | Reserve | Release
+FromCompute = Attach | Reserve | Publish | Release
 FromMemory = Attached | Reserved | Refused
 FromClient = Generate | Cancel | AskStatus
 ToClient = Token | Finished | Failed | Status
@@ -221,7 +256,7 @@ ToClient = Token | Finished | Failed | Status
 
 def encode(message: Message) -> dict[str, Any]:
     """A plain map, as links send it."""
-    plain: dict[str, Any] = msgspec.to_builtins(message)
+    plain: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,))
     return plain
 
 

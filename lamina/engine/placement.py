@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lamina.attention import Run
@@ -30,11 +30,25 @@ class Placement:
         mine = rest - self.nodes.index(node) * self.stripe
         return rounds * self.stripe + min(max(mine, 0), self.stripe)
 
+    def position(self, node: int, index: int) -> int:
+        """Which position is number ``index`` on ``node``: the inverse of `held`."""
+        if self.stripe is None:
+            return index
+        rounds, rest = divmod(index, self.stripe)
+        return (rounds * len(self.nodes) + self.nodes.index(node)) * self.stripe + rest
+
     def owners(self, position: int) -> tuple[int, ...]:
         """The nodes that hold a position."""
         if self.stripe is None:
             return self.nodes
         return (self.nodes[position // self.stripe % len(self.nodes)],)
+
+    def usable(self, tokens: int, found: Mapping[int, int]) -> int:
+        """How many of the first ``tokens`` positions are there, if each node has found so many of its own."""
+        return min(
+            (self.position(node, n) for node, n in found.items() if n < self.held(node, tokens)),
+            default=tokens,
+        )
 
     def until_next(self, position: int) -> int | None:
         """Positions from ``position`` on that have the same owners; None: all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from lamina.engine.prompts import PromptKV
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
+    MAX_KEYS,
     Attach,
     Attached,
     ChunkHeader,
     FromMemory,
     Kind,
     Peer,
+    Publish,
     Refused,
     Release,
     Reserve,
@@ -109,9 +112,19 @@ class RemoteShard:
         self._key_value_parts = views.parts(self._keys_values, slots, g.key_value_bytes, own)
         self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, own)
 
-    async def reserve(self, sequence: int, tokens: int) -> None:
-        """Have space set aside before any of it is used. CapacityError if there is none."""
-        await self._ask(sequence, Reserve(sequence=sequence, tokens=tokens))
+    async def reserve(self, sequence: int, tokens: int, keys: Sequence[bytes] = ()) -> int:
+        """Have space set aside before any of it is used, or more than before. CapacityError if there is none.
+
+        ``keys`` name leading blocks that a new sequence may share; returns how many positions of it were found.
+        """
+        reserved = await self._ask(sequence, Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys)))
+        assert isinstance(reserved, Reserved)
+        return reserved.shared
+
+    def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
+        """Let others share the leading blocks of a sequence, when all has arrived that they are to hold."""
+        self._check()
+        self.link.send(encode(Publish(sequence=sequence, keys=_joined(keys))))
 
     def release(self, sequence: int) -> None:
         """Give back a sequence's space."""
@@ -283,6 +296,10 @@ def _fail(waiters: list[asyncio.Future[Any]], error: LaminaError) -> None:
         if not waiting.done():
             waiting.set_exception(error)
             waiting.exception()
+
+
+def _joined(keys: Sequence[bytes]) -> bytes:
+    return b"".join(keys[:MAX_KEYS])
 
 
 def _span(heads: range) -> slice:

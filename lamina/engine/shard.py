@@ -17,11 +17,13 @@ from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry
 from lamina.errors import CapacityError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
+    KEY_BYTES,
     Attach,
     Attached,
     ChunkHeader,
     FromCompute,
     Kind,
+    Publish,
     Refused,
     Release,
     Reserve,
@@ -90,7 +92,9 @@ class AttentionShard:
         self._output_parts = views.parts(self._outputs, n, g.output_bytes, dtype)
         self._chunk_parts = views.parts(self._chunks.buffer, CHUNKS, g.chunk_bytes, dtype)
         self._slots = [_Slot() for _ in range(n)]
-        self._control: asyncio.Queue[Reserve | Release] = asyncio.Queue()
+        self._control: asyncio.Queue[Reserve | Publish | Release] = asyncio.Queue()
+        self._to_publish: dict[int, list[bytes]] = {}
+        """Keys of sequences' leading blocks that are not complete yet."""
         self._chunks_arrived: asyncio.Queue[int] = asyncio.Queue()
         self._grown = asyncio.Event()
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -230,24 +234,44 @@ class AttentionShard:
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._layers[header.layer], header.tokens, first)
         self._backend.append(header.layer, Rows((Run(header.sequence, header.start, header.tokens),)), k, v)
+        self._publish_complete(header.sequence)
         return True
 
     # -- control
 
     async def _obey(self) -> None:
-        """Reserve and release, in the order of the messages."""
+        """Reserve, publish and release, in the order of the messages."""
         while True:
             message = await self._control.get()
-            if isinstance(message, Release):
-                if message.sequence in self.cache.sequences:
-                    await self._device.run(self.cache.release, message.sequence)
-                continue
-            try:
-                await self._device.run(self.cache.reserve, message.sequence, message.tokens)
-            except CapacityError as e:
-                self._link.send(encode(Refused(reason=str(e), sequence=message.sequence)))
-            else:
-                self._link.send(encode(Reserved(sequence=message.sequence)))
+            if isinstance(message, Reserve):
+                try:
+                    shared = await self._device.run(self._reserve, message)
+                except CapacityError as e:
+                    self._link.send(encode(Refused(reason=str(e), sequence=message.sequence)))
+                else:
+                    self._link.send(encode(Reserved(sequence=message.sequence, shared=shared)))
+            elif message.sequence in self.cache.sequences:
+                await self._device.run(self._publish_or_release, message)
+
+    def _reserve(self, message: Reserve) -> int:
+        if message.sequence not in self.cache.sequences:
+            return self.cache.reserve(message.sequence, message.tokens, keys=_split(message.keys))
+        self.cache.extend(message.sequence, message.tokens)
+        return 0
+
+    def _publish_or_release(self, message: Publish | Release) -> None:
+        if isinstance(message, Publish):
+            self._to_publish[message.sequence] = _split(message.keys)
+            self._publish_complete(message.sequence)
+        else:
+            self._to_publish.pop(message.sequence, None)
+            self.cache.release(message.sequence)
+
+    def _publish_complete(self, sequence: int) -> None:
+        """Publish what is to be, once all of it has arrived."""
+        keys = self._to_publish.get(sequence)
+        if keys and self.cache.complete(sequence) >= len(keys) * self.cache.layout.block_tokens:
+            self.cache.publish(sequence, self._to_publish.pop(sequence))
 
     # -- arrivals
 
@@ -282,6 +306,13 @@ class AttentionShard:
     def _on_lost(self, error: TransportError) -> None:
         if not self._lost.done():
             self._lost.set_exception(error)
+
+
+def _split(keys: bytes) -> list[bytes]:
+    """ProtocolError unless they are keys, one after the other."""
+    if len(keys) % KEY_BYTES:
+        raise ProtocolError(f"{len(keys)} bytes of keys; expected a multiple of {KEY_BYTES}")
+    return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
 
 
 def make_backend(attach: Attach, name: str, memory: Memory, device: Device) -> Backend:

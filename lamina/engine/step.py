@@ -130,7 +130,7 @@ class _Forward:
         for chunk in self._chunks:
             sequence = chunk.sequence
             if chunk.start == 0 and not chunk.remote:
-                kept = PromptKV(sequence.id, len(sequence.prompt), self._shapes, self._dtype, self._model.device)
+                kept = PromptKV(sequence.id, len(sequence.tokens), self._shapes, self._dtype, self._model.device)
                 self._prompts[sequence.id] = kept
             token_ids += chunk.tokens
             positions += range(chunk.start, chunk.start + len(chunk.tokens))

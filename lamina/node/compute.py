@@ -17,6 +17,7 @@ from lamina.device import Device
 from lamina.engine.engine import Engine
 from lamina.engine.geometry import shard_by_heads
 from lamina.engine.remote import RemoteShard
+from lamina.engine.room import Room
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
 from lamina.errors import CapacityError, ConfigError, ConnectError, HandshakeError, LaminaError, NodeError
@@ -133,14 +134,14 @@ class ComputeNode:
         model = await self._device.run(_load, blueprint, self._device.torch_device)
         self._tokenizer = await self._device.run(Tokenizer, checkpoint.path, context)
         self._model = checkpoint.fingerprint
-        self._blocks = min(s.capacity_tokens for s in self._shards) // BLOCK_TOKENS
+        room = Room([s.capacity_tokens // BLOCK_TOKENS for s in self._shards], BLOCK_TOKENS)
+        self._blocks = room.blocks
         self._runner = StepRunner(model, self._device, self._shards, getattr(torch, checkpoint.dtype))
         scheduler = Scheduler(
             batches=pipeline.batches,
             max_batch=pipeline.max_batch,
             prefill_tokens=pipeline.prefill_tokens,
-            blocks=self._blocks,
-            block_tokens=BLOCK_TOKENS,
+            room=room,
             max_waiting=pipeline.max_waiting,
         )
         return Engine(
@@ -259,6 +260,9 @@ class ComputeNode:
             steps=engine.steps,
             layers=runner.layers,
             busy_s=self._device.busy_s,
+            preemptions=engine.scheduler.preemptions,
+            prompt_tokens=engine.scheduler.prompt_tokens,
+            shared_tokens=engine.scheduler.shared_tokens,
             sequences=engine.running,
             kv_tokens_total=self._blocks * BLOCK_TOKENS,
             kv_tokens_free=engine.free_blocks * BLOCK_TOKENS,
