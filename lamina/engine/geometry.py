@@ -64,6 +64,13 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
     return shards
 
 
+def shard_whole(layers: Sequence[LayerShape], names: Sequence[str]) -> list[HeadShard]:
+    """Every memory node has all heads of every layer."""
+    kv = tuple(range(layer.kv_heads) for layer in layers)
+    q = tuple(range(layer.q_heads) for layer in layers)
+    return [HeadShard(kv, q, tuple(layers))] * len(names)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of the regions between a compute node and one memory node. Both ends compute it from the same facts.
