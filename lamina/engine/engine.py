@@ -9,7 +9,7 @@ from collections.abc import Sequence as Listed
 from typing import Protocol
 
 from lamina.engine.cost import Pace
-from lamina.engine.remote import RemoteShard
+from lamina.engine.remote import RemoteShard, reserve
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Ask, Outcome, Scheduler, Sequence, Step
 from lamina.engine.step import StepRunner
@@ -185,31 +185,15 @@ class Engine:
                 shard.release(id_)
 
     async def _reserve(self, ask: Ask) -> None:
-        """Have every memory node set space aside. Where one refuses, that request alone fails.
-
-        Of a prompt that begins like others, they all have to share equally much: if their answers differ, they are
-        asked again for the least of them. What they share gets less each time, so this ends.
-        """
-        keys = ask.keys
-        while ask.stands():  # else it has been released meanwhile
-            asked = [shard.reserve(ask.id, ask.tokens, keys) for shard in self._shards]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            if not ask.stands():
-                return
-            for answer in answers:
-                if isinstance(answer, CapacityError):
-                    self._refuse(ask.sequence, answer)
-                    return
-                if isinstance(answer, BaseException):
-                    raise answer
-            shared = [answer for answer in answers if isinstance(answer, int)]
-            if min(shared) == max(shared):
-                self.scheduler.grant(ask, shared[0])
-                self._work[ask.sequence.slot].set()
-                return
-            keys = keys[: min(shared) // self.scheduler.block_tokens]
-            for shard in self._shards:
-                shard.release(ask.id)
+        """Have every memory node set space aside. Where one refuses, that request alone fails."""
+        try:
+            shared = await reserve(self._shards, ask, self.scheduler.block_tokens)
+        except CapacityError as e:
+            if ask.stands():
+                self._refuse(ask.sequence, e)
+        else:
+            self.scheduler.grant(ask, shared)
+            self._wake()
 
     def _refuse(self, sequence: Sequence, error: CapacityError) -> None:
         """A memory node has no space for a request, though the scheduler thought so."""

@@ -14,6 +14,7 @@ from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
 from lamina.engine.prompts import PromptKV
+from lamina.engine.scheduler import Ask
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
@@ -270,6 +271,31 @@ class RemoteShard:
             bytes_sent=sum(self.link.bytes_written),
             bytes_received=sum(self.link.bytes_received),
         )
+
+
+async def reserve(shards: Sequence[RemoteShard], ask: Ask, block_tokens: int) -> int:
+    """Have all memory nodes set aside what was asked for; returns how many leading positions they share.
+
+    Of a prompt that begins like others, all of them have to share equally much, but each forgets when it needs the
+    space. So where their answers differ they are told to start anew with the keys that all had; what they share gets
+    less each time, so this ends. As soon as ``ask`` no longer stands nothing more is asked: it has been released.
+    CapacityError where one has too little space; the others hold theirs until the release.
+    """
+    keys = ask.keys
+    while ask.stands():
+        asked = [shard.reserve(ask.id, ask.tokens, keys) for shard in shards]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        shared = [answer for answer in answers if isinstance(answer, int)]
+        if min(shared) == max(shared):
+            return shared[0]
+        if ask.stands():
+            keys = keys[: min(shared) // block_tokens]
+            for shard in shards:
+                shard.release(ask.id)
+    return 0
 
 
 def _joined(keys: Sequence[bytes]) -> bytes:
