@@ -58,7 +58,7 @@ class Nodes:
 
     def reserve(self, ask: Ask) -> int:
         """How many leading positions are shared."""
-        if not ask.first:
+        if ask.had:
             assert self.space[ask.id] < ask.tokens
             self.space[ask.id] = ask.tokens
             shared = 0
@@ -240,7 +240,7 @@ def test_space_is_asked_for_before_it_is_needed() -> None:
     asked = s.next_step(0)
     assert asked
     assert not asked.prompts
-    assert [(a.tokens, a.first) for a in asked.asks] == [(8, True)]
+    assert [(a.tokens, a.had) for a in asked.asks] == [(8, 0)]
     assert s.next_step(0) is None
     s.grant(asked.asks[0])
 
@@ -255,7 +255,7 @@ def test_space_is_asked_for_before_it_is_needed() -> None:
             s.grant(ask)
 
     assert [a.tokens for a in asks] == [12, 16, 20, 24]
-    assert not any(a.first for a in asks)
+    assert all(a.had for a in asks)
 
 
 # -- admission

@@ -508,15 +508,16 @@ def test_a_prompt_stays_to_be_found_until_its_space_is_needed() -> None:
     assert [cache.match(keys(prompt)) for prompt in prompts] == [4, 0, 8]
 
 
-def test_the_last_token_of_a_reservation_is_never_shared() -> None:
-    """Somebody has to compute something."""
+def test_all_of_a_reservation_can_be_shared() -> None:
+    """Of a sequence that lies on several nodes, one may have no more to store."""
     cache = make(4)
     cache.reserve(0, 8)
     fill(cache, 0, 0, 8)
     cache.publish(0, keys(PROMPT[:8]))
 
     assert cache.match(keys(PROMPT[:8])) == 8
-    assert cache.reserve(1, 8, keys=keys(PROMPT[:8])) == 4
+    assert cache.reserve(1, 8, keys=keys(PROMPT[:8])) == 8
+    assert cache.filled(1, 0) == 8
 
 
 def test_windowed_layers_need_only_what_their_window_reaches() -> None:
