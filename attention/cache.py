@@ -44,7 +44,7 @@ class Placement:
 
     starts, counts: its positions; row_starts: its first row; frozen: positions below are in published blocks, which
     are not to be overwritten; addresses: uint64 [groups, runs], where the block tables lie in memory; attend: whether
-    the rows may attend, see `KVCache.place`.
+    the rows may attend, and store: whether they may be stored, see `KVCache.place`.
     """
 
     rows: Rows
@@ -57,6 +57,7 @@ class Placement:
     generations: Integers
     held: tuple[Reservation, ...]
     attend: bool
+    store: bool
 
     def tables(self, group: int) -> list[Integers]:
         """The block table of each run in a layer group: for positions from ``i * block_tokens`` on, the byte offset of
@@ -293,8 +294,9 @@ class KVCache:
 
     # -- for backends: place the rows of a step once, use what was found in every layer
 
-    def place(self, rows: Rows, *, attend: bool = True) -> Placement:
+    def place(self, rows: Rows, *, attend: bool = True, store: bool = True) -> Placement:
         """Find where ``rows`` live, assign the blocks that they are first to use, and let those behind windows go.
+        Without ``store``, rows are not going to be stored, and have no blocks.
 
         `CapacityError` where they go beyond their reservations. With ``attend``, `UsageError` where a row's window
         reaches positions that went back already; without, rows at such positions have no block and are not stored.
@@ -304,14 +306,16 @@ class KVCache:
         starts = np.array([run.start for run in rows.runs], dtype=np.int64)
         counts = np.array([run.count for run in rows.runs], dtype=np.int64)
         stops = starts + counts
-        if (stops > self._tokens[slots]).any():
+        if store and (stops > self._tokens[slots]).any():
             i = int((stops > self._tokens[slots]).argmax())
             raise CapacityError(
                 f"sequence {rows.runs[i].sequence} has space reserved for {held[i].tokens} tokens, "
                 f"position {stops[i] - 1} needs {stops[i]}"
             )
         size = self.layout.block_tokens
-        last = np.maximum(self._next[:, slots], -(-stops // size))
+        last = self._next[:, slots]
+        if store:
+            last = np.maximum(last, -(-stops // size))
         first = self._first[:, slots]
         for index in self._windowed:
             first[index] = self._new_first(index, rows, slots, starts, last[index], attend=attend)
@@ -328,6 +332,7 @@ class KVCache:
             generations=self._generation[slots],
             held=held,
             attend=attend,
+            store=store,
         )
 
     def require_past(self, layer: int, placement: Placement) -> None:
@@ -364,6 +369,11 @@ class KVCache:
         self.require_past(layer, placement)
         slots = placement.slots
         self._filled[layer, slots] = np.maximum(self._filled[layer, slots], placement.starts + placement.counts)
+
+    def require_space(self, placement: Placement) -> None:
+        """`UsageError` for rows that are not to be stored."""
+        if not placement.store:
+            raise UsageError("rows that were planned without store are to be stored; plan them with it")
 
     def stored(self, sequence: int, layer: int, start: int, stop: int) -> Integers:
         """The block table for reading the positions start..stop-1 of a layer; `UsageError` unless all are there."""

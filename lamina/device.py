@@ -1,25 +1,27 @@
-"""The one thread of a node that computes."""
+"""The one thread of a node that computes, with an event loop of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
+
+import uvloop
 
 from lamina.errors import ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_Job = tuple[asyncio.AbstractEventLoop, "asyncio.Future[object]", Callable[[], object]]
-
 
 class Device:
-    """Runs functions one after the other in a thread of its own, so that the event loop never computes.
+    """A thread in which everything that computes runs, one after the other, and ``loop``, its event loop.
+
+    The lanes of links belong to that loop (``Link.lane_loop``): between two operations the thread looks for arrived
+    tags itself, and goes on with the batch that they are for. The node's other loop does control, and never computes.
 
     ``name`` is a torch device. ``cpus`` pins the whole process; ``threads`` is how many threads compute, by default
     one for each of ``cpus``, else as many as torch takes: both attributes say what came of it. ``busy_s`` is the time
@@ -40,42 +42,50 @@ class Device:
         self.cpus = tuple(sorted(os.sched_getaffinity(0))) if cpus else None
         self.threads = torch.get_num_threads()
         self.busy_s = 0.0
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
 
+    # -- from the node's other loop
+
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
-        """Queue ``function`` for the device thread; the future gives its result or error.
+        """Have ``function`` run here; the future gives its result or error.
 
         Cancelling the future does not stop a function that runs.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
-        self._jobs.put((loop, future, lambda: function(*args, **kwargs)))  # type: ignore[arg-type]
-        return future
+
+        async def job() -> R:
+            return await self.compute(function, *args, **kwargs)
+
+        return self.start(job())
+
+    def start(self, coroutine: Coroutine[Any, Any, R]) -> asyncio.Future[R]:
+        """Run a coroutine on ``loop``. Cancelling the future cancels it."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
     def close(self) -> None:
-        """Stop after what is queued."""
-        self._jobs.put(None)
+        """Stop when nothing computes. Links whose lanes are here have to be closed before."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    # -- from coroutines on ``loop``
+
+    async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run ``function`` now, without a look at anything else meanwhile."""
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.busy_s += time.perf_counter() - start
+
+    # -- inside
 
     def _work(self) -> None:
         import torch
 
+        asyncio.set_event_loop(self.loop)
+        torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            while (job := self._jobs.get()) is not None:
-                loop, future, function = job
-                if future.cancelled():
-                    continue
-                start = time.perf_counter()
-                try:
-                    outcome: Callable[[], None] = _Set(future.set_result, function())
-                except BaseException as e:
-                    outcome = _Set(future.set_exception, e)
-                self.busy_s += time.perf_counter() - start
-                try:
-                    loop.call_soon_threadsafe(_unless_done, future, outcome)
-                except RuntimeError:
-                    return  # the loop is closed: nobody waits any more
+            self.loop.run_forever()
 
 
 def _pin(cpus: frozenset[int]) -> None:
@@ -89,20 +99,3 @@ def _pin(cpus: frozenset[int]) -> None:
         os.sched_setaffinity(0, cpus)
     except OSError as e:
         raise ConfigError(f"cpus: cannot be pinned to the processors {sorted(cpus)}: {e.strerror}") from e
-
-
-class _Set:
-    """A result on its way from the thread to the loop."""
-
-    __slots__ = ("_set", "_value")
-
-    def __init__(self, set_: Callable[[Any], None], value: object) -> None:
-        self._set, self._value = set_, value
-
-    def __call__(self) -> None:
-        self._set(self._value)
-
-
-def _unless_done(future: asyncio.Future[object], outcome: Callable[[], None]) -> None:
-    if not future.done():
-        outcome()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from lamina.attention import LayerShape, Rows, Run
+from lamina.attention import LayerShape, Run
 from lamina.errors import LaminaError, ProtocolError
 from lamina.transport import RemoteRegion
 from lamina.validation import explain
@@ -48,7 +48,7 @@ class Attach(Message):
     """The attention of every layer over this node's heads."""
     slots: Annotated[int, Meta(ge=1, le=32)]
     """Batches in flight."""
-    max_batch: Annotated[int, Meta(ge=1, le=4096)]
+    max_rows: Annotated[int, Meta(ge=1, le=4096 + 256)]
     """The most rows of one step."""
     outputs: RemoteRegion
     """Where the attention output is written."""
@@ -311,31 +311,60 @@ class Tag(NamedTuple):
 
 STEP_MASK = 2**14 - 1
 
-_PLAN = struct.Struct("<I")
+_PLAN = struct.Struct("<III")
 _RUN = struct.Struct("<QII")
 _CHUNK = struct.Struct("<QIII")
 CHUNK_HEADER = 64
 """Bytes before the keys of a bulk chunk: the header, padded so that the numbers behind it are aligned."""
 
 
-def plan_bytes(max_batch: int) -> int:
+class StepPlan(NamedTuple):
+    """What a memory node is told of a step: whose rows come, in this order.
+
+    It stores k and v of the rows of ``storing``; those of ``reading`` only meet what it holds. The first ``whole`` rows
+    are answered with their attention, in the model's type; all others with a partial in float32.
+    """
+
+    storing: tuple[Run, ...]
+    reading: tuple[Run, ...]
+    whole: int
+
+    @property
+    def stored_rows(self) -> int:
+        return sum(run.count for run in self.storing)
+
+    @property
+    def rows(self) -> int:
+        return self.stored_rows + sum(run.count for run in self.reading)
+
+
+def plan_bytes(max_rows: int) -> int:
     """Bytes of the largest step plan."""
-    return _PLAN.size + max_batch * _RUN.size
+    return _PLAN.size + max_rows * _RUN.size
 
 
-def pack_plan(rows: Rows) -> bytes:
-    return _PLAN.pack(len(rows.runs)) + b"".join(_RUN.pack(r.sequence, r.start, r.count) for r in rows.runs)
+def pack_plan(plan: StepPlan) -> bytes:
+    runs = (*plan.storing, *plan.reading)
+    head = _PLAN.pack(len(plan.storing), len(plan.reading), plan.whole)
+    return head + b"".join(_RUN.pack(run.sequence, run.start, run.count) for run in runs)
 
 
-def unpack_plan(buffer: memoryview, max_batch: int) -> Rows:
-    """ProtocolError for more rows than ``max_batch``."""
-    (runs,) = _PLAN.unpack_from(buffer)
-    if not 1 <= runs <= max_batch:
-        raise ProtocolError(f"step plan with {runs} runs; expected 1 to {max_batch}")
-    rows = Rows(tuple(Run(*_RUN.unpack_from(buffer, _PLAN.size + i * _RUN.size)) for i in range(runs)))
-    if rows.tokens > max_batch:
-        raise ProtocolError(f"step plan with {rows.tokens} rows; expected at most {max_batch}")
-    return rows
+def unpack_plan(buffer: memoryview, max_rows: int) -> StepPlan:
+    """ProtocolError for more rows than ``max_rows``, or a sequence that comes twice."""
+    storing, reading, whole = _PLAN.unpack_from(buffer)
+    count = storing + reading
+    if not 1 <= count <= max_rows:
+        raise ProtocolError(f"step plan with {count} runs; expected 1 to {max_rows}")
+    runs = [Run(*run) for run in _RUN.iter_unpack(buffer[_PLAN.size : _PLAN.size + count * _RUN.size])]
+    plan = StepPlan(tuple(runs[:storing]), tuple(runs[storing:]), whole)
+    if len({run.sequence for run in runs}) < count or any(run.count < 1 for run in runs):
+        raise ProtocolError("step plan with an empty run, or two runs of one sequence")
+    if plan.rows > max_rows or whole > plan.stored_rows:
+        raise ProtocolError(
+            f"step plan with {plan.rows} rows, {plan.stored_rows} of them to be stored and {whole} whole; "
+            f"expected at most {max_rows}"
+        )
+    return plan
 
 
 class ChunkHeader(NamedTuple):

@@ -8,12 +8,14 @@
 - Nothing waits inside a call. What the medium does not take at once is queued, without a copy.
 - A link ends once, and whoever waits on it learns why, whether the peer closed, died, fell silent or sent nonsense.
 
-Everything here belongs to the thread of the event loop: call it there, and callbacks come there. The one exception
-in sight is ``Link.poll``, which a device thread may one day call for itself while the loop leaves the link alone.
+A link belongs to the thread of the event loop that it was made in: call it there, and callbacks come there. Its lanes
+may be given to the loop of another thread, the one that computes, by ``Link.lane_loop``: then that thread writes and is
+told of tags itself, without a way through the first.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import enum
 import fcntl
@@ -215,6 +217,19 @@ class Link(ABC):
     @abstractmethod
     def _start_reading(self) -> None:
         """From the next round of the loop on, deliver what arrives. Called several times."""
+
+    @property
+    @abstractmethod
+    def lane_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop in whose thread ``write``, ``poll`` and ``drain`` are called, and ``on_tag`` calls.
+
+        The link's own, unless it is set before the first callback; that loop has to run until the link is closed.
+        ``on_message`` and ``on_lost`` stay here. UsageError when it is set too late.
+        """
+
+    @lane_loop.setter
+    @abstractmethod
+    def lane_loop(self, loop: asyncio.AbstractEventLoop) -> None: ...
 
     @abstractmethod
     def poll(self) -> bool:

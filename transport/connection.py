@@ -53,6 +53,10 @@ class Connection:
         self.bytes_written = 0
         self.bytes_received = 0
 
+    def adopt(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to ``loop`` from now on. Called in it, before ``start_reading``, with nothing queued."""
+        self._loop = loop
+
     # -- sending
 
     def push(self, pieces: list[memoryview], nbytes: int) -> None:

@@ -35,9 +35,10 @@ class Owner(Protocol):
 
 
 class Lanes(ABC):
-    """Both lanes of a link. Made by ``upgrade``; belongs to the thread of the event loop.
+    """Both lanes of a link. Made by ``upgrade``; from ``start`` on they belong to the loop that it is called in.
 
-    The link has checked everything that it can before it calls: regions are known, offsets, lengths and tags in range.
+    ``expose``, ``learn`` and ``window`` may be called in another thread. The link has checked everything that it can
+    before it calls: regions are known, offsets, lengths and tags in range.
     """
 
     bytes_written: Sequence[int]
@@ -55,7 +56,7 @@ class Lanes(ABC):
 
     @abstractmethod
     def start(self, owner: Owner) -> None:
-        """From the next round of the loop on, deliver what arrives to ``owner``. Called once, before anything else."""
+        """From the next round of this loop on, deliver what arrives to ``owner``. Called once."""
 
     @abstractmethod
     def expose(self, key: int, region: Region) -> dict[str, Any]:

@@ -7,10 +7,11 @@ callbacks, and the order in which a link ends.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
-from lamina.errors import ConfigError, PeerLostError, ProtocolError, TransportError
+from lamina.errors import ConfigError, PeerLostError, ProtocolError, TransportError, UsageError
 from lamina.transport.base import MAX_REGIONS, MAX_TAG, Hello, Lane, Link, Region, RemoteRegion, log
 from lamina.transport.connection import Connection, hear_out
 from lamina.transport.frames import HEADER_BYTES, HEARTBEAT_FRAME, Event, FrameReceiver, Note, message_frame, note_frame
@@ -25,9 +26,15 @@ HEARTBEATS_PER_TIMEOUT = 4
 CLOSE_DEADLINE_S = 5.0
 _HEARTBEAT = memoryview(HEARTBEAT_FRAME)
 
+Ts = TypeVarTuple("Ts")
+
 
 class NodeLink(Link):
-    """See ``Link``. Made by ``connect`` and ``Listener``, when both ends have agreed on everything."""
+    """See ``Link``. Made by ``connect`` and ``Listener``, when both ends have agreed on everything.
+
+    Where the lanes have a loop of their own, it is another thread's: ``_there`` hands something over to it, ``_here``
+    brings something back. What is written under "what the lanes report" is called there, all else here.
+    """
 
     def __init__(
         self,
@@ -46,13 +53,14 @@ class NodeLink(Link):
         super().__init__(local, peer, peer_address)
         self.transport = transport
         self.choice = choice
-        self._loop = asyncio.get_running_loop()
+        self._loop = self._lane_loop = asyncio.get_running_loop()
         self._control = Connection(control, FrameReceiver({}, MAX_MESSAGE), self._on_frame, self._control_failed)
         self._lanes = lanes
         self._exposed = 0
         self._known: dict[int, int] = {}
         """Sizes of the peer's regions."""
         self._reading = False
+        self._lanes_closed = asyncio.Event()
         self._said_bye = False
         self._peer_bye: tuple[int, int] | None = None
         """How many writes of each lane the peer sent, once it has said that there will be no more."""
@@ -67,6 +75,16 @@ class NodeLink(Link):
         self._timer = self._loop.call_later(self._period, self._each_period)
 
     # -- Link
+
+    @property
+    def lane_loop(self) -> asyncio.AbstractEventLoop:
+        return self._lane_loop
+
+    @lane_loop.setter
+    def lane_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._reading:
+            raise UsageError(f"the lanes of {self} are in use already; set lane_loop before the first callback")
+        self._lane_loop = loop
 
     def expose(self, region: Region) -> RemoteRegion:
         self._check_open()
@@ -118,7 +136,8 @@ class NodeLink(Link):
         self._control.push([memoryview(frame)], len(frame))
 
     def poll(self) -> bool:
-        return self._lanes is not None and not self._ended.is_set() and self._lanes.poll()
+        lanes = self._lanes
+        return lanes is not None and self._reading and not self._ended.is_set() and lanes.poll()
 
     @property
     def pending_bytes(self) -> int:
@@ -148,6 +167,8 @@ class NodeLink(Link):
                 if opened and not self._ended.is_set():
                     await self._say_bye()
                 await self._ended.wait()
+                if self._lanes is not None:
+                    await self._lanes_closed.wait()
         except TransportError:
             pass  # it ended in another way meanwhile
         except TimeoutError:
@@ -166,19 +187,32 @@ class NodeLink(Link):
             try:
                 self._on_tag(lane, tag)
             except Exception as error:
-                self._callback_failed(error)
+                self._on_tag = None
+                self._here(self._callback_failed, error)
         if self._peer_bye is not None:
-            self._check_bye()
+            self._count_received()
+
+    def _count_received(self) -> None:
+        received = tuple(self._lanes.tags_received) if self._lanes else (0, 0)
+        self._here(self._received_of_bye, received)
 
     def lanes_failed(self, error: TransportError) -> None:
-        """A lane's connection may end before the goodbye on the other connection was read, and its bytes with it."""
-        if not self._said_bye and self._peer_bye is None:
-            hear_out(self._control.receive)
-        if not self._said_bye:
-            self._fail(self._of_peer(error))
+        self._here(self._lanes_failed, error)
 
     def send_note(self, note: dict[str, Any]) -> None:
-        self._note({"lanes": note})
+        self._here(self._note, {"lanes": note})
+
+    def _take_note(self, note: dict[str, Any]) -> None:
+        assert self._lanes is not None
+        try:
+            self._lanes.take_note(note)
+        except ProtocolError as error:
+            self._here(self._fail, ProtocolError(f"{self}: {error}"))
+
+    def _close_lanes(self, reason: TransportError) -> None:
+        assert self._lanes is not None
+        self._lanes.close(reason)
+        self._here(self._lanes_closed.set)
 
     # -- what arrives on the control connection
 
@@ -207,18 +241,17 @@ class NodeLink(Link):
                 self._lanes.learn(key, nbytes, details)
                 self._known[key] = nbytes
             case {"lanes": dict(details)} if self._lanes is not None:
-                self._lanes.take_note(details)
+                self._there(self._take_note, details)
             case {"bye": [int(decode), int(bulk)]} if decode >= 0 and bulk >= 0:
                 self._peer_bye = (decode, bulk)
-                self._check_bye()
+                self._there(self._count_received)
             case {"gone": True} if not self._open:
                 self._end(None)
             case _:
                 raise ProtocolError(f"the peer sent a note that is none: {dict(note)!r:.200}")
 
-    def _check_bye(self) -> None:
+    def _received_of_bye(self, received: tuple[int, ...]) -> None:
         """The peer has said goodbye: has everything arrived that it sent before?"""
-        received = tuple(self._lanes.tags_received) if self._lanes else (0, 0)
         if received != self._peer_bye:
             return
         if self._open:
@@ -228,12 +261,20 @@ class NodeLink(Link):
         elif self._said_bye:
             self._end(None)
 
+    def _lanes_failed(self, error: TransportError) -> None:
+        """A lane's connection may end before the goodbye on the other connection was read, and its bytes with it."""
+        if not self._said_bye and self._peer_bye is None:
+            hear_out(self._control.receive)
+        if not self._said_bye:
+            self._fail(self._of_peer(error))
+
     def _control_failed(self, error: TransportError) -> None:
         if isinstance(error, ProtocolError):
             self._fail(self._of_peer(error))
             return
-        # Whatever the peer wrote before it died may still lie in the lanes; its owner gets it first.
-        hear_out(self.poll)
+        if not self._apart:
+            # Whatever the peer wrote before it died may still lie in the lanes; its owner gets it first.
+            hear_out(self.poll)
         self._fail(self._of_peer(error))
 
     def _of_peer(self, error: TransportError) -> TransportError:
@@ -244,17 +285,23 @@ class NodeLink(Link):
 
     async def _say_bye(self) -> None:
         self._start_reading()
-        if self._lanes is not None:
-            for lane in Lane:
-                await self._lanes.drain(lane)
+        if self._apart:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._drain_all(), self._lane_loop))
+        else:
+            await self._drain_all()
         self._note({"bye": list(self._lanes.tags_written) if self._lanes else [0, 0]})
         await self._control.drain()
         self._said_bye = True
         if self._peer_bye is not None:
-            self._check_bye()
+            self._there(self._count_received)
+
+    async def _drain_all(self) -> None:
+        if self._lanes is not None:
+            for lane in Lane:
+                await self._lanes.drain(lane)
 
     def _callback_failed(self, error: Exception) -> None:
-        log.exception('event=callback_failed transport=%s peer="%s"', self.transport, self)
+        log.error('event=callback_failed transport=%s peer="%s"', self.transport, self, exc_info=error)
         lost = TransportError(f"what {self} sent could not be handled: {error!r}")
         lost.__cause__ = error
         self._fail(lost)
@@ -285,7 +332,7 @@ class NodeLink(Link):
         reason = error or TransportError(f"the link to {self} is closed")
         self._control.close(reason)
         if self._lanes is not None:
-            self._lanes.close(reason)
+            (self._there if self._reading else self._here)(self._close_lanes, reason)
         return True
 
     # -- inside
@@ -295,15 +342,34 @@ class NodeLink(Link):
             return
         self._reading = True
         if self._lanes is not None:
-            self._lanes.start(self)
+            self._there(self._lanes.start, self)
         self._control.start_reading()
+
+    @property
+    def _apart(self) -> bool:
+        return self._lane_loop is not self._loop
+
+    def _there(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
+        """Call ``function`` where the lanes live; at once, if that is here."""
+        if self._apart:
+            _hand_over(self._lane_loop, function, *arguments)
+        else:
+            function(*arguments)
+
+    def _here(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
+        """Call ``function`` where the link lives; at once, if the lanes do so too."""
+        if self._apart:
+            _hand_over(self._loop, function, *arguments)
+        else:
+            function(*arguments)
 
     def _each_period(self) -> None:
         self._timer = self._loop.call_later(self._period, self._each_period)
         if self._reading:
             # On some loops timers run before sockets: look before judging.
             self._control.receive()
-            self.poll()
+            if not self._apart:
+                self.poll()
             if self._ended.is_set():
                 return
             heard_bytes = self._control.bytes_received + sum(self.bytes_received)
@@ -327,3 +393,8 @@ class NodeLink(Link):
     def _check_known(self, remote: RemoteRegion) -> None:
         if self._known.get(remote.key) != remote.nbytes:
             raise ProtocolError(f"{self} has exposed no region {remote.name!r} of {remote.nbytes} bytes")
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: Any) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nothing lives there any more
+        loop.call_soon_threadsafe(function, *arguments)

@@ -154,6 +154,7 @@ class RdmaLanes(Lanes):
 
     def start(self, owner: Owner) -> None:
         self.owner = owner
+        self._loop = asyncio.get_running_loop()
         self._loop.call_soon(self._spin if self.busy_poll else self._look)
         for lane in self._lanes:
             if not self.busy_poll:
@@ -321,7 +322,6 @@ class _Lane:
         """Whether the device may have more completions than were taken last."""
         self._lanes = lanes
         self._lane = lane
-        self._loop = asyncio.get_running_loop()
         self._holdings = holdings
         self._closed: TransportError | None = None
         self._drainers: list[asyncio.Future[None]] = []
@@ -401,7 +401,7 @@ class _Lane:
             raise self._closed
         if not self._pending and not self._waiting:
             return
-        done = self._loop.create_future()
+        done = asyncio.get_running_loop().create_future()
         self._drainers.append(done)
         try:
             self._await_completions()

@@ -255,6 +255,7 @@ class ShmLanes(Lanes):
 
     def start(self, owner: Owner) -> None:
         self._owner = owner
+        self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._doorbell, self._rung)
         if self._busy_poll:
             self._stay_awake()

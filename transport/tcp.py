@@ -50,6 +50,9 @@ class TcpLanes(Lanes):
 
     def start(self, owner: Owner) -> None:
         self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        for connection in self._connections:
+            connection.adopt(self._loop)
         if self._busy_poll:
             self._loop.call_soon(self._spin)
             return

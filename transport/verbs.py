@@ -16,6 +16,7 @@ import ipaddress
 import mmap
 import os
 import resource
+import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -275,6 +276,8 @@ class Device:
         self.max_gather = min(attributes.max_sge, MAX_GATHER)
         self.max_queue = min(attributes.max_qp_wr, attributes.max_cqe // 2 - 1)
         self._memories: dict[MemoryKey, Memory] = {}
+        self.lock = threading.RLock()
+        """Held while registrations change: regions are exposed in one thread and written from in another."""
 
     def register(self, address: int, nbytes: int, access: int = 0) -> Any:
         """A memory region of verbs, which the caller closes. Raises CapacityError where the memory cannot be locked."""
@@ -327,9 +330,10 @@ class Device:
             self._forget(memory)
 
     def _forget(self, memory: Memory) -> None:
-        if self._memories.get(memory._key) is memory:
-            del self._memories[memory._key]
-        memory.close()
+        with self.lock:
+            if self._memories.get(memory._key) is memory:
+                del self._memories[memory._key]
+            memory.close()
 
 
 class Holdings:
@@ -338,46 +342,49 @@ class Holdings:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._held: list[Memory] = []
-        self._starts: list[int] = []
-        self._found: list[Memory] = []
-        """Those that lie in no other one, by ascending address: so their ends ascend too."""
+        self._index: tuple[list[int], list[Memory]] = [], []
+        """Those that lie in no other one, by ascending address, so that their ends ascend too; and these addresses."""
 
     def expose(self, view: memoryview) -> Memory:
         """See ``Device.expose``."""
-        memory = self.device.expose(view)
-        self._hold(memory)
+        with self.device.lock:
+            memory = self.device.expose(view)
+            self._hold(memory)
         return memory
 
     def find(self, owner: object, address: int, nbytes: int) -> int | None:
         """The local key of the memory in which these bytes lie. None if it is not registered, and need not be."""
         end = address + nbytes
-        i = bisect_right(self._starts, address) - 1
+        starts, found = self._index
+        i = bisect_right(starts, address) - 1
         if i >= 0:
-            memory = self._found[i]
+            memory = found[i]
             if end <= memory.end and memory.holds(owner):
                 return memory.lkey
         if nbytes <= COPY_BYTES and not isinstance(owner, mmap.mmap):
             return None
-        found = self.device.source(owner, address, end)
-        if found is None:
-            return None
-        self._hold(found)
-        return found.lkey
+        with self.device.lock:
+            source = self.device.source(owner, address, end)
+            if source is None:
+                return None
+            self._hold(source)
+        return source.lkey
 
     def _hold(self, memory: Memory) -> None:
         self._held = [held for held in self._held if held.alive]
         self._held.append(memory)
-        self._found = []
+        found: list[Memory] = []
         for held in sorted(self._held, key=lambda held: (held.address, -held.end)):
-            if not self._found or held.end > self._found[-1].end:
-                self._found.append(held)
-        self._starts = [held.address for held in self._found]
+            if not found or held.end > found[-1].end:
+                found.append(held)
+        self._index = [held.address for held in found], found
 
     def close(self) -> None:
-        held, self._held, self._found, self._starts = self._held, [], [], []
-        for memory in held:
-            if memory.alive:
-                self.device.release(memory)
+        with self.device.lock:
+            held, self._held, self._index = self._held, [], ([], [])
+            for memory in held:
+                if memory.alive:
+                    self.device.release(memory)
 
 
 _devices: dict[tuple[int, str], Device] = {}

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.attention import KVLayout, Rows
+from lamina.attention import KVLayout, Partial
 from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
+from lamina.engine.placement import NodeRows
 from lamina.engine.prompts import PromptKV
-from lamina.engine.scheduler import Ask
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
@@ -30,6 +30,7 @@ from lamina.protocol import (
     Release,
     Reserve,
     Reserved,
+    StepPlan,
     Tag,
     decode,
     encode,
@@ -41,21 +42,34 @@ from lamina.transport import Lane, Link, Region, RemoteRegion
 class RemoteShard:
     """The shard of the KV cache on one memory node, as the compute node uses it.
 
-    Methods called ``stage_*`` and ``output`` touch tensors and run in the device thread; everything else runs on the
-    loop. A batch slot's buffers are written again only after the answer to their contents has come back.
+    Set-up and control belong to the node's loop, steps and prompts to the device's, where the lanes are. A batch slot's
+    buffers are written again only after the answer to their contents has come back.
     """
 
     def __init__(
-        self, name: str, link: Link, shard: HeadShard, layout: KVLayout, *, dtype: str, slots: int, max_batch: int
+        self,
+        name: str,
+        link: Link,
+        shard: HeadShard,
+        layout: KVLayout,
+        device: Device,
+        *,
+        dtype: str,
+        slots: int,
+        max_rows: int,
     ) -> None:
-        """``layout`` is what the memory node stores, ``dtype`` the type of everything on the way there and back."""
+        """``layout`` is what the memory node stores, ``dtype`` the type of everything on the way there and back.
+
+        The lanes of ``link`` have to belong to ``device``.
+        """
+        self._device = device
         self.name = name
         self.link = link
         self.stale_tags = 0
         self.capacity_tokens = 0
         self._heads = shard
         self._layout = layout
-        self._geometry = g = Geometry(shard.layers, dtype, slots, max_batch)
+        self._geometry = g = Geometry(shard.layers, dtype, slots, max_rows)
         own = getattr(torch, dtype)
         self._outputs = Region(f"{name}.outputs", slots * g.output_bytes)
         self._output_parts = views.parts(self._outputs.buffer, slots, g.output_bytes, own)
@@ -66,7 +80,7 @@ class RemoteShard:
         self._idle_chunks: asyncio.Queue[int] = asyncio.Queue()
         for i in range(CHUNKS):
             self._idle_chunks.put_nowait(i)
-        self._to_ship: asyncio.Queue[tuple[PromptKV, int, int, int]] = asyncio.Queue()
+        self._to_ship: asyncio.Queue[tuple[PromptKV, int, int, int, int]] = asyncio.Queue()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
         if link.error:
@@ -83,7 +97,7 @@ class RemoteShard:
             block_tokens=self._layout.block_tokens,
             layers=list(self._heads.layers),
             slots=self._geometry.slots,
-            max_batch=self._geometry.max_batch,
+            max_rows=self._geometry.max_rows,
             outputs=self.link.expose(self._outputs),
         )
         attached = await self._ask(None, attach)
@@ -129,76 +143,79 @@ class RemoteShard:
 
     # -- a step, layer by layer
 
-    def plan(self, slot: int, step: int, rows: Rows) -> None:
+    def plan(self, slot: int, step: int, rows: NodeRows) -> None:
         """Tell the memory node which rows the next step of ``slot`` consists of."""
         assert self._remote is not None
+        told = StepPlan(tuple(rows.storing), tuple(rows.reading), rows.whole)
         tag = Tag(Kind.PLAN, slot, 0, step)
-        self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(rows), tag)
+        self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(told), tag)
 
-    def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
-        """Copy this node's heads of q [T, Hq, Dk] to where they are sent from."""
-        self._query_view(slot, layer, len(q)).copy_(q[:, _span(self._heads.q[layer])])
-
-    def send_query(self, slot: int, layer: int, step: int, tokens: int) -> None:
+    def send_query(self, slot: int, layer: int, step: int, q: Tensor) -> None:
+        """Send this node's heads of q [rows, Hq, Dk]: of its rows, in the order of its plan."""
         assert self._remote is not None
+        shape = self._heads.layers[layer]
+        own = views.shaped(self._query_parts[slot], (len(q), shape.q_heads, shape.qk_dim))
+        own.copy_(q[:, _span(self._heads.q[layer])])
         # The answer may come before anybody waits for it.
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._awaited[slot] = (Tag(Kind.OUTPUT, slot, layer, step).pack(), done)
         offset = slot * self._geometry.query_bytes
-        nbytes = self._query_view(slot, layer, tokens).nbytes
-        source = self._queries[offset : offset + nbytes]
+        source = self._queries[offset : offset + own.nbytes]
         self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
 
-    def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
-        """Copy this node's heads of k [T, Hkv, Dk] and v [T, Hkv, Dv] to where they are sent from."""
+    def send_key_value(self, slot: int, layer: int, step: int, k: Tensor, v: Tensor) -> None:
+        """Send this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv]: of the rows that it stores."""
+        assert self._remote is not None
         own_k, own_v = views.key_value(self._key_value_parts[slot], self._heads.layers[layer], len(k))
         heads = _span(self._heads.kv[layer])
         own_k.copy_(k[:, heads])
         own_v.copy_(v[:, heads])
-
-    def send_key_value(self, slot: int, layer: int, step: int, tokens: int) -> None:
-        assert self._remote is not None
-        shape, item = self._heads.layers[layer], self._geometry.item
         offset = slot * self._geometry.key_value_bytes
-        nbytes = tokens * shape.kv_heads * (shape.qk_dim + shape.v_dim) * item
-        source = self._keys_values[offset : offset + nbytes]
+        source = self._keys_values[offset : offset + own_k.nbytes + own_v.nbytes]
         self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
 
     async def answered(self, slot: int) -> None:
         """Wait until the output of the query sent last has arrived. NodeError if the memory node is lost."""
         await self._awaited[slot][1]
 
-    def output(self, slot: int, layer: int, into: Tensor) -> None:
-        """Copy the output that has arrived to this node's heads of ``into`` [T, Hq, Dv]."""
-        shape = self._heads.layers[layer]
-        own = views.shaped(self._output_parts[slot], (len(into), shape.q_heads, shape.v_dim))
-        into[:, _span(self._heads.q[layer])] = own
+    def output(self, slot: int, layer: int, rows: int) -> Tensor:
+        """The attention that has arrived of the first ``rows`` rows, which are whole: o [rows, own Hq, Dv].
 
-    def _query_view(self, slot: int, layer: int, tokens: int) -> Tensor:
+        It lies where it arrived, and is good until the slot's next query is sent.
+        """
         shape = self._heads.layers[layer]
-        return views.shaped(self._query_parts[slot], (tokens, shape.q_heads, shape.qk_dim))
+        return views.shaped(self._output_parts[slot], (rows, shape.q_heads, shape.v_dim))
+
+    def partials(self, slot: int, layer: int, whole: int, rows: int) -> Partial:
+        """The partials that have arrived of the ``rows`` rows behind the ``whole`` ones; good for as long."""
+        start = self._geometry.whole_bytes(layer, whole)
+        return Partial(*views.partials(self._output_parts[slot], start, rows, self._heads.layers[layer]))
+
+    def heads(self, layer: int) -> slice:
+        """The query heads of a layer that this node has."""
+        return _span(self._heads.q[layer])
 
     # -- prompts, on the bulk lane
 
-    def ship(self, prompt: PromptKV, layer: int, start: int, count: int) -> None:
-        """Queue keys and values of a prompt; ``run`` sends them as buffers come free."""
-        for first in range(start, start + count, CHUNK_TOKENS):
-            self._to_ship.put_nowait((prompt, layer, first, min(CHUNK_TOKENS, start + count - first)))
+    def ship(self, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> None:
+        """Queue keys and values of a prompt, for position ``at`` there; ``run`` sends them as buffers come free."""
+        for done in range(0, count, CHUNK_TOKENS):
+            self._to_ship.put_nowait((prompt, layer, start + done, min(CHUNK_TOKENS, count - done), at + done))
 
-    async def run(self, device: Device) -> None:
+    async def run(self) -> None:
         """Send what ``ship`` queued, until cancelled."""
         assert self._remote is not None
         while True:
-            prompt, layer, start, count = await self._to_ship.get()
+            prompt, layer, start, count, at = await self._to_ship.get()
             i = await self._idle_chunks.get()
-            nbytes = await device.run(self._stage_chunk, i, prompt, layer, start, count)
+            nbytes = await self._device.compute(self._stage_chunk, i, prompt, layer, start, count, at)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks[offset : offset + nbytes]
             self._write(Lane.BULK, self._remote.chunks, offset, source, Tag(Kind.CHUNK, 0, layer, i))
 
-    def _stage_chunk(self, i: int, prompt: PromptKV, layer: int, start: int, count: int) -> int:
+    def _stage_chunk(self, i: int, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> int:
         offset = i * self._geometry.chunk_bytes
-        header = ChunkHeader(prompt.sequence, layer, start, count).pack()
+        header = ChunkHeader(prompt.sequence, layer, at, count).pack()
         self._chunks[offset : offset + len(header)] = header
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._heads.layers[layer], count, first)
@@ -242,11 +259,11 @@ class RemoteShard:
 
     def _on_lost(self, error: TransportError) -> None:
         lost = NodeError(f"memory node {self.name} was lost: {error}", node=self.name)
-        waiters: list[asyncio.Future[Any]] = [self.lost, *self._replies.values()]
-        for waiting in waiters + [done for _, done in self._awaited.values()]:
-            if not waiting.done():
-                waiting.set_exception(lost)
-                waiting.exception()  # whoever waits is told; nobody has to
+        _fail([self.lost, *self._replies.values()], lost)
+        self._device.loop.call_soon_threadsafe(self._fail_steps, lost)
+
+    def _fail_steps(self, lost: NodeError) -> None:
+        _fail([done for _, done in self._awaited.values()], lost)
 
     def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: Tag) -> None:
         self._check()
@@ -273,29 +290,12 @@ class RemoteShard:
         )
 
 
-async def reserve(shards: Sequence[RemoteShard], ask: Ask, block_tokens: int) -> int:
-    """Have all memory nodes set aside what was asked for; returns how many leading positions they share.
-
-    Of a prompt that begins like others, all of them have to share equally much, but each forgets when it needs the
-    space. So where their answers differ they are told to start anew with the keys that all had; what they share gets
-    less each time, so this ends. As soon as ``ask`` no longer stands nothing more is asked: it has been released.
-    CapacityError where one has too little space; the others hold theirs until the release.
-    """
-    keys = ask.keys
-    while ask.stands():
-        asked = [shard.reserve(ask.id, ask.tokens, keys) for shard in shards]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        shared = [answer for answer in answers if isinstance(answer, int)]
-        if min(shared) == max(shared):
-            return shared[0]
-        if ask.stands():
-            keys = keys[: min(shared) // block_tokens]
-            for shard in shards:
-                shard.release(ask.id)
-    return 0
+def _fail(waiters: list[asyncio.Future[Any]], error: LaminaError) -> None:
+    """Tell whoever waits; nobody has to."""
+    for waiting in waiters:
+        if not waiting.done():
+            waiting.set_exception(error)
+            waiting.exception()
 
 
 def _joined(keys: Sequence[bytes]) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
 from lamina.engine.cost import CostModel, Load
+from lamina.engine.placement import Placement
 from lamina.engine.prefix import PrefixKeys
 from lamina.engine.room import Room
 from lamina.engine.sampler import Sampling
@@ -22,6 +23,8 @@ MAX_PREEMPTIONS = 4
 
 UNEVEN = 0.9
 """A sequence changes its slot where the longer of the two slots' steps gets shorter at least to this part of it."""
+
+NOWHERE = Placement(())
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +51,8 @@ class Sequence:
     """What memory nodes know it by while it runs: another one each time it is admitted, for what they are told of the
     last time may still be on its way."""
     slot: int = -1
+    placement: Placement = NOWHERE
+    """Where its keys and values lie while it runs."""
     tokens: list[int] = field(default_factory=list)
     """What is prefilled: the prompt, and the output up to its last preemption."""
     prefilled: int = 0
@@ -129,6 +134,7 @@ class Ask:
 
     sequence: Sequence
     id: int
+    placement: Placement
     tokens: int
     first: bool
     keys: tuple[bytes, ...] = ()
@@ -143,6 +149,7 @@ class Publication:
     """Leading blocks of a sequence that others may share from now on."""
 
     id: int
+    placement: Placement
     keys: tuple[bytes, ...]
 
 
@@ -295,10 +302,10 @@ class Scheduler:
     def submit(self, sequence: Sequence, *, retry_after_s: float | None = None) -> None:
         """Queue a sequence. CapacityError if it could never run, or if too many wait: that says ``retry_after_s``."""
         room = self._room
-        if room.needed(sequence.most_tokens) > room.blocks:
+        if sequence.most_tokens > room.most_tokens:
             raise CapacityError(
                 f"the request needs {sequence.most_tokens} tokens of KV cache ({len(sequence.prompt)} prompt + "
-                f"{sequence.max_tokens} new), the memory nodes hold {room.blocks * room.block_tokens}; ask for fewer"
+                f"{sequence.max_tokens} new), the memory nodes hold {room.most_tokens}; ask for fewer"
             )
         if len(self._waiting) >= self._max_waiting:
             when = "later" if retry_after_s is None else f"in {retry_after_s:.0f} s"
@@ -398,16 +405,16 @@ class Scheduler:
             first = self._with_blocks_ahead(sequence, len(tokens))
             # Whoever runs can take blocks once more, or this one would soon have to give way again.
             growing = sum(s.reserved < s.most_tokens for slot in self._slots for s in slot.sequences)
-            ahead = growing * self._ahead_blocks * self._room.block_tokens
-            if self._room.needed(first + ahead) > self._room.free or not self._room.take(sequence, first):
+            placement = self._room.place(sequence, first, sequence.most_tokens, growing * self._ahead_blocks)
+            if placement is None:
                 break
             self._waiting.take(sequence)
             own.join(sequence)
-            sequence.slot, sequence.id = slot, next(self._ids)
+            sequence.slot, sequence.id, sequence.placement = slot, next(self._ids), placement
             sequence.tokens, sequence.reserved = tokens, first
             # Never all of them: from the last one a token is to be sampled.
             keys = self._keys(sequence, len(tokens) - 1)
-            news.asks.append(Ask(sequence, sequence.id, first, first=True, keys=keys))
+            news.asks.append(Ask(sequence, sequence.id, placement, first, first=True, keys=keys))
 
     def _grow(self, own: _Slot, news: _News) -> None:
         """Take more blocks for sequences that will need them in the next step, or need them in this one."""
@@ -418,33 +425,34 @@ class Scheduler:
             if sequence.id < 0:
                 continue  # preempted by one before it
             tokens = self._with_blocks_ahead(sequence, sequence.reserved)
-            if not self._room.take(sequence, tokens):
+            if not self._room.extend(sequence, tokens):
                 # As long as it has space for this step, that of others may come free by itself.
                 if sequence.context <= sequence.reserved:
                     continue
                 self._make_room(sequence, tokens, news)
-                if not self._room.take(sequence, tokens):
+                if not self._room.extend(sequence, tokens):
                     continue
             sequence.reserved = tokens
-            news.asks.append(Ask(sequence, sequence.id, tokens, first=False))
+            news.asks.append(Ask(sequence, sequence.id, sequence.placement, tokens, first=False))
 
     def _make_room(self, sequence: Sequence, tokens: int, news: _News) -> None:
         """Preempt those of the lowest rank, as many as it takes, if those below ``sequence`` have enough together.
 
         Who is in the middle of a step gives way after it.
         """
-        missing = self._room.needed(tokens) - self._room.held(sequence) - self._room.free
+        missing = self._room.missing(sequence, tokens)
         below = [s for slot in self._slots for s in slot.sequences if s.rank > sequence.rank]
-        if sum(map(self._room.held, below)) < missing:
+        if any(_less(missing, self._room.held(below))):
             return
         leaving = [s for s in below if s.yielding or s.cancelled]
-        missing -= sum(map(self._room.held, leaving))
+        missing = _less(missing, self._room.held(leaving))
         for victim in sorted(below, key=lambda s: s.rank, reverse=True):
-            if missing <= 0:
+            if not any(missing):
                 break
-            if victim.yielding or victim.cancelled:
+            rest = _less(missing, self._room.held([victim]))
+            if victim.yielding or victim.cancelled or rest == missing:
                 continue
-            missing -= self._room.held(victim)
+            missing = rest
             if self._slots[victim.slot].stepping:
                 victim.yielding = True
             else:
@@ -467,6 +475,7 @@ class Scheduler:
         self._room.give(sequence)
         news.released.append(sequence.id)
         sequence.slot = sequence.id = -1
+        sequence.placement = NOWHERE
 
     def _with_blocks_ahead(self, sequence: Sequence, tokens: int) -> int:
         """So many positions and some blocks more, up to what the sequence can need."""
@@ -478,7 +487,7 @@ class Scheduler:
     def _publish(self, sequence: Sequence, tokens: int, news: _News) -> None:
         """Let others share the blocks of the first ``tokens`` positions."""
         if keys := self._keys(sequence, tokens):
-            news.published.append(Publication(sequence.id, keys))
+            news.published.append(Publication(sequence.id, sequence.placement, keys))
 
     def _keys(self, sequence: Sequence, tokens: int) -> tuple[bytes, ...]:
         """Of the full blocks of the first ``tokens`` positions."""
@@ -538,18 +547,24 @@ class Scheduler:
         return max(without, with_it) < UNEVEN * self.cost.cost(own.load).alone_s
 
 
+def _less(missing: Listed[int], held: Listed[int]) -> list[int]:
+    """By node, what is still missing when so much comes free."""
+    return [max(0, m - h) for m, h in zip(missing, held, strict=True)]
+
+
 def _chunks(sequences: Iterable[Sequence], budget: int) -> list[PromptChunk]:
     """Divide ``budget`` tokens over prompts: half to the oldest, half of the rest to the next, and so on; what short
     ones leave over goes to the oldest again. So a short prompt does not wait for a long one, and few are under way."""
     ordered = sorted(sequences, key=lambda s: s.arrival)
+    most = [_next_tokens(s) for s in ordered]
     lengths = []
     left = budget
-    for i, sequence in enumerate(ordered):
+    for i in range(len(ordered)):
         share = left if i + 1 == len(ordered) else -(-left // 2)
-        lengths.append(min(len(sequence.tokens) - sequence.prefilled, share))
+        lengths.append(min(most[i], share))
         left -= lengths[-1]
-    for i, sequence in enumerate(ordered):
-        more = min(len(sequence.tokens) - sequence.prefilled - lengths[i], left)
+    for i in range(len(ordered)):
+        more = min(most[i] - lengths[i], left)
         lengths[i] += more
         left -= more
     return [
@@ -557,3 +572,10 @@ def _chunks(sequences: Iterable[Sequence], budget: int) -> list[PromptChunk]:
         for s, length in zip(ordered, lengths, strict=True)
         if length
     ]
+
+
+def _next_tokens(sequence: Sequence) -> int:
+    """The most tokens of a sequence's next chunk. Where its past lies on memory nodes, one of them has to store all."""
+    rest = len(sequence.tokens) - sequence.prefilled
+    room = sequence.placement.until_next(sequence.prefilled) if sequence.shared else None
+    return rest if room is None else min(rest, room)

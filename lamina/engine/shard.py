@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamina.attention import Backend, KVLayout, Memory, Plan, Rows, Run, create_backend
+from lamina.attention import Backend, KVLayout, Memory, Partial, Plan, Rows, Run, create_backend
 from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry
@@ -26,6 +28,7 @@ from lamina.protocol import (
     Release,
     Reserve,
     Reserved,
+    StepPlan,
     Tag,
     decode,
     encode,
@@ -46,11 +49,27 @@ class _Slot:
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step's plan, as the backend has it: of the rows that are stored, and of those that are not."""
+
+    told: StepPlan
+    storing: Plan | None
+    reading: Plan | None
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return (*self.told.storing, *self.told.reading)
+
+
+_Parts = tuple[Partial | None, Partial | None]
+
+
 class AttentionShard:
     """Serves one link of a compute node, from its Attach until the link ends.
 
-    ``backend`` is what ``make_backend`` made. Everything that touches tensors runs on ``device``. ``stale_tags`` counts
-    arrivals that belonged to no present step or to a sequence that was over.
+    ``backend`` is what ``make_backend`` made. The lanes belong to ``device``, where everything happens but control.
+    ``stale_tags`` counts arrivals that belonged to no present step or to a sequence that was over.
     """
 
     def __init__(self, link: Link, attach: Attach, backend: Backend, device: Device) -> None:
@@ -59,7 +78,7 @@ class AttentionShard:
         self._layers = tuple(attach.layers)
         self.cache = backend.cache
         self._backend = backend
-        self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_batch)
+        self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_rows)
         self._outputs_remote = attach.outputs
         dtype = getattr(torch, attach.dtype)
         n = attach.slots
@@ -99,10 +118,13 @@ class AttentionShard:
         )
         async with asyncio.TaskGroup() as tasks:
             for number in range(len(self._slots)):
-                tasks.create_task(self._attend(number))
-            tasks.create_task(self._keep())
+                tasks.create_task(self._on_device(self._attend(number)))
+            tasks.create_task(self._on_device(self._keep()))
             tasks.create_task(self._obey())
             tasks.create_task(self._watch())
+
+    async def _on_device(self, work: Coroutine[Any, Any, None]) -> None:
+        await self._device.start(work)
 
     async def _watch(self) -> None:
         await self._lost
@@ -115,14 +137,14 @@ class AttentionShard:
         while True:
             await slot.planned.wait()
             slot.planned.clear()
-            rows = self._read_plan(number)
-            plan = await self._device.run(self._backend.plan, rows)
+            step = await self._device.compute(self._plan, number)
             for layer in range(len(self._layers)):
                 await self._arrival(slot, Kind.QUERY, layer)
-                await self._filled(rows, layer)
-                past = await self._device.run(self._past, plan, number, layer)
-                await self._arrival(slot, Kind.KEY_VALUE, layer)
-                nbytes = await self._device.run(self._finish, plan, number, layer, past)
+                await self._filled(step.runs, layer)
+                parts = await self._device.compute(self._past, step, number, layer)
+                if step.storing:
+                    await self._arrival(slot, Kind.KEY_VALUE, layer)
+                nbytes = await self._device.compute(self._finish, step, number, layer, parts)
                 offset = number * self._geometry.output_bytes
                 # The next plan may come as soon as the last output is out.
                 slot.busy = layer + 1 < len(self._layers)
@@ -131,39 +153,63 @@ class AttentionShard:
                 self._link.write(Lane.DECODE, self._outputs_remote, offset, [source], tag)
                 self.layers += 1
 
-    def _read_plan(self, number: int) -> Rows:
+    def _plan(self, number: int) -> _Step:
         start = number * self._geometry.plan_bytes
-        rows = unpack_plan(self._plans.buffer[start : start + self._geometry.plan_bytes], self._geometry.max_batch)
-        for run in rows.runs:
+        told = unpack_plan(self._plans.buffer[start : start + self._geometry.plan_bytes], self._geometry.max_rows)
+        for run in (*told.storing, *told.reading):
             if run.sequence not in self.cache.sequences:
                 raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
-        return rows
+        plan = self._backend.plan
+        return _Step(
+            told,
+            plan(Rows(told.storing)) if told.storing else None,
+            plan(Rows(told.reading), store=False) if told.reading else None,
+        )
 
     async def _arrival(self, slot: _Slot, kind: Kind, layer: int) -> None:
         while (kind, layer) not in slot.arrived:
             slot.news.clear()
             await slot.news.wait()
 
-    async def _filled(self, rows: Rows, layer: int) -> None:
+    async def _filled(self, runs: tuple[Run, ...], layer: int) -> None:
         """Wait until the prompts' keys and values, which come on the other lane, are there."""
-        while any(self.cache.filled(run.sequence, layer) < run.start for run in rows.runs):
+        while any(self.cache.filled(run.sequence, layer) < run.start for run in runs):
             self._grown.clear()
             await self._grown.wait()
 
-    def _past(self, plan: Plan, number: int, layer: int) -> object:
-        return self._backend.past(plan, layer, self._query(plan, number, layer))
+    def _past(self, step: _Step, number: int, layer: int) -> _Parts:
+        """What q sees of the past: of the rows whose k and v are still to come, and of those that have none here."""
+        q, stored = self._query(step, number, layer), step.told.stored_rows
+        return (
+            self._backend.past(step.storing, layer, q[:stored]) if step.storing else None,
+            self._backend.past(step.reading, layer, q[stored:]) if step.reading else None,
+        )
 
-    def _finish(self, plan: Plan, number: int, layer: int, past: object) -> int:
-        tokens, shape = plan.rows.tokens, self._layers[layer]
-        k, v = views.key_value(self._key_value_parts[number], shape, tokens)
-        whole = self._backend.finish(plan, layer, self._query(plan, number, layer), k, v, past)  # type: ignore[arg-type]
-        o = views.shaped(self._output_parts[number], (tokens, shape.q_heads, shape.v_dim))
-        o.copy_(whole.o)
-        return o.nbytes
+    def _finish(self, step: _Step, number: int, layer: int, parts: _Parts) -> int:
+        """Store k and v, attend to them, and lay out the answer; its bytes."""
+        told, shape, (past, read) = step.told, self._layers[layer], parts
+        out = self._output_parts[number]
+        if step.storing:
+            assert past is not None
+            stored = told.stored_rows
+            k, v = views.key_value(self._key_value_parts[number], shape, stored)
+            past = self._backend.finish(step.storing, layer, self._query(step, number, layer)[:stored], k, v, past)
+            if told.whole:
+                views.shaped(out, (told.whole, shape.q_heads, shape.v_dim)).copy_(past.o[: told.whole])
+        partials = told.rows - told.whole
+        if partials:
+            start = self._geometry.whole_bytes(layer, told.whole)
+            o, lse = views.partials(out, start, partials, shape)
+            row = 0
+            for part in (past and Partial(past.o[told.whole :], past.lse[told.whole :]), read):
+                if part is not None and len(part.o):
+                    o[row : row + len(part.o)], lse[row : row + len(part.o)] = part.o, part.lse
+                    row += len(part.o)
+        return self._geometry.answer_bytes(layer, told.whole, partials)
 
-    def _query(self, plan: Plan, number: int, layer: int) -> Tensor:
+    def _query(self, step: _Step, number: int, layer: int) -> Tensor:
         shape = self._layers[layer]
-        return views.shaped(self._query_parts[number], (plan.rows.tokens, shape.q_heads, shape.qk_dim))
+        return views.shaped(self._query_parts[number], (step.told.rows, shape.q_heads, shape.qk_dim))
 
     # -- prompts, from the bulk lane
 
@@ -175,7 +221,7 @@ class AttentionShard:
             header = ChunkHeader.unpack(self._chunks.buffer[start : start + CHUNK_HEADER])
             if header.layer >= len(self._layers) or not 1 <= header.tokens <= CHUNK_TOKENS:
                 raise ProtocolError(f"bulk chunk with {header}; expected a layer below {len(self._layers)}")
-            if await self._device.run(self._append, i, header):
+            if await self._device.compute(self._append, i, header):
                 self._grown.set()
             else:
                 self.stale_tags += 1

@@ -103,6 +103,8 @@ class MemoryNode:
         if link.peer.role == probe.ROLE:
             self._echoes.take(link)
             return
+        if link.peer.role == "compute":
+            link.lane_loop = self._device.loop
         self._links = {*(known for known in self._links if not known.closed), link}
         if link.peer.role == "client":
             refusal = f"{self._name} is a memory node; clients talk to the compute node"

@@ -149,13 +149,13 @@ def test_a_compute_node_that_asks_for_what_cannot_be_is_told_so(tmp_path: Path) 
             told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             link.on_message = lambda plain: told.set_result(plain["reason"])
             outputs = link.expose(Region("outputs", 3))
-            types = {"dtype": "float32", "kv_dtype": "float32", "block_tokens": 16, "slots": 1, "max_batch": 1}
+            types = {"dtype": "float32", "kv_dtype": "float32", "block_tokens": 16, "slots": 1, "max_rows": 1}
             link.send(encode(Attach(model="odd", layers=[layer], outputs=outputs, **types)))
             return await asyncio.wait_for(told, 20)
 
     with harness.running(memory):
         for _ in range(2):
-            assert "region 'outputs' of 3 bytes where 64 are needed" in asyncio.run(refusal())
+            assert "region 'outputs' of 3 bytes where 192 are needed" in asyncio.run(refusal())
         assert memory.stop() == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import AsyncIterator, Iterator
 
@@ -15,9 +16,7 @@ from lamina.device import Device
 from lamina.engine.geometry import shard_by_heads
 from lamina.engine.prefix import PrefixKeys
 from lamina.engine.prompts import PromptKV
-from lamina.engine.remote import RemoteShard, reserve
-from lamina.engine.sampler import Sampling
-from lamina.engine.scheduler import Ask, Sequence
+from lamina.engine.remote import RemoteShard
 from lamina.errors import CapacityError, NodeError
 from lamina.protocol import AskStatus, Status, decode, encode
 from lamina.transport import Address, Hello, connect
@@ -41,39 +40,39 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
 class Ends:
     """The compute node's ends of the ways to all memory nodes."""
 
-    def __init__(self, shards: list[RemoteShard]) -> None:
+    def __init__(self, shards: list[RemoteShard], device: Device) -> None:
         self.shards = shards
-        self._id = 0
+        self._device = device
+        self._ids = itertools.count()
 
-    def ask(self, tokens: int, keys: list[bytes] | None = None) -> Ask:
-        """Something that a new sequence asks for."""
-        self._id += 1
-        sequence = Sequence([1], 1, Sampling(), frozenset(), id=self._id)
-        return Ask(sequence, self._id, tokens, first=True, keys=tuple(keys or ()))
+    async def reserve(self, tokens: int, keys: list[bytes] | None = None) -> tuple[int, int]:
+        """A new sequence, and how many leading positions of it all memory nodes have."""
+        sequence = next(self._ids)
+        return sequence, min([await shard.reserve(sequence, tokens, keys or []) for shard in self.shards])
 
-    async def reserve(self, ask: Ask, nodes: slice = slice(None)) -> int:
-        return await reserve(self.shards[nodes], ask, BLOCK)
+    async def extend(self, sequence: int, tokens: int) -> None:
+        for shard in self.shards:
+            await shard.reserve(sequence, tokens)
 
-    def release(self, ask: Ask, nodes: slice = slice(None)) -> None:
-        for shard in self.shards[nodes]:
-            shard.release(ask.id)
+    def release(self, sequence: int) -> None:
+        for shard in self.shards:
+            shard.release(sequence)
 
-    def publish(self, ask: Ask, keys: list[bytes], nodes: slice = slice(None)) -> None:
-        for shard in self.shards[nodes]:
-            shard.publish(ask.id, keys)
+    def publish(self, sequence: int, keys: list[bytes]) -> None:
+        for shard in self.shards:
+            shard.publish(sequence, keys)
 
-    def ship(self, ask: Ask, tokens: int, nodes: slice = slice(None)) -> None:
+    async def ship(self, sequence: int, tokens: int) -> None:
         """Send keys and values of the first positions, layer by layer."""
-        kept = PromptKV(ask.id, tokens, LAYERS, torch.float32, torch.device("cpu"))
-        for shard in self.shards[nodes]:
+        kept = PromptKV(sequence, tokens, LAYERS, torch.float32, torch.device("cpu"))
+        for shard in self.shards:
             for layer in range(len(LAYERS)):
-                shard.ship(kept, layer, 0, tokens)
+                await self._device.run(shard.ship, kept, layer, 0, tokens, 0)
 
-    async def share(self, keys: list[bytes], nodes: slice = slice(None)) -> int:
+    async def share(self, keys: list[bytes]) -> int:
         """How much another prompt with these keys finds now."""
-        ask = self.ask(len(PROMPT) + 1, keys)
-        shared = await self.reserve(ask, nodes)
-        self.release(ask, nodes)
+        sequence, shared = await self.reserve(len(PROMPT) + 1, keys)
+        self.release(sequence)
         return shared
 
 
@@ -82,23 +81,21 @@ async def attached(ports: list[int]) -> AsyncIterator[Ends]:
     names, device = ["m0", "m1"], Device(threads=1)
     await harness.eventually(lambda: unattached(ports))
     async with contextlib.AsyncExitStack() as stack:
-        tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        shards = []
-        running = []
+        shards, running = [], []
         for name, port, heads in zip(names, ports, shard_by_heads(LAYERS, names), strict=True):
             address = Address.parse(f"127.0.0.1:{port}")
             link = await stack.enter_async_context(await connect(address, Hello("compute", "c0"), deadline_s=20))
             layout = KVLayout(layers=heads.layers, dtype="float32", block_tokens=BLOCK)
-            shard = RemoteShard(name, link, heads, layout, dtype="float32", slots=1, max_batch=4)
+            shard = RemoteShard(name, link, heads, layout, device, dtype="float32", slots=1, max_rows=4)
             await shard.attach("m")
-            running.append(tasks.create_task(shard.run(device)))
+            running.append(device.start(shard.run()))
             shards.append(shard)
         try:
-            yield Ends(shards)
+            yield Ends(shards, device)
         finally:
-            for task in running:
-                task.cancel()
-            device.close()
+            for sending in running:
+                sending.cancel()
+    device.close()
 
 
 async def status(port: int) -> Status:
@@ -130,17 +127,15 @@ def test_a_sequence_takes_more_space_as_it_goes_on(ports: list[int]) -> None:
     async def main() -> None:
         async with attached(ports) as ends:
             capacity = min(shard.capacity_tokens for shard in ends.shards)
-            first = ends.ask(16)
-            await ends.reserve(first)
+            first, _ = await ends.reserve(16)
             for tokens in range(32, capacity + 1, 16):
-                await ends.reserve(Ask(first.sequence, first.id, tokens, first=False))
+                await ends.extend(first, tokens)
             with pytest.raises(CapacityError, match=f"needs 16 more tokens of KV cache, 0 of {capacity} are free"):
-                await ends.reserve(Ask(first.sequence, first.id, capacity + 16, first=False))
-            second = ends.ask(16)
+                await ends.extend(first, capacity + 16)
             with pytest.raises(CapacityError, match="memory node m0: "):
-                await ends.reserve(second)
+                await ends.reserve(16)
             ends.release(first)
-            await ends.reserve(second)
+            second, _ = await ends.reserve(16)
             ends.release(second)
             await settled(ports)
 
@@ -153,11 +148,11 @@ def test_blocks_are_shared_when_all_of_them_has_arrived(ports: list[int]) -> Non
 
     async def main() -> None:
         async with attached(ports) as ends:
-            first = ends.ask(len(PROMPT) + 10, keys)
-            assert await ends.reserve(first) == 0
+            first, shared = await ends.reserve(len(PROMPT) + 10, keys)
+            assert shared == 0
             ends.publish(first, keys)
             assert await ends.share(keys) == 0
-            ends.ship(first, len(PROMPT))
+            await ends.ship(first, len(PROMPT))
 
             async def found() -> bool:
                 return await ends.share(keys) == 96
@@ -179,50 +174,11 @@ def test_a_sequence_that_ends_early_publishes_nothing(ports: list[int]) -> None:
 
     async def main() -> None:
         async with attached(ports) as ends:
-            ask = ends.ask(len(PROMPT), keys)
-            await ends.reserve(ask)
-            ends.publish(ask, keys)
-            ends.release(ask)
-            ends.ship(ask, len(PROMPT))
+            sequence, _ = await ends.reserve(len(PROMPT), keys)
+            ends.publish(sequence, keys)
+            ends.release(sequence)
+            await ends.ship(sequence, len(PROMPT))
             assert await ends.share(keys) == 0
-            await settled(ports)
-
-    asyncio.run(main())
-
-
-def test_all_memory_nodes_share_equally_much(ports: list[int]) -> None:
-    """The least of what each has, though one has more; then what is missing is stored everywhere, and found."""
-    keys = KEYS.keys(PROMPT, salt="uneven")
-    both, left, right = slice(None), slice(0, 1), slice(1, 2)
-
-    async def main() -> None:
-        async with attached(ports) as ends:
-            for blocks, node in ((4, left), (2, right)):
-                ask = ends.ask(len(PROMPT), keys)
-                assert await ends.reserve(ask, node) == 0
-                ends.publish(ask, keys[:blocks], node)
-                ends.ship(ask, len(PROMPT), node)
-
-                async def found(node: slice = node, blocks: int = blocks) -> bool:
-                    return await ends.share(keys, node) == 16 * blocks
-
-                await harness.eventually(found)
-                ends.release(ask, node)
-            assert await ends.share(keys, both) == 32
-            assert await ends.share(keys, left) == 64
-            await settled(ports)
-
-    asyncio.run(main())
-
-
-def test_what_nobody_waits_for_is_not_asked(ports: list[int]) -> None:
-    """A request that left before its turn to be asked for has no space anywhere."""
-
-    async def main() -> None:
-        async with attached(ports) as ends:
-            ask = ends.ask(16)
-            ask.sequence.id = -1
-            assert await ends.reserve(ask) == 0
             await settled(ports)
 
     asyncio.run(main())
@@ -234,9 +190,8 @@ def test_a_compute_node_that_asks_for_less_than_it_has_is_sent_away(ports: list[
 
     async def main() -> None:
         async with attached(ports) as ends:
-            ask = ends.ask(16)
-            await ends.reserve(ask)
-            with pytest.raises(NodeError, match="holds 16 tokens; expected more for an extension"):
-                await ends.reserve(Ask(ask.sequence, ask.id, tokens, first=False))
+            sequence, _ = await ends.reserve(16)
+            with pytest.raises((CapacityError, NodeError), match="holds 16 tokens; expected more for an extension"):
+                await ends.extend(sequence, tokens)
 
     asyncio.run(main())

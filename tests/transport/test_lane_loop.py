@@ -1,0 +1,216 @@
+"""Lanes that belong to the loop of another thread than their link."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from lamina.errors import PeerLostError, TransportError, UsageError
+from lamina.transport import Lane, Region, RemoteRegion
+
+MIB = 1 << 20
+TAGS = 5000
+
+
+class Worker:
+    """A thread with a loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.thread = threading.Thread(target=loop.run_forever)
+        self.thread.start()
+
+    def do(self, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        async def job() -> Any:
+            return function(*arguments)
+
+        return await self.do(job())
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    new = asyncio.new_event_loop if request.param == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+    worker = Worker(new())
+    yield worker
+    worker.loop.call_soon_threadsafe(worker.loop.stop)
+    worker.thread.join()
+    worker.loop.close()
+
+
+class End:
+    """What an end sees, and in which thread."""
+
+    def __init__(self, link: Any) -> None:
+        self.link = link
+        self.tags: list[tuple[Lane, int]] = []
+        self.threads: set[int] = set()
+        self.lost: asyncio.Future[TransportError] = asyncio.get_running_loop().create_future()
+        self.messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.region = Region("memory", MIB)
+        self.remote = RemoteRegion(0, "none yet", 1)
+
+    def listen(self) -> None:
+        self.link.on_tag = self.on_tag
+        self.link.on_message = self.messages.put_nowait
+        self.link.on_lost = self.lost.set_result
+
+    def on_tag(self, lane: Lane, tag: int) -> None:
+        self.threads.add(threading.get_ident())
+        self.tags.append((lane, tag))
+
+    async def until(self, count: int) -> None:
+        while len(self.tags) < count:  # noqa: ASYNC110 - another thread counts
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def ends(make_pair: Any, worker: Worker) -> Any:
+    """Two ends: the lanes of the first belong to the worker, those of the other to the link's own loop."""
+    near, far = map(End, await make_pair())
+    async with asyncio.timeout(60):
+        near.link.lane_loop = worker.loop
+        for end, other in ((near, far), (far, near)):
+            other.listen()
+            end.listen()
+            end.link.send({"region": end.link.expose(end.region)})
+            other.remote = RemoteRegion.from_wire((await other.messages.get())["region"])
+        yield near, far
+        await asyncio.gather(near.link.close(), far.link.close())
+
+
+def test_tags_come_and_go_in_the_other_thread(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
+    """In their order, none lost, while messages go both ways in the link's own."""
+
+    async def main() -> None:
+        async with ends(make_pair, worker) as (near, far):
+
+            async def write() -> None:
+                for tag in range(TAGS):
+                    near.link.write(Lane.DECODE, near.remote, 0, [tag.to_bytes(4, "little")], tag)
+                    if tag % 16 == 0:
+                        await asyncio.sleep(0)
+                await near.link.drain()
+
+            writing = worker.do(write())
+            for tag in range(TAGS):
+                far.link.write(Lane.BULK, far.remote, 4096, [tag.to_bytes(4, "little")], tag)
+                if tag % 16 == 0:
+                    near.link.send({"at": tag})
+                    await asyncio.sleep(0)
+            await writing
+            await asyncio.gather(near.until(TAGS), far.until(TAGS))
+
+            assert near.tags == [(Lane.BULK, tag) for tag in range(TAGS)]
+            assert far.tags == [(Lane.DECODE, tag) for tag in range(TAGS)]
+            assert near.threads == {worker.thread.ident}
+            assert far.threads == {threading.get_ident()}
+            assert far.messages.qsize() == len(range(0, TAGS, 16))
+            assert (
+                bytes(far.region.buffer[:4]) == bytes(near.region.buffer[4096:4100]) == (TAGS - 1).to_bytes(4, "little")
+            )
+
+    run(main())
+
+
+def test_a_busy_thread_is_no_dead_peer(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
+    """A thread that computes for longer than ``peer_timeout`` finds everything when it looks again."""
+
+    async def main() -> None:
+        async with ends(make_pair, worker) as (near, far):
+            near.link.peer_timeout = far.link.peer_timeout = 0.5
+            computing = threading.Event()
+            worker.loop.call_soon_threadsafe(computing.wait, 3)
+            for tag in range(100):
+                far.link.write(Lane.DECODE, far.remote, 0, [b"data"], tag)
+            await asyncio.sleep(1.5)
+            assert near.tags == []
+            assert not near.lost.done()
+            assert not far.lost.done()
+            computing.set()
+            await near.until(100)
+
+    run(main())
+
+
+def test_close_sends_what_is_queued(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
+    """``close`` waits for the lanes, and the other end has all tags before it learns of the end."""
+
+    async def main() -> None:
+        async with ends(make_pair, worker) as (near, far):
+            data = bytes(MIB)
+
+            def write() -> None:
+                for tag in range(50):
+                    near.link.write(Lane.BULK, near.remote, 0, [data], tag)
+
+            await worker.call(write)
+            await near.link.close()
+            error = await far.lost
+            assert isinstance(error, PeerLostError)
+            assert [tag for _, tag in far.tags] == list(range(50))
+            assert near.link.error is None
+
+    run(main())
+
+
+def test_the_end_is_told_in_the_own_thread(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
+    """Of a callback that raises in the other thread too; who waits there for a queue gets the error."""
+
+    async def main() -> None:
+        async with ends(make_pair, worker) as (near, far):
+
+            def refuse(lane: Lane, tag: int) -> None:
+                raise ValueError("not this one")
+
+            told: list[int] = []
+            near.link.on_tag = refuse
+            near.link.on_lost = lambda error: (told.append(threading.get_ident()), near.lost.set_result(error))
+            far.link.write(Lane.DECODE, far.remote, 0, [], 7)
+            error = await near.lost
+            assert "not this one" in str(error)
+            assert told == [threading.get_ident()]
+            with pytest.raises(TransportError, match="not this one"):
+                await worker.call(near.link.write, Lane.DECODE, near.remote, 0, [], 1)
+            with pytest.raises(TransportError, match="not this one"):
+                await worker.do(near.link.drain())
+            await far.lost
+
+    run(main())
+
+
+def test_a_peer_that_goes_is_noticed(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
+    """While the other thread has much to send."""
+
+    async def main() -> None:
+        async with ends(make_pair, worker) as (near, far):
+            data = bytes(MIB)
+
+            def write() -> None:
+                for tag in range(200):
+                    near.link.write(Lane.BULK, near.remote, 0, [data], tag)
+
+            await worker.call(write)
+            drained = worker.do(near.link.drain(Lane.BULK))
+            far.link.abort("the test wants it")
+            await near.lost
+            with pytest.raises(TransportError):
+                await drained
+
+    run(main())
+
+
+def test_too_late(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
+    async def main() -> None:
+        async with ends(make_pair, worker) as (near, _):
+            with pytest.raises(UsageError, match="before the first callback"):
+                near.link.lane_loop = asyncio.get_running_loop()
+
+    run(main())
