@@ -300,7 +300,7 @@ class KVCache:
             generations=self._generation[slots],
             held=held,
             attend=attend,
-            sound=(starts <= self._filled[:, slots]).all(axis=1).tolist(),
+            sound=((self._filled[:, slots] - starts).min(axis=1) >= 0).tolist(),
             losses=self._losses,
         )
 
