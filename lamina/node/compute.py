@@ -129,7 +129,7 @@ class ComputeNode:
                     f"one request of the context of {context}; give it more memory "
                     f"(at least {layout.bytes_per_token * context} bytes are needed) or set model.context lower"
                 )
-        model = await self._device.run(_load, blueprint, self._device.torch_device)
+        model = await self._device.run(_load, blueprint, self._device.torch_device, self._config.model.compile)
         self._tokenizer = await self._device.run(Tokenizer, checkpoint.path, context)
         self._model = checkpoint.fingerprint
         self._blocks = min(s.capacity_tokens for s in self._shards) // BLOCK_TOKENS
@@ -265,9 +265,10 @@ class ComputeNode:
         )
 
 
-def _load(blueprint: Blueprint, device: torch.device) -> SlicedModel:
+def _load(blueprint: Blueprint, device: torch.device, compiled: bool) -> SlicedModel:
     with torch.inference_mode(False):
-        return SlicedModel(blueprint, load_weights(blueprint.capture, blueprint.weights_of(), device), device)
+        weights = load_weights(blueprint.capture, blueprint.weights_of(), device)
+        return SlicedModel(blueprint, weights, device, compiled=compiled)
 
 
 async def _unless(stopping: asyncio.Event, work: Any) -> Any:
