@@ -11,6 +11,7 @@ import copy
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -223,7 +224,9 @@ def _inductor(module: fx.GraphModule) -> Run:
         "fx_graph_cache": True,
         "size_asserts": False,  # packed weights have no strides
     }
-    with torch._inductor.config.patch(settings):
+    with torch._inductor.config.patch(settings), warnings.catch_warnings():
+        # torch's own deprecated calls; nothing that a caller could change.
+        warnings.simplefilter("ignore")
         from torch._guards import TracingContext, tracing
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.decomposition import select_decomp_table
