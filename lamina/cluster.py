@@ -32,7 +32,7 @@ KILL_AFTER_S = 5.0
 
 
 def local_config(
-    folder: Path, model: Path, *, memory_nodes: int, dtype: str, memory: str, compiled: bool
+    folder: Path, model: Path, *, memory_nodes: int, dtype: str, memory: str, compiled: bool = True
 ) -> ClusterConfig:
     """Write ``folder``/cluster.toml: one compute node and ``memory_nodes`` memory nodes on free ports of this machine.
 

@@ -156,6 +156,7 @@ def _multiply(graph: fx.Graph, members: Sequence[fx.Node], weight: fx.Node) -> N
                 if len(members) == 1
                 else graph.call_function(torch.ops.aten.slice.Tensor, (product, last, start, end))
             )
+            part.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(part)
             start = end
     for node in members:

@@ -15,7 +15,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ _Kernel = tuple[Callable[..., None], int]
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether weights of this type are worth packing: bfloat16, where the processor has instructions for it."""
-    return dtype == torch.bfloat16 and bool(_onednn._is_mkldnn_bf16_supported())
+    there = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return there and bool(_onednn._is_mkldnn_bf16_supported())
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -131,30 +132,29 @@ def _built() -> Path:
 
 _library = torch.library.Library("lamina", "FRAGMENT")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_many_rows = _onednn._linear_pointwise.default
 
 
 def _product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """x [..., inputs] times a weight that `pack` made, plus bias [outputs] -> [..., outputs]."""
     panels: _Panels | None = weight.panels
-    if panels is not None:
-        rows = x.numel() // panels.inputs
-        if rows <= panels.max_rows:
-            x = x.contiguous()
-            out = x.new_empty((*x.shape[:-1], panels.outputs))
-            panels.function(
-                panels.address,
-                x.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-                rows,
-                panels.inputs,
-                panels.stored,
-                panels.outputs,
-                out.data_ptr(),
-                torch.get_num_threads(),
-            )
-            return out
-    return cast(Tensor, _many_rows(x, weight, bias, "none", [], ""))
+    out: Tensor
+    if panels is None or (rows := x.numel() // panels.inputs) > panels.max_rows:
+        out = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+        return out
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], panels.outputs))
+    panels.function(
+        panels.address,
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        rows,
+        panels.inputs,
+        panels.stored,
+        panels.outputs,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 # Packed tensors are of another kind than x, so that this is for all of them.

@@ -271,8 +271,8 @@ class Slice:
 class SlicedModel:
     """The slices ``first..last`` of a model, ready to run on one device.
 
-    ``weights`` is emptied: what is packed for the CPU does not stay in memory twice. ``compiled`` compiles each kind of
-    part once, which takes some seconds unless the user's cache has it already.
+    What is read of ``weights`` is taken out of it: what is packed for the CPU does not stay in memory twice.
+    ``compiled`` compiles each kind of part once, which takes some seconds unless the user's cache has it already.
     """
 
     def __init__(
