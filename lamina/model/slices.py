@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,11 +164,14 @@ def _slice(
         head, tail, shape = _part(captured, plan.head, entering, [captured.logits], place), None, None
     else:
         leaving = [boundary.k, boundary.v, *plan.carry]
-        in_tail = set(plan.tail)
-        wanted = {i for n in plan.tail for i in n.all_input_nodes if i not in in_tail} | set(leaving) - in_tail
-        kept = [n for n in (*entering, *plan.head) if n in wanted]
-        head = _part(captured, plan.head, entering, [boundary.q, *kept], place)
-        tail = _part(captured, plan.tail, kept, leaving, place)
+        # What a split returns is a tuple. Its members are kept for the tail, never the tuple.
+        members = [n for n in plan.tail if n.target is operator.getitem and n.args[0] in plan.head]
+        head_nodes, tail_nodes = [*plan.head, *members], [n for n in plan.tail if n not in members]
+        in_tail = set(tail_nodes)
+        wanted = {i for n in tail_nodes for i in n.all_input_nodes if i not in in_tail} | set(leaving) - in_tail
+        kept = [n for n in (*entering, *head_nodes) if n in wanted]
+        head = _part(captured, head_nodes, entering, [boundary.q, *kept], place)
+        tail = _part(captured, tail_nodes, kept, leaving, place)
         shape = captured.shapes[index]
 
     names = set(head.weights) | set(tail.weights if tail else ())
