@@ -41,6 +41,19 @@ def attention(
 
 
 @app.command()
+def slices(
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of everything; default: all cores.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the slices.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option(help="The larger model alone, and three batches.")] = False,
+) -> None:
+    """Slices on the CPU against their products alone, by oneDNN, and against the memory's bandwidth."""
+    from lamina.bench.slices import run
+
+    run(threads=threads, compiled=compiled, as_json=as_json, quick=quick)
+
+
+@app.command()
 def transport(
     transport: Annotated[list[str] | None, typer.Option(help="Measure only this one; may be given again.")] = None,
     rdma_device: Annotated[
@@ -61,4 +74,5 @@ def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] 
     """Every benchmark, with its defaults."""
     transport(quick=quick)
     attention(quick=quick)
+    slices(quick=quick)
     decode(quick=quick)
