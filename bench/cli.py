@@ -56,6 +56,17 @@ def transport(
     run(transport, rdma_device, as_json=as_json, plot=plot, quick=quick)
 
 
+@app.command()
+def exchange(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option(help="Shorter, and on two cores only.")] = False,
+) -> None:
+    """What a layer of a batch costs besides its work: two nodes over shm whose operations compute nothing."""
+    from lamina.bench.exchange import run
+
+    run(as_json=as_json, quick=quick)
+
+
 @app.command(name="all")
 def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
     """Every benchmark, with its defaults."""
