@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from itertools import product
 from typing import Any, NamedTuple, cast
 

@@ -31,6 +31,7 @@ from lamina.protocol import (
     encode,
     unpack_plan,
 )
+from lamina.spans import Place
 from lamina.transport import Lane, Link, Region
 
 
@@ -117,13 +118,14 @@ class AttentionShard:
             await slot.planned.wait()
             slot.planned.clear()
             rows = self._read_plan(number)
-            plan = await self._device.compute(self._backend.plan, rows)
+            plan = await self._device.compute(self._backend.plan, rows, at=Place(number))
             for layer in range(len(self._layers)):
                 await self._arrival(slot, Kind.QUERY, layer)
                 await self._filled(rows, layer)
-                past = await self._device.compute(self._past, plan, number, layer)
+                past = await self._device.compute(self._past, plan, number, layer, at=Place(number, layer))
                 await self._arrival(slot, Kind.KEY_VALUE, layer)
-                nbytes = await self._device.compute(self._finish, plan, number, layer, past)
+                at = Place(number, layer)
+                nbytes = await self._device.compute(self._finish, plan, number, layer, past, at=at)
                 offset = number * self._geometry.output_bytes
                 # The next plan may come as soon as the last output is out.
                 slot.busy = layer + 1 < len(self._layers)

@@ -15,6 +15,7 @@ from lamina.engine.remote import RemoteShard
 from lamina.engine.sampler import sample
 from lamina.engine.scheduler import PromptChunk, Step
 from lamina.model.slices import SlicedModel, StepConstants
+from lamina.spans import Place
 
 
 class StepRunner:
@@ -38,19 +39,19 @@ class StepRunner:
         remote = len(step.decode)
         # Without decode rows the memory nodes have no part in the step.
         shards = self.shards if remote else ()
-        await compute(forward.begin)
+        await compute(forward.begin, at=Place(slot))
         for shard in shards:
             shard.plan(slot, number, Rows(tuple(Run(r.sequence.id, r.position, 1) for r in step.decode)))
         for layer in range(len(self.model.slices) - 1):
-            await compute(forward.head, layer)
+            await compute(forward.head, layer, at=Place(slot, layer))
             for shard in shards:
                 shard.send_query(slot, layer, number, remote)
-            await compute(forward.tail, layer)
+            await compute(forward.tail, layer, at=Place(slot, layer))
             for shard in shards:
                 shard.send_key_value(slot, layer, number, remote)
             if step.prompts:
                 self._ship(step, layer)
-                await compute(forward.attend_to_prompts, layer)
+                await compute(forward.attend_to_prompts, layer, at=Place(slot, layer))
             for shard in shards:
                 await shard.answered(slot)
             if not shards:
@@ -59,7 +60,7 @@ class StepRunner:
         for chunk in step.prompts:
             if chunk.completes:
                 self.forget(chunk.sequence.id)
-        return await compute(forward.sample) if step.sampled else []
+        return await compute(forward.sample, at=Place(slot)) if step.sampled else []
 
     def forget(self, sequence: int) -> None:
         """Drop a prompt's keys and values here; what is still to be sent keeps its own reference."""
