@@ -78,8 +78,11 @@ class Backend(Protocol):
         """
         ...
 
-    def plan(self, rows: Rows) -> Plan:
-        """Work out what is the same for all layers. Errors are those of `KVCache.place`."""
+    def plan(self, rows: Rows, *, store: bool = True) -> Plan:
+        """Work out what is the same for all layers. Errors are those of `KVCache.place`.
+
+        Without ``store`` the rows only meet the past: the plan is for `past` alone, and needs no space reserved.
+        """
         ...
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -25,11 +25,17 @@ LayerBytes = Callable[[LayerShape, str, int], int]
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """What one sequence holds: its column in the arrays of the cache, and by layer group its block table."""
+    """What one sequence holds: its column in the arrays of the cache, and by layer group its block table.
+
+    ``ahead`` is what it was reserved with. ``outgrown`` tables are kept, since steps that were placed before an
+    extension have their addresses.
+    """
 
     slot: int
     tokens: int
+    ahead: int | None
     tables: list[Integers]
+    outgrown: list[Integers] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +44,7 @@ class Placement:
 
     starts, counts: its positions; row_starts: its first row; frozen: positions below are in published blocks, which
     are not to be overwritten; addresses: uint64 [groups, runs], where the block tables lie in memory; attend: whether
-    the rows may attend, see `KVCache.place`.
+    the rows may attend, and store: whether they may be stored, see `KVCache.place`.
     """
 
     rows: Rows
@@ -51,6 +57,7 @@ class Placement:
     generations: Integers
     held: tuple[Reservation, ...]
     attend: bool
+    store: bool
 
     def tables(self, group: int) -> list[Integers]:
         """The block table of each run in a layer group: for positions from ``i * block_tokens`` on, the byte offset of
@@ -175,10 +182,7 @@ class KVCache:
         if not self._fits(needs):
             for blocks, (_, own) in zip(self._blocks, found, strict=True):
                 blocks.give(own)
-            raise CapacityError(
-                f"sequence {sequence} needs {tokens} tokens of KV cache, "
-                f"{self.free_tokens} of {self.capacity_tokens} are free"
-            )
+            raise self._missing(sequence, tokens)
         self._make_room(needs)
 
         if not self._free_slots:
@@ -197,8 +201,35 @@ class KVCache:
         self._tokens[slot] = tokens
         self._frozen[slot] = shared
         self._filled[:, slot] = shared
-        self._held[sequence] = Reservation(slot, tokens, tables)
+        self._held[sequence] = Reservation(slot, tokens, ahead, tables)
         return shared
+
+    def extend(self, sequence: int, tokens: int) -> None:
+        """Hold space for more positions than before, 0..tokens-1; `CapacityError` if there is too little."""
+        reservation = self._reservation(sequence)
+        if tokens <= reservation.tokens:
+            raise UsageError(
+                f"sequence {sequence} holds {reservation.tokens} tokens; expected more for an extension, got {tokens}"
+            )
+        slot, total = reservation.slot, -(-tokens // self.layout.block_tokens)
+        counts = [self._count(group, total, reservation.ahead or tokens) for group in self.groups]
+        needs = [self._unassigned(i, slot, c, total) - int(self._promised[i, slot]) for i, c in enumerate(counts)]
+        if not self._fits(needs):
+            raise self._missing(sequence, tokens - reservation.tokens, "more ")
+        self._make_room(needs)
+        for index, table in enumerate(reservation.tables):
+            if total > len(table):
+                # By half, so that a sequence that grows by little is not copied each time.
+                wider = np.full(max(total, 3 * len(table) // 2), -1, dtype=np.int64)
+                wider[: len(table)] = table
+                reservation.outgrown.append(table)
+                reservation.tables[index] = wider
+                self._addresses[index, slot] = wider.ctypes.data
+            self._counts[index, slot] = counts[index]
+            self._promised[index, slot] += needs[index]
+            self._blocks[index].promised += needs[index]
+        self._totals[slot] = total
+        self._tokens[slot] = reservation.tokens = tokens
 
     def release(self, sequence: int) -> None:
         """Give all blocks of a sequence back; `UsageError` if it holds none."""
@@ -218,6 +249,10 @@ class KVCache:
         """The watermark of a layer: its positions 0..filled-1 have all been stored."""
         self.shape(layer)
         return int(self._filled[layer, self._reservation(sequence).slot])
+
+    def complete(self, sequence: int) -> int:
+        """How many leading positions have been stored in every layer."""
+        return int(self._filled[:, self._reservation(sequence).slot].min())
 
     # -- prompts that are shared
 
@@ -243,7 +278,7 @@ class KVCache:
         """
         reservation = self._reservation(sequence)
         stop = len(keys) * self.layout.block_tokens
-        complete = int(self._filled[:, reservation.slot].min())
+        complete = self.complete(sequence)
         if stop > complete:
             raise UsageError(
                 f"sequence {sequence}: {len(keys)} blocks of {self.layout.block_tokens} positions are to be published, "
@@ -259,8 +294,9 @@ class KVCache:
 
     # -- for backends: place the rows of a step once, use what was found in every layer
 
-    def place(self, rows: Rows, *, attend: bool = True) -> Placement:
+    def place(self, rows: Rows, *, attend: bool = True, store: bool = True) -> Placement:
         """Find where ``rows`` live, assign the blocks that they are first to use, and let those behind windows go.
+        Without ``store``, rows are not going to be stored, and have no blocks.
 
         `CapacityError` where they go beyond their reservations. With ``attend``, `UsageError` where a row's window
         reaches positions that went back already; without, rows at such positions have no block and are not stored.
@@ -270,14 +306,16 @@ class KVCache:
         starts = np.array([run.start for run in rows.runs], dtype=np.int64)
         counts = np.array([run.count for run in rows.runs], dtype=np.int64)
         stops = starts + counts
-        if (stops > self._tokens[slots]).any():
+        if store and (stops > self._tokens[slots]).any():
             i = int((stops > self._tokens[slots]).argmax())
             raise CapacityError(
                 f"sequence {rows.runs[i].sequence} has space reserved for {held[i].tokens} tokens, "
                 f"position {stops[i] - 1} needs {stops[i]}"
             )
         size = self.layout.block_tokens
-        last = np.maximum(self._next[:, slots], -(-stops // size))
+        last = self._next[:, slots]
+        if store:
+            last = np.maximum(last, -(-stops // size))
         first = self._first[:, slots]
         for index in self._windowed:
             first[index] = self._new_first(index, rows, slots, starts, last[index], attend=attend)
@@ -294,6 +332,7 @@ class KVCache:
             generations=self._generation[slots],
             held=held,
             attend=attend,
+            store=store,
         )
 
     def require_past(self, layer: int, placement: Placement) -> None:
@@ -330,6 +369,11 @@ class KVCache:
         self.require_past(layer, placement)
         slots = placement.slots
         self._filled[layer, slots] = np.maximum(self._filled[layer, slots], placement.starts + placement.counts)
+
+    def require_space(self, placement: Placement) -> None:
+        """`UsageError` for rows that are not to be stored."""
+        if not placement.store:
+            raise UsageError("rows that were planned without store are to be stored; plan them with it")
 
     def stored(self, sequence: int, layer: int, start: int, stop: int) -> Integers:
         """The block table for reading the positions start..stop-1 of a layer; `UsageError` unless all are there."""
@@ -436,11 +480,22 @@ class KVCache:
         if last > old_next:
             table[old_next:last] = blocks.take(last - old_next)
         self._first[group, slot], self._next[group, slot] = first, last
-        promised = min(int(self._counts[group, slot]) - (last - first), int(self._totals[slot]) - last)
+        promised = self._unassigned(group, slot, int(self._counts[group, slot]), int(self._totals[slot]))
         blocks.promised += promised - int(self._promised[group, slot]) - (first - old_first) + (last - old_next)
         self._promised[group, slot] = promised
         if first > old_first:
             blocks.tidy()
+
+    def _unassigned(self, group: int, slot: int, count: int, total: int) -> int:
+        """Blocks to be set aside for one that may hold ``count`` at once, of ``total`` in the end."""
+        first, after = int(self._first[group, slot]), int(self._next[group, slot])
+        return min(count - (after - first), total - after)
+
+    def _missing(self, sequence: int, tokens: int, more: str = "") -> CapacityError:
+        return CapacityError(
+            f"sequence {sequence} needs {tokens} {more}tokens of KV cache, "
+            f"{self.free_tokens} of {self.capacity_tokens} are free"
+        )
 
     def _grow_slots(self, slots: int) -> None:
         """Room for so many sequences at once."""

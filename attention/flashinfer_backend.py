@@ -36,7 +36,7 @@ from lamina.attention.partial import Partial, merge
 from lamina.attention.pool import ALIGNMENT
 from lamina.attention.rows import Rows
 from lamina.attention.torch_backend import TorchBackend, layer_bytes
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, UsageError
 
 __all__ = ["FlashInferBackend", "layer_bytes"]
 
@@ -480,7 +480,9 @@ class FlashInferBackend:
         self._shared.pages.clear()
         self._torch.close()
 
-    def plan(self, rows: Rows) -> FlashInferPlan:
+    def plan(self, rows: Rows, *, store: bool = True) -> FlashInferPlan:
+        if not store:
+            raise UsageError("attention backend flashinfer: every row is stored here; use torch")
         placement = self.cache.place(rows)
         short, long = np.flatnonzero(placement.counts == 1), np.flatnonzero(placement.counts > 1)
         parts: list[tuple[_Decode | _Prefill, Tensor | slice]] = []

@@ -100,8 +100,8 @@ class NativeBackend:
         check_key_value(layer, self.cache.shape(layer), rows.tokens, k, v)
         self._append(self._plan(self.cache.place(rows, attend=False)), layer, k, v)
 
-    def plan(self, rows: Rows) -> NativePlan:
-        return self._plan(self.cache.place(rows))
+    def plan(self, rows: Rows, *, store: bool = True) -> NativePlan:
+        return self._plan(self.cache.place(rows, store=store))
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         assert isinstance(plan, NativePlan)
@@ -111,6 +111,7 @@ class NativeBackend:
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         assert isinstance(plan, NativePlan)
+        self.cache.require_space(plan.placement)
         shape, tokens = self.cache.shape(layer), plan.rows.tokens
         check_query(layer, shape, tokens, q)
         check_key_value(layer, shape, tokens, k, v)

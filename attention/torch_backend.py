@@ -107,14 +107,14 @@ class TorchBackend:
         placement = self.cache.place(rows, attend=False)
         self._write(layer, placement, self._target(placement, self.cache.group_of(layer)), self._rounded(k, v))
 
-    def plan(self, rows: Rows) -> TorchPlan:
-        placement = self.cache.place(rows)
+    def plan(self, rows: Rows, *, store: bool = True) -> TorchPlan:
+        placement = self.cache.place(rows, store=store)
         groups = range(len(self.cache.groups))
         return TorchPlan(
             placement,
             past=[self._batches(placement, group, new=False) for group in groups],
-            new=[self._batches(placement, group, new=True) for group in groups],
-            targets=[self._target(placement, group) for group in groups],
+            new=[self._batches(placement, group, new=True) for group in groups if store],
+            targets=[self._target(placement, group) for group in groups if store],
         )
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
@@ -125,6 +125,7 @@ class TorchBackend:
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         assert isinstance(plan, TorchPlan)
+        self.cache.require_space(plan.placement)
         group, shape = self.cache.group_of(layer), self.cache.shape(layer)
         check_query(layer, shape, plan.rows.tokens, q, self._where)
         check_key_value(layer, shape, plan.rows.tokens, k, v, self._where)

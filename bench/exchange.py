@@ -37,6 +37,7 @@ from lamina.device import Device
 from lamina.engine.engine import Engine
 from lamina.engine.geometry import shard_by_heads
 from lamina.engine.remote import RemoteShard
+from lamina.engine.room import Room
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
@@ -257,18 +258,16 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
         link.lane_loop = device.loop
         (heads,) = shard_by_heads([SHAPE] * LAYERS, ["far"])
         layout = KVLayout(layers=heads.layers, dtype=DTYPE, block_tokens=BLOCK_TOKENS)
-        shard = RemoteShard("far", link, heads, layout, device, dtype=DTYPE, slots=batches, max_batch=batch)
+        shard = RemoteShard("far", link, heads, layout, device, dtype=DTYPE, slots=batches, max_rows=batch)
         await shard.attach("none")
         rows = batch + 1
         model = _Model((*(_Slice(SHAPE, rows) for _ in range(LAYERS)), _Slice(None, rows)), device.torch_device)
         runner = StepRunner(cast(SlicedModel, model), device, [shard], getattr(torch, DTYPE))
-        blocks = shard.capacity_tokens // BLOCK_TOKENS
         scheduler = Scheduler(
             batches=batches,
             max_batch=batch,
             prefill_tokens=batch,
-            blocks=blocks,
-            block_tokens=BLOCK_TOKENS,
+            room=Room([shard.capacity_tokens // BLOCK_TOKENS], BLOCK_TOKENS),
             max_waiting=batch * batches,
         )
         engine = Engine(

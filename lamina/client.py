@@ -15,7 +15,7 @@ import msgspec
 
 from lamina import errors, protocol
 from lamina.config import read_secret
-from lamina.errors import LaminaError, NodeError, ProtocolError, RequestError, TransportError
+from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, RequestError, TransportError
 from lamina.protocol import AskStatus, Cancel, Failed, Finished, Generate, Status, ToClient, decode, encode
 from lamina.transport import Address, Hello, Link, Options, TlsFiles
 from lamina.transport import connect as connect_link
@@ -86,11 +86,16 @@ class Client:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        priority: int = 0,
+        share_prefix: bool = True,
+        salt: str = "",
     ) -> Stream:
         """Tokens of the answer as they come: ``async for token in client.stream(...)``.
 
         ``prompt`` is text or token ids; ``max_tokens`` None goes on to the end of the context; temperature 0 is
-        greedy; with a ``seed`` the same request gets the same tokens. Leaving the loop aborts the request.
+        greedy; with a ``seed`` the same request gets the same tokens. Of those that wait, the one of the highest
+        ``priority`` (-100 to 100) is next. ``share_prefix`` lets it use what the cluster still holds of a prompt that
+        began alike, with the same ``salt``. Leaving the loop aborts the request.
         """
         request = Generate(
             id=next(self._ids),
@@ -100,6 +105,9 @@ class Client:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            priority=priority,
+            share_prefix=share_prefix,
+            salt=salt,
         )
         try:
             msgspec.convert(plain := encode(request), Generate)
@@ -246,6 +254,8 @@ def _error(failure: Failed) -> LaminaError:
     kind = getattr(errors, failure.kind, LaminaError)
     if kind is NodeError:
         return NodeError(failure.message, node=failure.node or "")
+    if kind is CapacityError:
+        return CapacityError(failure.message, retry_after_s=failure.retry_after_s)
     if not (isinstance(kind, type) and issubclass(kind, LaminaError)):
         kind = LaminaError
     return kind(failure.message)

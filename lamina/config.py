@@ -67,8 +67,9 @@ class PipelineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The most prompt tokens that go through the slices together with one step of a batch."""
     max_waiting: Positive = 1024
     """Requests that may wait for admission; one more is refused."""
-    partition: Literal["heads"] = "heads"
-    """How the KV cache lies on the memory nodes."""
+    partition: Literal["heads", "requests", "tokens"] = "heads"
+    """How the KV cache lies on the memory nodes: each has some KV heads of everything, or whole sequences, or stretches
+    of tokens of every long sequence."""
 
 
 class RdmaConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

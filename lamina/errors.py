@@ -49,7 +49,14 @@ class UnsupportedModelError(CheckpointError):
 
 
 class CapacityError(LaminaError):
-    """There is not enough KV cache, queue or region for what was asked; the message gives both numbers."""
+    """There is not enough KV cache, queue or region for what was asked; the message gives both numbers.
+
+    ``retry_after_s``: after so many seconds there may be, where that can be said.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class TransportError(LaminaError):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from lamina.attention import LayerShape, Rows, Run
+from lamina.attention import LayerShape, Run
 from lamina.errors import LaminaError, ProtocolError
 from lamina.spans import Span
 from lamina.transport import RemoteRegion
@@ -24,6 +24,11 @@ MAX_SPANS = 8192
 
 Count = Annotated[int, Meta(ge=0, le=2**40)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
+
+KEY_BYTES = 16
+"""Of the key of a block."""
+MAX_KEYS = 2**15
+"""The most keys of one message."""
 
 
 class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):
@@ -47,7 +52,7 @@ class Attach(Message):
     """The attention of every layer over this node's heads."""
     slots: Annotated[int, Meta(ge=1, le=32)]
     """Batches in flight."""
-    max_batch: Annotated[int, Meta(ge=1, le=4096)]
+    max_rows: Annotated[int, Meta(ge=1, le=4096 + 256)]
     """The most rows of one step."""
     outputs: RemoteRegion
     """Where the attention output is written."""
@@ -70,15 +75,31 @@ class Attached(Message):
             RemoteRegion.from_wire(list(region))
 
 
+Keys = Annotated[bytes, Meta(max_length=MAX_KEYS * KEY_BYTES)]
+"""Keys of blocks, one after the other."""
+
+
 class Reserve(Message):
-    """Set space aside for ``tokens`` positions of a new sequence; answered by Reserved or Refused."""
+    """Set space aside for ``tokens`` positions of a sequence, a new one or one that needs more than it has; answered by
+    Reserved or Refused."""
 
     sequence: Count
     tokens: Positive
+    keys: Keys = b""
+    """Of leading blocks of a new sequence, which it may share with others."""
 
 
 class Reserved(Message):
     sequence: Count
+    shared: Count = 0
+    """Leading positions of a new sequence that were found."""
+
+
+class Publish(Message):
+    """Let others share the leading blocks of a sequence, under these keys, when they are complete in every layer."""
+
+    sequence: Count
+    keys: Keys
 
 
 class Release(Message):
@@ -112,6 +133,12 @@ class Generate(Message):
     """Only the likeliest tokens that together have this probability."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     """None: a random one."""
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    """Higher goes first; equal ones in the order of their arrival."""
+    share_prefix: bool = True
+    """Whether it may share the keys and values of a prompt that begins alike."""
+    salt: Annotated[str, Meta(max_length=256)] = ""
+    """Only requests with the same salt share anything."""
 
 
 class Cancel(Message):
@@ -141,6 +168,8 @@ class Failed(Message):
     message: str
     id: Count | None = None
     node: str | None = None
+    retry_after_s: float | None = None
+    """After so many seconds the same request may be taken."""
 
 
 # -- anybody and a node
@@ -180,6 +209,12 @@ class Status(Message):
     """Attention layers run, over all steps."""
     busy_s: float = 0.0
     """Time that the device thread spent computing."""
+    preemptions: int = 0
+    """How often a sequence lost its space to others."""
+    prompt_tokens: int = 0
+    """Tokens that were to be prefilled,"""
+    shared_tokens: int = 0
+    """and those of them that lay on the memory nodes already."""
     sequences: int = 0
     kv_tokens_total: int = 0
     kv_tokens_free: int = 0
@@ -239,7 +274,7 @@ class Echo(Message):
         RemoteRegion.from_wire(list(self.region))
 
 
-FromCompute = Attach | Reserve | Release
+FromCompute = Attach | Reserve | Publish | Release
 FromMemory = Attached | Reserved | Refused
 FromClient = Generate | Cancel | AskStatus
 ToClient = Token | Finished | Failed | Status
@@ -247,7 +282,7 @@ ToClient = Token | Finished | Failed | Status
 
 def encode(message: Message) -> dict[str, Any]:
     """A plain map, as links send it."""
-    plain: dict[str, Any] = msgspec.to_builtins(message)
+    plain: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,))
     return plain
 
 
@@ -302,31 +337,60 @@ class Tag(NamedTuple):
 
 STEP_MASK = 2**14 - 1
 
-_PLAN = struct.Struct("<I")
+_PLAN = struct.Struct("<III")
 _RUN = struct.Struct("<QII")
 _CHUNK = struct.Struct("<QIII")
 CHUNK_HEADER = 64
 """Bytes before the keys of a bulk chunk: the header, padded so that the numbers behind it are aligned."""
 
 
-def plan_bytes(max_batch: int) -> int:
+class StepPlan(NamedTuple):
+    """What a memory node is told of a step: whose rows come, in this order.
+
+    It stores k and v of the rows of ``storing``; those of ``reading`` only meet what it holds. The first ``whole`` rows
+    are answered with their attention, in the model's type; all others with a partial in float32.
+    """
+
+    storing: tuple[Run, ...]
+    reading: tuple[Run, ...]
+    whole: int
+
+    @property
+    def stored_rows(self) -> int:
+        return sum(run.count for run in self.storing)
+
+    @property
+    def rows(self) -> int:
+        return self.stored_rows + sum(run.count for run in self.reading)
+
+
+def plan_bytes(max_rows: int) -> int:
     """Bytes of the largest step plan."""
-    return _PLAN.size + max_batch * _RUN.size
+    return _PLAN.size + max_rows * _RUN.size
 
 
-def pack_plan(rows: Rows) -> bytes:
-    return _PLAN.pack(len(rows.runs)) + b"".join(_RUN.pack(r.sequence, r.start, r.count) for r in rows.runs)
+def pack_plan(plan: StepPlan) -> bytes:
+    runs = (*plan.storing, *plan.reading)
+    head = _PLAN.pack(len(plan.storing), len(plan.reading), plan.whole)
+    return head + b"".join(_RUN.pack(run.sequence, run.start, run.count) for run in runs)
 
 
-def unpack_plan(buffer: memoryview, max_batch: int) -> Rows:
-    """ProtocolError for more rows than ``max_batch``."""
-    (runs,) = _PLAN.unpack_from(buffer)
-    if not 1 <= runs <= max_batch:
-        raise ProtocolError(f"step plan with {runs} runs; expected 1 to {max_batch}")
-    rows = Rows(tuple(Run(*_RUN.unpack_from(buffer, _PLAN.size + i * _RUN.size)) for i in range(runs)))
-    if rows.tokens > max_batch:
-        raise ProtocolError(f"step plan with {rows.tokens} rows; expected at most {max_batch}")
-    return rows
+def unpack_plan(buffer: memoryview, max_rows: int) -> StepPlan:
+    """ProtocolError for more rows than ``max_rows``, or a sequence that comes twice."""
+    storing, reading, whole = _PLAN.unpack_from(buffer)
+    count = storing + reading
+    if not 1 <= count <= max_rows:
+        raise ProtocolError(f"step plan with {count} runs; expected 1 to {max_rows}")
+    runs = [Run(*run) for run in _RUN.iter_unpack(buffer[_PLAN.size : _PLAN.size + count * _RUN.size])]
+    plan = StepPlan(tuple(runs[:storing]), tuple(runs[storing:]), whole)
+    if len({run.sequence for run in runs}) < count or any(run.count < 1 for run in runs):
+        raise ProtocolError("step plan with an empty run, or two runs of one sequence")
+    if plan.rows > max_rows or whole > plan.stored_rows:
+        raise ProtocolError(
+            f"step plan with {plan.rows} rows, {plan.stored_rows} of them to be stored and {whole} whole; "
+            f"expected at most {max_rows}"
+        )
+    return plan
 
 
 class ChunkHeader(NamedTuple):

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.attention import LayerShape, Rows, Run
+from lamina.attention import LayerShape, Run
 from lamina.engine.geometry import Geometry, shard_by_heads, split_heads
 from lamina.errors import ConfigError, ProtocolError
-from lamina.protocol import Attach, ChunkHeader, Kind, Tag, decode, encode, pack_plan, plan_bytes, unpack_plan
+from lamina.protocol import Attach, ChunkHeader, Kind, StepPlan, Tag, decode, encode, pack_plan, plan_bytes, unpack_plan
 from lamina.transport import RemoteRegion
 
 
@@ -54,26 +54,38 @@ def test_an_unknown_kind_is_refused() -> None:
         Tag.unpack(7 << 29)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**63), st.integers(0, 2**31), st.just(1)), min_size=1, max_size=20))
-def test_plans_come_back(runs: list[tuple[int, int, int]]) -> None:
-    """Whatever the sequences and positions."""
-    rows = Rows(tuple(Run(*run) for run in {run[0]: run for run in runs}.values()))
-    packed = pack_plan(rows)
+RUNS = st.lists(
+    st.builds(Run, st.integers(0, 2**63), st.integers(0, 2**31), st.integers(1, 3)),
+    max_size=10,
+    unique_by=lambda run: run.sequence,
+).map(tuple)
 
-    assert len(packed) <= plan_bytes(20)
-    assert unpack_plan(memoryview(packed.ljust(plan_bytes(20), b"\0")), 20) == rows
+
+@given(RUNS, st.data())
+def test_plans_come_back(runs: tuple[Run, ...], data: st.DataObject) -> None:
+    """Whatever the sequences and positions."""
+    cut = data.draw(st.integers(0, len(runs)))
+    storing, reading = runs[:cut], runs[cut:]
+    whole = data.draw(st.integers(0, sum(run.count for run in storing)))
+    plan = StepPlan(storing, reading, whole)
+    packed = memoryview(pack_plan(plan).ljust(plan_bytes(30), b"\0"))
+
+    assert len(packed) == plan_bytes(30)
+    if runs:
+        assert unpack_plan(packed, 30) == plan
+        with pytest.raises(ProtocolError, match="step plan"):
+            unpack_plan(packed, plan.rows - 1)
 
 
 @given(st.binary(min_size=plan_bytes(4), max_size=plan_bytes(4)))
 def test_any_bytes_are_a_plan_or_refused(data: bytes) -> None:
     """By an error of this project, never by a crash."""
-    from lamina.errors import LaminaError
-
     try:
-        rows = unpack_plan(memoryview(data), 4)
-    except LaminaError:
+        plan = unpack_plan(memoryview(data), 4)
+    except ProtocolError:
         return
-    assert 1 <= rows.tokens <= 4
+    assert 1 <= plan.rows <= 4
+    assert plan.whole <= plan.stored_rows
 
 
 def test_chunk_headers_come_back() -> None:
@@ -93,7 +105,7 @@ def test_messages_are_checked_when_they_arrive() -> None:
         block_tokens=16,
         layers=[layer],
         slots=1,
-        max_batch=4,
+        max_rows=4,
         outputs=RemoteRegion(1, "o", 64),
     )
     plain = encode(attach)
@@ -116,7 +128,7 @@ def test_messages_are_checked_when_they_arrive() -> None:
 def test_parts_of_regions_do_not_share_cache_lines() -> None:
     """And hold the largest layer."""
     layers = tuple(LayerShape(q_heads=q, kv_heads=1, qk_dim=d, v_dim=d + 1, scale=1.0) for q, d in ((1, 3), (5, 7)))
-    geometry = Geometry(layers, "bfloat16", slots=2, max_batch=3)
+    geometry = Geometry(layers, "bfloat16", slots=2, max_rows=3)
 
     assert geometry.query_bytes % 64 == 0
     assert geometry.query_bytes >= 3 * 5 * 7 * 2

@@ -8,9 +8,11 @@ import logging
 from collections.abc import Sequence as Listed
 from typing import Protocol
 
+from lamina.engine.cost import Pace
+from lamina.engine.placement import Placement
 from lamina.engine.remote import RemoteShard
 from lamina.engine.sampler import Sampling
-from lamina.engine.scheduler import Scheduler, Sequence, Step
+from lamina.engine.scheduler import Ask, Outcome, Scheduler, Sequence, Step
 from lamina.engine.step import StepRunner
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
 
@@ -45,13 +47,13 @@ class Engine:
         self._name = name
         self._runner = runner
         self._shards = shards
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._batches = batches
         self._context = context
         self._vocabulary = vocabulary
         self._stop_tokens = stop_tokens
         self._answers: dict[Sequence, Answer] = {}
-        self._ids = itertools.count()
+        self._pace = Pace()
         self._work = [asyncio.Event() for _ in range(batches)]
         self._idle = asyncio.Event()
         self._idle.set()
@@ -62,11 +64,11 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return self._scheduler.running
+        return self.scheduler.running
 
     @property
     def waiting(self) -> int:
-        return self._scheduler.waiting
+        return self.scheduler.waiting
 
     @property
     def draining(self) -> bool:
@@ -74,9 +76,19 @@ class Engine:
 
     @property
     def free_blocks(self) -> int:
-        return self._scheduler.free_blocks
+        return self.scheduler.free_blocks
 
-    def submit(self, prompt: list[int], max_tokens: int | None, sampling: Sampling, answer: Answer) -> Sequence:
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int | None,
+        sampling: Sampling,
+        answer: Answer,
+        *,
+        priority: int = 0,
+        share_prefix: bool = True,
+        salt: str = "",
+    ) -> Sequence:
         """Queue a request. RequestError or CapacityError say why it cannot be served; then nothing is queued."""
         if self._failure:
             raise self._failure
@@ -100,8 +112,16 @@ class Engine:
                 f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
                 f"ask for at most {room}"
             )
-        sequence = Sequence(next(self._ids), prompt, max_tokens or room, sampling, self._stop_tokens)
-        self._scheduler.submit(sequence)
+        sequence = Sequence(
+            prompt,
+            max_tokens or room,
+            sampling,
+            self._stop_tokens,
+            priority=priority,
+            share_prefix=share_prefix,
+            salt=salt,
+        )
+        self.scheduler.submit(sequence, retry_after_s=self._pace.retry_after_s(self.waiting))
         self._answers[sequence] = answer
         self._idle.clear()
         self._wake()
@@ -110,7 +130,7 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. Nothing for one that is over."""
         if self._answers.pop(sequence, None) is not None:
-            self._scheduler.cancel(sequence)
+            self.scheduler.cancel(sequence)
             self._note_idle()
             self._wake()  # whoever waited behind it may be next
 
@@ -118,6 +138,7 @@ class Engine:
         """Serve until cancelled, or until this node or a memory node fails: then all are told, and NodeError raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
                 for slot in range(self._batches):
                     tasks.create_task(self._drive(slot))
                 for shard in self._shards:
@@ -139,11 +160,15 @@ class Engine:
         """Step after step of one batch."""
         work = self._work[slot]
         for number in itertools.count():
-            while (step := self._scheduler.next_step(slot)) is None:
+            while (step := self.scheduler.next_step(slot)) is None:
                 self._note_idle()
                 work.clear()
                 await work.wait()
-            step = await self._reserve(slot, step)
+            self._tell(step)
+            for ask in step.asks:
+                self._tasks.create_task(self._reserve(ask))
+            if step.released or step.moved:
+                self._wake()
             if not step.decode and not step.prompts:
                 continue
             tokens = await self._runner.device.start(self._runner.run(slot, number, step))
@@ -153,32 +178,64 @@ class Engine:
     async def _ship(self, shard: RemoteShard) -> None:
         await self._runner.device.start(shard.run())
 
-    async def _reserve(self, slot: int, step: Step) -> Step:
-        """Have space set aside for new sequences; the step that remains without those for which there was none."""
-        refused: dict[Sequence, CapacityError] = {}
-        for sequence in step.admitted:
-            asked = [s.reserve(sequence.id, sequence.reserved_tokens) for s in self._shards]
+    def _tell(self, news: Step | Outcome) -> None:
+        """Pass on to the memory nodes what the scheduler decided."""
+        for publication in news.published:
+            for node in publication.placement.nodes:
+                if keys := self._keys_of(node, publication.placement, publication.keys):
+                    self._shards[node].publish(publication.id, keys)
+        for id_ in news.released:
+            self._runner.forget(id_)
+            for shard in self._shards:
+                shard.release(id_)
+
+    async def _reserve(self, ask: Ask) -> None:
+        """Have the memory nodes set space aside. Where one refuses, that request alone fails.
+
+        A prompt that begins like others can only share what all nodes still have: if one has less than another, they
+        are asked again for that much. It gets less each time, so this ends.
+        """
+        keys, placement = ask.keys, ask.placement
+        held = {node: n for node in placement.nodes if (n := placement.held(node, ask.tokens))}
+        while ask.stands():  # else it has been released meanwhile
+            asked = [
+                self._shards[node].reserve(ask.id, n, self._keys_of(node, placement, keys)) for node, n in held.items()
+            ]
             answers = await asyncio.gather(*asked, return_exceptions=True)
-            for answer in answers:
+            if not ask.stands():
+                return
+            found: dict[int, int] = {}
+            for node, answer in zip(held, answers, strict=True):
                 if isinstance(answer, CapacityError):
-                    refused[sequence] = answer
-                elif answer is not None:
+                    self._refuse(ask.sequence, answer)
+                    return
+                if isinstance(answer, BaseException):
                     raise answer
-            if sequence in refused:
-                for shard, answer in zip(self._shards, answers, strict=True):
-                    if answer is None:
-                        shard.release(sequence.id)
-        for sequence, error in refused.items():
-            log.warning("event=refused sequence=%d reason=%r", sequence.id, str(error))
-            if asker := self._answers.pop(sequence, None):
-                asker.failed(error)
-        if refused:
-            step = self._scheduler.refuse(slot, step, list(refused))
-            self._wake()  # for whoever waited behind them
-        return step
+                found[node] = answer
+            shared = placement.usable(len(keys) * self.scheduler.block_tokens, found)
+            if all(n == placement.held(node, shared) for node, n in found.items()):
+                self.scheduler.grant(ask, shared)
+                self._work[ask.sequence.slot].set()
+                return
+            keys = keys[: shared // self.scheduler.block_tokens]
+            for node in held:
+                self._shards[node].release(ask.id)
+
+    def _keys_of(self, node: int, placement: Placement, keys: Listed[bytes]) -> list[bytes]:
+        """Of leading blocks, those that lie on a node."""
+        size = self.scheduler.block_tokens
+        return [key for block, key in enumerate(keys) if node in placement.owners(block * size)]
+
+    def _refuse(self, sequence: Sequence, error: CapacityError) -> None:
+        """A memory node has no space for a request, though the scheduler thought so."""
+        log.warning("event=refused sequence=%d reason=%r", sequence.id, str(error))
+        answer = self._answers.get(sequence)
+        self.cancel(sequence)
+        if answer:
+            answer.failed(error)
 
     def _finish(self, slot: int, step: Step, tokens: list[int]) -> None:
-        outcome = self._scheduler.finish(slot, step, tokens)
+        outcome = self.scheduler.finish(slot, step, tokens)
         self.tokens += len(outcome.tokens)
         for sequence, token in outcome.tokens:
             if answer := self._answers.get(sequence):
@@ -188,14 +245,13 @@ class Engine:
                     log.exception("event=answer_failed sequence=%d", sequence.id)
                     self.cancel(sequence)
                     answer.failed(NodeError(f"compute node {self._name} failed: {e!r}", node=self._name))
-        for sequence in outcome.finished + outcome.cancelled:
-            self._runner.forget(sequence.id)
-            for shard in self._shards:
-                shard.release(sequence.id)
+        self._tell(outcome)
+        if outcome.finished:
+            self._pace.ended(asyncio.get_running_loop().time(), len(outcome.finished))
         for sequence in outcome.finished:
             if answer := self._answers.pop(sequence, None):
                 answer.finished(sequence.finish_reason or "length")
-        if outcome.finished or outcome.cancelled:
+        if outcome.released:
             self._wake()  # space has come free, perhaps for a request that another slot can admit
 
     def _wake(self) -> None:
@@ -203,7 +259,8 @@ class Engine:
             event.set()
 
     def _note_idle(self) -> None:
-        if not self._scheduler.running and not self._scheduler.waiting:
+        if not self.scheduler.running and not self.scheduler.waiting:
+            self._pace.idle()
             self._idle.set()
 
     def _fail(self, error: BaseException) -> LaminaError:

@@ -14,6 +14,8 @@ from lamina.protocol import CHUNK_HEADER, plan_bytes
 
 CHUNK_TOKENS = 64
 """Tokens of one bulk chunk: what a decode write may have to wait for on a shared wire."""
+PARTIAL_ITEM = 4
+"""Bytes of a number of a partial, which is float32."""
 CHUNKS = 8
 """Bulk buffers per memory node, and so the chunks that may be on their way at once."""
 
@@ -62,19 +64,27 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
     return shards
 
 
+def shard_whole(layers: Sequence[LayerShape], names: Sequence[str]) -> list[HeadShard]:
+    """Every memory node has all heads of every layer."""
+    kv = tuple(range(layer.kv_heads) for layer in layers)
+    q = tuple(range(layer.q_heads) for layer in layers)
+    return [HeadShard(kv, q, tuple(layers))] * len(names)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of the regions between a compute node and one memory node. Both ends compute it from the same facts.
 
     Every region but that of the chunks has one part per batch in flight. Within a part lie, packed, the values of a
-    layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; o [rows, Hq, Dv].
+    layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; o [rows, Hq, Dv] of the rows that
+    are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and lse [rows, Hq] of the others in float32.
     A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
     """
 
     layers: tuple[LayerShape, ...]
     dtype: str
     slots: int
-    max_batch: int
+    max_rows: int
 
     @cached_property
     def item(self) -> int:
@@ -82,19 +92,31 @@ class Geometry:
 
     @cached_property
     def plan_bytes(self) -> int:
-        return _aligned(plan_bytes(self.max_batch))
+        return _aligned(plan_bytes(self.max_rows))
 
     @cached_property
     def query_bytes(self) -> int:
-        return _aligned(self.max_batch * self.item * max(s.q_heads * s.qk_dim for s in self.layers))
+        return _aligned(self.max_rows * self.item * max(s.q_heads * s.qk_dim for s in self.layers))
 
     @cached_property
     def key_value_bytes(self) -> int:
-        return _aligned(self.max_batch * self._key_value_bytes_per_token)
+        return _aligned(self.max_rows * self._key_value_bytes_per_token)
 
     @cached_property
     def output_bytes(self) -> int:
-        return _aligned(self.max_batch * self.item * max(s.q_heads * s.v_dim for s in self.layers))
+        return _aligned(self.max_rows * PARTIAL_ITEM * max(s.q_heads * (s.v_dim + 1) for s in self.layers)) + 64
+
+    def whole_bytes(self, layer: int, rows: int) -> int:
+        """Where the partials of a layer's answer begin, after so many whole rows."""
+        shape = self.layers[layer]
+        return _aligned(rows * shape.q_heads * shape.v_dim * self.item)
+
+    def answer_bytes(self, layer: int, whole: int, partial: int) -> int:
+        """Bytes of a layer's answer."""
+        shape = self.layers[layer]
+        if not partial:
+            return whole * shape.q_heads * shape.v_dim * self.item
+        return self.whole_bytes(layer, whole) + partial * shape.q_heads * (shape.v_dim + 1) * PARTIAL_ITEM
 
     @cached_property
     def chunk_bytes(self) -> int:

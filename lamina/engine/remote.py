@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamina.attention import KVLayout, Rows
+from lamina.attention import KVLayout, Partial
 from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
+from lamina.engine.placement import NodeRows
 from lamina.engine.prompts import PromptKV
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
+    MAX_KEYS,
     Attach,
     Attached,
     ChunkHeader,
     FromMemory,
     Kind,
     Peer,
+    Publish,
     Refused,
     Release,
     Reserve,
     Reserved,
+    StepPlan,
     Tag,
     decode,
     encode,
@@ -51,7 +56,7 @@ class RemoteShard:
         *,
         dtype: str,
         slots: int,
-        max_batch: int,
+        max_rows: int,
     ) -> None:
         """``layout`` is what the memory node stores, ``dtype`` the type of everything on the way there and back.
 
@@ -64,7 +69,7 @@ class RemoteShard:
         self.capacity_tokens = 0
         self._heads = shard
         self._layout = layout
-        self._geometry = g = Geometry(shard.layers, dtype, slots, max_batch)
+        self._geometry = g = Geometry(shard.layers, dtype, slots, max_rows)
         own = getattr(torch, dtype)
         self._outputs = Region(f"{name}.outputs", slots * g.output_bytes)
         self._output_parts = views.parts(self._outputs.buffer, slots, g.output_bytes, own)
@@ -75,7 +80,7 @@ class RemoteShard:
         self._idle_chunks: asyncio.Queue[int] = asyncio.Queue()
         for i in range(CHUNKS):
             self._idle_chunks.put_nowait(i)
-        self._to_ship: asyncio.Queue[tuple[PromptKV, int, int, int]] = asyncio.Queue()
+        self._to_ship: asyncio.Queue[tuple[PromptKV, int, int, int, int]] = asyncio.Queue()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
         if link.error:
@@ -92,7 +97,7 @@ class RemoteShard:
             block_tokens=self._layout.block_tokens,
             layers=list(self._heads.layers),
             slots=self._geometry.slots,
-            max_batch=self._geometry.max_batch,
+            max_rows=self._geometry.max_rows,
             outputs=self.link.expose(self._outputs),
         )
         attached = await self._ask(None, attach)
@@ -107,9 +112,19 @@ class RemoteShard:
         self._key_value_parts = views.parts(self._keys_values, slots, g.key_value_bytes, own)
         self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, own)
 
-    async def reserve(self, sequence: int, tokens: int) -> None:
-        """Have space set aside before any of it is used. CapacityError if there is none."""
-        await self._ask(sequence, Reserve(sequence=sequence, tokens=tokens))
+    async def reserve(self, sequence: int, tokens: int, keys: Sequence[bytes] = ()) -> int:
+        """Have space set aside before any of it is used, or more than before. CapacityError if there is none.
+
+        ``keys`` name leading blocks that a new sequence may share; returns how many positions of it were found.
+        """
+        reserved = await self._ask(sequence, Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys)))
+        assert isinstance(reserved, Reserved)
+        return reserved.shared
+
+    def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
+        """Let others share the leading blocks of a sequence, when all has arrived that they are to hold."""
+        self._check()
+        self.link.send(encode(Publish(sequence=sequence, keys=_joined(keys))))
 
     def release(self, sequence: int) -> None:
         """Give back a sequence's space."""
@@ -128,76 +143,79 @@ class RemoteShard:
 
     # -- a step, layer by layer
 
-    def plan(self, slot: int, step: int, rows: Rows) -> None:
+    def plan(self, slot: int, step: int, rows: NodeRows) -> None:
         """Tell the memory node which rows the next step of ``slot`` consists of."""
         assert self._remote is not None
+        told = StepPlan(tuple(rows.storing), tuple(rows.reading), rows.whole)
         tag = Tag(Kind.PLAN, slot, 0, step)
-        self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(rows), tag)
+        self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(told), tag)
 
-    def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
-        """Copy this node's heads of q [T, Hq, Dk] to where they are sent from."""
-        self._query_view(slot, layer, len(q)).copy_(q[:, _span(self._heads.q[layer])])
-
-    def send_query(self, slot: int, layer: int, step: int, tokens: int) -> None:
+    def send_query(self, slot: int, layer: int, step: int, q: Tensor) -> None:
+        """Send this node's heads of q [rows, Hq, Dk]: of its rows, in the order of its plan."""
         assert self._remote is not None
+        shape = self._heads.layers[layer]
+        own = views.shaped(self._query_parts[slot], (len(q), shape.q_heads, shape.qk_dim))
+        own.copy_(q[:, _span(self._heads.q[layer])])
         # The answer may come before anybody waits for it.
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._awaited[slot] = (Tag(Kind.OUTPUT, slot, layer, step).pack(), done)
         offset = slot * self._geometry.query_bytes
-        nbytes = self._query_view(slot, layer, tokens).nbytes
-        source = self._queries[offset : offset + nbytes]
+        source = self._queries[offset : offset + own.nbytes]
         self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
 
-    def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
-        """Copy this node's heads of k [T, Hkv, Dk] and v [T, Hkv, Dv] to where they are sent from."""
+    def send_key_value(self, slot: int, layer: int, step: int, k: Tensor, v: Tensor) -> None:
+        """Send this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv]: of the rows that it stores."""
+        assert self._remote is not None
         own_k, own_v = views.key_value(self._key_value_parts[slot], self._heads.layers[layer], len(k))
         heads = _span(self._heads.kv[layer])
         own_k.copy_(k[:, heads])
         own_v.copy_(v[:, heads])
-
-    def send_key_value(self, slot: int, layer: int, step: int, tokens: int) -> None:
-        assert self._remote is not None
-        shape, item = self._heads.layers[layer], self._geometry.item
         offset = slot * self._geometry.key_value_bytes
-        nbytes = tokens * shape.kv_heads * (shape.qk_dim + shape.v_dim) * item
-        source = self._keys_values[offset : offset + nbytes]
+        source = self._keys_values[offset : offset + own_k.nbytes + own_v.nbytes]
         self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
 
     async def answered(self, slot: int) -> None:
         """Wait until the output of the query sent last has arrived. NodeError if the memory node is lost."""
         await self._awaited[slot][1]
 
-    def output(self, slot: int, layer: int, into: Tensor) -> None:
-        """Copy the output that has arrived to this node's heads of ``into`` [T, Hq, Dv]."""
-        shape = self._heads.layers[layer]
-        own = views.shaped(self._output_parts[slot], (len(into), shape.q_heads, shape.v_dim))
-        into[:, _span(self._heads.q[layer])] = own
+    def output(self, slot: int, layer: int, rows: int) -> Tensor:
+        """The attention that has arrived of the first ``rows`` rows, which are whole: o [rows, own Hq, Dv].
 
-    def _query_view(self, slot: int, layer: int, tokens: int) -> Tensor:
+        It lies where it arrived, and is good until the slot's next query is sent.
+        """
         shape = self._heads.layers[layer]
-        return views.shaped(self._query_parts[slot], (tokens, shape.q_heads, shape.qk_dim))
+        return views.shaped(self._output_parts[slot], (rows, shape.q_heads, shape.v_dim))
+
+    def partials(self, slot: int, layer: int, whole: int, rows: int) -> Partial:
+        """The partials that have arrived of the ``rows`` rows behind the ``whole`` ones; good for as long."""
+        start = self._geometry.whole_bytes(layer, whole)
+        return Partial(*views.partials(self._output_parts[slot], start, rows, self._heads.layers[layer]))
+
+    def heads(self, layer: int) -> slice:
+        """The query heads of a layer that this node has."""
+        return _span(self._heads.q[layer])
 
     # -- prompts, on the bulk lane
 
-    def ship(self, prompt: PromptKV, layer: int, start: int, count: int) -> None:
-        """Queue keys and values of a prompt; ``run`` sends them as buffers come free."""
-        for first in range(start, start + count, CHUNK_TOKENS):
-            self._to_ship.put_nowait((prompt, layer, first, min(CHUNK_TOKENS, start + count - first)))
+    def ship(self, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> None:
+        """Queue keys and values of a prompt, for position ``at`` there; ``run`` sends them as buffers come free."""
+        for done in range(0, count, CHUNK_TOKENS):
+            self._to_ship.put_nowait((prompt, layer, start + done, min(CHUNK_TOKENS, count - done), at + done))
 
     async def run(self) -> None:
         """Send what ``ship`` queued, until cancelled."""
         assert self._remote is not None
         while True:
-            prompt, layer, start, count = await self._to_ship.get()
+            prompt, layer, start, count, at = await self._to_ship.get()
             i = await self._idle_chunks.get()
-            nbytes = await self._device.compute(self._stage_chunk, i, prompt, layer, start, count)
+            nbytes = await self._device.compute(self._stage_chunk, i, prompt, layer, start, count, at)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks[offset : offset + nbytes]
             self._write(Lane.BULK, self._remote.chunks, offset, source, Tag(Kind.CHUNK, 0, layer, i))
 
-    def _stage_chunk(self, i: int, prompt: PromptKV, layer: int, start: int, count: int) -> int:
+    def _stage_chunk(self, i: int, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> int:
         offset = i * self._geometry.chunk_bytes
-        header = ChunkHeader(prompt.sequence, layer, start, count).pack()
+        header = ChunkHeader(prompt.sequence, layer, at, count).pack()
         self._chunks[offset : offset + len(header)] = header
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._heads.layers[layer], count, first)
@@ -278,6 +296,10 @@ def _fail(waiters: list[asyncio.Future[Any]], error: LaminaError) -> None:
         if not waiting.done():
             waiting.set_exception(error)
             waiting.exception()
+
+
+def _joined(keys: Sequence[bytes]) -> bytes:
+    return b"".join(keys[:MAX_KEYS])
 
 
 def _span(heads: range) -> slice:

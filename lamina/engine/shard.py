@@ -10,22 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.attention import Backend, KVLayout, Memory, Plan, Rows, Run, create_backend
+from lamina.attention import Backend, KVLayout, Memory, Partial, Plan, Rows, Run, create_backend
 from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry
 from lamina.errors import CapacityError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
+    KEY_BYTES,
     Attach,
     Attached,
     ChunkHeader,
     FromCompute,
     Kind,
+    Publish,
     Refused,
     Release,
     Reserve,
     Reserved,
+    StepPlan,
     Tag,
     decode,
     encode,
@@ -47,6 +50,22 @@ class _Slot:
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step's plan, as the backend has it: of the rows that are stored, and of those that are not."""
+
+    told: StepPlan
+    storing: Plan | None
+    reading: Plan | None
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return (*self.told.storing, *self.told.reading)
+
+
+_Parts = tuple[Partial | None, Partial | None]
+
+
 class AttentionShard:
     """Serves one link of a compute node, from its Attach until the link ends.
 
@@ -60,7 +79,7 @@ class AttentionShard:
         self._layers = tuple(attach.layers)
         self.cache = backend.cache
         self._backend = backend
-        self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_batch)
+        self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_rows)
         self._outputs_remote = attach.outputs
         dtype = getattr(torch, attach.dtype)
         n = attach.slots
@@ -74,7 +93,9 @@ class AttentionShard:
         self._output_parts = views.parts(self._outputs, n, g.output_bytes, dtype)
         self._chunk_parts = views.parts(self._chunks.buffer, CHUNKS, g.chunk_bytes, dtype)
         self._slots = [_Slot() for _ in range(n)]
-        self._control: asyncio.Queue[Reserve | Release] = asyncio.Queue()
+        self._control: asyncio.Queue[Reserve | Publish | Release] = asyncio.Queue()
+        self._to_publish: dict[int, list[bytes]] = {}
+        """Keys of sequences' leading blocks that are not complete yet."""
         self._chunks_arrived: asyncio.Queue[int] = asyncio.Queue()
         self._grown = asyncio.Event()
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -117,15 +138,15 @@ class AttentionShard:
         while True:
             await slot.planned.wait()
             slot.planned.clear()
-            rows = self._read_plan(number)
-            plan = await self._device.compute(self._backend.plan, rows, at=Place(number))
+            step = await self._device.compute(self._plan, number, at=Place(number))
             for layer in range(len(self._layers)):
                 await self._arrival(slot, Kind.QUERY, layer)
-                await self._filled(rows, layer)
-                past = await self._device.compute(self._past, plan, number, layer, at=Place(number, layer))
-                await self._arrival(slot, Kind.KEY_VALUE, layer)
+                await self._filled(step.runs, layer)
                 at = Place(number, layer)
-                nbytes = await self._device.compute(self._finish, plan, number, layer, past, at=at)
+                parts = await self._device.compute(self._past, step, number, layer, at=at)
+                if step.storing:
+                    await self._arrival(slot, Kind.KEY_VALUE, layer)
+                nbytes = await self._device.compute(self._finish, step, number, layer, parts, at=at)
                 offset = number * self._geometry.output_bytes
                 # The next plan may come as soon as the last output is out.
                 slot.busy = layer + 1 < len(self._layers)
@@ -134,39 +155,63 @@ class AttentionShard:
                 self._link.write(Lane.DECODE, self._outputs_remote, offset, [source], tag)
                 self.layers += 1
 
-    def _read_plan(self, number: int) -> Rows:
+    def _plan(self, number: int) -> _Step:
         start = number * self._geometry.plan_bytes
-        rows = unpack_plan(self._plans.buffer[start : start + self._geometry.plan_bytes], self._geometry.max_batch)
-        for run in rows.runs:
+        told = unpack_plan(self._plans.buffer[start : start + self._geometry.plan_bytes], self._geometry.max_rows)
+        for run in (*told.storing, *told.reading):
             if run.sequence not in self.cache.sequences:
                 raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
-        return rows
+        plan = self._backend.plan
+        return _Step(
+            told,
+            plan(Rows(told.storing)) if told.storing else None,
+            plan(Rows(told.reading), store=False) if told.reading else None,
+        )
 
     async def _arrival(self, slot: _Slot, kind: Kind, layer: int) -> None:
         while (kind, layer) not in slot.arrived:
             slot.news.clear()
             await slot.news.wait()
 
-    async def _filled(self, rows: Rows, layer: int) -> None:
+    async def _filled(self, runs: tuple[Run, ...], layer: int) -> None:
         """Wait until the prompts' keys and values, which come on the other lane, are there."""
-        while any(self.cache.filled(run.sequence, layer) < run.start for run in rows.runs):
+        while any(self.cache.filled(run.sequence, layer) < run.start for run in runs):
             self._grown.clear()
             await self._grown.wait()
 
-    def _past(self, plan: Plan, number: int, layer: int) -> object:
-        return self._backend.past(plan, layer, self._query(plan, number, layer))
+    def _past(self, step: _Step, number: int, layer: int) -> _Parts:
+        """What q sees of the past: of the rows whose k and v are still to come, and of those that have none here."""
+        q, stored = self._query(step, number, layer), step.told.stored_rows
+        return (
+            self._backend.past(step.storing, layer, q[:stored]) if step.storing else None,
+            self._backend.past(step.reading, layer, q[stored:]) if step.reading else None,
+        )
 
-    def _finish(self, plan: Plan, number: int, layer: int, past: object) -> int:
-        tokens, shape = plan.rows.tokens, self._layers[layer]
-        k, v = views.key_value(self._key_value_parts[number], shape, tokens)
-        whole = self._backend.finish(plan, layer, self._query(plan, number, layer), k, v, past)  # type: ignore[arg-type]
-        o = views.shaped(self._output_parts[number], (tokens, shape.q_heads, shape.v_dim))
-        o.copy_(whole.o)
-        return o.nbytes
+    def _finish(self, step: _Step, number: int, layer: int, parts: _Parts) -> int:
+        """Store k and v, attend to them, and lay out the answer; its bytes."""
+        told, shape, (past, read) = step.told, self._layers[layer], parts
+        out = self._output_parts[number]
+        if step.storing:
+            assert past is not None
+            stored = told.stored_rows
+            k, v = views.key_value(self._key_value_parts[number], shape, stored)
+            past = self._backend.finish(step.storing, layer, self._query(step, number, layer)[:stored], k, v, past)
+            if told.whole:
+                views.shaped(out, (told.whole, shape.q_heads, shape.v_dim)).copy_(past.o[: told.whole])
+        partials = told.rows - told.whole
+        if partials:
+            start = self._geometry.whole_bytes(layer, told.whole)
+            o, lse = views.partials(out, start, partials, shape)
+            row = 0
+            for part in (past and Partial(past.o[told.whole :], past.lse[told.whole :]), read):
+                if part is not None and len(part.o):
+                    o[row : row + len(part.o)], lse[row : row + len(part.o)] = part.o, part.lse
+                    row += len(part.o)
+        return self._geometry.answer_bytes(layer, told.whole, partials)
 
-    def _query(self, plan: Plan, number: int, layer: int) -> Tensor:
+    def _query(self, step: _Step, number: int, layer: int) -> Tensor:
         shape = self._layers[layer]
-        return views.shaped(self._query_parts[number], (plan.rows.tokens, shape.q_heads, shape.qk_dim))
+        return views.shaped(self._query_parts[number], (step.told.rows, shape.q_heads, shape.qk_dim))
 
     # -- prompts, from the bulk lane
 
@@ -191,24 +236,44 @@ class AttentionShard:
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._layers[header.layer], header.tokens, first)
         self._backend.append(header.layer, Rows((Run(header.sequence, header.start, header.tokens),)), k, v)
+        self._publish_complete(header.sequence)
         return True
 
     # -- control
 
     async def _obey(self) -> None:
-        """Reserve and release, in the order of the messages."""
+        """Reserve, publish and release, in the order of the messages."""
         while True:
             message = await self._control.get()
-            if isinstance(message, Release):
-                if message.sequence in self.cache.sequences:
-                    await self._device.run(self.cache.release, message.sequence)
-                continue
-            try:
-                await self._device.run(self.cache.reserve, message.sequence, message.tokens)
-            except CapacityError as e:
-                self._link.send(encode(Refused(reason=str(e), sequence=message.sequence)))
-            else:
-                self._link.send(encode(Reserved(sequence=message.sequence)))
+            if isinstance(message, Reserve):
+                try:
+                    shared = await self._device.run(self._reserve, message)
+                except CapacityError as e:
+                    self._link.send(encode(Refused(reason=str(e), sequence=message.sequence)))
+                else:
+                    self._link.send(encode(Reserved(sequence=message.sequence, shared=shared)))
+            elif message.sequence in self.cache.sequences:
+                await self._device.run(self._publish_or_release, message)
+
+    def _reserve(self, message: Reserve) -> int:
+        if message.sequence not in self.cache.sequences:
+            return self.cache.reserve(message.sequence, message.tokens, keys=_split(message.keys))
+        self.cache.extend(message.sequence, message.tokens)
+        return 0
+
+    def _publish_or_release(self, message: Publish | Release) -> None:
+        if isinstance(message, Publish):
+            self._to_publish[message.sequence] = _split(message.keys)
+            self._publish_complete(message.sequence)
+        else:
+            self._to_publish.pop(message.sequence, None)
+            self.cache.release(message.sequence)
+
+    def _publish_complete(self, sequence: int) -> None:
+        """Publish what is to be, once all of it has arrived."""
+        keys = self._to_publish.get(sequence)
+        if keys and self.cache.complete(sequence) >= len(keys) * self.cache.layout.block_tokens:
+            self.cache.publish(sequence, self._to_publish.pop(sequence))
 
     # -- arrivals
 
@@ -243,6 +308,13 @@ class AttentionShard:
     def _on_lost(self, error: TransportError) -> None:
         if not self._lost.done():
             self._lost.set_exception(error)
+
+
+def _split(keys: bytes) -> list[bytes]:
+    """ProtocolError unless they are keys, one after the other."""
+    if len(keys) % KEY_BYTES:
+        raise ProtocolError(f"{len(keys)} bytes of keys; expected a multiple of {KEY_BYTES}")
+    return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
 
 
 def make_backend(attach: Attach, name: str, memory: Memory, device: Device) -> Backend:

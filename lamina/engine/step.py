@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lamina.attention import LayerShape, Rows, Run
+from lamina.attention import LayerShape, Partial, merge
 from lamina.device import Device
+from lamina.engine.placement import NodeRows, RemoteRun, route
 from lamina.engine.prompts import PromptKV
 from lamina.engine.remote import RemoteShard
 from lamina.engine.sampler import sample
@@ -21,8 +22,8 @@ from lamina.spans import Place
 class StepRunner:
     """Runs steps of one model over its memory nodes; steps of different slots may run at the same time.
 
-    The rows of a step are its decode rows, whose attention the memory nodes compute, followed by the chunks of
-    prompts, which attend here. ``layers`` counts the layers that were run.
+    The rows of a step are those whose past lies on memory nodes, which compute their attention: decode rows and some
+    chunks of prompts; then the other chunks, which attend here. ``layers`` counts the layers that were run.
     """
 
     def __init__(self, model: SlicedModel, device: Device, shards: Sequence[RemoteShard], dtype: torch.dtype) -> None:
@@ -36,25 +37,24 @@ class StepRunner:
     async def run(self, slot: int, number: int, step: Step) -> list[int]:
         """The tokens of the step's sampled rows. On the device's loop; NodeError if a memory node is lost meanwhile."""
         compute, forward = self.device.compute, _Forward(self, slot, step)
-        remote = len(step.decode)
-        # Without decode rows the memory nodes have no part in the step.
-        shards = self.shards if remote else ()
         await compute(forward.begin, at=Place(slot))
-        for shard in shards:
-            shard.plan(slot, number, Rows(tuple(Run(r.sequence.id, r.position, 1) for r in step.decode)))
+        parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
+        for part in parts:
+            part.shard.plan(slot, number, part.told)
         for layer in range(len(self.model.slices) - 1):
-            await compute(forward.head, layer, at=Place(slot, layer))
-            for shard in shards:
-                shard.send_query(slot, layer, number, remote)
-            await compute(forward.tail, layer, at=Place(slot, layer))
-            for shard in shards:
-                shard.send_key_value(slot, layer, number, remote)
-            if step.prompts:
-                self._ship(step, layer)
+            q = await compute(forward.head, layer, at=Place(slot, layer))
+            for part in parts:
+                part.shard.send_query(slot, layer, number, q[part.rows])
+            k, v = await compute(forward.tail, layer, at=Place(slot, layer))
+            for part in parts:
+                if part.told.stored:
+                    part.shard.send_key_value(slot, layer, number, k[part.stored], v[part.stored])
+            if forward.local:
+                self._ship(forward.local, layer)
                 await compute(forward.attend_to_prompts, layer, at=Place(slot, layer))
-            for shard in shards:
-                await shard.answered(slot)
-            if not shards:
+            for part in parts:
+                await part.shard.answered(slot)
+            if not parts:
                 await asyncio.sleep(0)  # others have their turn
             self.layers += 1
         for chunk in step.prompts:
@@ -66,10 +66,32 @@ class StepRunner:
         """Drop a prompt's keys and values here; what is still to be sent keeps its own reference."""
         self.prompts.pop(sequence, None)
 
-    def _ship(self, step: Step, layer: int) -> None:
-        for chunk in step.prompts:
-            for shard in self.shards:
-                shard.ship(self.prompts[chunk.sequence.id], layer, chunk.start, len(chunk.tokens))
+    def _ship(self, chunks: Sequence[PromptChunk], layer: int) -> None:
+        """Queue what a layer added to prompts for the memory nodes where it is to lie."""
+        for chunk in chunks:
+            prompt, placement = self.prompts[chunk.sequence.id], chunk.sequence.placement
+            for start, count in placement.divide(chunk.start, len(chunk.tokens)):
+                for node in placement.owners(start):
+                    self.shards[node].ship(prompt, layer, start, count, placement.held(node, start))
+
+
+Index = slice | Tensor
+"""Some rows of a step."""
+
+
+class _Part:
+    """What one memory node does in a step."""
+
+    __slots__ = ("partial", "rows", "shard", "stored", "told", "whole")
+
+    def __init__(self, shard: RemoteShard, told: NodeRows, places: dict[int, int]) -> None:
+        """``places`` gives the place of each row that comes back in parts, among all that do."""
+        self.shard = shard
+        self.told = told
+        self.rows = _index(told.rows)
+        self.stored = _index(told.rows[: told.stored])
+        self.whole = _index(told.rows[: told.whole])
+        self.partial = _index([places[row] for row in told.rows[told.whole :]])
 
 
 class _Forward:
@@ -78,13 +100,23 @@ class _Forward:
     def __init__(self, runner: StepRunner, slot: int, step: Step) -> None:
         self._slices = runner.model.slices
         self._model = runner.model
-        self._shards = runner.shards
         self._prompts = runner.prompts
         self._dtype = runner.dtype
         self._shapes: list[LayerShape] = [s.shape for s in self._slices if s.shape is not None]
         self._slot = slot
         self._step = step
-        self._remote = len(step.decode)
+        remote = [c for c in step.prompts if c.remote]
+        self.local = [c for c in step.prompts if not c.remote]
+        self._remote_rows = len(step.decode) + sum(len(c.tokens) for c in remote)
+        self._chunks = remote + self.local
+        runs = [RemoteRun(r.sequence.id, r.sequence.placement, r.position, 1) for r in step.decode]
+        runs += [RemoteRun(c.sequence.id, c.sequence.placement, c.start, len(c.tokens)) for c in remote]
+        routes = route(runs, len(runner.shards))
+        self._merged = sorted({row for told in routes for row in told.rows[told.whole :]})
+        places = {row: place for place, row in enumerate(self._merged)}
+        self.parts = [
+            _Part(shard, told, places) for shard, told in zip(runner.shards, routes, strict=True) if told.rows
+        ]
         self._constants: StepConstants = ()
         self._carry: tuple[Tensor, ...] = ()
         self._kept: tuple[Tensor, ...] = ()
@@ -95,16 +127,16 @@ class _Forward:
         """Lay out the rows of the step and compute its constants."""
         token_ids = [r.token for r in self._step.decode]
         positions = [r.position for r in self._step.decode]
-        sampled = list(range(self._remote))
-        for chunk in self._step.prompts:
+        last: dict[int, int] = {}
+        for chunk in self._chunks:
             sequence = chunk.sequence
-            if chunk.start == 0:
-                kept = PromptKV(sequence.id, len(sequence.prompt), self._shapes, self._dtype, self._model.device)
+            if chunk.start == 0 and not chunk.remote:
+                kept = PromptKV(sequence.id, len(sequence.tokens), self._shapes, self._dtype, self._model.device)
                 self._prompts[sequence.id] = kept
             token_ids += chunk.tokens
             positions += range(chunk.start, chunk.start + len(chunk.tokens))
-            if chunk.completes:
-                sampled.append(len(token_ids) - 1)
+            last[sequence.id] = len(token_ids) - 1
+        sampled = [*range(len(self._step.decode)), *(last[c.sequence.id] for c in self._step.prompts if c.completes)]
         device = self._model.device
         self._constants = self._model.begin(
             torch.tensor(token_ids, device=device),
@@ -112,28 +144,24 @@ class _Forward:
             torch.tensor(sampled or [0], device=device),
         )
 
-    def head(self, layer: int) -> None:
-        """From the carry and the attention of the layer before to q, staged for sending."""
+    def head(self, layer: int) -> Tensor:
+        """From the carry and the attention of the layer before to q [T, Hq, Dk]."""
         self._q, self._kept = self._slices[layer].head(self._constants, self._carry, self._attended(layer - 1))
-        if self._remote:
-            for shard in self._shards:
-                shard.stage_query(self._slot, layer, self._q[: self._remote])
+        return self._q
 
-    def tail(self, layer: int) -> None:
-        """k and v, staged for sending or kept with the prompt, and the carry."""
+    def tail(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k [T, Hkv, Dk] and v [T, Hkv, Dv], which are kept with prompts that attend here; and the carry."""
         k, v, self._carry = self._slices[layer].tail(self._constants, self._kept)
-        if self._remote:
-            for shard in self._shards:
-                shard.stage_key_value(self._slot, layer, k[: self._remote], v[: self._remote])
-        for chunk, rows in self._prompt_rows():
+        for chunk, rows in self._local_rows():
             self._prompts[chunk.sequence.id].store(layer, chunk.start, k[rows], v[rows])
+        return k, v
 
     def attend_to_prompts(self, layer: int) -> None:
         """Attention of the chunks of prompts, over what is kept here."""
         assert self._q is not None
         parts = [
             self._prompts[chunk.sequence.id].attend(layer, chunk.start, self._q[rows])
-            for chunk, rows in self._prompt_rows()
+            for chunk, rows in self._local_rows()
         ]
         self._prompt_o = torch.cat(parts).to(self._dtype)
 
@@ -147,19 +175,48 @@ class _Forward:
         """o [T, Hq, Dv] of a layer: what the memory nodes answered, then the rows of prompts."""
         if layer < 0:
             return None
-        if not self._remote:
+        if not self.parts:
             return self._prompt_o
+        if len(self.parts) == 1 and not self.local and not self._merged:
+            (part,) = self.parts
+            o = part.shard.output(self._slot, layer, part.told.whole)
+            if o.shape[1] == self._shapes[layer].q_heads:
+                return o  # where it arrived
         assert self._q is not None
         shape = self._shapes[layer]
         o = self._q.new_empty(len(self._q), shape.q_heads, shape.v_dim)
-        for shard in self._shards:
-            shard.output(self._slot, layer, o[: self._remote])
+        for part in self.parts:
+            if part.told.whole:
+                o[part.whole, part.shard.heads(layer)] = part.shard.output(self._slot, layer, part.told.whole)
+        if self._merged:
+            o[_index(self._merged)] = self._merge(layer).to(o.dtype)
         if self._prompt_o is not None:
-            o[self._remote :] = self._prompt_o
+            o[self._remote_rows :] = self._prompt_o
         return o
 
-    def _prompt_rows(self) -> Iterator[tuple[PromptChunk, slice]]:
-        row = self._remote
-        for chunk in self._step.prompts:
+    def _merge(self, layer: int) -> Tensor:
+        """o [rows, Hq, Dv] in float32 of the rows of which several nodes hold the past, merged in the nodes' order."""
+        shape, rows = self._shapes[layer], len(self._merged)
+        partials = []
+        for part in self.parts:
+            own = len(part.told.rows) - part.told.whole
+            if own:
+                partial = Partial.empty(rows, shape.q_heads, shape.v_dim, device=self._model.device)
+                arrived = part.shard.partials(self._slot, layer, part.told.whole, own)
+                partial.o[part.partial], partial.lse[part.partial] = arrived.o, arrived.lse
+                partials.append(partial)
+        return merge(*partials).o
+
+    def _local_rows(self) -> Iterator[tuple[PromptChunk, slice]]:
+        row = self._remote_rows
+        for chunk in self.local:
             yield chunk, slice(row, row + len(chunk.tokens))
             row += len(chunk.tokens)
+
+
+def _index(rows: Sequence[int]) -> Index:
+    """A slice where the rows are consecutive, which costs no copy."""
+    first = rows[0] if rows else 0
+    if list(rows) == list(range(first, first + len(rows))):
+        return slice(first, first + len(rows))
+    return torch.tensor(rows)

@@ -42,3 +42,10 @@ def key_value(part: Tensor, layer: LayerShape, tokens: int, start: int = 0) -> t
     """k [tokens, Hkv, Dk] and v [tokens, Hkv, Dv], which lie one after the other."""
     k = shaped(part, (tokens, layer.kv_heads, layer.qk_dim), start)
     return k, shaped(part, (tokens, layer.kv_heads, layer.v_dim), start + k.numel())
+
+
+def partials(part: Tensor, start: int, rows: int, layer: LayerShape) -> tuple[Tensor, Tensor]:
+    """o [rows, Hq, Dv] and lse [rows, Hq] in float32, from byte ``start`` of a flat part on."""
+    numbers = part.view(torch.uint8)[start : start + rows * layer.q_heads * (layer.v_dim + 1) * 4].view(torch.float32)
+    o = shaped(numbers, (rows, layer.q_heads, layer.v_dim))
+    return o, shaped(numbers, (rows, layer.q_heads), o.numel())

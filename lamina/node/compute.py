@@ -15,8 +15,10 @@ from lamina.attention import KVLayout
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.device import Device
 from lamina.engine.engine import Engine
-from lamina.engine.geometry import shard_by_heads
+from lamina.engine.geometry import shard_by_heads, shard_whole
+from lamina.engine.prefix import PrefixKeys
 from lamina.engine.remote import RemoteShard
+from lamina.engine.room import Room
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
 from lamina.errors import CapacityError, ConfigError, ConnectError, HandshakeError, LaminaError, NodeError
@@ -35,6 +37,9 @@ log = logging.getLogger("lamina.compute")
 
 BLOCK_TOKENS = 16
 """Tokens of a block of the KV cache."""
+
+REMOTE_TOKENS = 64
+"""The most prompt tokens of a step whose past lies on memory nodes, so that these are not kept long from others."""
 
 MAX_PROBES = 64
 """Measurements that may wait for their turn."""
@@ -111,8 +116,15 @@ class ComputeNode:
         layers = blueprint.capture.shapes
         pipeline = self._config.pipeline
         context = self._context(checkpoint)
-        for name, link, shard in zip(names, self._links, shard_by_heads(layers, names), strict=True):
-            kv_dtype = self._config.model.kv_dtype or checkpoint.dtype
+        kv_dtype = self._config.model.kv_dtype or checkpoint.dtype
+        divide = shard_by_heads if pipeline.partition == "heads" else shard_whole
+        windows = any(layer.window is not None for layer in layers)
+        if pipeline.partition == "tokens" and windows:
+            raise ConfigError(
+                f'{self._config.file}: pipeline.partition: "tokens" cannot be had for a model with sliding windows; '
+                'use "heads" or "requests"'
+            )
+        for name, link, shard in zip(names, self._links, divide(layers, names), strict=True):
             layout = KVLayout(layers=shard.layers, dtype=kv_dtype, block_tokens=BLOCK_TOKENS)
             remote = RemoteShard(
                 name,
@@ -122,27 +134,33 @@ class ComputeNode:
                 self._device,
                 dtype=checkpoint.dtype,
                 slots=pipeline.batches,
-                max_batch=pipeline.max_batch,
+                max_rows=pipeline.max_batch + REMOTE_TOKENS,
             )
             self._shards.append(remote)
             await remote.attach(checkpoint.fingerprint)
-            if remote.capacity_tokens < context:
-                raise CapacityError(
-                    f"memory node {name} holds {remote.capacity_tokens} tokens of this model's KV cache, fewer than "
-                    f"one request of the context of {context}; give it more memory "
-                    f"(at least {layout.bytes_per_token * context} bytes are needed) or set model.context lower"
-                )
+        blocks = [s.capacity_tokens // BLOCK_TOKENS for s in self._shards]
+        room = Room(blocks, BLOCK_TOKENS, pipeline.partition, stripes=not windows)
+        if room.most_tokens < context:
+            least = min(self._shards, key=lambda s: s.capacity_tokens)
+            raise CapacityError(
+                f"the memory nodes can hold {room.most_tokens} tokens of one request, fewer than the context of "
+                f"{context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} tokens of "
+                f"{layout.bytes_per_token} bytes); give them more memory or set model.context lower"
+            )
         model = await self._device.run(_load, blueprint, self._device.torch_device)
         self._tokenizer = await self._device.run(Tokenizer, checkpoint.path, context)
         self._model = checkpoint.fingerprint
-        self._blocks = min(s.capacity_tokens for s in self._shards) // BLOCK_TOKENS
+        self._blocks = room.blocks
         self._runner = StepRunner(model, self._device, self._shards, getattr(torch, checkpoint.dtype))
         scheduler = Scheduler(
             batches=pipeline.batches,
             max_batch=pipeline.max_batch,
             prefill_tokens=pipeline.prefill_tokens,
-            blocks=self._blocks,
-            block_tokens=BLOCK_TOKENS,
+            room=room,
+            prefix=PrefixKeys(
+                model=checkpoint.fingerprint, dtype=checkpoint.dtype, kv_dtype=kv_dtype, block_tokens=BLOCK_TOKENS
+            ),
+            remote_tokens=REMOTE_TOKENS,
             max_waiting=pipeline.max_waiting,
         )
         return Engine(
@@ -263,6 +281,9 @@ class ComputeNode:
             steps=engine.steps,
             layers=runner.layers,
             busy_s=self._device.busy_s,
+            preemptions=engine.scheduler.preemptions,
+            prompt_tokens=engine.scheduler.prompt_tokens,
+            shared_tokens=engine.scheduler.shared_tokens,
             sequences=engine.running,
             kv_tokens_total=self._blocks * BLOCK_TOKENS,
             kv_tokens_free=engine.free_blocks * BLOCK_TOKENS,

@@ -162,7 +162,15 @@ class ClientSession:
         seed = secrets.randbits(63) if request.seed is None else request.seed
         sampling = Sampling(request.temperature, request.top_k, request.top_p, seed)
         passing_on = _Answer(self, request.id, len(prompt), TextStream(tokenizer))
-        self._requests[request.id] = engine.submit(prompt, request.max_tokens, sampling, passing_on)
+        self._requests[request.id] = engine.submit(
+            prompt,
+            request.max_tokens,
+            sampling,
+            passing_on,
+            priority=request.priority,
+            share_prefix=request.share_prefix,
+            salt=request.salt,
+        )
 
     def _on_lost(self, error: TransportError) -> None:
         if self._requests:
@@ -217,4 +225,10 @@ class _Answer:
 
 def failed(error: LaminaError, id_: int | None = None) -> Failed:
     """An error as it travels to a client."""
-    return Failed(kind=type(error).__name__, message=str(error), id=id_, node=getattr(error, "node", None))
+    return Failed(
+        kind=type(error).__name__,
+        message=str(error),
+        id=id_,
+        node=getattr(error, "node", None),
+        retry_after_s=getattr(error, "retry_after_s", None),
+    )

@@ -61,8 +61,12 @@ class Held:
     """What the model knows of a sequence: its tokens say what every position holds."""
 
     tokens: list[int]
-    ahead: int
+    apart: int | None
     filled: list[int] = field(default_factory=list)
+
+    @property
+    def ahead(self) -> int:
+        return self.apart or len(self.tokens)
 
 
 tenants = range(2)
@@ -131,7 +135,28 @@ class CacheMachine(RuleBasedStateMachine):
             assert cache.free_tokens == free
             return
         assert shared == usable < len(tokens)
-        known[sequence] = Held(tokens, ahead or len(tokens), [shared] * len(self.layout.layers))
+        known[sequence] = Held(tokens, ahead, [shared] * len(self.layout.layers))
+
+    @precondition(lambda self: any(self.held))
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=12))
+    def extend(self, data: st.DataObject, more: list[int]) -> None:
+        """A sequence goes on beyond what it reserved at first."""
+        tenant, sequence = self.draw_sequence(data)
+        cache, held = self.caches[tenant], self.held[tenant][sequence]
+        tokens = len(held.tokens) + len(more)
+        if not more:
+            with pytest.raises(UsageError, match=f"sequence {sequence} holds {tokens} tokens; expected more"):
+                cache.extend(sequence, tokens)
+            return
+        free = cache.free_tokens
+        added = (self.blocks_of(tokens) - self.blocks_of(len(held.tokens))) * self.layout.block_tokens
+        try:
+            cache.extend(sequence, tokens)
+        except CapacityError:
+            assert added > free
+            assert cache.free_tokens == free
+        else:
+            held.tokens = held.tokens + more
 
     @precondition(lambda self: any(self.held))
     @rule(data=st.data())
@@ -315,6 +340,22 @@ def test_overwriting_does_not_lower_the_watermark() -> None:
 
     assert cache.filled(0, 0) == 4
     assert cache.filled(0, 1) == 0
+
+
+def test_a_step_that_was_placed_outlives_an_extension() -> None:
+    """Its block table stays where it was, and a full cache says how much more was asked for."""
+    cache = make(4)
+    cache.reserve(0, 4)
+    placed = cache.place(Rows((Run(0, 0, 4),)))
+    tables = [placed.tables(group)[0] for group in range(len(cache.groups))]
+    before = [table.tolist() for table in tables]
+
+    cache.extend(0, 16)
+
+    assert [table.ctypes.data for table in tables] == placed.addresses[:, 0].tolist()
+    assert [table.tolist() for table in tables] == before
+    with pytest.raises(CapacityError, match="sequence 0 needs 4 more tokens of KV cache, 0 of 16 are free"):
+        cache.extend(0, 20)
 
 
 def test_a_gap_in_one_run_refuses_them_all() -> None:

@@ -149,13 +149,13 @@ def test_a_compute_node_that_asks_for_what_cannot_be_is_told_so(tmp_path: Path) 
             told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             link.on_message = lambda plain: told.set_result(plain["reason"])
             outputs = link.expose(Region("outputs", 3))
-            types = {"dtype": "float32", "kv_dtype": "float32", "block_tokens": 16, "slots": 1, "max_batch": 1}
+            types = {"dtype": "float32", "kv_dtype": "float32", "block_tokens": 16, "slots": 1, "max_rows": 1}
             link.send(encode(Attach(model="odd", layers=[layer], outputs=outputs, **types)))
             return await asyncio.wait_for(told, 20)
 
     with harness.running(memory):
         for _ in range(2):
-            assert "region 'outputs' of 3 bytes where 64 are needed" in asyncio.run(refusal())
+            assert "region 'outputs' of 3 bytes where 192 are needed" in asyncio.run(refusal())
         assert memory.stop() == 0
 
 
@@ -163,21 +163,23 @@ CHOOSY = """if True:
     from lamina.attention.cache import KVCache
     from lamina.errors import CapacityError
 
-    reserve = KVCache.reserve
+    def choosy(method):
+        def checked(cache, sequence, tokens, **more):
+            if tokens > 150:
+                raise CapacityError(f"sequence {sequence} needs {tokens} tokens of KV cache, 100 of 1000 are free")
+            return method(cache, sequence, tokens, **more)
+        return checked
 
-    def choosy(cache, sequence, tokens, **more):
-        if tokens > 100:
-            raise CapacityError(f"sequence {sequence} needs {tokens} tokens of KV cache, 100 of 1000 are free")
-        return reserve(cache, sequence, tokens, **more)
-
-    KVCache.reserve = choosy
+    KVCache.reserve, KVCache.extend = choosy(KVCache.reserve), choosy(KVCache.extend)
     from lamina.cli import main
     main()
 """
 
 
-def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path) -> None:
-    """With the memory node's sentence; the others are answered, and no node holds anything for it."""
+@pytest.mark.parametrize("prompt", [[1, 2, 3], [1] * 120])
+def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path, prompt: list[int]) -> None:
+    """At once or when it goes on, with the memory node's sentence; the others are answered, and no node holds anything
+    for it."""
     path = FAMILIES["llama"].save(tmp_path / "checkpoint")
     config = harness.write_config(tmp_path, path, harness.free_ports(2), sections="[pipeline]\nbatches = 2")
     nodes = [harness.start_node(config, "m0"), harness.start_node(config, "c0")]
@@ -187,10 +189,12 @@ def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path) -> None:
     async def main() -> None:
         await harness.ready(config, nodes[1])
         async with harness.client(config) as client:
-            asked = [client.generate([1, 2, 3], max_tokens=400 if i % 3 == 1 else 20) for i in range(9)]
+            long, short = {"prompt": prompt, "max_tokens": 300}, {"prompt": [1, 2, 3], "max_tokens": 20}
+            asked = [client.generate(**(long if i % 3 == 1 else short)) for i in range(9)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
             assert [isinstance(a, CapacityError) for a in answers] == [i % 3 == 1 for i in range(9)]
-            assert "memory node m1: sequence 1 needs 403 tokens of KV cache, 100 of 1000 are free" in str(answers[1])
+            refusal = r"memory node m1: sequence 1 needs \d+ tokens of KV cache, 100 of 1000 are free"
+            assert re.search(refusal, str(answers[1]))
             assert all(len(a.tokens) == 20 for a in answers if isinstance(a, lamina.Completion))
 
             async def idle() -> bool:

@@ -1,0 +1,115 @@
+"""The account of space for keys and values on the memory nodes, and the choice of where each sequence lies."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Literal
+
+from lamina.engine.placement import Placement
+
+Partition = Literal["heads", "requests", "tokens"]
+
+STRIPE_BLOCKS = 16
+"""Blocks of a stripe: long enough that a short sequence lies on one node and answers need no merging, short enough that
+a long one lies evenly on all."""
+
+
+class Room:
+    """Blocks of ``block_tokens`` positions that memory nodes have, and how many of them each sequence takes where.
+
+    ``blocks`` is what each node has. With the partition "heads" every node holds the same blocks of every sequence: its
+    own heads of them. With "requests" a sequence lies on one node, the one with the most free blocks when it comes;
+    with "tokens" it goes round the nodes in stripes, beginning with that one. A sequence that can come to need more
+    than any one node has goes round them too, if ``stripes`` allows that.
+
+    What sequences share counts for each of them, so that a memory node never has less than the account says.
+    """
+
+    def __init__(
+        self, blocks: Sequence[int], block_tokens: int, partition: Partition = "heads", *, stripes: bool = True
+    ) -> None:
+        self.block_tokens = block_tokens
+        self._partition = partition
+        self._stripe = STRIPE_BLOCKS * block_tokens if stripes else None
+        self._blocks = list(blocks)
+        self._free = list(blocks)
+        self._held: dict[Hashable, tuple[Placement, list[int]]] = {}
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of context that there is space for in all, of one sequence or of many."""
+        return min(self._blocks) if self._partition == "heads" else sum(self._blocks)
+
+    @property
+    def free(self) -> int:
+        """Of these, how many are free."""
+        return min(self._free) if self._partition == "heads" else sum(self._free)
+
+    @property
+    def most_tokens(self) -> int:
+        """Positions of a sequence that could have all space for itself, wherever it began."""
+        least, most = (of(self._blocks) * self.block_tokens for of in (min, max))
+        if self._partition == "heads":
+            return least
+        if self._stripe is None:
+            return most
+        rounds, rest = divmod(least, self._stripe)
+        striped = rounds * self._stripe * len(self._blocks) + rest
+        return striped if self._partition == "tokens" else max(most, striped)
+
+    def needed(self, tokens: int) -> int:
+        """Blocks that hold so many positions."""
+        return -(-tokens // self.block_tokens)
+
+    def place(self, sequence: Hashable, tokens: int, most: int, spare: int = 0) -> Placement | None:
+        """Hold the positions 0..tokens-1 for a new sequence, which can come to need ``most``, and say where.
+
+        None, and nothing, if that would leave fewer than ``spare`` blocks.
+        """
+        if self.free - self.needed(tokens) < spare:
+            return None
+        placement = self._choose(most)
+        self._held[sequence] = placement, [0] * len(self._blocks)
+        if self.extend(sequence, tokens):
+            return placement
+        del self._held[sequence]
+        return None
+
+    def extend(self, sequence: Hashable, tokens: int) -> bool:
+        """Hold the positions 0..tokens-1 for a sequence; False, and no more than before, if there is no room."""
+        if any(self.missing(sequence, tokens)):
+            return False
+        placement, held = self._held[sequence]
+        for node in placement.nodes:
+            wanted = max(held[node], self.needed(placement.held(node, tokens)))
+            self._free[node] -= wanted - held[node]
+            held[node] = wanted
+        return True
+
+    def missing(self, sequence: Hashable, tokens: int) -> list[int]:
+        """By node, how many blocks would have to come free so that a sequence could hold the positions 0..tokens-1."""
+        placement, held = self._held[sequence]
+        wanted = [self.needed(placement.held(node, tokens)) for node in range(len(held))]
+        return [max(0, w - h - free) for w, h, free in zip(wanted, held, self._free, strict=True)]
+
+    def held(self, sequences: Iterable[Hashable]) -> list[int]:
+        """By node, the blocks that sequences have taken together."""
+        total = [0] * len(self._blocks)
+        for sequence in sequences:
+            total = [a + b for a, b in zip(total, self._held[sequence][1], strict=True)]
+        return total
+
+    def give(self, sequence: Hashable) -> None:
+        """Take back all that a sequence holds."""
+        _, held = self._held.pop(sequence)
+        self._free = [free + blocks for free, blocks in zip(self._free, held, strict=True)]
+
+    def _choose(self, most: int) -> Placement:
+        nodes = range(len(self._blocks))
+        if self._partition == "heads":
+            return Placement(tuple(nodes))
+        large = [node for node in nodes if self._blocks[node] * self.block_tokens >= most]
+        if self._partition == "requests" and large:
+            return Placement((max(large, key=self._free.__getitem__),))
+        first = max(nodes, key=self._free.__getitem__)
+        return Placement((*nodes[first:], *nodes[:first]), self._stripe)
