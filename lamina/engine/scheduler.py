@@ -501,7 +501,7 @@ class Scheduler:
     # -- which slot
 
     def _work(self, slot: _Slot) -> tuple[float, int]:
-        """What the next step of a slot costs. Those that step now have longer contexts then, like those between steps."""
+        """What the next step of a slot costs: the contexts of one that steps now will have grown by then."""
         load = slot.load
         if slot.stepping:
             load = Load(rows=load.rows, context_tokens=load.context_tokens + load.rows)
