@@ -21,5 +21,6 @@ def _send_both(shard: RemoteShard, slot: int, *rest: Any) -> None:
 
 
 if __name__ == "__main__":
-    RemoteShard.send_query, RemoteShard.send_key_value = _keep, _send_both  # type: ignore[method-assign]
+    for name, late in (("send_query", _keep), ("send_key_value", _send_both)):
+        setattr(RemoteShard, name, late)
     cli.main()
