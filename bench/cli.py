@@ -69,6 +69,29 @@ def transport(
     run(transport, rdma_device, as_json=as_json, plot=plot, quick=quick)
 
 
+@app.command()
+def exchange(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option(help="Shorter, and on two cores only.")] = False,
+) -> None:
+    """What a layer of a batch costs besides its work: two nodes over shm whose operations compute nothing."""
+    from lamina.bench.exchange import run
+
+    run(as_json=as_json, quick=quick)
+
+
+@app.command()
+def pipeline(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw one step of two batches, by layer, into this file.")] = None,
+    quick: Annotated[bool, typer.Option(help="One and two batches, the balanced load alone with two.")] = False,
+) -> None:
+    """Several batches in flight over a compute and a memory node of one processor each, against one batch."""
+    from lamina.bench.pipeline import run
+
+    run(as_json=as_json, plot=plot, quick=quick)
+
+
 @app.command(name="all")
 def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
     """Every benchmark, with its defaults."""

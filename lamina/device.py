@@ -7,13 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 import uvloop
 
 from lamina.errors import ConfigError
+from lamina.spans import Place, Recorder
 
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
 
@@ -25,7 +26,7 @@ class Device:
 
     ``name`` is a torch device. ``cpus`` pins the whole process; ``threads`` is how many threads compute, by default
     one for each of ``cpus``, else as many as torch takes: both attributes say what came of it. ``busy_s`` is the time
-    spent in functions so far, in seconds.
+    spent in functions so far, in seconds. ``recorder`` is given their spans where it is not None.
     """
 
     def __init__(self, name: str = "cpu", *, cpus: frozenset[int] | None = None, threads: int | None = None) -> None:
@@ -42,20 +43,21 @@ class Device:
         self.cpus = tuple(sorted(os.sched_getaffinity(0))) if cpus else None
         self.threads = torch.get_num_threads()
         self.busy_s = 0.0
+        self.recorder: Recorder | None = None
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
 
     # -- from the node's other loop
 
-    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+    def run(self, function: Callable[[*Ts], R], *args: *Ts) -> asyncio.Future[R]:
         """Have ``function`` run here; the future gives its result or error.
 
         Cancelling the future does not stop a function that runs.
         """
 
         async def job() -> R:
-            return await self.compute(function, *args, **kwargs)
+            return await self.compute(function, *args)
 
         return self.start(job())
 
@@ -69,13 +71,16 @@ class Device:
 
     # -- from coroutines on ``loop``
 
-    async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run ``function`` now, without a look at anything else meanwhile."""
+    async def compute(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> R:
+        """Run ``function`` now, without a look at anything else meanwhile. ``at``: for its span."""
         start = time.perf_counter()
         try:
-            return function(*args, **kwargs)
+            return function(*args)
         finally:
-            self.busy_s += time.perf_counter() - start
+            end = time.perf_counter()
+            self.busy_s += end - start
+            if (recorder := self.recorder) is not None:
+                recorder.add(getattr(function, "__name__", "operation"), at, start, end)
 
     # -- inside
 

@@ -15,8 +15,12 @@ from msgspec import Meta, Struct
 
 from lamina.attention import LayerShape, Run
 from lamina.errors import LaminaError, ProtocolError
+from lamina.spans import Span
 from lamina.transport import RemoteRegion
 from lamina.validation import explain
+
+MAX_SPANS = 8192
+"""Of one message, which may have 1 MiB."""
 
 Count = Annotated[int, Meta(ge=0, le=2**40)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
@@ -216,6 +220,28 @@ class Status(Message):
     kv_tokens_free: int = 0
     stale_tags: int = 0
     peers: list[Peer] = []
+
+
+# -- lamina trace and a node
+
+
+class Record(Message):
+    """Record what your device does in the next ``seconds``, and forget what was recorded before; answered by Spans."""
+
+    seconds: Annotated[float, Meta(gt=0, le=60)]
+
+
+class AskSpans(Message):
+    """Stop recording and give out the oldest spans that are left, at most ``count``; answered by Spans."""
+
+    count: Annotated[int, Meta(ge=0, le=MAX_SPANS)]
+
+
+class Spans(Message):
+    """``clock_s`` is what the node's monotonic clock says, that of the spans."""
+
+    clock_s: float
+    spans: Annotated[list[Span], Meta(max_length=MAX_SPANS)] = []
 
 
 # -- lamina doctor and a node

@@ -508,7 +508,11 @@ class Scheduler:
     # -- which slot
 
     def _work(self, slot: _Slot) -> tuple[float, int]:
-        return self.cost.cost(slot.load).alone_s, len(slot.sequences)
+        """What the next step of a slot costs: the contexts of one that steps now will have grown by then."""
+        load = slot.load
+        if slot.stepping:
+            load = Load(rows=load.rows, context_tokens=load.context_tokens + load.rows)
+        return self.cost.cost(load).alone_s, len(slot.sequences)
 
     def _choose_batches(self) -> None:
         """Decide how many slots to use for those that run and those that could."""

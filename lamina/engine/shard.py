@@ -34,6 +34,7 @@ from lamina.protocol import (
     encode,
     unpack_plan,
 )
+from lamina.spans import Place
 from lamina.transport import Lane, Link, Region
 
 
@@ -137,14 +138,15 @@ class AttentionShard:
         while True:
             await slot.planned.wait()
             slot.planned.clear()
-            step = await self._device.compute(self._plan, number)
+            step = await self._device.compute(self._plan, number, at=Place(number))
             for layer in range(len(self._layers)):
                 await self._arrival(slot, Kind.QUERY, layer)
                 await self._filled(step.runs, layer)
-                parts = await self._device.compute(self._past, step, number, layer)
+                at = Place(number, layer)
+                parts = await self._device.compute(self._past, step, number, layer, at=at)
                 if step.storing:
                     await self._arrival(slot, Kind.KEY_VALUE, layer)
-                nbytes = await self._device.compute(self._finish, step, number, layer, parts)
+                nbytes = await self._device.compute(self._finish, step, number, layer, parts, at=at)
                 offset = number * self._geometry.output_bytes
                 # The next plan may come as soon as the last output is out.
                 slot.busy = layer + 1 < len(self._layers)

@@ -16,6 +16,7 @@ from lamina.engine.remote import RemoteShard
 from lamina.engine.sampler import sample
 from lamina.engine.scheduler import PromptChunk, Step
 from lamina.model.slices import SlicedModel, StepConstants
+from lamina.spans import Place
 
 
 class StepRunner:
@@ -36,21 +37,21 @@ class StepRunner:
     async def run(self, slot: int, number: int, step: Step) -> list[int]:
         """The tokens of the step's sampled rows. On the device's loop; NodeError if a memory node is lost meanwhile."""
         compute, forward = self.device.compute, _Forward(self, slot, step)
-        await compute(forward.begin)
+        await compute(forward.begin, at=Place(slot))
         parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
         for part in parts:
             part.shard.plan(slot, number, part.told)
         for layer in range(len(self.model.slices) - 1):
-            q = await compute(forward.head, layer)
+            q = await compute(forward.head, layer, at=Place(slot, layer))
             for part in parts:
                 part.shard.send_query(slot, layer, number, q[part.rows])
-            k, v = await compute(forward.tail, layer)
+            k, v = await compute(forward.tail, layer, at=Place(slot, layer))
             for part in parts:
                 if part.told.stored:
                     part.shard.send_key_value(slot, layer, number, k[part.stored], v[part.stored])
             if forward.local:
                 self._ship(forward.local, layer)
-                await compute(forward.attend_to_prompts, layer)
+                await compute(forward.attend_to_prompts, layer, at=Place(slot, layer))
             for part in parts:
                 await part.shard.answered(slot)
             if not parts:
@@ -59,7 +60,7 @@ class StepRunner:
         for chunk in step.prompts:
             if chunk.completes:
                 self.forget(chunk.sequence.id)
-        return await compute(forward.sample) if step.sampled else []
+        return await compute(forward.sample, at=Place(slot)) if step.sampled else []
 
     def forget(self, sequence: int) -> None:
         """Drop a prompt's keys and values here; what is still to be sent keeps its own reference."""

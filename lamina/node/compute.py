@@ -28,8 +28,9 @@ from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
 from lamina.model.weights import load_weights
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.node.front import ClientSession, Tokenizer
+from lamina.node.tracing import Tracing
 from lamina.probe import measure
-from lamina.protocol import AskStatus, Probe, Probed, Status, decode
+from lamina.protocol import AskSpans, AskStatus, Probe, Probed, Record, Status, decode
 from lamina.transport import Hello, Link, Listener, connect
 
 log = logging.getLogger("lamina.compute")
@@ -59,6 +60,7 @@ class ComputeNode:
         self._shards: list[RemoteShard] = []
         self._links: list[Link] = []
         self._clients: set[Link] = set()
+        self._tracing = Tracing(self._device)
         self._probing = asyncio.Lock()
         self._probes: set[asyncio.Task[None]] = set()
         self._runner: StepRunner | None = None
@@ -220,9 +222,11 @@ class ComputeNode:
         link.on_lost = on_lost
 
     def _answer_monitor(self, link: Link, plain: dict[str, Any]) -> None:
-        match decode(plain, AskStatus | Probe):
+        match decode(plain, AskStatus | Probe | Record | AskSpans):
             case AskStatus():
                 answer(link, self._status())
+            case Record() | AskSpans() as asked:
+                answer(link, self._tracing.reply(asked))
             case Probe() as asked if len(self._probes) < MAX_PROBES:
                 task = asyncio.get_running_loop().create_task(self._probe(link, asked))
                 self._probes.add(task)

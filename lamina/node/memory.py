@@ -17,7 +17,8 @@ from lamina.device import Device
 from lamina.engine.shard import AttentionShard, make_backend
 from lamina.errors import ConfigError, LaminaError, TransportError
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
-from lamina.protocol import AskStatus, Attach, Failed, Refused, Status, decode, encode
+from lamina.node.tracing import Tracing
+from lamina.protocol import AskSpans, AskStatus, Attach, Failed, Record, Refused, Status, decode, encode
 from lamina.transport import Hello, Link, Listener, Options
 
 log = logging.getLogger("lamina.memory")
@@ -34,6 +35,7 @@ class MemoryNode:
         self._name = node.name
         self._options = options
         self._device = Device(cpus=node.pinned, threads=node.threads)
+        self._tracing = Tracing(self._device)
         self._attention: str = node.attention or "auto"
         self._taken: asyncio.Future[Memory] | None = None
         self._shard: AttentionShard | None = None
@@ -111,11 +113,13 @@ class MemoryNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
 
         def on_message(plain: dict[str, Any]) -> None:
-            match decode(plain, Attach | AskStatus):
+            match decode(plain, Attach | AskStatus | Record | AskSpans):
                 case Attach() as attach:
                     self._attach(link, attach)
                 case AskStatus():
                     answer(link, self._status())
+                case Record() | AskSpans() as asked:
+                    answer(link, self._tracing.reply(asked))
 
         link.on_message = on_message
         link.on_lost = lambda _: self._links.discard(link)
