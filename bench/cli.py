@@ -63,7 +63,7 @@ def throughput(
     shapes: Annotated[str | None, typer.Option(help="Batch x context, by commas, such as 1x512,32x2048.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw tokens/s over those of the best peer.")] = None,
-    quick: Annotated[bool, typer.Option(help="Two shapes and one round.")] = False,
+    quick: Annotated[bool, typer.Option(help="Two shapes, one round, no sweep of threads.")] = False,
 ) -> None:
     """Decode throughput against other engines, each installed into an environment of its own at the first run."""
     from lamina.bench.throughput import parse_shapes, run

@@ -36,15 +36,16 @@ class Recipe:
     """How a peer is installed and run: ``requirements`` of pip, then ``finish`` in the folder of the environment.
 
     ``script`` in bench/peers is run by the environment's Python with what ``arguments`` gives for the folder, after
-    the checkpoint; ``pooled`` scripts also want to know how large a KV cache they will need.
+    the checkpoint. ``environment`` is of the folder and the number of threads. What is ``fixed`` is told at its start
+    how many threads it has and how large a KV cache it needs; the others, with each measurement.
     """
 
     requirements: tuple[str, ...]
     script: str
     finish: Callable[[Path, _Shell], None] | None = None
     arguments: Callable[[Path], Sequence[str]] = lambda _: ()
-    environment: Callable[[Path], Mapping[str, str]] = lambda _: {}
-    pooled: bool = False
+    environment: Callable[[Path, int], Mapping[str, str]] = lambda *_: {}
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ class Environment:
         return self.folder / "run.log"
 
     def command(self, checkpoint: Path, pool: Sequence[int]) -> list[str]:
-        """``pool``: most sequences, most tokens of one, and bytes of KV cache, for those that reserve it."""
-        own = [*self.recipe.arguments(self.folder), *(map(str, pool) if self.recipe.pooled else ())]
+        """``pool``: most sequences, most tokens of one, and bytes of KV cache."""
+        own = [*self.recipe.arguments(self.folder), *(map(str, pool) if self.recipe.fixed else ())]
         return [str(_python(self.folder)), str(SCRIPTS / self.recipe.script), str(checkpoint), *own]
 
-    def variables(self) -> dict[str, str]:
-        return {**os.environ, **self.recipe.environment(self.folder)}
+    def variables(self, threads: int) -> dict[str, str]:
+        return {**os.environ, **self.recipe.environment(self.folder, threads)}
 
 
 def install(name: str) -> Environment:
@@ -167,17 +168,18 @@ def _mend_vllm(folder: Path, shell: _Shell) -> None:
     shell.run([str(_python(folder)), "-m", "pip", "uninstall", "--yes", *packages])
 
 
-def _vllm_environment(folder: Path) -> dict[str, str]:
-    cpus = sorted(os.sched_getaffinity(0))
+def _vllm_environment(folder: Path, threads: int) -> dict[str, str]:
+    cpus = sorted(os.sched_getaffinity(0))[:threads]
     preload = [str(folder / "lib" / "libiomp5.so")]
     if malloc := find_library("tcmalloc_minimal"):
         preload.append(malloc)  # it asks for it
     return {
         "LD_PRELOAD": ":".join(preload),
-        "OMP_NUM_THREADS": str(len(cpus)),
+        "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_USE_AOT_COMPILE": "0",  # what it stores that way cannot be loaded again, and each start compiles
         "VLLM_NO_USAGE_STATS": "1",
     }
 
@@ -199,6 +201,6 @@ RECIPES = {
         script="vllm_cpu.py",
         finish=_mend_vllm,
         environment=_vllm_environment,
-        pooled=True,
+        fixed=True,
     ),
 }

@@ -1,4 +1,4 @@
-"""The systems that ``lamina bench throughput`` compares: started, asked for one measurement after the other, stopped."""
+"""The systems that ``lamina bench throughput`` compares: started, asked for measurements, stopped."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ class Sample:
 
 
 class System(Protocol):
-    """One system with one model. ``candidates``: the settings of its threads from which a sweep chooses, by name."""
+    """One system with one model. ``candidates``: settings of its threads, by name, from which a sweep chooses.
+
+    The first is the one to take without a sweep.
+    """
 
     name: str
     version: str
@@ -113,24 +116,34 @@ class Peer:
         self._command = environment.command(checkpoint, [pool.batch, pool.room, tokens * model.kv_bytes_per_token])
         self._process: Process | None = None
         cores = len(os.sched_getaffinity(0))
-        self._threads = {str(threads): threads for threads in sorted({max(1, cores // 2), cores})}
+        self._threads = {str(threads): threads for threads in dict.fromkeys((cores, max(1, cores // 2)))}
+        self._started_with = 0
 
     @property
     def candidates(self) -> list[str]:
         return list(self._threads)
 
     async def start(self) -> None:
+        if not self._environment.recipe.fixed:
+            await self._start(len(os.sched_getaffinity(0)))
+
+    async def _start(self, threads: int) -> None:
+        self._started_with = threads
         with self._environment.log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                env=self._environment.variables(),
+                env=self._environment.variables(threads),
             )
         self.version = (await self._answer(START_TIMEOUT_S))["version"]
 
     async def measure(self, work: Work, threads: str) -> Sample:
+        count = self._threads[threads]
+        if self._environment.recipe.fixed and self._started_with != count:
+            await self.close()
+            await self._start(count)
         assert self._process
         assert self._process.stdin
         asked = {
@@ -138,7 +151,7 @@ class Peer:
             "context": work.context,
             "warm": work.warm,
             "steps": work.steps,
-            "threads": self._threads[threads],
+            "threads": count,
         }
         try:
             self._process.stdin.write(json.dumps(asked).encode() + b"\n")

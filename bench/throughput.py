@@ -5,10 +5,10 @@ are timed; a figure counts the tokens of all sequences together. Contexts are th
 prefilled: the caches of Lamina and vLLM are filled at random, while transformers and llama.cpp prefill one prompt and
 copy its cache. Every sequence has keys and values of its own in all of them.
 
-Each system gets the threads that do best in a short sweep at one small shape. Then they take turns: one round after the
-other at each shape, in another order each time, with a plain read of the memory before and after each turn, because
-virtual machines change their bandwidth within minutes. Medians are reported, and the median over the rounds of the
-ratio of Lamina to the best peer.
+Each system gets the threads that do best in a short sweep at one small shape; in a quick run, all cores. Then they take
+turns: one round after the other at each shape, in another order each time, with a plain read of the memory before and
+after each turn, because virtual machines change their bandwidth within minutes. Medians are reported, and the median
+over the rounds of the ratio of Lamina to the best peer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lamina.bench import report
-from lamina.bench.bandwidth import Bandwidth, free_bytes
+from lamina.bench.bandwidth import Bandwidth, Others, free_bytes
 from lamina.bench.checkpoints import MODELS, Model, checkpoint
 from lamina.bench.installed import RECIPES, Environment, install
 from lamina.bench.systems import Lamina, Peer, Pool, Sample, System, Work
@@ -35,12 +35,12 @@ Shape = tuple[int, int]
 """Batch and context."""
 
 PEERS = tuple(RECIPES)
-DEFAULT_MODELS = ("S", "M")
 SHAPES = tuple((batch, context) for context in (512, 2048, 4096) for batch in (1, 8, 32))
 QUICK_SHAPES = ((1, 512), (32, 2048))
 SWEEP_SHAPE = (8, 512)
 ROUNDS, QUICK_ROUNDS = 3, 1
 SWEEP_ROUNDS = 2
+"""Of which the better counts: threads that have to wait for one another are now and then much slower than usual."""
 
 WARM_STEPS = 3
 STEPS, QUICK_STEPS = (16, 96), (8, 48)
@@ -48,10 +48,11 @@ STEPS, QUICK_STEPS = (16, 96), (8, 48)
 ASSUMED_RATE = 20e9
 SETTLE_S = 0.3
 """Idle threads of OpenMP look for work for up to so long before they leave the cores to others."""
-READS = 3
+MAX_OTHERS = 0.1
+"""Cores busy with other work, beyond which it is mentioned."""
 
-WEIGHT_COPIES = 2.2
-"""Memory that the weights of one system take at most, packed ones beside the file, in sizes of the file."""
+WEIGHT_COPIES = 1.5
+"""Memory that the weights of a system take on average, packed or not, in sizes of the file."""
 SPARE_BYTES = 2 << 30
 
 COLUMNS = {
@@ -110,8 +111,11 @@ def run(
         if row["failed"]:
             shape = f"{row['model']} at {row['batch']} x {row['context']}"
             comparison.console.print(f"{shape}: {row['failed']}", highlight=False, soft_wrap=True)
+    if comparison.other_cores > MAX_OTHERS:
+        busy = f"{comparison.other_cores:.2f} cores were busy in the pauses between the turns"
+        comparison.console.print(f"{busy}; figures of a quiet machine will be better", highlight=False)
     if as_json:
-        report.print_json(rows)
+        report.print_json(rows, {**report.machine(), "other_cores": comparison.other_cores})
     else:
         _print(rows)
     if plot:
@@ -154,6 +158,8 @@ class Contestant:
     name: str
     system: System | None = None
     threads: str = ""
+    sweep: dict[str, float] = field(default_factory=dict)
+    """Tokens/s by threads, at the shape of the sweep."""
     failed: str = ""
     failed_at: dict[Shape, str] = field(default_factory=dict)
     turns: dict[Shape, list[Turn]] = field(default_factory=dict)
@@ -167,6 +173,12 @@ class _Comparison:
         self.console = console
         self._quick = quick
         self._bandwidth = Bandwidth(len(os.sched_getaffinity(0)))
+        self._others: list[float] = []
+
+    @property
+    def other_cores(self) -> float:
+        """Cores that were busy on average while no system was asked for anything."""
+        return statistics.mean(self._others) if self._others else 0.0
 
     def close(self) -> None:
         self._bandwidth.close()
@@ -213,7 +225,7 @@ class _Comparison:
         progress: Progress,
     ) -> list[report.Row]:
         batches, contexts = zip(*shapes, strict=True)
-        sweep = self._work(model, (min(SWEEP_SHAPE[0], *batches), min(SWEEP_SHAPE[1], *contexts)))
+        sweep = self._work(model, (min(SWEEP_SHAPE[0], max(batches)), min(SWEEP_SHAPE[1], max(contexts))))
         works = {shape: self._work(model, shape) for shape in shapes}
         rounds = QUICK_ROUNDS if self._quick else ROUNDS
         task = progress.add_task("", total=(1 + len(environments)) * (1 + rounds * len(shapes)))
@@ -252,24 +264,34 @@ class _Comparison:
         """Start it and find the threads that suit it."""
         if contestant.system is None:
             return
-        rates: dict[str, float] = {}
         try:
             await contestant.system.start()
-            for threads in contestant.system.candidates:
-                for _ in range(1 if self._quick else SWEEP_ROUNDS):
-                    await asyncio.sleep(SETTLE_S)
+            default, *others = contestant.system.candidates
+            if self._quick:
+                contestant.threads = default
+                return
+            for threads in (*others, default):
+                for _ in range(SWEEP_ROUNDS):
+                    await self._quiet()
                     sample = await contestant.system.measure(sweep, threads)
-                    rates[threads] = max(rates.get(threads, 0.0), sample.tokens_per_s)
+                    contestant.sweep[threads] = max(contestant.sweep.get(threads, 0.0), sample.tokens_per_s)
         except LaminaError as e:
             contestant.failed = str(e)
             await contestant.system.close()
             return
-        contestant.threads = max(rates, key=lambda threads: rates[threads])
+        contestant.threads = max(contestant.sweep, key=lambda threads: contestant.sweep[threads])
+
+    async def _quiet(self) -> None:
+        """Let the threads of the last turn come to rest, and see who else is busy."""
+        await asyncio.sleep(SETTLE_S)
+        others = Others()
+        await asyncio.sleep(SETTLE_S)
+        self._others.append(others.cores())
 
     async def _take_turn(self, contestant: Contestant, shape: Shape, work: Work) -> None:
         if contestant.system is None or contestant.why_not(shape):
             return
-        await asyncio.sleep(SETTLE_S)
+        await self._quiet()
         before = self._bandwidth.all_threads()
         try:
             sample = await contestant.system.measure(work, contestant.threads)
@@ -306,6 +328,7 @@ def _row(model: Model, shape: Shape, contestant: Contestant) -> report.Row:
         "system": contestant.name,
         "version": contestant.system.version if contestant.system else "",
         "threads": contestant.threads,
+        "sweep": contestant.sweep,
         **dict.fromkeys(MEASURED),
         "failed": contestant.why_not(shape),
     }

@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from lines import Answer, serve  # type: ignore[import-not-found]  # in the folder of this script
 
-set_threads = torch.set_num_threads
-"""vLLM replaces it by one that does nothing."""
-
 
 class _Decoder:
     def __init__(self, path: str, batch: int, context: int, kv_bytes: int) -> None:
@@ -41,7 +38,8 @@ class _Decoder:
     def measure(self, batch: int, context: int, warm: int, steps: int, threads: int) -> Answer:
         from vllm import SamplingParams
 
-        set_threads(threads)
+        if threads != torch.get_num_threads():  # its products keep the threads that they first ran with
+            raise RuntimeError(f"{threads} threads were asked for, but it was started with {torch.get_num_threads()}")
         settings = SamplingParams(temperature=0.0, max_tokens=warm + steps, ignore_eos=True, detokenize=False)
         prompt = {"prompt_token_ids": [0] * context}
         names = [str(next(self._ids)) for _ in range(batch)]
