@@ -168,7 +168,7 @@ class KVCache:
         ``ahead`` is the most positions by which layers of a group can be apart, a step's own rows included; the less,
         the fewer blocks a windowed group sets aside. None: any number, so that windows save nothing.
         ``keys`` name the content of the leading blocks. Returns how many leading positions were found published and
-        are shared, in whole blocks: the watermark of every layer starts there.
+        are shared, in whole blocks, and where groups have windows never all: the watermark of every layer starts there.
         """
         if sequence in self._held:
             raise UsageError(f"sequence {sequence} already holds a reservation; release it first")
@@ -178,7 +178,7 @@ class KVCache:
             raise UsageError(f"sequence {sequence}: expected ahead >= 1, got {ahead}")
         size = self.layout.block_tokens
         total = -(-tokens // size)
-        shared = self.match(keys[: tokens // size])
+        shared = self.match(keys[: (tokens - bool(self._windowed)) // size])
         found = self._find(keys[: shared // size])
         counts = [self._count(group, total, ahead or tokens) for group in self.groups]
         needs = [min(count - len(own), total - shared // size) for count, (_, own) in zip(counts, found, strict=True)]

@@ -92,6 +92,26 @@ def pipeline(
     run(as_json=as_json, plot=plot, quick=quick)
 
 
+@app.command()
+def throughput(
+    peers: Annotated[str, typer.Option(help="Engines to compare with, by commas.")] = "transformers,llama.cpp,vllm",
+    models: Annotated[str, typer.Option(help="S (160 million parameters), M (1.1 billion), or T, a toy.")] = "S,M",
+    shapes: Annotated[str | None, typer.Option(help="Batch x context, by commas, such as 1x512,32x2048.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s over those of the best peer.")] = None,
+    quick: Annotated[bool, typer.Option(help="Two shapes, one round, no sweep of threads.")] = False,
+) -> None:
+    """Decode throughput against other engines, each installed into an environment of its own at the first run."""
+    from lamina.bench.throughput import parse_shapes, run
+
+    chosen = parse_shapes(shapes) if shapes is not None else None
+    run(_names(peers), _names(models), chosen, as_json=as_json, plot=plot, quick=quick)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 @app.command(name="all")
 def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
     """Every benchmark, with its defaults."""

@@ -126,14 +126,17 @@ class Cluster:
         for monitor in self._monitors.values():
             monitor.link.abort("the cluster is stopped")
 
+    def command(self, node: NodeConfig) -> list[str]:
+        """The arguments that make this Python run ``node``."""
+        return [*self.program, "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
+
     async def _spawn(self, node: NodeConfig) -> Process:
         # Nodes that share a machine share its cores: given all of them each, their threads wait for each other.
         share = max(1, len(os.sched_getaffinity(0)) // len(self._config.node))
         environment = {"OMP_NUM_THREADS": str(share), **os.environ}
-        command = [*self.program, "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
         return await asyncio.create_subprocess_exec(
             sys.executable,
-            *command,
+            *self.command(node),
             stdin=asyncio.subprocess.DEVNULL,
             stderr=self._log_file,
             env=environment,
