@@ -8,6 +8,7 @@ llama.cpp's batched benchmark copies one prompt's cache to all sequences.)
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from lamina.config import load
 from lamina.engine.geometry import CHUNK_TOKENS
 from lamina.engine.prompts import PromptKV
 from lamina.engine.scheduler import Step
-from lamina.engine.step import StepRunner
+from lamina.engine.step import Ran, StepRunner
 from lamina.node import compute, daemon
 
 FIRST_TOKEN = 0
@@ -45,15 +46,17 @@ class RandomKV(PromptKV):
 class FilledRunner(StepRunner):
     """Decodes as `StepRunner` does; prompts are filled in at random."""
 
-    async def run(self, slot: int, number: int, step: Step) -> list[int]:
+    async def run(self, slot: int, number: int, step: Step) -> Ran:
         shapes = [s.shape for s in self.model.slices if s.shape is not None]
         for chunk in step.prompts:
             kept = RandomKV(chunk.sequence.id, shapes, self.dtype)
             for layer in range(len(shapes)):
                 for shard in self.shards:
                     shard.ship(kept, layer, chunk.start, len(chunk.tokens), chunk.start)
-        tokens = await super().run(slot, number, replace(step, prompts=())) if step.decode else []
-        return tokens + [FIRST_TOKEN for chunk in step.prompts if chunk.completes]
+        ran = Ran([], 0.0, 0.0, math.nan)
+        if step.decode:
+            ran = await super().run(slot, number, replace(step, prompts=()))
+        return ran._replace(tokens=ran.tokens + [FIRST_TOKEN for chunk in step.prompts if chunk.completes])
 
 
 def main() -> int:

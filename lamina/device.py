@@ -71,13 +71,18 @@ class Device:
 
     # -- from coroutines on ``loop``
 
+    @staticmethod
+    def clock() -> float:
+        """Seconds; of the loop's own clock they would be too coarse."""
+        return time.perf_counter()
+
     async def compute(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> R:
         """Run ``function`` now, without a look at anything else meanwhile. ``at``: for its span."""
-        start = time.perf_counter()
+        start = self.clock()
         try:
             return function(*args)
         finally:
-            end = time.perf_counter()
+            end = self.clock()
             self.busy_s += end - start
             if (recorder := self.recorder) is not None:
                 recorder.add(getattr(function, "__name__", "operation"), at, start, end)

@@ -170,9 +170,13 @@ class Engine:
                 self._wake()
             if not step.decode and not step.prompts:
                 continue
-            tokens = await self._runner.device.start(self._runner.run(slot, number, step))
+            ran = await self._runner.device.start(self._runner.run(slot, number, step))
             self.steps += 1
-            self._finish(slot, step, tokens)
+            load = step.load
+            self.scheduler.cost.observe(
+                load.rows, load.prompt_tokens, load.context_tokens, ran.compute_s, ran.attention_s, ran.wire_s
+            )
+            self._finish(slot, step, ran.tokens)
 
     async def _ship(self, shard: RemoteShard) -> None:
         await self._runner.device.start(shard.run())

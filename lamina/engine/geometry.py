@@ -14,6 +14,8 @@ from lamina.protocol import CHUNK_HEADER, plan_bytes
 
 CHUNK_TOKENS = 64
 """Tokens of one bulk chunk: what a decode write may have to wait for on a shared wire."""
+ANSWER_HEADER = 64
+"""Bytes before the rows of an answer, so that they are aligned."""
 PARTIAL_ITEM = 4
 """Bytes of a number of a partial, which is float32."""
 CHUNKS = 8
@@ -76,9 +78,10 @@ class Geometry:
     """Sizes of the regions between a compute node and one memory node. Both ends compute it from the same facts.
 
     Every region but that of the chunks has one part per batch in flight. Within a part lie, packed, the values of a
-    layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; o [rows, Hq, Dv] of the rows that
-    are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and lse [rows, Hq] of the others in float32.
-    A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
+    layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer, behind
+    ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far (float64),
+    o [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and
+    lse [rows, Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
     """
 
     layers: tuple[LayerShape, ...]
@@ -92,41 +95,35 @@ class Geometry:
 
     @cached_property
     def plan_bytes(self) -> int:
-        return _aligned(plan_bytes(self.max_rows))
+        return aligned(plan_bytes(self.max_rows))
 
     @cached_property
     def query_bytes(self) -> int:
-        return _aligned(self.max_rows * self.item * max(s.q_heads * s.qk_dim for s in self.layers))
+        return aligned(self.max_rows * self.item * max(s.q_heads * s.qk_dim for s in self.layers))
 
     @cached_property
     def key_value_bytes(self) -> int:
-        return _aligned(self.max_rows * self._key_value_bytes_per_token)
+        return aligned(self.max_rows * self._key_value_bytes_per_token)
 
     @cached_property
     def output_bytes(self) -> int:
-        return _aligned(self.max_rows * PARTIAL_ITEM * max(s.q_heads * (s.v_dim + 1) for s in self.layers)) + 64
+        rows = self.max_rows * PARTIAL_ITEM * max(s.q_heads * (s.v_dim + 1) for s in self.layers)
+        return ANSWER_HEADER + aligned(rows) + 64
 
-    def whole_bytes(self, layer: int, rows: int) -> int:
-        """Where the partials of a layer's answer begin, after so many whole rows."""
-        shape = self.layers[layer]
-        return _aligned(rows * shape.q_heads * shape.v_dim * self.item)
-
-    def answer_bytes(self, layer: int, whole: int, partial: int) -> int:
-        """Bytes of a layer's answer."""
-        shape = self.layers[layer]
-        if not partial:
-            return whole * shape.q_heads * shape.v_dim * self.item
-        return self.whole_bytes(layer, whole) + partial * shape.q_heads * (shape.v_dim + 1) * PARTIAL_ITEM
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """By layer, the first layer whose attention has the same shape."""
+        return tuple(self.layers.index(layer) for layer in self.layers)
 
     @cached_property
     def chunk_bytes(self) -> int:
-        return _aligned(CHUNK_HEADER + CHUNK_TOKENS * self._key_value_bytes_per_token)
+        return aligned(CHUNK_HEADER + CHUNK_TOKENS * self._key_value_bytes_per_token)
 
     @cached_property
     def _key_value_bytes_per_token(self) -> int:
         return self.item * max(s.kv_heads * (s.qk_dim + s.v_dim) for s in self.layers)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
     """Rounded up so that the parts of a region do not share cache lines."""
     return -(-nbytes // 64) * 64

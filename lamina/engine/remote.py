@@ -16,10 +16,12 @@ from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
 from lamina.engine.placement import NodeRows
 from lamina.engine.prompts import PromptKV
 from lamina.engine.scheduler import Ask
+from lamina.engine.views import StepViews
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
     MAX_KEYS,
+    SECONDS,
     Attach,
     Attached,
     ChunkHeader,
@@ -71,9 +73,13 @@ class RemoteShard:
         self._heads = shard
         self._layout = layout
         self._geometry = g = Geometry(shard.layers, dtype, slots, max_rows)
-        own = getattr(torch, dtype)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._q_heads, self._kv_heads = [_span(heads) for heads in shard.q], [_span(heads) for heads in shard.kv]
         self._outputs = Region(f"{name}.outputs", slots * g.output_bytes)
-        self._output_parts = views.parts(self._outputs.buffer, slots, g.output_bytes, own)
+        self._output_parts = views.parts(self._outputs.buffer, slots, g.output_bytes, torch.uint8)
+        self._told: dict[int, StepPlan] = {}
+        self._views: dict[int, dict[int, StepViews]] = {}
+        """By slot and kind of layer, of the present step."""
 
         self._remote: Attached | None = None
         self._replies: dict[int | None, asyncio.Future[Attached | Reserved]] = {}
@@ -105,7 +111,7 @@ class RemoteShard:
         assert isinstance(attached, Attached)
         self._remote = attached
         self.capacity_tokens = attached.capacity_tokens
-        g, slots, own = self._geometry, self._geometry.slots, getattr(torch, self._geometry.dtype)
+        g, slots, own = self._geometry, self._geometry.slots, self._dtype
         self._queries = views.outgoing(self.link, attached.queries, slots * g.query_bytes)
         self._keys_values = views.outgoing(self.link, attached.keys_values, slots * g.key_value_bytes)
         self._chunks = views.outgoing(self.link, attached.chunks, CHUNKS * g.chunk_bytes)
@@ -148,53 +154,69 @@ class RemoteShard:
         """Tell the memory node which rows the next step of ``slot`` consists of."""
         assert self._remote is not None
         told = StepPlan(tuple(rows.storing), tuple(rows.reading), rows.whole)
+        self._told[slot] = told
+        self._views[slot] = {}
         tag = Tag(Kind.PLAN, slot, 0, step)
         self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(told), tag)
 
     def send_query(self, slot: int, layer: int, step: int, q: Tensor) -> None:
         """Send this node's heads of q [rows, Hq, Dk]: of its rows, in the order of its plan."""
         assert self._remote is not None
-        shape = self._heads.layers[layer]
-        own = views.shaped(self._query_parts[slot], (len(q), shape.q_heads, shape.qk_dim))
-        own.copy_(q[:, _span(self._heads.q[layer])])
+        own = self._view(slot, layer)
+        own.q.copy_(q[:, self._q_heads[layer]])
         # The answer may come before anybody waits for it.
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[None] = self._device.loop.create_future()
         self._awaited[slot] = (Tag(Kind.OUTPUT, slot, layer, step).pack(), done)
         offset = slot * self._geometry.query_bytes
-        source = self._queries[offset : offset + own.nbytes]
+        source = self._queries[offset : offset + own.q_bytes]
         self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
 
     def send_key_value(self, slot: int, layer: int, step: int, k: Tensor, v: Tensor) -> None:
         """Send this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv]: of the rows that it stores."""
         assert self._remote is not None
-        own_k, own_v = views.key_value(self._key_value_parts[slot], self._heads.layers[layer], len(k))
-        heads = _span(self._heads.kv[layer])
-        own_k.copy_(k[:, heads])
-        own_v.copy_(v[:, heads])
+        own, heads = self._view(slot, layer), self._kv_heads[layer]
+        own.k.copy_(k[:, heads])
+        own.v.copy_(v[:, heads])
         offset = slot * self._geometry.key_value_bytes
-        source = self._keys_values[offset : offset + own_k.nbytes + own_v.nbytes]
+        source = self._keys_values[offset : offset + own.key_value_bytes]
         self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
 
     async def answered(self, slot: int) -> None:
         """Wait until the output of the query sent last has arrived. NodeError if the memory node is lost."""
         await self._awaited[slot][1]
 
-    def output(self, slot: int, layer: int, rows: int) -> Tensor:
-        """The attention that has arrived of the first ``rows`` rows, which are whole: o [rows, own Hq, Dv].
+    def output(self, slot: int, layer: int) -> Tensor:
+        """The attention that has arrived of the rows that are whole: o [rows, own Hq, Dv].
 
         It lies where it arrived, and is good until the slot's next query is sent.
         """
-        shape = self._heads.layers[layer]
-        return views.shaped(self._output_parts[slot], (rows, shape.q_heads, shape.v_dim))
+        return self._view(slot, layer).whole
 
-    def partials(self, slot: int, layer: int, whole: int, rows: int) -> Partial:
-        """The partials that have arrived of the ``rows`` rows behind the ``whole`` ones; good for as long."""
-        start = self._geometry.whole_bytes(layer, whole)
-        return Partial(*views.partials(self._output_parts[slot], start, rows, self._heads.layers[layer]))
+    def partials(self, slot: int, layer: int) -> Partial:
+        """The partials that have arrived of the other rows; good for as long."""
+        return self._view(slot, layer).partial
+
+    def attention_s(self, slot: int) -> float:
+        """Seconds that the attention of the slot's step has taken so far, as its last answer says."""
+        (seconds,) = SECONDS.unpack_from(self._outputs.buffer, slot * self._geometry.output_bytes)
+        return float(seconds)
 
     def heads(self, layer: int) -> slice:
         """The query heads of a layer that this node has."""
-        return _span(self._heads.q[layer])
+        return self._q_heads[layer]
+
+    def _view(self, slot: int, layer: int) -> StepViews:
+        of_slot, kind = self._views[slot], self._geometry.kinds[layer]
+        if kind not in of_slot:
+            of_slot[kind] = StepViews.of(
+                self._told[slot],
+                self._heads.layers[layer],
+                self._query_parts[slot],
+                self._key_value_parts[slot],
+                self._output_parts[slot],
+                self._dtype,
+            )
+        return of_slot[kind]
 
     # -- prompts, on the bulk lane
 

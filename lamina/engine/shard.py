@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lamina.attention import Backend, KVLayout, Memory, Partial, Plan, Rows, Run, create_backend
 from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry
+from lamina.engine.views import StepViews
 from lamina.errors import CapacityError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
     KEY_BYTES,
+    SECONDS,
     Attach,
     Attached,
     ChunkHeader,
@@ -57,10 +58,10 @@ class _Step:
     told: StepPlan
     storing: Plan | None
     reading: Plan | None
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        return (*self.told.storing, *self.told.reading)
+    behind: tuple[Run, ...]
+    """Runs of which something may still be on its way on the other lane."""
+    views: dict[int, StepViews] = field(default_factory=dict)
+    """By kind of layer."""
 
 
 _Parts = tuple[Partial | None, Partial | None]
@@ -81,7 +82,7 @@ class AttentionShard:
         self._backend = backend
         self._geometry = g = Geometry(self._layers, attach.dtype, attach.slots, attach.max_rows)
         self._outputs_remote = attach.outputs
-        dtype = getattr(torch, attach.dtype)
+        self._dtype = dtype = getattr(torch, attach.dtype)
         n = attach.slots
         self._plans = Region("plans", n * g.plan_bytes)
         self._queries = Region("queries", n * g.query_bytes)
@@ -90,7 +91,7 @@ class AttentionShard:
         self._chunks = Region("chunks", CHUNKS * g.chunk_bytes)
         self._query_parts = views.parts(self._queries.buffer, n, g.query_bytes, dtype)
         self._key_value_parts = views.parts(self._keys_values.buffer, n, g.key_value_bytes, dtype)
-        self._output_parts = views.parts(self._outputs, n, g.output_bytes, dtype)
+        self._output_parts = views.parts(self._outputs, n, g.output_bytes, torch.uint8)
         self._chunk_parts = views.parts(self._chunks.buffer, CHUNKS, g.chunk_bytes, dtype)
         self._slots = [_Slot() for _ in range(n)]
         self._control: asyncio.Queue[Reserve | Publish | Release] = asyncio.Queue()
@@ -138,27 +139,35 @@ class AttentionShard:
         while True:
             await slot.planned.wait()
             slot.planned.clear()
+            busy_s = self._device.busy_s
             step = await self._device.compute(self._plan, number, at=Place(number))
+            spent_s = self._device.busy_s - busy_s
+            start = number * self._geometry.output_bytes
             for layer in range(len(self._layers)):
                 await self._arrival(slot, Kind.QUERY, layer)
-                await self._filled(step.runs, layer)
+                await self._filled(step, layer)
                 at = Place(number, layer)
+                busy_s = self._device.busy_s
                 parts = await self._device.compute(self._past, step, number, layer, at=at)
+                spent_s += self._device.busy_s - busy_s
                 if step.storing:
                     await self._arrival(slot, Kind.KEY_VALUE, layer)
-                nbytes = await self._device.compute(self._finish, step, number, layer, parts, at=at)
-                offset = number * self._geometry.output_bytes
+                busy_s = self._device.busy_s
+                await self._device.compute(self._finish, step, number, layer, parts, at=at)
+                spent_s += self._device.busy_s - busy_s
+                SECONDS.pack_into(self._outputs, start, spent_s)
                 # The next plan may come as soon as the last output is out.
                 slot.busy = layer + 1 < len(self._layers)
                 tag = Tag(Kind.OUTPUT, number, layer, slot.step).pack()
-                source = self._outputs[offset : offset + nbytes]
-                self._link.write(Lane.DECODE, self._outputs_remote, offset, [source], tag)
+                source = self._outputs[start : start + self._view(step, number, layer).answer_bytes]
+                self._link.write(Lane.DECODE, self._outputs_remote, start, [source], tag)
                 self.layers += 1
 
     def _plan(self, number: int) -> _Step:
         start = number * self._geometry.plan_bytes
         told = unpack_plan(self._plans.buffer[start : start + self._geometry.plan_bytes], self._geometry.max_rows)
-        for run in (*told.storing, *told.reading):
+        runs = (*told.storing, *told.reading)
+        for run in runs:
             if run.sequence not in self.cache.sequences:
                 raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
         plan = self._backend.plan
@@ -166,6 +175,7 @@ class AttentionShard:
             told,
             plan(Rows(told.storing)) if told.storing else None,
             plan(Rows(told.reading), store=False) if told.reading else None,
+            tuple(run for run in runs if self.cache.complete(run.sequence) < run.start),
         )
 
     async def _arrival(self, slot: _Slot, kind: Kind, layer: int) -> None:
@@ -173,45 +183,49 @@ class AttentionShard:
             slot.news.clear()
             await slot.news.wait()
 
-    async def _filled(self, runs: tuple[Run, ...], layer: int) -> None:
+    async def _filled(self, step: _Step, layer: int) -> None:
         """Wait until the prompts' keys and values, which come on the other lane, are there."""
-        while any(self.cache.filled(run.sequence, layer) < run.start for run in runs):
+        while any(self.cache.filled(run.sequence, layer) < run.start for run in step.behind):
             self._grown.clear()
             await self._grown.wait()
 
     def _past(self, step: _Step, number: int, layer: int) -> _Parts:
         """What q sees of the past: of the rows whose k and v are still to come, and of those that have none here."""
-        q, stored = self._query(step, number, layer), step.told.stored_rows
+        q, stored = self._view(step, number, layer).q, step.told.stored_rows
         return (
             self._backend.past(step.storing, layer, q[:stored]) if step.storing else None,
             self._backend.past(step.reading, layer, q[stored:]) if step.reading else None,
         )
 
-    def _finish(self, step: _Step, number: int, layer: int, parts: _Parts) -> int:
-        """Store k and v, attend to them, and lay out the answer; its bytes."""
-        told, shape, (past, read) = step.told, self._layers[layer], parts
-        out = self._output_parts[number]
+    def _finish(self, step: _Step, number: int, layer: int, parts: _Parts) -> None:
+        """Store k and v, attend to them, and lay out the answer."""
+        told, view, (past, read) = step.told, self._view(step, number, layer), parts
         if step.storing:
             assert past is not None
-            stored = told.stored_rows
-            k, v = views.key_value(self._key_value_parts[number], shape, stored)
-            past = self._backend.finish(step.storing, layer, self._query(step, number, layer)[:stored], k, v, past)
+            past = self._backend.finish(step.storing, layer, view.q[: told.stored_rows], view.k, view.v, past)
             if told.whole:
-                views.shaped(out, (told.whole, shape.q_heads, shape.v_dim)).copy_(past.o[: told.whole])
-        partials = told.rows - told.whole
-        if partials:
-            start = self._geometry.whole_bytes(layer, told.whole)
-            o, lse = views.partials(out, start, partials, shape)
-            row = 0
-            for part in (past and Partial(past.o[told.whole :], past.lse[told.whole :]), read):
-                if part is not None and len(part.o):
-                    o[row : row + len(part.o)], lse[row : row + len(part.o)] = part.o, part.lse
-                    row += len(part.o)
-        return self._geometry.answer_bytes(layer, told.whole, partials)
+                view.whole.copy_(past.o[: told.whole])
+        if told.rows == told.whole:
+            return
+        row = 0
+        for part in (past and Partial(past.o[told.whole :], past.lse[told.whole :]), read):
+            if part is not None:
+                stop = row + part.o.shape[0]
+                view.partial.o[row:stop], view.partial.lse[row:stop] = part.o, part.lse
+                row = stop
 
-    def _query(self, step: _Step, number: int, layer: int) -> Tensor:
-        shape = self._layers[layer]
-        return views.shaped(self._query_parts[number], (step.told.rows, shape.q_heads, shape.qk_dim))
+    def _view(self, step: _Step, number: int, layer: int) -> StepViews:
+        kind = self._geometry.kinds[layer]
+        if kind not in step.views:
+            step.views[kind] = StepViews.of(
+                step.told,
+                self._layers[layer],
+                self._query_parts[number],
+                self._key_value_parts[number],
+                self._output_parts[number],
+                self._dtype,
+            )
+        return step.views[kind]
 
     # -- prompts, from the bulk lane
 

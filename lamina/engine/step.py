@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,19 @@ from lamina.engine.sampler import sample
 from lamina.engine.scheduler import PromptChunk, Step
 from lamina.model.slices import SlicedModel, StepConstants
 from lamina.spans import Place
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+
+class Ran(NamedTuple):
+    """What came of a step: the tokens of its sampled rows, and the seconds that this took of the compute node, of the
+    busiest memory node, and beside both (NaN where that cannot be told)."""
+
+    tokens: list[int]
+    compute_s: float
+    attention_s: float
+    wire_s: float
 
 
 class StepRunner:
@@ -33,10 +48,23 @@ class StepRunner:
         self.dtype = dtype
         self.prompts: dict[int, PromptKV] = {}
         self.layers = 0
+        self._steps = self._flying = 0
+        """Steps that were begun, and those that are under way."""
 
-    async def run(self, slot: int, number: int, step: Step) -> list[int]:
-        """The tokens of the step's sampled rows. On the device's loop; NodeError if a memory node is lost meanwhile."""
-        compute, forward = self.device.compute, _Forward(self, slot, step)
+    async def run(self, slot: int, number: int, step: Step) -> Ran:
+        """Run a step; on the device's loop. NodeError if a memory node is lost meanwhile."""
+        forward, clock = _Forward(self, slot, step), self.device.clock
+        begun_s, compute_s = clock(), 0.0
+        alone, self._steps, self._flying = self._flying == 0, self._steps + 1, self._flying + 1
+        started = self._steps
+
+        async def compute(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
+            nonlocal compute_s
+            before_s = self.device.busy_s
+            result = await self.device.compute(function, *arguments, at=at)
+            compute_s += self.device.busy_s - before_s
+            return result
+
         await compute(forward.begin, at=Place(slot))
         parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
         for part in parts:
@@ -60,7 +88,12 @@ class StepRunner:
         for chunk in step.prompts:
             if chunk.completes:
                 self.forget(chunk.sequence.id)
-        return await compute(forward.sample, at=Place(slot)) if step.sampled else []
+        tokens = await compute(forward.sample, at=Place(slot)) if step.sampled else []
+        self._flying -= 1
+        attention_s = max((part.shard.attention_s(slot) for part in parts), default=0.0)
+        wire_s = max(0.0, clock() - begun_s - compute_s - attention_s)
+        # With others in flight, what is neither is their time.
+        return Ran(tokens, compute_s, attention_s, wire_s if alone and self._steps == started else math.nan)
 
     def forget(self, sequence: int) -> None:
         """Drop a prompt's keys and values here; what is still to be sent keeps its own reference."""
@@ -179,7 +212,7 @@ class _Forward:
             return self._prompt_o
         if len(self.parts) == 1 and not self.local and not self._merged:
             (part,) = self.parts
-            o = part.shard.output(self._slot, layer, part.told.whole)
+            o = part.shard.output(self._slot, layer)
             if o.shape[1] == self._shapes[layer].q_heads:
                 return o  # where it arrived
         assert self._q is not None
@@ -187,7 +220,7 @@ class _Forward:
         o = self._q.new_empty(len(self._q), shape.q_heads, shape.v_dim)
         for part in self.parts:
             if part.told.whole:
-                o[part.whole, part.shard.heads(layer)] = part.shard.output(self._slot, layer, part.told.whole)
+                o[part.whole, part.shard.heads(layer)] = part.shard.output(self._slot, layer)
         if self._merged:
             o[_index(self._merged)] = self._merge(layer).to(o.dtype)
         if self._prompt_o is not None:
@@ -199,10 +232,9 @@ class _Forward:
         shape, rows = self._shapes[layer], len(self._merged)
         partials = []
         for part in self.parts:
-            own = len(part.told.rows) - part.told.whole
-            if own:
+            if len(part.told.rows) > part.told.whole:
                 partial = Partial.empty(rows, shape.q_heads, shape.v_dim, device=self._model.device)
-                arrived = part.shard.partials(self._slot, layer, part.told.whole, own)
+                arrived = part.shard.partials(self._slot, layer)
                 partial.o[part.partial], partial.lse[part.partial] = arrived.o, arrived.lse
                 partials.append(partial)
         return merge(*partials).o

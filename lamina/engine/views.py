@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lamina.attention import LayerShape
+from lamina.attention import LayerShape, Partial
+from lamina.engine.geometry import ANSWER_HEADER, PARTIAL_ITEM, aligned
 from lamina.errors import ProtocolError
+from lamina.protocol import StepPlan
 from lamina.transport import Link, Region, RemoteRegion
 
 
@@ -44,8 +47,36 @@ def key_value(part: Tensor, layer: LayerShape, tokens: int, start: int = 0) -> t
     return k, shaped(part, (tokens, layer.kv_heads, layer.v_dim), start + k.numel())
 
 
-def partials(part: Tensor, start: int, rows: int, layer: LayerShape) -> tuple[Tensor, Tensor]:
-    """o [rows, Hq, Dv] and lse [rows, Hq] in float32, from byte ``start`` of a flat part on."""
-    numbers = part.view(torch.uint8)[start : start + rows * layer.q_heads * (layer.v_dim + 1) * 4].view(torch.float32)
-    o = shaped(numbers, (rows, layer.q_heads, layer.v_dim))
-    return o, shaped(numbers, (rows, layer.q_heads), o.numel())
+@dataclass(frozen=True, slots=True)
+class StepViews:
+    """Where the rows of a step lie in the regions between a compute node and a memory node, for layers of one shape.
+
+    ``q`` [rows, Hq, Dk]; of those that are stored ``k`` [rows, Hkv, Dk] and ``v`` [rows, Hkv, Dv]; ``whole``
+    [rows, Hq, Dv] and ``partial`` of the answer; and the bytes of each write.
+    """
+
+    q: Tensor
+    q_bytes: int
+    k: Tensor
+    v: Tensor
+    key_value_bytes: int
+    whole: Tensor
+    partial: Partial
+    answer_bytes: int
+
+    @classmethod
+    def of(
+        cls, told: StepPlan, layer: LayerShape, query: Tensor, key_values: Tensor, output: Tensor, dtype: torch.dtype
+    ) -> StepViews:
+        """``query``, ``key_values`` and ``output`` are a batch's flat parts of the regions; the last one in bytes."""
+        q = shaped(query, (told.rows, layer.q_heads, layer.qk_dim))
+        k, v = key_value(key_values, layer, told.stored_rows)
+        partials = told.rows - told.whole
+        whole_stop = ANSWER_HEADER + told.whole * layer.q_heads * layer.v_dim * dtype.itemsize
+        whole = shaped(output[ANSWER_HEADER:whole_stop].view(dtype), (told.whole, layer.q_heads, layer.v_dim))
+        start = aligned(whole_stop)
+        stop = start + partials * layer.q_heads * (layer.v_dim + 1) * PARTIAL_ITEM if partials else whole_stop
+        numbers = output[start : max(start, stop)].view(torch.float32)
+        o = shaped(numbers, (partials, layer.q_heads, layer.v_dim))
+        partial = Partial(o, shaped(numbers, (partials, layer.q_heads), o.numel()))
+        return cls(q, q.nbytes, k, v, k.nbytes + v.nbytes, whole, partial, stop)

@@ -155,7 +155,7 @@ def test_a_compute_node_that_asks_for_what_cannot_be_is_told_so(tmp_path: Path) 
 
     with harness.running(memory):
         for _ in range(2):
-            assert "region 'outputs' of 3 bytes where 192 are needed" in asyncio.run(refusal())
+            assert "region 'outputs' of 3 bytes where 256 are needed" in asyncio.run(refusal())
         assert memory.stop() == 0
 
 
