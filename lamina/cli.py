@@ -113,8 +113,8 @@ def _let_idle_threads_sleep() -> None:
     """Before torch is imported: OpenMP then reads how long its threads look for more work before they sleep.
 
     By default that is some milliseconds, in which they take a core from whoever shares it; a node waits for others
-    in every layer. This many turns take about a tenth of a millisecond: longer than what lies between two operations
-    of a slice. With much fewer, waking them cost up to half of the speed.
+    in every layer. This many turns take about a tenth of a millisecond, longer than what lies between two operations
+    of a slice. With much fewer, waking the threads costs up to half of the speed.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -240,19 +240,6 @@ def doctor(
     from lamina.doctor.report import run
 
     raise typer.Exit(run(config, step_ms=step_ms, as_json=as_json))
-
-
-@app.command()
-def trace(
-    config: ConfigFile,
-    out: Annotated[Path, typer.Option(help="The file to write, for ui.perfetto.dev or chrome://tracing.")],
-    seconds: Annotated[float, typer.Option(min=0.001, max=60, help="How long to record.")] = 2.0,
-) -> None:
-    """Record what every node of a running cluster computes, by batch and layer."""
-    from lamina.config import load
-    from lamina.trace import run
-
-    run(load(config), seconds, out)
 
 
 @app.command()
