@@ -28,7 +28,7 @@ from lamina.bench import report
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
 from lamina.cluster import Cluster, free_ports
-from lamina.config import ClusterConfig, load
+from lamina.config import ClusterConfig, NodeConfig, load
 from lamina.errors import ConfigError, LaminaError
 from lamina.model.library import quiet
 from lamina.spans import Span
@@ -220,7 +220,9 @@ def _row(load_name: str, batches: int, context: int, window: Window, alone: Wind
 class QueryLast(Cluster):
     """Its compute node sends q together with k and v, as if there were no query-first order."""
 
-    program = ("-m", "lamina.bench.query_last")
+    def command(self, node: NodeConfig) -> list[str]:
+        module, name, *arguments = super().command(node)
+        return [module, f"{name}.bench.query_last", *arguments]
 
 
 class _Bench:

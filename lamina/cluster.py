@@ -60,11 +60,8 @@ class Cluster:
 
     Nodes whose file does not say how many ``threads`` they use get an equal share of this machine's cores.
     ``log_file`` takes the nodes' logs, by default this process's standard error. ``on_change`` is called whenever a
-    node's state has changed. ``failed`` gets a NodeError when a node dies or falls silent. ``program`` is what Python
-    runs as the ``lamina`` command.
+    node's state has changed. ``failed`` gets a NodeError when a node dies or falls silent.
     """
-
-    program = ("-m", "lamina")
 
     def __init__(
         self, config: ClusterConfig, *, log_file: IO[bytes] | None = None, on_change: Callable[[], None] | None = None
@@ -119,14 +116,17 @@ class Cluster:
         for monitor in self._monitors.values():
             monitor.link.abort("the cluster is stopped")
 
+    def command(self, node: NodeConfig) -> list[str]:
+        """The arguments that make this Python run ``node``."""
+        return ["-m", "lamina", "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
+
     async def _spawn(self, node: NodeConfig) -> Process:
         # Nodes that share a machine share its cores: given all of them each, their threads wait for each other.
         share = max(1, len(os.sched_getaffinity(0)) // len(self._config.node))
         environment = {"OMP_NUM_THREADS": str(share), **os.environ}
-        command = [*self.program, "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
         return await asyncio.create_subprocess_exec(
             sys.executable,
-            *command,
+            *self.command(node),
             stdin=asyncio.subprocess.DEVNULL,
             stderr=self._log_file,
             env=environment,
