@@ -40,14 +40,14 @@ rdma-kernel:     ## build the user-mode kernel that those run under (once, three
 
 check: setup     ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror attention/native/*.cpp attention/native/*.h
+	$(BIN)/clang-format --dry-run -Werror attention/native/*.cpp attention/native/*.h lamina/model/*.cpp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: setup    ## format the code and mend what the linter can
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i attention/native/*.cpp attention/native/*.h
+	$(BIN)/clang-format -i attention/native/*.cpp attention/native/*.h lamina/model/*.cpp
 	$(BIN)/ruff check --fix .
 
 bench: setup     ## all benchmarks, each beside its yardstick

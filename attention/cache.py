@@ -44,7 +44,8 @@ class Placement:
 
     starts, counts: its positions; row_starts: its first row; frozen: positions below are in published blocks, which
     are not to be overwritten; addresses: uint64 [groups, runs], where the block tables lie in memory; attend: whether
-    the rows may attend, and store: whether they may be stored, see `KVCache.place`.
+    the rows may attend, and store: whether they may be stored, see `KVCache.place`; sound: by layer, whether
+    `KVCache.require_past` has nothing to find as long as the cache counts so many ``losses``.
     """
 
     rows: Rows
@@ -58,6 +59,8 @@ class Placement:
     held: tuple[Reservation, ...]
     attend: bool
     store: bool
+    sound: list[bool]
+    losses: int
 
     def tables(self, group: int) -> list[Integers]:
         """The block table of each run in a layer group: for positions from ``i * block_tokens`` on, the byte offset of
@@ -132,6 +135,8 @@ class KVCache:
         self._addresses = np.zeros((groups, 0), np.uint64)
         """Where its block tables lie in memory."""
         self._grow_slots(64)
+        self._losses = 0
+        """How often somebody's positions went away: sequences released, and blocks that a window had passed."""
 
     def close(self) -> None:
         """Give all extents back. Nothing else may be called afterwards."""
@@ -163,7 +168,7 @@ class KVCache:
         ``ahead`` is the most positions by which layers of a group can be apart, a step's own rows included; the less,
         the fewer blocks a windowed group sets aside. None: any number, so that windows save nothing.
         ``keys`` name the content of the leading blocks. Returns how many leading positions were found published and
-        are shared, in whole blocks and never all of ``tokens``: the watermark of every layer starts there.
+        are shared, in whole blocks, and where groups have windows never all: the watermark of every layer starts there.
         """
         if sequence in self._held:
             raise UsageError(f"sequence {sequence} already holds a reservation; release it first")
@@ -173,7 +178,7 @@ class KVCache:
             raise UsageError(f"sequence {sequence}: expected ahead >= 1, got {ahead}")
         size = self.layout.block_tokens
         total = -(-tokens // size)
-        shared = self.match(keys[: (tokens - 1) // size])
+        shared = self.match(keys[: (tokens - bool(self._windowed)) // size])
         found = self._find(keys[: shared // size])
         counts = [self._count(group, total, ahead or tokens) for group in self.groups]
         needs = [min(count - len(own), total - shared // size) for count, (_, own) in zip(counts, found, strict=True)]
@@ -242,6 +247,7 @@ class KVCache:
             blocks.promised -= int(self._promised[index, slot])
             blocks.tidy()
         self._generation[slot] += 1
+        self._losses += 1
         self._free_slots.append(slot)
         del self._held[sequence]
 
@@ -333,6 +339,8 @@ class KVCache:
             held=held,
             attend=attend,
             store=store,
+            sound=((self._filled[:, slots] - starts).min(axis=1) >= 0).tolist(),
+            losses=self._losses,
         )
 
     def require_past(self, layer: int, placement: Placement) -> None:
@@ -340,6 +348,8 @@ class KVCache:
 
         Of rows that attend, no position that a window reaches may have gone back since they were placed.
         """
+        if placement.sound[layer] and placement.losses == self._losses:
+            return
         slots = placement.slots
         if (self._generation[slots] != placement.generations).any():
             i = int((self._generation[slots] != placement.generations).argmax())
@@ -351,6 +361,7 @@ class KVCache:
                 f"sequence {placement.rows.runs[i].sequence}, layer {layer}: position {placement.starts[i]} comes "
                 f"after {filled[i]} stored ones; the positions between are missing"
             )
+        placement.sound[layer] = True
         group = self._group_of[layer]
         window = self.groups[group].window
         if window is None or not placement.attend:
@@ -367,8 +378,8 @@ class KVCache:
     def advance(self, layer: int, placement: Placement) -> None:
         """The rows have been stored in ``layer``: raise its watermarks. Errors are those of `require_past`."""
         self.require_past(layer, placement)
-        slots = placement.slots
-        self._filled[layer, slots] = np.maximum(self._filled[layer, slots], placement.starts + placement.counts)
+        filled, slots = self._filled[layer], placement.slots
+        filled[slots] = np.maximum(filled[slots], placement.starts + placement.counts)
 
     def require_space(self, placement: Placement) -> None:
         """`UsageError` for rows that are not to be stored."""
@@ -475,6 +486,7 @@ class KVCache:
         if first > old_first:
             blocks.give(table[old_first:first].tolist())
             table[old_first:first] = -1
+            self._losses += 1
             # What was given back can be taken again: this sequence has a right to a number of blocks.
             blocks.promised += first - old_first
         if last > old_next:

@@ -98,16 +98,36 @@ class NativeBackend:
 
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         check_key_value(layer, self.cache.shape(layer), rows.tokens, k, v)
-        self._append(self._plan(self.cache.place(rows, attend=False)), layer, k, v)
+        plan = self._plan(self.cache.place(rows, attend=False))
+        self.cache.require_past(layer, plan.placement)
+        if k.dtype != v.dtype:
+            k, v = k.float(), v.float()
+        k, v = k.contiguous(), v.contiguous()
+        step = plan.steps[self.cache.group_of(layer)]
+        _library.lamina_append(
+            self.workers.handle, byref(self._layer(layer, k)), byref(step), k.data_ptr(), v.data_ptr()
+        )
+        self.cache.advance(layer, plan.placement)
 
     def plan(self, rows: Rows, *, store: bool = True) -> NativePlan:
         return self._plan(self.cache.place(rows, store=store))
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         assert isinstance(plan, NativePlan)
-        check_query(layer, self.cache.shape(layer), plan.rows.tokens, q)
+        shape, tokens = self.cache.shape(layer), plan.rows.tokens
+        check_query(layer, shape, tokens, q)
         self.cache.require_past(layer, plan.placement)
-        return self._attend(plan, layer, q, None)
+        q = q.contiguous()
+        out = Partial(torch.empty(tokens, shape.q_heads, shape.v_dim), torch.empty(tokens, shape.q_heads))
+        _library.lamina_past(
+            self.workers.handle,
+            byref(self._layer(layer, q)),
+            byref(plan.steps[self.cache.group_of(layer)]),
+            q.data_ptr(),
+            out.o.data_ptr(),
+            out.lse.data_ptr(),
+        )
+        return out
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
         assert isinstance(plan, NativePlan)
@@ -116,8 +136,26 @@ class NativeBackend:
         check_query(layer, shape, tokens, q)
         check_key_value(layer, shape, tokens, k, v)
         check_past(layer, shape, tokens, past)
-        self._append(plan, layer, k, v)
-        return self._attend(plan, layer, q, past)
+        self.cache.require_past(layer, plan.placement)
+        if k.dtype != v.dtype:
+            k, v = k.float(), v.float()
+        q, k, v, past = q.contiguous(), k.contiguous(), v.contiguous(), Partial(*[part.contiguous() for part in past])
+        out = Partial(torch.empty(tokens, shape.q_heads, shape.v_dim), torch.empty(tokens, shape.q_heads))
+        _library.lamina_finish(
+            self.workers.handle,
+            byref(self._layer(layer, q)),
+            byref(self._layer(layer, k)),
+            byref(plan.steps[self.cache.group_of(layer)]),
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            past.o.data_ptr(),
+            past.lse.data_ptr(),
+            out.o.data_ptr(),
+            out.lse.data_ptr(),
+        )
+        self.cache.advance(layer, plan.placement)
+        return out
 
     def export(self, sequence: int, layer: int, start: int, stop: int) -> Stored:
         table = self.cache.stored(sequence, layer, start, stop)
@@ -150,36 +188,6 @@ class NativeBackend:
         first, size = addresses.ctypes.data, addresses.itemsize * runs
         steps = [Step(first + group * size, *pointers, runs) for group in range(len(addresses))]
         return NativePlan(placement, steps, addresses)
-
-    def _append(self, plan: NativePlan, layer: int, k: Tensor, v: Tensor) -> None:
-        self.cache.require_past(layer, plan.placement)
-        if k.dtype != v.dtype:
-            k, v = k.float(), v.float()
-        k, v = k.contiguous(), v.contiguous()
-        step = plan.steps[self.cache.group_of(layer)]
-        _library.lamina_append(
-            self.workers.handle, byref(self._layer(layer, k)), byref(step), k.data_ptr(), v.data_ptr()
-        )
-        self.cache.advance(layer, plan.placement)
-
-    def _attend(self, plan: NativePlan, layer: int, q: Tensor, past: Partial | None) -> Partial:
-        shape, tokens = self.cache.shape(layer), plan.rows.tokens
-        q = q.contiguous()
-        out = Partial(torch.empty(tokens, shape.q_heads, shape.v_dim), torch.empty(tokens, shape.q_heads))
-        if past is not None:
-            past = Partial(past.o.contiguous(), past.lse.contiguous())
-        _library.lamina_attend(
-            self.workers.handle,
-            byref(self._layer(layer, q)),
-            byref(plan.steps[self.cache.group_of(layer)]),
-            q.data_ptr(),
-            None if past is None else past.o.data_ptr(),
-            None if past is None else past.lse.data_ptr(),
-            out.o.data_ptr(),
-            out.lse.data_ptr(),
-            past is not None,
-        )
-        return out
 
     def _layer(self, layer: int, given: Tensor) -> Layer:
         return self._layers[given.dtype][layer]

@@ -12,7 +12,6 @@ Prefill is bound by arithmetic and compared with torch. Appending is shown besid
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lamina.attention.pool import Memory
 from lamina.attention.rows import Rows, Run
 from lamina.bench import report
-from lamina.bench.bandwidth import Bandwidth, Others, cache_bytes, free_bytes, in_turns, read_bytes
+from lamina.bench.bandwidth import Bandwidth, Others, cache_bytes, check_threads, free_bytes, in_turns, read_bytes
 from lamina.bench.contenders import LIBRARIES, Content, Own, Point, layout_of, scattered
 from lamina.errors import CapacityError, ConfigError
 
@@ -107,7 +106,7 @@ def run(backends: list[str] | None, *, threads: int | None, as_json: bool, plot:
     if plot:
         report.figure_class()
     console = Console(stderr=True)
-    threads = _check_threads(threads)
+    threads = check_threads(threads)
     names = _usable(backends, console)
     machine, rows = _measure(names, threads, console, quick=quick)
     if as_json:
@@ -116,13 +115,6 @@ def run(backends: list[str] | None, *, threads: int | None, as_json: bool, plot:
         _print(rows, machine)
     if plot:
         _draw(plot, rows)
-
-
-def _check_threads(threads: int | None) -> int:
-    cores = len(os.sched_getaffinity(0))
-    if threads is not None and threads > cores:
-        raise ConfigError(f"--threads: expected at most {cores}, the cores that this process may use, got {threads}")
-    return threads or cores
 
 
 def _usable(backends: list[str] | None, console: Console) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from lamina.attention.native.library import Workers
 from lamina.attention.pool import Memory
+from lamina.errors import ConfigError
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -155,6 +156,14 @@ def cache_bytes() -> int:
                 size[-1], 0
             )
     return sum(caches.values()) or ASSUMED_CACHE
+
+
+def check_threads(threads: int | None) -> int:
+    """What ``--threads`` says, or all cores; ConfigError for more of them than there are."""
+    cores = len(os.sched_getaffinity(0))
+    if threads is not None and threads > cores:
+        raise ConfigError(f"--threads: expected at most {cores}, the cores that this process may use, got {threads}")
+    return threads or cores
 
 
 def free_bytes() -> int:

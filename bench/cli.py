@@ -41,6 +41,19 @@ def attention(
 
 
 @app.command()
+def slices(
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of everything; default: all cores.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the slices.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option(help="The larger model alone, and three batches.")] = False,
+) -> None:
+    """Slices on the CPU against their products alone, by oneDNN, and against the memory's bandwidth."""
+    from lamina.bench.slices import run
+
+    run(threads=threads, compiled=compiled, as_json=as_json, quick=quick)
+
+
+@app.command()
 def transport(
     transport: Annotated[list[str] | None, typer.Option(help="Measure only this one; may be given again.")] = None,
     rdma_device: Annotated[
@@ -79,9 +92,30 @@ def pipeline(
     run(as_json=as_json, plot=plot, quick=quick)
 
 
+@app.command()
+def throughput(
+    peers: Annotated[str, typer.Option(help="Engines to compare with, by commas.")] = "transformers,llama.cpp,vllm",
+    models: Annotated[str, typer.Option(help="S (160 million parameters), M (1.1 billion), or T, a toy.")] = "S,M",
+    shapes: Annotated[str | None, typer.Option(help="Batch x context, by commas, such as 1x512,32x2048.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s over those of the best peer.")] = None,
+    quick: Annotated[bool, typer.Option(help="Two shapes, one round, no sweep of threads.")] = False,
+) -> None:
+    """Decode throughput against other engines, each installed into an environment of its own at the first run."""
+    from lamina.bench.throughput import parse_shapes, run
+
+    chosen = parse_shapes(shapes) if shapes is not None else None
+    run(_names(peers), _names(models), chosen, as_json=as_json, plot=plot, quick=quick)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 @app.command(name="all")
 def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
     """Every benchmark, with its defaults."""
     transport(quick=quick)
     attention(quick=quick)
+    slices(quick=quick)
     decode(quick=quick)

@@ -31,14 +31,21 @@ KILL_AFTER_S = 5.0
 """How long a process may take to end once it has drained, or once it need not."""
 
 
-def local_config(folder: Path, model: Path, *, memory_nodes: int, dtype: str, memory: str) -> ClusterConfig:
+def local_config(
+    folder: Path, model: Path, *, memory_nodes: int, dtype: str, memory: str, compiled: bool = True
+) -> ClusterConfig:
     """Write ``folder``/cluster.toml: one compute node and ``memory_nodes`` memory nodes on free ports of this machine.
 
     Each node computes with one thread, as they share the machine's cores.
     """
     front, *ports = free_ports(1 + memory_nodes)
     address = "tcp://127.0.0.1:{}".format
-    lines = ["[model]", f"path = {json.dumps(str(model.resolve()))}", f'dtype = "{dtype}"']
+    lines = [
+        "[model]",
+        f"path = {json.dumps(str(model.resolve()))}",
+        f'dtype = "{dtype}"',
+        f"compile = {json.dumps(compiled)}",
+    ]
     lines += ["[[node]]", 'name = "c0"', 'role = "compute"', f'address = "{address(front)}"', "threads = 1"]
     for i, port in enumerate(ports):
         lines += ["[[node]]", f'name = "m{i}"', 'role = "memory"', f'address = "{address(port)}"', "threads = 1"]

@@ -54,6 +54,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """The type in which memory nodes store keys and values. None: that in which the model runs."""
     context: Positive | None = None
     """The most tokens of one request, prompt and answer together. None: what the model was made for."""
+    compile: bool = True
+    """Compile the slices where they run on a CPU: the first start takes longer, and keeps the result for the others."""
 
 
 class PipelineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -150,13 +150,18 @@ def write_config(
     memory: str = "16MiB",
     sections: str = "",
     model_keys: str = "",
+    compiled: bool = False,
     transport_keys: str = "",
     wiring: Wiring | None = None,
 ) -> ClusterConfig:
-    """A cluster file with one compute node ``c0`` and memory nodes ``m0``, ``m1``, ... on ``memory_ports``."""
+    """A cluster file with one compute node ``c0`` and memory nodes ``m0``, ``m1``, ... on ``memory_ports``.
+
+    The slices are not ``compiled`` by default: a tiny model is ready sooner and hardly slower without.
+    """
     wiring = wiring or default
     (front,) = free_ports(1)
-    lines = [f'[model]\npath = "{model}"\ndtype = "{dtype}"\n{model_keys}\n{sections}']
+    lines = [f'[model]\npath = "{model}"\ndtype = "{dtype}"\ncompile = {json.dumps(compiled)}\n{model_keys}']
+    lines.append(sections)
     lines.append(f'[transport]\nkind = "{wiring.kind}"\npeer_timeout = {wiring.peer_timeout}\n{transport_keys}')
     lines += [f"{key} = {json.dumps(value)}" for key, value in wiring.keys().items()]
     lines.append(f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://{wiring.compute}:{front}"\nthreads = 1')

@@ -58,7 +58,7 @@ class Nodes:
 
     def reserve(self, ask: Ask) -> int:
         """How many leading positions are shared."""
-        if not ask.first:
+        if ask.had:
             assert self.space[ask.id] < ask.tokens
             self.space[ask.id] = ask.tokens
             shared = 0
@@ -78,6 +78,7 @@ class Cluster:
         self.scheduler = scheduler
         self.nodes = Nodes(blocks)
         self.steps: list[Step | None] = [None] * batches
+        self.ids: list[list[int]] = [[] for _ in range(batches)]
         self.asks: list[Ask] = []
         self.everybody: list[Sequence] = []
         self.live: list[Sequence] = []
@@ -105,7 +106,9 @@ class Cluster:
     def begin(self, slot: int) -> bool:
         """The next step of a slot; False if it has nothing to do or to say."""
         assert self.steps[slot] is None
+        first = min((s for s in self.live if s.slot >= 0), key=lambda s: s.rank, default=None)
         step = self.scheduler.next_step(slot)
+        assert first is None or first.slot >= 0  # nobody preempts the first
         if step is None:
             return False
         self.nodes.tell(step)
@@ -113,6 +116,7 @@ class Cluster:
         self.check(step)
         if step.decode or step.prompts:
             self.steps[slot] = step
+            self.ids[slot] = [s.id for s in _sequences(step)]
         return True
 
     def check(self, step: Step) -> None:
@@ -134,14 +138,14 @@ class Cluster:
     def answer(self, which: int = 0) -> None:
         """The memory nodes answer one of the questions. Of one sequence they answer in order."""
         ask = self.asks.pop(which)
-        if ask.stands():
-            self.scheduler.grant(ask, self.nodes.reserve(ask))
-        else:
-            assert ask.id not in self.nodes.space
+        stands = ask.stands()
+        assert stands or ask.id not in self.nodes.space
+        self.scheduler.grant(ask, self.nodes.reserve(ask) if stands else 0)
 
     def end(self, slot: int) -> None:
         step, self.steps[slot] = self.steps[slot], None
         assert step
+        assert self.ids[slot] == [s.id for s in _sequences(step)]  # nobody leaves in the middle of a step
         for row in step.decode:
             self.nodes.stored[row.sequence.id] = row.position + 1
         for chunk in step.prompts:
@@ -240,7 +244,7 @@ def test_space_is_asked_for_before_it_is_needed() -> None:
     asked = s.next_step(0)
     assert asked
     assert not asked.prompts
-    assert [(a.tokens, a.first) for a in asked.asks] == [(8, True)]
+    assert [(a.tokens, a.had) for a in asked.asks] == [(8, 0)]
     assert s.next_step(0) is None
     s.grant(asked.asks[0])
 
@@ -255,7 +259,7 @@ def test_space_is_asked_for_before_it_is_needed() -> None:
             s.grant(ask)
 
     assert [a.tokens for a in asks] == [12, 16, 20, 24]
-    assert not any(a.first for a in asks)
+    assert all(a.had for a in asks)
 
 
 # -- admission
@@ -373,25 +377,55 @@ def test_the_youngest_gives_way_and_comes_back_with_its_output() -> None:
 
 
 def test_the_lowest_priority_gives_way_first() -> None:
-    """However long ago it came."""
-    s = scheduler(blocks=8, prefill_tokens=64)
-    low, high = make(6, 20, priority=-1), make(6, 20)
+    """However long ago it came; and no more of them than it takes."""
+    s = scheduler(blocks=12, prefill_tokens=64)
+    low, high, middle = make(6, 20, priority=-2), make(6, 20), make(6, 20, priority=-1)
     s.submit(low)
     s.finish(0, start(s), [1])
     s.submit(high)
+    s.submit(middle)
 
     run_until_preempted(s)
 
-    assert (low.slot, high.slot) == (-1, 0)
+    assert (low.slot, high.slot, middle.slot) == (-1, 0, 0)
 
 
 def test_who_has_nobody_below_sits_out_and_keeps_its_space() -> None:
     """The lowest does not preempt itself; it goes on when the others are done."""
-    c = cluster(blocks=11, prefill_tokens=64)
-    for max_tokens in (8, 16, 24):
-        c.submit(make(6, max_tokens))
+    c = cluster(blocks=19, prefill_tokens=64, ahead_blocks=6)
+    c.submit(make(6, 26))  # has 8 blocks from the beginning
+    c.submit(make(20, 30))  # has 11, and needs 13 before the other is done
     c.settle()
-    assert c.answered == 3
+    assert (c.answered, c.scheduler.preemptions) == (2, 0)
+
+
+def test_an_answer_that_comes_too_late_counts_for_nothing() -> None:
+    """Space that was granted to a sequence before it was preempted is not there when it is admitted again."""
+    s = scheduler(blocks=8, prefill_tokens=64)
+    old, young = make(6, 22), make(6, 20)
+    s.submit(old)
+    s.submit(young)
+    late: list[Ask] = []
+    steps = 0
+    while not old.finish_reason:
+        step = s.next_step(0)
+        assert step
+        for ask in step.asks:
+            if ask.sequence is young and not ask.first:
+                late.append(ask)
+            else:
+                s.grant(ask)
+        if step.decode or step.prompts:
+            s.finish(0, step, [1] * len(step.sampled))
+            steps += 1
+    assert (s.preemptions, len(late)) == (1, 1)
+    s.grant(late[0])
+
+    step = s.next_step(0)
+
+    assert step
+    assert [ask.sequence for ask in step.asks] == [young]
+    assert not step.prompts
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3])

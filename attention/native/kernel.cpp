@@ -318,17 +318,21 @@ inline void read_row(const void *from, int type, size_t at, int n, float *to) {
 // Copies of the pages in which some tokens are not to be read, because nobody has written them or a window has passed
 // them: the weight of such a token is 0, but 0 times NaN is NaN. Zeros take their place.
 inline const uint8_t *clean_page(const uint8_t *v, int type, int chunks, int from, int to, uint8_t *copy) {
-    int item = item_bytes(type), bytes = chunks * PAGE * PAGE * item;
-    std::memcpy(copy, v, bytes);
-    int step = paired(type) ? 2 * item : item, span = paired(type) ? item : PAGE * item;
-    for (int t = 0; t < PAGE; ++t) {
-        if (t >= from && t < to) continue;
-        for (int c = 0; c < chunks; ++c) {
-            uint8_t *line = copy + (c * (PAGE / 2) + t / 2) * LINE * item + (t % 2) * span;
-            if (!paired(type))
-                std::memset(line, 0, PAGE * item);
-            else
-                for (int d = 0; d < PAGE; ++d) std::memset(line + d * step, 0, item);
+    const int item = item_bytes(type), line_bytes = LINE * item;
+    for (int line = 0; line < chunks * (PAGE / 2); ++line, v += line_bytes) {
+        const int t = line % (PAGE / 2) * 2;  // and t + 1
+        const bool keeps[2] = {t >= from && t < to, t + 1 >= from && t + 1 < to};
+        uint8_t *out = copy + line * line_bytes;
+        if (paired(type)) {
+            const uint32_t first = item == 1 ? 0x00ff00ff : 0x0000ffff;
+            const uint32_t mask = (keeps[0] ? first : 0) | (keeps[1] ? ~first : 0);
+            for (int i = 0; i < line_bytes / 4; ++i) ((uint32_t *)out)[i] = ((const uint32_t *)v)[i] & mask;
+        } else {
+            for (int which = 0; which < 2; ++which)
+                if (keeps[which])
+                    std::memcpy(out + which * PAGE * item, v + which * PAGE * item, PAGE * item);
+                else
+                    std::memset(out + which * PAGE * item, 0, PAGE * item);
         }
     }
     return copy;
@@ -336,7 +340,7 @@ inline const uint8_t *clean_page(const uint8_t *v, int type, int chunks, int fro
 
 // What becomes of the rows of a chunk: output, or a part that the last one to be done merges, in the order of parts.
 inline void leave(const Layer &layer, const Step &step, const Call &call, const Chunk &chunk, float up, Scratch &s) {
-    const int rows = chunk.queries * layer.group, dim = padded(layer.v_dim);
+    const int rows = chunk.rows(layer.group), dim = padded(layer.v_dim);
     if (chunk.parts > 1) {
         const size_t size = size_t(rows) * (dim + 2);
         const float *states = call.states + chunk.state;
@@ -362,8 +366,8 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
         }
     }
     for (int r = 0; r < rows; ++r) {
-        const size_t token = step.rows[chunk.run] + chunk.first + r / layer.group;
-        const size_t head = chunk.head * layer.group + r % layer.group, at = token * layer.q_heads() + head;
+        const size_t token = step.rows[chunk.run] + chunk.query(layer.group, r);
+        const size_t head = chunk.q_head(layer.group, r), at = token * layer.q_heads() + head;
         float scale = 1, sum = s.sum[r], peak = s.peak[r];
         if (call.present && layer.sinks) {
             const float sink = layer.sinks[head] * LOG2_E, top = sink > peak ? sink : peak;
@@ -428,7 +432,7 @@ __attribute__((noinline)) float weigh(const Layer &layer, int tokens, int from, 
 template <class P>
 void attend_with(const Layer &layer, const Step &step, const Call &call, const Chunk &chunk, Scratch &s) {
     constexpr int type = P::type;
-    const int group = layer.group, rows = chunk.queries * group;
+    const int group = layer.group, rows = chunk.rows(group), head_rows = chunk.queries * group;
     const int k_lines = padded(layer.qk_dim) / 2, dim = padded(layer.v_dim), chunks = dim / 16;
     const int64_t start = step.starts[chunk.run];
     const int64_t *table = step.tables[chunk.run];
@@ -441,8 +445,7 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
     const int terms = rounds && layer.input_type != BFLOAT16 ? 2 : 1;
     for (int r = 0; r < rows; ++r) {
         float row[MAX_DIM];
-        size_t token = step.rows[chunk.run] + chunk.first + r / group;
-        size_t head = chunk.head * group + r % group;
+        size_t token = step.rows[chunk.run] + chunk.query(group, r), head = chunk.q_head(group, r);
         read_row(call.q, layer.input_type, (token * layer.q_heads() + head) * layer.qk_dim, layer.qk_dim, row);
         s.q_scale[r] = layer.scale * P::pack(row, k_lines, q + r * k_lines) * (layer.softcap > 0 ? 1 : LOG2_E);
         if (terms == 2) {
@@ -468,30 +471,34 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
     const int64_t pages_end = (chunk.high + PAGE - 1) / PAGE;
     const uint8_t *k_pages[2][TILE_PAGES], *v_pages[2][TILE_PAGES];
     const float *k_scales[2][TILE_PAGES], *v_scales[2][TILE_PAGES];
-    auto locate = [&](int64_t page, int into) {
+    auto locate = [&](int64_t page, int head, int into) {
         int count = 0;
         for (; count < TILE_PAGES && page + count < pages_end; ++count) {
-            Place p = place(layer, table, chunk.head, page + count);
+            Place p = place(layer, table, chunk.head + head, page + count);
             k_pages[into][count] = p.k, v_pages[into][count] = p.v;
             k_scales[into][count] = p.k_scales, v_scales[into][count] = p.v_scales;
         }
         return count;
     };
 
+    // A tile of one head after the other, because they lie behind one another in a block.
     int64_t page = chunk.low / PAGE;
-    int now = 0, count = locate(page, now);
+    int head = 0, now = 0, count = locate(page, head, now);
     while (count) {
-        const int next = 1 - now, next_count = locate(page + count, next);
+        const int next = 1 - now, next_head = head + 1 < chunk.heads ? head + 1 : 0;
+        const int64_t next_page = next_head ? page : page + count;
+        const int next_count = locate(next_page, next_head, next);
         // What to fetch meanwhile: the next tile, if it has something for every page; else nothing that is not here.
-        const int ahead = call.prefetch && next_count >= count ? next : now;
+        const int ahead = next_count >= count ? next : now;
         const int64_t first = page * PAGE;
-        const int tokens = count * PAGE;
+        const int tokens = count * PAGE, base = head * head_rows;
 
         for (int term = 0; term < terms; ++term)
-            by_rows(rows, [&](auto block, int row) {
+            by_rows(head_rows, [&](auto block, int row) {
                 const bool first_time = row + term == 0;
                 score_rows<P, block>(k_pages[now], k_pages[first_time ? ahead : now], count, k_lines,
-                                     q + (term * ROWS + row) * k_lines, k_lines, s.scores + row * TILE, term > 0);
+                                     q + (term * ROWS + base + row) * k_lines, k_lines, s.scores + row * TILE,
+                                     term > 0);
             });
 
         // Positions that nobody may read: before the first and behind the last of the chunk.
@@ -504,26 +511,24 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
             if (from > 0 || to < PAGE) v_read[n] = clean_page(v_read[n], type, chunks, from, to, s.edge[n]);
         }
 
-        for (int r = 0; r < rows; ++r) {
+        float *o = s.o + base * dim;
+        for (int r = 0; r < head_rows; ++r) {
             const int64_t position = start + chunk.first + r / group - first;  // within the tile
             int from = low, to = high;
             if (layer.window && position - layer.window + 1 > from)
                 from = position - layer.window + 1 < tokens ? int(position - layer.window + 1) : tokens;
             if (position + 1 < to) to = position + 1 > 0 ? int(position + 1) : 0;
-            float *o = s.o + r * dim;
-            if (count == TILE_PAGES && from == 0 && to == tokens)
-                s.weight_scale[r] = weigh<P, TILE, false>(layer, tokens, 0, tokens, k_scales[now], v_scales[now], r,
-                                                          dim, s.scores + r * TILE, weights + r * weight_stride, o, s);
-            else
-                s.weight_scale[r] = weigh<P, 0, true>(layer, tokens, from, to, k_scales[now], v_scales[now], r, dim,
-                                                      s.scores + r * TILE, weights + r * weight_stride, o, s);
+            const auto weigh_row = count == TILE_PAGES && from == 0 && to == tokens ? weigh<P, TILE, false>
+                                                                                    : weigh<P, 0, true>;
+            s.weight_scale[r] = weigh_row(layer, tokens, from, to, k_scales[now], v_scales[now], base + r, dim,
+                                          s.scores + r * TILE, weights + r * weight_stride, o + r * dim, s);
         }
 
-        by_rows(rows, [&](auto block, int row) {
+        by_rows(head_rows, [&](auto block, int row) {
             value_rows<P, block>(v_read, v_pages[row ? now : ahead], count, chunks, weights + row * weight_stride,
-                                 weight_stride, s.weight_scale + row, s.o + row * dim, dim);
+                                 weight_stride, s.weight_scale + row, o + row * dim, dim);
         });
-        page += count, now = next, count = next_count;
+        page = next_page, head = next_head, now = next, count = next_count;
     }
     leave(layer, step, call, chunk, P::up, s);
 }

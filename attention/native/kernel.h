@@ -71,15 +71,20 @@ inline Place place(const Layer &layer, const int64_t *table, int head, int64_t p
     return p;
 }
 
-// The queries first .. first+queries-1 of a run, in the heads of one KV head, over the positions low .. high-1.
+// The queries first .. first+queries-1 of a run, in the heads of the KV heads head .. head+heads-1, over the positions
+// low .. high-1. A row is one of these queries in one of these heads, the rows of a KV head one behind the other.
 // `parts` > 1: there are chunks of the same rows over other positions, to be merged; their states lie side by side in
 // Call.states from `state` on, and Call.ready[ready] counts those that are done.
 struct Chunk {
-    int32_t run, head, first, queries;
+    int32_t run, head, heads, first, queries;
     int64_t low, high;
     int32_t part, parts;
     int64_t state;
     int32_t ready;
+
+    int rows(int group) const { return heads * queries * group; }
+    int query(int group, int row) const { return first + row % (queries * group) / group; }
+    int q_head(int group, int row) const { return (head + row / (queries * group)) * group + row % group; }
 };
 
 // The tokens first .. first+count-1 of a run, to be stored in one KV head.
@@ -96,8 +101,7 @@ struct Call {
     float *states;                   // of a part: for each row its output, padded, and then all peaks and all sums
     int32_t *ready;
     float *o, *lse;
-    bool present;   // over the new tokens, which ends the step: sinks join now
-    bool prefetch;  // fetch each tile while the one before is worked on; changes no result
+    bool present;  // over the new tokens, which ends the step: sinks join now
 };
 
 // Memory of one worker.

@@ -14,7 +14,7 @@ from torch import Tensor
 from lamina.attention.native.build import LIBRARY
 from lamina.errors import CapacityError, ConfigError, UsageError
 
-ABI = 1
+ABI = 2
 """``ABI`` of workers.cpp."""
 
 REBUILD = "install g++ and run: python -m lamina.attention.native.build"
@@ -71,7 +71,8 @@ def load() -> ctypes.CDLL:
         "lamina_workers": (c_void_p, (c_char_p, c_int, POINTER(c_int), c_int)),
         "lamina_close": (None, (c_void_p,)),
         "lamina_layer_bytes": (c_int64, (POINTER(Layer),)),
-        "lamina_attend": (c_int, (c_void_p, POINTER(Layer), POINTER(Step), *(c_void_p,) * 5, c_int)),
+        "lamina_past": (c_int, (c_void_p, POINTER(Layer), POINTER(Step), *(c_void_p,) * 3)),
+        "lamina_finish": (c_int, (c_void_p, POINTER(Layer), POINTER(Layer), POINTER(Step), *(c_void_p,) * 7)),
         "lamina_append": (c_int, (c_void_p, POINTER(Layer), POINTER(Step), c_void_p, c_void_p)),
         "lamina_copy": (None, (POINTER(Layer), c_void_p, c_int64, c_int64, *(c_void_p,) * 4, c_int64, c_int)),
         "lamina_read": (c_int, (c_void_p, c_void_p, c_int64)),

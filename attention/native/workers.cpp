@@ -5,12 +5,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <array>
 #include <atomic>
-#include <chrono>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
 #include <new>
 #include <string>
@@ -21,12 +18,12 @@
 namespace lamina {
 namespace {
 
-constexpr int ABI = 1;                // counted up when a call changes its meaning; see library.py
+constexpr int ABI = 2;                // counted up when a call changes its meaning; see library.py
 constexpr int SPINS = 4000;           // tens of us: the next layer of a step comes soon; after that a worker sleeps
 constexpr int64_t PART_TILES = 32;    // of a long context: merging a part costs less than one of its tiles
 constexpr int ROWS_AT_ONCE = 64;      // of several queries: more would leave the second-level cache
-constexpr int TRIALS = 8;             // calls with and without prefetching, in turns
-constexpr int64_t TRIAL_TILES = 512;  // of a worker: enough to be measured, and more than its caches hold
+constexpr int CHUNKS_PER_WORKER = 8;  // at least, so that all end together
+constexpr int64_t PAGES_ALONE = 32;   // done before others would be awake
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -64,24 +61,6 @@ bool supported(const Kernel &kernel) {
     return name == "portable";
 }
 
-// Whether to prefetch by instructions, which is better where the arithmetic takes long enough to hide it, or to leave
-// it to the processor, which keeps more lines on their way where nothing but memory counts. Which of the two a load is
-// depends on the machine, so the first large calls of each kind try both.
-class Prefetching {
-  public:
-    bool trying() const { return calls_ < TRIALS; }
-    bool next() const { return calls_ % 2; }
-    bool settled() const { return trying() || best_[1] <= best_[0]; }
-    void took(double seconds_per_tile) {
-        double &best = best_[calls_++ % 2];
-        best = seconds_per_tile < best ? seconds_per_tile : best;
-    }
-
-  private:
-    int calls_ = 0;
-    double best_[2] = {1e9, 1e9};
-};
-
 // N - 1 threads, each pinned to a processor if some are given, and the one that calls, which stays where its owner put
 // it. Work is numbered, and taken in the order of the numbers.
 class Workers {
@@ -117,24 +96,29 @@ class Workers {
     bool complete() const { return threads_.size() + 1 == scratch_.size(); }
     int threads() const { return int(scratch_.size()); }
 
-    // Call f(number, scratch) for every number below `count`; returns when all are done.
+    // Call f(number, scratch) for every number below `count`; returns when all are done. The others help, unless this
+    // thread is to do it `alone`; it does not wait for one that has not come by the time that nothing is left to take,
+    // because its processor may be busy with something else.
     template <class Function>
-    void run(int64_t count, Function f) {
+    void run(int64_t count, bool alone, Function f) {
         if (!count) return;
-        next_ = 0, count_ = count;
-        if (threads_.empty() || count == 1) {
+        if (alone || threads_.empty() || count == 1) {
             for (int64_t i = 0; i < count; ++i) f(i, *scratch_[0]);
             return;
         }
+        next_ = 0, count_ = count;
         work_ = [&](int64_t i, Scratch &scratch) { f(i, scratch); };
-        running_ = int(threads_.size());
+        helpers_.fetch_and(~CLOSED, std::memory_order_release);
         begin();
         take(*scratch_[0]);
-        for (int spins = 0; running_.load(std::memory_order_acquire);) {
+        helpers_.fetch_or(CLOSED, std::memory_order_relaxed);
+        for (int spins = 0;;) {
+            const uint32_t left = helpers_.load(std::memory_order_acquire);
+            if (left == CLOSED) return;
             if (++spins < SPINS)
                 relax();
-            else if (uint32_t left = running_.load(std::memory_order_acquire))
-                futex(running_, FUTEX_WAIT, left);
+            else
+                futex(helpers_, FUTEX_WAIT, left);
         }
     }
 
@@ -143,7 +127,6 @@ class Workers {
     std::vector<Piece> pieces;
     std::vector<float> states;
     std::vector<int32_t> ready;
-    std::map<std::array<int, 3>, Prefetching> prefetching;  // by type stored, rows that share a KV head and head size
     std::atomic<uint64_t> sum{0};
 
   private:
@@ -162,22 +145,25 @@ class Workers {
     }
 
     void begin() {
-        generation_.fetch_add(1, std::memory_order_release);
-        futex(generation_, FUTEX_WAKE, 1 << 30);
+        generation_.fetch_add(1);
+        if (sleepers_.load()) futex(generation_, FUTEX_WAKE, 1 << 30);
     }
 
     void work(int index) {
         for (uint32_t seen = 0;;) {
-            for (int spins = 0; generation_.load(std::memory_order_acquire) == seen;) {
-                if (++spins < SPINS)
+            for (int spins = 0; generation_.load() == seen;) {
+                if (++spins < SPINS) {
                     relax();
-                else
-                    futex(generation_, FUTEX_WAIT, seen);
+                    continue;
+                }
+                sleepers_.fetch_add(1);
+                futex(generation_, FUTEX_WAIT, seen);
+                sleepers_.fetch_sub(1);
             }
-            ++seen;
+            seen = generation_.load();
             if (stopping_) return;
-            take(*scratch_[index]);
-            if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) futex(running_, FUTEX_WAKE, 1);
+            if (!(helpers_.fetch_add(1, std::memory_order_acquire) & CLOSED)) take(*scratch_[index]);
+            if (helpers_.fetch_sub(1, std::memory_order_release) == (CLOSED | 1)) futex(helpers_, FUTEX_WAKE, 1);
         }
     }
 
@@ -188,54 +174,95 @@ class Workers {
     std::vector<std::unique_ptr<Scratch, Release>> scratch_;
     std::vector<pthread_t> threads_;
     std::function<void(int64_t, Scratch &)> work_;
-    std::atomic<uint32_t> generation_{0}, running_{0};
+    static constexpr uint32_t CLOSED = 1u << 31;
+    std::atomic<uint32_t> helpers_{CLOSED};  // how many are taking work, and whether nobody may begin to
+    std::atomic<uint32_t> generation_{0}, sleepers_{0};
     std::atomic<int64_t> next_{0};
     int64_t count_ = 0;
     std::atomic<bool> stopping_{false};
 };
 
-// Cut a step into chunks: for each run, KV head and block of queries the positions it sees. Where one block is all
-// that a run has, as in decode, a long context goes in parts. How a run is cut depends on nothing but itself, and so
-// does every bit of its result, whatever else is in the step and however many workers there are. Returns the tiles.
+// So many queries of a run go together.
+int queries_at_once(const Layer &layer) { return ROWS_AT_ONCE > layer.group ? ROWS_AT_ONCE / layer.group : 1; }
+
+// What the queries from `first` on of a run see, in every KV head. Where they are all that the run has, as in decode, a
+// long context goes in parts. This depends on nothing but the run itself, and so does every bit of its result, whatever
+// else is in the step and however many workers there are.
+struct Span {
+    static constexpr int64_t PART_PAGES = PART_TILES * TILE_PAGES;
+    int32_t queries, parts;
+    int64_t low, high, first_page, pages;
+
+    Span(const Layer &layer, const Step &step, int64_t run, int64_t first, bool present) {
+        const int64_t start = step.starts[run], count = step.counts[run], most = queries_at_once(layer);
+        queries = int32_t(count - first < most ? count - first : most);
+        low = layer.window ? start + first - layer.window + 1 : 0, high = start;
+        if (present) low = low > start ? low : start, high = start + first + queries;
+        low = low > 0 ? low : 0;
+        if (low > high) low = high;
+        first_page = low / PAGE, pages = (high + PAGE - 1) / PAGE - first_page;
+        parts = count == queries && pages ? int32_t((pages + PART_PAGES - 1) / PART_PAGES) : 1;
+    }
+    int64_t begin(int part) const { return part ? (first_page + part * PART_PAGES) * PAGE : low; }
+    int64_t end(int part) const { return part + 1 < parts ? begin(part + 1) : high; }
+};
+
+// Cut a step into chunks, and return its pages. KV heads lie behind one another in a block, so a chunk has all of them,
+// or as many as leave enough chunks for the workers.
 int64_t cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
     auto &chunks = workers.chunks;
     chunks.clear();
-    const int queries_at_once = ROWS_AT_ONCE > layer.group ? ROWS_AT_ONCE / layer.group : 1;
-    int64_t tiles = 0, floats = 0;
+    int64_t pages = 0, floats = 0, spans = 0;
+    auto each_span = [&](auto f) {
+        for (int64_t run = 0; run < step.runs; ++run)
+            for (int64_t first = 0; first < step.counts[run]; first += queries_at_once(layer))
+                f(int32_t(run), int32_t(first), Span(layer, step, run, first, present));
+    };
+    each_span([&](int32_t, int32_t, const Span &span) {
+        pages += span.pages * layer.kv_heads, spans += span.parts;
+    });
+    const int64_t least = workers.threads() > 1 ? CHUNKS_PER_WORKER * workers.threads() : 1;
+    const int64_t cuts = (least + spans - 1) / spans;  // of the KV heads
+    const int heads_wanted = int((layer.kv_heads + cuts - 1) / cuts);
     int32_t split = 0;
-    for (int64_t run = 0; run < step.runs; ++run) {
-        const int64_t start = step.starts[run], count = step.counts[run];
-        for (int64_t first = 0; first < count; first += queries_at_once) {
-            const int queries = int(count - first < queries_at_once ? count - first : queries_at_once);
-            int64_t low = layer.window ? start + first - layer.window + 1 : 0, high = start;
-            if (present) {
-                low = low > start ? low : start;
-                high = start + first + queries;
+    each_span([&](int32_t run, int32_t first, const Span &span) {
+        const int most = ROWS_AT_ONCE / (span.queries * layer.group);
+        const int heads_at_once = most < 1 ? 1 : most < heads_wanted ? most : heads_wanted;
+        for (int head = 0; head < layer.kv_heads; head += heads_at_once) {
+            const int left = layer.kv_heads - head, heads = left < heads_at_once ? left : heads_at_once;
+            Chunk chunk = {run, head, heads, first, span.queries, 0, 0, 0, span.parts, floats, split};
+            for (; chunk.part < span.parts; ++chunk.part) {
+                chunk.low = span.begin(chunk.part), chunk.high = span.end(chunk.part);
+                chunks.push_back(chunk);
             }
-            low = low > 0 ? low : 0;
-            if (low > high) low = high;
-            const int64_t first_page = low / PAGE, end = (high + PAGE - 1) / PAGE;
-            const int64_t pages = PART_TILES * TILE_PAGES;  // of a part
-            int32_t parts = count == queries ? int32_t((end - first_page + pages - 1) / pages) : 1;
-            if (parts < 1) parts = 1;
-            tiles += (end - first_page + TILE_PAGES - 1) / TILE_PAGES * layer.kv_heads;
-            for (int head = 0; head < layer.kv_heads; ++head) {
-                Chunk chunk = {int32_t(run), head, int32_t(first), queries, low, high, 0, parts, floats, split};
-                if (parts > 1) {
-                    floats += int64_t(parts) * queries * layer.group * (padded(layer.v_dim) + 2);
-                    ++split;
-                }
-                for (; chunk.part < parts; ++chunk.part) {
-                    chunk.low = chunk.part ? (first_page + chunk.part * pages) * PAGE : low;
-                    chunk.high = chunk.part + 1 < parts ? (first_page + (chunk.part + 1) * pages) * PAGE : high;
-                    chunks.push_back(chunk);
-                }
+            if (span.parts > 1) {
+                floats += int64_t(span.parts) * chunk.rows(layer.group) * (padded(layer.v_dim) + 2);
+                ++split;
             }
         }
-    }
+    });
     if (int64_t(workers.states.size()) < floats) workers.states.resize(floats);
     workers.ready.assign(split, 0);
-    return tiles;
+    return pages;
+}
+
+// Store the new tokens of the runs of more than `least` tokens.
+void append(Workers &workers, const Layer &layer, const Step &step, const void *k, const void *v, int64_t least) {
+    auto &pieces = workers.pieces;
+    pieces.clear();
+    int64_t pages = 0;
+    for (int64_t run = 0; run < step.runs; ++run) {
+        if (step.counts[run] <= least) continue;
+        for (int64_t first = 0; first < step.counts[run]; first += Piece::MOST)
+            for (int head = 0; head < layer.kv_heads; ++head) {
+                const int64_t left = step.counts[run] - first;
+                pieces.push_back({int32_t(run), head, first, left < Piece::MOST ? left : Piece::MOST});
+                pages += pieces.back().count / PAGE + 1;
+            }
+    }
+    workers.run(int64_t(pieces.size()), pages < PAGES_ALONE, [&](int64_t i, Scratch &scratch) {
+        workers.kernel.append(layer, step, k, v, pieces[i], scratch);
+    });
 }
 
 // Call f(memory of a token's number, canonical place or -1 for padding) for the positions first .. first+count-1 of one
@@ -333,40 +360,38 @@ void lamina_close(void *workers) { delete static_cast<Workers *>(workers); }
 
 int64_t lamina_layer_bytes(const Layer *layer) { return int64_t(layer->kv_heads) * int64_t(layer->head_bytes()); }
 
-int lamina_attend(void *handle, const Layer *layer, const Step *step, const void *q, const float *past_o,
-                  const float *past_lse, float *o, float *lse, int present) {
+int lamina_past(void *handle, const Layer *layer, const Step *step, const void *q, float *o, float *lse) {
     return guarded([&] {
         Workers &workers = *static_cast<Workers *>(handle);
-        const int64_t tiles = cut(workers, *layer, *step, present != 0);
-        Prefetching &prefetching = workers.prefetching[{layer->kv_type, layer->group, layer->qk_dim}];
-        const bool trial = !present && tiles >= TRIAL_TILES * workers.threads() && prefetching.trying();
-        const bool prefetch = trial ? prefetching.next() : prefetching.settled();
-        const Call call = {q,   past_o,       past_lse, workers.states.data(), workers.ready.data(), o,
-                           lse, present != 0, prefetch};
-        const auto start = std::chrono::steady_clock::now();
-        workers.run(int64_t(workers.chunks.size()), [&](int64_t i, Scratch &scratch) {
+        const int64_t pages = cut(workers, *layer, *step, false);
+        const Call call = {q, nullptr, nullptr, workers.states.data(), workers.ready.data(), o, lse, false};
+        workers.run(int64_t(workers.chunks.size()), pages < PAGES_ALONE, [&](int64_t i, Scratch &scratch) {
             workers.kernel.attend(*layer, *step, call, workers.chunks[i], scratch);
         });
-        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-        if (trial) prefetching.took(took.count() / tiles);
+    });
+}
+
+// Store the new tokens, of the input type of `stores`, and attend to them with `layer`, which differs only in that type.
+int lamina_finish(void *handle, const Layer *layer, const Layer *stores, const Step *step, const void *q,
+                  const void *k, const void *v, const float *past_o, const float *past_lse, float *o, float *lse) {
+    return guarded([&] {
+        Workers &workers = *static_cast<Workers *>(handle);
+        // What the queries of several chunks need is stored first; else a chunk stores what it needs.
+        append(workers, *stores, *step, k, v, queries_at_once(*layer));
+        const int64_t pages = cut(workers, *layer, *step, true);
+        const Call call = {q, past_o, past_lse, workers.states.data(), workers.ready.data(), o, lse, true};
+        workers.run(int64_t(workers.chunks.size()), pages < PAGES_ALONE, [&](int64_t i, Scratch &scratch) {
+            const Chunk &chunk = workers.chunks[i];
+            if (chunk.queries == step->counts[chunk.run])
+                for (int head = chunk.head; head < chunk.head + chunk.heads; ++head)
+                    workers.kernel.append(*stores, *step, k, v, {chunk.run, head, 0, chunk.queries}, scratch);
+            workers.kernel.attend(*layer, *step, call, chunk, scratch);
+        });
     });
 }
 
 int lamina_append(void *handle, const Layer *layer, const Step *step, const void *k, const void *v) {
-    return guarded([&] {
-        Workers &workers = *static_cast<Workers *>(handle);
-        auto &pieces = workers.pieces;
-        pieces.clear();
-        for (int64_t run = 0; run < step->runs; ++run)
-            for (int64_t first = 0; first < step->counts[run]; first += Piece::MOST)
-                for (int head = 0; head < layer->kv_heads; ++head) {
-                    const int64_t left = step->counts[run] - first;
-                    pieces.push_back({int32_t(run), head, first, left < Piece::MOST ? left : Piece::MOST});
-                }
-        workers.run(int64_t(pieces.size()), [&](int64_t i, Scratch &scratch) {
-            workers.kernel.append(*layer, *step, k, v, pieces[i], scratch);
-        });
-    });
+    return guarded([&] { append(*static_cast<Workers *>(handle), *layer, *step, k, v, 0); });
 }
 
 // Copy positions between a cache and canonical tensors: k [count, Hkv, Dk], v [count, Hkv, Dv], scales [count, Hkv].
@@ -383,7 +408,7 @@ int lamina_read(void *handle, const uint8_t *bytes, int64_t count) {
     return guarded([&] {
         Workers &workers = *static_cast<Workers *>(handle);
         const int64_t parts = workers.threads(), each = count / parts / 4096 * 4096;
-        workers.run(parts, [&](int64_t i, Scratch &) {
+        workers.run(parts, false, [&](int64_t i, Scratch &) {
             workers.sum += workers.kernel.read(bytes + i * each, i + 1 < parts ? each : count - i * each);
         });
     });

@@ -45,7 +45,9 @@ class _Run:
 def run(*, as_json: bool) -> int:
     """Run the demo; the exit status is 0 only if the tokens are those of ``transformers``."""
     with tempfile.TemporaryDirectory(prefix="lamina-demo-") as folder:
-        config = local_config(Path(folder), CHECKPOINT, memory_nodes=MEMORY_NODES, dtype="float32", memory="64MiB")
+        config = local_config(
+            Path(folder), CHECKPOINT, memory_nodes=MEMORY_NODES, dtype="float32", memory="64MiB", compiled=False
+        )
         log_path = Path(folder) / "nodes.log"
         console = Console(stderr=as_json, highlight=False)
         try:

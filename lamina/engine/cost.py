@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 
 GAIN = 0.05
 """A further batch in flight has to make steps faster by so much to be worth its overhead,"""
@@ -19,9 +20,11 @@ STAY = 0.02
 _MEMORY = 0.02
 """The weight of a new observation among many."""
 _TRUSTED = 8
-"""So many observations are enough to tell that one is out of line,"""
+"""So many observations are enough to tell that one is out of line."""
 _OUTLIER = 3.0
-"""which it is beyond so many times, or less than this part, of what was expected. Then it counts as just that."""
+"""It is, if it is so many times as far off as is usual."""
+_TICK_S = 1e-6
+"""Whatever is measured takes at least about so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +136,14 @@ class _Table:
     def observe(self, tokens: int, seconds: float) -> None:
         number = round(2 * math.log2(tokens))
         found = self._bins.setdefault(number, _Bin())
-        if found.count >= _TRUSTED and found.seconds > 0:
-            seconds = _within(seconds, found.seconds)
         found.count += 1
         weight = max(1 / found.count, _MEMORY)
         found.tokens += weight * (tokens - found.tokens)
-        found.seconds += weight * (seconds - found.seconds)
+        if found.count <= _TRUSTED:
+            found.early.append(seconds)
+            found.seconds = median(found.early)
+        else:
+            found.seconds += weight * (found.usual.within(seconds, found.seconds) - found.seconds)
         self._points = []
 
     def at(self, tokens: int) -> float:
@@ -170,11 +175,30 @@ class _Table:
         return [(x, mean) for _, mean, xs in pools for x in xs]
 
 
+class _Usual:
+    """How far off observations usually are, as the logarithm of a factor. Where they all begin to be far off, that
+    becomes usual within some tens of them: then the machine is another one."""
+
+    def __init__(self) -> None:
+        self._spread = 0.3
+
+    def within(self, seconds: float, expected: float) -> float:
+        """An observation, moved to the edge of what is usual if it is beyond."""
+        off = math.log(max(seconds, _TICK_S) / max(expected, _TICK_S))
+        limit = _OUTLIER * self._spread
+        off = min(max(off, -limit), limit)
+        self._spread = max(0.02, self._spread + 0.1 * (abs(off) - self._spread))
+        return max(expected, _TICK_S) * math.exp(off)
+
+
 @dataclass(slots=True)
 class _Bin:
     count: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
+    early: list[float] = field(default_factory=list)
+    """The first observations, of which nobody can tell yet what is usual."""
+    usual: _Usual = field(default_factory=_Usual)
 
 
 class _Linear:
@@ -186,14 +210,19 @@ class _Linear:
 
     def __init__(self, features: int) -> None:
         self.observed = 0
+        self._usual = _Usual()
         self._squares = [[0.0] * features for _ in range(features)]
         self._products = [0.0] * features
         self._coefficients: list[float] | None = None
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
-        if self.observed >= _TRUSTED and (expected := self.at(features)) > 0:
-            seconds = _within(seconds, expected)
+        size = max(seconds, _TICK_S)
+        if self.observed >= _TRUSTED:
+            size = max(self.at(features), _TICK_S)
+            seconds = self._usual.within(seconds, size)
         self.observed += 1
+        # An error counts in proportion: a tenth of a short step is as bad as a tenth of a long one.
+        features, seconds = [x / size for x in features], seconds / size
         for row, x in zip(self._squares, features, strict=True):
             row[:] = [(1 - _MEMORY) * old + x * other for old, other in zip(row, features, strict=True)]
         self._products = [(1 - _MEMORY) * old + x * seconds for old, x in zip(self._products, features, strict=True)]
@@ -243,10 +272,6 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
 
 def _is_time(seconds: float) -> bool:
     return math.isfinite(seconds) and seconds >= 0
-
-
-def _within(seconds: float, expected: float) -> float:
-    return min(max(seconds, expected / _OUTLIER), expected * _OUTLIER)
 
 
 class Pace:

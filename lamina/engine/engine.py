@@ -9,8 +9,7 @@ from collections.abc import Sequence as Listed
 from typing import Protocol
 
 from lamina.engine.cost import Pace
-from lamina.engine.placement import Placement
-from lamina.engine.remote import RemoteShard
+from lamina.engine.remote import RemoteShard, reserve
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Ask, Outcome, Scheduler, Sequence, Step
 from lamina.engine.step import StepRunner
@@ -182,7 +181,8 @@ class Engine:
         """Pass on to the memory nodes what the scheduler decided."""
         for publication in news.published:
             for node in publication.placement.nodes:
-                if keys := self._keys_of(node, publication.placement, publication.keys):
+                keys = publication.placement.keys_on(node, publication.keys, self.scheduler.block_tokens)
+                if keys:
                     self._shards[node].publish(publication.id, keys)
         for id_ in news.released:
             self._runner.forget(id_)
@@ -190,41 +190,15 @@ class Engine:
                 shard.release(id_)
 
     async def _reserve(self, ask: Ask) -> None:
-        """Have the memory nodes set space aside. Where one refuses, that request alone fails.
-
-        A prompt that begins like others can only share what all nodes still have: if one has less than another, they
-        are asked again for that much. It gets less each time, so this ends.
-        """
-        keys, placement = ask.keys, ask.placement
-        held = {node: n for node in placement.nodes if (n := placement.held(node, ask.tokens))}
-        while ask.stands():  # else it has been released meanwhile
-            asked = [
-                self._shards[node].reserve(ask.id, n, self._keys_of(node, placement, keys)) for node, n in held.items()
-            ]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            if not ask.stands():
-                return
-            found: dict[int, int] = {}
-            for node, answer in zip(held, answers, strict=True):
-                if isinstance(answer, CapacityError):
-                    self._refuse(ask.sequence, answer)
-                    return
-                if isinstance(answer, BaseException):
-                    raise answer
-                found[node] = answer
-            shared = placement.usable(len(keys) * self.scheduler.block_tokens, found)
-            if all(n == placement.held(node, shared) for node, n in found.items()):
-                self.scheduler.grant(ask, shared)
-                self._work[ask.sequence.slot].set()
-                return
-            keys = keys[: shared // self.scheduler.block_tokens]
-            for node in held:
-                self._shards[node].release(ask.id)
-
-    def _keys_of(self, node: int, placement: Placement, keys: Listed[bytes]) -> list[bytes]:
-        """Of leading blocks, those that lie on a node."""
-        size = self.scheduler.block_tokens
-        return [key for block, key in enumerate(keys) if node in placement.owners(block * size)]
+        """Have every memory node set space aside. Where one refuses, that request alone fails."""
+        try:
+            shared = await reserve(self._shards, ask, self.scheduler.block_tokens)
+        except CapacityError as e:
+            if ask.stands():
+                self._refuse(ask.sequence, e)
+        else:
+            self.scheduler.grant(ask, shared)
+            self._wake()
 
     def _refuse(self, sequence: Sequence, error: CapacityError) -> None:
         """A memory node has no space for a request, though the scheduler thought so."""

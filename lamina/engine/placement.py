@@ -50,6 +50,10 @@ class Placement:
             default=tokens,
         )
 
+    def keys_on(self, node: int, keys: Sequence[bytes], block_tokens: int) -> list[bytes]:
+        """Of the keys of leading blocks, those of blocks that lie on ``node``."""
+        return [key for block, key in enumerate(keys) if node in self.owners(block * block_tokens)]
+
     def until_next(self, position: int) -> int | None:
         """Positions from ``position`` on that have the same owners; None: all."""
         return None if self.stripe is None else self.stripe - position % self.stripe

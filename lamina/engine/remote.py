@@ -15,6 +15,7 @@ from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
 from lamina.engine.placement import NodeRows
 from lamina.engine.prompts import PromptKV
+from lamina.engine.scheduler import Ask
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
@@ -296,6 +297,36 @@ def _fail(waiters: list[asyncio.Future[Any]], error: LaminaError) -> None:
         if not waiting.done():
             waiting.set_exception(error)
             waiting.exception()
+
+
+async def reserve(shards: Sequence[RemoteShard], ask: Ask, block_tokens: int) -> int:
+    """Have memory nodes set aside what was asked for; returns how many leading positions of it they share.
+
+    Of a prompt that begins like others, only what all of them still have can be shared, and each forgets when it needs
+    the space. So where one has less than another they are told to start anew with the keys that all had; what they
+    share gets less each time, so this ends. As soon as ``ask`` no longer stands nothing more is asked: it has been
+    released. CapacityError where one has too little space; the others hold theirs until the release.
+    """
+    keys, place = ask.keys, ask.placement
+    held = {n: tokens for n in place.nodes if (tokens := place.held(n, ask.tokens)) > place.held(n, ask.had)}
+    while ask.stands():
+        asked = [
+            shards[node].reserve(ask.id, tokens, place.keys_on(node, keys, block_tokens))
+            for node, tokens in held.items()
+        ]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        found = {node: answer for node, answer in zip(held, answers, strict=True) if isinstance(answer, int)}
+        shared = place.usable(len(keys) * block_tokens, found)
+        if all(tokens == place.held(node, shared) for node, tokens in found.items()):
+            return shared
+        if ask.stands():
+            keys = keys[: shared // block_tokens]
+            for node in held:
+                shards[node].release(ask.id)
+    return 0
 
 
 def _joined(keys: Sequence[bytes]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal
 
@@ -13,6 +14,9 @@ STRIPE_BLOCKS = 16
 """Blocks of a stripe: long enough that a short sequence lies on one node and answers need no merging, short enough that
 a long one lies evenly on all."""
 
+MAX_BEGUN = 2**16
+"""Beginnings of sequences of which it is remembered where they lie."""
+
 
 class Room:
     """Blocks of ``block_tokens`` positions that memory nodes have, and how many of them each sequence takes where.
@@ -21,6 +25,9 @@ class Room:
     own heads of them. With "requests" a sequence lies on one node, the one with the most free blocks when it comes;
     with "tokens" it goes round the nodes in stripes, beginning with that one. A sequence that can come to need more
     than any one node has goes round them too, if ``stripes`` allows that.
+
+    Those that begin alike go to the same node, where they can share what they have in common, unless another one has
+    twice as many blocks free.
 
     What sequences share counts for each of them, so that a memory node never has less than the account says.
     """
@@ -34,6 +41,8 @@ class Room:
         self._blocks = list(blocks)
         self._free = list(blocks)
         self._held: dict[Hashable, tuple[Placement, list[int]]] = {}
+        self._begun: OrderedDict[bytes, int] = OrderedDict()
+        """By the key of a first block, where the last sequence with it began."""
 
     @property
     def blocks(self) -> int:
@@ -61,16 +70,23 @@ class Room:
         """Blocks that hold so many positions."""
         return -(-tokens // self.block_tokens)
 
-    def place(self, sequence: Hashable, tokens: int, most: int, spare: int = 0) -> Placement | None:
+    def place(
+        self, sequence: Hashable, tokens: int, most: int, *, spare: int = 0, key: bytes | None = None
+    ) -> Placement | None:
         """Hold the positions 0..tokens-1 for a new sequence, which can come to need ``most``, and say where.
 
-        None, and nothing, if that would leave fewer than ``spare`` blocks.
+        ``key`` is that of its first block. None, and nothing, if fewer than ``spare`` blocks would be left.
         """
         if self.free - self.needed(tokens) < spare:
             return None
-        placement = self._choose(most)
+        placement = self._choose(most, key)
         self._held[sequence] = placement, [0] * len(self._blocks)
         if self.extend(sequence, tokens):
+            if key is not None:
+                self._begun[key] = placement.nodes[0]
+                self._begun.move_to_end(key)
+                if len(self._begun) > MAX_BEGUN:
+                    self._begun.popitem(last=False)
             return placement
         del self._held[sequence]
         return None
@@ -104,12 +120,17 @@ class Room:
         _, held = self._held.pop(sequence)
         self._free = [free + blocks for free, blocks in zip(self._free, held, strict=True)]
 
-    def _choose(self, most: int) -> Placement:
+    def _choose(self, most: int, key: bytes | None) -> Placement:
         nodes = range(len(self._blocks))
         if self._partition == "heads":
             return Placement(tuple(nodes))
         large = [node for node in nodes if self._blocks[node] * self.block_tokens >= most]
         if self._partition == "requests" and large:
-            return Placement((max(large, key=self._free.__getitem__),))
-        first = max(nodes, key=self._free.__getitem__)
+            return Placement((self._first(large, key),))
+        first = self._first(nodes, key)
         return Placement((*nodes[first:], *nodes[:first]), self._stripe)
+
+    def _first(self, nodes: Sequence[int], key: bytes | None) -> int:
+        emptiest = max(nodes, key=self._free.__getitem__)
+        known = emptiest if key is None else self._begun.get(key, emptiest)
+        return known if known in nodes and 2 * self._free[known] >= self._free[emptiest] else emptiest

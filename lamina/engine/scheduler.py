@@ -136,7 +136,8 @@ class Ask:
     id: int
     placement: Placement
     tokens: int
-    first: bool
+    had: int = 0
+    """Positions for which there is space already; 0 for a sequence that is new there."""
     keys: tuple[bytes, ...] = ()
 
     def stands(self) -> bool:
@@ -327,7 +328,7 @@ class Scheduler:
             return
         sequence = ask.sequence
         sequence.granted = ask.tokens
-        if ask.first:
+        if not ask.had:
             sequence.prefilled = sequence.shared = shared
             self.prompt_tokens += len(sequence.tokens)
             self.shared_tokens += shared
@@ -405,16 +406,22 @@ class Scheduler:
             first = self._with_blocks_ahead(sequence, len(tokens))
             # Whoever runs can take blocks once more, or this one would soon have to give way again.
             growing = sum(s.reserved < s.most_tokens for slot in self._slots for s in slot.sequences)
-            placement = self._room.place(sequence, first, sequence.most_tokens, growing * self._ahead_blocks)
+            # Never all of them: from the last one a token is to be sampled.
+            keys = self._keys(sequence, len(tokens) - 1)
+            placement = self._room.place(
+                sequence,
+                first,
+                sequence.most_tokens,
+                spare=growing * self._ahead_blocks,
+                key=keys[0] if keys else None,
+            )
             if placement is None:
                 break
             self._waiting.take(sequence)
             own.join(sequence)
             sequence.slot, sequence.id, sequence.placement = slot, next(self._ids), placement
             sequence.tokens, sequence.reserved = tokens, first
-            # Never all of them: from the last one a token is to be sampled.
-            keys = self._keys(sequence, len(tokens) - 1)
-            news.asks.append(Ask(sequence, sequence.id, placement, first, first=True, keys=keys))
+            news.asks.append(Ask(sequence, sequence.id, placement, first, keys=keys))
 
     def _grow(self, own: _Slot, news: _News) -> None:
         """Take more blocks for sequences that will need them in the next step, or need them in this one."""
@@ -432,8 +439,8 @@ class Scheduler:
                 self._make_room(sequence, tokens, news)
                 if not self._room.extend(sequence, tokens):
                     continue
+            news.asks.append(Ask(sequence, sequence.id, sequence.placement, tokens, sequence.reserved))
             sequence.reserved = tokens
-            news.asks.append(Ask(sequence, sequence.id, sequence.placement, tokens, first=False))
 
     def _make_room(self, sequence: Sequence, tokens: int, news: _News) -> None:
         """Preempt those of the lowest rank, as many as it takes, if those below ``sequence`` have enough together.

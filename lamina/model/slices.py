@@ -12,9 +12,11 @@ positions and rows of a step (rotary angles, sizes) is computed once per step, b
 
 from __future__ import annotations
 
-import copy
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +26,9 @@ from torch import Tensor, fx, nn
 from lamina.attention import LayerShape
 from lamina.model.capture import TRACED_TOKENS, Capture
 from lamina.model.cut import Boundary, SlicePlan, cut
+from lamina.model.functions import Function, Run, make
+
+log = logging.getLogger("lamina.model")
 
 # A step's values that depend on its token ids, positions and rows alone; tensors and sizes, in a fixed order.
 StepConstants = tuple[Any, ...]
@@ -159,11 +164,14 @@ def _slice(
         head, tail, shape = _part(captured, plan.head, entering, [captured.logits], place), None, None
     else:
         leaving = [boundary.k, boundary.v, *plan.carry]
-        in_tail = set(plan.tail)
-        wanted = {i for n in plan.tail for i in n.all_input_nodes if i not in in_tail} | set(leaving) - in_tail
-        kept = [n for n in (*entering, *plan.head) if n in wanted]
-        head = _part(captured, plan.head, entering, [boundary.q, *kept], place)
-        tail = _part(captured, plan.tail, kept, leaving, place)
+        # What a split returns is a tuple. Its members are kept for the tail, never the tuple.
+        members = [n for n in plan.tail if n.target is operator.getitem and n.args[0] in plan.head]
+        head_nodes, tail_nodes = [*plan.head, *members], [n for n in plan.tail if n not in members]
+        in_tail = set(tail_nodes)
+        wanted = {i for n in tail_nodes for i in n.all_input_nodes if i not in in_tail} | set(leaving) - in_tail
+        kept = [n for n in (*entering, *head_nodes) if n in wanted]
+        head = _part(captured, head_nodes, entering, [boundary.q, *kept], place)
+        tail = _part(captured, tail_nodes, kept, leaving, place)
         shape = captured.shapes[index]
 
     names = set(head.weights) | set(tail.weights if tail else ())
@@ -211,7 +219,7 @@ def _part(
 ) -> _Part:
     """Make ``nodes`` a function of (weights, step constants, ``entering``) that returns the tuple ``leaving``.
 
-    The key spells the whole function out, with weights by shape and type alone: parts with equal keys are the same
+    The key spells the whole function out, with what enters by shape and type alone: parts with equal keys are the same
     function of different weights.
     """
     nodes = list(nodes)
@@ -226,7 +234,9 @@ def _part(
     text = []
     for n in (*weights, *constants, *entering):
         copies[n] = graph.placeholder(f"a{len(copies)}")
-        text.append(f"{tuple(n.meta['val'].shape)} {n.meta['val'].dtype}" if n in captured.tensors else "value")
+        copies[n].meta["val"] = n.meta["val"]
+        value = n.meta["val"]
+        text.append(f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else "number")
     for n in nodes:
         copies[n] = graph.node_copy(n, copies.__getitem__)
         copies[n].name = f"v{len(copies)}"
@@ -252,7 +262,7 @@ class Slice:
 
     def head(self, constants: StepConstants, carry: tuple[Tensor, ...] = (), o: Tensor | None = None) -> Head:
         """Run up to q, or in the last slice to the logits. ``o`` [T, Hq, Dv] is None for the first slice."""
-        out, *kept = self._head(constants, carry if o is None else (*carry, o))
+        out, *kept = self._head(constants, carry if o is None else (*carry, o.contiguous()))
         return Head(out if self._tail else out[0], tuple(kept))
 
     def tail(self, constants: StepConstants, kept: tuple[Tensor, ...]) -> Tail:
@@ -263,54 +273,76 @@ class Slice:
 
 
 class SlicedModel:
-    """The slices ``first..last`` of a model, ready to run on one device."""
+    """The slices ``first..last`` of a model, ready to run on one device.
+
+    What is read of ``weights`` is taken out of it: what is packed for the CPU does not stay in memory twice.
+    ``compiled`` compiles each kind of part once, which takes some seconds unless the user's cache has it already.
+    """
 
     def __init__(
         self,
         blueprint: Blueprint,
-        weights: Mapping[str, Tensor],
+        weights: dict[str, Tensor],
         device: torch.device,
         first: int = 0,
         last: int | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
-        self._functions: dict[str, Callable[..., tuple[Any, ...]]] = {}
-        self.device = device
-        self._begin = self._bind(blueprint.begin, weights)
         chosen = blueprint.slices[first : None if last is None else last + 1]
-        self.slices = tuple(
-            Slice(s, self._bind(s.head, weights), self._bind(s.tail, weights) if s.tail else None) for s in chosen
-        )
-
-    def _bind(self, part: _Part, weights: Mapping[str, Tensor]) -> _Bound:
-        if part.key not in self._functions:
-            self._functions[part.key] = _compile(part.graph, self.device)
-        return _Bound(self._functions[part.key], tuple(weights[n] for n in part.weights), part.constants)
+        parts = {"step constants": blueprint.begin}
+        for piece in chosen:
+            parts[f"head of slice {piece.index}"] = piece.head
+            if piece.tail:
+                parts[f"tail of slice {piece.index}"] = piece.tail
+        self.device = device
+        functions = _functions(parts, device, compiled=compiled)
+        bound = _bind_all(parts.values(), functions, weights)
+        self._begin = next(bound)
+        self.slices = tuple(Slice(s, next(bound), next(bound) if s.tail else None) for s in chosen)
 
     def begin(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> StepConstants:
         """Start a step: token ids [T], positions [T] and the rows [S] whose logits are wanted, all int64."""
-        return self._begin((), (token_ids.unsqueeze(0), positions.unsqueeze(0), rows))
+        return tuple(self._begin((), (token_ids.unsqueeze(0), positions.unsqueeze(0), rows)))
 
 
-class _Bound(NamedTuple):
+def _functions(parts: Mapping[str, _Part], device: torch.device, *, compiled: bool) -> dict[str, Function]:
+    """One function for each kind of part, by key; a kind is named after its first part."""
+    kinds = len({part.key for part in parts.values()})
+    functions: dict[str, Function] = {}
+    for name, part in parts.items():
+        if part.key in functions:
+            continue
+        if compiled:
+            log.info("event=compiling part=%d of=%d name=%r", len(functions) + 1, kinds, name)
+        functions[part.key] = make(part.graph, len(part.weights), device, name=name, compiled=compiled)
+    return functions
+
+
+def _bind_all(
+    parts: Iterable[_Part], functions: Mapping[str, Function], weights: dict[str, Tensor]
+) -> Iterator[_Bound]:
+    """Give each part its weights, and drop from ``weights`` what no later part reads."""
+    parts = list(parts)
+    readers = Counter(name for part in parts for name in part.weights)
+    packs: dict[tuple[str, ...], Tensor] = {}
+    for part in parts:
+        function = functions[part.key]
+        inputs = function.arrange(part.weights, weights, packs)
+        readers.subtract(part.weights)
+        for name in part.weights:
+            if not readers[name]:
+                del weights[name]
+        yield _Bound(function.run, inputs, part.constants)
+
+
+class _Bound:
     """A function with its weights and the places of the step constants that it reads."""
 
-    function: Callable[..., tuple[Any, ...]]
-    weights: tuple[Tensor, ...]
-    constants: tuple[int, ...]
+    __slots__ = ("_constants", "_run", "_weights")
 
-    def __call__(self, constants: StepConstants, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return self.function(*self.weights, *(constants[i] for i in self.constants), *values)
+    def __init__(self, run: Run, weights: tuple[Tensor, ...], constants: tuple[int, ...]) -> None:
+        self._run, self._weights, self._constants = run, weights, constants
 
-
-def _compile(traced: fx.Graph, device: torch.device) -> Callable[..., tuple[Any, ...]]:
-    """Python code from a graph that was traced on the meta device, to run on ``device``."""
-
-    def placed(argument: Any) -> Any:
-        return device if isinstance(argument, torch.device) and argument.type == "meta" else argument
-
-    graph = copy.deepcopy(traced)
-    for node in graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, placed)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, placed)
-    forward: Callable[..., tuple[Any, ...]] = fx.GraphModule(nn.Module(), graph).forward
-    return forward
+    def __call__(self, constants: StepConstants, values: tuple[Any, ...]) -> Sequence[Any]:
+        return self._run([*self._weights, *[constants[i] for i in self._constants], *values])

@@ -147,7 +147,7 @@ class ComputeNode:
                 f"{context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} tokens of "
                 f"{layout.bytes_per_token} bytes); give them more memory or set model.context lower"
             )
-        model = await self._device.run(_load, blueprint, self._device.torch_device)
+        model = await self._device.run(_load, blueprint, self._device.torch_device, self._config.model.compile)
         self._tokenizer = await self._device.run(Tokenizer, checkpoint.path, context)
         self._model = checkpoint.fingerprint
         self._blocks = room.blocks
@@ -292,9 +292,10 @@ class ComputeNode:
         )
 
 
-def _load(blueprint: Blueprint, device: torch.device) -> SlicedModel:
+def _load(blueprint: Blueprint, device: torch.device, compiled: bool) -> SlicedModel:
     with torch.inference_mode(False):
-        return SlicedModel(blueprint, load_weights(blueprint.capture, blueprint.weights_of(), device), device)
+        weights = load_weights(blueprint.capture, blueprint.weights_of(), device)
+        return SlicedModel(blueprint, weights, device, compiled=compiled)
 
 
 async def _unless(stopping: asyncio.Event, work: Any) -> Any:

@@ -68,6 +68,38 @@ def test_neither_threads_nor_batch_mates_change_a_bit(dtype: str) -> None:
         assert torch.equal(alone.lse[0], together.lse[i])
 
 
+def test_threads_come_and_go_in_many_small_steps() -> None:
+    """The caller does not wait for a thread that comes too late, which must then leave the next step alone."""
+    rows = Rows(tuple(Run(sequence, 0, 1) for sequence in range(40)))
+    q, k = torch.randn(40, 8, 64), torch.randn(40, 2, 64)
+    memory = Memory(4 << 20)
+    backend = create_backend("native", KVLayout(layers=(SHAPE,), dtype="bfloat16"), memory, threads=3)
+    for sequence in range(40):
+        backend.cache.reserve(sequence, 1)
+    plan = backend.plan(rows)
+    first = backend.finish(plan, 0, q, k, k, backend.past(plan, 0, q))
+    for _ in range(300):
+        again = backend.finish(plan, 0, q, k, k, backend.past(plan, 0, q))
+        assert torch.equal(again.o, first.o)
+        assert torch.equal(again.lse, first.lse)
+    backend.close()
+    memory.close()
+
+
+def test_queries_may_be_of_another_type_than_keys() -> None:
+    q, k = torch.randn(1, 8, 64), torch.randn(1, 2, 64).bfloat16()
+    memory = Memory(1 << 20)
+    backend = create_backend("native", KVLayout(layers=(SHAPE,), dtype="bfloat16"), memory)
+    backend.cache.reserve(0, 1)
+    plan = backend.plan(Rows((Run(0, 0, 1),)))
+    past = backend.past(plan, 0, q)
+    whole, same = backend.finish(plan, 0, q, k, k, past), backend.finish(plan, 0, q, k.float(), k, past)
+    assert torch.equal(whole.o, k.float().repeat_interleave(4, 1))
+    assert torch.equal(whole.lse, same.lse)
+    backend.close()
+    memory.close()
+
+
 def test_a_window_beyond_32_bits_is_no_window() -> None:
     """Positions have 64 bits, and a window that reaches everything hides nothing."""
     outputs = []

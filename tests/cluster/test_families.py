@@ -74,12 +74,13 @@ def test_tokens_are_those_of_transformers(
         agreement.check(oracle, prompt, answer, f"{chosen.name}, prompt of {len(prompt)}")
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bfloat16_is_as_close_as_the_library(
-    memory_ports: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compiled: bool, memory_ports: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rounding changes tokens only where float32 sees little difference: no more than it does in `transformers`."""
     path = FAMILIES["llama"].save(tmp_path / "checkpoint")
-    config = harness.write_config(tmp_path, path, memory_ports, dtype="bfloat16")
+    config = harness.write_config(tmp_path, path, memory_ports, dtype="bfloat16", compiled=compiled)
     node = harness.start_node(config, "c0")
 
     async def decode() -> list[list[int]]:
@@ -90,6 +91,9 @@ def test_bfloat16_is_as_close_as_the_library(
 
     with harness.running(node):
         ours = gaps(Oracle(path), asyncio.run(decode()))
+    log = node.log.read_text()
+    assert "event=not_compiled" not in log
+    assert ("event=compiled" in log) == compiled
     rounded = Oracle(path, torch.bfloat16)
     theirs = gaps(Oracle(path), [rounded.greedy(p, TOKENS) for p in PROMPTS])
 

@@ -66,29 +66,30 @@ def test_tokens_are_those_of_transformers(
     assert shared == sum((len(p) - 1) // 16 * 16 for p in PROMPTS)
 
 
-def test_a_context_larger_than_any_node(llama: tuple[Path, Oracle], agreement: Agreement, tmp_path: Path) -> None:
+@pytest.mark.parametrize("partition", ["requests", "tokens"])
+def test_a_context_larger_than_any_node(
+    partition: str, llama: tuple[Path, Oracle], agreement: Agreement, tmp_path: Path
+) -> None:
     """Under "tokens", and under "requests" for those that are too long: the nodes hold it together."""
     path, oracle = llama
     ports = harness.free_ports(3)
     # 4 layers of 4 KV heads of 16 numbers in float32 take 2 KiB a token: a node holds 256.
     nodes = [harness.start_memory(tmp_path, port, memory="512KiB") for port in ports]
-    with harness.running(*nodes):
-        for partition in ("requests", "tokens"):
-            sections = f'[pipeline]\npartition = "{partition}"'
-            config = harness.write_config(tmp_path, path, ports, sections=sections, model_keys="context = 512")
-            node = harness.start_node(config, "c0")
+    sections = f'[pipeline]\npartition = "{partition}"'
+    config = harness.write_config(tmp_path, path, ports, sections=sections, model_keys="context = 512")
+    node = harness.start_node(config, "c0")
 
-            async def decode() -> list[list[int]]:
-                await harness.ready(config, node)
-                async with harness.client(config) as client:
-                    answers = await asyncio.gather(*(client.generate(p, max_tokens=30) for p in (LONG, LONG[:20])))
-                return [a.tokens for a in answers]
+    async def decode() -> list[list[int]]:
+        await harness.ready(config, node)
+        async with harness.client(config) as client:
+            answers = await asyncio.gather(*(client.generate(p, max_tokens=30) for p in (LONG, LONG[:20])))
+        return [a.tokens for a in answers]
 
-            with harness.running(node):
-                long, short = asyncio.run(decode())
-                assert node.stop() == 0
-            agreement.check(oracle, LONG, long, f"{partition}, long")
-            agreement.check(oracle, LONG[:20], short, f"{partition}, short")
+    with harness.running(node, *nodes):
+        long, short = asyncio.run(decode())
+        assert node.stop() == 0
+    agreement.check(oracle, LONG, long, f"{partition}, long")
+    agreement.check(oracle, LONG[:20], short, f"{partition}, short")
 
 
 def test_windows_are_not_cut_into_stretches(memory_ports: list[int], tmp_path: Path) -> None:

@@ -78,6 +78,32 @@ def test_requests_that_lost_their_space_are_answered_all_the_same(
     asyncio.run(main())
 
 
+def test_memory_nodes_that_forget_at_different_times_share_what_all_still_have(
+    checkpoint: Path, agreement: Agreement, tmp_path: Path
+) -> None:
+    """One has twice the memory of the other, so it finds prompts that the other has had to forget."""
+    chosen, oracle = random.Random(6), Oracle(checkpoint)
+    prompts = [[chosen.randrange(VOCABULARY) for _ in range(100)] for _ in range(6)]
+    ports = harness.free_ports(2)
+    config = harness.write_config(tmp_path, checkpoint, ports, model_keys=f"context = {CONTEXT}")
+    sizes = zip(ports, ("320KiB", "640KiB"), strict=True)
+    nodes = [harness.start_memory(tmp_path, port, memory=memory) for port, memory in sizes]
+    nodes.append(harness.start_node(config, "c0"))
+
+    async def main() -> None:
+        await harness.ready(config, nodes[-1])
+        async with harness.client(config) as client:
+            for i in (0, 1, 2, 3, 2, 0, 4, 3, 5, 4, 5, 1, 0):
+                answer = await client.generate(prompts[i], max_tokens=8)
+                await asyncio.to_thread(agreement.check, oracle, prompts[i], answer.tokens, f"prompt {i}")
+            status = await client.status()
+            assert 0 < status.shared_tokens < status.prompt_tokens
+
+    with harness.running(*nodes):
+        asyncio.run(main())
+        assert nodes[-1].stop() == 0
+
+
 def test_the_higher_priority_is_answered_first(cluster: ClusterConfig) -> None:
     """Of requests that wait, whenever they came."""
 

@@ -220,7 +220,8 @@ def test_a_full_queue_refuses(cluster: ClusterConfig) -> None:
         answers = await asyncio.gather(*asked, return_exceptions=True)
         refused = [a for a in answers if isinstance(a, CapacityError)]
         assert refused
-        assert "the limit is 16" in str(refused[0])
+        assert "the limit is 16; retry in " in str(refused[0])
+        assert (refused[0].retry_after_s or 0) >= 1
         assert all(len(a.tokens) == 30 for a in answers if isinstance(a, lamina.Completion))
         assert len(refused) < len(answers)
 

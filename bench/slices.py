@@ -1,0 +1,238 @@
+"""Slices on a compute node's CPU, beside their matrix products alone and beside what the machine's memory delivers.
+
+With few sequences a slice is bound by the bytes of its weights, with many by arithmetic. So each figure stands beside
+two yardsticks of the same minute, type and threads: a plain read, which goes before and after every sample, and the
+products of the slice alone by oneDNN from packed weights, one call for each weight, taken in turns with the slice.
+Models have random weights and so many layers that no byte is still in the caches when it is visited again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from lamina.bench import report
+from lamina.bench.bandwidth import Bandwidth, Others, cache_bytes, check_threads, in_turns
+from lamina.errors import ConfigError
+from lamina.model.capture import capture
+from lamina.model.checkpoint import Checkpoint
+from lamina.model.products import can_pack, pack
+from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
+
+DTYPE = torch.bfloat16
+BATCHES = (1, 2, 4, 8, 32, 128)
+QUICK_BATCHES = (1, 8, 32)
+
+CACHES = 6
+"""Times the last-level caches that are read between two visits of a byte."""
+MAX_OTHERS = 0.1
+"""Cores busy with other work, beyond which it is mentioned."""
+
+COLUMNS = {
+    "model": "model",
+    "part": "part",
+    "batch": "batch",
+    "ms": "ms",
+    "gflops": "GFLOP/s",
+    "gbps": "GB/s",
+    "read_gbps": "read",
+    "read_ratio": "of read",
+    "products_ms": "products ms",
+    "products_ratio": "x products",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama."""
+
+    name: str
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    @property
+    def products(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of the products of a slice: o, gate, up, down, q, k, v."""
+        q, kv, hidden, ffn = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.ffn
+        return (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn), (q, hidden), (kv, hidden), (kv, hidden)
+
+    @property
+    def projection(self) -> tuple[int, int]:
+        """Outputs and inputs of the output projection."""
+        return self.vocabulary, self.hidden
+
+    def blueprint(self, layers: int) -> Blueprint:
+        """The model cut into slices, without weights."""
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=False,
+            architectures=["LlamaForCausalLM"],
+        )
+        with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
+            config.save_pretrained(folder)
+            return cut_into_slices(capture(Checkpoint.open(Path(folder), str(DTYPE).removeprefix("torch."))))
+
+
+SHAPES = (
+    Shape("M", hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64, vocabulary=32_000),
+    Shape("S", hidden=1024, ffn=3072, heads=16, kv_heads=4, head_dim=64, vocabulary=8192),
+)
+
+
+def run(*, threads: int | None, compiled: bool, as_json: bool, quick: bool) -> None:
+    """Measure and print."""
+    threads = check_threads(threads)
+    if not can_pack(DTYPE):
+        raise ConfigError("bench slices: this processor has no instructions for bfloat16, so nothing is packed")
+    console = Console(stderr=True)
+    torch.set_num_threads(threads)
+    others, bandwidth = Others(), Bandwidth(threads)
+    shapes, batches = (SHAPES[:1], QUICK_BATCHES) if quick else (SHAPES, BATCHES)
+    rows = []
+    try:
+        machine = {**report.machine(), "threads": threads, "compiled": compiled, "llc_bytes": cache_bytes()}
+        machine["read_gbps"] = bandwidth.all_threads()
+        with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+            task = progress.add_task("slices", total=2 * len(shapes) * len(batches))
+            for shape in shapes:
+                for work in (_Slices(shape, compiled=compiled), _Projection(shape)):
+                    for batch in batches:
+                        rows.append(_row(shape, work, batch, bandwidth))
+                        progress.advance(task)
+    finally:
+        bandwidth.close()
+    machine["other_cores"] = others.cores()
+    if machine["other_cores"] > MAX_OTHERS:
+        busy = f"other work kept {machine['other_cores']:.2f} cores busy meanwhile"
+        console.print(f"{busy}; figures of a quiet machine will be better", highlight=False)
+    if as_json:
+        report.print_json(rows, machine)
+    else:
+        title = f"slices, {threads} threads, bfloat16, {'compiled' if compiled else 'not compiled'}"
+        report.print_table(title, rows, COLUMNS)
+
+
+Work = Callable[[int], object]
+
+
+class _Slices:
+    """The middle slices of a model, one after the other: head and tail of each."""
+
+    part = "slice"
+
+    def __init__(self, shape: Shape, *, compiled: bool) -> None:
+        self.numbers = sum(outputs * inputs for outputs, inputs in shape.products)
+        self.copies = _copies(self.numbers)
+        blueprint = shape.blueprint(self.copies + 1)
+        used = blueprint.weights_of(0, self.copies)
+        tensors = {
+            **dict(blueprint.capture.module.named_parameters()),
+            **dict(blueprint.capture.module.named_buffers()),
+        }
+        weights = {name: _random(*tensors[name].shape, dtype=tensors[name].dtype) for name in used}
+        self._model = SlicedModel(blueprint, weights, torch.device("cpu"), 0, self.copies, compiled=compiled)
+        self._heads = shape.heads, shape.head_dim
+        self._products = _Products(shape.products, self.copies)
+
+    def calls(self, batch: int) -> tuple[Work, Work]:
+        """What runs a slice, and its products alone, for ``batch`` tokens."""
+        numbers = torch.arange(batch)
+        constants = self._model.begin(numbers, numbers, numbers)
+        first, *middle = self._model.slices
+        carry = first.tail(constants, first.head(constants).kept).carry
+        o = _random(batch, *self._heads)
+
+        def work(i: int) -> object:
+            piece = middle[i]
+            return piece.tail(constants, piece.head(constants, carry, o).kept)
+
+        return work, self._products.call(batch)
+
+
+class _Projection:
+    """The output projection alone, over several weights."""
+
+    part = "projection"
+
+    def __init__(self, shape: Shape) -> None:
+        outputs, inputs = shape.projection
+        self.numbers = outputs * inputs
+        self.copies = _copies(self.numbers)
+        self._inputs = inputs
+        self._weights = [pack(_random(outputs, inputs)) for _ in range(self.copies)]
+        self._products = _Products([shape.projection], self.copies)
+
+    def calls(self, batch: int) -> tuple[Work, Work]:
+        """What projects ``batch`` rows by us and by oneDNN."""
+        x, product = _random(batch, self._inputs), torch.ops.lamina.product.default
+        return lambda i: product(x, self._weights[i], None), self._products.call(batch)
+
+
+class _Products:
+    """The yardstick: products alone, by oneDNN, from packed weights; ``copies`` of each."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], copies: int) -> None:
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self._inputs = [inputs for _, inputs in shapes]
+        self._weights = [[reorder(_random(*shape), 1) for shape in shapes] for _ in range(copies)]
+
+    def call(self, batch: int) -> Work:
+        product = torch.ops.mkldnn._linear_pointwise.default
+        values = {inputs: _random(batch, inputs) for inputs in self._inputs}
+
+        def work(i: int) -> object:
+            for inputs, weight in zip(self._inputs, self._weights[i], strict=True):
+                product(values[inputs], weight, None, "none", [], "")
+            return None
+
+        return work
+
+
+def _copies(numbers: int) -> int:
+    """So many weights of ``numbers`` numbers leave the caches behind between two visits of a byte."""
+    return max(2, -(-CACHES * cache_bytes() // (numbers * DTYPE.itemsize)))
+
+
+def _random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    """Small normally distributed numbers, which repeat: making so many different ones would take minutes."""
+    count = torch.Size(shape).numel()
+    some = (torch.randn(min(count, 1 << 20)) * 0.02).to(dtype)
+    return some.repeat(-(-count // len(some)))[:count].view(shape)
+
+
+def _row(shape: Shape, work: _Slices | _Projection, batch: int, bandwidth: Bandwidth) -> report.Row:
+    ours, products = work.calls(batch)
+    nbytes = work.numbers * DTYPE.itemsize
+    read = bandwidth.compare(ours, work.copies, nbytes, one=False, settle=True)
+    seconds = in_turns({"ours": ours, "products": products}, work.copies)
+    return {
+        "model": shape.name,
+        "part": work.part,
+        "batch": batch,
+        "ms": seconds["ours"] * 1e3,
+        "gflops": 2 * batch * work.numbers / seconds["ours"] / 1e9,
+        "gbps": read.gbps,
+        "read_gbps": read.read_gbps,
+        "read_ratio": read.ratio,
+        "products_ms": seconds["products"] * 1e3,
+        "products_ratio": seconds["products"] / seconds["ours"],
+    }

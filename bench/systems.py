@@ -1,0 +1,368 @@
+"""The systems that ``lamina bench throughput`` compares: started, asked for measurements, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from asyncio.subprocess import Process
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lamina import __version__
+from lamina.bench.checkpoints import Model
+from lamina.bench.installed import Environment, UnavailableError, last_line
+from lamina.client import Client, Stream, connect
+from lamina.cluster import Cluster, free_ports
+from lamina.config import ClusterConfig, NodeConfig, load
+from lamina.errors import LaminaError
+from lamina.figures import between
+
+PEER_TIMEOUT_S = 60.0
+"""Silence on Lamina's links, while other systems start on the same cores."""
+START_TIMEOUT_S, MEASURE_TIMEOUT_S = 900.0, 900.0
+
+MAX_PREFILL_TOKENS = 2**16
+"""Which cost nothing; so all prompts are done in a step or two."""
+SKEW_TOKENS = 64
+"""What the first sequences may generate before the last one begins."""
+BLOCK_TOKENS = 16
+KV_SLACK = 1.05
+"""Over the bytes of keys and values, for what blocks and alignment cost."""
+PADDING_TOKENS = 256
+"""Of a sequence, for blocks that it fills in part in other engines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Decode ``batch`` sequences that have ``context`` tokens each: ``steps`` of them timed, after ``warm`` others."""
+
+    batch: int
+    context: int
+    warm: int
+    steps: int
+
+    @property
+    def room(self) -> int:
+        """Tokens of one sequence, at most."""
+        return self.context + self.warm + self.steps + SKEW_TOKENS
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences, in whole blocks."""
+        return self.batch * -(-self.room // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What a KV cache must hold: ``tokens`` of at most ``batch`` sequences, of at most ``room`` each."""
+
+    batch: int
+    room: int
+    tokens: int
+
+    @classmethod
+    def of(cls, works: Sequence[Work]) -> Pool:
+        """Enough for each of ``works``, one at a time."""
+        return cls(max(w.batch for w in works), max(w.room for w in works), max(w.tokens for w in works))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement. ``parts_ms``: where the time of a step went, if that is known; ``detail``: how it was run."""
+
+    tokens_per_s: float
+    parts_ms: Mapping[str, float] = field(default_factory=dict)
+    detail: str = ""
+
+
+class System(Protocol):
+    """One system with one model. ``candidates``: settings of its threads, by name, from which a sweep chooses.
+
+    The first is the one to take without a sweep.
+    """
+
+    name: str
+    version: str
+
+    @property
+    def candidates(self) -> Sequence[str]: ...
+
+    async def start(self) -> None:
+        """LaminaError says why it cannot be had."""
+        ...
+
+    async def measure(self, work: Work, threads: str) -> Sample:
+        """With one of ``candidates``. LaminaError says why it cannot be done."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Peer:
+    """Another engine: a script under the Python of its own environment, which answers line by line."""
+
+    def __init__(self, environment: Environment, model: Model, checkpoint: Path, pool: Pool) -> None:
+        self.name = environment.name
+        self.version = ""
+        self._environment = environment
+        tokens = int(pool.tokens * KV_SLACK) + pool.batch * PADDING_TOKENS
+        self._command = environment.command(checkpoint, [pool.batch, pool.room, tokens * model.kv_bytes_per_token])
+        self._process: Process | None = None
+        cores = len(os.sched_getaffinity(0))
+        self._threads = {str(threads): threads for threads in dict.fromkeys((cores, max(1, cores // 2)))}
+        self._started_with = 0
+
+    @property
+    def candidates(self) -> list[str]:
+        return list(self._threads)
+
+    async def start(self) -> None:
+        if not self._environment.recipe.fixed:
+            await self._start(len(os.sched_getaffinity(0)))
+
+    async def _start(self, threads: int) -> None:
+        self._started_with = threads
+        with self._environment.log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=self._environment.variables(threads),
+            )
+        self.version = (await self._answer(START_TIMEOUT_S))["version"]
+
+    async def measure(self, work: Work, threads: str) -> Sample:
+        count = self._threads[threads]
+        if self._environment.recipe.fixed and self._started_with != count:
+            await self.close()
+            await self._start(count)
+        assert self._process
+        assert self._process.stdin
+        asked = {
+            "batch": work.batch,
+            "context": work.context,
+            "warm": work.warm,
+            "steps": work.steps,
+            "threads": count,
+        }
+        try:
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            await self._process.stdin.drain()
+        except OSError as e:
+            raise self._ended() from e
+        answer = await self._answer(MEASURE_TIMEOUT_S)
+        return Sample(work.batch * work.steps / answer["seconds"], detail=answer.get("detail", ""))
+
+    async def close(self) -> None:
+        if self._process and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    async def _answer(self, timeout_s: float) -> dict[str, Any]:
+        assert self._process
+        assert self._process.stdout
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), timeout_s)
+        except TimeoutError as e:
+            await self.close()  # what it answers later would be taken for something else
+            raise UnavailableError(f"{self.name} gave no answer within {timeout_s:g} s") from e
+        if not line:
+            raise self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise UnavailableError(f"{self.name}: {answer['failed']} (all it said: {self._environment.log})")
+        return answer
+
+    def _ended(self) -> UnavailableError:
+        log = self._environment.log
+        return UnavailableError(f"{self.name} has ended: {last_line(log)} (all it said: {log})")
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How Lamina shares out one machine: threads of the compute and of the memory node, and batches in flight.
+
+    ``cpus``: the processors that each of them is pinned to; None: both use all.
+    """
+
+    compute: int
+    memory: int
+    batches: int
+    cpus: tuple[str, str] | None = None
+
+    def __str__(self) -> str:
+        pinned = " pinned" if self.cpus else ""
+        return f"{self.compute}+{self.memory}{pinned}, {self.batches} batch{'es' if self.batches > 1 else ''}"
+
+
+def wirings() -> list[Wiring]:
+    """What suits one machine: both nodes on all cores, in turns or at once, or each on a half of its own."""
+    cpus = sorted(os.sched_getaffinity(0))
+    found = [Wiring(len(cpus), len(cpus), batches) for batches in (1, 2)]
+    if len(cpus) > 1:
+        half = len(cpus) // 2
+        near, far = (",".join(map(str, part)) for part in (cpus[:half], cpus[half:]))
+        found.append(Wiring(half, len(cpus) - half, 2, (near, far)))
+    return found
+
+
+class Lamina:
+    """One compute node, whose prompts are filled in at random (`lamina.bench.filled`), and one memory node."""
+
+    name = "lamina"
+
+    def __init__(self, model: Model, checkpoint: Path, pool: Pool) -> None:
+        self.version = __version__
+        self._checkpoint = checkpoint
+        self._pool = pool
+        self._memory_mib = int(pool.tokens * model.kv_bytes_per_token * KV_SLACK / 2**20) + 16
+        self._wirings = {str(wiring): wiring for wiring in wirings()}
+        self._running = ""
+        self._stack = AsyncExitStack()
+        self._cluster: Cluster | None = None
+        self._client: Client | None = None
+
+    @property
+    def candidates(self) -> list[str]:
+        return list(self._wirings)
+
+    async def start(self) -> None:
+        """Its processes are started for the first measurement, and again whenever that wants other threads."""
+
+    async def measure(self, work: Work, threads: str) -> Sample:
+        if self._running != threads:
+            await self.close()
+            await self._start(self._wirings[threads])
+            self._running = threads
+        assert self._client
+        assert self._cluster
+        try:
+            async with asyncio.timeout(MEASURE_TIMEOUT_S):
+                return await self._decode(self._client, self._cluster, work)
+        except TimeoutError as e:
+            raise LaminaError(f"lamina did not decode within {MEASURE_TIMEOUT_S:g} s") from e
+
+    async def close(self) -> None:
+        self._running = ""
+        await self._stack.aclose()
+
+    async def _start(self, wiring: Wiring) -> None:
+        stack = self._stack
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lamina-bench-")))
+        log = stack.enter_context((folder / "nodes.log").open("wb"))
+        config = self._config(folder, wiring)
+        try:
+            self._cluster = await stack.enter_async_context(_Filled(config, log_file=log))
+            await self._cluster.ready()
+            address = config.front.address
+            self._client = await stack.enter_async_context(connect(address, peer_timeout=PEER_TIMEOUT_S))
+        except LaminaError:
+            sys.stderr.write((folder / "nodes.log").read_text())
+            raise
+
+    def _config(self, folder: Path, wiring: Wiring) -> ClusterConfig:
+        compute, memory = (f'address = "tcp://127.0.0.1:{port}"' for port in free_ports(2))
+        near, far = ((f'cpus = "{part}"',) for part in wiring.cpus) if wiring.cpus else ((), ())
+        lines = [
+            *("[model]", f"path = {json.dumps(str(self._checkpoint))}", f"context = {self._pool.room}"),
+            *("[pipeline]", f"batches = {wiring.batches}", f"max_batch = {-(-self._pool.batch // wiring.batches)}"),
+            f"prefill_tokens = {min(MAX_PREFILL_TOKENS, self._pool.tokens)}",
+            *("[transport]", f"peer_timeout = {PEER_TIMEOUT_S}", f"start_timeout = {START_TIMEOUT_S}"),
+            *("[[node]]", 'name = "c0"', 'role = "compute"', compute, f"threads = {wiring.compute}", *near),
+            *("[[node]]", 'name = "m0"', 'role = "memory"', memory, f"threads = {wiring.memory}", *far),
+            f'memory = "{self._memory_mib}MiB"',
+        ]
+        file = folder / "cluster.toml"
+        file.write_text("\n".join(lines) + "\n")
+        return load(file)
+
+    async def _decode(self, client: Client, cluster: Cluster, work: Work) -> Sample:
+        clock = _Clock(work)
+        streams = [client.stream([0] * work.context, max_tokens=work.room - work.context) for _ in range(work.batch)]
+        followers = [asyncio.create_task(_follow(clock, i, stream)) for i, stream in enumerate(streams)]
+        try:
+            await _first_of(clock.started, followers)
+            before, started = await cluster.statuses(), time.perf_counter()
+            await _first_of(clock.finished, followers)
+            after, seconds = await cluster.statuses(), time.perf_counter() - started
+        finally:
+            for follower in followers:
+                follower.cancel()
+            await asyncio.gather(*followers, return_exceptions=True)
+        while (await client.status()).requests_running:  # noqa: ASYNC110  # it says so only when asked
+            await asyncio.sleep(0.01)
+        figures = between(before, after, seconds)
+        scale = figures.layers / (figures.tokens / work.batch) / 1e3
+        parts = {part: figures.layer_us[part] * scale for part in ("compute", "attention", "wire")}
+        return Sample(clock.tokens_per_s, parts)
+
+
+class _Filled(Cluster):
+    def command(self, node: NodeConfig) -> list[str]:
+        if node.role == "memory":
+            return super().command(node)
+        return ["-m", "lamina.bench.filled", str(self._config.file), node.name]
+
+
+class _Clock:
+    """Sees every token, and times ``work.steps`` of each sequence, from when all of them decode."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._times: list[list[float]] = [[] for _ in range(work.batch)]
+        self._first: list[int] = []
+        """By sequence, the token from which the time counts."""
+        self.started, self.finished = asyncio.Event(), asyncio.Event()
+        self._missing = {self.started: work.batch, self.finished: work.batch}
+
+    def token(self, sequence: int) -> None:
+        own = self._times[sequence]
+        own.append(time.perf_counter())
+        if not self._first:
+            if len(own) == 1 and all(self._times):
+                self._first = [len(times) + self._work.warm - 1 for times in self._times]
+            return
+        if len(own) == self._first[sequence] + 1:
+            self._arrived(self.started)
+        elif len(own) == self._first[sequence] + 1 + self._work.steps:
+            self._arrived(self.finished)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all sequences together."""
+        steps = self._work.steps
+        return sum(
+            steps / (times[first + steps] - times[first]) for times, first in zip(self._times, self._first, strict=True)
+        )
+
+    def _arrived(self, event: asyncio.Event) -> None:
+        """One more sequence has got to where ``event`` waits for all."""
+        self._missing[event] -= 1
+        if not self._missing[event]:
+            event.set()
+
+
+async def _follow(clock: _Clock, sequence: int, stream: Stream) -> None:
+    async with stream:
+        async for _ in stream:
+            clock.token(sequence)
+    raise LaminaError(f"lamina ended an answer ({stream.finish_reason}) before all of them could be measured")
+
+
+async def _first_of(event: asyncio.Event, followers: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for ``event``, or raise what a follower raises before it."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        done, _ = await asyncio.wait({waiting, *followers}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {waiting}:
+            task.result()
+    finally:
+        waiting.cancel()

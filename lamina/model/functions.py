@@ -1,0 +1,249 @@
+"""Make the graph of a part run on a device: with packed products on the CPU, and compiled where that is possible.
+
+Compiling is done by Inductor, directly on the graph: its symbolic sizes are those of the capture, so that one function
+serves any number of tokens, and no guards are checked when it is called. What Inductor makes of a graph it keeps in the
+user's cache, by the text of the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from lamina.model.cache import cache_folder
+from lamina.model.products import can_pack, pack
+
+log = logging.getLogger("lamina.model")
+
+_linear = torch.ops.aten.linear.default
+_product = torch.ops.lamina.product.default
+
+Run = Callable[[list[Any]], Sequence[Any]]
+"""From a list of inputs, which it empties, to the outputs."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A part on a device. Its inputs begin with weights: of each, the places among the part's own, and if it is packed.
+
+    Several places mean weights that were put together because they are multiplied with the same values.
+    """
+
+    run: Run
+    weights: tuple[tuple[tuple[int, ...], bool], ...]
+
+    def arrange(
+        self, names: Sequence[str], weights: Mapping[str, Tensor], packs: dict[tuple[str, ...], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The part's weights ``names`` as inputs; what ``packs`` has packed already is used again, the rest added."""
+        inputs = []
+        for places, packed in self.weights:
+            chosen = tuple(names[place] for place in places)
+            if not packed:
+                inputs.append(weights[chosen[0]])
+                continue
+            if chosen not in packs:
+                tensors = [weights[name] for name in chosen]
+                packs[chosen] = pack(torch.cat(tensors) if len(tensors) > 1 else tensors[0])
+            inputs.append(packs[chosen])
+        return tuple(inputs)
+
+
+def make(graph: fx.Graph, weights: int, device: torch.device, *, name: str, compiled: bool) -> Function:
+    """The function of ``graph``, whose first ``weights`` inputs are weights; ``name`` is for the log.
+
+    All tensors that come in lie in row-major order, and so do those that go out.
+    """
+    graph = _placed(graph, device)
+    order: list[tuple[tuple[int, ...], bool]] = [((place,), False) for place in range(weights)]
+    if device.type == "cpu":
+        order = _pack(graph, weights)
+    _make_contiguous(graph)
+    module = fx.GraphModule(nn.Module(), graph)
+    run = _compile(module, name) if compiled and device.type == "cpu" else None
+    return Function(run or _eager(module), tuple(order))
+
+
+def _placed(traced: fx.Graph, device: torch.device) -> fx.Graph:
+    """A copy of a graph that was traced on the meta device, to run on ``device``."""
+
+    def placed(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) and argument.type == "meta" else argument
+
+    graph = copy.deepcopy(traced)
+    for node in graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, placed)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, placed)
+    return graph
+
+
+def _pack(graph: fx.Graph, weights: int) -> list[tuple[tuple[int, ...], bool]]:
+    """Let products of weights that nothing else reads take them packed; returns the new order of the weights.
+
+    Products of the same values become one, which reads all of their weights, where none has a bias.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    own = placeholders[:weights]
+    place = {node: i for i, node in enumerate(own)}
+    packed = {node for node in own if _only_multiplied(node)}
+    products = [n for n in graph.nodes if n.target is _linear and _weight(n) in packed]
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in products:
+        alone = _bias(node) is not None or len(_weight(node).users) > 1
+        groups.setdefault((node.args[0], node if alone else None), []).append(node)
+
+    order: list[tuple[tuple[int, ...], bool]] = []
+    inputs: dict[tuple[int, ...], fx.Node] = {}
+    for node in own:
+        if node not in packed:
+            order.append(((place[node],), False))
+    with graph.inserting_after(placeholders[-1]):
+        for members in groups.values():
+            places = tuple(place[_weight(node)] for node in members)
+            if places not in inputs:
+                inputs[places] = graph.placeholder(f"packed{len(inputs)}")
+                outputs = sum(_weight(node).meta["val"].shape[0] for node in members)
+                value = _weight(members[0]).meta["val"]
+                inputs[places].meta["val"] = torch.empty(outputs, value.shape[1], dtype=value.dtype, device="meta")
+                order.append((places, True))
+    for members in groups.values():
+        _multiply(graph, members, inputs[tuple(place[_weight(node)] for node in members)])
+    kept = [node for node in own if node not in packed]
+    _reorder(graph, [*kept, *inputs.values(), *placeholders[weights:]])
+    for node in packed:
+        graph.erase_node(node)
+    return order
+
+
+def _only_multiplied(weight: fx.Node) -> bool:
+    value = weight.meta["val"]
+    return (
+        value.ndim == 2
+        and can_pack(value.dtype)
+        and bool(weight.users)
+        and all(user.target is _linear and weight not in (user.args[0], *user.args[2:]) for user in weight.users)
+    )
+
+
+def _weight(product: fx.Node) -> fx.Node:
+    return cast(fx.Node, product.args[1])
+
+
+def _bias(product: fx.Node) -> fx.Node | None:
+    return cast(fx.Node, product.args[2]) if len(product.args) > 2 else None
+
+
+def _multiply(graph: fx.Graph, members: Sequence[fx.Node], weight: fx.Node) -> None:
+    """Replace the products ``members`` of one value by one with ``weight``."""
+    first = members[0]
+    with graph.inserting_before(first):
+        product = graph.call_function(_product, (first.args[0], weight, _bias(first)))
+        start = 0
+        for node in members:
+            end = start + _weight(node).meta["val"].shape[0]
+            last = node.meta["val"].ndim - 1
+            part = (
+                product
+                if len(members) == 1
+                else graph.call_function(torch.ops.aten.slice.Tensor, (product, last, start, end))
+            )
+            part.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(part)
+            start = end
+    for node in members:
+        graph.erase_node(node)
+
+
+def _reorder(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> None:
+    """Put ``placeholders`` first, in this order."""
+    first = next(iter(graph.nodes))
+    for node in placeholders:
+        if node is not first:
+            first.prepend(node)
+        else:
+            first = first.next
+
+
+def _make_contiguous(graph: fx.Graph) -> None:
+    (output,) = graph.find_nodes(op="output")
+    with graph.inserting_before(output):
+        (results,) = output.args
+        output.args = (
+            tuple(
+                graph.call_function(torch.ops.aten.contiguous.default, (node,))
+                if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+                else node
+                for node in results
+            ),
+        )
+
+
+def _eager(module: fx.GraphModule) -> Run:
+    forward = module.forward
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        outputs: Sequence[Any] = forward(*inputs)
+        return outputs
+
+    return run
+
+
+def _compile(module: fx.GraphModule, name: str) -> Run | None:
+    """``module`` compiled, or None, with a warning, where that fails."""
+    started = time.perf_counter()
+    try:
+        run = _inductor(module)
+    except Exception as e:  # whatever goes wrong there: everything can still be computed
+        reason = str(e).strip().splitlines()
+        log.warning(
+            "event=not_compiled part=%r reason=%r; it runs uncompiled, which is slower",
+            name,
+            f"{type(e).__name__}: {reason[0] if reason else ''}",
+        )
+        return None
+    log.info("event=compiled part=%r seconds=%.1f", name, time.perf_counter() - started)
+    return run
+
+
+def _inductor(module: fx.GraphModule) -> Run:
+    # Where Inductor would keep it by default, a folder of /tmp with a known name, others could put something first.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
+    import torch._inductor.config
+
+    settings: dict[str, Any] = {
+        "compile_threads": 1,  # more would be processes, which import torch again
+        "cpp.threads": torch.get_num_threads(),
+        "fx_graph_cache": True,
+        "size_asserts": False,  # packed weights have no strides
+    }
+    with torch._inductor.config.patch(settings), warnings.catch_warnings():
+        # torch's own deprecated calls; nothing that a caller could change.
+        warnings.simplefilter("ignore")
+        from torch._guards import TracingContext, tracing
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.decomposition import select_decomp_table
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+        fake_mode = next(value.fake_mode for value in values if hasattr(value, "fake_mode"))
+        with fake_mode, torch.no_grad():
+            inputs = [
+                torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
+                for value in values
+            ]
+            # Inductor wants a graph of elementary operators, without what torch composes of them.
+            interpreter = fx.Interpreter(module)
+            lowered = make_fx(lambda *given: interpreter.run(*given), select_decomp_table())(*inputs)
+        with tracing(TracingContext(fake_mode)), torch.no_grad():
+            compiled: Any = compile_fx_inner(lowered, inputs, is_inference=True)
+    run: Run = compiled.current_callable
+    return run
