@@ -41,8 +41,12 @@ MODEL = Model("P", hidden=1024, ffn=512, layers=16, heads=16, kv_heads=16, head_
 BATCH = 8
 FLIGHTS, QUICK_FLIGHTS = (1, 2, 3, 4), (1, 2)
 """Batches in flight."""
-SHORT, MIDDLE, MAX_CONTEXT = 32, 160, 2048
-"""Contexts that show what attention costs with none, and per token; and the longest that is tried."""
+SHORT, MIDDLE, MAX_CONTEXT = 32, 256, 2048
+"""Contexts: of the load that computing bounds; the first and the longest that are tried for the balanced one."""
+BALANCED, TRIES = 0.05, 5
+"""How far from each other attention and the rest may be in it, as a part; and how often a context is chosen anew."""
+MIN_TOKEN_MS = 1e-3
+"""The least that a token of context is taken to cost, where noise says less."""
 LONGER = 2.0
 """The context of the load that attention bounds, by that of the balanced one."""
 MAX_TOKENS = 256
@@ -153,6 +157,8 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
                 if not contexts:
                     contexts = await _choose(bench, alone)
                 for load_name, context in contexts.items():
+                    if quick and load_name != "balanced" and load_name not in alone:
+                        continue  # there is only time for what was needed to find the context
                     if quick and batches > 1 and load_name != "balanced":
                         continue
                     if batches == 1 and load_name in alone:
@@ -180,11 +186,16 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
 async def _choose(bench: _Bench, measured: dict[str, Window]) -> dict[str, int]:
     """Contexts by load. Attention alone takes a time that grows evenly with the context; what is measured is kept."""
     short = measured["compute-bound"] = await bench.measure(BATCH, SHORT)
-    middle = await bench.measure(BATCH, MIDDLE)
-    per_token = (middle.attention_ms - short.attention_ms) / (MIDDLE - SHORT)
-    # Its length grows while it is measured, in all loads alike.
-    balanced = SHORT + round((middle.compute_ms - short.attention_ms) / per_token) if per_token > 0 else MAX_CONTEXT
-    balanced = max(SHORT + 1, min(balanced, MAX_CONTEXT))
+    balanced = MIDDLE
+    for _ in range(TRIES):
+        window = measured["balanced"] = await bench.measure(BATCH, balanced)
+        missing = window.compute_ms - window.attention_ms
+        if abs(missing) < BALANCED * window.compute_ms:
+            break
+        per_token = max((window.attention_ms - short.attention_ms) / (balanced - SHORT), MIN_TOKEN_MS)
+        balanced = max(2 * SHORT, min(balanced + round(missing / per_token), MAX_CONTEXT))
+    else:
+        raise LaminaError(f"bench pipeline: found no context with which both nodes are equally busy, up to {balanced}")
     return {
         "compute-bound": SHORT,
         "balanced": balanced,
