@@ -157,10 +157,8 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
                 if not contexts:
                     contexts = await _choose(bench, alone)
                 for load_name, context in contexts.items():
-                    if quick and load_name != "balanced" and load_name not in alone:
+                    if quick and load_name != "balanced" and (batches > 1 or load_name not in alone):
                         continue  # there is only time for what was needed to find the context
-                    if quick and batches > 1 and load_name != "balanced":
-                        continue
                     if batches == 1 and load_name in alone:
                         window = alone[load_name]
                     else:
