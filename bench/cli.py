@@ -84,7 +84,7 @@ def exchange(
 def pipeline(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw one step of two batches, by layer, into this file.")] = None,
-    quick: Annotated[bool, typer.Option(help="One and two batches, the balanced load alone with two.")] = False,
+    quick: Annotated[bool, typer.Option(help="Up to two batches, and the balanced load.")] = False,
 ) -> None:
     """Several batches in flight over a compute and a memory node of one processor each, against one batch."""
     from lamina.bench.pipeline import run

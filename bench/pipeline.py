@@ -1,6 +1,7 @@
 """What flying several batches gains: two nodes of a processor each, whose work overlaps or does not.
 
-A compute node and a memory node run as they always do, over shared memory, with a random model whose attention is as
+A compute node and a memory node run as they always do, over shared memory, but that prompts cost nothing (see
+``filled``), with a random model whose attention is as
 much work as all else at a context of some hundred tokens. That context is found by measuring: with one batch in flight
 one node waits for the other, so that each is timed alone. Loads with a shorter and a longer context are bound by
 computing and by attention. Everything is read from traces of the nodes' devices: a step lasts from one sampling to the
@@ -13,6 +14,7 @@ both nodes spent on it while they overlapped; what that is above the same work a
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -25,23 +27,26 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lamina.bench import report
+from lamina.bench.checkpoints import Model, checkpoint
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
 from lamina.cluster import Cluster, free_ports
-from lamina.config import ClusterConfig, load
+from lamina.config import ClusterConfig, NodeConfig, load
 from lamina.errors import ConfigError, LaminaError
-from lamina.model.library import quiet
 from lamina.spans import Span
 from lamina.trace import Trace, record
 
-HIDDEN, LAYERS, HEADS, HEAD_DIM, FFN, VOCABULARY = 1024, 16, 16, 128, 512, 4096
-KV_BYTES = 2 * LAYERS * HEADS * HEAD_DIM * 2
-"""Of a token, in bfloat16."""
+MODEL = Model("P", hidden=1024, ffn=512, layers=16, heads=16, kv_heads=16, head_dim=128, vocabulary=4096)
+"""As heavy in attention as a few hundred tokens of context can make it."""
 BATCH = 8
 FLIGHTS, QUICK_FLIGHTS = (1, 2, 3, 4), (1, 2)
 """Batches in flight."""
-SHORT, MIDDLE, MAX_CONTEXT = 32, 160, 2048
-"""Contexts that show what attention costs with none, and per token; and the longest that is tried."""
+SHORT, MIDDLE, MAX_CONTEXT = 32, 256, 2048
+"""Contexts: of the load that computing bounds; the first and the longest that are tried for the balanced one."""
+BALANCED, TRIES = 0.05, 5
+"""How far from each other attention and the rest may be in it, as a part; and how often a context is chosen anew."""
+MIN_TOKEN_MS = 1e-3
+"""The least that a token of context is taken to cost, where noise says less."""
 LONGER = 2.0
 """The context of the load that attention bounds, by that of the balanced one."""
 MAX_TOKENS = 256
@@ -145,15 +150,15 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as name, Progress(console=console) as progress:
         task = progress.add_task("pipeline", total=None)
         folder = Path(name)
-        await asyncio.to_thread(_make_model, folder / "model")
+        model = await asyncio.to_thread(checkpoint, MODEL)
         contexts: dict[str, int] = {}
         for batches in flights:
-            async with _running(folder, batches, Cluster) as bench:
+            async with _running(folder, model, batches, Filled) as bench:
                 if not contexts:
                     contexts = await _choose(bench, alone)
                 for load_name, context in contexts.items():
-                    if quick and batches > 1 and load_name != "balanced":
-                        continue
+                    if quick and load_name != "balanced" and (batches > 1 or load_name not in alone):
+                        continue  # there is only time for what was needed to find the context
                     if batches == 1 and load_name in alone:
                         window = alone[load_name]
                     else:
@@ -168,7 +173,7 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
                     progress.advance(task)
         if not quick:
             for batches in (1, 2):
-                async with _running(folder, batches, QueryLast) as bench:
+                async with _running(folder, model, batches, QueryLast) as bench:
                     context = contexts["balanced"]
                     window = await bench.measure(BATCH * batches, context)
                     rows.append(_row("balanced, query last", batches, context, window, alone["balanced"]))
@@ -179,11 +184,16 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
 async def _choose(bench: _Bench, measured: dict[str, Window]) -> dict[str, int]:
     """Contexts by load. Attention alone takes a time that grows evenly with the context; what is measured is kept."""
     short = measured["compute-bound"] = await bench.measure(BATCH, SHORT)
-    middle = await bench.measure(BATCH, MIDDLE)
-    per_token = (middle.attention_ms - short.attention_ms) / (MIDDLE - SHORT)
-    # Its length grows while it is measured, in all loads alike.
-    balanced = SHORT + round((middle.compute_ms - short.attention_ms) / per_token) if per_token > 0 else MAX_CONTEXT
-    balanced = max(SHORT + 1, min(balanced, MAX_CONTEXT))
+    balanced = MIDDLE
+    for _ in range(TRIES):
+        window = measured["balanced"] = await bench.measure(BATCH, balanced)
+        missing = window.compute_ms - window.attention_ms
+        if abs(missing) < BALANCED * window.compute_ms:
+            break
+        per_token = max((window.attention_ms - short.attention_ms) / (balanced - SHORT), MIN_TOKEN_MS)
+        balanced = max(2 * SHORT, min(balanced + round(missing / per_token), MAX_CONTEXT))
+    else:
+        raise LaminaError(f"bench pipeline: found no context with which both nodes are equally busy, up to {balanced}")
     return {
         "compute-bound": SHORT,
         "balanced": balanced,
@@ -217,10 +227,21 @@ def _row(load_name: str, batches: int, context: int, window: Window, alone: Wind
 # -- the cluster
 
 
-class QueryLast(Cluster):
-    """Its compute node sends q together with k and v, as if there were no query-first order."""
+class Filled(Cluster):
+    """Prompts cost its compute node nothing, so that contexts are there at once."""
 
-    program = ("-m", "lamina.bench.query_last")
+    module = "filled"
+
+    def command(self, node: NodeConfig) -> list[str]:
+        if node.role == "memory":
+            return super().command(node)
+        return ["-m", f"lamina.bench.{self.module}", str(self._config.file), node.name]
+
+
+class QueryLast(Filled):
+    """And it sends q together with k and v, as if there were no query-first order."""
+
+    module = "query_last"
 
 
 class _Bench:
@@ -232,7 +253,7 @@ class _Bench:
 
     async def measure(self, sequences: int, context: int) -> Window:
         """Decode ``sequences`` with prompts of ``context`` tokens for a while."""
-        prompts = [[(7 * i + 13 * j) % VOCABULARY for j in range(context)] for i in range(sequences)]
+        prompts = [[(7 * i + 13 * j) % MODEL.vocabulary for j in range(context)] for i in range(sequences)]
         readers = [_Reader(self._client.stream(prompt, max_tokens=MAX_TOKENS)) for prompt in prompts]
         try:
             async with asyncio.timeout(PATIENCE_S):
@@ -287,8 +308,8 @@ class _Reader:
 
 
 @asynccontextmanager
-async def _running(folder: Path, batches: int, kind: type[Cluster]) -> AsyncIterator[_Bench]:
-    config = _write_config(folder, batches)
+async def _running(folder: Path, model: Path, batches: int, kind: type[Filled]) -> AsyncIterator[_Bench]:
+    config = _write_config(folder, model, batches)
     with (folder / "nodes.log").open("wb") as log:
         async with kind(config, log_file=log) as cluster:
             await cluster.ready()
@@ -296,13 +317,13 @@ async def _running(folder: Path, batches: int, kind: type[Cluster]) -> AsyncIter
                 yield _Bench(config, client)
 
 
-def _write_config(folder: Path, batches: int) -> ClusterConfig:
+def _write_config(folder: Path, model: Path, batches: int) -> ClusterConfig:
     near, far = two_processors()
-    memory = BATCH * batches * (MAX_CONTEXT + MAX_TOKENS) * KV_BYTES
+    memory = BATCH * batches * (MAX_CONTEXT + MAX_TOKENS) * MODEL.kv_bytes_per_token
     memory = min(memory, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     front, port = free_ports(2)
     lines = [
-        '[model]\npath = "model"\ndtype = "bfloat16"',
+        f'[model]\npath = {json.dumps(str(model))}\ndtype = "bfloat16"\ncontext = {MAX_CONTEXT + MAX_TOKENS}',
         f"[pipeline]\nbatches = {batches}\nmax_batch = {BATCH}\nprefill_tokens = 2048",
         f'[transport]\nkind = "shm"\npeer_timeout = {PATIENCE_S}',
         f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://127.0.0.1:{front}"\nthreads = 1\ncpus = "{near}"',
@@ -312,28 +333,6 @@ def _write_config(folder: Path, batches: int) -> ClusterConfig:
     file = folder / "cluster.toml"
     file.write_text("\n".join(lines) + "\n")
     return load(file)
-
-
-def _make_model(path: Path) -> None:
-    """A checkpoint of random weights, as heavy in attention as a few hundred tokens of context can make it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=HEAD_DIM,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=MAX_CONTEXT + MAX_TOKENS,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    config.dtype = torch.bfloat16
-    with quiet():
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
 
 
 # -- the picture

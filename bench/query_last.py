@@ -1,10 +1,11 @@
-"""The ``lamina`` command with q sent after k and v have been computed, to measure what sending it first gains."""
+"""As ``filled``, with q sent after k and v have been computed, to measure what sending it first gains."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from lamina import cli
+from lamina.bench.filled import main
 from lamina.engine.remote import RemoteShard
 
 _send_query, _send_key_value = RemoteShard.send_query, RemoteShard.send_key_value
@@ -23,4 +24,4 @@ def _send_both(shard: RemoteShard, slot: int, *rest: Any) -> None:
 if __name__ == "__main__":
     for name, late in (("send_query", _keep), ("send_key_value", _send_both)):
         setattr(RemoteShard, name, late)
-    cli.main()
+    sys.exit(main())

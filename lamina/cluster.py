@@ -67,11 +67,8 @@ class Cluster:
 
     Nodes whose file does not say how many ``threads`` they use get an equal share of this machine's cores.
     ``log_file`` takes the nodes' logs, by default this process's standard error. ``on_change`` is called whenever a
-    node's state has changed. ``failed`` gets a NodeError when a node dies or falls silent. ``program`` is what Python
-    runs as the ``lamina`` command.
+    node's state has changed. ``failed`` gets a NodeError when a node dies or falls silent.
     """
-
-    program = ("-m", "lamina")
 
     def __init__(
         self, config: ClusterConfig, *, log_file: IO[bytes] | None = None, on_change: Callable[[], None] | None = None
@@ -128,7 +125,7 @@ class Cluster:
 
     def command(self, node: NodeConfig) -> list[str]:
         """The arguments that make this Python run ``node``."""
-        return [*self.program, "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
+        return ["-m", "lamina", "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
 
     async def _spawn(self, node: NodeConfig) -> Process:
         # Nodes that share a machine share its cores: given all of them each, their threads wait for each other.
