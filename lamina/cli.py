@@ -243,6 +243,19 @@ def doctor(
 
 
 @app.command()
+def trace(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option(help="The file to write, for ui.perfetto.dev or chrome://tracing.")],
+    seconds: Annotated[float, typer.Option(min=0.001, max=60, help="How long to record.")] = 2.0,
+) -> None:
+    """Record what every node of a running cluster computes, by batch and layer."""
+    from lamina.config import load
+    from lamina.trace import run
+
+    run(load(config), seconds, out)
+
+
+@app.command()
 def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Decode a small shipped model over three local nodes and compare with transformers."""
     from lamina.demo.run import run
