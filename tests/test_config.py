@@ -77,7 +77,11 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ("max_batch = 8", 'max_batch = "8"', "pipeline.max_batch: expected int, got '8'"),
         ("max_batch = 8", f"max_batch = {'8' * 5000}", "not valid TOML"),
         ("max_batch = 8", f"max_batch = {'[' * 5000}", "not valid TOML"),
-        ("max_batch = 8", 'partition = "tokens"', "pipeline.partition: expected one of heads; got 'tokens'"),
+        (
+            "max_batch = 8",
+            'partition = "layers"',
+            "pipeline.partition: expected one of heads, requests, tokens; got 'layers'",
+        ),
         ("max_batch = 8", "max_bach = 8", "pipeline: unknown key 'max_bach'"),
         ('path = "models/tiny"', "", "model: missing key 'path'"),
         (

@@ -411,7 +411,7 @@ def test_an_answer_that_comes_too_late_counts_for_nothing() -> None:
         step = s.next_step(0)
         assert step
         for ask in step.asks:
-            if ask.sequence is young and not ask.first:
+            if ask.sequence is young and ask.had:
                 late.append(ask)
             else:
                 s.grant(ask)

@@ -135,7 +135,7 @@ def test_too_little_memory(checkpoint: Path, memory_ports: list[int], tmp_path: 
     config = harness.write_config(tmp_path, checkpoint, [port])
     with harness.running(small):
         message = cannot_start(config, 1)
-        assert re.search(r"memory node m0 holds \d+ tokens", message)
+        assert re.search(r"can hold \d+ tokens of one request, fewer than", message)
         assert "context of 512" in message
         assert small.stop() == 0
 
