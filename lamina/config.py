@@ -67,11 +67,18 @@ class PipelineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The most sequences of one batch."""
     prefill_tokens: Annotated[int, Meta(ge=1, le=65536)] = 512
     """The most prompt tokens that go through the slices together with one step of a batch."""
+    prefill_kv: str = "1GiB"
+    """Keys and values of prompts that the compute node keeps while it prefills them, so that their chunks attend there.
+    What goes beyond attends on the memory nodes, more slowly."""
     max_waiting: Positive = 1024
     """Requests that may wait for admission; one more is refused."""
     partition: Literal["heads", "requests", "tokens"] = "heads"
     """How the KV cache lies on the memory nodes: each has some KV heads of everything, or whole sequences, or stretches
     of tokens of every long sequence."""
+
+    @property
+    def prefill_kv_bytes(self) -> int:
+        return parse_size(self.prefill_kv)
 
 
 class RdmaConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -254,6 +261,10 @@ def _check(config: ClusterConfig) -> None:
     def fail(place: str, message: str) -> None:
         raise ConfigError(f"{config.file}: {place}: {message}")
 
+    try:
+        parse_size(config.pipeline.prefill_kv)
+    except ConfigError as e:
+        fail("pipeline.prefill_kv", str(e))
     names: set[str] = set()
     addresses: dict[str, str] = {}
     for i, node in enumerate(config.node):

@@ -661,3 +661,22 @@ def test_ten_thousand_random_cancels_leave_nothing() -> None:
     c.settle()
     assert c.answered > 100
     assert c.scheduler.preemptions > 100
+
+
+def test_prompts_beyond_the_budget_go_on_elsewhere() -> None:
+    """The compute node keeps the beginnings of prompts that it has room for; what follows has its past elsewhere."""
+    s = scheduler(prefill_tokens=8, remote_tokens=4, prefill_kv=10)
+    first, second = make(14, 2), make(6, 2)
+    s.submit(first)
+    s.submit(second)
+    chunks: list[tuple[int, int, int, bool]] = []
+    while step := s.next_step(0):
+        for ask in step.asks:
+            s.grant(ask)
+        chunks += [(c.sequence.arrival, c.start, len(c.tokens), c.remote) for c in step.prompts]
+        if step.decode or step.prompts:
+            s.finish(0, step, [1] * len(step.sampled))
+
+    assert [c[1:] for c in chunks if c[0] == 0] == [(0, 4, False), (4, 6, False), (10, 4, True)]
+    assert all(remote for arrival, _, _, remote in chunks if arrival == 1)
+    assert s.free_blocks == 64

@@ -59,6 +59,8 @@ class Sequence:
     """How many of these have gone through the slices, or were found on the memory nodes."""
     shared: int = 0
     """How many were found."""
+    here: int = 0
+    """How many are prefilled with their keys and values kept on the compute node; the others' past is remote."""
     reserved: int = 0
     """Positions for which memory nodes were asked to have space,"""
     granted: int = 0
@@ -122,7 +124,7 @@ class PromptChunk:
     @property
     def remote(self) -> bool:
         """Whether what it attends to lies on the memory nodes, and not here with the chunks before it."""
-        return self.sequence.shared > 0
+        return self.start >= self.sequence.here
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +238,9 @@ class Scheduler:
     those that run always goes on to its end, and then another is the first: nobody is in the way of everybody.
 
     Slots get equal work, by ``cost``, which also says how many of them are worth using. ``prefill_tokens`` is the
-    most prompt tokens of a step, ``remote_tokens`` the most of those whose past was found on the memory nodes; with 0
-    nobody shares anything.
+    most prompt tokens of a step, ``remote_tokens`` the most of those whose past lies on the memory nodes: because it
+    was found there, or because the compute node keeps no more than ``prefill_kv`` tokens of prompts. With 0 nobody
+    shares anything, and it keeps all.
     """
 
     def __init__(
@@ -251,6 +254,7 @@ class Scheduler:
         cost: CostModel | None = None,
         prefix: PrefixKeys | None = None,
         remote_tokens: int = 0,
+        prefill_kv: int = 2**40,
         ahead_blocks: int = AHEAD_BLOCKS,
     ) -> None:
         self.cost = cost or CostModel()
@@ -265,6 +269,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._prefix = prefix if remote_tokens else None
         self._remote_tokens = remote_tokens
+        self._prefill_kv = prefill_kv
         self._ahead_blocks = ahead_blocks
         self._slots = [_Slot() for _ in range(batches)]
         self._waiting: Waiting[Sequence] = Waiting()
@@ -330,8 +335,16 @@ class Scheduler:
         sequence.granted = ask.tokens
         if not ask.had:
             sequence.prefilled = sequence.shared = shared
+            sequence.here = 0 if shared else self._kept_here(len(sequence.tokens))
             self.prompt_tokens += len(sequence.tokens)
             self.shared_tokens += shared
+
+    def _kept_here(self, tokens: int) -> int:
+        """Of so many tokens to be prefilled, those for which the compute node still has room."""
+        if not self._remote_tokens:
+            return tokens
+        running = (s for slot in self._slots for s in slot.sequences)
+        return min(tokens, max(0, self._prefill_kv - sum(s.here for s in running if s.prefilled < s.here)))
 
     # -- steps
 
@@ -388,7 +401,7 @@ class Scheduler:
                 if s.context <= s.granted:
                     decode.append(DecodeRow(s, s.output[-1], s.context - 1))
             elif s.granted:
-                (remote if s.shared else local).append(s)
+                (remote if s.prefilled >= s.here else local).append(s)
         prompts = _chunks(remote, min(self._remote_tokens, self._prefill_tokens))
         prompts += _chunks(local, self._prefill_tokens - sum(len(chunk.tokens) for chunk in prompts))
         return tuple(decode), tuple(prompts)
@@ -470,7 +483,7 @@ class Scheduler:
         if sequence.is_decoding:
             self._publish(sequence, sequence.context - 1, news)
         self._remove(sequence, news)
-        sequence.prefilled = sequence.shared = sequence.granted = sequence.reserved = 0
+        sequence.prefilled = sequence.shared = sequence.here = sequence.granted = sequence.reserved = 0
         sequence.tokens, sequence.yielding = [], False
         sequence.preemptions += 1
         self.preemptions += 1
@@ -586,7 +599,8 @@ def _chunks(sequences: Iterable[Sequence], budget: int) -> list[PromptChunk]:
 
 
 def _next_tokens(sequence: Sequence) -> int:
-    """The most tokens of a sequence's next chunk. Where its past lies on memory nodes, one of them has to store all."""
-    rest = len(sequence.tokens) - sequence.prefilled
-    room = sequence.placement.until_next(sequence.prefilled) if sequence.shared else None
+    """The most tokens of a sequence's next chunk: of those kept here, or of those that the same nodes store."""
+    if sequence.prefilled < sequence.here:
+        return sequence.here - sequence.prefilled
+    rest, room = len(sequence.tokens) - sequence.prefilled, sequence.placement.until_next(sequence.prefilled)
     return rest if room is None else min(rest, room)

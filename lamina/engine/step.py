@@ -163,8 +163,10 @@ class _Forward:
         last: dict[int, int] = {}
         for chunk in self._chunks:
             sequence = chunk.sequence
-            if chunk.start == 0 and not chunk.remote:
-                kept = PromptKV(sequence.id, len(sequence.tokens), self._shapes, self._dtype, self._model.device)
+            if chunk.remote:
+                self._prompts.pop(sequence.id, None)  # from here on its past is needed where it was sent
+            elif chunk.start == 0:
+                kept = PromptKV(sequence.id, sequence.here, self._shapes, self._dtype, self._model.device)
                 self._prompts[sequence.id] = kept
             token_ids += chunk.tokens
             positions += range(chunk.start, chunk.start + len(chunk.tokens))

@@ -117,6 +117,7 @@ class ComputeNode:
         pipeline = self._config.pipeline
         context = self._context(checkpoint)
         kv_dtype = self._config.model.kv_dtype or checkpoint.dtype
+        kept = KVLayout(layers=layers, dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
         divide = shard_by_heads if pipeline.partition == "heads" else shard_whole
         windows = any(layer.window is not None for layer in layers)
         if pipeline.partition == "tokens" and windows:
@@ -161,6 +162,7 @@ class ComputeNode:
                 model=checkpoint.fingerprint, dtype=checkpoint.dtype, kv_dtype=kv_dtype, block_tokens=BLOCK_TOKENS
             ),
             remote_tokens=REMOTE_TOKENS,
+            prefill_kv=pipeline.prefill_kv_bytes // kept.bytes_per_token,
             max_waiting=pipeline.max_waiting,
         )
         return Engine(

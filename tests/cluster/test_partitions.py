@@ -92,6 +92,30 @@ def test_a_context_larger_than_any_node(
     agreement.check(oracle, LONG[:20], short, f"{partition}, short")
 
 
+@pytest.mark.parametrize("partition", ["heads", "tokens"])
+def test_prompts_beyond_what_the_compute_node_keeps(
+    partition: str, llama: tuple[Path, Oracle], memory_ports: list[int], agreement: Agreement, tmp_path: Path
+) -> None:
+    """They go on over the memory nodes, which have all that came before."""
+    path, oracle = llama
+    # Room for 100 tokens: one prompt begins here, others do not even that.
+    sections = f'[pipeline]\npartition = "{partition}"\nprefill_tokens = 70\nprefill_kv = "200KiB"'
+    config = harness.write_config(tmp_path, path, memory_ports[:2], sections=sections)
+    node = harness.start_node(config, "c0")
+
+    async def decode() -> list[list[int]]:
+        await harness.ready(config, node)
+        async with harness.client(config) as client:
+            asked = [client.generate(p, max_tokens=TOKENS, share_prefix=False) for p in PROMPTS]
+            return [answer.tokens for answer in await asyncio.gather(*asked)]
+
+    with harness.running(node):
+        answers = asyncio.run(decode())
+        assert node.stop() == 0
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        agreement.check(oracle, prompt, answer, f"{partition}, prompt of {len(prompt)}")
+
+
 def test_windows_are_not_cut_into_stretches(memory_ports: list[int], tmp_path: Path) -> None:
     """A model with sliding windows is refused under "tokens", by name and with what to do."""
     path = FAMILIES["gemma2"].save(tmp_path / "checkpoint")
