@@ -1,6 +1,6 @@
 """What flying several batches gains: two nodes of a processor each, whose work overlaps or does not.
 
-A compute node and a memory node run as they always do, over shared memory, but that prompts cost nothing (`filled`). The
+A compute node and a memory node run as always, over shared memory, but that prompts cost nothing (`filled`). The
 model is random, and its attention is as much work as all else at a context of one or two thousand tokens. That context
 is found by measuring: with one batch in flight one node waits for the other, so that each is timed alone. Loads with a
 shorter and a longer context are bound by computing and by attention. Everything is read from traces of the nodes'
