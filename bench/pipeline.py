@@ -202,6 +202,7 @@ async def _choose(bench: _Bench, measured: dict[str, Window]) -> dict[str, int]:
 
 def _row(load_name: str, batches: int, context: int, window: Window, alone: Window) -> report.Row:
     compute, attention, step = window.compute_ms, window.attention_ms, window.step_ms
+    comparable = round(window.tokens) == round(alone.tokens)
     return {
         "load": load_name,
         "batches": batches,
@@ -212,8 +213,8 @@ def _row(load_name: str, batches: int, context: int, window: Window, alone: Wind
         "attention_ms": attention,
         "compute_alone_ms": alone.compute_ms,
         "attention_alone_ms": alone.attention_ms,
-        "compute_contention": compute / alone.compute_ms,
-        "attention_contention": attention / alone.attention_ms,
+        "compute_contention": compute / alone.compute_ms if comparable else None,
+        "attention_contention": attention / alone.attention_ms if comparable else None,
         "wire_ms": window.neither_ms,
         # Of tokens per second: of a step's time where batches are of equal size.
         "speedup_over_one": (window.tokens / step) / (alone.tokens / alone.step_ms),
