@@ -35,7 +35,7 @@ from lamina.errors import ConfigError, LaminaError
 from lamina.spans import Span
 from lamina.trace import Trace, record
 
-MODEL = Model("P", hidden=1024, ffn=2816, layers=16, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)
+MODEL = Model("P", hidden=1024, ffn=2816, layers=12, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)
 """Of grouped queries: there, k and v are little of the work, so that little of one batch alone overlaps."""
 BATCH = 8
 FLIGHTS, QUICK_FLIGHTS = (1, 2, 3, 4), (1, 2)
@@ -50,7 +50,7 @@ LONGER = 2.0
 """The context of the load that attention bounds, by that of the balanced one."""
 MAX_TOKENS = 256
 """Steps before a sequence is over, which have to suffice to fill all batches and measure."""
-WINDOW_S = 1.2
+WINDOW_S = 1.0
 SETTLE_STEPS = 3
 START_S, PATIENCE_S = 90.0, 60.0
 
