@@ -1,11 +1,10 @@
 """What flying several batches gains: two nodes of a processor each, whose work overlaps or does not.
 
-A compute node and a memory node run as they always do, over shared memory, but that prompts cost nothing (see
-``filled``), with a random model whose attention is as
-much work as all else at a context of some hundred tokens. That context is found by measuring: with one batch in flight
-one node waits for the other, so that each is timed alone. Loads with a shorter and a longer context are bound by
-computing and by attention. Everything is read from traces of the nodes' devices: a step lasts from one sampling to the
-next, and a node is busy while it runs an operation.
+A compute node and a memory node run as always, over shared memory, but that prompts cost nothing (`filled`). The
+model is random, and its attention is as much work as all else at a context of one or two thousand tokens. That context
+is found by measuring: with one batch in flight one node waits for the other, so that each is timed alone. Loads with a
+shorter and a longer context are bound by computing and by attention. Everything is read from traces of the nodes'
+devices: a step lasts from one sampling to the next, and a node is busy while it runs an operation.
 
 No order of work can be faster than the slower node working without a pause, so a step's yardstick is the larger of what
 both nodes spent on it while they overlapped; what that is above the same work alone is contention.
@@ -36,22 +35,22 @@ from lamina.errors import ConfigError, LaminaError
 from lamina.spans import Span
 from lamina.trace import Trace, record
 
-MODEL = Model("P", hidden=1024, ffn=512, layers=16, heads=16, kv_heads=16, head_dim=128, vocabulary=4096)
-"""As heavy in attention as a few hundred tokens of context can make it."""
+MODEL = Model("P", hidden=1024, ffn=2816, layers=12, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)
+"""Of grouped queries: there, k and v are little of the work, so that little of one batch alone overlaps."""
 BATCH = 8
 FLIGHTS, QUICK_FLIGHTS = (1, 2, 3, 4), (1, 2)
 """Batches in flight."""
-SHORT, MIDDLE, MAX_CONTEXT = 32, 256, 2048
+SHORT, MIDDLE, MAX_CONTEXT = 64, 1024, 4096
 """Contexts: of the load that computing bounds; the first and the longest that are tried for the balanced one."""
 BALANCED, TRIES = 0.05, 5
 """How far from each other attention and the rest may be in it, as a part; and how often a context is chosen anew."""
-MIN_TOKEN_MS = 1e-3
+MIN_TOKEN_MS = 1e-4
 """The least that a token of context is taken to cost, where noise says less."""
 LONGER = 2.0
 """The context of the load that attention bounds, by that of the balanced one."""
 MAX_TOKENS = 256
 """Steps before a sequence is over, which have to suffice to fill all batches and measure."""
-WINDOW_S = 1.2
+WINDOW_S = 1.0
 SETTLE_STEPS = 3
 START_S, PATIENCE_S = 90.0, 60.0
 
@@ -191,18 +190,19 @@ async def _choose(bench: _Bench, measured: dict[str, Window]) -> dict[str, int]:
         if abs(missing) < BALANCED * window.compute_ms:
             break
         per_token = max((window.attention_ms - short.attention_ms) / (balanced - SHORT), MIN_TOKEN_MS)
-        balanced = max(2 * SHORT, min(balanced + round(missing / per_token), MAX_CONTEXT))
+        balanced = max(2 * SHORT, min(balanced + round(missing / per_token), round(MAX_CONTEXT / LONGER)))
     else:
         raise LaminaError(f"bench pipeline: found no context with which both nodes are equally busy, up to {balanced}")
     return {
         "compute-bound": SHORT,
         "balanced": balanced,
-        "attention-bound": min(round(LONGER * balanced), MAX_CONTEXT),
+        "attention-bound": round(LONGER * balanced),
     }
 
 
 def _row(load_name: str, batches: int, context: int, window: Window, alone: Window) -> report.Row:
     compute, attention, step = window.compute_ms, window.attention_ms, window.step_ms
+    comparable = round(window.tokens) == round(alone.tokens)
     return {
         "load": load_name,
         "batches": batches,
@@ -213,8 +213,8 @@ def _row(load_name: str, batches: int, context: int, window: Window, alone: Wind
         "attention_ms": attention,
         "compute_alone_ms": alone.compute_ms,
         "attention_alone_ms": alone.attention_ms,
-        "compute_contention": compute / alone.compute_ms,
-        "attention_contention": attention / alone.attention_ms,
+        "compute_contention": compute / alone.compute_ms if comparable else None,
+        "attention_contention": attention / alone.attention_ms if comparable else None,
         "wire_ms": window.neither_ms,
         # Of tokens per second: of a step's time where batches are of equal size.
         "speedup_over_one": (window.tokens / step) / (alone.tokens / alone.step_ms),
