@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
+from collections.abc import Coroutine
 from collections.abc import Sequence as Listed
-from typing import Protocol
+from typing import Any, Protocol
 
 from lamina.engine.cost import Pace
 from lamina.engine.remote import RemoteShard, reserve
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Ask, Outcome, Scheduler, Sequence, Step
-from lamina.engine.step import StepRunner
+from lamina.engine.step import Ran, StepRunner
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
 
 log = logging.getLogger("lamina.engine")
@@ -29,7 +31,12 @@ class Answer(Protocol):
 
 
 class Engine:
-    """Continuous batching over the slices of one model and the memory nodes that attend for it."""
+    """Continuous batching over the slices of one model and the memory nodes that attend for it.
+
+    Batches are driven on the device's loop, so that from the last operation of a step to the first of the next there is
+    no way through another thread. Requests come, and tokens and messages go, on the node's own: what they need of the
+    scheduler is short, and under a lock.
+    """
 
     def __init__(
         self,
@@ -53,7 +60,11 @@ class Engine:
         self._stop_tokens = stop_tokens
         self._answers: dict[Sequence, Answer] = {}
         self._pace = Pace()
+        self._lock = threading.Lock()
+        """Of the scheduler."""
         self._work = [asyncio.Event() for _ in range(batches)]
+        """By slot, on the device's loop."""
+        self._news: asyncio.Queue[Step | Outcome] = asyncio.Queue()
         self._idle = asyncio.Event()
         self._idle.set()
         self._failure: LaminaError | None = None
@@ -120,7 +131,8 @@ class Engine:
             share_prefix=share_prefix,
             salt=salt,
         )
-        self.scheduler.submit(sequence, retry_after_s=self._pace.retry_after_s(self.waiting))
+        with self._lock:
+            self.scheduler.submit(sequence, retry_after_s=self._pace.retry_after_s(self.waiting))
         self._answers[sequence] = answer
         self._idle.clear()
         self._wake()
@@ -129,20 +141,23 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. Nothing for one that is over."""
         if self._answers.pop(sequence, None) is not None:
-            self.scheduler.cancel(sequence)
+            with self._lock:
+                self.scheduler.cancel(sequence)
             self._note_idle()
             self._wake()  # whoever waited behind it may be next
 
     async def run(self) -> None:
         """Serve until cancelled, or until this node or a memory node fails: then all are told, and NodeError raised."""
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 for slot in range(self._batches):
-                    tasks.create_task(self._drive(slot))
+                    tasks.create_task(self._on_device(self._drive(slot, loop)))
                 for shard in self._shards:
-                    tasks.create_task(self._ship(shard))
+                    tasks.create_task(self._on_device(shard.run()))
                     tasks.create_task(shard.watch())
+                tasks.create_task(self._pass_on())
         except* LaminaError as group:
             raise self._fail(_first(group)) from group
         except* Exception as group:
@@ -155,31 +170,52 @@ class Engine:
         self._draining = True
         await self._idle.wait()
 
-    async def _drive(self, slot: int) -> None:
-        """Step after step of one batch."""
+    async def _on_device(self, work: Coroutine[Any, Any, None]) -> None:
+        await self._runner.device.start(work)
+
+    async def _drive(self, slot: int, home: asyncio.AbstractEventLoop) -> None:
+        """Step after step of one batch, on the device's loop; ``home`` is told what comes of them."""
         work = self._work[slot]
         for number in itertools.count():
-            while (step := self.scheduler.next_step(slot)) is None:
-                self._note_idle()
+            while (step := self._next_step(slot)) is None:
                 work.clear()
                 await work.wait()
-            self._tell(step)
-            for ask in step.asks:
-                self._tasks.create_task(self._reserve(ask))
+            if step.published or step.released or step.asks:
+                home.call_soon_threadsafe(self._news.put_nowait, step)
             if step.released or step.moved:
-                self._wake()
+                self._set_all()
             if not step.decode and not step.prompts:
                 continue
-            ran = await self._runner.device.start(self._runner.run(slot, number, step))
-            self.steps += 1
-            load = step.load
+            ran = await self._runner.run(slot, number, step)
+            outcome = self._finish(slot, step, ran)
+            home.call_soon_threadsafe(self._news.put_nowait, outcome)
+            if outcome.released:
+                self._set_all()  # space has come free, perhaps for a request that another slot can admit
+
+    def _next_step(self, slot: int) -> Step | None:
+        with self._lock:
+            return self.scheduler.next_step(slot)
+
+    def _finish(self, slot: int, step: Step, ran: Ran) -> Outcome:
+        self.steps += 1
+        load = step.load
+        with self._lock:
             self.scheduler.cost.observe(
                 load.rows, load.prompt_tokens, load.context_tokens, ran.compute_s, ran.attention_s, ran.wire_s
             )
-            self._finish(slot, step, ran.tokens)
+            return self.scheduler.finish(slot, step, ran.tokens)
 
-    async def _ship(self, shard: RemoteShard) -> None:
-        await self._runner.device.start(shard.run())
+    async def _pass_on(self) -> None:
+        """Tell memory nodes and those who asked what came of steps, in their order."""
+        while True:
+            news = await self._news.get()
+            if isinstance(news, Outcome):
+                self._answer(news)
+            self._tell(news)
+            if isinstance(news, Step):
+                for ask in news.asks:
+                    self._tasks.create_task(self._reserve(ask))
+            self._note_idle()
 
     def _tell(self, news: Step | Outcome) -> None:
         """Pass on to the memory nodes what the scheduler decided."""
@@ -201,7 +237,8 @@ class Engine:
             if ask.stands():
                 self._refuse(ask.sequence, e)
         else:
-            self.scheduler.grant(ask, shared)
+            with self._lock:
+                self.scheduler.grant(ask, shared)
             self._wake()
 
     def _refuse(self, sequence: Sequence, error: CapacityError) -> None:
@@ -212,8 +249,7 @@ class Engine:
         if answer:
             answer.failed(error)
 
-    def _finish(self, slot: int, step: Step, tokens: list[int]) -> None:
-        outcome = self.scheduler.finish(slot, step, tokens)
+    def _answer(self, outcome: Outcome) -> None:
         self.tokens += len(outcome.tokens)
         for sequence, token in outcome.tokens:
             if answer := self._answers.get(sequence):
@@ -223,16 +259,17 @@ class Engine:
                     log.exception("event=answer_failed sequence=%d", sequence.id)
                     self.cancel(sequence)
                     answer.failed(NodeError(f"compute node {self._name} failed: {e!r}", node=self._name))
-        self._tell(outcome)
         if outcome.finished:
             self._pace.ended(asyncio.get_running_loop().time(), len(outcome.finished))
         for sequence in outcome.finished:
             if answer := self._answers.pop(sequence, None):
                 answer.finished(sequence.finish_reason or "length")
-        if outcome.released:
-            self._wake()  # space has come free, perhaps for a request that another slot can admit
 
     def _wake(self) -> None:
+        """Have every batch look for something to do."""
+        self._runner.device.loop.call_soon_threadsafe(self._set_all)
+
+    def _set_all(self) -> None:
         for event in self._work:
             event.set()
 
