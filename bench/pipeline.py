@@ -254,7 +254,8 @@ class _Bench:
     async def measure(self, sequences: int, context: int) -> Window:
         """Decode ``sequences`` with prompts of ``context`` tokens for a while."""
         prompts = [[(7 * i + 13 * j) % MODEL.vocabulary for j in range(context)] for i in range(sequences)]
-        readers = [_Reader(self._client.stream(prompt, max_tokens=MAX_TOKENS)) for prompt in prompts]
+        streams = [self._client.stream(p, max_tokens=MAX_TOKENS, share_prefix=False) for p in prompts]
+        readers = [_Reader(stream) for stream in streams]
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await asyncio.gather(*(reader.read(SETTLE_STEPS) for reader in readers))

@@ -274,7 +274,7 @@ class Lamina:
         lines = [
             *("[model]", f"path = {json.dumps(str(self._checkpoint))}", f"context = {self._pool.room}"),
             *("[pipeline]", f"batches = {wiring.batches}", f"max_batch = {-(-self._pool.batch // wiring.batches)}"),
-            f"prefill_tokens = {min(MAX_PREFILL_TOKENS, self._pool.tokens)}",
+            f'prefill_tokens = {min(MAX_PREFILL_TOKENS, self._pool.tokens)}\nprefill_kv = "1TiB"',
             *("[transport]", f"peer_timeout = {PEER_TIMEOUT_S}", f"start_timeout = {START_TIMEOUT_S}"),
             *("[[node]]", 'name = "c0"', 'role = "compute"', compute, f"threads = {wiring.compute}", *near),
             *("[[node]]", 'name = "m0"', 'role = "memory"', memory, f"threads = {wiring.memory}", *far),
@@ -286,7 +286,9 @@ class Lamina:
 
     async def _decode(self, client: Client, cluster: Cluster, work: Work) -> Sample:
         clock = _Clock(work)
-        streams = [client.stream([0] * work.context, max_tokens=work.room - work.context) for _ in range(work.batch)]
+        most = work.room - work.context
+        # Each sequence is to have keys and values of its own.
+        streams = [client.stream([0] * work.context, max_tokens=most, share_prefix=False) for _ in range(work.batch)]
         followers = [asyncio.create_task(_follow(clock, i, stream)) for i, stream in enumerate(streams)]
         try:
             await _first_of(clock.started, followers)
