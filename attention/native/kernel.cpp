@@ -518,8 +518,8 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
             if (layer.window && position - layer.window + 1 > from)
                 from = position - layer.window + 1 < tokens ? int(position - layer.window + 1) : tokens;
             if (position + 1 < to) to = position + 1 > 0 ? int(position + 1) : 0;
-            const auto weigh_row = count == TILE_PAGES && from == 0 && to == tokens ? weigh<P, TILE, false>
-                                                                                    : weigh<P, 0, true>;
+            const auto weigh_row =
+                count == TILE_PAGES && from == 0 && to == tokens ? weigh<P, TILE, false> : weigh<P, 0, true>;
             s.weight_scale[r] = weigh_row(layer, tokens, from, to, k_scales[now], v_scales[now], base + r, dim,
                                           s.scores + r * TILE, weights + r * weight_stride, o + r * dim, s);
         }

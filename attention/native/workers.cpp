@@ -218,9 +218,7 @@ int64_t cut(Workers &workers, const Layer &layer, const Step &step, bool present
             for (int64_t first = 0; first < step.counts[run]; first += queries_at_once(layer))
                 f(int32_t(run), int32_t(first), Span(layer, step, run, first, present));
     };
-    each_span([&](int32_t, int32_t, const Span &span) {
-        pages += span.pages * layer.kv_heads, spans += span.parts;
-    });
+    each_span([&](int32_t, int32_t, const Span &span) { pages += span.pages * layer.kv_heads, spans += span.parts; });
     const int64_t least = workers.threads() > 1 ? CHUNKS_PER_WORKER * workers.threads() : 1;
     const int64_t cuts = (least + spans - 1) / spans;  // of the KV heads
     const int heads_wanted = int((layer.kv_heads + cuts - 1) / cuts);
@@ -260,9 +258,8 @@ void append(Workers &workers, const Layer &layer, const Step &step, const void *
                 pages += pieces.back().count / PAGE + 1;
             }
     }
-    workers.run(int64_t(pieces.size()), pages < PAGES_ALONE, [&](int64_t i, Scratch &scratch) {
-        workers.kernel.append(layer, step, k, v, pieces[i], scratch);
-    });
+    workers.run(int64_t(pieces.size()), pages < PAGES_ALONE,
+                [&](int64_t i, Scratch &scratch) { workers.kernel.append(layer, step, k, v, pieces[i], scratch); });
 }
 
 // Call f(memory of a token's number, canonical place or -1 for padding) for the positions first .. first+count-1 of one
@@ -371,9 +368,10 @@ int lamina_past(void *handle, const Layer *layer, const Step *step, const void *
     });
 }
 
-// Store the new tokens, of the input type of `stores`, and attend to them with `layer`, which differs only in that type.
-int lamina_finish(void *handle, const Layer *layer, const Layer *stores, const Step *step, const void *q,
-                  const void *k, const void *v, const float *past_o, const float *past_lse, float *o, float *lse) {
+// Store the new tokens, of the input type of `stores`, and attend to them with `layer`, which differs only in that
+// type.
+int lamina_finish(void *handle, const Layer *layer, const Layer *stores, const Step *step, const void *q, const void *k,
+                  const void *v, const float *past_o, const float *past_lse, float *o, float *lse) {
     return guarded([&] {
         Workers &workers = *static_cast<Workers *>(handle);
         // What the queries of several chunks need is stored first; else a chunk stores what it needs.
