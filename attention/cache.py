@@ -35,7 +35,7 @@ class Reservation:
     tokens: int
     ahead: int | None
     tables: list[Integers]
-    outgrown: list[Integers] = field(default_factory=list)
+    outgrown: list[tuple[int, Integers]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -227,7 +227,7 @@ class KVCache:
                 # By half, so that a sequence that grows by little is not copied each time.
                 wider = np.full(max(total, 3 * len(table) // 2), -1, dtype=np.int64)
                 wider[: len(table)] = table
-                reservation.outgrown.append(table)
+                reservation.outgrown.append((index, table))
                 reservation.tables[index] = wider
                 self._addresses[index, slot] = wider.ctypes.data
             self._counts[index, slot] = counts[index]
@@ -255,6 +255,10 @@ class KVCache:
         """The watermark of a layer: its positions 0..filled-1 have all been stored."""
         self.shape(layer)
         return int(self._filled[layer, self._reservation(sequence).slot])
+
+    def reserved(self, sequence: int) -> int:
+        """Positions that a sequence has space for; `UsageError` if it holds none."""
+        return self._reservation(sequence).tokens
 
     def complete(self, sequence: int) -> int:
         """How many leading positions have been stored in every layer."""
@@ -491,6 +495,9 @@ class KVCache:
             blocks.promised += first - old_first
         if last > old_next:
             table[old_next:last] = blocks.take(last - old_next)
+            for index, old in reservation.outgrown:
+                if index == group:  # read by steps that only meet what is there when they come to it
+                    old[old_next:last] = table[old_next : min(last, len(old))]
         self._first[group, slot], self._next[group, slot] = first, last
         promised = self._unassigned(group, slot, int(self._counts[group, slot]), int(self._totals[slot]))
         blocks.promised += promised - int(self._promised[group, slot]) - (first - old_first) + (last - old_next)

@@ -274,7 +274,9 @@ class Engine:
             event.set()
 
     def _note_idle(self) -> None:
-        if not self.scheduler.running and not self.scheduler.waiting:
+        with self._lock:
+            idle = not (self._answers or self.scheduler.running or self.scheduler.waiting)
+        if idle:
             self._pace.idle()
             self._idle.set()
 

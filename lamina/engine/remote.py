@@ -281,16 +281,25 @@ class RemoteShard:
             reply.set_result(message)
 
     def _on_lost(self, error: TransportError) -> None:
-        lost = NodeError(f"memory node {self.name} was lost: {error}", node=self.name)
+        lost = self._lost_by(error)
         _fail([self.lost, *self._replies.values()], lost)
         self._device.loop.call_soon_threadsafe(self._fail_steps, lost)
+
+    def _lost_by(self, error: TransportError) -> NodeError:
+        return NodeError(f"memory node {self.name} was lost: {error}", node=self.name)
 
     def _fail_steps(self, lost: NodeError) -> None:
         _fail([done for _, done in self._awaited.values()], lost)
 
     def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: Tag) -> None:
         self._check()
-        self.link.write(lane, remote, offset, [source], tag.pack())
+        try:
+            self.link.write(lane, remote, offset, [source], tag.pack())
+        except TransportError as error:
+            if not self.link.closed:
+                raise
+            # The link has ended just now, in its own thread, which has not come to tell us.
+            raise self._lost_by(error) from error
 
     def _check(self) -> None:
         """Raise the NodeError of a memory node that is lost."""
@@ -332,6 +341,7 @@ async def reserve(shards: Sequence[RemoteShard], ask: Ask, block_tokens: int) ->
     keys, place = ask.keys, ask.placement
     held = {n: tokens for n in place.nodes if (tokens := place.held(n, ask.tokens)) > place.held(n, ask.had)}
     while ask.stands():
+        # Nothing may come between this and the sending: a Release would be overtaken.
         asked = [
             shards[node].reserve(ask.id, tokens, place.keys_on(node, keys, block_tokens))
             for node, tokens in held.items()

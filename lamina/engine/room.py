@@ -79,15 +79,15 @@ class Room:
         """
         if self.free - self.needed(tokens) < spare:
             return None
-        placement = self._choose(most, key)
-        self._held[sequence] = placement, [0] * len(self._blocks)
-        if self.extend(sequence, tokens):
-            if key is not None:
-                self._begun[key] = placement.nodes[0]
-                self._begun.move_to_end(key)
-                if len(self._begun) > MAX_BEGUN:
-                    self._begun.popitem(last=False)
-            return placement
+        for placement in dict.fromkeys((self._choose(most, key), self._choose(most, None))):
+            self._held[sequence] = placement, [0] * len(self._blocks)
+            if self.extend(sequence, tokens):
+                if key is not None:
+                    self._begun[key] = placement.nodes[0]
+                    self._begun.move_to_end(key)
+                    if len(self._begun) > MAX_BEGUN:
+                        self._begun.popitem(last=False)
+                return placement
         del self._held[sequence]
         return None
 

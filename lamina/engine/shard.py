@@ -170,6 +170,11 @@ class AttentionShard:
         for run in runs:
             if run.sequence not in self.cache.sequences:
                 raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
+            if run.start > self.cache.reserved(run.sequence):
+                raise ProtocolError(
+                    f"step plan names position {run.start} of sequence {run.sequence}, "
+                    f"which has space for {self.cache.reserved(run.sequence)}"
+                )
         plan = self._backend.plan
         return _Step(
             told,
@@ -282,6 +287,7 @@ class AttentionShard:
         else:
             self._to_publish.pop(message.sequence, None)
             self.cache.release(message.sequence)
+            self._grown.set()  # whoever waits for more of it waits in vain, and is to learn that
 
     def _publish_complete(self, sequence: int) -> None:
         """Publish what is to be, once all of it has arrived."""
