@@ -144,6 +144,7 @@ class MemoryNode:
         """Hold a shard for the compute node at the other end until the link ends."""
         peer = link.peer.name
         backend: Backend | None = None
+        refusal = ""
         try:
             assert self._taken is not None
             memory = await asyncio.shield(self._taken)
@@ -165,17 +166,19 @@ class MemoryNode:
             if link.closed:
                 log.info("event=detached peer=%s reason=%r", peer, reason)
             else:  # it sent what cannot be, over a link that is in order
-                await self._give_up(link, reason)
+                refusal = reason
         except* LaminaError as group:
-            await self._give_up(link, str(group.exceptions[0]))
+            refusal = str(group.exceptions[0])
         except* Exception as group:
             log.exception("event=shard_failed peer=%s", peer)
-            await self._give_up(link, f"internal error: {group.exceptions[0]!r}")
+            refusal = f"internal error: {group.exceptions[0]!r}"
         finally:
             if backend is not None:
                 await self._device.run(backend.close)
             self._owner, self._shard = "", None
-            self._links.discard(link)
+        if refusal:  # whoever comes next need not wait until this one has heard it
+            await self._give_up(link, refusal)
+        self._links.discard(link)
 
     async def _give_up(self, link: Link, reason: str) -> None:
         """Tell the compute node why nothing more will come."""

@@ -82,8 +82,12 @@ async def ends(make_pair: Any, worker: Worker) -> Any:
             end.listen()
             end.link.send({"region": end.link.expose(end.region)})
             other.remote = RemoteRegion.from_wire((await other.messages.get())["region"])
-        yield near, far
-        await asyncio.gather(near.link.close(), far.link.close())
+        try:
+            yield near, far
+            await asyncio.gather(near.link.close(), far.link.close())
+        finally:
+            near.link.abort("the test is over")
+            far.link.abort("the test is over")
 
 
 def test_tags_come_and_go_in_the_other_thread(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
@@ -126,8 +130,15 @@ def test_a_busy_thread_is_no_dead_peer(run: Callable[..., Any], make_pair: Any, 
     async def main() -> None:
         async with ends(make_pair, worker) as (near, far):
             near.link.peer_timeout = far.link.peer_timeout = 0.5
-            computing = threading.Event()
-            worker.loop.call_soon_threadsafe(computing.wait, 3)
+            begun, computing = threading.Event(), threading.Event()
+
+            def compute() -> None:
+                begun.set()
+                computing.wait(3)
+
+            worker.loop.call_soon_threadsafe(compute)
+            while not begun.is_set():  # noqa: ASYNC110 - another thread sets it
+                await asyncio.sleep(0.001)
             for tag in range(100):
                 far.link.write(Lane.DECODE, far.remote, 0, [b"data"], tag)
             await asyncio.sleep(1.5)
@@ -201,8 +212,10 @@ def test_a_peer_that_goes_is_noticed(run: Callable[..., Any], make_pair: Any, wo
             drained = worker.do(near.link.drain(Lane.BULK))
             far.link.abort("the test wants it")
             await near.lost
+            await asyncio.wait([drained])  # it may have gone well before
+            drained.exception()
             with pytest.raises(TransportError):
-                await drained
+                await worker.call(near.link.write, Lane.BULK, near.remote, 0, [data], 1)
 
     run(main())
 
