@@ -61,8 +61,6 @@ CACHED_SHARE = 4
 MAX_BYTES = 6 << 30
 """Of memory, together with the buffer for plain reads; and no more than half of what is free."""
 
-MAX_OTHERS = 0.1
-"""Cores busy with other work, beyond which it is mentioned."""
 
 COLUMNS = {
     "decode": {
@@ -170,10 +168,7 @@ def _measure(names: list[str], threads: int, console: Console, *, quick: bool) -
                 progress.advance(task)
     finally:
         bench.close()
-    machine["other_cores"] = others.cores()
-    if machine["other_cores"] > MAX_OTHERS:
-        busy = f"other work kept {machine['other_cores']:.2f} cores busy meanwhile"
-        console.print(f"{busy}; figures of a quiet machine will be better", highlight=False)
+    machine["other_cores"] = others.mention(console)
     return machine, rows
 
 

@@ -12,6 +12,8 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TypeVar
 
+from rich.console import Console
+
 from lamina.attention.native.library import Workers
 from lamina.attention.pool import Memory
 from lamina.errors import ConfigError
@@ -29,6 +31,9 @@ READ_CACHES, MIN_READ_BYTES = 4, 256 << 20
 """A plain read goes over so many times the last-level cache."""
 
 ASSUMED_CACHE = 32 << 20
+
+MAX_OTHERS = 0.1
+"""Cores busy with other work, beyond which it is mentioned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,14 @@ class Others:
     def cores(self) -> float:
         """On average."""
         return max(0.0, (_others_seconds() - self._busy) / (time.perf_counter() - self._started))
+
+    def mention(self, console: Console) -> float:
+        """`cores`; where they are more than ``MAX_OTHERS``, that is printed."""
+        cores = self.cores()
+        if cores > MAX_OTHERS:
+            told = f"other work kept {cores:.2f} cores busy meanwhile; figures of a quiet machine will be better"
+            console.print(told, highlight=False)
+        return cores
 
 
 def _others_seconds() -> float:

@@ -32,8 +32,6 @@ QUICK_BATCHES = (1, 8, 32)
 
 CACHES = 6
 """Times the last-level caches that are read between two visits of a byte."""
-MAX_OTHERS = 0.1
-"""Cores busy with other work, beyond which it is mentioned."""
 
 COLUMNS = {
     "model": "model",
@@ -120,10 +118,7 @@ def run(*, threads: int | None, compiled: bool, as_json: bool, quick: bool) -> N
                         progress.advance(task)
     finally:
         bandwidth.close()
-    machine["other_cores"] = others.cores()
-    if machine["other_cores"] > MAX_OTHERS:
-        busy = f"other work kept {machine['other_cores']:.2f} cores busy meanwhile"
-        console.print(f"{busy}; figures of a quiet machine will be better", highlight=False)
+    machine["other_cores"] = others.mention(console)
     if as_json:
         report.print_json(rows, machine)
     else:

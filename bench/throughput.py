@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lamina.bench import report
-from lamina.bench.bandwidth import Bandwidth, Others, free_bytes
+from lamina.bench.bandwidth import MAX_OTHERS, Bandwidth, Others, free_bytes
 from lamina.bench.checkpoints import MODELS, Model, checkpoint
 from lamina.bench.installed import RECIPES, Environment, install
 from lamina.bench.systems import Lamina, Peer, Pool, Sample, System, Work
@@ -48,8 +48,6 @@ STEPS, QUICK_STEPS = (16, 96), (8, 48)
 ASSUMED_RATE = 20e9
 SETTLE_S = 0.3
 """Idle threads of OpenMP look for work for up to so long before they leave the cores to others."""
-MAX_OTHERS = 0.1
-"""Cores busy with other work, beyond which it is mentioned."""
 
 WEIGHT_COPIES = 1.5
 """Memory that the weights of a system take on average, packed or not, in sizes of the file."""
