@@ -7,7 +7,9 @@ Control messages are structs, checked when they arrive. On the hot path nothing 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
@@ -349,7 +351,8 @@ CHUNK_HEADER = 64
 """Bytes before the keys of a bulk chunk: the header, padded so that the numbers behind it are aligned."""
 
 
-class StepPlan(NamedTuple):
+@dataclass(frozen=True)
+class StepPlan:
     """What a memory node is told of a step: whose rows come, in this order.
 
     It stores k and v of the rows of ``storing``; those of ``reading`` only meet what it holds. The first ``whole`` rows
@@ -360,11 +363,11 @@ class StepPlan(NamedTuple):
     reading: tuple[Run, ...]
     whole: int
 
-    @property
+    @cached_property
     def stored_rows(self) -> int:
         return sum(run.count for run in self.storing)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return self.stored_rows + sum(run.count for run in self.reading)
 

@@ -59,18 +59,18 @@ def test_rows_meet_their_whole_past_once(data: st.DataObject) -> None:
 
     seen: dict[int, list[int]] = {row: [] for row in of_row}
     for node, told in enumerate(routes):
-        in_order = [run for run in (*told.storing, *told.reading) for _ in range(run.count)]
+        in_order = [run for run in (*told.plan.storing, *told.plan.reading) for _ in range(run.count)]
         assert len(in_order) == len(told.rows)
-        assert told.stored == sum(run.count for run in told.storing)
-        assert told.whole <= told.stored
+        assert told.plan.stored_rows == sum(run.count for run in told.plan.storing)
+        assert told.plan.whole <= told.plan.stored_rows
         for i, (row, run) in enumerate(zip(told.rows, in_order, strict=True)):
             asked = of_row[row]
             owners = asked.placement.owners(asked.start)
             assert run.sequence == asked.sequence
             assert run.start == asked.placement.held(node, asked.start)
-            assert (node in owners) == (i < told.stored)
+            assert (node in owners) == (i < told.plan.stored_rows)
             alone = all(n in owners or not asked.placement.held(n, asked.start) for n in range(NODES))
-            assert (i < told.whole) == (node in owners and alone)
+            assert (i < told.plan.whole) == (node in owners and alone)
             seen[row].append(node)
     for row, nodes in seen.items():
         asked = of_row[row]

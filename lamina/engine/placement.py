@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lamina.attention import Run
+from lamina.protocol import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +79,15 @@ class RemoteRun:
     count: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class NodeRows:
-    """What one memory node does in a step.
+    """What one memory node does in a step: its plan, and the numbers that its rows have in the step, in its order.
 
-    Its rows are those of ``storing`` runs, whose k and v it stores, and then those of ``reading`` runs, which only meet
-    what it holds. Of the former the first ``whole`` see nothing anywhere else: their attention is complete here, and
-    comes back in the model's type. All others come back as partials. ``rows`` are the rows' numbers in the step.
+    The rows that it stores and that see nothing anywhere else are whole; all others come back as partials.
     """
 
-    storing: list[Run] = field(default_factory=list)
-    reading: list[Run] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    whole: int = 0
-    stored: int = 0
-    """Rows of the storing runs."""
+    plan: StepPlan
+    rows: list[int]
 
 
 def route(runs: Sequence[RemoteRun], nodes: int) -> list[NodeRows]:
@@ -117,10 +112,9 @@ _Part = tuple[Run, range]
 
 def _node_rows(whole: list[_Part], partial: list[_Part], reading: list[_Part]) -> NodeRows:
     stored = whole + partial
-    return NodeRows(
-        storing=[run for run, _ in stored],
-        reading=[run for run, _ in reading],
-        rows=[row for _, rows in stored + reading for row in rows],
+    plan = StepPlan(
+        storing=tuple(run for run, _ in stored),
+        reading=tuple(run for run, _ in reading),
         whole=sum(run.count for run, _ in whole),
-        stored=sum(run.count for run, _ in stored),
     )
+    return NodeRows(plan, [row for _, rows in stored + reading for row in rows])

@@ -13,7 +13,6 @@ from lamina.attention import KVLayout, Partial
 from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
-from lamina.engine.placement import NodeRows
 from lamina.engine.prompts import PromptKV
 from lamina.engine.scheduler import Ask
 from lamina.engine.views import StepViews
@@ -150,10 +149,9 @@ class RemoteShard:
 
     # -- a step, layer by layer
 
-    def plan(self, slot: int, step: int, rows: NodeRows) -> None:
+    def plan(self, slot: int, step: int, told: StepPlan) -> None:
         """Tell the memory node which rows the next step of ``slot`` consists of."""
         assert self._remote is not None
-        told = StepPlan(tuple(rows.storing), tuple(rows.reading), rows.whole)
         self._told[slot] = told
         self._views[slot] = {}
         tag = Tag(Kind.PLAN, slot, 0, step)

@@ -68,14 +68,14 @@ class StepRunner:
         await compute(forward.begin, at=Place(slot))
         parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
         for part in parts:
-            part.shard.plan(slot, number, part.told)
+            part.shard.plan(slot, number, part.plan)
         for layer in range(len(self.model.slices) - 1):
             q = await compute(forward.head, layer, at=Place(slot, layer))
             for part in parts:
                 part.shard.send_query(slot, layer, number, q[part.rows])
             k, v = await compute(forward.tail, layer, at=Place(slot, layer))
             for part in parts:
-                if part.told.stored:
+                if part.plan.stored_rows:
                     part.shard.send_key_value(slot, layer, number, k[part.stored], v[part.stored])
             if forward.local:
                 self._ship(forward.local, layer)
@@ -115,16 +115,16 @@ Index = slice | Tensor
 class _Part:
     """What one memory node does in a step."""
 
-    __slots__ = ("partial", "rows", "shard", "stored", "told", "whole")
+    __slots__ = ("partial", "plan", "rows", "shard", "stored", "whole")
 
-    def __init__(self, shard: RemoteShard, told: NodeRows, places: dict[int, int]) -> None:
+    def __init__(self, shard: RemoteShard, own: NodeRows, places: dict[int, int]) -> None:
         """``places`` gives the place of each row that comes back in parts, among all that do."""
         self.shard = shard
-        self.told = told
-        self.rows = _index(told.rows)
-        self.stored = _index(told.rows[: told.stored])
-        self.whole = _index(told.rows[: told.whole])
-        self.partial = _index([places[row] for row in told.rows[told.whole :]])
+        self.plan = plan = own.plan
+        self.rows = _index(own.rows)
+        self.stored = _index(own.rows[: plan.stored_rows])
+        self.whole = _index(own.rows[: plan.whole])
+        self.partial = _index([places[row] for row in own.rows[plan.whole :]])
 
 
 class _Forward:
@@ -145,11 +145,9 @@ class _Forward:
         runs = [RemoteRun(r.sequence.id, r.sequence.placement, r.position, 1) for r in step.decode]
         runs += [RemoteRun(c.sequence.id, c.sequence.placement, c.start, len(c.tokens)) for c in remote]
         routes = route(runs, len(runner.shards))
-        self._merged = sorted({row for told in routes for row in told.rows[told.whole :]})
+        self._merged = sorted({row for own in routes for row in own.rows[own.plan.whole :]})
         places = {row: place for place, row in enumerate(self._merged)}
-        self.parts = [
-            _Part(shard, told, places) for shard, told in zip(runner.shards, routes, strict=True) if told.rows
-        ]
+        self.parts = [_Part(shard, own, places) for shard, own in zip(runner.shards, routes, strict=True) if own.rows]
         self._constants: StepConstants = ()
         self._carry: tuple[Tensor, ...] = ()
         self._kept: tuple[Tensor, ...] = ()
@@ -221,7 +219,7 @@ class _Forward:
         shape = self._shapes[layer]
         o = self._q.new_empty(len(self._q), shape.q_heads, shape.v_dim)
         for part in self.parts:
-            if part.told.whole:
+            if part.plan.whole:
                 o[part.whole, part.shard.heads(layer)] = part.shard.output(self._slot, layer)
         if self._merged:
             o[_index(self._merged)] = self._merge(layer).to(o.dtype)
@@ -234,7 +232,7 @@ class _Forward:
         shape, rows = self._shapes[layer], len(self._merged)
         partials = []
         for part in self.parts:
-            if len(part.told.rows) > part.told.whole:
+            if part.plan.rows > part.plan.whole:
                 partial = Partial.empty(rows, shape.q_heads, shape.v_dim, device=self._model.device)
                 arrived = part.shard.partials(self._slot, layer)
                 partial.o[part.partial], partial.lse[part.partial] = arrived.o, arrived.lse
