@@ -259,7 +259,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
         (heads,) = shard_by_heads([SHAPE] * LAYERS, ["far"])
         layout = KVLayout(layers=heads.layers, dtype=DTYPE, block_tokens=BLOCK_TOKENS)
         shard = RemoteShard("far", link, heads, layout, device, dtype=DTYPE, slots=batches, max_rows=batch)
-        await shard.attach("none")
+        await shard.attach("none", "none")
         rows = batch + 1
         model = _Model((*(_Slice(SHAPE, rows) for _ in range(LAYERS)), _Slice(None, rows)), device.torch_device)
         runner = StepRunner(cast(SlicedModel, model), device, [shard], getattr(torch, DTYPE))

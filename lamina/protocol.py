@@ -27,6 +27,8 @@ MAX_SPANS = 8192
 Count = Annotated[int, Meta(ge=0, le=2**40)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
 
+MAX_COMPUTE = 32
+"""Compute nodes of a tenant."""
 KEY_BYTES = 16
 """Of the key of a block."""
 MAX_KEYS = 2**15
@@ -41,8 +43,14 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"
 
 
 class Attach(Message):
-    """A compute node asks a memory node to hold a shard of the KV cache of its model."""
+    """A compute node asks a memory node to hold a shard of the KV cache of its model.
 
+    The compute nodes of a tenant share one cache. The first of them to attach is its front, which alone reserves,
+    publishes and releases; the others say the same but for ``compute`` and ``outputs``.
+    """
+
+    tenant: Annotated[str, Meta(min_length=1, max_length=128)]
+    """Of which tenant."""
     model: str
     """Fingerprint of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -58,6 +66,10 @@ class Attach(Message):
     """The most rows of one step."""
     outputs: RemoteRegion
     """Where the attention output is written."""
+    compute: Annotated[int, Meta(ge=0, lt=MAX_COMPUTE)] = 0
+    """The number of this compute node among those of the tenant; 0 is the front."""
+    quota: Annotated[int, Meta(ge=1, le=2**60)] | None = None
+    """The most bytes that the tenant may take here. None: all that nobody else has."""
 
     def __post_init__(self) -> None:
         RemoteRegion.from_wire(list(self.outputs))
@@ -344,7 +356,7 @@ STEP_MASK = 2**14 - 1
 
 SECONDS = struct.Struct("<d")
 """How long a step's attention has taken so far, at the beginning of each answer."""
-_PLAN = struct.Struct("<III")
+_PLAN = struct.Struct("<IIII")
 _RUN = struct.Struct("<QII")
 _CHUNK = struct.Struct("<QIII")
 CHUNK_HEADER = 64
@@ -356,12 +368,15 @@ class StepPlan:
     """What a memory node is told of a step: whose rows come, in this order.
 
     It stores k and v of the rows of ``storing``; those of ``reading`` only meet what it holds. The first ``whole`` rows
-    are answered with their attention, in the model's type; all others with a partial in float32.
+    are answered with their attention, in the model's type; all others with a partial in float32. The answer to a layer
+    goes to the compute node of the tenant that ``answers`` names, with one byte for each layer; without it, to whoever
+    sent the plan. Each of the compute nodes that send queries in a step sends its plan.
     """
 
     storing: tuple[Run, ...]
     reading: tuple[Run, ...]
     whole: int
+    answers: bytes = b""
 
     @cached_property
     def stored_rows(self) -> int:
@@ -372,25 +387,28 @@ class StepPlan:
         return self.stored_rows + sum(run.count for run in self.reading)
 
 
-def plan_bytes(max_rows: int) -> int:
+def plan_bytes(max_rows: int, layers: int) -> int:
     """Bytes of the largest step plan."""
-    return _PLAN.size + max_rows * _RUN.size
+    return _PLAN.size + layers + max_rows * _RUN.size
 
 
 def pack_plan(plan: StepPlan) -> bytes:
     runs = (*plan.storing, *plan.reading)
-    head = _PLAN.pack(len(plan.storing), len(plan.reading), plan.whole)
-    return head + b"".join(_RUN.pack(run.sequence, run.start, run.count) for run in runs)
+    head = _PLAN.pack(len(plan.storing), len(plan.reading), plan.whole, len(plan.answers))
+    return head + b"".join(_RUN.pack(run.sequence, run.start, run.count) for run in runs) + plan.answers
 
 
-def unpack_plan(buffer: memoryview, max_rows: int) -> StepPlan:
-    """ProtocolError for more rows than ``max_rows``, or a sequence that comes twice."""
-    storing, reading, whole = _PLAN.unpack_from(buffer)
+def unpack_plan(buffer: memoryview, max_rows: int, layers: int) -> StepPlan:
+    """ProtocolError for more rows than ``max_rows``, a sequence that comes twice, or answers to part of the layers."""
+    storing, reading, whole, answers = _PLAN.unpack_from(buffer)
     count = storing + reading
     if not 1 <= count <= max_rows:
         raise ProtocolError(f"step plan with {count} runs; expected 1 to {max_rows}")
-    runs = [Run(*run) for run in _RUN.iter_unpack(buffer[_PLAN.size : _PLAN.size + count * _RUN.size])]
-    plan = StepPlan(tuple(runs[:storing]), tuple(runs[storing:]), whole)
+    if answers not in (0, layers):
+        raise ProtocolError(f"step plan that says of {answers} layers where answers go; expected none or {layers}")
+    stop = _PLAN.size + count * _RUN.size
+    runs = [Run(*run) for run in _RUN.iter_unpack(buffer[_PLAN.size : stop])]
+    plan = StepPlan(tuple(runs[:storing]), tuple(runs[storing:]), whole, bytes(buffer[stop : stop + answers]))
     if len({run.sequence for run in runs}) < count or any(run.count < 1 for run in runs):
         raise ProtocolError("step plan with an empty run, or two runs of one sequence")
     if plan.rows > max_rows or whole > plan.stored_rows:

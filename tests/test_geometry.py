@@ -67,21 +67,25 @@ def test_plans_come_back(runs: tuple[Run, ...], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(runs)))
     storing, reading = runs[:cut], runs[cut:]
     whole = data.draw(st.integers(0, sum(run.count for run in storing)))
-    plan = StepPlan(storing, reading, whole)
-    packed = memoryview(pack_plan(plan).ljust(plan_bytes(30), b"\0"))
+    answers = data.draw(st.sampled_from([b"", bytes([1, 0, 2])]))
+    plan = StepPlan(storing, reading, whole, answers)
+    packed = memoryview(pack_plan(plan).ljust(plan_bytes(30, 3), b"\0"))
 
-    assert len(packed) == plan_bytes(30)
+    assert len(packed) == plan_bytes(30, 3)
     if runs:
-        assert unpack_plan(packed, 30) == plan
+        assert unpack_plan(packed, 30, 3) == plan
         with pytest.raises(ProtocolError, match="step plan"):
-            unpack_plan(packed, plan.rows - 1)
+            unpack_plan(packed, plan.rows - 1, 3)
+        if answers:
+            with pytest.raises(ProtocolError, match="where answers go"):
+                unpack_plan(packed, 30, 4)
 
 
-@given(st.binary(min_size=plan_bytes(4), max_size=plan_bytes(4)))
+@given(st.binary(min_size=plan_bytes(4, 2), max_size=plan_bytes(4, 2)))
 def test_any_bytes_are_a_plan_or_refused(data: bytes) -> None:
     """By an error of this project, never by a crash."""
     try:
-        plan = unpack_plan(memoryview(data), 4)
+        plan = unpack_plan(memoryview(data), 4, 2)
     except ProtocolError:
         return
     assert 1 <= plan.rows <= 4
@@ -99,6 +103,7 @@ def test_messages_are_checked_when_they_arrive() -> None:
     """Types, bounds and the shapes of layers."""
     layer = LayerShape(q_heads=4, kv_heads=2, qk_dim=8, v_dim=8, scale=1.0)
     attach = Attach(
+        tenant="c0",
         model="x",
         dtype="float32",
         kv_dtype="int8",

@@ -95,7 +95,7 @@ class Geometry:
 
     @cached_property
     def plan_bytes(self) -> int:
-        return aligned(plan_bytes(self.max_rows))
+        return aligned(plan_bytes(self.max_rows, len(self.layers)))
 
     @cached_property
     def query_bytes(self) -> int:

@@ -94,9 +94,10 @@ class RemoteShard:
 
     # -- set-up and control
 
-    async def attach(self, model: str) -> None:
+    async def attach(self, tenant: str, model: str) -> None:
         """Ask the memory node for its cache and learn where to write. NodeError if it refuses."""
         attach = Attach(
+            tenant=tenant,
             model=model,
             dtype=self._geometry.dtype,  # type: ignore[arg-type]
             kv_dtype=self._layout.dtype,  # type: ignore[arg-type]

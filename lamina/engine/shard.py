@@ -164,8 +164,8 @@ class AttentionShard:
                 self.layers += 1
 
     def _plan(self, number: int) -> _Step:
-        start = number * self._geometry.plan_bytes
-        told = unpack_plan(self._plans.buffer[start : start + self._geometry.plan_bytes], self._geometry.max_rows)
+        g, start = self._geometry, number * self._geometry.plan_bytes
+        told = unpack_plan(self._plans.buffer[start : start + g.plan_bytes], g.max_rows, len(g.layers))
         runs = (*told.storing, *told.reading)
         for run in runs:
             if run.sequence not in self.cache.sequences:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +126,7 @@ class ComputeNode:
                 f'{self._config.file}: pipeline.partition: "tokens" cannot be had for a model with sliding windows; '
                 'use "heads" or "requests"'
             )
+        tenant = f"{self._node.name}-{secrets.token_hex(8)}"
         for name, link, shard in zip(names, self._links, divide(layers, names), strict=True):
             layout = KVLayout(layers=shard.layers, dtype=kv_dtype, block_tokens=BLOCK_TOKENS)
             remote = RemoteShard(
@@ -138,7 +140,7 @@ class ComputeNode:
                 max_rows=pipeline.max_batch + REMOTE_TOKENS,
             )
             self._shards.append(remote)
-            await remote.attach(checkpoint.fingerprint)
+            await remote.attach(tenant, checkpoint.fingerprint)
         blocks = [s.capacity_tokens // BLOCK_TOKENS for s in self._shards]
         room = Room(blocks, BLOCK_TOKENS, pipeline.partition, stripes=not windows)
         if room.most_tokens < context:

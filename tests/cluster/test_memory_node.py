@@ -150,7 +150,7 @@ def test_a_compute_node_that_asks_for_what_cannot_be_is_told_so(tmp_path: Path) 
             link.on_message = lambda plain: told.set_result(plain["reason"])
             outputs = link.expose(Region("outputs", 3))
             types = {"dtype": "float32", "kv_dtype": "float32", "block_tokens": 16, "slots": 1, "max_rows": 1}
-            link.send(encode(Attach(model="odd", layers=[layer], outputs=outputs, **types)))
+            link.send(encode(Attach(tenant="odd", model="odd", layers=[layer], outputs=outputs, **types)))
             return await asyncio.wait_for(told, 20)
 
     with harness.running(memory):
