@@ -123,10 +123,36 @@ class Release(Message):
 
 
 class Refused(Message):
-    """What was asked cannot be done. ``sequence`` is None where the answer is to an Attach."""
+    """What was asked cannot be done. ``sequence`` is None where the answer is not to a Reserve."""
 
     reason: str
     sequence: Count | None = None
+
+
+# -- compute nodes among themselves
+
+
+class Carries(Message):
+    """Where the node that says so takes carries."""
+
+    region: RemoteRegion
+
+    def __post_init__(self) -> None:
+        RemoteRegion.from_wire(list(self.region))
+
+
+class Enlist(Message):
+    """The front tells another compute node under which name to attach to the memory nodes; answered by Enlisted.
+
+    ``terms`` are what both must have read in their files, by key.
+    """
+
+    tenant: Annotated[str, Meta(min_length=1, max_length=128)]
+    terms: Annotated[dict[str, str], Meta(max_length=64)]
+
+
+class Enlisted(Message):
+    """Ready for orders."""
 
 
 # -- client and front
@@ -323,6 +349,7 @@ class Kind(IntEnum):
     OUTPUT = 3
     CHUNK = 4
     CREDIT = 5
+    CARRY = 6
 
 
 _KINDS = tuple(Kind)  # which is faster than to ask the class
