@@ -48,7 +48,8 @@ class Assembly:
         self._options = config.options(node)
         self._hello = Hello("compute", node.name)
         self._others = [n for n in config.compute_nodes if n.name != node.name]
-        self.index = config.compute_nodes.index(node)
+        self._names = [n.name for n in config.compute_nodes]
+        self.index = self._names.index(node.name)
         self.waiting_for = {n.name for n in [*config.memory_nodes, *self._others]}
         self.links: list[Link] = []
         self._met: dict[str, asyncio.Future[Link]] = {}
@@ -92,8 +93,7 @@ class Assembly:
         self._compute_links = {link.peer.name: link for link in links}
 
     def _is_before(self, name: str) -> bool:
-        names = [n.name for n in self._config.compute_nodes]
-        return names.index(name) < self.index
+        return self._names.index(name) < self.index
 
     async def _find(self, node: NodeConfig, role: str) -> Link:
         deadline_s = self._config.transport.start_timeout
@@ -201,9 +201,8 @@ class Assembly:
         pipeline = self._config.pipeline
         tokens = pipeline.max_batch + REMOTE_TOKENS + pipeline.prefill_tokens
         nbytes = _carry_bytes(self.blueprint, tokens)
-        names = [n.name for n in self._config.compute_nodes]
         self.peers = [
-            ComputePeer(names.index(name), name, link, self._device, slots=pipeline.batches, carry_bytes=nbytes)
+            ComputePeer(self._names.index(name), name, link, self._device, slots=pipeline.batches, carry_bytes=nbytes)
             for name, link in self._compute_links.items()
         ]
         await asyncio.gather(*(peer.meet() for peer in self.peers))

@@ -48,7 +48,7 @@ class ComputeNode:
         self._options = config.options(node)
         self._device = Device(node.device or "cpu", cpus=node.pinned, threads=node.threads)
         self._assembly: Assembly
-        self._is_front = node == config.front
+        self._is_front = node.name == config.front.name
         self._clients: set[Link] = set()
         self._tracing = Tracing(self._device)
         self._probing = asyncio.Lock()
