@@ -30,18 +30,16 @@ class ComputePeer:
     lies in is written again only after the step has come back, so nothing has to be acknowledged.
     """
 
-    def __init__(self, index: int, name: str, link: Link, device: Device, *, slots: int, carry_bytes: int) -> None:
-        """``carry_bytes`` has space for what is handed over of any slice. The lanes of ``link`` have to belong to
-        ``device``."""
+    def __init__(self, index: int, name: str, link: Link, device: Device) -> None:
+        """The lanes of ``link`` have to belong to ``device``."""
         self.index = index
         self.name = name
         self.link = link
         self.on_message: Callable[[Order | Forget], None] | None = None
         """Takes what the front orders; on the node's loop."""
         self._device = device
-        self._carry_bytes = carry_bytes
-        self._nbytes = slots * carry_bytes
-        self._own = Region(f"carries from {name}", self._nbytes)
+        self._carry_bytes = 0
+        self._own: Region | None = None
         self._remote: RemoteRegion | None = None
         self._out = memoryview(b"")
         self._arrivals = Arrivals()
@@ -55,15 +53,16 @@ class ComputePeer:
         link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
         if link.error:
             self._on_lost(link.error)
-        link.send(encode(Carries(region=link.expose(self._own))))
 
     # -- set-up
 
-    async def meet(self) -> None:
-        """Learn where to put carries."""
+    async def meet(self, slots: int, carry_bytes: int) -> None:
+        """Tell each other where to put carries, of so many bytes at most in each slot."""
+        self._own = Region(f"carries from {self.name}", slots * carry_bytes)
+        self.link.send(encode(Carries(region=self.link.expose(self._own))))
         carries = await self._replies[Carries]
-        self._remote = carries.region
-        self._out = views.outgoing(self.link, carries.region, self._nbytes)
+        self._remote, self._carry_bytes = carries.region, carry_bytes
+        self._out = views.outgoing(self.link, carries.region, slots * carry_bytes)
 
     def enlist(self, enlist: Enlist) -> None:
         """As the front: tell it which tenant it belongs to."""
@@ -105,6 +104,7 @@ class ComputePeer:
         They lie where they arrived, and are good until the step is over.
         """
         await self._arrivals.wait(slot, Tag(Kind.CARRY, slot, piece, step).pack())
+        assert self._own is not None
         values, start = [], slot * self._carry_bytes
         for shape, dtype in shapes:
             count = torch.Size(shape).numel()

@@ -52,10 +52,8 @@ class Assembly:
         self.index = self._names.index(node.name)
         self.waiting_for = {n.name for n in [*config.memory_nodes, *self._others]}
         self.links: list[Link] = []
-        self._met: dict[str, asyncio.Future[Link]] = {}
         loop = asyncio.get_running_loop()
-        for other in self._others:
-            self._met[other.name] = loop.create_future()
+        self._met: dict[str, asyncio.Future[Link]] = {n.name: loop.create_future() for n in self._others}
         self.shards: list[RemoteShard] = []
         self.peers: list[ComputePeer] = []
         self.blueprint: Blueprint
@@ -79,7 +77,7 @@ class Assembly:
         met = self._met.get(link.peer.name)
         if met is None or met.done() or self._is_before(link.peer.name):
             return False
-        self._take(link)
+        self._meet(link)
         met.set_result(link)
         return True
 
@@ -89,8 +87,7 @@ class Assembly:
         before = [self._find(node, "compute") for node in self._others if self._is_before(node.name)]
         after = [self._expect(node) for node in self._others if not self._is_before(node.name)]
         found = await asyncio.gather(*memory, *before, *after)
-        self._memory_links, links = found[: len(memory)], found[len(memory) :]
-        self._compute_links = {link.peer.name: link for link in links}
+        self._memory_links = found[: len(memory)]
 
     def _is_before(self, name: str) -> bool:
         return self._names.index(name) < self.index
@@ -108,7 +105,11 @@ class Assembly:
                 f"{node.address} should be {role} node {node.name}, but a {link.peer.role} node answers"
                 + (f", {link.peer.name}" if link.peer.role == role else "")
             )
-        self._take(link)
+        if role == "compute":
+            self._meet(link)
+        else:
+            self._take(link)
+            link.on_lost = lambda _: None  # start to read; from the attach on, the shard listens
         self._arrived(node.name, link)
         return link
 
@@ -125,7 +126,10 @@ class Assembly:
     def _take(self, link: Link) -> None:
         self.links.append(link)
         link.lane_loop = self._device.loop
-        link.on_lost = lambda _: None  # start to read; from the set-up on, shard or peer listens
+
+    def _meet(self, link: Link) -> None:
+        self._take(link)
+        self.peers.append(ComputePeer(self._names.index(link.peer.name), link.peer.name, link, self._device))
 
     def _arrived(self, name: str, link: Link) -> None:
         self.waiting_for.discard(name)
@@ -201,11 +205,7 @@ class Assembly:
         pipeline = self._config.pipeline
         tokens = pipeline.max_batch + REMOTE_TOKENS + pipeline.prefill_tokens
         nbytes = _carry_bytes(self.blueprint, tokens)
-        self.peers = [
-            ComputePeer(self._names.index(name), name, link, self._device, slots=pipeline.batches, carry_bytes=nbytes)
-            for name, link in self._compute_links.items()
-        ]
-        await asyncio.gather(*(peer.meet() for peer in self.peers))
+        await asyncio.gather(*(peer.meet(pipeline.batches, nbytes) for peer in self.peers))
 
     async def attach(self) -> None:
         """Attach to the memory nodes, all compute nodes as one tenant."""

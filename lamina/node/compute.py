@@ -119,9 +119,10 @@ class ComputeNode:
         await assembly.attach()
         if not self._is_front:
             self._runner = await assembly.load()
+            follower = Follower(self._node.name, self._runner, assembly.shards, assembly.peers, assembly.front)
             await assembly.ready()
-            self._follower = Follower(self._node.name, self._runner, assembly.shards, assembly.peers, assembly.front)
-            return self._follower
+            self._follower = follower
+            return follower
         room = self._room()
         self._runner = await assembly.load()
         self._tokenizer = await self._device.run(Tokenizer, assembly.checkpoint.path, assembly.context)
