@@ -107,7 +107,7 @@ def test_a_lost_compute_node_is_named(
     compute: tuple[str | None, ...], number: signal.Signals, checkpoint: Path, tmp_path: Path
 ) -> None:
     """To the clients of the front, which ends. The memory node takes the next cluster."""
-    config = write_config(tmp_path, checkpoint, compute)
+    config = write_config(tmp_path, checkpoint, compute, batches=3)  # of which each needs both nodes
     nodes = start(config)
 
     async def main() -> None:
