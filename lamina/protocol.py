@@ -132,23 +132,20 @@ class Refused(Message):
 # -- compute nodes among themselves
 
 
-class Carries(Message):
-    """Where the node that says so takes carries."""
+class Greeting(Message):
+    """Where a compute node takes carries, and under ``terms``, by key, what all must have read in their files."""
 
-    region: RemoteRegion
+    carries: RemoteRegion
+    terms: Annotated[dict[str, str], Meta(max_length=64)]
 
     def __post_init__(self) -> None:
-        RemoteRegion.from_wire(list(self.region))
+        RemoteRegion.from_wire(list(self.carries))
 
 
 class Enlist(Message):
-    """The front tells another compute node under which name to attach to the memory nodes; answered by Enlisted.
-
-    ``terms`` are what both must have read in their files, by key.
-    """
+    """The front says as which tenant to attach to the memory nodes; answered by Enlisted."""
 
     tenant: Annotated[str, Meta(min_length=1, max_length=128)]
-    terms: Annotated[dict[str, str], Meta(max_length=64)]
 
 
 class Enlisted(Message):

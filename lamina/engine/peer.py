@@ -15,12 +15,12 @@ from lamina.engine.arrivals import Arrivals
 from lamina.engine.geometry import aligned
 from lamina.engine.orders import Done, Forget, Order
 from lamina.errors import LaminaError, NodeError, ProtocolError, TransportError
-from lamina.protocol import Carries, Enlist, Enlisted, Kind, Refused, Tag, decode, encode
+from lamina.protocol import Enlist, Enlisted, Greeting, Kind, Refused, Tag, decode, encode
 from lamina.transport import Lane, Link, Region, RemoteRegion
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
-FromPeer = Carries | Enlist | Enlisted | Order | Done | Forget | Refused
+FromPeer = Greeting | Enlist | Enlisted | Order | Done | Forget | Refused
 
 
 class ComputePeer:
@@ -48,7 +48,7 @@ class ComputePeer:
         """By slot and step, on the device's loop."""
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = loop.create_future()
-        for kind in (Carries, Enlist, Enlisted):
+        for kind in (Enlist, Enlisted):
             self._replies[kind] = loop.create_future()
         link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
         if link.error:
@@ -56,26 +56,32 @@ class ComputePeer:
 
     # -- set-up
 
-    async def meet(self, slots: int, carry_bytes: int) -> None:
-        """Tell each other where to put carries, of so many bytes at most in each slot."""
+    async def greet(self, terms: dict[str, str], slots: int, carry_bytes: int) -> dict[str, str]:
+        """Tell each other the terms, and where carries go, of so many bytes at most in each slot; the peer's terms."""
         self._own = Region(f"carries from {self.name}", slots * carry_bytes)
-        self.link.send(encode(Carries(region=self.link.expose(self._own))))
-        carries = await self._replies[Carries]
-        self._remote, self._carry_bytes = carries.region, carry_bytes
-        self._out = views.outgoing(self.link, carries.region, slots * carry_bytes)
+        self.link.send(encode(Greeting(carries=self.link.expose(self._own), terms=terms)))
+        greeting: Greeting = await self._replies[Greeting]
+        self._remote, self._carry_bytes = greeting.carries, carry_bytes
+        return greeting.terms
 
-    def enlist(self, enlist: Enlist) -> None:
+    def open(self) -> None:
+        """Be ready to hand over, when the terms agree."""
+        assert self._own is not None
+        assert self._remote is not None
+        self._out = views.outgoing(self.link, self._remote, self._own.nbytes)
+
+    def enlist(self, tenant: str) -> None:
         """As the front: tell it which tenant it belongs to."""
-        self.link.send(encode(enlist))
+        self.send(Enlist(tenant=tenant))
 
     async def enlisted(self) -> None:
         """As the front: wait until it is ready."""
         await self._replies[Enlisted]
 
-    async def orders(self) -> Enlist:
+    async def tenant(self) -> str:
         """Wait until the front says which tenant this node belongs to."""
         enlist: Enlist = await self._replies[Enlist]
-        return enlist
+        return enlist.tenant
 
     # -- steps, on the device's loop
 
@@ -114,7 +120,7 @@ class ComputePeer:
 
     # -- messages
 
-    def send(self, message: Order | Done | Forget | Enlisted | Refused) -> None:
+    def send(self, message: Enlist | Enlisted | Order | Done | Forget | Refused) -> None:
         """On the node's loop. Nothing for a node that is lost, which is announced elsewhere."""
         if not self.link.closed:
             self.link.send(encode(message))
@@ -127,7 +133,7 @@ class ComputePeer:
                 self._device.loop.call_soon_threadsafe(self._finish, done)
             case Refused(reason=reason):
                 self._fail(NodeError(f"compute node {self.name} gave up: {reason}", node=self.name))
-            case Carries() | Enlist() | Enlisted() as message if not self._replies[type(message)].done():
+            case Greeting() | Enlist() | Enlisted() as message if not self._replies[type(message)].done():
                 self._replies[type(message)].set_result(message)
             case _:
                 raise ProtocolError(f"{self.name} sends {plain.get('type')!r}, which nobody asked for")

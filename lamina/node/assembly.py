@@ -22,7 +22,7 @@ from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, carry_shapes, cut_into_slices
 from lamina.model.weights import load_weights
-from lamina.protocol import Enlist, Enlisted
+from lamina.protocol import Enlisted
 from lamina.transport import Hello, Link, connect
 
 log = logging.getLogger("lamina.compute")
@@ -201,11 +201,21 @@ class Assembly:
     # -- the others
 
     async def meet(self) -> None:
-        """Agree with the other compute nodes on where carries go."""
+        """Agree with the other compute nodes, and on where carries go."""
         pipeline = self._config.pipeline
         tokens = pipeline.max_batch + REMOTE_TOKENS + pipeline.prefill_tokens
         nbytes = _carry_bytes(self.blueprint, tokens)
-        await asyncio.gather(*(peer.meet(pipeline.batches, nbytes) for peer in self.peers))
+        terms = self._terms()
+        found = await asyncio.gather(*(peer.greet(terms, pipeline.batches, nbytes) for peer in self.peers))
+        for peer, theirs in zip(self.peers, found, strict=True):
+            for key in sorted({*terms, *theirs}):
+                here, there = terms.get(key, "nothing"), theirs.get(key, "nothing")
+                if here != there:
+                    raise ConfigError(
+                        f"{self._config.file}: {key}: {here} here, but {there} on {peer.name}; all compute nodes of a "
+                        "cluster need the same model and settings"
+                    )
+            peer.open()
 
     async def attach(self) -> None:
         """Attach to the memory nodes, all compute nodes as one tenant."""
@@ -213,9 +223,9 @@ class Assembly:
             tenant = f"{self._node.name}-{secrets.token_hex(8)}"
             await self._attach(tenant)
             for peer in self.peers:
-                peer.enlist(Enlist(tenant=tenant, terms=self._terms()))
+                peer.enlist(tenant)
         else:
-            await self._attach(await self._enlisted_as())
+            await self._attach(await self.front.tenant())
 
     async def ready(self) -> None:
         """Wait, as the front, until all are ready; as another one say so."""
@@ -228,18 +238,6 @@ class Assembly:
     def front(self) -> ComputePeer:
         """The front, as another compute node sees it."""
         return next(peer for peer in self.peers if peer.index == FRONT)
-
-    async def _enlisted_as(self) -> str:
-        """The tenant that the front says, if its file says the same as this one's."""
-        enlist, own = await self.front.orders(), self._terms()
-        for key in sorted({*enlist.terms, *own}):
-            theirs, ours = enlist.terms.get(key, "nothing"), own.get(key, "nothing")
-            if theirs != ours:
-                raise ConfigError(
-                    f"{self._config.file}: {key}: {ours} here, but {theirs} on {self.front.name}; all compute nodes of "
-                    "a cluster need the same model and settings"
-                )
-        return enlist.tenant
 
     def _terms(self) -> dict[str, str]:
         """What all compute nodes must have alike."""
