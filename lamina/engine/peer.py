@@ -48,7 +48,7 @@ class ComputePeer:
         """By slot and step, on the device's loop."""
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = loop.create_future()
-        for kind in (Enlist, Enlisted):
+        for kind in (Greeting, Enlist, Enlisted):
             self._replies[kind] = loop.create_future()
         link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
         if link.error:
