@@ -94,8 +94,8 @@ class RemoteShard:
 
     # -- set-up and control
 
-    async def attach(self, tenant: str, model: str) -> None:
-        """Ask the memory node for its cache and learn where to write. NodeError if it refuses."""
+    async def attach(self, tenant: str, model: str, quota: int | None = None) -> None:
+        """Ask the memory node for its cache, of ``quota`` bytes, and learn where to write. NodeError if it refuses."""
         attach = Attach(
             tenant=tenant,
             model=model,
@@ -106,6 +106,7 @@ class RemoteShard:
             slots=self._geometry.slots,
             max_rows=self._geometry.max_rows,
             outputs=self.link.expose(self._outputs),
+            quota=quota,
         )
         attached = await self._ask(None, attach)
         assert isinstance(attached, Attached)

@@ -140,7 +140,7 @@ class ComputeNode:
                 max_rows=pipeline.max_batch + REMOTE_TOKENS,
             )
             self._shards.append(remote)
-            await remote.attach(tenant, checkpoint.fingerprint)
+            await remote.attach(tenant, checkpoint.fingerprint, self._config.find(name).quota_bytes)
         blocks = [s.capacity_tokens // BLOCK_TOKENS for s in self._shards]
         room = Room(blocks, BLOCK_TOKENS, pipeline.partition, stripes=not windows)
         if room.most_tokens < context:
