@@ -167,6 +167,8 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Compute nodes: which layers it runs, such as "0-15". None: all of them, as its replicas do."""
     memory: str | None = None
     """Memory nodes: how much KV cache, such as "16GiB"."""
+    quota: str | None = None
+    """Memory nodes: how much of it this cluster takes, where others share the node. None: all that nobody else has."""
     cpus: str | None = None
     """The processors that the node is pinned to, such as "0-3,8"."""
     numa: Annotated[int, Meta(ge=0, le=4095)] | None = None
@@ -195,6 +197,10 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def memory_bytes(self) -> int:
         assert self.memory is not None, "checked when the file was loaded"
         return parse_size(self.memory)
+
+    @property
+    def quota_bytes(self) -> int | None:
+        return parse_size(self.quota) if self.quota else None
 
     def options(self, links: Options) -> Options:
         """``links``, those of the whole cluster, as this node makes them."""
@@ -309,16 +315,23 @@ def _check(config: ClusterConfig) -> None:
         if node.role == "memory":
             if node.memory is None:
                 fail(f"{at}.memory", 'missing; expected a size like "16GiB"')
-            else:
+            for key, size in (("memory", node.memory), ("quota", node.quota)):
                 try:
-                    parse_size(node.memory)
+                    nbytes = None if size is None else parse_size(size)
                 except ConfigError as e:
-                    fail(f"{at}.memory", str(e))
+                    fail(f"{at}.{key}", str(e))
+                if key == "quota" and nbytes is not None and nbytes > node.memory_bytes:
+                    fail(f"{at}.quota", f"expected no more than the node's memory, {node.memory}, got {node.quota!r}")
             for key, value in (("device", node.device), ("layers", node.layers)):
                 if value is not None:
                     fail(f"{at}.{key}", f"expected no {key} on a memory node, got {value!r}")
             continue
-        for key, given in (("memory", node.memory), ("numa", node.numa), ("attention", node.attention)):
+        for key, given in (
+            ("memory", node.memory),
+            ("quota", node.quota),
+            ("numa", node.numa),
+            ("attention", node.attention),
+        ):
             if given is not None:
                 fail(f"{at}.{key}", f"expected no {key} on a compute node, got {given!r}")
         if node.device is not None and not re.fullmatch(r"cpu|cuda:\d{1,3}", node.device):

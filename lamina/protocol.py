@@ -229,6 +229,22 @@ class Peer(Struct, frozen=True, kw_only=True):
     bytes_received: int
 
 
+class TenantStatus(Struct, frozen=True, kw_only=True):
+    """What a memory node has for one tenant."""
+
+    name: str
+    model: str
+    compute_nodes: list[str]
+    """Those that are attached, beginning with the front."""
+    sequences: int
+    kv_tokens_total: int
+    kv_tokens_free: int
+    quota: int
+    """Bytes of memory that it may use, and nobody else."""
+    busy_s: float
+    """Time that the device thread spent computing for it."""
+
+
 class Status(Message):
     """A node's state and its counters since it started. Times are seconds, sizes are bytes."""
 
@@ -257,6 +273,7 @@ class Status(Message):
     kv_tokens_free: int = 0
     stale_tags: int = 0
     peers: list[Peer] = []
+    tenants: list[TenantStatus] = []
 
 
 # -- lamina trace and a node

@@ -32,6 +32,7 @@ name = "m0"
 role = "memory"
 address = "127.0.0.1:7071"
 memory = "1.5GiB"
+quota = "512MiB"
 cpus = "0-1"
 numa = 1
 attention = "torch"
@@ -54,6 +55,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
     assert config.transport.peer_timeout == 2.0
     (memory,) = config.memory_nodes
     assert memory.memory_bytes == 3 * 2**29
+    assert memory.quota_bytes == 2**29
     assert memory.pinned == {0, 1}
     assert (memory.numa, memory.attention) == (1, "torch")
     assert config.model.kv_dtype is None
@@ -67,6 +69,17 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ('memory = "1.5GiB"', "memory = 16", "node[1].memory: expected str | null, got 16"),
         ('memory = "1.5GiB"', "", 'node[1].memory: missing; expected a size like "16GiB"'),
         ('memory = "1.5GiB"', 'memory = "0GiB"', "node[1].memory: expected a size like \"16GiB\", got '0GiB'"),
+        ('quota = "512MiB"', 'quota = "half"', "node[1].quota: expected a size like \"16GiB\", got 'half'"),
+        (
+            'quota = "512MiB"',
+            'quota = "2GiB"',
+            "node[1].quota: expected no more than the node's memory, 1.5GiB, got '2GiB'",
+        ),
+        (
+            'role = "compute"',
+            'role = "compute"\nquota = "1GiB"',
+            "node[0].quota: expected no quota on a compute node, got '1GiB'",
+        ),
         ('cpus = "0-1"', 'cpus = "3-1"', "node[1].cpus: expected processor numbers like \"0-3,8\", got '3-1'"),
         ('memory = "1.5GiB"', f'memory = "1{"0" * 400}GiB"', "node[1].memory: expected a size of at most 1048576TiB"),
         ('memory = "1.5GiB"', 'memory = "1048577TiB"', "at most 1048576TiB, got '1048577TiB'"),

@@ -99,11 +99,9 @@ class RemoteShard:
 
     # -- set-up and control
 
-    async def attach(self, tenant: str, model: str, compute: int = 0) -> None:
-        """Ask the memory node for its cache and learn where to write, as compute node number ``compute`` of the tenant.
-
-        NodeError if it refuses.
-        """
+    async def attach(self, tenant: str, model: str, *, compute: int = 0, quota: int | None = None) -> None:
+        """Ask the memory node for its cache, of ``quota`` bytes, as compute node number ``compute`` of a tenant, and
+        learn where to write. NodeError if it refuses."""
         attach = Attach(
             tenant=tenant,
             compute=compute,
@@ -115,6 +113,7 @@ class RemoteShard:
             slots=self._geometry.slots,
             max_rows=self._geometry.max_rows,
             outputs=self.link.expose(self._outputs),
+            quota=quota,
         )
         attached = await self._ask(None, attach)
         assert isinstance(attached, Attached)

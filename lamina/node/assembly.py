@@ -248,7 +248,7 @@ class Assembly:
             "model.kv_dtype": self.kv_dtype,
             "model.context": self.context,
             "compute nodes": [(n.name, n.layers) for n in config.compute_nodes],
-            "memory nodes": [n.name for n in config.memory_nodes],
+            "memory nodes": [(n.name, n.quota) for n in config.memory_nodes],
         }
         for key in ("batches", "max_batch", "prefill_tokens", "partition"):
             terms[f"pipeline.{key}"] = getattr(config.pipeline, key)
@@ -257,11 +257,12 @@ class Assembly:
     async def _attach(self, tenant: str) -> None:
         pipeline, layers = self._config.pipeline, self.blueprint.capture.shapes
         divide = shard_by_heads if pipeline.partition == "heads" else shard_whole
-        names = [n.name for n in self._config.memory_nodes]
-        for name, link, shard in zip(names, self._memory_links, divide(layers, names), strict=True):
+        nodes = self._config.memory_nodes
+        shards = divide(layers, [n.name for n in nodes])
+        for node, link, shard in zip(nodes, self._memory_links, shards, strict=True):
             self.layout = KVLayout(layers=shard.layers, dtype=self.kv_dtype, block_tokens=BLOCK_TOKENS)
             remote = RemoteShard(
-                name,
+                node.name,
                 link,
                 shard,
                 self.layout,
@@ -271,7 +272,7 @@ class Assembly:
                 max_rows=pipeline.max_batch + REMOTE_TOKENS,
             )
             self.shards.append(remote)
-            await remote.attach(tenant, self.checkpoint.fingerprint, self.index)
+            await remote.attach(tenant, self.checkpoint.fingerprint, compute=self.index, quota=node.quota_bytes)
 
 
 def _carry_bytes(blueprint: Blueprint, tokens: int) -> int:
