@@ -49,7 +49,7 @@ class Follower:
                 while True:
                     tasks.create_task(self._do(await self._ordered.get()))
         except* LaminaError as group:
-            if not (self.draining and self._front.lost.done()):
+            if not self.draining:  # else whoever leaves first, the others follow
                 raise first_error(group) from group
         except* Exception as group:
             log.exception("event=internal_error")
@@ -57,7 +57,7 @@ class Follower:
             raise NodeError(f"compute node {self._name} failed: {error!r}", node=self._name) from group
 
     async def drain(self) -> None:
-        """Wait until the front has left, which is when nothing more will be ordered."""
+        """Go on until the front has left: then nothing more will be ordered."""
         self.draining = True
         await asyncio.wait([self._front.lost])
 
