@@ -16,9 +16,10 @@ from lamina.attention import KVLayout
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.device import Device
 from lamina.engine.engine import Engine
+from lamina.engine.fit import ANSWER_TOKENS, fit
 from lamina.engine.geometry import shard_by_heads, shard_whole
 from lamina.engine.prefix import PrefixKeys
-from lamina.engine.remote import RemoteShard
+from lamina.engine.remote import RemoteShard, reserve
 from lamina.engine.room import Room
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
@@ -167,6 +168,8 @@ class ComputeNode:
             prefill_kv=pipeline.prefill_kv_bytes // kept.bytes_per_token,
             max_waiting=pipeline.max_waiting,
         )
+        if context > ANSWER_TOKENS:
+            await self._fit(scheduler, self._runner, context)
         return Engine(
             self._node.name,
             self._runner,
@@ -177,6 +180,31 @@ class ComputeNode:
             vocabulary=checkpoint.vocabulary,
             stop_tokens=checkpoint.stop_tokens,
         )
+
+    async def _fit(self, scheduler: Scheduler, runner: StepRunner, context: int) -> None:
+        """Fit the cost model, while nobody else uses the memory nodes."""
+        device, shards, pipeline = self._device, self._shards, self._config.pipeline
+
+        def release(sequence: int) -> None:
+            runner.forget(sequence)
+            for shard in shards:
+                shard.release(sequence)
+
+        shipping = [device.start(shard.run()) for shard in shards]
+        try:
+            await fit(
+                scheduler,
+                lambda slot, number, step: device.start(runner.run(slot, number, step)),
+                lambda ask: reserve(shards, ask, BLOCK_TOKENS),
+                release,
+                device.clock,
+                slots=pipeline.batches,
+                most_rows=min(pipeline.batches * pipeline.max_batch, pipeline.max_waiting),
+                most_tokens=min(pipeline.prefill_tokens, context - ANSWER_TOKENS),
+            )
+        finally:
+            for task in shipping:
+                task.cancel()
 
     async def _find(self, node: NodeConfig, hello: Hello) -> Link:
         deadline_s = self._config.transport.start_timeout
