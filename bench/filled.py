@@ -53,9 +53,11 @@ class FilledRunner(StepRunner):
             for layer in range(len(shapes)):
                 for shard in self.shards:
                     shard.ship(kept, layer, chunk.start, len(chunk.tokens), chunk.start)
-        ran = Ran([], 0.0, 0.0, math.nan)
+        ran = Ran([], math.nan, math.nan, math.nan)
         if step.decode:
             ran = await super().run(slot, number, replace(step, prompts=()))
+        if step.prompts:  # which are no measure of what prompts cost
+            ran = ran._replace(compute_s=math.nan)
         return ran._replace(tokens=ran.tokens + [FIRST_TOKEN for chunk in step.prompts if chunk.completes])
 
 

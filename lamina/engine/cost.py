@@ -57,7 +57,8 @@ class Cost:
 class CostModel:
     """Predicts steps from measured ones; what is kept of these has a fixed size. All estimates grow with the load.
 
-    As long as nothing has been observed (see `lamina.engine.fit`), it counts rows, and context a little, in an arbitrary unit.
+    As long as nothing has been observed (see `lamina.engine.fit`), it counts rows, and context a little, in an
+    arbitrary unit.
     """
 
     def __init__(self) -> None:
