@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -130,14 +131,20 @@ def _names(text: str) -> list[str]:
 @app.command(name="all")
 def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
     """Every benchmark, with its defaults; one that fails keeps none of the others from running."""
+    registered = [command.callback for command in app.registered_commands]
+    run_each([benchmark for benchmark in registered if benchmark and benchmark is not all_], quick=quick)
+
+
+def run_each(benchmarks: Sequence[Callable[..., None]], *, quick: bool) -> None:
+    """Run one after the other. LaminaError, in the end, names those that failed."""
     failed = []
-    for benchmark in (transport, exchange, attention, slices, pipeline, prefill, decode, throughput):
+    for benchmark in benchmarks:
         try:
             benchmark(quick=quick)
         except Exception as e:
             if not isinstance(e, LaminaError):
                 traceback.print_exc()
-            sys.stderr.write(f"lamina: {e}\n")
+            sys.stderr.write(f"lamina bench {benchmark.__name__}: {e}\n")
             failed.append(benchmark.__name__)
     if failed:
-        raise LaminaError(f"these benchmarks failed: {', '.join(failed)}; what each said stands above")
+        raise LaminaError(f"{len(failed)} of {len(benchmarks)} benchmarks failed: {', '.join(failed)}")

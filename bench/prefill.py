@@ -137,8 +137,8 @@ class _Decoding:
         self._times: list[list[float]] = [[] for _ in range(SEQUENCES)]
 
     async def __aenter__(self) -> _Decoding:
-        settings = {"max_tokens": MAX_TOKENS, "share_prefix": False}
-        streams = [self._client.stream(_tokens(CONTEXT, i), **settings) for i in range(SEQUENCES)]
+        prompts = [_tokens(CONTEXT, i) for i in range(SEQUENCES)]
+        streams = [self._client.stream(prompt, max_tokens=MAX_TOKENS, share_prefix=False) for prompt in prompts]
         self._readers = [asyncio.create_task(self._read(*one)) for one in zip(streams, self._times, strict=True)]
         return self
 
