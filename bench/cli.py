@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lamina.errors import LaminaError
 
 app = typer.Typer(help="Measure, each figure beside a yardstick from the same run.", no_args_is_help=True)
 
@@ -93,6 +98,17 @@ def pipeline(
 
 
 @app.command()
+def prefill(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option(help="One prompt each.")] = False,
+) -> None:
+    """How much long prompts slow down those who decode meanwhile, for two sizes of their chunks."""
+    from lamina.bench.prefill import run
+
+    run(as_json=as_json, quick=quick)
+
+
+@app.command()
 def throughput(
     peers: Annotated[str, typer.Option(help="Engines to compare with, by commas.")] = "transformers,llama.cpp,vllm",
     models: Annotated[str, typer.Option(help="S (160 million parameters), M (1.1 billion), or T, a toy.")] = "S,M",
@@ -114,8 +130,21 @@ def _names(text: str) -> list[str]:
 
 @app.command(name="all")
 def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
-    """Every benchmark, with its defaults."""
-    transport(quick=quick)
-    attention(quick=quick)
-    slices(quick=quick)
-    decode(quick=quick)
+    """Every benchmark, with its defaults; one that fails keeps none of the others from running."""
+    registered = [command.callback for command in app.registered_commands]
+    run_each([benchmark for benchmark in registered if benchmark and benchmark is not all_], quick=quick)
+
+
+def run_each(benchmarks: Sequence[Callable[..., None]], *, quick: bool) -> None:
+    """Run one after the other. LaminaError, in the end, names those that failed."""
+    failed = []
+    for benchmark in benchmarks:
+        try:
+            benchmark(quick=quick)
+        except Exception as e:
+            if not isinstance(e, LaminaError):
+                traceback.print_exc()
+            sys.stderr.write(f"lamina bench {benchmark.__name__}: {e}\n")
+            failed.append(benchmark.__name__)
+    if failed:
+        raise LaminaError(f"{len(failed)} of {len(benchmarks)} benchmarks failed: {', '.join(failed)}")

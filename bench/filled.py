@@ -8,6 +8,7 @@ llama.cpp's batched benchmark copies one prompt's cache to all sequences.)
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +53,11 @@ class FilledRunner(StepRunner):
             for layer in range(len(self.model.shapes)):
                 for shard in self.shards:
                     shard.ship(kept, layer, run.start, len(run.tokens), run.start)
-        done = Done(slot=order.slot, step=order.step, tokens=[], compute_s=0.0, attention_s=[])
+        done = Done(slot=order.slot, step=order.step, tokens=[], compute_s=math.nan, attention_s=[math.nan])
         if decoding := [run for run in order.runs if run.remote]:
             done = await super().run(replace(order, runs=decoding))
+        if prompts:  # which are no measure of what prompts cost
+            done = replace(done, compute_s=math.nan)
         return replace(done, tokens=done.tokens + [FIRST_TOKEN for run in prompts if run.choice])
 
 

@@ -478,6 +478,23 @@ def test_slots_are_balanced_by_time_and_not_by_count() -> None:
     assert abs(first.rows - second.rows) > 4
 
 
+def test_slots_are_compared_by_their_next_steps() -> None:
+    """One that is in the middle of a step has a token less than it will have; that makes it no shorter."""
+    s = scheduler(batches=2, blocks=4000, max_batch=32, prefill_tokens=4096, max_waiting=99, cost=measured())
+    decoding(s, 2, [100, 100])
+    first, second = s.loads
+    assert first == second
+    steps = [step for slot in (0, 1) if (step := s.next_step(slot))]
+    s.finish(0, steps[0], [1])
+    assert s.loads[0].context_tokens == s.loads[1].context_tokens + 1
+
+    s.submit(new := make(50, 10))
+    step = s.next_step(0)
+
+    assert step
+    assert [ask.sequence for ask in step.asks if not ask.had] == [new]
+
+
 def test_one_batch_flies_where_two_gain_nothing() -> None:
     """Where compute costs the same for any number of rows and attention next to nothing, one batch is best; sequences
     that were in two come together."""

@@ -57,8 +57,8 @@ class Cost:
 class CostModel:
     """Predicts steps from measured ones; what is kept of these has a fixed size. All estimates grow with the load.
 
-    As long as nothing has been observed, it counts rows, and context a little, in an arbitrary unit. The
-    ``compute_nodes`` share the work of all batches in flight, but each works at one batch at a time.
+    As long as nothing has been observed (see `lamina.engine.fit`), it counts rows, and context a little, in an
+    arbitrary unit. The ``compute_nodes`` share the work of all batches in flight; each works at one batch at a time.
     """
 
     def __init__(self, compute_nodes: int = 1) -> None:

@@ -138,6 +138,10 @@ class Engine:
         self._wake()
         return sequence
 
+    def require_place(self, coming: int) -> None:
+        """CapacityError if one more request, besides so many that are about to be queued, would be refused."""
+        self.scheduler.require_place(coming, retry_after_s=self._pace.retry_after_s(self.waiting))
+
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. Nothing for one that is over."""
         if self._answers.pop(sequence, None) is not None:

@@ -315,14 +315,19 @@ class Scheduler:
                 f"the request needs {sequence.most_tokens} tokens of KV cache ({len(sequence.prompt)} prompt + "
                 f"{sequence.max_tokens} new), the memory nodes hold {room.most_tokens}; ask for fewer"
             )
-        if len(self._waiting) >= self._max_waiting:
-            when = "later" if retry_after_s is None else f"in {retry_after_s:.0f} s"
-            raise CapacityError(
-                f"{len(self._waiting)} requests are waiting already, the limit is {self._max_waiting}; retry {when}",
-                retry_after_s=retry_after_s,
-            )
+        self.require_place(retry_after_s=retry_after_s)
         sequence.arrival = next(self._arrivals)
         self._waiting.push(sequence)
+
+    def require_place(self, coming: int = 0, *, retry_after_s: float | None = None) -> None:
+        """CapacityError, which says ``retry_after_s``, if with ``coming`` others too many wait for one more."""
+        waiting = len(self._waiting) + coming
+        if waiting >= self._max_waiting:
+            when = "later" if retry_after_s is None else f"in {retry_after_s:.0f} s"
+            raise CapacityError(
+                f"{waiting} requests are waiting already, the limit is {self._max_waiting}; retry {when}",
+                retry_after_s=retry_after_s,
+            )
 
     def cancel(self, sequence: Sequence) -> bool:
         """End a sequence early; True if it was waiting, else it ends at the next step boundary of its slot."""

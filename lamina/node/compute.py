@@ -14,8 +14,10 @@ from lamina.config import ClusterConfig, NodeConfig
 from lamina.device import Device
 from lamina.engine.cost import CostModel
 from lamina.engine.engine import Engine
+from lamina.engine.fit import ANSWER_TOKENS, fit
 from lamina.engine.follower import Follower
 from lamina.engine.prefix import PrefixKeys
+from lamina.engine.remote import reserve
 from lamina.engine.room import Room
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
@@ -127,7 +129,7 @@ class ComputeNode:
         self._runner = await assembly.load()
         self._tokenizer = await self._device.run(Tokenizer, assembly.checkpoint.path, assembly.context)
         await assembly.ready()
-        self._engine = self._make_engine(self._runner, room)
+        self._engine = await self._make_engine(self._runner, room)
         return self._engine
 
     def _room(self) -> Room:
@@ -144,7 +146,7 @@ class ComputeNode:
         self._blocks = room.blocks
         return room
 
-    def _make_engine(self, runner: StepRunner, room: Room) -> Engine:
+    async def _make_engine(self, runner: StepRunner, room: Room) -> Engine:
         assembly, pipeline = self._assembly, self._config.pipeline
         checkpoint, layers = assembly.checkpoint, assembly.blueprint.capture.shapes
         kept = KVLayout(layers=layers, dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
@@ -165,9 +167,12 @@ class ComputeNode:
             max_waiting=pipeline.max_waiting,
             cost=CostModel(compute_nodes=assembly.schedule.nodes),
         )
+        team = Team(runner, assembly.peers)
+        if assembly.context > ANSWER_TOKENS:
+            await self._fit(scheduler, team)
         return Engine(
             self._node.name,
-            Team(runner, assembly.peers),
+            team,
             assembly.shards,
             scheduler,
             batches=pipeline.batches,
@@ -175,6 +180,31 @@ class ComputeNode:
             vocabulary=checkpoint.vocabulary,
             stop_tokens=checkpoint.stop_tokens,
         )
+
+    async def _fit(self, scheduler: Scheduler, team: Team) -> None:
+        """Fit the cost model, while nobody else uses the nodes."""
+        device, shards, pipeline = self._device, self._assembly.shards, self._config.pipeline
+
+        def release(sequence: int) -> None:
+            team.forget([sequence])
+            for shard in shards:
+                shard.release(sequence)
+
+        shipping = [device.start(shard.run()) for shard in shards]
+        try:
+            await fit(
+                scheduler,
+                lambda slot, number, step: device.start(team.run(slot, number, step)),
+                lambda ask: reserve(shards, ask, BLOCK_TOKENS),
+                release,
+                device.clock,
+                slots=pipeline.batches,
+                most_rows=min(pipeline.batches * pipeline.max_batch, pipeline.max_waiting),
+                most_tokens=min(pipeline.prefill_tokens, self._assembly.context - ANSWER_TOKENS),
+            )
+        finally:
+            for task in shipping:
+                task.cancel()
 
     # -- links of others
 

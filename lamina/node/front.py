@@ -41,6 +41,8 @@ class Tokenizer:
         self._path = path
         self._context = context
         self._library: Any = None
+        self.at_work = 0
+        """Prompts that it has been given and not yet turned into tokens."""
         if (path / "tokenizer.json").is_file():
             try:
                 self._library = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -58,6 +60,12 @@ class Tokenizer:
             )
         ids: list[int] = self._library(text, verbose=False)["input_ids"] if text else []
         return ids
+
+    def done(self, encoding: asyncio.Future[list[int]]) -> None:
+        """One less is at work. Its error matters only to who still waits for it."""
+        self.at_work -= 1
+        if not encoding.cancelled():
+            encoding.exception()
 
     def decode(self, ids: list[int]) -> str:
         """Text of tokens, without special ones; empty without tokenizer.json."""
@@ -146,15 +154,21 @@ class ClientSession:
         if request.id in self._requests:
             raise RequestError(f"request id {request.id} is in use on this connection")
         if isinstance(request.prompt, str):
-            encoding = self._encode_and_submit(engine, tokenizer, request, request.prompt)
-            self._requests[request.id] = asyncio.get_running_loop().create_task(encoding)
+            engine.require_place(tokenizer.at_work)
+            # Long texts take long, so not on the loop.
+            encoding = self._device.run(tokenizer.encode, request.prompt)
+            tokenizer.at_work += 1
+            encoding.add_done_callback(tokenizer.done)
+            submitting = self._submit_encoded(engine, tokenizer, request, encoding)
+            self._requests[request.id] = asyncio.get_running_loop().create_task(submitting)
         else:
             self._submit(engine, tokenizer, request, request.prompt)
 
-    async def _encode_and_submit(self, engine: Engine, tokenizer: Tokenizer, request: Generate, text: str) -> None:
-        """Long texts take long, so not on the loop."""
+    async def _submit_encoded(
+        self, engine: Engine, tokenizer: Tokenizer, request: Generate, encoding: asyncio.Future[list[int]]
+    ) -> None:
         try:
-            self._submit(engine, tokenizer, request, await self._device.run(tokenizer.encode, text))
+            self._submit(engine, tokenizer, request, await encoding)
         except LaminaError as e:
             self.end(request.id, failed(e, request.id))
 

@@ -20,7 +20,7 @@ from tests.families import FAMILIES
 def test_trace(memory_ports: list[int], tmp_path: Path) -> None:
     """While requests are answered, every layer of every batch is in the trace: computed here and attended there."""
     checkpoint = FAMILIES["llama"].save(tmp_path / "checkpoint")
-    sections = "[pipeline]\nbatches = 2\nmax_batch = 4"
+    sections = "[pipeline]\nbatches = 2\nmax_batch = 1"
     config = harness.write_config(tmp_path, checkpoint, memory_ports[:1], sections=sections, memory="2MiB")
     node = harness.start_node(config, "c0")
     with harness.running(node):

@@ -1,0 +1,207 @@
+"""What a long prompt costs those who decode meanwhile, by ``pipeline.prefill_tokens``.
+
+A compute and a memory node on a processor each, and one batch in flight. Some sequences decode: first alone, then while
+long prompts come one after the other. A step consists of their rows and of a chunk of a prompt, so it should take no
+longer than a step without the chunk and the chunk alone together: that is the bound, of which the second part is
+what a prompt of the same length takes when nobody decodes. All is seen by a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import uvloop
+from rich.console import Console
+from rich.progress import Progress
+
+from lamina.bench import report
+from lamina.bench.checkpoints import MODELS, checkpoint
+from lamina.bench.variants import two_processors
+from lamina.client import Client, Stream, connect
+from lamina.cluster import Cluster, free_ports
+from lamina.config import ClusterConfig, load
+from lamina.errors import ConfigError, LaminaError
+
+MODEL = MODELS["S"]
+SEQUENCES, CONTEXT = 8, 128
+"""That decode, and the tokens of their prompts."""
+PROMPT_TOKENS, QUICK_PROMPT_TOKENS = 2048, 1024
+PROMPTS, QUICK_PROMPTS = 4, 1
+PREFILL_TOKENS = (128, 512)
+ALONE_S = 1.0
+MAX_TOKENS = 1500
+"""Of those that decode, which have to suffice for all of the measurement."""
+SETTLE_TOKENS = 4
+PATIENCE_S = 60.0
+
+COLUMNS = {
+    "prefill_tokens": "chunk",
+    "alone_ms": "ITL ms",
+    "beside_ms": "beside",
+    "longest_ms": "longest",
+    "slowdown": "ratio",
+    "chunk_ms": "chunk ms",
+    "bound_ms": "bound",
+    "of_bound": "of bound",
+    "prompt_alone_s": "prompt s",
+    "prompt_beside_s": "beside",
+}
+
+
+def run(*, as_json: bool, quick: bool) -> None:
+    """Measure and print."""
+    if two_processors()[0] < 0:
+        raise ConfigError("bench prefill: needs two processors, one for each node")
+    prompts, tokens = (QUICK_PROMPTS, QUICK_PROMPT_TOKENS) if quick else (PROMPTS, PROMPT_TOKENS)
+    rows = uvloop.run(_measure(prompts, tokens))
+    if as_json:
+        report.print_json(rows)
+    else:
+        title = f"{SEQUENCES} sequences that decode, alone and beside prompts of {tokens:,} tokens"
+        report.print_table(title, rows, COLUMNS)
+
+
+async def _measure(prompts: int, tokens: int) -> list[report.Row]:
+    rows = []
+    with (
+        tempfile.TemporaryDirectory(prefix="lamina-bench-") as name,
+        Progress(console=Console(stderr=True)) as progress,
+    ):
+        task = progress.add_task("prefill", total=len(PREFILL_TOKENS))
+        model = await asyncio.to_thread(checkpoint, MODEL)
+        for prefill_tokens in PREFILL_TOKENS:
+            async with _running(Path(name), model, prefill_tokens) as client:
+                rows.append(await _row(client, prefill_tokens, prompts, tokens))
+            progress.advance(task)
+    return rows
+
+
+async def _row(client: Client, prefill_tokens: int, prompts: int, tokens: int) -> report.Row:
+    async def prompt_s() -> float:
+        return statistics.fmean([await _prompt_s(client, tokens, seed=i) for i in range(prompts)])
+
+    async with asyncio.timeout(PATIENCE_S * (1 + prompts)):
+        await _prompt_s(client, prefill_tokens, seed=0)  # whatever is done for the first time takes longer
+        prompt_alone_s = await prompt_s()
+        async with _Decoding(client) as decoding:
+            await decoding.settle()
+            started = time.perf_counter()
+            await asyncio.sleep(ALONE_S)
+            alone = decoding.between(started, time.perf_counter())
+            started = time.perf_counter()
+            prompt_beside_s = await prompt_s()
+            # The end of a prompt is seen a little late, and a step without a chunk may have begun.
+            beside = decoding.between(started, time.perf_counter() - statistics.fmean(alone))
+    alone_ms, beside_ms = statistics.fmean(alone) * 1e3, statistics.fmean(beside) * 1e3
+    chunk_ms = prompt_alone_s * 1e3 / -(-tokens // prefill_tokens)
+    return {
+        "prefill_tokens": prefill_tokens,
+        "sequences": SEQUENCES,
+        "prompt_tokens": tokens,
+        "alone_ms": alone_ms,
+        "beside_ms": beside_ms,
+        "longest_ms": max(beside) * 1e3,
+        "slowdown": beside_ms / alone_ms,
+        "chunk_ms": chunk_ms,
+        "bound_ms": alone_ms + chunk_ms,
+        "of_bound": beside_ms / (alone_ms + chunk_ms),
+        "prompt_alone_s": prompt_alone_s,
+        "prompt_beside_s": prompt_beside_s,
+    }
+
+
+async def _prompt_s(client: Client, tokens: int, seed: int) -> float:
+    """From a request with a long prompt to its first token."""
+    started = time.perf_counter()
+    await client.generate(_tokens(tokens, seed), max_tokens=1, share_prefix=False)
+    return time.perf_counter() - started
+
+
+def _tokens(count: int, seed: int) -> list[int]:
+    return [(7 * seed + 13 * i) % MODEL.vocabulary for i in range(count)]
+
+
+class _Decoding:
+    """Sequences that decode, and when each of their tokens came."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._times: list[list[float]] = [[] for _ in range(SEQUENCES)]
+
+    async def __aenter__(self) -> _Decoding:
+        prompts = [_tokens(CONTEXT, i) for i in range(SEQUENCES)]
+        streams = [self._client.stream(prompt, max_tokens=MAX_TOKENS, share_prefix=False) for prompt in prompts]
+        self._readers = [asyncio.create_task(self._read(*one)) for one in zip(streams, self._times, strict=True)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+
+    async def settle(self) -> None:
+        """Wait until all of them decode."""
+        while min(map(len, self._times)) < SETTLE_TOKENS:
+            self._check()
+            await asyncio.sleep(0.01)
+
+    def between(self, start: float, stop: float) -> list[float]:
+        """Seconds from token to token, of those that lie between two moments, in part at least."""
+        self._check()
+        gaps = [
+            after - before
+            for times in self._times
+            for before, after in pairwise(times)
+            if start < after and before < stop
+        ]
+        if not gaps:
+            raise LaminaError(f"bench prefill: no sequence got two tokens within {stop - start:.1f} s")
+        return gaps
+
+    def _check(self) -> None:
+        for reader in self._readers:
+            if reader.done():
+                reader.result()
+                raise LaminaError("bench prefill: an answer was over before it was measured")
+
+    @staticmethod
+    async def _read(stream: Stream, times: list[float]) -> None:
+        async with stream:
+            async for _ in stream:
+                times.append(time.perf_counter())
+
+
+@asynccontextmanager
+async def _running(folder: Path, model: Path, prefill_tokens: int) -> AsyncIterator[Client]:
+    config = _write_config(folder, model, prefill_tokens)
+    with (folder / "nodes.log").open("wb") as log:
+        async with Cluster(config, log_file=log) as cluster:
+            await cluster.ready()
+            async with connect(config.front.address, peer_timeout=PATIENCE_S) as client:
+                yield client
+
+
+def _write_config(folder: Path, model: Path, prefill_tokens: int) -> ClusterConfig:
+    near, far = two_processors()
+    context = PROMPT_TOKENS + MAX_TOKENS
+    memory = (SEQUENCES + 2) * context * MODEL.kv_bytes_per_token
+    front, port = free_ports(2)
+    lines = [
+        f"[model]\npath = {json.dumps(str(model))}\ncontext = {context}",
+        f"[pipeline]\nbatches = 1\nmax_batch = {SEQUENCES + 1}\nprefill_tokens = {prefill_tokens}",
+        f'[transport]\nkind = "shm"\npeer_timeout = {PATIENCE_S}',
+        f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://127.0.0.1:{front}"\nthreads = 1\ncpus = "{near}"',
+        f'[[node]]\nname = "m0"\nrole = "memory"\naddress = "tcp://127.0.0.1:{port}"\nthreads = 1\ncpus = "{far}"',
+        f'memory = "{memory >> 20}MiB"',
+    ]
+    file = folder / "cluster.toml"
+    file.write_text("\n".join(lines) + "\n")
+    return load(file)
