@@ -356,7 +356,9 @@ class _Entrance:
 
     async def dress(self, sock: socket.socket) -> Stream:
         """``sock`` with its options set, and inside TLS if that is wanted."""
-        _tune(sock, self.options.peer_timeout)
+        # Small writes leave at once. Of a dead peer the heartbeats tell; the kernel would end a lane whose peer, busy
+        # with an operation of its device, does not read for that long.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is None:
             return Stream(sock)
         if not (self._connecting or await starts_tls(plain := Stream(sock))):
@@ -439,16 +441,6 @@ async def _resolve(address: Address) -> list[tuple[int, Any]]:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         return [(family, place[:2]) for family, _, _, _, place in found]
-
-
-def _tune(sock: socket.socket, peer_timeout: float) -> None:
-    """Small writes leave at once, and the kernel gives up on a dead peer about when the heartbeats do."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(peer_timeout * 1000))
-    # A lane that rests carries no heartbeats of its own.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(peer_timeout)))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
 
 
 def _tls_failed(error: ssl.SSLError) -> str:
