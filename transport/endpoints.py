@@ -356,8 +356,8 @@ class _Entrance:
 
     async def dress(self, sock: socket.socket) -> Stream:
         """``sock`` with its options set, and inside TLS if that is wanted."""
-        # Small writes leave at once. Of a dead peer the heartbeats tell; the kernel would end a lane whose peer, busy
-        # with an operation of its device, does not read for that long.
+        # Small writes leave at once. Of a dead peer the heartbeats tell, not the kernel: that would end a lane, too,
+        # whose peer is busy with a long operation and does not read (TCP_USER_TIMEOUT in tcp(7)).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is None:
             return Stream(sock)

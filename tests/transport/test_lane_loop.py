@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -225,5 +226,26 @@ def test_too_late(run: Callable[..., Any], make_pair: Any, worker: Worker) -> No
         async with ends(make_pair, worker) as (near, _):
             with pytest.raises(UsageError, match="before the first callback"):
                 near.link.lane_loop = asyncio.get_running_loop()
+
+    run(main())
+
+
+def test_a_lane_outlives_a_long_operation(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
+    """Of the thread that should read it, while more is on its way than any buffer takes: the link's own loop answers
+    heartbeats, so nobody is dead."""
+    writes = 64
+
+    async def main() -> None:
+        async with ends(make_pair, worker) as (near, far):
+            for end in (near, far):
+                end.link.peer_timeout = 0.2
+            worker.loop.call_soon_threadsafe(time.sleep, 0.8)
+            payload = bytes(MIB)
+            for tag in range(writes):
+                far.link.write(Lane.BULK, far.remote, 0, [payload], tag)
+            await near.until(writes)
+            assert near.tags == [(Lane.BULK, tag) for tag in range(writes)]
+            assert not near.lost.done()
+            assert not far.lost.done()
 
     run(main())
