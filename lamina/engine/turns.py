@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any, TypeVar, TypeVarTuple
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
 
 from lamina.device import Device
 from lamina.spans import Place
 
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
+
+ROUNDS = 3
+"""Rounds of the loop before each choice: in these, links learn what has arrived, those who wait for it are woken, and
+they say that they want to compute."""
 
 
 class Turns:
@@ -33,34 +36,31 @@ class Turns:
         """What the clock of the tenant that was served last showed then."""
         self._serving: asyncio.Task[None] | None = None
 
-    def wait(self, share: Share, operation: Callable[[], Awaitable[R]]) -> asyncio.Future[R]:
-        """Have ``operation``, which waits for nothing itself, run when it is the turn of ``share``."""
+    def wait(self, share: Share) -> asyncio.Future[None]:
+        """Done when it is the turn of ``share``: for whoever awaits it, to compute as soon as it is resumed."""
         if not share.waiting:
             share.clock_s = max(share.clock_s, self._now_s)
-        result: asyncio.Future[R] = self.device.loop.create_future()
-        share.waiting.append((result, operation))
+        turn: asyncio.Future[None] = self.device.loop.create_future()
+        share.waiting.append(turn)
         if self._serving is None:
             self._serving = self.device.loop.create_task(self._serve())
-        return result
+        return turn
 
     async def _serve(self) -> None:
-        """Run what waits, until nothing does."""
+        """Give turns until nobody waits for one."""
         while True:
-            # In one round the loop learns what has arrived meanwhile, in the next those say so who waited for it.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            for _ in range(ROUNDS):
+                await asyncio.sleep(0)
             share = min((s for s in self.shares if s.waiting), key=lambda s: s.clock_s, default=None)
             if share is None:
                 self._serving = None
                 return
-            self._now_s, busy_s = share.clock_s, share.busy_s
-            result, operation = share.waiting.popleft()
-            if result.done():  # whoever waited for it was cancelled
+            turn = share.waiting.popleft()
+            if turn.done():  # whoever waited for it was cancelled
                 continue
-            try:
-                result.set_result(await operation())
-            except Exception as error:
-                result.set_exception(error)
+            self._now_s, busy_s = share.clock_s, share.busy_s
+            turn.set_result(None)
+            await asyncio.sleep(0)  # meanwhile it computes
             share.clock_s += share.busy_s - busy_s
 
 
@@ -69,26 +69,21 @@ class Share:
 
     def __init__(self, turns: Turns) -> None:
         self.busy_s = self.clock_s = 0.0
-        self.waiting: deque[tuple[asyncio.Future[Any], Callable[[], Awaitable[Any]]]] = deque()
+        self.waiting: deque[asyncio.Future[None]] = deque()
         self._turns = turns
         turns.shares.append(self)
 
     def leave(self) -> None:
-        """Let the others have it; whoever waited for a turn has to be cancelled before."""
+        """Let the others have it; whoever waits for a turn has to be cancelled before."""
         self._turns.shares.remove(self)
 
     async def compute(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
         """Run ``function`` when it is this tenant's turn; what it returns, and the seconds that it took."""
-        if len(self._turns.shares) == 1:
-            return await self._compute(function, *args, at=at)
-        return await self._turns.wait(self, partial(self._compute, function, *args, at=at))
-
-    async def _compute(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None) -> tuple[R, float]:
+        if len(self._turns.shares) > 1:
+            await self._turns.wait(self)
         device = self._turns.device
         before_s = device.busy_s
-        try:
-            result = await device.compute(function, *args, at=at)
-        finally:
-            spent_s = device.busy_s - before_s
-            self.busy_s += spent_s
+        result = await device.compute(function, *args, at=at)
+        spent_s = device.busy_s - before_s
+        self.busy_s += spent_s
         return result, spent_s

@@ -1,0 +1,177 @@
+"""A compute node for tests, which says to a memory node what it is told to, also what no real one would."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.attention import LayerShape
+from lamina.engine import views
+from lamina.engine.geometry import Geometry
+from lamina.engine.views import StepViews
+from lamina.protocol import (
+    AskStatus,
+    Attach,
+    Attached,
+    FromMemory,
+    Kind,
+    Message,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    Status,
+    StepPlan,
+    Tag,
+    decode,
+    encode,
+    pack_plan,
+)
+from lamina.transport import Address, Hello, Lane, Link, Options, Region, connect
+
+PATIENCE_S = 30.0
+
+
+class RawCompute:
+    """One end of a link to a memory node. ``ended`` gives the reason, in the memory node's words if it has said any."""
+
+    def __init__(self, link: Link, attach: Attach, outputs: Region) -> None:
+        self.link = link
+        self._geometry = g = Geometry(tuple(attach.layers), attach.dtype, attach.slots, attach.max_rows)
+        self._dtype: torch.dtype = getattr(torch, attach.dtype)
+        self._output_parts = views.parts(outputs.buffer, attach.slots, g.output_bytes, torch.uint8)
+        self._replies: asyncio.Queue[Attached | Reserved | Refused] = asyncio.Queue()
+        self._answers: asyncio.Queue[Tag] = asyncio.Queue()
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        link.on_message, link.on_lost = self._on_message, lambda error: self._end(str(error))
+        link.on_tag = lambda _, tag: self._answers.put_nowait(Tag.unpack(tag))
+        link.send(encode(attach))
+
+    async def attached(self) -> None:
+        """Wait for the answer to the Attach. AssertionError with the reason of a refusal."""
+        reply = asyncio.ensure_future(self._replies.get())
+        await asyncio.wait({reply, self.ended}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        assert reply.done(), self.ended.result()
+        self.remote = reply.result()
+        assert isinstance(self.remote, Attached)
+
+    def _on_message(self, plain: dict[str, Any]) -> None:
+        message = decode(plain, FromMemory)
+        if isinstance(message, Refused) and message.sequence is None:
+            self._end(message.reason)
+        else:
+            self._replies.put_nowait(message)
+
+    def _end(self, reason: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result(reason)
+
+    async def end(self) -> str:
+        """Wait until the memory node ends the link, and say why."""
+        return await asyncio.wait_for(asyncio.shield(self.ended), PATIENCE_S)
+
+    def send(self, message: Message) -> None:
+        self.link.send(encode(message))
+
+    async def reserve(self, sequence: int, tokens: int) -> Reserved | Refused:
+        self.send(Reserve(sequence=sequence, tokens=tokens))
+        reply = await asyncio.wait_for(self._replies.get(), PATIENCE_S)
+        assert not isinstance(reply, Attached)
+        return reply
+
+    def release(self, sequence: int) -> None:
+        self.send(Release(sequence=sequence))
+
+    def tag(self, kind: int, slot: int = 0, layer: int = 0, step: int = 0, lane: Lane = Lane.DECODE) -> None:
+        """Nothing but a tag."""
+        packed = kind << 29 | slot << 24 | layer << 14 | step
+        self.link.write(lane, self.remote.plans, 0, [], packed)
+
+    def plan(self, step: int, told: StepPlan, *, slot: int = 0) -> None:
+        tag = Tag(Kind.PLAN, slot, 0, step).pack()
+        self.link.write(Lane.DECODE, self.remote.plans, slot * self._geometry.plan_bytes, [pack_plan(told)], tag)
+
+    def query(self, layer: int, step: int, q: Tensor, *, slot: int = 0) -> None:
+        tag = Tag(Kind.QUERY, slot, layer, step).pack()
+        self.link.write(Lane.DECODE, self.remote.queries, slot * self._geometry.query_bytes, [_bytes(q)], tag)
+
+    def key_value(self, layer: int, step: int, k: Tensor, v: Tensor, *, slot: int = 0) -> None:
+        tag = Tag(Kind.KEY_VALUE, slot, layer, step).pack()
+        offset = slot * self._geometry.key_value_bytes
+        self.link.write(Lane.DECODE, self.remote.keys_values, offset, [_bytes(k), _bytes(v)], tag)
+
+    async def answer(self) -> Tag:
+        """The next answer's tag. AssertionError with the reason if the link ends first."""
+        answer = asyncio.ensure_future(self._answers.get())
+        await asyncio.wait({answer, self.ended}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            answer.cancel()
+            raise AssertionError(self.ended.result() if self.ended.done() else "no answer has come")
+        return answer.result()
+
+    def output(self, told: StepPlan, layer: int, *, slot: int = 0) -> Tensor:
+        """The attention that has arrived of the rows that are whole."""
+        empty, shape = torch.empty(1 << 16), self._geometry.layers[layer]
+        return StepViews.of(told, shape, empty, empty, self._output_parts[slot], self._dtype).whole.clone()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def asking(
+    layers: Sequence[LayerShape],
+    *,
+    tenant: str = "t",
+    compute: int = 0,
+    model: str = "m",
+    dtype: str = "float32",
+    slots: int = 1,
+    max_rows: int = 8,
+    block_tokens: int = 16,
+    quota: int | None = None,
+) -> dict[str, Any]:
+    """What an Attach says, but for the outputs."""
+    return {
+        "layers": list(layers),
+        "tenant": tenant,
+        "compute": compute,
+        "model": model,
+        "dtype": dtype,
+        "kv_dtype": dtype,
+        "slots": slots,
+        "max_rows": max_rows,
+        "block_tokens": block_tokens,
+        "quota": quota,
+    }
+
+
+@asynccontextmanager
+async def raw_compute(
+    port: int, layers: Sequence[LayerShape], *, transport: str = "auto", **told: Any
+) -> AsyncIterator[RawCompute]:
+    """A compute node that is attached. AssertionError with the reason if the memory node refuses."""
+    said = asking(layers, **told)
+    name = f"{said['tenant']}{said['compute']}"
+    address, options = Address.parse(f"127.0.0.1:{port}"), Options(kind=transport)
+    async with await connect(address, Hello("compute", name), options, deadline_s=PATIENCE_S) as link:
+        geometry = Geometry(tuple(layers), said["dtype"], said["slots"], said["max_rows"])
+        outputs = Region("outputs", said["slots"] * geometry.output_bytes)
+        raw = RawCompute(link, Attach(**said, outputs=link.expose(outputs)), outputs)
+        await raw.attached()
+        yield raw
+
+
+async def status(port: int) -> Status:
+    """What the memory node says of itself."""
+    address = Address.parse(f"127.0.0.1:{port}")
+    async with await connect(address, Hello("monitor", "test"), Options(kind="control"), deadline_s=PATIENCE_S) as link:
+        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
+        link.send(encode(AskStatus()))
+        return await asyncio.wait_for(answer, PATIENCE_S)

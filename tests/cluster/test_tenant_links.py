@@ -1,0 +1,529 @@
+"""What a memory node answers to the links of its tenants, in order and out of it, without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lamina.attention import LayerShape, Run, attend
+from lamina.protocol import Kind, Publish, Refused, Reserved, StepPlan
+from tests import harness
+from tests.cluster.raw import RawCompute, raw_compute, status
+from tests.harness import eventually
+
+SHAPE = LayerShape(q_heads=4, kv_heads=2, qk_dim=16, v_dim=16, scale=0.25)
+LAYERS = [SHAPE, LayerShape(q_heads=4, kv_heads=2, qk_dim=16, v_dim=16, scale=0.25, window=5), SHAPE]
+MEMORY = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, harness.Node]]:
+    """One memory node and its port; it has to outlive all of these tests."""
+    (port,) = harness.free_ports(1)
+    folder, wiring = tmp_path_factory.mktemp("memory"), harness.Wiring()
+    node = harness.start_memory(folder, port, memory="1MiB", wiring=wiring)
+    with harness.running(node):
+        yield port, node
+        assert node.stop() == 0
+
+
+@pytest.fixture
+def port(node: tuple[int, harness.Node]) -> int:
+    return node[0]
+
+
+def step_of(position: int, answers: bytes = b"") -> StepPlan:
+    """A step with one row, of sequence 1."""
+    return StepPlan((Run(1, position, 1),), (), 1, answers)
+
+
+class Rows:
+    """q, k and v of one row of every layer and position, and the attention that they must give."""
+
+    def __init__(self, positions: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.q = torch.randn(len(LAYERS), positions, 1, 4, 16, generator=generator)
+        self.k, self.v = torch.randn(2, len(LAYERS), positions, 1, 2, 16, generator=generator)
+
+    def ask(self, compute: RawCompute, layer: int, position: int, *, slot: int = 0) -> None:
+        compute.query(layer, position, self.q[layer, position], slot=slot)
+        compute.key_value(layer, position, self.k[layer, position], self.v[layer, position], slot=slot)
+
+    def check(self, compute: RawCompute, layer: int, position: int, *, slot: int = 0) -> None:
+        k, v = (x[layer, : position + 1, 0] for x in (self.k, self.v))
+        expected = attend(self.q[layer, position], k, v, shape=LAYERS[layer], q_start=position).o
+        torch.testing.assert_close(compute.output(step_of(position), layer, slot=slot), expected)
+
+    async def decode(self, compute: RawCompute, position: int, *, slot: int = 0) -> None:
+        """A whole step over one link, whose answers have to be right."""
+        compute.plan(position, step_of(position), slot=slot)
+        for layer in range(len(LAYERS)):
+            self.ask(compute, layer, position, slot=slot)
+            answer = await compute.answer()
+            assert (answer.kind, answer.slot, answer.layer, answer.step) == (Kind.OUTPUT, slot, layer, position)
+            self.check(compute, layer, position, slot=slot)
+
+
+async def empty(port: int) -> bool:
+    return not (await status(port)).tenants
+
+
+async def free(port: int) -> bool:
+    """Whether the memory node has no tenant any more."""
+    await eventually(lambda: empty(port), 20)
+    return True
+
+
+@pytest.mark.parametrize(
+    "layers_of_front", [(0,), (0, 1), (0, 2), (1,)], ids=["first", "range", "every other", "middle"]
+)
+def test_answers_go_where_the_next_layer_runs(port: int, transport: str, layers_of_front: tuple[int, ...]) -> None:
+    """Two links of one tenant run different layers, over one cache; each reads what the other asked for."""
+    if transport not in ("tcp", "shm"):
+        pytest.skip("raw links go over tcp and shm")
+    rows, runs = Rows(20), [int(layer not in layers_of_front) for layer in range(3)]
+    answers = bytes([*runs[1:], runs[0]])
+
+    async def main() -> None:
+        await free(port)
+        async with (
+            raw_compute(port, LAYERS, transport=transport, slots=2) as front,
+            raw_compute(port, LAYERS, transport=transport, slots=2, compute=1) as other,
+        ):
+            nodes = [front, other]
+            assert isinstance(await front.reserve(1, 20), Reserved)
+            for position in range(20):
+                for node in nodes:
+                    node.plan(position, step_of(position, answers), slot=1)
+                for layer in range(3):
+                    rows.ask(nodes[runs[layer]], layer, position, slot=1)
+                    receiver = nodes[answers[layer]]
+                    answer = await receiver.answer()
+                    assert (answer.slot, answer.layer, answer.step) == (1, layer, position)
+                    rows.check(receiver, layer, position, slot=1)
+            assert all(node._answers.empty() for node in nodes)
+            (tenant,) = (await status(port)).tenants
+            assert (tenant.compute_nodes, tenant.sequences) == (["t0", "t1"], 1)
+            front.release(1)
+
+    asyncio.run(main())
+
+
+async def refusal(port: int, layers: list[LayerShape] = LAYERS, **told: Any) -> str:
+    """Why a compute node is not taken."""
+    with pytest.raises(AssertionError) as refused:
+        async with raw_compute(port, layers, **told):
+            pass
+    return str(refused.value)
+
+
+def test_a_compute_node_that_does_not_fit_its_tenant_is_refused(port: int) -> None:
+    """With both values; the tenant goes on."""
+    one, rows = {"compute": 1}, Rows(2)
+
+    async def main() -> None:
+        await free(port)
+        assert "wants to join tenant t, and there is none of this name (there are none)" in await refusal(port, **one)
+        async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, compute=2):
+            assert "tenant t is here already, with the front t0" in await refusal(port)
+            assert "compute node 2 of tenant t is attached already, as t2" in await refusal(port, compute=2)
+            assert "there is none of this name (t)" in await refusal(port, tenant="u", **one)
+            differing = {
+                "model": ("n", "model n, its front asked for m"),
+                "dtype": ("bfloat16", "dtype bfloat16, its front asked for float32"),
+                "slots": (3, "slots 3, its front asked for 1"),
+                "max_rows": (9, "max_rows 9, its front asked for 8"),
+                "block_tokens": (32, "block_tokens 32, its front asked for 16"),
+                "quota": (4096, "quota 4096, its front asked for None"),
+            }
+            for key, (value, message) in differing.items():
+                assert f"compute node 1 of tenant t asks for {message}" in await refusal(port, **one, **{key: value})
+            assert "a number of layers of 2, its front asked for 3" in await refusal(port, LAYERS[:2], **one)
+            assert "asks for layer 1 LayerShape(" in await refusal(port, [SHAPE] * 3, **one)
+            await front.reserve(1, 2)
+            for position in range(2):
+                await rows.decode(front, position)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("message", [Publish(sequence=1, keys=b""), "reserve", "release"])
+def test_only_the_front_says_what_is_kept(port: int, message: Any) -> None:
+    rows = Rows(2)
+
+    async def main() -> None:
+        await free(port)
+        async with raw_compute(port, LAYERS) as front:
+            await front.reserve(1, 2)
+            async with raw_compute(port, LAYERS, compute=1) as other:
+                await rows.decode(other, 0)
+                if message == "reserve":
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(other.reserve(2, 2), 0.1)
+                elif message == "release":
+                    other.release(1)
+                else:
+                    other.send(message)
+                await other.end()
+            await rows.decode(front, 1)
+            assert (await status(port)).sequences == 1
+
+    asyncio.run(main())
+
+
+def test_with_its_front_a_tenant_ends(port: int) -> None:
+    """The others are told why, and the next has all of the memory."""
+
+    async def main() -> None:
+        await free(port)
+        async with raw_compute(port, LAYERS) as front:
+            assert (await status(port)).tenants[0].quota == MEMORY
+            async with raw_compute(port, LAYERS, compute=1) as one, raw_compute(port, LAYERS, compute=7) as seven:
+                await front.link.close()
+                for other in (one, seven):
+                    assert "tenant t has ended, as its front t0 is gone: " in await other.end()
+        async with raw_compute(port, LAYERS, tenant="u"):
+            assert (await status(port)).tenants[0].quota == MEMORY
+
+    asyncio.run(main())
+
+
+def test_what_a_lost_link_should_get_is_dropped(port: int) -> None:
+    """The step's other links go on, and what was stored is there for whoever attaches next under that number."""
+    rows = Rows(3)
+
+    async def main() -> None:
+        await free(port)
+        async with raw_compute(port, LAYERS) as front:
+            await front.reserve(1, 3)
+            async with raw_compute(port, LAYERS, compute=1):
+                await rows.decode(front, 0)
+            before = (await status(port)).layers
+            front.plan(1, step_of(1, bytes([1, 0, 0])))
+            rows.ask(front, 0, 1)
+
+            async def stored() -> bool:
+                return (await status(port)).layers == before + 1
+
+            await eventually(stored)
+            for layer in (1, 2):
+                rows.ask(front, layer, 1)
+                assert (await front.answer()).layer == layer
+                rows.check(front, layer, 1)
+            async with raw_compute(port, LAYERS, compute=1) as again:
+                await rows.decode(again, 2)
+
+    asyncio.run(main())
+
+
+def test_answers_to_nobody_are_refused(port: int) -> None:
+    async def main() -> None:
+        await free(port)
+        async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, compute=3) as other:
+            await front.reserve(1, 2)
+            other.plan(0, step_of(0, bytes([3, 2, 0])))
+            assert await other.end() == "step plan lets answers go to compute node 2; tenant t has [0, 3]"
+            await Rows(1).decode(front, 0)
+
+    asyncio.run(main())
+
+
+def test_quotas_are_what_a_tenant_gets(port: int) -> None:
+    """Exactly that, next to each other; what is refused says who has how much, and whoever leaves makes room."""
+    quarter = MEMORY // 4
+
+    async def main() -> None:
+        await free(port)
+        async with raw_compute(port, LAYERS, tenant="a", quota=quarter) as first:
+            async with (
+                raw_compute(port, LAYERS, tenant="b", quota=quarter),
+                raw_compute(port, LAYERS, tenant="c") as rest,
+            ):
+                tenants = {t.name: t for t in (await status(port)).tenants}
+                assert {t.name: t.quota for t in tenants.values()} == {"a": quarter, "b": quarter, "c": 2 * quarter}
+                assert tenants["a"].kv_tokens_total == tenants["b"].kv_tokens_total < tenants["c"].kv_tokens_total
+                total = await status(port)
+                assert total.kv_tokens_total == sum(t.kv_tokens_total for t in tenants.values())
+                have = f"(a has {quarter}, b has {quarter}, c has {2 * quarter})"
+                assert f"none of the {MEMORY} bytes of memory is free {have}" in await refusal(port, tenant="d")
+                refused = await refusal(port, tenant="d", quota=4096)
+                assert f"a quota of 4096 bytes cannot be had: of {MEMORY} bytes 0 are free" in refused
+                assert have in refused
+                # A tenant's own space ends at its quota, whatever others have.
+                tokens = tenants["a"].kv_tokens_total
+                assert isinstance(await first.reserve(1, tokens), Reserved)
+                assert isinstance(await first.reserve(2, 1), Refused)
+                assert isinstance(await rest.reserve(1, tokens), Reserved)
+
+            async def alone() -> bool:
+                return len((await status(port)).tenants) == 1
+
+            await eventually(alone)
+            refused = await refusal(port, tenant="d", quota=MEMORY)
+            assert f"{3 * quarter} are free, {3 * quarter} of them in one piece (a has {quarter})" in refused
+            assert "cannot hold one block" in await refusal(port, tenant="d", quota=64)
+            async with raw_compute(port, LAYERS, tenant="d"):
+                assert [t.quota for t in (await status(port)).tenants] == [quarter, 3 * quarter]
+
+    asyncio.run(main())
+
+
+def test_nothing_of_a_tenant_is_seen_by_the_next(port: int) -> None:
+    """Whatever the one has left in the memory, NaN above all, the other's attention is right."""
+
+    async def main() -> None:
+        await free(port)
+        async with raw_compute(port, LAYERS, tenant="sick") as sick:
+            rows, tokens = Rows(1), (await status(port)).kv_tokens_total
+            rows.k.fill_(torch.nan)
+            rows.v.fill_(torch.nan)
+            for sequence in range(tokens // 16):
+                await sick.reserve(sequence, 16)
+                for layer in range(len(LAYERS)):
+                    sick.plan(layer, StepPlan((Run(sequence, 0, 8),), (), 0))
+                    sick.query(layer, layer, rows.q[0, 0].expand(8, -1, -1))
+                    sick.key_value(layer, layer, *(x[0, 0].expand(8, -1, -1) for x in (rows.k, rows.v)))
+                    await sick.answer()
+        await free(port)
+        async with raw_compute(port, LAYERS) as well:
+            await well.reserve(1, 20)
+            rows = Rows(20)
+            for position in range(20):
+                await rows.decode(well, position)
+
+    asyncio.run(main())
+
+
+READ = StepPlan((), (Run(1, 5, 1),), 0)
+BAD: dict[str, tuple[StepPlan, Callable[[RawCompute, Rows], object], str]] = {
+    "a plan behind a query": (
+        step_of(5),
+        lambda node, rows: (node.query(0, 5, rows.q[0, 5]), node.plan(6, step_of(5))),
+        "a step plan for batch slot 0 in the middle of step 5",
+    ),
+    "two queries at once": (
+        step_of(5),
+        lambda node, rows: (node.query(0, 5, rows.q[0, 5]), node.query(1, 5, rows.q[1, 5])),
+        "a query of layer 1 in step 5 of batch slot 0, after one of layer 0 that is not answered",
+    ),
+    "a query of no layer": (
+        step_of(5),
+        lambda node, rows: node.query(3, 5, rows.q[0, 5]),
+        "a query of layer 3 in step 5 of batch slot 0, after one of layer -1; expected increasing layers below 3",
+    ),
+    "k and v before q": (
+        step_of(5),
+        lambda node, rows: node.key_value(0, 5, rows.k[0, 5], rows.v[0, 5]),
+        "keys and values of layer 0 in step 5 of batch slot 0",
+    ),
+    "k and v of another layer": (
+        step_of(5),
+        lambda node, rows: (node.query(1, 5, rows.q[1, 5]), node.key_value(0, 5, rows.k[0, 5], rows.v[0, 5])),
+        "keys and values of layer 0 in step 5 of batch slot 0",
+    ),
+    "k and v twice": (
+        step_of(5),
+        lambda node, rows: (rows.ask(node, 0, 5), node.key_value(0, 5, rows.k[0, 5], rows.v[0, 5])),
+        "keys and values of layer 0 in step 5 of batch slot 0",
+    ),
+    "k and v of rows that are not stored": (
+        READ,
+        lambda node, rows: rows.ask(node, 0, 5),
+        "keys and values of layer 0 in step 5",
+    ),
+    "no such slot": (
+        step_of(5),
+        lambda node, rows: node.tag(Kind.QUERY, slot=1, step=5),
+        "tag for batch slot 1; this link has 1",
+    ),
+    "no such buffer": (
+        step_of(5),
+        lambda node, rows: node.tag(Kind.CHUNK, step=8),
+        "bulk chunk in buffer 8; there are 8",
+    ),
+    "no such kind": (step_of(5), lambda node, rows: node.tag(7), "unknown kind 7"),
+    "no such sequence": (
+        StepPlan((Run(2, 0, 1),), (), 1),
+        lambda node, rows: None,
+        "step plan names sequence 2, which has no space reserved",
+    ),
+    "no such position": (
+        StepPlan((Run(1, 17, 1),), (), 1),
+        lambda node, rows: None,
+        "step plan names position 17 of sequence 1, which has space for 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_may_not_arrive_ends_its_link_alone(node: tuple[int, harness.Node], what: str, number: int) -> None:
+    """The log says what it was. The front's link takes its tenant along; another tenant is not disturbed."""
+    (port, memory), (told, send, message) = node, BAD[what]
+    rows, logged = Rows(10), len(memory.log.read_text())
+
+    async def main() -> None:
+        await free(port)
+        async with (
+            raw_compute(port, LAYERS, quota=MEMORY // 2) as front,
+            raw_compute(port, LAYERS, quota=MEMORY // 2, compute=1) as other,
+            raw_compute(port, LAYERS, tenant="innocent", quota=MEMORY // 2) as innocent,
+        ):
+            odd = (front, other)[number]
+            for each in (front, innocent):
+                await each.reserve(1, 10)
+            for position in range(5):
+                await rows.decode(innocent, position)
+                await rows.decode(odd, position)
+            odd.plan(5, told)
+            send(odd, rows)
+            await odd.end()
+            assert message in memory.log.read_text()[logged:]
+            for position in range(5, 10):
+                await rows.decode(innocent, position)
+            if number:
+                for position in range(5, 10):
+                    await rows.decode(front, position)
+            else:
+                assert "has ended" in await other.end()
+
+    asyncio.run(main())
+
+
+def test_what_comes_too_late_is_counted(port: int) -> None:
+    """Tags of other steps, and kinds that only the other end sends, change nothing."""
+    rows = Rows(5)
+
+    async def main() -> None:
+        await free(port)
+        before = (await status(port)).stale_tags
+        async with raw_compute(port, LAYERS) as node:
+            await node.reserve(1, 5)
+            for position in range(5):
+                await rows.decode(node, position)
+                node.tag(Kind.QUERY, layer=0, step=position + 1)
+                node.tag(Kind.KEY_VALUE, layer=0, step=1000)
+                node.tag(Kind.OUTPUT, step=position)
+                node.tag(Kind.CREDIT)
+            assert node._answers.empty()
+            assert (await status(port)).stale_tags == before + 20
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_tags_do_no_harm(port: int, seed: int) -> None:
+    """Links that send nothing but nonsense end or are ignored; nobody else notices."""
+    chance, rows = random.Random(seed), Rows(20)
+
+    async def main() -> None:
+        await free(port)
+        async with raw_compute(port, LAYERS, tenant="innocent", quota=MEMORY // 2) as innocent:
+            await innocent.reserve(1, 20)
+            for position in range(20):
+                async with raw_compute(port, LAYERS, tenant=f"odd{position}", quota=MEMORY // 2, slots=2) as odd:
+                    await odd.reserve(1, 20)
+                    odd.plan(0, step_of(0))
+                    for _ in range(chance.randrange(1, 40)):
+                        kind, slot = chance.choice([0, 1, 1, 2, 2, 2, 3, 4, 5]), chance.randrange(2)
+                        if not odd.link.closed:
+                            odd.tag(kind, slot, chance.randrange(4), chance.randrange(2))
+                        if chance.random() < 0.3:
+                            await asyncio.sleep(0)
+                    await rows.decode(innocent, position)
+                await eventually(lambda: only_innocent(port), 20)
+
+    asyncio.run(main())
+
+
+async def only_innocent(port: int) -> bool:
+    return [tenant.name for tenant in (await status(port)).tenants] == ["innocent"]
+
+
+def test_whoever_has_long_contexts_takes_nothing_from_others(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Many expensive operations wait beside a few cheap ones all the time: both tenants get the device for as long."""
+    shape = LayerShape(q_heads=8, kv_heads=8, qk_dim=64, v_dim=64, scale=0.125)
+    (port,) = harness.free_ports(1)
+    node = harness.start_memory(tmp_path_factory.mktemp("fair"), port, memory="32MiB", wiring=harness.Wiring())
+    piece, rows = 1024, 64
+
+    async def fill(raw: RawCompute, tokens: int) -> None:
+        await raw.reserve(1, tokens)
+        zeros = torch.zeros(piece, 8, 64)
+        for start in range(0, tokens, piece):
+            raw.plan(start, StepPlan((Run(1, start, piece),), (), piece))
+            raw.query(0, start, zeros)
+            raw.key_value(0, start, zeros, zeros)
+            await raw.answer()
+
+    async def ask(raw: RawCompute, tokens: int, slots: int, done: asyncio.Event) -> None:
+        """Keep rows waiting in so many slots."""
+        q, told = torch.zeros(rows, 8, 64), StepPlan((), (Run(1, tokens, rows),), 0)
+        for slot in range(slots):
+            raw.plan(1, told, slot=slot)
+            raw.query(0, 1, q, slot=slot)
+        while not done.is_set():
+            answer = await raw.answer()
+            raw.plan(answer.step + 1, told, slot=answer.slot)
+            raw.query(0, answer.step + 1, q, slot=answer.slot)
+
+    async def main() -> None:
+        told: dict[str, Any] = {"slots": 16, "max_rows": piece, "quota": 16 << 20}
+        async with (
+            raw_compute(port, [shape], tenant="heavy", **told) as heavy,
+            raw_compute(port, [shape], tenant="light", **told) as light,
+        ):
+            await fill(heavy, 4096 - piece)
+            await fill(light, piece)
+            done = asyncio.Event()
+            asked = [asyncio.ensure_future(ask(*of, done)) for of in ((heavy, 4096 - piece, 16), (light, piece, 6))]
+
+            async def busy_s() -> list[float]:
+                return [tenant.busy_s for tenant in (await status(port)).tenants]
+
+            async def served(than: list[float], seconds: float) -> bool:
+                return sum(await busy_s()) - sum(than) > seconds
+
+            first = await busy_s()
+            await eventually(lambda: served(first, 0.2), 30)
+            before = await busy_s()
+            await eventually(lambda: served(before, 1.0), 60)
+            spent = [after - then for then, after in zip(before, await busy_s(), strict=True)]
+            done.set()
+            await asyncio.gather(*asked)
+            # In the order of arrival, the light tenant would get a tenth.
+            assert spent[1] / sum(spent) > 0.3, spent
+
+    with harness.running(node):
+        asyncio.run(main())
+        assert node.stop() == 0
+
+
+def test_a_node_that_drains_takes_nobody(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not even another compute node of a tenant that it still serves."""
+    (port,) = harness.free_ports(1)
+    node = harness.start_memory(tmp_path_factory.mktemp("draining"), port, memory="1MiB", wiring=harness.Wiring())
+
+    async def main() -> None:
+        async with raw_compute(port, LAYERS) as front:
+            await front.reserve(1, 3)
+            node.signal(harness.signal.SIGTERM)
+
+            async def draining() -> bool:
+                return (await status(port)).state == "draining"
+
+            rows = Rows(2)
+            await rows.decode(front, 0)
+            await eventually(draining)
+            for told in ({"compute": 1}, {"tenant": "u"}):
+                assert "is draining and takes no compute node" in await refusal(port, **told)
+            await rows.decode(front, 1)
+
+    with harness.running(node):
+        asyncio.run(main())
+        assert node.wait() == 0
