@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from lamina.model import products
 from lamina.model.slices import SlicedModel
@@ -44,33 +49,78 @@ needs_packing = pytest.mark.skipif(
 )
 
 
+def multiply(x, packed, bias, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return torch.ops.lamina.product(x, packed, bias)
+    finally:
+        torch.set_num_threads(before)
+
+
 @needs_packing
-@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (300, 64), (33, 70), (130, 1090), (50, 33)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_product_is_the_product(outputs, inputs, bias):
-    """Any number of rows; outputs and inputs that fill no panel; inputs that are not even."""
-    generator = torch.Generator().manual_seed(outputs)
+@given(
+    rows=st.integers(1, 300),
+    outputs=st.integers(1, 200),
+    inputs=st.integers(1, 1200),
+    bias=st.booleans(),
+    threads=st.sampled_from((1, 3)),
+)
+@settings(max_examples=60, deadline=None)
+@example(rows=1, outputs=64, inputs=1, bias=False, threads=1)
+@example(rows=7, outputs=33, inputs=513, bias=True, threads=3)
+@example(rows=12, outputs=130, inputs=512, bias=False, threads=1)
+@example(rows=13, outputs=65, inputs=514, bias=True, threads=1)
+@example(rows=129, outputs=50, inputs=1090, bias=False, threads=3)
+def test_packed_product_is_the_product(rows, outputs, inputs, bias, threads):
+    """Any number of rows; outputs and inputs that fill no panel, no chunk and no pair; one thread or three."""
+    generator = torch.Generator().manual_seed(rows)
     weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).bfloat16()
     added = torch.randn(outputs, generator=generator).bfloat16() if bias else None
-    packed = products.pack(weight)
+    x = torch.randn(1, rows, inputs, generator=generator).bfloat16()
 
-    for rows in (*range(1, 20), 100):
-        x = torch.randn(1, rows, inputs, generator=generator).bfloat16()
-        got = torch.ops.lamina.product(x, packed, added)
-        want = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
-        assert got.shape == want.shape
-        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)
+    got = multiply(x, products.pack(weight), added, threads)
+
+    want = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+    assert got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)
 
 
 @needs_packing
-def test_packed_product_is_the_same_for_any_batch_mates():
-    """A row's numbers do not depend on the rows beside it, as long as these are few."""
-    packed = products.pack(torch.randn(96, 1090).bfloat16())
-    x = torch.randn(16, 1090).bfloat16()
+@pytest.mark.parametrize("inputs", [1090, 33])
+def test_packed_product_is_the_same_for_any_batch_mates(inputs):
+    """A row's numbers are the same to the bit however many rows are beside it, and however many threads there are."""
+    packed = products.pack(torch.randn(200, inputs).bfloat16())
+    if packed.panels is None or packed.panels.max_rows < 400:
+        pytest.skip("oneDNN multiplies on this processor, at least with many rows")
+    x = torch.randn(400, inputs).bfloat16()
 
-    alone = torch.cat([torch.ops.lamina.product(row[None], packed, None) for row in x])
+    alone = torch.cat([multiply(row[None], packed, None, 1) for row in x])
 
-    assert all(alone[:rows].equal(torch.ops.lamina.product(x[:rows], packed, None)) for rows in range(1, 17))
+    for rows in (*range(1, 40), 64, 127, 128, 129, 257, 400):
+        for threads in (1, 2, 5):
+            assert alone[:rows].equal(multiply(x[:rows], packed, None, threads)), (rows, threads)
+    assert alone[-7:].equal(multiply(x[-7:], packed, None, 1))
+
+
+@needs_packing
+def test_without_the_kernel_onednn_multiplies():
+    """Where the processor lacks the instructions, here hidden from torch, the results are as exact."""
+    code = """
+import torch
+from lamina.model import products
+for outputs, inputs in ((130, 1090), (50, 33)):
+    weight = (torch.randn(outputs, inputs) * inputs**-0.5).bfloat16()
+    packed = products.pack(weight)
+    assert packed.panels is None
+    for rows in (1, 17, 100):
+        x = torch.randn(rows, inputs).bfloat16()
+        want = x.double() @ weight.double().T
+        torch.testing.assert_close(torch.ops.lamina.product(x, packed, None).double(), want, rtol=2**-7, atol=1e-2)
+"""
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
