@@ -14,6 +14,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lamina.device import let_idle_threads_sleep
+
+let_idle_threads_sleep()  # as ``lamina node`` does, before torch is there
+
+# ruff: noqa: E402
 import torch
 from torch import Tensor
 
