@@ -13,6 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lamina.device import let_idle_threads_sleep
+
+let_idle_threads_sleep()  # as ``lamina node`` does, before torch is there
+
+# ruff: noqa: E402
 import torch
 from msgspec.structs import replace
 from torch import Tensor

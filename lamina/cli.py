@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from msgspec.structs import replace
 
+from lamina.device import let_idle_threads_sleep
 from lamina.errors import ConfigError, LaminaError
 from lamina.transport import Address
 
@@ -65,7 +65,7 @@ def node(
     ] = None,
 ) -> None:
     """Run one node of a cluster until it is stopped. SIGTERM drains it."""
-    _let_idle_threads_sleep()
+    let_idle_threads_sleep()
     from lamina.config import load, parse_cpus
     from lamina.node import daemon
 
@@ -107,17 +107,6 @@ def node(
     from lamina.node.memory import MemoryNode
 
     raise typer.Exit(daemon.run(chosen.name, MemoryNode(chosen, chosen.options(options)).serve))
-
-
-def _let_idle_threads_sleep() -> None:
-    """Before torch is imported: OpenMP then reads how long its threads look for more work before they sleep.
-
-    By default that is some milliseconds, in which they take a core from whoever shares it; a node waits for others
-    in every layer. This many turns take about a tenth of a millisecond, longer than what lies between two operations
-    of a slice. With much fewer, waking the threads costs up to half of the speed.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[NodeConfig, Options]:
