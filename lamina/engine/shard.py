@@ -276,7 +276,8 @@ class AttentionShard:
 
     def _reserve(self, message: Reserve) -> int:
         if message.sequence not in self.cache.sequences:
-            return self.cache.reserve(message.sequence, message.tokens, keys=_split(message.keys))
+            keys = _split(message.keys)
+            return self.cache.reserve(message.sequence, message.tokens, ahead=message.ahead, keys=keys)
         self.cache.extend(message.sequence, message.tokens)
         return 0
 

@@ -143,7 +143,9 @@ class ComputeNode:
             self._shards.append(remote)
             await remote.attach(tenant, checkpoint.fingerprint)
         blocks = [s.capacity_tokens // BLOCK_TOKENS for s in self._shards]
-        room = Room(blocks, BLOCK_TOKENS, pipeline.partition, stripes=not windows)
+        # Of one window alone: where layers have several, blocks of one kind can be in the way of the other's.
+        window = layers[0].window if len(kept.groups) == 1 else None
+        room = Room(blocks, BLOCK_TOKENS, pipeline.partition, stripes=not windows, window=window)
         if room.most_tokens < context:
             least = min(self._shards, key=lambda s: s.capacity_tokens)
             raise CapacityError(

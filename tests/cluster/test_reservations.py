@@ -94,7 +94,7 @@ async def attached(ports: list[int]) -> AsyncIterator[Ends]:
             layout = KVLayout(layers=heads.layers, dtype="float32", block_tokens=BLOCK)
             link.lane_loop = device.loop
             shard = RemoteShard(name, link, heads, layout, device, dtype="float32", slots=1, max_rows=4)
-            await shard.attach("m")
+            await shard.attach("m", "m")
             running.append(device.start(shard.run()))
             shards.append(shard)
         try:
