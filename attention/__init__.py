@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: computes and stores, and knows no network, no event loop and no model.
 
-`Memory` is taken once and cut into a `Pool`. `KVLayout` says what is stored, `KVCache` keeps account of where, and a
-`Backend` stores it and attends over it: planned once per step, run once per layer. `attend` is the same attention over
-dense tensors, and `merge` joins the `Partial` results of any partition.
+`Memory` is taken once, lent by `Loans`, and cut into a `Pool`. `KVLayout` says what is stored, `KVCache` keeps account
+of where, and a `Backend` stores it and attends over it: planned once per step, run once per layer. `attend` is the same
+attention over dense tensors, and `merge` joins the `Partial` results of any partition.
 
 Importing this package is cheap; torch is imported with the first name that needs it.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lamina.attention.dense import attend
     from lamina.attention.layout import KVLayout, LayerGroup, LayerShape, window_blocks
     from lamina.attention.partial import Partial, add_sinks, merge
-    from lamina.attention.pool import Memory, Pool
+    from lamina.attention.pool import Loans, Memory, Pool, Range
     from lamina.attention.rows import Rows, Run
 
 __all__ = [
@@ -27,10 +27,12 @@ __all__ = [
     "KVLayout",
     "LayerGroup",
     "LayerShape",
+    "Loans",
     "Memory",
     "Partial",
     "Plan",
     "Pool",
+    "Range",
     "Rows",
     "Run",
     "Stored",
@@ -48,10 +50,12 @@ _MODULES = {
     "KVLayout": "layout",
     "LayerGroup": "layout",
     "LayerShape": "layout",
+    "Loans": "pool",
     "Memory": "pool",
     "Partial": "partial",
     "Plan": "backend",
     "Pool": "pool",
+    "Range": "pool",
     "Rows": "rows",
     "Run": "rows",
     "Stored": "backend",

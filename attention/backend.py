@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lamina.attention.cache import KVCache
     from lamina.attention.partial import Partial
-    from lamina.attention.pool import Memory, Pool
+    from lamina.attention.pool import Pool, Range
 
 log = logging.getLogger("lamina.attention")
 
@@ -109,22 +109,21 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """End the threads and give the cache's memory back. Nothing else may be called afterwards."""
+        """End the threads. Nothing else may be called afterwards."""
         ...
 
 
 def create_backend(
     name: str,
     layout: KVLayout,
-    home: Memory | Pool,
+    home: Range | Pool,
     *,
-    quota: int | None = None,
     threads: int = 1,
     cpus: Sequence[int] | None = None,
 ) -> Backend:
-    """The backend called ``name`` over a new cache, which may take ``quota`` bytes of a pool, by default all.
+    """The backend called ``name`` over a new cache in ``home``, whose own that is from now on.
 
-    A `Memory` becomes a pool of its own, with extents that suit the layout. What the backend needs is imported now and
+    Memory becomes a pool with extents that suit the layout. What the backend needs is imported now and
     not before. `ConfigError` for an unknown name or a missing backend; errors of the cache are those of `KVCache`.
     """
     from lamina.attention.cache import KVCache
@@ -137,7 +136,7 @@ def create_backend(
             for group in layout.groups
         ]
         home = Pool(home, extent_bytes=fit_extent(home.nbytes, sizes))
-    cache = KVCache(layout, home.tenant("cache", quota), module.layer_bytes)
+    cache = KVCache(layout, home, module.layer_bytes)
     backend: Backend = getattr(module, BACKENDS[name][1])(cache, threads=threads, cpus=cpus)
     return backend
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lamina.attention.pool import Tenant
+from lamina.attention.pool import Pool
 from lamina.errors import UsageError
 
 
@@ -20,7 +20,7 @@ class _Extent:
 
 
 class Blocks:
-    """Blocks of ``block_bytes`` in extents of a tenant, named by their offset in bytes within the memory.
+    """Blocks of ``block_bytes`` in extents of a pool, named by their offset in bytes within the memory.
 
     A block is free, or *held* by sequences, or *idle*: published under a key and held by nobody. Idle blocks are found
     by their keys until they are reused, those first that were let go first. ``promised`` blocks are set aside for
@@ -28,11 +28,11 @@ class Blocks:
     ``returning``: sequences let go of single blocks, for which they may later take others.
     """
 
-    def __init__(self, tenant: Tenant, block_bytes: int, *, share: int, returning: bool) -> None:
+    def __init__(self, pool: Pool, block_bytes: int, *, share: int, returning: bool) -> None:
         self.promised = 0
         self._block_bytes = block_bytes
-        self._tenant = tenant
-        self._extent_bytes = tenant.pool.extent_bytes
+        self._pool = pool
+        self._extent_bytes = pool.extent_bytes
         self._per_extent = self._extent_bytes // block_bytes
         self._share = share
         self._returning = returning
@@ -70,7 +70,7 @@ class Blocks:
 
     def grow(self) -> None:
         """Take one more extent."""
-        index = self._tenant.take()
+        index = self._pool.take()
         start = index * self._extent_bytes
         stop = start + self._per_extent * self._block_bytes
         extent = _Extent(index, list(range(start, stop, self._block_bytes)))
@@ -80,7 +80,7 @@ class Blocks:
 
     def keep_idle(self, blocks: int) -> None:
         """Take extents so that ``blocks`` can be promised and no idle block reused, within the share."""
-        while self.spare - len(self._idle) < blocks and len(self._extents) < self._share and self._tenant.available > 0:
+        while self.spare - len(self._idle) < blocks and len(self._extents) < self._share and self._pool.available > 0:
             self.grow()
 
     def shrink(self) -> None:
@@ -103,7 +103,7 @@ class Blocks:
         self._free -= len(extent.free)
         for extents in (self._extents, self._open, self._empty, self._unused):
             extents.pop(extent.index, None)
-        self._tenant.give(extent.index)
+        self._pool.give(extent.index)
 
     # -- blocks
 

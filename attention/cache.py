@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lamina.attention.blocks import Blocks, check_key
 from lamina.attention.layout import KVLayout, LayerGroup, LayerShape, window_blocks
-from lamina.attention.pool import ALIGNMENT, Pool, Tenant, most_blocks
+from lamina.attention.pool import ALIGNMENT, Pool, most_blocks
 from lamina.attention.rows import Rows
 from lamina.errors import CapacityError, UsageError
 
@@ -69,7 +69,7 @@ class Placement:
 
 
 class KVCache:
-    """The blocks of many sequences, in extents of one tenant of a pool.
+    """The blocks of many sequences, in extents of a pool that is the cache's alone.
 
     The layers of a `LayerGroup` share blocks: a block holds ``layout.block_tokens`` positions in all layers of its
     group, one layer behind the other, of ``layer_bytes`` each. A sequence has a block table for each group. What it may
@@ -78,10 +78,9 @@ class KVCache:
     Belongs to one thread. A refused operation changes nothing.
     """
 
-    def __init__(self, layout: KVLayout, home: Tenant | Pool, layer_bytes: LayerBytes) -> None:
+    def __init__(self, layout: KVLayout, pool: Pool, layer_bytes: LayerBytes) -> None:
         """Take no memory yet. `CapacityError` when not even one block of every group could be had."""
-        self._tenant = home.tenant("cache") if isinstance(home, Pool) else home
-        pool = self._tenant.pool
+        self._pool = pool
         self.layout = layout
         self.memory = pool.memory
         self.extent_bytes = pool.extent_bytes
@@ -99,16 +98,16 @@ class KVCache:
             if size % ALIGNMENT:
                 raise UsageError(f"blocks of {size} bytes; expected a multiple of {ALIGNMENT}")
             self.block_bytes.append(size)
-        blocks = most_blocks(self._tenant.quota, pool.extent_bytes, self.block_bytes)
+        blocks = most_blocks(pool.extents, pool.extent_bytes, self.block_bytes)
         if not blocks:
             raise CapacityError(
-                f"a KV cache of {self._tenant.quota_bytes} bytes cannot hold one block: {layout.block_tokens} tokens "
+                f"a KV cache of {pool.memory.nbytes} bytes cannot hold one block: {layout.block_tokens} tokens "
                 f"take {sum(self.block_bytes)} bytes, in extents of {pool.extent_bytes}; give it more memory"
             )
         self.capacity_tokens = blocks * layout.block_tokens
-        """Positions that it can hold if it is alone within its quota and no window saves anything."""
+        """Positions that it can hold if no window saves anything."""
         self._blocks = [
-            Blocks(self._tenant, size, share=-(-blocks // (pool.extent_bytes // size)), returning=bool(group.window))
+            Blocks(pool, size, share=-(-blocks // (pool.extent_bytes // size)), returning=bool(group.window))
             for group, size in zip(self.groups, self.block_bytes, strict=True)
         ]
         self._windowed = [index for index, group in enumerate(self.groups) if group.window is not None]
@@ -137,11 +136,6 @@ class KVCache:
         self._grow_slots(64)
         self._losses = 0
         """How often somebody's positions went away: sequences released, and blocks that a window had passed."""
-
-    def close(self) -> None:
-        """Give all extents back. Nothing else may be called afterwards."""
-        self._tenant.close()
-        self._held.clear()
 
     @property
     def free_tokens(self) -> int:
@@ -446,13 +440,13 @@ class KVCache:
         """Whether each group could promise so many more blocks."""
         wanted = sum(blocks.extents_for(need) for blocks, need in zip(self._blocks, needs, strict=True))
         beyond = sum(blocks.extents_beyond(need) for blocks, need in zip(self._blocks, needs, strict=True))
-        return wanted <= self._tenant.available + beyond
+        return wanted <= self._pool.available + beyond
 
     def _make_room(self, needs: Sequence[int]) -> None:
         """Take the extents that the promises need, where there are none left from other groups; see `_fits`."""
         for blocks, need in zip(self._blocks, needs, strict=True):
             for _ in range(blocks.extents_for(need)):
-                if self._tenant.available < 1:
+                if self._pool.available < 1:
                     next(b for b, n in zip(self._blocks, needs, strict=True) if b.extents_beyond(n)).shrink()
                 blocks.grow()
         for blocks, need in zip(self._blocks, needs, strict=True):

@@ -178,7 +178,6 @@ class NativeBackend:
 
     def close(self) -> None:
         self.workers.close()
-        self.cache.close()
 
     def _plan(self, placement: Placement) -> NativePlan:
         addresses = np.ascontiguousarray(placement.addresses)

@@ -1,4 +1,4 @@
-"""The memory of a node: taken once, cut into extents, and handed to tenants under quotas."""
+"""The memory of a node: taken once, lent to tenants in ranges, each of which is cut into extents for its blocks."""
 
 from __future__ import annotations
 
@@ -43,12 +43,21 @@ class MemoryReport:
     numa: int | None
 
 
-class Memory:
+class Range:
+    """Bytes of memory, ``tensor`` (uint8 [nbytes]): all of a `Memory`, or what is lent of one."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.nbytes = tensor.numel()
+        self.device = tensor.device
+
+
+class Memory(Range):
     """``nbytes`` of memory, all of it there from the start: whatever is missing is missed here and not in a step.
 
     On the CPU it is one private anonymous mapping, in huge pages where the system has them, bound to the NUMA node
-    ``numa``, and zero at first; on a CUDA device it is one allocation. `CapacityError` if it cannot be had,
-    `ConfigError` if there is no such NUMA node or the system does not allow binding to it.
+    ``numa``, page-aligned, and zero at first; on a CUDA device it is one allocation. `CapacityError` if it cannot be
+    had, `ConfigError` if there is no such NUMA node or the system does not allow binding to it.
     """
 
     def __init__(self, nbytes: int, *, device: torch.device | str = "cpu", numa: int | None = None) -> None:
@@ -58,15 +67,13 @@ class Memory:
         self.device = torch.device(device)
         self.numa = numa
         self._address = 0
-        self.tensor: torch.Tensor
-        """uint8 [nbytes], page-aligned on the CPU."""
         if self.device.type == "cpu":
-            self.tensor = self._map()
+            super().__init__(self._map())
         else:
             if numa is not None:
                 raise ConfigError(f"numa: only memory of the CPU has a NUMA node, got {numa} on {self.device}")
             try:
-                self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+                super().__init__(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
             except RuntimeError as error:
                 raise self._missing(str(error)) from error
 
@@ -140,71 +147,98 @@ class Memory:
         return CapacityError(f"{self.nbytes} bytes of memory cannot be had on {self.device}: {reason}")
 
 
-class Pool:
-    """A `Memory` in extents of equal size, of which tenants take what they need. Belongs to one thread.
+class Loans:
+    """A `Memory` lent to tenants: to each of them one range, the first that is free and long enough.
 
-    A block never spans extents, so an extent must hold the largest block of any tenant, and what is left over of each
-    extent is lost. Whoever knows the blocks that a pool will hold chooses ``extent_bytes`` by `fit_extent`; else
-    extents have `EXTENT_BYTES`, or a 64th of the memory where that is less.
+    Ranges begin at pages. What a range holds when it is lent is anything. Belongs to one thread.
     """
 
-    def __init__(self, memory: Memory, *, extent_bytes: int | None = None) -> None:
-        if extent_bytes is None:
-            extent_bytes = max(ALIGNMENT, min(EXTENT_BYTES, memory.nbytes // 64) // ALIGNMENT * ALIGNMENT)
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self._lent: dict[str, tuple[int, int]] = {}
+        """By tenant, where its range begins and ends."""
+
+    def lend(self, tenant: str, nbytes: int | None = None) -> Range:
+        """A range of ``nbytes``, by default the longest that is free; `CapacityError` says who has how much.
+
+        `UsageError` for a tenant that has one already.
+        """
+        if tenant in self._lent:
+            raise UsageError(f"tenant {tenant} has memory already")
+        free = self._free()
+        longest = max(stop - start for start, stop in free)
+        size = longest if nbytes is None else nbytes
+        if not 0 < size <= longest:
+            raise CapacityError(self._refusal(nbytes, longest, sum(stop - start for start, stop in free)))
+        start = next(start for start, stop in free if stop - start >= size)
+        self._lent[tenant] = (start, start + size)
+        return Range(self.memory.tensor[start : start + size])
+
+    def give_back(self, tenant: str) -> None:
+        """Nothing of the tenant's range may be read or written afterwards. `UsageError` for one that has none."""
+        if tenant not in self._lent:
+            raise UsageError(f"tenant {tenant} gives memory back, but has none")
+        del self._lent[tenant]
+
+    def _free(self) -> list[tuple[int, int]]:
+        """Beginning and end of what lies before, between and behind the ranges that are lent."""
+        free, start = [], 0
+        for first, stop in sorted(self._lent.values()):
+            free.append((start, first))
+            start = min(-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, self.memory.nbytes)
+        return [*free, (start, self.memory.nbytes)]
+
+    def _refusal(self, asked: int | None, longest: int, free: int) -> str:
+        have = (
+            ", ".join(f"{tenant} has {stop - start}" for tenant, (start, stop) in self._lent.items())
+            or "nobody has any"
+        )
+        if asked is None:
+            return (
+                f"none of the {self.memory.nbytes} bytes of memory is free ({have}); "
+                "give others quotas, or wait until somebody leaves"
+            )
+        return (
+            f"a quota of {asked} bytes cannot be had: of {self.memory.nbytes} bytes {free} are free, {longest} of them "
+            f"in one piece ({have}); ask for less, or wait until somebody leaves"
+        )
+
+
+class Pool:
+    """A range of memory in extents of equal size, which the blocks of a cache take as they need them.
+
+    Extent ``i`` is the bytes from ``i * extent_bytes``. A block never spans extents, so an extent must hold the largest
+    block, and what is left over of each extent is lost: see `fit_extent`. Belongs to one thread.
+    """
+
+    def __init__(self, memory: Range, *, extent_bytes: int) -> None:
         if extent_bytes < ALIGNMENT or extent_bytes % ALIGNMENT:
             raise UsageError(f"extent_bytes: expected a multiple of {ALIGNMENT} above 0, got {extent_bytes}")
         self.memory = memory
         self.extent_bytes = extent_bytes
         self.extents = memory.nbytes // extent_bytes
         self._free = list(range(self.extents))[::-1]
-
-    @property
-    def free_extents(self) -> int:
-        return len(self._free)
-
-    def tenant(self, name: str, quota_bytes: int | None = None) -> Tenant:
-        """A new tenant, called ``name`` in messages; it may take ``quota_bytes`` of extents, by default all."""
-        nbytes = self.memory.nbytes if quota_bytes is None else quota_bytes
-        return Tenant(self, name, nbytes)
-
-
-class Tenant:
-    """Who holds extents of a pool: extent ``i`` is the bytes from ``i * pool.extent_bytes``."""
-
-    def __init__(self, pool: Pool, name: str, quota_bytes: int) -> None:
-        self.pool = pool
-        self.name = name
-        self.quota_bytes = quota_bytes
-        self.quota = min(quota_bytes // pool.extent_bytes, pool.extents)
-        """Extents that it may hold at most."""
-        self._held: set[int] = set()
+        self._taken: set[int] = set()
 
     @property
     def available(self) -> int:
         """Extents that can be taken now."""
-        return min(self.quota - len(self._held), self.pool.free_extents)
+        return len(self._free)
 
     def take(self) -> int:
-        """An extent of its own; `CapacityError` beyond the quota, or when the pool has none left."""
-        if len(self._held) >= self.quota:
-            raise CapacityError(f"tenant {self.name} holds all {self.quota} extents that its quota allows")
-        if not self.pool._free:
-            raise CapacityError(f"tenant {self.name}: all {self.pool.extents} extents of the pool are taken")
-        extent = self.pool._free.pop()
-        self._held.add(extent)
+        """An extent; `CapacityError` when there is none left."""
+        if not self._free:
+            raise CapacityError(f"all {self.extents} extents of {self.extent_bytes} bytes are taken")
+        extent = self._free.pop()
+        self._taken.add(extent)
         return extent
 
     def give(self, extent: int) -> None:
-        """Hand an extent back; `UsageError` for one that it does not hold."""
-        if extent not in self._held:
-            raise UsageError(f"tenant {self.name} gives back extent {extent}, which it does not hold")
-        self._held.remove(extent)
-        self.pool._free.append(extent)
-
-    def close(self) -> None:
-        """Hand everything back."""
-        self.pool._free.extend(self._held)
-        self._held.clear()
+        """Hand an extent back; `UsageError` for one that is not taken."""
+        if extent not in self._taken:
+            raise UsageError(f"extent {extent} is handed back, but not taken")
+        self._taken.remove(extent)
+        self._free.append(extent)
 
 
 def most_blocks(extents: int, extent_bytes: int, block_bytes: Sequence[int]) -> int:

@@ -149,7 +149,6 @@ class TorchBackend:
 
     def close(self) -> None:
         self._stores.clear()
-        self.cache.close()
 
     # -- storing
 

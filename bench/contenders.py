@@ -139,10 +139,9 @@ def layout_of(point: Point, layers: int) -> KVLayout:
 def scattered(name: str, layout: KVLayout, memory: Memory, threads: int) -> Backend:
     """A backend whose blocks come in random order, as they do on a node that has served for a while."""
     pool = Pool(memory, extent_bytes=_block_bytes(name, layout))
-    tenant = pool.tenant("shuffle")
-    extents = [tenant.take() for _ in range(tenant.available)]
+    extents = [pool.take() for _ in range(pool.available)]
     for i in np.random.default_rng(0).permutation(len(extents)):
-        tenant.give(extents[i])
+        pool.give(extents[i])
     return create_backend(name, layout, pool, threads=threads)
 
 

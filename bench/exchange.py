@@ -41,6 +41,7 @@ from lamina.engine.room import Room
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
+from lamina.engine.team import Team
 from lamina.errors import LaminaError
 from lamina.model.slices import Head, SlicedModel, StepConstants, Tail
 from lamina.node.memory import MemoryNode
@@ -227,6 +228,13 @@ class _Model(NamedTuple):
     slices: tuple[_Slice, ...]
     device: torch.device
 
+    @property
+    def shapes(self) -> list[LayerShape]:
+        return [piece.shape for piece in self.slices if piece.shape]
+
+    def slice(self, index: int) -> _Slice:
+        return self.slices[index]
+
     def begin(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> StepConstants:
         return len(token_ids), len(rows)
 
@@ -272,7 +280,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
         )
         engine = Engine(
             "near",
-            runner,
+            Team(runner),
             [shard],
             scheduler,
             batches=batches,

@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from lamina.attention import LayerShape
 from lamina.config import load
 from lamina.engine.geometry import CHUNK_TOKENS
+from lamina.engine.orders import Done, Order
 from lamina.engine.prompts import PromptKV
-from lamina.engine.scheduler import Step
-from lamina.engine.step import Ran, StepRunner
+from lamina.engine.step import StepRunner
 from lamina.node import compute, daemon
 
 FIRST_TOKEN = 0
@@ -46,19 +46,19 @@ class RandomKV(PromptKV):
 class FilledRunner(StepRunner):
     """Decodes as `StepRunner` does; prompts are filled in at random."""
 
-    async def run(self, slot: int, number: int, step: Step) -> Ran:
-        shapes = [s.shape for s in self.model.slices if s.shape is not None]
-        for chunk in step.prompts:
-            kept = RandomKV(chunk.sequence.id, shapes, self.dtype)
-            for layer in range(len(shapes)):
+    async def run(self, order: Order) -> Done:
+        prompts = [run for run in order.runs if not run.remote]
+        for run in prompts:
+            kept = RandomKV(run.sequence, self.model.shapes, self.dtype)
+            for layer in range(len(self.model.shapes)):
                 for shard in self.shards:
-                    shard.ship(kept, layer, chunk.start, len(chunk.tokens), chunk.start)
-        ran = Ran([], math.nan, math.nan, math.nan)
-        if step.decode:
-            ran = await super().run(slot, number, replace(step, prompts=()))
-        if step.prompts:  # which are no measure of what prompts cost
-            ran = ran._replace(compute_s=math.nan)
-        return ran._replace(tokens=ran.tokens + [FIRST_TOKEN for chunk in step.prompts if chunk.completes])
+                    shard.ship(kept, layer, run.start, len(run.tokens), run.start)
+        done = Done(slot=order.slot, step=order.step, tokens=[], compute_s=math.nan, attention_s=[math.nan])
+        if decoding := [run for run in order.runs if run.remote]:
+            done = await super().run(replace(order, runs=decoding))
+        if prompts:  # which are no measure of what prompts cost
+            done = replace(done, compute_s=math.nan)
+        return replace(done, tokens=done.tokens + [FIRST_TOKEN for run in prompts if run.choice])
 
 
 def main() -> int:

@@ -40,6 +40,8 @@ Positive = Annotated[int, Meta(ge=1)]
 PeerTimeout = Annotated[float, Meta(ge=MIN_PEER_TIMEOUT, le=MAX_PEER_TIMEOUT)]
 StartTimeout = Annotated[float, Meta(gt=0, le=86400)]
 
+MAX_COMPUTE = 32
+"""Compute nodes of a cluster, as in the protocol."""
 MAX_SIZE = 2**60
 """Bytes; what a size may say at most, far beyond what a machine has."""
 
@@ -161,8 +163,12 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     address: str
     device: str | None = None
     """Compute nodes: "cpu" (default) or "cuda:N"."""
+    layers: str | None = None
+    """Compute nodes: which layers it runs, such as "0-15". None: all of them, as its replicas do."""
     memory: str | None = None
     """Memory nodes: how much KV cache, such as "16GiB"."""
+    quota: str | None = None
+    """Memory nodes: how much of it this cluster takes, where others share the node. None: all that nobody else has."""
     cpus: str | None = None
     """The processors that the node is pinned to, such as "0-3,8"."""
     numa: Annotated[int, Meta(ge=0, le=4095)] | None = None
@@ -184,9 +190,17 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return parse_cpus(self.cpus) if self.cpus else None
 
     @property
+    def layer_range(self) -> range | None:
+        return parse_range(self.layers) if self.layers else None
+
+    @property
     def memory_bytes(self) -> int:
         assert self.memory is not None, "checked when the file was loaded"
         return parse_size(self.memory)
+
+    @property
+    def quota_bytes(self) -> int | None:
+        return parse_size(self.quota) if self.quota else None
 
     def options(self, links: Options) -> Options:
         """``links``, those of the whole cluster, as this node makes them."""
@@ -212,7 +226,11 @@ class ClusterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @property
     def front(self) -> NodeConfig:
         """The compute node that clients talk to."""
-        return next(n for n in self.node if n.role == "compute")
+        return self.compute_nodes[0]
+
+    @property
+    def compute_nodes(self) -> list[NodeConfig]:
+        return [n for n in self.node if n.role == "compute"]
 
     @property
     def memory_nodes(self) -> list[NodeConfig]:
@@ -297,27 +315,54 @@ def _check(config: ClusterConfig) -> None:
         if node.role == "memory":
             if node.memory is None:
                 fail(f"{at}.memory", 'missing; expected a size like "16GiB"')
-            else:
+            for key, size in (("memory", node.memory), ("quota", node.quota)):
                 try:
-                    parse_size(node.memory)
+                    nbytes = None if size is None else parse_size(size)
                 except ConfigError as e:
-                    fail(f"{at}.memory", str(e))
-            if node.device is not None:
-                fail(f"{at}.device", f"expected no device on a memory node, got {node.device!r}")
+                    fail(f"{at}.{key}", str(e))
+                if key == "quota" and nbytes is not None and nbytes > node.memory_bytes:
+                    fail(f"{at}.quota", f"expected no more than the node's memory, {node.memory}, got {node.quota!r}")
+            for key, value in (("device", node.device), ("layers", node.layers)):
+                if value is not None:
+                    fail(f"{at}.{key}", f"expected no {key} on a memory node, got {value!r}")
             continue
-        for key, value in (("memory", node.memory), ("numa", node.numa), ("attention", node.attention)):
-            if value is not None:
-                fail(f"{at}.{key}", f"expected no {key} on a compute node, got {value!r}")
+        for key, given in (
+            ("memory", node.memory),
+            ("quota", node.quota),
+            ("numa", node.numa),
+            ("attention", node.attention),
+        ):
+            if given is not None:
+                fail(f"{at}.{key}", f"expected no {key} on a compute node, got {given!r}")
         if node.device is not None and not re.fullmatch(r"cpu|cuda:\d{1,3}", node.device):
             fail(f"{at}.device", f'expected "cpu" or "cuda:N", got {node.device!r}')
-    compute = [i for i, n in enumerate(config.node) if n.role == "compute"]
-    if len(compute) != 1:
-        fail(
-            f"node[{compute[1]}].role" if compute else "node",
-            f"expected exactly one compute node, got {len(compute)}; several are not supported yet",
-        )
+    compute = config.compute_nodes
+    if not 1 <= len(compute) <= MAX_COMPUTE:
+        fail("node", f"expected 1 to {MAX_COMPUTE} compute nodes, got {len(compute)}")
+    if any(n.layers is not None for n in compute):
+        _check_layers(config, fail)
     if not config.memory_nodes:
         fail("node", "expected at least one memory node, got none")
+
+
+def _check_layers(config: ClusterConfig, fail: Callable[[str, str], None]) -> None:
+    """Every compute node has some, and they follow each other. How many there are, the model will say."""
+    expected = 0
+    for i, node in enumerate(config.node):
+        if node.role != "compute":
+            continue
+        at = f"node[{i}].layers"
+        if node.layers is None:
+            fail(at, "missing; where one compute node has layers, all must have some")
+            return
+        try:
+            own = parse_range(node.layers)
+        except ConfigError as e:
+            fail(at, str(e))
+            return
+        if own.start != expected:
+            fail(at, f"expected layers from {expected} on, after those of the compute node before, got {node.layers!r}")
+        expected = own.stop
 
 
 def _is_unspecified(address: Address) -> bool:
@@ -380,6 +425,14 @@ def parse_size(text: str) -> int:
     if nbytes > MAX_SIZE:
         raise ConfigError(f"expected a size of at most {MAX_SIZE // 2**40}TiB, got {text!r:.200}")
     return int(nbytes)
+
+
+def parse_range(text: str) -> range:
+    """Numbers such as "0-15" or "3", both ends included; none is above 99999."""
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text.strip())
+    if match is None or int(match[2] or match[1]) < int(match[1]):
+        raise ConfigError(f'expected layers like "0-15", got {text!r:.200}')
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -85,3 +85,10 @@ class NodeError(LaminaError):
     def __init__(self, message: str, *, node: str) -> None:
         super().__init__(message)
         self.node = node
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The first one of a group of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -14,8 +14,8 @@ class Figures:
     """Work of a cluster over ``seconds``.
 
     ``layer_us`` divides the time of a layer, in microseconds: ``whole`` is wall time; ``compute`` the time in which
-    the compute node's device was busy; ``attention`` that of the busiest memory node; ``wire`` the rest: the wire,
-    the event loops, and waiting. Where attention overlaps with compute, their sum may exceed the whole.
+    the busiest compute node's device was busy; ``attention`` that of the busiest memory node; ``wire`` the rest: the
+    wire, the event loops, and waiting. Where attention overlaps with compute, their sum may exceed the whole.
     """
 
     seconds: float
@@ -39,13 +39,14 @@ def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: 
 
     LaminaError if no token was generated between the two moments: then there is nothing to divide by.
     """
-    (front,) = (name for name, status in after.items() if status.role == "compute")
-    old, new = before[front], after[front]
-    layers, tokens = new.layers - old.layers, new.tokens_generated - old.tokens_generated
+    compute_nodes = [name for name, status in after.items() if status.role == "compute"]
+    layers = sum(after[n].layers - before[n].layers for n in compute_nodes)
+    tokens = sum(after[n].tokens_generated - before[n].tokens_generated for n in compute_nodes)
     if not layers or not tokens:
         raise LaminaError("no token was generated while the cluster was measured; ask for a longer answer")
-    compute = (new.busy_s - old.busy_s) / layers
-    attention = max(after[n].busy_s - before[n].busy_s for n in after if n != front) / layers
+    busy = {n: (after[n].busy_s - before[n].busy_s) / layers for n in after}
+    compute = max(busy[n] for n in compute_nodes)
+    attention = max(busy[n] for n in after if n not in compute_nodes)
     whole = seconds / layers
     parts = {
         "whole": whole,
@@ -55,10 +56,10 @@ def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: 
     }
     return Figures(
         seconds=seconds,
-        steps=new.steps - old.steps,
+        steps=max(after[n].steps - before[n].steps for n in compute_nodes),  # the front's, who counts all
         tokens=tokens,
         layers=layers,
-        wire_bytes=_wire_bytes(new) - _wire_bytes(old),
+        wire_bytes=sum(_wire_bytes(after[n]) - _wire_bytes(before[n]) for n in compute_nodes),
         layer_us={name: part * 1e6 for name, part in parts.items()},
     )
 

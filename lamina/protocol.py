@@ -126,10 +126,33 @@ class Release(Message):
 
 
 class Refused(Message):
-    """What was asked cannot be done. ``sequence`` is None where the answer is to an Attach."""
+    """What was asked cannot be done. ``sequence`` is None where the answer is not to a Reserve."""
 
     reason: str
     sequence: Count | None = None
+
+
+# -- compute nodes among themselves
+
+
+class Greeting(Message):
+    """Where a compute node takes carries, and under ``terms``, by key, what all must have read in their files."""
+
+    carries: RemoteRegion
+    terms: Annotated[dict[str, str], Meta(max_length=64)]
+
+    def __post_init__(self) -> None:
+        RemoteRegion.from_wire(list(self.carries))
+
+
+class Enlist(Message):
+    """The front says as which tenant to attach to the memory nodes; answered by Enlisted."""
+
+    tenant: Annotated[str, Meta(min_length=1, max_length=128)]
+
+
+class Enlisted(Message):
+    """Ready for orders."""
 
 
 # -- client and front
@@ -209,6 +232,22 @@ class Peer(Struct, frozen=True, kw_only=True):
     bytes_received: int
 
 
+class TenantStatus(Struct, frozen=True, kw_only=True):
+    """What a memory node has for one tenant."""
+
+    name: str
+    model: str
+    compute_nodes: list[str]
+    """Those that are attached, beginning with the front."""
+    sequences: int
+    kv_tokens_total: int
+    kv_tokens_free: int
+    quota: int
+    """Bytes of memory that it may use, and nobody else."""
+    busy_s: float
+    """Time that the device thread spent computing for it."""
+
+
 class Status(Message):
     """A node's state and its counters since it started. Times are seconds, sizes are bytes."""
 
@@ -237,6 +276,7 @@ class Status(Message):
     kv_tokens_free: int = 0
     stale_tags: int = 0
     peers: list[Peer] = []
+    tenants: list[TenantStatus] = []
 
 
 # -- lamina trace and a node
@@ -326,6 +366,7 @@ class Kind(IntEnum):
     OUTPUT = 3
     CHUNK = 4
     CREDIT = 5
+    CARRY = 6
 
 
 _KINDS = tuple(Kind)  # which is faster than to ask the class

@@ -153,20 +153,26 @@ def write_config(
     compiled: bool = False,
     transport_keys: str = "",
     wiring: Wiring | None = None,
+    compute: Sequence[str | None] = (None,),
 ) -> ClusterConfig:
-    """A cluster file with one compute node ``c0`` and memory nodes ``m0``, ``m1``, ... on ``memory_ports``.
+    """A cluster file with compute nodes ``c0``, ``c1``, ... and memory nodes ``m0``, ``m1``, ... on ``memory_ports``.
+
+    ``compute`` has the layers of each compute node; None: all of them.
 
     The slices are not ``compiled`` by default: a tiny model is ready sooner and hardly slower without.
     """
     wiring = wiring or default
-    (front,) = free_ports(1)
     lines = [f'[model]\npath = "{model}"\ndtype = "{dtype}"\ncompile = {json.dumps(compiled)}\n{model_keys}']
     lines.append(sections)
     lines.append(f'[transport]\nkind = "{wiring.kind}"\npeer_timeout = {wiring.peer_timeout}\n{transport_keys}')
     lines += [f"{key} = {json.dumps(value)}" for key, value in wiring.keys().items()]
-    lines.append(f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://{wiring.compute}:{front}"\nthreads = 1')
-    if wiring.compute_device:
-        lines.append(f'rdma_device = "{wiring.compute_device}"')
+    for i, (port, layers) in enumerate(zip(free_ports(len(compute)), compute, strict=True)):
+        address = f"tcp://{wiring.compute}:{port}"
+        lines.append(f'[[node]]\nname = "c{i}"\nrole = "compute"\naddress = "{address}"\nthreads = 1')
+        if layers is not None:
+            lines.append(f'layers = "{layers}"')
+        if wiring.compute_device:
+            lines.append(f'rdma_device = "{wiring.compute_device}"')
     for i, port in enumerate(memory_ports):
         address = wiring.memory_address(port)
         lines.append(f'[[node]]\nname = "m{i}"\nrole = "memory"\naddress = "{address}"\nthreads = 1')

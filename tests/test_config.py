@@ -32,6 +32,7 @@ name = "m0"
 role = "memory"
 address = "127.0.0.1:7071"
 memory = "1.5GiB"
+quota = "512MiB"
 cpus = "0-1"
 numa = 1
 attention = "torch"
@@ -54,6 +55,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
     assert config.transport.peer_timeout == 2.0
     (memory,) = config.memory_nodes
     assert memory.memory_bytes == 3 * 2**29
+    assert memory.quota_bytes == 2**29
     assert memory.pinned == {0, 1}
     assert (memory.numa, memory.attention) == (1, "torch")
     assert config.model.kv_dtype is None
@@ -67,6 +69,17 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ('memory = "1.5GiB"', "memory = 16", "node[1].memory: expected str | null, got 16"),
         ('memory = "1.5GiB"', "", 'node[1].memory: missing; expected a size like "16GiB"'),
         ('memory = "1.5GiB"', 'memory = "0GiB"', "node[1].memory: expected a size like \"16GiB\", got '0GiB'"),
+        ('quota = "512MiB"', 'quota = "half"', "node[1].quota: expected a size like \"16GiB\", got 'half'"),
+        (
+            'quota = "512MiB"',
+            'quota = "2GiB"',
+            "node[1].quota: expected no more than the node's memory, 1.5GiB, got '2GiB'",
+        ),
+        (
+            'role = "compute"',
+            'role = "compute"\nquota = "1GiB"',
+            "node[0].quota: expected no quota on a compute node, got '1GiB'",
+        ),
         ('cpus = "0-1"', 'cpus = "3-1"', "node[1].cpus: expected processor numbers like \"0-3,8\", got '3-1'"),
         ('memory = "1.5GiB"', f'memory = "1{"0" * 400}GiB"', "node[1].memory: expected a size of at most 1048576TiB"),
         ('memory = "1.5GiB"', 'memory = "1048577TiB"', "at most 1048576TiB, got '1048577TiB'"),
@@ -196,12 +209,52 @@ def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, message: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_exactly_one_compute_node_is_asked_for(tmp_path: Path) -> None:
-    """What is not supported is refused, not ignored."""
-    second = '[[node]]\nname = "c1"\nrole = "compute"\naddress = "tcp://127.0.0.1:7072"\n'
+def compute(number: int, keys: str = "") -> str:
+    """One more compute node."""
+    return f'[[node]]\nname = "d{number}"\nrole = "compute"\naddress = "tcp://127.0.0.1:{7200 + number}"\n{keys}\n'
 
-    with pytest.raises(ConfigError, match=r"node\[2\].role: expected exactly one compute node, got 2"):
-        load(write(tmp_path, GOOD + second))
+
+def test_several_compute_nodes_are_replicas_or_have_layers(tmp_path: Path) -> None:
+    """The first of them is the front."""
+    replicas = load(write(tmp_path, GOOD + compute(1) + compute(2)))
+    ranges = load(
+        write(
+            tmp_path,
+            GOOD.replace('role = "compute"', 'role = "compute"\nlayers = "0-2"') + compute(1, 'layers = "3"'),
+        )
+    )
+
+    assert [n.name for n in replicas.compute_nodes] == ["c0", "d1", "d2"]
+    assert replicas.front.name == "c0"
+    assert [n.layer_range for n in replicas.compute_nodes] == [None] * 3
+    assert [n.layer_range for n in ranges.compute_nodes] == [range(3), range(3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "message"),
+    [
+        ("", "".join(map(compute, range(32))), "node: expected 1 to 32 compute nodes, got 33"),
+        ('layers = "0-2"', compute(1), "node[2].layers: missing; where one compute node has layers, all must"),
+        ('layers = "0-2"', compute(1, 'layers = "4-5"'), "node[2].layers: expected layers from 3 on"),
+        ('layers = "1-2"', compute(1, 'layers = "3-5"'), "node[0].layers: expected layers from 0 on"),
+        ('layers = "2-0"', compute(1, 'layers = "3-5"'), "node[0].layers: expected layers like"),
+        ('layers = "all"', compute(1, 'layers = "3-5"'), "node[0].layers: expected layers like"),
+    ],
+)
+def test_compute_nodes_that_do_not_fit_together_are_refused(
+    first: str, more: str, message: str, tmp_path: Path
+) -> None:
+    """Too many, or layers that do not follow each other."""
+    text = GOOD.replace('role = "compute"', f'role = "compute"\n{first}') + more
+
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+
+    assert message in str(caught.value)
+
+
+def test_a_memory_node_is_asked_for(tmp_path: Path) -> None:
+    """Without one there is no place for keys and values."""
     with pytest.raises(ConfigError, match="expected at least one memory node"):
         load(write(tmp_path, GOOD[: GOOD.rindex("[[node]]")]))
 

@@ -100,6 +100,12 @@ def test_how_many_batches_are_worth_flying() -> None:
     assert reading.batches(load, least=1, most=4, present=4) == 1
     assert reading.batches(load, least=2, most=4, present=1) == 2
 
+    several = CostModel(compute_nodes=2)
+    for rows in (1, 2, 4, 8, 16, 32):
+        several.observe(rows, 0, 100 * rows, rows * 1e-3, rows * 1e-4)
+    assert several.batches(load, least=1, most=8, present=1) >= 2  # each has something to do
+    assert several.step_s([Load(8, 0, 800)] * 2) == pytest.approx(8.8e-3, rel=0.1)
+
     close = CostModel()
     for rows in (1, 2, 4, 8, 16, 32):
         close.observe(rows, 0, 100 * rows, 8e-3 + rows * 1e-3, 9.3e-3)

@@ -821,3 +821,18 @@ def test_prompts_beyond_the_budget_go_on_elsewhere() -> None:
     assert [c[1:] for c in chunks if c[0] == 0] == [(0, 4, False), (4, 6, False), (10, 4, True)]
     assert all(remote for arrival, _, _, remote in chunks if arrival == 1)
     assert s.free_blocks == 64
+
+
+def test_without_a_place_to_keep_chunks_only_the_first_one_stays() -> None:
+    """Where layers change their node from one step to the next."""
+    s = scheduler(prefill_tokens=8, remote_tokens=4, keep_chunks=False)
+    s.submit(make(18, 2))
+    chunks: list[tuple[int, int, bool]] = []
+    while step := s.next_step(0):
+        for ask in step.asks:
+            s.grant(ask)
+        chunks += [(c.start, len(c.tokens), c.remote) for c in step.prompts]
+        if step.decode or step.prompts:
+            s.finish(0, step, [1] * len(step.sampled))
+
+    assert chunks == [(0, 8, False), (8, 4, True), (12, 4, True), (16, 2, True)]

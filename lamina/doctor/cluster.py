@@ -122,43 +122,38 @@ async def _ask(link: Link, message: AskStatus | Probe, kind: Any) -> Any:
 async def _measure_all(config: ClusterConfig, links: dict[str, Link]) -> list[Pair]:
     """One after the other, so that measurements do not disturb each other."""
     kinds = TRANSPORTS if config.links.kind == "auto" else (config.links.kind,)
-    front = links.get(config.front.name)
+    compute = {n.name: links[n.name] for n in config.compute_nodes if n.name in links}
     pairs = []
-    for node in config.memory_nodes:
-        if node.name not in links:
-            continue
-        for kind in kinds:
-            try:
-                async with asyncio.timeout(CONNECT_S + 2 * MEASURE_S):
-                    probed = await _measure(config, front, node, kind)
-            except TimeoutError:
-                probed = Probed(kind=kind, error="no answer in time")
-                if front:
-                    front.abort("it does not answer in time")  # a late answer would be taken for the next one
-            except LaminaError as e:
-                probed = Probed(kind=kind, error=_reason(e, node))
-            pairs.append(
-                Pair(
-                    compute=config.front.name if front else "",
-                    memory=node.name,
-                    transport=kind,
-                    p50_us=probed.p50_s * 1e6,
-                    p99_us=probed.p99_s * 1e6,
-                    gb_per_s=probed.bytes_per_s / 1e9,
-                    error=probed.error.removeprefix(f"{node.listen}: "),
-                )
-            )
-            if front and front.closed:
-                front = None
+    for name, link in compute.items() or {"": None}.items():
+        for node in config.memory_nodes:
+            if node.name in links:
+                pairs += [await _measure(config, name, link, node, kind) for kind in kinds]
     return pairs
 
 
-async def _measure(config: ClusterConfig, front: Link | None, node: NodeConfig, kind: str) -> Probed:
-    """By the compute node; from here where it does not run."""
-    if front is None:
-        return await measure(node.listen, "doctor", replace(config.options(config.front), kind=kind))
-    probed: Probed = await _ask(front, Probe(node=node.name, kind=kind), Probed)  # type: ignore[arg-type]
-    return probed
+async def _measure(config: ClusterConfig, name: str, link: Link | None, node: NodeConfig, kind: Any) -> Pair:
+    """By the compute node of that name; from here where none runs."""
+    try:
+        async with asyncio.timeout(CONNECT_S + 2 * MEASURE_S):
+            if link is None:
+                probed = await measure(node.listen, "doctor", replace(config.options(config.front), kind=kind))
+            else:
+                probed = await _ask(link, Probe(node=node.name, kind=kind), Probed)
+    except TimeoutError:
+        probed = Probed(kind=kind, error="no answer in time")
+        if link:
+            link.abort("it does not answer in time")  # a late answer would be taken for the next one
+    except LaminaError as e:
+        probed = Probed(kind=kind, error=_reason(e, node))
+    return Pair(
+        compute=name,
+        memory=node.name,
+        transport=kind,
+        p50_us=probed.p50_s * 1e6,
+        p99_us=probed.p99_s * 1e6,
+        gb_per_s=probed.bytes_per_s / 1e9,
+        error=probed.error.removeprefix(f"{node.listen}: "),
+    )
 
 
 def _told(config: ClusterConfig, pair: Pair) -> Finding:
@@ -192,11 +187,16 @@ def _enough(config: ClusterConfig, pairs: list[Pair], step_ms: float) -> Iterato
         f"{needed:.3g} GB/s over all memory nodes, for batch {batch}, steps of {step_ms:g} ms (--step-ms) and a "
         f"slowdown of {SLOWDOWN:g}",
     )
+    ways: dict[tuple[str, str], Pair] = {}
+    for pair in pairs:
+        if not pair.error:
+            ways.setdefault((pair.compute, pair.memory), pair)  # measured in the order in which links choose
     for node in config.memory_nodes:
-        measured = [p for p in pairs if p.memory == node.name and not p.error]
-        if not measured:
+        own = [taken for taken in ways.values() if taken.memory == node.name]
+        if not own:
             continue
-        taken, share = measured[0], needed * shares[node.name]  # measured in the order in which links choose
+        taken = min(own, key=lambda pair: pair.gb_per_s)
+        share = needed * shares[node.name] / len(own)
         found = f"{taken.gb_per_s:.3g} GB/s by {taken.transport}, its share of the least is {share:.3g} GB/s"
         if taken.gb_per_s < share:
             advice = "a faster network, a smaller max_batch, or more memory nodes over more network cards"

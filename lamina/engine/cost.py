@@ -58,10 +58,11 @@ class CostModel:
     """Predicts steps from measured ones; what is kept of these has a fixed size. All estimates grow with the load.
 
     As long as nothing has been observed (see `lamina.engine.fit`), it counts rows, and context a little, in an
-    arbitrary unit.
+    arbitrary unit. The ``compute_nodes`` share the work of all batches in flight; each works at one batch at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compute_nodes: int = 1) -> None:
+        self._compute_nodes = compute_nodes
         self._compute = _Table()
         self._wire = _Linear(2)
         self._attention = _Linear(3)
@@ -104,7 +105,8 @@ class CostModel:
         """Until each of these batches has made a step, when all are in flight, ``each`` so many times: the time of the
         busier side, or of one batch's own way."""
         costs = [self.cost(load) for load in loads]
-        compute_s = each * math.fsum(cost.compute_s for cost in costs)
+        busy = min(self._compute_nodes, each * len(costs))
+        compute_s = each * math.fsum(cost.compute_s for cost in costs) / max(1, busy)
         attention_s = each * math.fsum(cost.attention_s for cost in costs)
         return max(compute_s, attention_s, max((cost.alone_s for cost in costs), default=0.0))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 from collections.abc import Coroutine
@@ -14,8 +13,8 @@ from lamina.engine.cost import Pace
 from lamina.engine.remote import RemoteShard, reserve
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Ask, Outcome, Scheduler, Sequence, Step
-from lamina.engine.step import Ran, StepRunner
-from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
+from lamina.engine.team import Ran, Team
+from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
 
 log = logging.getLogger("lamina.engine")
 
@@ -31,7 +30,7 @@ class Answer(Protocol):
 
 
 class Engine:
-    """Continuous batching over the slices of one model and the memory nodes that attend for it.
+    """Continuous batching over the compute nodes of one model and the memory nodes that attend for it.
 
     Batches are driven on the device's loop, so that from the last operation of a step to the first of the next there is
     no way through another thread. Requests come, and tokens and messages go, on the node's own: what they need of the
@@ -41,7 +40,7 @@ class Engine:
     def __init__(
         self,
         name: str,
-        runner: StepRunner,
+        team: Team,
         shards: Listed[RemoteShard],
         scheduler: Scheduler,
         *,
@@ -51,7 +50,8 @@ class Engine:
         stop_tokens: frozenset[int],
     ) -> None:
         self._name = name
-        self._runner = runner
+        self._team = team
+        self._device = team.runner.device
         self._shards = shards
         self.scheduler = scheduler
         self._batches = batches
@@ -161,11 +161,13 @@ class Engine:
                 for shard in self._shards:
                     tasks.create_task(self._on_device(shard.run()))
                     tasks.create_task(shard.watch())
+                for peer in self._team.peers:
+                    tasks.create_task(peer.watch())
                 tasks.create_task(self._pass_on())
         except* LaminaError as group:
-            raise self._fail(_first(group)) from group
+            raise self._fail(first_error(group)) from group
         except* Exception as group:
-            error = _first(group)
+            error = first_error(group)
             log.exception("event=internal_error")
             raise self._fail(NodeError(f"compute node {self._name} failed: {error!r}", node=self._name)) from group
 
@@ -175,12 +177,13 @@ class Engine:
         await self._idle.wait()
 
     async def _on_device(self, work: Coroutine[Any, Any, None]) -> None:
-        await self._runner.device.start(work)
+        await self._device.start(work)
 
     async def _drive(self, slot: int, home: asyncio.AbstractEventLoop) -> None:
         """Step after step of one batch, on the device's loop; ``home`` is told what comes of them."""
         work = self._work[slot]
-        for number in itertools.count():
+        number = 0
+        while True:
             while (step := self._next_step(slot)) is None:
                 work.clear()
                 await work.wait()
@@ -190,7 +193,8 @@ class Engine:
                 self._set_all()
             if not step.decode and not step.prompts:
                 continue
-            ran = await self._runner.run(slot, number, step)
+            ran = await self._team.run(slot, number, step)
+            number += 1
             outcome = self._finish(slot, step, ran)
             home.call_soon_threadsafe(self._news.put_nowait, outcome)
             if outcome.released:
@@ -228,8 +232,8 @@ class Engine:
                 keys = publication.placement.keys_on(node, publication.keys, self.scheduler.block_tokens)
                 if keys:
                     self._shards[node].publish(publication.id, keys)
+        self._team.forget(news.released)
         for id_ in news.released:
-            self._runner.forget(id_)
             for shard in self._shards:
                 shard.release(id_)
 
@@ -271,7 +275,7 @@ class Engine:
 
     def _wake(self) -> None:
         """Have every batch look for something to do."""
-        self._runner.device.loop.call_soon_threadsafe(self._set_all)
+        self._device.loop.call_soon_threadsafe(self._set_all)
 
     def _set_all(self) -> None:
         for event in self._work:
@@ -293,10 +297,3 @@ class Engine:
         self._answers.clear()
         self._idle.set()
         return error
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first error of a group of groups."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

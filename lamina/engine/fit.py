@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import Ask, Outcome, Scheduler, Sequence, Step
-from lamina.engine.step import Ran
+from lamina.engine.team import Ran
 from lamina.errors import CapacityError
 
 log = logging.getLogger("lamina.engine")

@@ -12,6 +12,7 @@ from torch import Tensor
 from lamina.attention import KVLayout, Partial
 from lamina.device import Device
 from lamina.engine import views
+from lamina.engine.arrivals import Arrivals
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
 from lamina.engine.prompts import PromptKV
 from lamina.engine.scheduler import Ask
@@ -67,7 +68,6 @@ class RemoteShard:
         self._device = device
         self.name = name
         self.link = link
-        self.stale_tags = 0
         self.capacity_tokens = 0
         self._heads = shard
         self._layout = layout
@@ -82,7 +82,7 @@ class RemoteShard:
 
         self._remote: Attached | None = None
         self._replies: dict[int | None, asyncio.Future[Attached | Reserved]] = {}
-        self._awaited: dict[int, tuple[int, asyncio.Future[None]]] = {}
+        self._arrivals = Arrivals()
         self._idle_chunks: asyncio.Queue[int] = asyncio.Queue()
         for i in range(CHUNKS):
             self._idle_chunks.put_nowait(i)
@@ -92,12 +92,19 @@ class RemoteShard:
         if link.error:
             self._on_lost(link.error)
 
+    @property
+    def stale_tags(self) -> int:
+        """Answers that came to nobody's question."""
+        return self._arrivals.stale
+
     # -- set-up and control
 
-    async def attach(self, tenant: str, model: str) -> None:
-        """Ask the memory node for its cache and learn where to write. NodeError if it refuses."""
+    async def attach(self, tenant: str, model: str, *, compute: int = 0, quota: int | None = None) -> None:
+        """Ask the memory node for its cache, of ``quota`` bytes, as compute node number ``compute`` of a tenant, and
+        learn where to write. NodeError if it refuses."""
         attach = Attach(
             tenant=tenant,
+            compute=compute,
             model=model,
             dtype=self._geometry.dtype,  # type: ignore[arg-type]
             kv_dtype=self._layout.dtype,  # type: ignore[arg-type]
@@ -106,6 +113,7 @@ class RemoteShard:
             slots=self._geometry.slots,
             max_rows=self._geometry.max_rows,
             outputs=self.link.expose(self._outputs),
+            quota=quota,
         )
         attached = await self._ask(None, attach)
         assert isinstance(attached, Attached)
@@ -165,9 +173,6 @@ class RemoteShard:
         assert self._remote is not None
         own = self._view(slot, layer)
         own.q.copy_(q[:, self._q_heads[layer]])
-        # The answer may come before anybody waits for it.
-        done: asyncio.Future[None] = self._device.loop.create_future()
-        self._awaited[slot] = (Tag(Kind.OUTPUT, slot, layer, step).pack(), done)
         offset = slot * self._geometry.query_bytes
         source = self._queries[offset : offset + own.q_bytes]
         self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
@@ -182,9 +187,9 @@ class RemoteShard:
         source = self._keys_values[offset : offset + own.key_value_bytes]
         self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
 
-    async def answered(self, slot: int) -> None:
-        """Wait until the output of the query sent last has arrived. NodeError if the memory node is lost."""
-        await self._awaited[slot][1]
+    async def answered(self, slot: int, layer: int, step: int) -> None:
+        """Wait until the output of a layer has arrived, whoever sent the query; NodeError if the node is lost."""
+        await self._arrivals.wait(slot, Tag(Kind.OUTPUT, slot, layer, step).pack())
 
     def output(self, slot: int, layer: int) -> Tensor:
         """The attention that has arrived of the rows that are whole: o [rows, own Hq, Dv].
@@ -257,11 +262,7 @@ class RemoteShard:
                 raise ProtocolError(f"credit for bulk buffer {tag.step}; there are {CHUNKS}")
             self._idle_chunks.put_nowait(tag.step)
             return
-        awaited, done = self._awaited.get(tag.slot, (None, None))
-        if packed != awaited or done is None or done.done():
-            self.stale_tags += 1
-            return
-        done.set_result(None)
+        self._arrivals.arrive(tag.slot, packed)
 
     def _on_message(self, plain: dict[str, object]) -> None:
         message = decode(plain, FromMemory)
@@ -284,13 +285,10 @@ class RemoteShard:
     def _on_lost(self, error: TransportError) -> None:
         lost = self._lost_by(error)
         _fail([self.lost, *self._replies.values()], lost)
-        self._device.loop.call_soon_threadsafe(self._fail_steps, lost)
+        self._device.loop.call_soon_threadsafe(self._arrivals.fail, lost)
 
     def _lost_by(self, error: TransportError) -> NodeError:
         return NodeError(f"memory node {self.name} was lost: {error}", node=self.name)
-
-    def _fail_steps(self, lost: NodeError) -> None:
-        _fail([done for _, done in self._awaited.values()], lost)
 
     def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: Tag) -> None:
         self._check()

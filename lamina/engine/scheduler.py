@@ -241,8 +241,8 @@ class Scheduler:
 
     Slots get equal work, by ``cost``, which also says how many of them are worth using. ``prefill_tokens`` is the
     most prompt tokens of a step, ``remote_tokens`` the most of those whose past lies on the memory nodes: because it
-    was found there, or because the compute node keeps no more than ``prefill_kv`` tokens of prompts. With 0 nobody
-    shares anything, and it keeps all.
+    was found there, or because the compute node keeps no more than ``prefill_kv`` tokens of prompts, and without
+    ``keep_chunks`` none but a prompt's first chunk. With 0 nobody shares anything, and it keeps all.
     """
 
     def __init__(
@@ -257,6 +257,7 @@ class Scheduler:
         prefix: PrefixKeys | None = None,
         remote_tokens: int = 0,
         prefill_kv: int = 2**40,
+        keep_chunks: bool = True,
         ahead_blocks: int = AHEAD_BLOCKS,
     ) -> None:
         self.cost = cost or CostModel()
@@ -272,6 +273,7 @@ class Scheduler:
         self._prefix = prefix if remote_tokens else None
         self._remote_tokens = remote_tokens
         self._prefill_kv = prefill_kv
+        self._keep_chunks = keep_chunks
         self._ahead_blocks = ahead_blocks
         self._slots = [_Slot() for _ in range(batches)]
         self._waiting: Waiting[Sequence] = Waiting()
@@ -410,8 +412,11 @@ class Scheduler:
             elif s.granted:
                 (remote if s.prefilled >= s.here else local).append(s)
         prompts = _chunks(remote, min(self._remote_tokens, self._prefill_tokens))
-        prompts += _chunks(local, self._prefill_tokens - sum(len(chunk.tokens) for chunk in prompts))
-        return tuple(decode), tuple(prompts)
+        first = _chunks(local, self._prefill_tokens - sum(len(chunk.tokens) for chunk in prompts))
+        if not self._keep_chunks:
+            for chunk in first:
+                chunk.sequence.here = len(chunk.tokens)
+        return tuple(decode), tuple(prompts + first)
 
     # -- space
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar, TypeVarTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 
-from lamina.attention import LayerShape, Partial, merge
+from lamina.attention import Partial, merge
 from lamina.device import Device
+from lamina.engine.orders import Done, Order, TokenRun
+from lamina.engine.peer import ComputePeer, Shape
 from lamina.engine.placement import NodeRows, RemoteRun, route
 from lamina.engine.prompts import PromptKV
 from lamina.engine.remote import RemoteShard
 from lamina.engine.sampler import sample
-from lamina.engine.scheduler import PromptChunk, Step
+from lamina.engine.schedule import Schedule
 from lamina.model.slices import SlicedModel, StepConstants
 from lamina.spans import Place
 
@@ -24,39 +26,45 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 
-class Ran(NamedTuple):
-    """What came of a step: the tokens of its sampled rows, and the seconds that this took of the compute node, of the
-    busiest memory node, and beside both (NaN where that cannot be told)."""
-
-    tokens: list[int]
-    compute_s: float
-    attention_s: float
-    wire_s: float
-
-
 class StepRunner:
-    """Runs steps of one model over its memory nodes; steps of different slots may run at the same time.
+    """Runs this compute node's slices of steps; those of different batch slots may run at the same time.
+
+    Where the slices before and after run on other nodes, the carry comes from there and goes there. The answers of the
+    memory nodes always go to the node that needs them.
 
     The rows of a step are those whose past lies on memory nodes, which compute their attention: decode rows and some
     chunks of prompts; then the other chunks, which attend here. ``layers`` counts the layers that were run.
     """
 
-    def __init__(self, model: SlicedModel, device: Device, shards: Sequence[RemoteShard], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: SlicedModel,
+        device: Device,
+        shards: Sequence[RemoteShard],
+        dtype: torch.dtype,
+        *,
+        schedule: Schedule | None = None,
+        index: int = 0,
+        peers: Sequence[ComputePeer] = (),
+    ) -> None:
+        """``index`` is the number of this node in the ``schedule``, by default the only one."""
         self.model = model
         self.device = device
         self.shards = shards
         self.dtype = dtype
+        self.schedule = schedule or Schedule(len(model.shapes))
         self.prompts: dict[int, PromptKV] = {}
         self.layers = 0
-        self._steps = self._flying = 0
-        """Steps that were begun, and those that are under way."""
+        self._index = index
+        self._peers = {peer.index: peer for peer in peers}
 
-    async def run(self, slot: int, number: int, step: Step) -> Ran:
-        """Run a step; on the device's loop. NodeError if a memory node is lost meanwhile."""
-        forward, clock = _Forward(self, slot, step), self.device.clock
-        begun_s, compute_s = clock(), 0.0
-        alone, self._steps, self._flying = self._flying == 0, self._steps + 1, self._flying + 1
-        started = self._steps
+    async def run(self, order: Order) -> Done:
+        """Run the slices of a step that are this node's; on the device's loop. NodeError if a node is lost."""
+        slot, number, own = order.slot, order.step, self._index
+        nodes = self.schedule.route(slot, number)
+        last = len(nodes) - 1
+        forward = _Forward(self, order)
+        compute_s, attention_s, tokens = 0.0, [0.0] * self.schedule.nodes, []
 
         async def compute(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
             nonlocal compute_s
@@ -67,9 +75,26 @@ class StepRunner:
 
         await compute(forward.begin, at=Place(slot))
         parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
+        answers = bytes(nodes[1:]) if self.schedule.nodes > 1 else b""
         for part in parts:
-            part.shard.plan(slot, number, part.plan)
-        for layer in range(len(self.model.slices) - 1):
+            part.shard.plan(slot, number, replace(part.plan, answers=answers) if answers else part.plan)
+        for layer, node in enumerate(nodes):
+            if node != own:
+                continue
+            if layer and nodes[layer - 1] != own:
+                shapes = forward.handed_over(layer)
+                values = await self._peers[nodes[layer - 1]].take_over(slot, layer, number, shapes)
+                forward.take_over(values)
+            if layer:
+                for part in parts:
+                    await part.shard.answered(slot, layer - 1, number)
+                    before = nodes[layer - 1]
+                    attention_s[before] = max(attention_s[before], part.shard.attention_s(slot))
+                if not parts:
+                    await asyncio.sleep(0)  # others have their turn
+            if layer == last:
+                tokens = await compute(forward.sample, at=Place(slot))
+                break
             q = await compute(forward.head, layer, at=Place(slot, layer))
             for part in parts:
                 part.shard.send_query(slot, layer, number, q[part.rows])
@@ -80,29 +105,21 @@ class StepRunner:
             if forward.local:
                 self._ship(forward.local, layer)
                 await compute(forward.attend_to_prompts, layer, at=Place(slot, layer))
-            for part in parts:
-                await part.shard.answered(slot)
-            if not parts:
-                await asyncio.sleep(0)  # others have their turn
+            if nodes[layer + 1] != own:
+                self._peers[nodes[layer + 1]].hand_over(slot, layer + 1, number, forward.hand_over())
             self.layers += 1
-        for chunk in step.prompts:
-            if chunk.completes:
-                self.forget(chunk.sequence.id)
-        tokens = await compute(forward.sample, at=Place(slot)) if step.sampled else []
-        self._flying -= 1
-        attention_s = max((part.shard.attention_s(slot) for part in parts), default=0.0)
-        wire_s = max(0.0, clock() - begun_s - compute_s - attention_s)
-        # With others in flight, what is neither is their time.
-        return Ran(tokens, compute_s, attention_s, wire_s if alone and self._steps == started else math.nan)
+        self.forget([run.sequence for run in forward.local if run.choice])
+        return Done(slot=slot, step=number, tokens=tokens, compute_s=compute_s, attention_s=attention_s)
 
-    def forget(self, sequence: int) -> None:
-        """Drop a prompt's keys and values here; what is still to be sent keeps its own reference."""
-        self.prompts.pop(sequence, None)
+    def forget(self, sequences: Iterable[int]) -> None:
+        """Drop prompts' keys and values here; what is still to be sent keeps its own reference."""
+        for sequence in sequences:
+            self.prompts.pop(sequence, None)
 
-    def _ship(self, chunks: Sequence[PromptChunk], layer: int) -> None:
+    def _ship(self, chunks: Sequence[TokenRun], layer: int) -> None:
         """Queue what a layer added to prompts for the memory nodes where it is to lie."""
         for chunk in chunks:
-            prompt, placement = self.prompts[chunk.sequence.id], chunk.sequence.placement
+            prompt, placement = self.prompts[chunk.sequence], chunk.placement
             for start, count in placement.divide(chunk.start, len(chunk.tokens)):
                 for node in placement.owners(start):
                     self.shards[node].ship(prompt, layer, start, count, placement.held(node, start))
@@ -128,23 +145,22 @@ class _Part:
 
 
 class _Forward:
-    """One step on its way through the slices."""
+    """One step on its way through the slices of this node."""
 
-    def __init__(self, runner: StepRunner, slot: int, step: Step) -> None:
-        self._slices = runner.model.slices
+    def __init__(self, runner: StepRunner, order: Order) -> None:
         self._model = runner.model
         self._prompts = runner.prompts
         self._dtype = runner.dtype
-        self._shapes: list[LayerShape] = [s.shape for s in self._slices if s.shape is not None]
-        self._slot = slot
-        self._step = step
-        remote = [c for c in step.prompts if c.remote]
-        self.local = [c for c in step.prompts if not c.remote]
-        self._remote_rows = len(step.decode) + sum(len(c.tokens) for c in remote)
-        self._chunks = remote + self.local
-        runs = [RemoteRun(r.sequence.id, r.sequence.placement, r.position, 1) for r in step.decode]
-        runs += [RemoteRun(c.sequence.id, c.sequence.placement, c.start, len(c.tokens)) for c in remote]
-        routes = route(runs, len(runner.shards))
+        self._shapes = runner.model.shapes
+        self._slot = order.slot
+        self._runs = order.runs
+        remote = [run for run in order.runs if run.remote]
+        self.local = order.runs[len(remote) :]
+        self._remote_rows = sum(len(run.tokens) for run in remote)
+        self._local_count = sum(len(run.tokens) for run in self.local)
+        routes = route(
+            [RemoteRun(run.sequence, run.placement, run.start, len(run.tokens)) for run in remote], len(runner.shards)
+        )
         self._merged = sorted({row for own in routes for row in own.rows[own.plan.whole :]})
         places = {row: place for place, row in enumerate(self._merged)}
         self.parts = [_Part(shard, own, places) for shard, own in zip(runner.shards, routes, strict=True) if own.rows]
@@ -156,20 +172,19 @@ class _Forward:
 
     def begin(self) -> None:
         """Lay out the rows of the step and compute its constants."""
-        token_ids = [r.token for r in self._step.decode]
-        positions = [r.position for r in self._step.decode]
-        last: dict[int, int] = {}
-        for chunk in self._chunks:
-            sequence = chunk.sequence
-            if chunk.remote:
-                self._prompts.pop(sequence.id, None)  # from here on its past is needed where it was sent
-            elif chunk.start == 0:
-                kept = PromptKV(sequence.id, sequence.here, self._shapes, self._dtype, self._model.device)
-                self._prompts[sequence.id] = kept
-            token_ids += chunk.tokens
-            positions += range(chunk.start, chunk.start + len(chunk.tokens))
-            last[sequence.id] = len(token_ids) - 1
-        sampled = [*range(len(self._step.decode)), *(last[c.sequence.id] for c in self._step.prompts if c.completes)]
+        token_ids: list[int] = []
+        positions: list[int] = []
+        sampled: list[int] = []
+        for run in self._runs:
+            if run.remote:
+                self._prompts.pop(run.sequence, None)  # from here on its past is needed where it was sent
+            elif run.start == 0:
+                kept = PromptKV(run.sequence, run.here, self._shapes, self._dtype, self._model.device)
+                self._prompts[run.sequence] = kept
+            token_ids += run.tokens
+            positions += range(run.start, run.start + len(run.tokens))
+            if run.choice:
+                sampled.append(len(token_ids) - 1)
         device = self._model.device
         self._constants = self._model.begin(
             torch.tensor(token_ids, device=device),
@@ -177,31 +192,55 @@ class _Forward:
             torch.tensor(sampled or [0], device=device),
         )
 
+    # -- where another node runs the slice before or after
+
+    def handed_over(self, piece: int) -> list[Shape]:
+        """Of what comes from the node of the slice before: its carry, and the attention of the rows of prompts."""
+        shapes = self._model.carry_shapes(piece - 1, self._remote_rows + self._local_count)
+        if self.local:
+            layer = self._shapes[piece - 1]
+            shapes.append(((self._local_count, layer.q_heads, layer.v_dim), self._dtype))
+        return shapes
+
+    def hand_over(self) -> list[Tensor]:
+        """The same of this node's last slice."""
+        return [*self._carry, *([] if self._prompt_o is None else [self._prompt_o])]
+
+    def take_over(self, values: Sequence[Tensor]) -> None:
+        """Go on with what came."""
+        if self.local:
+            *values, self._prompt_o = values
+        self._carry = tuple(values)
+
+    # -- slices
+
     def head(self, layer: int) -> Tensor:
         """From the carry and the attention of the layer before to q [T, Hq, Dk]."""
-        self._q, self._kept = self._slices[layer].head(self._constants, self._carry, self._attended(layer - 1))
+        self._q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
         return self._q
 
     def tail(self, layer: int) -> tuple[Tensor, Tensor]:
         """k [T, Hkv, Dk] and v [T, Hkv, Dv], which are kept with prompts that attend here; and the carry."""
-        k, v, self._carry = self._slices[layer].tail(self._constants, self._kept)
-        for chunk, rows in self._local_rows():
-            self._prompts[chunk.sequence.id].store(layer, chunk.start, k[rows], v[rows])
+        k, v, self._carry = self._model.slice(layer).tail(self._constants, self._kept)
+        for run, rows in self._local_rows():
+            self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
         return k, v
 
     def attend_to_prompts(self, layer: int) -> None:
         """Attention of the chunks of prompts, over what is kept here."""
         assert self._q is not None
         parts = [
-            self._prompts[chunk.sequence.id].attend(layer, chunk.start, self._q[rows])
-            for chunk, rows in self._local_rows()
+            self._prompts[run.sequence].attend(layer, run.start, self._q[rows]) for run, rows in self._local_rows()
         ]
         self._prompt_o = torch.cat(parts).to(self._dtype)
 
     def sample(self) -> list[int]:
         """Logits of the sampled rows, and a token from each."""
-        logits = self._slices[-1].head(self._constants, self._carry, self._attended(len(self._shapes) - 1)).out
-        choices = [(s.sampling, len(s.prompt) + len(s.output)) for s in self._step.sampled]
+        choices = [(run.choice.sampling, run.choice.position) for run in self._runs if run.choice]
+        if not choices:
+            return []
+        layer = len(self._shapes) - 1
+        logits = self._model.slice(layer + 1).head(self._constants, self._carry, self._attended(layer)).out
         return sample(logits, choices)
 
     def _attended(self, layer: int) -> Tensor | None:
@@ -215,9 +254,8 @@ class _Forward:
             o = part.shard.output(self._slot, layer)
             if o.shape[1] == self._shapes[layer].q_heads:
                 return o  # where it arrived
-        assert self._q is not None
-        shape = self._shapes[layer]
-        o = self._q.new_empty(len(self._q), shape.q_heads, shape.v_dim)
+        shape, rows = self._shapes[layer], self._remote_rows + self._local_count
+        o = torch.empty(rows, shape.q_heads, shape.v_dim, dtype=self._dtype, device=self._model.device)
         for part in self.parts:
             if part.plan.whole:
                 o[part.whole, part.shard.heads(layer)] = part.shard.output(self._slot, layer)
@@ -239,11 +277,11 @@ class _Forward:
                 partials.append(partial)
         return merge(*partials).o
 
-    def _local_rows(self) -> Iterator[tuple[PromptChunk, slice]]:
+    def _local_rows(self) -> Iterator[tuple[TokenRun, slice]]:
         row = self._remote_rows
-        for chunk in self.local:
-            yield chunk, slice(row, row + len(chunk.tokens))
-            row += len(chunk.tokens)
+        for run in self.local:
+            yield run, slice(row, row + len(run.tokens))
+            row += len(run.tokens)
 
 
 def _index(rows: Sequence[int]) -> Index:

@@ -296,6 +296,10 @@ class SlicedModel:
             if piece.tail:
                 parts[f"tail of slice {piece.index}"] = piece.tail
         self.device = device
+        self.shapes = blueprint.capture.shapes
+        """The attention of every layer, also of those that run elsewhere."""
+        self._carries = [piece.carry for piece in blueprint.slices]
+        self._first = first
         functions = _functions(parts, device, compiled=compiled)
         bound = _bind_all(parts.values(), functions, weights)
         self._begin = next(bound)
@@ -304,6 +308,24 @@ class SlicedModel:
     def begin(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> StepConstants:
         """Start a step: token ids [T], positions [T] and the rows [S] whose logits are wanted, all int64."""
         return tuple(self._begin((), (token_ids.unsqueeze(0), positions.unsqueeze(0), rows)))
+
+    def slice(self, index: int) -> Slice:
+        """The slice of that number in the whole model."""
+        return self.slices[index - self._first]
+
+    def carry_shapes(self, index: int, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and types of the carry of a slice, of so many tokens."""
+        return carry_shapes(self._carries[index], tokens)
+
+
+def carry_shapes(carry: Iterable[fx.Node], tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of a carry, of so many tokens."""
+    found = []
+    for node in carry:
+        value = node.meta["val"]
+        shape = tuple(tokens if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
+        found.append((shape, value.dtype))
+    return found
 
 
 def _functions(parts: Mapping[str, _Part], device: torch.device, *, compiled: bool) -> dict[str, Function]:

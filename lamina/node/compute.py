@@ -1,4 +1,4 @@
-"""The compute daemon: loads the model, finds its memory nodes, runs the engine, serves clients."""
+"""The compute daemon: starts, runs the engine or follows the front, serves clients, says how it is."""
 
 from __future__ import annotations
 
@@ -6,42 +6,32 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from lamina.attention import KVLayout
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.device import Device
+from lamina.engine.cost import CostModel
 from lamina.engine.engine import Engine
 from lamina.engine.fit import ANSWER_TOKENS, fit
-from lamina.engine.geometry import shard_by_heads, shard_whole
+from lamina.engine.follower import Follower
 from lamina.engine.prefix import PrefixKeys
-from lamina.engine.remote import RemoteShard, reserve
+from lamina.engine.remote import reserve
 from lamina.engine.room import Room
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
-from lamina.errors import CapacityError, ConfigError, ConnectError, HandshakeError, LaminaError, NodeError
-from lamina.model.capture import capture
-from lamina.model.checkpoint import Checkpoint
-from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
-from lamina.model.weights import load_weights
+from lamina.engine.team import Team
+from lamina.errors import CapacityError, ConfigError, LaminaError, NodeError
+from lamina.node.assembly import BLOCK_TOKENS, REMOTE_TOKENS, Assembly
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.node.front import ClientSession, Tokenizer
 from lamina.node.tracing import Tracing
 from lamina.probe import measure
-from lamina.protocol import AskSpans, AskStatus, Probe, Probed, Record, Status, decode
-from lamina.transport import Hello, Link, Listener, connect
+from lamina.protocol import AskSpans, AskStatus, Failed, Probe, Probed, Record, Refused, Status, decode, encode
+from lamina.transport import Hello, Link, Listener
 
 log = logging.getLogger("lamina.compute")
-
-BLOCK_TOKENS = 16
-"""Tokens of a block of the KV cache."""
-
-REMOTE_TOKENS = 64
-"""The most prompt tokens of a step whose past lies on memory nodes, so that these are not kept long from others."""
 
 MAX_PROBES = 64
 """Measurements that may wait for their turn."""
@@ -51,54 +41,62 @@ CLIENT_TIMEOUT_S = 30.0
 
 
 class ComputeNode:
-    """The compute node ``node`` of a cluster, which is also its front."""
+    """The compute node ``node`` of a cluster. The first one of the file is the front: it serves clients, and tells the
+    others what to do."""
 
     def __init__(self, config: ClusterConfig, node: NodeConfig) -> None:
         self._config = config
         self._node = node
         self._options = config.options(node)
         self._device = Device(node.device or "cpu", cpus=node.pinned, threads=node.threads)
-        self._waiting_for: set[str] = {n.name for n in config.memory_nodes}
-        self._shards: list[RemoteShard] = []
-        self._links: list[Link] = []
+        self._assembly: Assembly
+        self._is_front = node.name == config.front.name
         self._clients: set[Link] = set()
         self._tracing = Tracing(self._device)
         self._probing = asyncio.Lock()
         self._probes: set[asyncio.Task[None]] = set()
         self._runner: StepRunner | None = None
         self._engine: Engine | None = None
+        self._follower: Follower | None = None
         self._tokenizer: Tokenizer | None = None
-        self._model = ""
         self._blocks = 0
 
     async def serve(self, stopping: asyncio.Event) -> None:
         """Start, serve, and when ``stopping`` is set answer what was asked before leaving."""
+        self._assembly = Assembly(self._config, self._node, self._device)
         hello = Hello("compute", self._node.name)
         listener = await Listener.open(self._node.listen, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listener.address)
         try:
-            engine = await _unless(stopping, self._start(hello))
-            if engine is not None:
-                self._engine = engine
-                log.info("event=ready model=%s memory_nodes=%d", self._model, len(self._shards))
-                await self._run(engine, stopping)
+            worker = await _unless(stopping, self._start())
+            if worker is not None:
+                log.info(
+                    "event=ready model=%s memory_nodes=%d compute_nodes=%d",
+                    self._assembly.checkpoint.fingerprint,
+                    len(self._config.memory_nodes),
+                    len(self._config.compute_nodes),
+                )
+                await self._run(worker, stopping)
+        except LaminaError as e:
+            self._give_up(str(e))
+            raise
         finally:
             await listener.close()
             for task in self._probes:
                 task.cancel()
-            await asyncio.gather(*(link.close() for link in [*self._clients, *self._links]))
+            await asyncio.gather(*(link.close() for link in [*self._clients, *self._assembly.links]))
             self._device.close()
 
-    async def _run(self, engine: Engine, stopping: asyncio.Event) -> None:
-        running = asyncio.ensure_future(engine.run())
+    async def _run(self, worker: Engine | Follower, stopping: asyncio.Event) -> None:
+        running = asyncio.ensure_future(worker.run())
         stop = asyncio.ensure_future(stopping.wait())
         try:
             await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                drained = asyncio.ensure_future(engine.drain())
+                drained = asyncio.ensure_future(worker.drain())
                 await asyncio.wait({running, drained}, timeout=DRAIN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-                if not drained.done():
-                    log.warning("event=drain_timeout requests=%d", engine.running + engine.waiting)
+                if not drained.done() and not running.done():
+                    log.warning("event=drain_timeout")
                 drained.cancel()
         finally:
             stop.cancel()
@@ -107,88 +105,92 @@ class ComputeNode:
         with contextlib.suppress(asyncio.CancelledError):
             await running
 
+    def _give_up(self, reason: str) -> None:
+        """Tell the other compute nodes why nothing more will come."""
+        for peer in self._assembly.peers:
+            peer.send(Refused(reason=reason))
+
     # -- start
 
-    async def _start(self, hello: Hello) -> Engine:
-        """Find the memory nodes, cut the model over them, load it."""
-        names = [n.name for n in self._config.memory_nodes]
-        self._links = await asyncio.gather(*(self._find(n, hello) for n in self._config.memory_nodes))
-        blueprint = await self._device.run(self._cut)
-        checkpoint = blueprint.capture.checkpoint
-        layers = blueprint.capture.shapes
-        pipeline = self._config.pipeline
-        context = self._context(checkpoint)
-        kv_dtype = self._config.model.kv_dtype or checkpoint.dtype
-        kept = KVLayout(layers=layers, dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
-        divide = shard_by_heads if pipeline.partition == "heads" else shard_whole
-        windows = any(layer.window is not None for layer in layers)
-        if pipeline.partition == "tokens" and windows:
-            raise ConfigError(
-                f'{self._config.file}: pipeline.partition: "tokens" cannot be had for a model with sliding windows; '
-                'use "heads" or "requests"'
-            )
-        tenant = f"{self._node.name}-{secrets.token_hex(8)}"
-        for name, link, shard in zip(names, self._links, divide(layers, names), strict=True):
-            layout = KVLayout(layers=shard.layers, dtype=kv_dtype, block_tokens=BLOCK_TOKENS)
-            remote = RemoteShard(
-                name,
-                link,
-                shard,
-                layout,
-                self._device,
-                dtype=checkpoint.dtype,
-                slots=pipeline.batches,
-                max_rows=pipeline.max_batch + REMOTE_TOKENS,
-            )
-            self._shards.append(remote)
-            await remote.attach(tenant, checkpoint.fingerprint)
-        blocks = [s.capacity_tokens // BLOCK_TOKENS for s in self._shards]
+    async def _start(self) -> Engine | Follower:
+        """Find the other nodes, cut the model over them, load this node's part."""
+        assembly = self._assembly
+        await assembly.connect()
+        await assembly.cut()
+        await assembly.meet()
+        await assembly.attach()
+        if not self._is_front:
+            self._runner = await assembly.load()
+            follower = Follower(self._node.name, self._runner, assembly.shards, assembly.peers, assembly.front)
+            await assembly.ready()
+            self._follower = follower
+            return follower
+        room = self._room()
+        self._runner = await assembly.load()
+        self._tokenizer = await self._device.run(Tokenizer, assembly.checkpoint.path, assembly.context)
+        await assembly.ready()
+        self._engine = await self._make_engine(self._runner, room)
+        return self._engine
+
+    def _room(self) -> Room:
+        assembly = self._assembly
+        blocks = [s.capacity_tokens // BLOCK_TOKENS for s in assembly.shards]
         # Of one window alone: where layers have several, blocks of one kind can be in the way of the other's.
-        window = layers[0].window if len(kept.groups) == 1 else None
-        room = Room(blocks, BLOCK_TOKENS, pipeline.partition, stripes=not windows, window=window)
-        if room.most_tokens < context:
-            least = min(self._shards, key=lambda s: s.capacity_tokens)
+        group, *others = assembly.layout.groups
+        window = None if others else group.window
+        partition, stripes = self._config.pipeline.partition, not assembly.has_windows
+        room = Room(blocks, BLOCK_TOKENS, partition, stripes=stripes, window=window)
+        if room.most_tokens < assembly.context:
+            least = min(assembly.shards, key=lambda s: s.capacity_tokens)
             raise CapacityError(
                 f"the memory nodes can hold {room.most_tokens} tokens of one request, fewer than the context of "
-                f"{context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} tokens of "
-                f"{layout.bytes_per_token} bytes); give them more memory or set model.context lower"
+                f"{assembly.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} "
+                f"tokens of {assembly.layout.bytes_per_token} bytes); give them more memory or set model.context lower"
             )
-        model = await self._device.run(_load, blueprint, self._device.torch_device, self._config.model.compile)
-        self._tokenizer = await self._device.run(Tokenizer, checkpoint.path, context)
-        self._model = checkpoint.fingerprint
         self._blocks = room.blocks
-        self._runner = StepRunner(model, self._device, self._shards, getattr(torch, checkpoint.dtype))
+        return room
+
+    async def _make_engine(self, runner: StepRunner, room: Room) -> Engine:
+        assembly, pipeline = self._assembly, self._config.pipeline
+        checkpoint, layers = assembly.checkpoint, assembly.blueprint.capture.shapes
+        kept = KVLayout(layers=layers, dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
         scheduler = Scheduler(
             batches=pipeline.batches,
             max_batch=pipeline.max_batch,
             prefill_tokens=pipeline.prefill_tokens,
             room=room,
             prefix=PrefixKeys(
-                model=checkpoint.fingerprint, dtype=checkpoint.dtype, kv_dtype=kv_dtype, block_tokens=BLOCK_TOKENS
+                model=checkpoint.fingerprint,
+                dtype=checkpoint.dtype,
+                kv_dtype=assembly.kv_dtype,
+                block_tokens=BLOCK_TOKENS,
             ),
             remote_tokens=REMOTE_TOKENS,
             prefill_kv=pipeline.prefill_kv_bytes // kept.bytes_per_token,
+            keep_chunks=assembly.schedule.is_settled,
             max_waiting=pipeline.max_waiting,
+            cost=CostModel(compute_nodes=assembly.schedule.nodes),
         )
-        if context > ANSWER_TOKENS:
-            await self._fit(scheduler, self._runner, context)
+        team = Team(runner, assembly.peers)
+        if assembly.context > ANSWER_TOKENS:
+            await self._fit(scheduler, team)
         return Engine(
             self._node.name,
-            self._runner,
-            self._shards,
+            team,
+            assembly.shards,
             scheduler,
             batches=pipeline.batches,
-            context=context,
+            context=assembly.context,
             vocabulary=checkpoint.vocabulary,
             stop_tokens=checkpoint.stop_tokens,
         )
 
-    async def _fit(self, scheduler: Scheduler, runner: StepRunner, context: int) -> None:
-        """Fit the cost model, while nobody else uses the memory nodes."""
-        device, shards, pipeline = self._device, self._shards, self._config.pipeline
+    async def _fit(self, scheduler: Scheduler, team: Team) -> None:
+        """Fit the cost model, while nobody else uses the nodes."""
+        device, shards, pipeline = self._device, self._assembly.shards, self._config.pipeline
 
         def release(sequence: int) -> None:
-            runner.forget(sequence)
+            team.forget([sequence])
             for shard in shards:
                 shard.release(sequence)
 
@@ -196,52 +198,32 @@ class ComputeNode:
         try:
             await fit(
                 scheduler,
-                lambda slot, number, step: device.start(runner.run(slot, number, step)),
+                lambda slot, number, step: device.start(team.run(slot, number, step)),
                 lambda ask: reserve(shards, ask, BLOCK_TOKENS),
                 release,
                 device.clock,
                 slots=pipeline.batches,
                 most_rows=min(pipeline.batches * pipeline.max_batch, pipeline.max_waiting),
-                most_tokens=min(pipeline.prefill_tokens, context - ANSWER_TOKENS),
+                most_tokens=min(pipeline.prefill_tokens, self._assembly.context - ANSWER_TOKENS),
             )
         finally:
             for task in shipping:
                 task.cancel()
 
-    async def _find(self, node: NodeConfig, hello: Hello) -> Link:
-        deadline_s = self._config.transport.start_timeout
-        log.info("event=waiting peer=%s address=%s deadline_s=%g", node.name, node.address, deadline_s)
-        try:
-            link = await connect(node.listen, hello, self._options, deadline_s=deadline_s)
-        except ConnectError as e:
-            raise ConnectError(f"memory node {node.name} was not there within {deadline_s:g} s: {e}") from e
-        if link.peer.role != "memory":
-            await link.close()
-            raise HandshakeError(
-                f"{node.address} should be memory node {node.name}, but a {link.peer.role} node answers"
-            )
-        link.lane_loop = self._device.loop
-        link.on_lost = lambda _: None  # start to read; from the attach on, the shard listens
-        self._waiting_for.discard(node.name)
-        log.info("event=connected peer=%s transport=%s choice=%r", node.name, link.transport, link.choice)
-        return link
-
-    def _cut(self) -> Blueprint:
-        with torch.inference_mode(False):
-            checkpoint = Checkpoint.open(self._config.model_path, self._config.model.dtype)
-            return cut_into_slices(capture(checkpoint))
-
-    def _context(self, checkpoint: Checkpoint) -> int:
-        asked, most = self._config.model.context, checkpoint.max_context
-        if asked is not None and asked > most:
-            raise ConfigError(f"{self._config.file}: model.context: {asked} is more than the model's {most}")
-        return asked or most
-
     # -- links of others
 
     def _on_link(self, link: Link) -> None:
+        if link.peer.role == "compute":
+            if not self._assembly.greet(link):
+                link.abort(f"compute node {link.peer.name} was not expected")
+            return
         self._clients = {*(known for known in self._clients if not known.closed), link}
-        if link.peer.role == "client":
+        if link.peer.role == "client" and not self._is_front:
+            front = self._config.front
+            refusal = f"{self._node.name} is not the front; clients talk to {front.name} at {front.address}"
+            link.send(encode(Failed(kind="RequestError", message=refusal)))
+            link.on_message = lambda _: None
+        elif link.peer.role == "client":
             link.peer_timeout = CLIENT_TIMEOUT_S
             ClientSession(link, self._device, self._ready_engine, self._ready_tokenizer, self._status)
         else:
@@ -282,7 +264,8 @@ class ComputeNode:
 
     def _ready_engine(self) -> Engine:
         if self._engine is None:
-            missing = f"; it waits for {', '.join(sorted(self._waiting_for))}" if self._waiting_for else ""
+            waiting = sorted(self._assembly.waiting_for)
+            missing = f"; it waits for {', '.join(waiting)}" if waiting else ""
             reason = f"compute node {self._node.name} is still starting{missing}; try again soon"
             raise NodeError(reason, node=self._node.name)
         return self._engine
@@ -292,44 +275,28 @@ class ComputeNode:
         return self._tokenizer
 
     def _status(self) -> Status:
-        engine, runner = self._engine, self._runner
-        if engine is None or runner is None:
-            waiting = sorted(self._waiting_for)
-            return Status(
-                name=self._node.name,
-                role="compute",
-                state="waiting" if waiting else "starting",
-                waiting_for=", ".join(waiting),
-                pid=os.getpid(),
-                busy_s=self._device.busy_s,
-            )
-        return Status(
-            name=self._node.name,
-            role="compute",
-            state="draining" if engine.draining else "ready",
-            pid=os.getpid(),
-            model=self._model,
-            requests_running=engine.running,
-            requests_waiting=engine.waiting,
-            tokens_generated=engine.tokens,
-            steps=engine.steps,
-            layers=runner.layers,
-            busy_s=self._device.busy_s,
-            preemptions=engine.scheduler.preemptions,
-            prompt_tokens=engine.scheduler.prompt_tokens,
-            shared_tokens=engine.scheduler.shared_tokens,
-            sequences=engine.running,
-            kv_tokens_total=self._blocks * BLOCK_TOKENS,
-            kv_tokens_free=engine.free_blocks * BLOCK_TOKENS,
-            stale_tags=sum(s.stale_tags for s in self._shards),
-            peers=[s.describe() for s in self._shards],
-        )
-
-
-def _load(blueprint: Blueprint, device: torch.device, compiled: bool) -> SlicedModel:
-    with torch.inference_mode(False):
-        weights = load_weights(blueprint.capture, blueprint.weights_of(), device)
-        return SlicedModel(blueprint, weights, device, compiled=compiled)
+        assembly, worker, runner = self._assembly, self._engine or self._follower, self._runner
+        status = Status(name=self._node.name, role="compute", state="starting", pid=os.getpid())
+        status.busy_s = self._device.busy_s
+        if worker is None or runner is None:
+            if waiting := sorted(assembly.waiting_for):
+                status.state, status.waiting_for = "waiting", ", ".join(waiting)
+            return status
+        status.state = "draining" if worker.draining else "ready"
+        status.model = assembly.checkpoint.fingerprint
+        status.steps, status.layers = worker.steps, runner.layers
+        status.stale_tags = sum(s.stale_tags for s in assembly.shards)
+        status.peers = [s.describe() for s in assembly.shards]
+        if (engine := self._engine) is not None:
+            status.requests_running = status.sequences = engine.running
+            status.requests_waiting = engine.waiting
+            status.tokens_generated = engine.tokens
+            status.preemptions = engine.scheduler.preemptions
+            status.prompt_tokens = engine.scheduler.prompt_tokens
+            status.shared_tokens = engine.scheduler.shared_tokens
+            status.kv_tokens_total = self._blocks * BLOCK_TOKENS
+            status.kv_tokens_free = engine.free_blocks * BLOCK_TOKENS
+        return status
 
 
 async def _unless(stopping: asyncio.Event, work: Any) -> Any:

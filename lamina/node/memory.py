@@ -1,4 +1,4 @@
-"""The memory daemon: waits for a compute node, holds its KV cache, attends for it. It needs no model."""
+"""The memory daemon: waits for compute nodes, holds their tenants' KV caches, attends for them. It needs no model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,39 @@ import os
 from typing import Any
 
 from lamina import probe
-from lamina.attention import Backend, Memory, default_backend
+from lamina.attention import Loans, Memory, default_backend
 from lamina.attention.backend import require_backend
 from lamina.attention.native.library import choose_isa
 from lamina.attention.pool import numa_node_of, numa_nodes
 from lamina.config import NodeConfig
 from lamina.device import Device
-from lamina.engine.shard import AttentionShard, make_backend
-from lamina.errors import ConfigError, LaminaError, TransportError
+from lamina.engine.shard import AttentionShard
+from lamina.engine.tenant import FRONT, Tenant
+from lamina.engine.turns import Turns
+from lamina.errors import ConfigError, LaminaError, ProtocolError
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.node.tracing import Tracing
-from lamina.protocol import AskSpans, AskStatus, Attach, Failed, Record, Refused, Status, decode, encode
+from lamina.protocol import (
+    AskSpans,
+    AskStatus,
+    Attach,
+    Failed,
+    Record,
+    Refused,
+    Status,
+    TenantStatus,
+    decode,
+    encode,
+)
 from lamina.transport import Hello, Link, Listener, Options
 
 log = logging.getLogger("lamina.memory")
 
 
 class MemoryNode:
-    """The memory node ``node`` of a cluster, which serves one compute node at a time.
+    """The memory node ``node`` of a cluster, or of several: it serves any number of tenants.
 
-    The memory for KV cache is the node's: taken when it starts, and lent to one compute node after the other.
+    The memory for KV cache is the node's: taken when it starts, and lent to tenants.
     """
 
     def __init__(self, node: NodeConfig, options: Options) -> None:
@@ -37,16 +50,20 @@ class MemoryNode:
         self._device = Device(cpus=node.pinned, threads=node.threads)
         self._tracing = Tracing(self._device)
         self._attention: str = node.attention or "auto"
-        self._taken: asyncio.Future[Memory] | None = None
-        self._shard: AttentionShard | None = None
-        self._owner = ""
+        self._taken: asyncio.Future[Loans] | None = None
+        self._turns = Turns(self._device)
+        self._tenants: dict[str, Tenant] = {}
+        self._changing = asyncio.Lock()
+        """Held while a compute node is admitted or a tenant ends: whoever comes next has what those before it left."""
+        self._layers = self._stale_tags = 0
+        """Of tenants that are gone."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._links: set[Link] = set()
         self._echoes = probe.Echoes()
         self._draining = False
 
     async def serve(self, stopping: asyncio.Event) -> None:
-        """Listen until ``stopping`` is set, then wait for the compute node to leave, for a bounded time."""
+        """Listen until ``stopping`` is set, then wait for the compute nodes to leave, for a bounded time."""
         # Somebody may attach at once; that is answered when the memory is there.
         self._taken = self._device.run(self._take)
         hello = Hello("memory", self._name)
@@ -68,10 +85,11 @@ class MemoryNode:
             await listener.close()
             for task in list(self._tasks):
                 task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             await asyncio.gather(*(link.close() for link in self._links))
             self._device.close()
 
-    def _take(self) -> Memory:
+    def _take(self) -> Loans:
         """Choose the backend and take the memory; for much memory that takes seconds."""
         if self._attention == "auto":
             self._attention = default_backend()
@@ -88,7 +106,7 @@ class MemoryNode:
             isa,
             self._device.threads,
         )
-        return memory
+        return Loans(memory)
 
     def _bound_memory(self) -> Memory:
         nbytes = self._node.memory_bytes
@@ -131,66 +149,96 @@ class MemoryNode:
         if self._draining:
             link.send(encode(Refused(reason="is draining and takes no compute node")))
             return
-        if self._owner:
-            link.send(encode(Refused(reason=f"already serves compute node {self._owner}, and serves one at a time")))
-            return
-        self._owner = link.peer.name
         link.on_message = lambda _: link.abort("a message before the answer to Attach")
-        task = asyncio.get_running_loop().create_task(self._serve_shard(link, attach))
+        task = asyncio.get_running_loop().create_task(self._serve_link(link, attach))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve_shard(self, link: Link, attach: Attach) -> None:
-        """Hold a shard for the compute node at the other end until the link ends."""
+    async def _serve_link(self, link: Link, attach: Attach) -> None:
+        """Hold the cache of a compute node's tenant, until the link ends."""
         peer = link.peer.name
-        backend: Backend | None = None
-        refusal = ""
+        tenant: Tenant | None = None
+        reason = f"memory node {self._name} was told to stop"
         try:
             assert self._taken is not None
-            memory = await asyncio.shield(self._taken)
-            backend = await self._device.run(make_backend, attach, self._attention, memory, self._device)
-            self._shard = AttentionShard(link, attach, backend, self._device)
+            loans = await asyncio.shield(self._taken)
+            async with self._changing:
+                tenant = await self._admit(attach, loans)
+            shard = AttentionShard(link, attach, tenant, self._device)
             log.info(
-                "event=attached peer=%s transport=%s choice=%r model=%s layers=%d kv_heads=%d capacity_tokens=%d",
+                "event=attached peer=%s transport=%s choice=%r tenant=%s compute=%d model=%s layers=%d kv_heads=%d "
+                "bytes=%d capacity_tokens=%d",
                 peer,
                 link.transport,
                 link.choice,
+                tenant.name,
+                attach.compute,
                 attach.model,
                 len(attach.layers),
                 attach.layers[0].kv_heads,
-                backend.cache.capacity_tokens,
+                tenant.memory.nbytes,
+                tenant.cache.capacity_tokens,
             )
-            await self._shard.serve()
-        except* TransportError as group:
-            reason = str(group.exceptions[0])
-            if link.closed:
-                log.info("event=detached peer=%s reason=%r", peer, reason)
-            else:  # it sent what cannot be, over a link that is in order
-                refusal = reason
+            await shard.serve()
         except* LaminaError as group:
-            refusal = str(group.exceptions[0])
+            reason = str(group.exceptions[0])
         except* Exception as group:
             log.exception("event=shard_failed peer=%s", peer)
-            refusal = f"internal error: {group.exceptions[0]!r}"
+            reason = f"internal error: {group.exceptions[0]!r}"
         finally:
-            if backend is not None:
-                await self._device.run(backend.close)
-            self._owner, self._shard = "", None
-        if refusal:  # whoever comes next need not wait until this one has heard it
-            await self._give_up(link, refusal)
+            if tenant is not None and attach.compute == FRONT:
+                await self._end(tenant, f"tenant {tenant.name} has ended, as its front {peer} is gone: {reason}")
+        if link.closed:
+            log.info("event=detached peer=%s reason=%r", peer, reason)
+        else:  # whoever comes next need not wait until this one has heard it
+            log.error("event=refused peer=%s reason=%r", peer, reason)
+            link.send(encode(Refused(reason=reason)))
+            await link.close()
         self._links.discard(link)
 
-    async def _give_up(self, link: Link, reason: str) -> None:
-        """Tell the compute node why nothing more will come."""
-        log.error("event=shard_failed peer=%s reason=%r", link.peer.name, reason)
-        if not link.closed:
-            link.send(encode(Refused(reason=reason)))
-        await link.close()
+    async def _admit(self, attach: Attach, loans: Loans) -> Tenant:
+        """The tenant of a compute node; that of a front is made. LaminaError says why it cannot be."""
+        name, number = attach.tenant, attach.compute
+        tenant = self._tenants.get(name)
+        if number != FRONT:
+            if tenant is None:
+                raise ProtocolError(
+                    f"compute node {number} wants to join tenant {name}, and there is none of this name "
+                    f"({', '.join(self._tenants) or 'there are none'}); its front has to attach first"
+                )
+            tenant.check(attach)
+            return tenant
+        if tenant is not None:
+            raise ProtocolError(
+                f"tenant {name} is here already, with the front {tenant.shards[FRONT].peer}; tenants' names must differ"
+            )
+        memory = loans.lend(name, attach.quota)
+        try:
+            tenant = await self._device.run(Tenant, attach, self._attention, memory, self._turns)
+        except BaseException:
+            loans.give_back(name)
+            raise
+        self._tenants[name] = tenant
+        return tenant
+
+    async def _end(self, tenant: Tenant, reason: str) -> None:
+        """Part with a tenant whose front is gone: with its other compute nodes, then with its cache."""
+        assert self._taken is not None
+        async with self._changing:
+            del self._tenants[tenant.name]
+            others = list(tenant.shards.values())
+            for shard in others:
+                shard.end(reason)
+            await asyncio.gather(*(shard.ended.wait() for shard in others))
+            await self._device.run(tenant.close)
+            self._taken.result().give_back(tenant.name)
+            self._layers += tenant.layers
+            self._stale_tags += tenant.stale_tags
 
     def _status(self) -> Status:
-        shard = self._shard
+        tenants = [self._describe(tenant) for tenant in self._tenants.values()]
         there = self._taken is not None and self._taken.done()
-        state = "draining" if self._draining else "ready" if shard else "waiting" if there else "starting"
+        state = "draining" if self._draining else "ready" if tenants else "waiting" if there else "starting"
         return Status(
             name=self._name,
             role="memory",
@@ -198,9 +246,23 @@ class MemoryNode:
             waiting_for="a compute node" if state == "waiting" else "",
             pid=os.getpid(),
             busy_s=self._device.busy_s,
-            layers=shard.layers if shard else 0,
-            sequences=len(shard.cache.sequences) if shard else 0,
-            kv_tokens_total=shard.cache.capacity_tokens if shard else 0,
-            kv_tokens_free=shard.cache.free_tokens if shard else 0,
-            stale_tags=shard.stale_tags if shard else 0,
+            layers=self._layers + sum(tenant.layers for tenant in self._tenants.values()),
+            sequences=sum(tenant.sequences for tenant in tenants),
+            kv_tokens_total=sum(tenant.kv_tokens_total for tenant in tenants),
+            kv_tokens_free=sum(tenant.kv_tokens_free for tenant in tenants),
+            stale_tags=self._stale_tags + sum(tenant.stale_tags for tenant in self._tenants.values()),
+            tenants=tenants,
+        )
+
+    @staticmethod
+    def _describe(tenant: Tenant) -> TenantStatus:
+        return TenantStatus(
+            name=tenant.name,
+            model=tenant.attach.model,
+            compute_nodes=[shard.peer for _, shard in sorted(tenant.shards.items())],
+            sequences=len(tenant.cache.sequences),
+            kv_tokens_total=tenant.cache.capacity_tokens,
+            kv_tokens_free=tenant.cache.free_tokens,
+            quota=tenant.memory.nbytes,
+            busy_s=tenant.share.busy_s,
         )

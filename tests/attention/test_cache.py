@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lamina.attention import KVCache, KVLayout, LayerShape, Memory, Pool, Rows, Run
+from lamina.attention import KVCache, KVLayout, LayerShape, Loans, Memory, Pool, Rows, Run
 from lamina.attention.cache import Placement
 from lamina.attention.pool import most_blocks
 from lamina.errors import CapacityError, UsageError
@@ -74,7 +74,7 @@ sequences = range(4)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Any use of two caches in one pool, beside a model that is a dictionary of what was stored where.
+    """Any use of two caches in ranges of one memory, beside a model that is a dictionary of what was stored where.
 
     A position holds the tokens of its sequence up to there, so that a block that two sequences own at once by
     mistake, or that is overwritten while it is shared, shows at once.
@@ -88,10 +88,11 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def start(self, block_tokens: int, extents: tuple[int, int], extent: int, layers: tuple[LayerShape, ...]) -> None:
         self.layout = layout(block_tokens, layers)
-        self.memory = Memory(sum(extents) * extent + 63)
-        self.pool = Pool(self.memory, extent_bytes=extent)
-        self.tenants = [self.pool.tenant(f"t{i}", count * extent) for i, count in enumerate(extents)]
-        self.caches = [KVCache(self.layout, tenant, layer_bytes) for tenant in self.tenants]
+        self.memory = Memory(16384 + extents[1] * extent)
+        loans = Loans(self.memory)
+        ranges = [loans.lend(f"t{i}", count * extent) for i, count in enumerate(extents)]
+        self.pools = [Pool(lent, extent_bytes=extent) for lent in ranges]
+        self.caches = [KVCache(self.layout, pool, layer_bytes) for pool in self.pools]
         self.held: list[dict[int, Held]] = [{} for _ in tenants]
         self.memory_of: dict[tuple[int, int, int], bytes] = {}
         """By layer, offset of a block and position in it: what is stored there."""
@@ -102,9 +103,13 @@ class CacheMachine(RuleBasedStateMachine):
     def content(self, layer: int, held: Held, position: int) -> bytes:
         return bytes([layer, *held.tokens[: position + 1]])
 
-    def where(self, layer: int, table: np.ndarray, position: int) -> tuple[int, int, int]:
+    def offset(self, cache: KVCache, block: int) -> int:
+        """Where a block lies in the whole memory; -1 where there is none."""
+        return -1 if block < 0 else cache.memory.tensor.data_ptr() - self.memory.tensor.data_ptr() + int(block)
+
+    def where(self, cache: KVCache, layer: int, table: np.ndarray, position: int) -> tuple[int, int, int]:
         size = self.layout.block_tokens
-        return layer, int(table[position // size]), position % size
+        return layer, self.offset(cache, table[position // size]), position % size
 
     @rule(
         tenant=st.sampled_from(tenants),
@@ -225,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
         tables = placement.tables(cache.group_of(layer))
         for i, (run, own) in enumerate(zip(placement.rows.runs, held, strict=True)):
             for position in range(run.start, run.stop):
-                place = self.where(layer, tables[i], position)
+                place = self.where(cache, layer, tables[i], position)
                 if position >= placement.frozen[i] and place[1] >= 0:
                     self.memory_of[place] = self.content(layer, own, position)
             own.filled[layer] = max(own.filled[layer], run.stop)
@@ -243,7 +248,7 @@ class CacheMachine(RuleBasedStateMachine):
                     if first < position:
                         table = cache.stored(sequence, layer, first, position)
                         for seen in range(first, position):
-                            stored = self.memory_of[self.where(layer, table, seen)]
+                            stored = self.memory_of[self.where(cache, layer, table, seen)]
                             assert stored == self.content(layer, held, seen)
 
     @invariant()
@@ -251,24 +256,27 @@ class CacheMachine(RuleBasedStateMachine):
         """Neither of two groups nor of two tenants, nor across extents."""
         taken = set()
         for tenant, (cache, known) in enumerate(zip(self.caches, self.held, strict=True)):
+            first = self.offset(cache, 0)
             for sequence in known:
                 placement = cache.place(Rows((Run(sequence, 0, 1),)), attend=False)
                 for group in range(len(cache.groups)):
                     (table,) = placement.tables(group)
                     assert placement.addresses[group, 0] == table.ctypes.data
-                    taken |= {(int(block), cache.block_bytes[group], tenant, group) for block in table if block >= 0}
+                    size = cache.block_bytes[group]
+                    taken |= {(first + int(block), size, tenant, group) for block in table if block >= 0}
+                    for block in table[table >= 0]:
+                        assert block // cache.extent_bytes == (block + size - 1) // cache.extent_bytes
+                        assert block + size <= cache.memory.nbytes
         end = 0
         for start, size, *_ in sorted(taken):
             assert end <= start
             end = start + size
-            assert start // self.pool.extent_bytes == (end - 1) // self.pool.extent_bytes
-        assert end <= self.memory.nbytes
 
     @invariant()
     def space_is_accounted_for(self) -> None:
-        for tenant, cache, known in zip(self.tenants, self.caches, self.held, strict=True):
+        for pool, cache, known in zip(self.pools, self.caches, self.held, strict=True):
             size = self.layout.block_tokens
-            blocks = most_blocks(tenant.quota, self.pool.extent_bytes, cache.block_bytes)
+            blocks = most_blocks(pool.extents, pool.extent_bytes, cache.block_bytes)
             assert cache.capacity_tokens == size * blocks
             assert set(cache.sequences) == set(known)
             held = size * sum(self.blocks_of(len(held.tokens)) for held in known.values())
@@ -277,7 +285,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert cache.free_tokens == cache.capacity_tokens
 
     def teardown(self) -> None:
-        """Nothing has leaked: a released cache can be filled to the last block, and a closed one leaves all extents."""
+        """Nothing has leaked: a cache can be filled to the last block, and when all is released no extent is taken."""
         if not hasattr(self, "caches"):
             return
         for cache, known in zip(self.caches, self.held, strict=True):
@@ -286,8 +294,8 @@ class CacheMachine(RuleBasedStateMachine):
             cache.reserve(99, cache.capacity_tokens)
             assert cache.free_tokens == 0
             cache.place(Rows((Run(99, 0, cache.capacity_tokens),)))
-            cache.close()
-        assert self.pool.free_extents == self.pool.extents
+            cache.release(99)
+        assert all(pool.available == pool.extents for pool in self.pools)
 
 
 CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -295,11 +303,9 @@ TestCache = CacheMachine.TestCase
 
 
 def test_a_cache_too_small_for_one_block_says_both_numbers() -> None:
-    pool = Pool(Memory(3 * 256), extent_bytes=256)
-
     with pytest.raises(CapacityError, match=r"a KV cache of 512 bytes cannot hold one block: 4 tokens take 448 bytes"):
-        KVCache(layout(), pool.tenant("small", 512), layer_bytes)
-    assert KVCache(layout(), pool, layer_bytes).capacity_tokens == 4
+        KVCache(layout(), Pool(Memory(512), extent_bytes=256), layer_bytes)
+    assert KVCache(layout(), Pool(Memory(3 * 256), extent_bytes=256), layer_bytes).capacity_tokens == 4
 
 
 def test_layers_of_a_group_lie_in_one_block() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lamina.attention import Memory, Pool
-from lamina.attention.pool import Tenant, available_bytes, fit_extent, most_blocks, numa_node_of, numa_nodes
+from lamina.attention import Loans, Memory, Pool, Range
+from lamina.attention.pool import available_bytes, fit_extent, most_blocks, numa_node_of, numa_nodes
 from lamina.errors import CapacityError, ConfigError, UsageError
 
 PAGE = 4096
@@ -129,77 +129,103 @@ def test_what_can_be_had_is_the_least_of_all_limits(tmp_path: Path) -> None:
     assert available_bytes(root=tmp_path)["in its control group"] == 0
 
 
-class PoolMachine(RuleBasedStateMachine):
-    """Tenants that take and give extents, beside a set for each."""
+class LoansMachine(RuleBasedStateMachine):
+    """Tenants that borrow and give back, beside what each of them has written into its range."""
 
-    @initialize(extents=st.integers(1, 12), quotas=st.lists(st.integers(0, 12) | st.none(), min_size=2, max_size=3))
-    def start(self, extents: int, quotas: list[int | None]) -> None:
-        memory = Memory(extents * 128 + 127)
-        self.pool = Pool(memory, extent_bytes=128)
-        self.quotas = [extents if quota is None else min(quota, extents) for quota in quotas]
-        self.held: dict[Tenant, set[int]] = {
-            self.pool.tenant(f"t{i}", None if quota is None else quota * 128 + 127): set()
-            for i, quota in enumerate(quotas)
+    @initialize(nbytes=st.integers(64, 12 * PAGE))
+    def start(self, nbytes: int) -> None:
+        self.memory = Memory(nbytes)
+        self.loans = Loans(self.memory)
+        self.lent: dict[str, Range] = {}
+
+    @rule(number=st.integers(0, 5), nbytes=st.none() | st.integers(0, 13 * PAGE) | st.just(PAGE))
+    def lend(self, number: int, nbytes: int | None) -> None:
+        """Whatever fits between the others is lent, and nothing else."""
+        tenant = f"t{number}"
+        if tenant in self.lent:
+            with pytest.raises(UsageError, match=f"tenant {tenant} has memory already"):
+                self.loans.lend(tenant, nbytes)
+            return
+        longest = max(stop - start for start, stop in self.free())
+        if not longest or nbytes == 0 or (nbytes or 0) > longest:
+            have = [f"{other} has {lent.nbytes}" for other, lent in self.lent.items()]
+            with pytest.raises(CapacityError) as refused:
+                self.loans.lend(tenant, nbytes)
+            expected = [
+                str(self.memory.nbytes),
+                *have,
+                *([str(nbytes), f"{longest} of them in one piece"] if nbytes else []),
+            ]
+            assert all(text in str(refused.value) for text in expected)
+            return
+        lent = self.loans.lend(tenant, nbytes)
+        assert lent.nbytes == len(lent.tensor) == nbytes or (nbytes is None and lent.nbytes == longest)
+        assert lent.tensor.data_ptr() % PAGE == 0
+        lent.tensor.fill_(number + 1)
+        self.lent[tenant] = lent
+
+    def free(self) -> list[tuple[int, int]]:
+        """Runs of pages of which nobody has anything."""
+        base = self.memory.tensor.data_ptr()
+        starts = [lent.tensor.data_ptr() - base for lent in self.lent.values()]
+        taken = {
+            page
+            for start, lent in zip(starts, self.lent.values(), strict=True)
+            for page in range(start // PAGE, -(-(start + lent.nbytes) // PAGE))
         }
+        runs, first = [(0, 0)], 0
+        for page in range(-(-self.memory.nbytes // PAGE) + 1):
+            start = min(page * PAGE, self.memory.nbytes)
+            if page in taken or start == self.memory.nbytes:
+                runs.append((first, max(first, start)))
+                first = min(start + PAGE, self.memory.nbytes)
+        return runs
 
-    def tenant(self, number: int) -> tuple[Tenant, int]:
-        number %= len(self.held)
-        return list(self.held)[number], self.quotas[number]
-
-    @rule(number=st.integers(0, 2))
-    def take(self, number: int) -> None:
-        tenant, quota = self.tenant(number)
-        if len(self.held[tenant]) == quota:
-            with pytest.raises(CapacityError, match=f"tenant {tenant.name} holds all {quota} extents"):
-                tenant.take()
-        elif sum(map(len, self.held.values())) == self.pool.extents:
-            with pytest.raises(CapacityError, match=f"all {self.pool.extents} extents of the pool are taken"):
-                tenant.take()
+    @rule(number=st.integers(0, 5))
+    def give_back(self, number: int) -> None:
+        tenant = f"t{number}"
+        if tenant in self.lent:
+            self.loans.give_back(tenant)
+            del self.lent[tenant]
         else:
-            extent = tenant.take()
-            assert 0 <= extent < self.pool.extents
-            assert not any(extent in held for held in self.held.values())
-            self.held[tenant].add(extent)
-
-    @rule(number=st.integers(0, 2), extent=st.integers(0, 11))
-    def give(self, number: int, extent: int) -> None:
-        tenant, _ = self.tenant(number)
-        if extent in self.held[tenant]:
-            tenant.give(extent)
-            self.held[tenant].remove(extent)
-        else:
-            with pytest.raises(UsageError, match=f"extent {extent}, which it does not hold"):
-                tenant.give(extent)
-
-    @precondition(lambda self: any(self.held.values()))
-    @rule(number=st.integers(0, 2))
-    def close(self, number: int) -> None:
-        tenant, _ = self.tenant(number)
-        tenant.close()
-        self.held[tenant].clear()
+            with pytest.raises(UsageError, match=f"tenant {tenant} gives memory back, but has none"):
+                self.loans.give_back(tenant)
 
     @invariant()
-    def extents_are_accounted_for(self) -> None:
-        free = self.pool.extents - sum(map(len, self.held.values()))
-        assert self.pool.free_extents == free
-        for (tenant, held), quota in zip(self.held.items(), self.quotas, strict=True):
-            assert tenant.available == min(free, quota - len(held))
+    def nobody_writes_where_others_have_something(self) -> None:
+        for tenant, lent in self.lent.items():
+            assert (lent.tensor == int(tenant[1:]) + 1).all()
 
 
-PoolMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
-TestPool = PoolMachine.TestCase
+LoansMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestLoans = LoansMachine.TestCase
+
+
+@given(extents=st.integers(0, 12), uses=st.lists(st.none() | st.integers(0, 11), max_size=40))
+def test_extents_are_taken_and_handed_back(extents: int, uses: list[int | None]) -> None:
+    """Beside a set: each once, and never one that is not there."""
+    pool, taken = Pool(Memory(extents * 128 + 127), extent_bytes=128), set[int]()
+    for extent in uses:
+        assert pool.available == extents - len(taken)
+        if extent is None and len(taken) < extents:
+            new = pool.take()
+            assert new in set(range(extents)) - taken
+            taken.add(new)
+        elif extent is None:
+            with pytest.raises(CapacityError, match=f"all {extents} extents of 128 bytes are taken"):
+                pool.take()
+        elif extent in taken:
+            pool.give(extent)
+            taken.remove(extent)
+        else:
+            with pytest.raises(UsageError, match=f"extent {extent} is handed back, but not taken"):
+                pool.give(extent)
 
 
 @pytest.mark.parametrize("extent_bytes", [0, 100, -64])
 def test_extents_are_whole_cache_lines(extent_bytes: int) -> None:
     with pytest.raises(UsageError, match=f"expected a multiple of 64 above 0, got {extent_bytes}"):
         Pool(Memory(PAGE), extent_bytes=extent_bytes)
-
-
-@pytest.mark.parametrize(("nbytes", "extent_bytes"), [(256 * MIB, 2 * MIB), (MIB, MIB // 64), (6500, 64), (100, 64)])
-def test_extents_are_smaller_where_there_is_little_memory(nbytes: int, extent_bytes: int) -> None:
-    """A 64th of the memory at most, so that what is left behind the last extent is not much."""
-    assert Pool(Memory(nbytes)).extent_bytes == extent_bytes
 
 
 @settings(max_examples=200, deadline=None)

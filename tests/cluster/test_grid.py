@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,22 +21,31 @@ COMMON = [_random.randrange(VOCABULARY) for _ in range(300)]
 MOST_TOKENS = 40
 REQUESTS = 14
 
+COMPUTE: dict[str, tuple[str | None, ...]] = {
+    "one": (None,),
+    "two replicas": (None, None),
+    "three replicas": (None, None, None),
+    "two ranges": ("0-1", "2-3"),
+    "three ranges": ("0", "1-2", "3"),
+}
+"""By name, the layers of each compute node."""
+
 GRID = [
-    # batches, partition, transport, memory nodes, MiB of each
-    (1, "heads", "tcp", 2, 1),
-    (2, "heads", "shm", 1, 1),
-    (2, "requests", "tcp", 3, 1),
-    (3, "tokens", "shm", 3, 1),
-    (4, "requests", "shm", 2, 1),
-    (4, "tokens", "tcp", 2, 1),
+    # batches, partition, transport, memory nodes, compute nodes
+    (1, "heads", "tcp", 2, "one"),
+    (2, "tokens", "shm", 2, "one"),
+    (2, "heads", "shm", 1, "two replicas"),
+    (3, "tokens", "shm", 3, "two replicas"),
+    (4, "requests", "tcp", 2, "three replicas"),
+    (2, "requests", "tcp", 3, "two ranges"),
+    (4, "heads", "shm", 2, "three ranges"),
 ]
 MORE = [
-    (batches, partition, transport, nodes, 1)
-    for batches in (1, 2, 3, 4)
-    for partition in ("heads", "requests", "tokens")
-    for transport in ("tcp", "shm")
-    for nodes in (1, 2, 3)
-    if (batches, partition, transport, nodes, 1) not in GRID
+    chosen
+    for chosen in itertools.product(
+        (1, 2, 3, 4), ("heads", "requests", "tokens"), ("tcp", "shm"), (1, 2, 3), tuple(COMPUTE)
+    )
+    if chosen not in GRID
 ]
 
 
@@ -45,29 +56,29 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
 
 
 @pytest.mark.parametrize(
-    ("batches", "partition", "transport_kind", "nodes", "mebibytes"),
-    [*GRID, *(pytest.param(*one, marks=pytest.mark.slow) for one in _random.sample(MORE, 24))],
+    ("batches", "partition", "transport_kind", "nodes", "compute"),
+    [*GRID, *(pytest.param(*one, marks=pytest.mark.slow) for one in _random.sample(MORE, 36))],
 )
 def test_tokens_are_right_and_space_comes_back(
     batches: int,
     partition: str,
     transport_kind: str,
     nodes: int,
-    mebibytes: int,
+    compute: str,
     llama: tuple[Path, Oracle],
     agreement: Agreement,
     tmp_path: Path,
 ) -> None:
     """Requests come at random times, begin alike or not, are cancelled, and preempt each other where space is short."""
     path, oracle = llama
-    what = f"{batches} batches, {partition}, {transport_kind}, {nodes} nodes"
+    what = f"{batches} batches, {partition}, {transport_kind}, {nodes} memory nodes, compute: {compute}"
     random_ = random.Random(what)
     ports = harness.free_ports(nodes)
     wiring = replace(harness.default, kind=transport_kind)
-    memory = [harness.start_memory(tmp_path, port, memory=f"{mebibytes}MiB", wiring=wiring) for port in ports]
+    memory = [harness.start_memory(tmp_path, port, memory="1MiB", wiring=wiring) for port in ports]
     sections = f'[pipeline]\nbatches = {batches}\nmax_batch = 4\nprefill_tokens = 64\npartition = "{partition}"'
-    config = harness.write_config(tmp_path, path, ports, sections=sections, wiring=wiring)
-    node = harness.start_node(config, "c0")
+    config = harness.write_config(tmp_path, path, ports, sections=sections, wiring=wiring, compute=COMPUTE[compute])
+    node, *others = [harness.start_node(config, one.name) for one in config.compute_nodes]
     prompts = [
         COMMON[: random_.choice((0, 48, 200, 256))]
         + [random_.randrange(VOCABULARY) for _ in range(random_.choice((1, 17, 60)))]
@@ -101,9 +112,11 @@ def test_tokens_are_right_and_space_comes_back(
             await harness.eventually(idle)
             return answers
 
-    with harness.running(node, *memory):
+    with harness.running(node, *others, *memory):
         answers = asyncio.run(main())
-        assert node.stop() == 0
+        for one in (node, *others):
+            one.signal(signal.SIGTERM)
+        assert [one.wait() for one in (node, *others)] == [0] * len(COMPUTE[compute])
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer:
             agreement.check(oracle, prompt, answer, f"{what}, prompt of {len(prompt)}")

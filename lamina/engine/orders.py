@@ -1,0 +1,90 @@
+"""What the front has the compute nodes do: the rows of a step, as all of them see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+from lamina.engine.placement import Placement
+from lamina.engine.sampler import Sampling
+from lamina.engine.scheduler import DecodeRow, PromptChunk, Step
+from lamina.protocol import MAX_COMPUTE, Count, Message
+
+Slot = Annotated[int, Meta(ge=0, lt=32)]
+MAX_STEP_TOKENS = 4096 + 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token is sampled from the last row of a run, for this position."""
+
+    sampling: Sampling
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """Consecutive tokens of one sequence, from position ``start``: one that decodes, or a chunk of a prompt.
+
+    Of the sequence, keys and values of the first ``here`` positions are kept on the compute nodes until its prompt is
+    prefilled; the past of all others lies on the memory nodes of its ``placement``.
+    """
+
+    sequence: int
+    start: int
+    tokens: list[int]
+    placement: Placement
+    here: int = 0
+    choice: Choice | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether what it attends to lies on the memory nodes, and not where it is computed."""
+        return self.start >= self.here
+
+
+class Order(Message):
+    """Do your slices of step number ``step`` of batch ``slot``; answered by Done.
+
+    Runs whose past is remote come first.
+    """
+
+    slot: Slot
+    step: Count
+    runs: Annotated[list[TokenRun], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
+
+    @classmethod
+    def of(cls, slot: int, number: int, step: Step) -> Order:
+        """Of what the scheduler composed."""
+        return cls(slot=slot, step=number, runs=[*map(_decoding, step.decode), *map(_prompt, step.prompts)])
+
+
+def _decoding(row: DecodeRow) -> TokenRun:
+    sequence = row.sequence
+    choice = Choice(sequence.sampling, row.position + 1)
+    return TokenRun(sequence.id, row.position, [row.token], sequence.placement, choice=choice)
+
+
+def _prompt(chunk: PromptChunk) -> TokenRun:
+    sequence = chunk.sequence
+    choice = Choice(sequence.sampling, sequence.context) if chunk.completes else None
+    return TokenRun(sequence.id, chunk.start, chunk.tokens, sequence.placement, sequence.here, choice)
+
+
+class Done(Message):
+    """What came of an order: tokens from the node of the last slice. ``attention_s`` says for each compute node how
+    long the busiest memory node has attended for it so far, as far as this one was told."""
+
+    slot: Slot
+    step: Count
+    tokens: Annotated[list[Count], Meta(max_length=MAX_STEP_TOKENS)]
+    compute_s: float
+    attention_s: Annotated[list[float], Meta(max_length=MAX_COMPUTE)]
+
+
+class Forget(Message):
+    """Drop what is kept of the prompts of these sequences: they are over."""
+
+    sequences: Annotated[list[Count], Meta(max_length=MAX_STEP_TOKENS)]

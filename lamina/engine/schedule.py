@@ -1,0 +1,72 @@
+"""Which compute node runs which slice of which batch. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+
+def replica(batch: int, turn: int, *, batches: int, replicas: int) -> int:
+    """Which of ``replicas`` runs the ``turn``-th slice of a batch, counted since the batch began.
+
+    With more batches than replicas this is rotational staggered pipelining (Lamina, section 4.3). Time is cut into
+    intervals of which a slice takes as many as there are replicas; a batch's next slice begins ``batches`` intervals
+    after the last one, and interval i begins on replica i mod ``replicas``. So every replica always has work, and never
+    two slices at once, if the attention between two slices takes no longer than what is left of these intervals: one
+    slice's time divided by the replicas with one batch more than replicas, a whole slice's time with twice as many,
+    and then every batch stays where it is.
+
+    With no more batches than replicas each has one to itself, as nothing else would run there.
+    """
+    if batches <= replicas:
+        return batch % replicas
+    return (batch + batches * turn) % replicas
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The compute nodes of one model: replicas, or ``first_layers`` says which layers each has, from which one on.
+
+    A step of ``layers`` layers has one slice more; its last one and the first one of the next step are one turn.
+    """
+
+    layers: int
+    nodes: int = 1
+    batches: int = 1
+    first_layers: tuple[int, ...] | None = None
+
+    def route(self, batch: int, step: int) -> tuple[int, ...]:
+        """The compute node of each slice, 0..layers, of a step; steps count since the batch began."""
+        if self.nodes == 1 or self.first_layers is not None:
+            return _route(self, 0, 0)
+        return _route(self, batch, step % self.nodes)  # after as many steps as nodes it begins anew
+
+    def slices(self, node: int) -> range:
+        """The slices whose weights a node needs."""
+        if self.first_layers is None:
+            return range(self.layers + 1)
+        following = (*self.first_layers[1:], self.layers + 1)
+        return range(self.first_layers[node], following[node])
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether each layer of a batch is run by the same node in every step."""
+        return all(
+            self.route(batch, step)[:-1] == self.route(batch, 0)[:-1]
+            for batch in range(self.batches)
+            for step in range(self.nodes)
+        )
+
+
+@cache
+def _route(schedule: Schedule, batch: int, step: int) -> tuple[int, ...]:
+    if schedule.first_layers is not None:
+        return tuple(_last_at(schedule.first_layers, piece) for piece in range(schedule.layers + 1))
+    turns = range(step * schedule.layers, (step + 1) * schedule.layers + 1)
+    return tuple(replica(batch, turn, batches=schedule.batches, replicas=schedule.nodes) for turn in turns)
+
+
+def _last_at(first_layers: Sequence[int], piece: int) -> int:
+    """The node whose layers begin at or before a slice, the last one of them."""
+    return max(node for node, first in enumerate(first_layers) if first <= piece)
