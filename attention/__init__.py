@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lamina.attention.backend import Backend, Plan, Stored, create_backend, default_backend
     from lamina.attention.cache import KVCache
     from lamina.attention.dense import attend
-    from lamina.attention.layout import KVLayout, LayerGroup, LayerShape
+    from lamina.attention.layout import KVLayout, LayerGroup, LayerShape, window_blocks
     from lamina.attention.partial import Partial, add_sinks, merge
     from lamina.attention.pool import Loans, Memory, Pool, Range
     from lamina.attention.rows import Rows, Run
@@ -41,6 +41,7 @@ __all__ = [
     "create_backend",
     "default_backend",
     "merge",
+    "window_blocks",
 ]
 
 _MODULES = {
@@ -63,6 +64,7 @@ _MODULES = {
     "create_backend": "backend",
     "default_backend": "backend",
     "merge": "partial",
+    "window_blocks": "layout",
 }
 
 

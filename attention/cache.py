@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.attention.blocks import Blocks, check_key
-from lamina.attention.layout import KVLayout, LayerGroup, LayerShape
+from lamina.attention.layout import KVLayout, LayerGroup, LayerShape, window_blocks
 from lamina.attention.pool import ALIGNMENT, Pool, most_blocks
 from lamina.attention.rows import Rows
 from lamina.errors import CapacityError, UsageError
@@ -418,10 +418,10 @@ class KVCache:
         return self._held[sequence]
 
     def _count(self, group: LayerGroup, total: int, ahead: int) -> int:
-        """Blocks that a sequence can hold at once in a group: a window and what lies ahead of it, at any offset."""
+        """Blocks that a sequence can hold at once in a group."""
         if group.window is None:
             return total
-        return min(total, -(-(group.window - 1 + ahead) // self.layout.block_tokens) + 1)
+        return min(total, window_blocks(group.window, ahead, self.layout.block_tokens))
 
     def _behind(self, group: LayerGroup, position: int) -> int:
         """How many blocks of a group lie wholly behind the window of ``position``."""

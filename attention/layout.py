@@ -108,6 +108,11 @@ class KVLayout:
         )
 
 
+def window_blocks(window: int, ahead: int, block_tokens: int) -> int:
+    """Blocks that a sequence can hold at once: a window and what lies ``ahead`` of it, at any offset."""
+    return -(-(window - 1 + ahead) // block_tokens) + 1
+
+
 def _require_positive_int(name: str, value: object, most: int | None = None) -> None:
     if not isinstance(value, int) or value < 1 or (most is not None and value > most):
         allowed = ">= 1" if most is None else f"from 1 to {most}"

@@ -101,6 +101,9 @@ class Reserve(Message):
     tokens: Positive
     keys: Keys = b""
     """Of leading blocks of a new sequence, which it may share with others."""
+    ahead: Positive | None = None
+    """Of a new sequence: the most positions by which its layers can be apart, a step's own rows included, so that where
+    these have windows less is set aside. None: any number."""
 
 
 class Reserved(Message):

@@ -10,7 +10,7 @@ from lamina.engine.cost import Load
 from lamina.engine.fit import ANSWER_TOKENS, fit
 from lamina.engine.room import Room
 from lamina.engine.scheduler import Ask, Scheduler, Step
-from lamina.engine.step import Ran
+from lamina.engine.team import Ran
 from lamina.errors import CapacityError
 
 

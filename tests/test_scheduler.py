@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lamina.attention import KVCache, KVLayout, LayerShape, Memory, Pool, Rows, Run, window_blocks
 from lamina.engine.cost import CostModel
 from lamina.engine.prefix import PrefixKeys
 from lamina.engine.room import Room
@@ -70,13 +71,73 @@ class Nodes:
         assert sum(-(-tokens // BLOCK) for tokens in self.space.values()) <= self.blocks
         return shared
 
+    def store(self, step: Step) -> None:
+        """Its rows are stored."""
+        for row in step.decode:
+            self.stored[row.sequence.id] = row.position + 1
+        for chunk in step.prompts:
+            self.stored[chunk.sequence.id] = chunk.start + len(chunk.tokens)
+
+
+class WindowedNodes(Nodes):
+    """A memory node with the cache of a model whose layers all have a window. What was prefilled comes as late as may
+    be: when a step that is planned already waits for it."""
+
+    def __init__(self, blocks: int, window: int) -> None:
+        super().__init__(blocks)
+        shape = LayerShape(q_heads=1, kv_heads=1, qk_dim=1, v_dim=1, scale=1.0, window=window)
+        layout = KVLayout(layers=(shape, shape), dtype="float32", block_tokens=BLOCK)
+        pool = Pool(Memory(128 * blocks), extent_bytes=256 if blocks % 2 == 0 else 128)
+        self.cache = KVCache(layout, pool, lambda *_: 64)
+        assert self.cache.capacity_tokens == blocks * BLOCK
+        self.coming: list[tuple[int, Run]] = []
+        """Of layers, in their order."""
+
+    def tell(self, news: Step | Outcome) -> None:
+        for publication in news.published:
+            if self.cache.complete(publication.id) >= BLOCK * len(publication.keys):
+                self.cache.publish(publication.id, publication.keys)
+        for id_ in news.released:
+            if self.space.pop(id_, None):
+                del self.stored[id_]
+                self.cache.release(id_)
+                self.coming = [(layer, run) for layer, run in self.coming if run.sequence != id_]
+
+    def reserve(self, ask: Ask) -> int:
+        self.space[ask.id] = ask.tokens
+        if ask.had:
+            self.cache.extend(ask.id, ask.tokens)
+            return 0
+        shared = self.stored[ask.id] = self.cache.reserve(ask.id, ask.tokens, ahead=ask.ahead, keys=ask.keys)
+        return shared
+
+    def store(self, step: Step) -> None:
+        runs = [Run(row.sequence.id, row.position, 1) for row in step.decode]
+        for chunk in step.prompts:
+            run = Run(chunk.sequence.id, chunk.start, len(chunk.tokens))
+            if chunk.remote:
+                runs.append(run)
+            else:
+                self.coming += [(layer, run) for layer in (0, 1)]
+        if runs:
+            placement = self.cache.place(Rows(tuple(runs)))
+            self.arrive(len(self.coming))
+            for layer in (0, 1):
+                self.cache.advance(layer, placement)
+        super().store(step)
+
+    def arrive(self, count: int) -> None:
+        for layer, run in self.coming[:count]:
+            self.cache.advance(layer, self.cache.place(Rows((run,)), attend=False))
+        del self.coming[:count]
+
 
 class Cluster:
     """A scheduler, memory nodes, and steps on their way. Every token is a function of its sequence and position."""
 
-    def __init__(self, scheduler: Scheduler, batches: int, blocks: int, **limits: int) -> None:
+    def __init__(self, scheduler: Scheduler, batches: int, nodes: Nodes, **limits: int) -> None:
         self.scheduler = scheduler
-        self.nodes = Nodes(blocks)
+        self.nodes = nodes
         self.steps: list[Step | None] = [None] * batches
         self.ids: list[list[int]] = [[] for _ in range(batches)]
         self.asks: list[Ask] = []
@@ -146,10 +207,7 @@ class Cluster:
         step, self.steps[slot] = self.steps[slot], None
         assert step
         assert self.ids[slot] == [s.id for s in _sequences(step)]  # nobody leaves in the middle of a step
-        for row in step.decode:
-            self.nodes.stored[row.sequence.id] = row.position + 1
-        for chunk in step.prompts:
-            self.nodes.stored[chunk.sequence.id] = chunk.start + len(chunk.tokens)
+        self.nodes.store(step)
         outcome = self.scheduler.finish(slot, step, [self.token(s) for s in step.sampled])
         self.nodes.tell(outcome)
         assert all(not s.cancelled for s, _ in outcome.tokens)
@@ -184,9 +242,11 @@ def _sequences(step: Step) -> Iterator[Sequence]:
         yield part.sequence
 
 
-def cluster(*, batches: int = 1, blocks: int = 64, **more: int) -> Cluster:
+def cluster(*, batches: int = 1, blocks: int = 64, window: int | None = None, **more: int) -> Cluster:
     limits = {"prefill_tokens": 8, "max_batch": 4, "remote_tokens": 0, **more}
-    return Cluster(scheduler(batches=batches, blocks=blocks, prefix=KEYS, **limits), batches, blocks, **limits)
+    room = Room([blocks, blocks + 1], BLOCK, window=window)
+    nodes = WindowedNodes(blocks, window) if window else Nodes(blocks)
+    return Cluster(scheduler(batches=batches, room=room, prefix=KEYS, **limits), batches, nodes, **limits)
 
 
 def start(s: Scheduler, slot: int = 0) -> Step:
@@ -635,10 +695,14 @@ class Traffic(RuleBasedStateMachine):
     def learn(self, rows: int, compute: float, attention: float) -> None:
         self.c.scheduler.cost.observe(rows, 0, 9 * rows, compute, attention)
 
+    def blocks_of(self, sequence: Sequence) -> int:
+        """That a running sequence has taken."""
+        return -(-sequence.reserved // BLOCK)
+
     @invariant()
     def space_is_accounted_for(self) -> None:
         running = [s for s in self.c.everybody if s.slot >= 0]
-        held = sum(-(-s.reserved // BLOCK) for s in running)
+        held = sum(map(self.blocks_of, running))
         assert self.c.scheduler.free_blocks == self.blocks - held >= 0
         assert self.c.scheduler.running == len(running)
         assert self.c.scheduler.waiting == len(self.c.live) - sum(not s.cancelled for s in running)
@@ -653,6 +717,66 @@ class Traffic(RuleBasedStateMachine):
 
 Traffic.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 TestTraffic = Traffic.TestCase
+
+
+class WindowedTraffic(Traffic):
+    """The same with a window in all layers: what the scheduler has admitted by less space, the memory node has."""
+
+    @initialize(
+        batches=st.integers(1, 3),
+        blocks=st.integers(4, 24),
+        prefill_tokens=st.integers(1, 9),
+        remote_tokens=st.sampled_from([0, 2, 9]),
+        ahead_blocks=st.integers(1, 3),
+        window=st.integers(1, 20),
+    )
+    def start(  # type: ignore[override]
+        self, batches: int, blocks: int, prefill_tokens: int, remote_tokens: int, ahead_blocks: int, window: int
+    ) -> None:
+        self.batches, self.blocks, self.window = batches, blocks, window
+        self.c = cluster(
+            batches=batches,
+            blocks=blocks,
+            prefill_tokens=prefill_tokens,
+            max_batch=3,
+            remote_tokens=remote_tokens,
+            ahead_blocks=ahead_blocks,
+            window=window,
+        )
+
+    @rule(count=st.integers(1, 9))
+    def arrive(self, count: int) -> None:
+        assert isinstance(self.c.nodes, WindowedNodes)
+        self.c.nodes.arrive(count)
+
+    def blocks_of(self, sequence: Sequence) -> int:
+        most = window_blocks(self.window, len(sequence.tokens) + 1, BLOCK)
+        return min(super().blocks_of(sequence), most)
+
+
+WindowedTraffic.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestWindowedTraffic = WindowedTraffic.TestCase
+
+
+def test_windows_let_more_sequences_in() -> None:
+    """Long answers to short prompts: they hold a window each, not all that they have generated."""
+    running = []
+    for window in (None, 8):
+        c = cluster(blocks=40, window=window, max_batch=32, max_waiting=32, prefill_tokens=64)
+        for _ in range(16):
+            c.submit(make(4, 120))
+        most = 0
+        while c.live:
+            c.begin(0)
+            while c.asks:
+                c.answer()
+            if c.steps[0]:
+                if min(len(s.output) for s in c.live if s.slot >= 0) > 30:
+                    most = max(most, c.scheduler.running)
+                c.end(0)
+        running.append(most)
+        c.settle()
+    assert running[1] >= 2 * running[0] > 0
 
 
 @pytest.mark.slow

@@ -127,12 +127,14 @@ class RemoteShard:
         self._key_value_parts = views.parts(self._keys_values, slots, g.key_value_bytes, own)
         self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, own)
 
-    async def reserve(self, sequence: int, tokens: int, keys: Sequence[bytes] = ()) -> int:
+    async def reserve(self, sequence: int, tokens: int, keys: Sequence[bytes] = (), ahead: int | None = None) -> int:
         """Have space set aside before any of it is used, or more than before. CapacityError if there is none.
 
-        ``keys`` name leading blocks that a new sequence may share; returns how many positions of it were found.
+        ``keys`` name leading blocks that a new sequence may share, ``ahead`` says how far its layers can be apart (see
+        `lamina.protocol.Reserve`); returns how many positions of it were found.
         """
-        reserved = await self._ask(sequence, Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys)))
+        asked = Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys), ahead=ahead)
+        reserved = await self._ask(sequence, asked)
         assert isinstance(reserved, Reserved)
         return reserved.shared
 
@@ -340,7 +342,7 @@ async def reserve(shards: Sequence[RemoteShard], ask: Ask, block_tokens: int) ->
     while ask.stands():
         # Nothing may come between this and the sending: a Release would be overtaken.
         asked = [
-            shards[node].reserve(ask.id, tokens, place.keys_on(node, keys, block_tokens))
+            shards[node].reserve(ask.id, tokens, place.keys_on(node, keys, block_tokens), ask.ahead)
             for node, tokens in held.items()
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)

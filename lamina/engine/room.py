@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal
 
+from lamina.attention import window_blocks
 from lamina.engine.placement import Placement
 
 Partition = Literal["heads", "requests", "tokens"]
@@ -29,18 +30,29 @@ class Room:
     Those that begin alike go to the same node, where they can share what they have in common, unless another one has
     twice as many blocks free.
 
+    Where all layers have the same ``window``, no sequence holds more blocks at once than that reaches, and what its
+    layers can be apart. Such sequences are not striped.
+
     What sequences share counts for each of them, so that a memory node never has less than the account says.
     """
 
     def __init__(
-        self, blocks: Sequence[int], block_tokens: int, partition: Partition = "heads", *, stripes: bool = True
+        self,
+        blocks: Sequence[int],
+        block_tokens: int,
+        partition: Partition = "heads",
+        *,
+        stripes: bool = True,
+        window: int | None = None,
     ) -> None:
         self.block_tokens = block_tokens
         self._partition = partition
-        self._stripe = STRIPE_BLOCKS * block_tokens if stripes else None
+        self._stripe = STRIPE_BLOCKS * block_tokens if stripes and window is None else None
+        self._window = window
         self._blocks = list(blocks)
         self._free = list(blocks)
-        self._held: dict[Hashable, tuple[Placement, list[int]]] = {}
+        self._held: dict[Hashable, tuple[Placement, list[int], int]] = {}
+        """Where a sequence lies, its blocks by node, and the most that it ever has on one."""
         self._begun: OrderedDict[bytes, int] = OrderedDict()
         """By the key of a first block, where the last sequence with it began."""
 
@@ -71,16 +83,27 @@ class Room:
         return -(-tokens // self.block_tokens)
 
     def place(
-        self, sequence: Hashable, tokens: int, most: int, *, spare: int = 0, key: bytes | None = None
+        self,
+        sequence: Hashable,
+        tokens: int,
+        most: int,
+        *,
+        ahead: int | None = None,
+        spare: int = 0,
+        key: bytes | None = None,
     ) -> Placement | None:
         """Hold the positions 0..tokens-1 for a new sequence, which can come to need ``most``, and say where.
 
-        ``key`` is that of its first block. None, and nothing, if fewer than ``spare`` blocks would be left.
+        ``ahead`` is what its layers can be apart, in positions (None: anything), ``key`` that of its first block. None,
+        and nothing, if fewer than ``spare`` blocks would be left.
         """
-        if self.free - self.needed(tokens) < spare:
+        most_held = self.needed(most)
+        if self._window is not None and ahead is not None:
+            most_held = min(most_held, window_blocks(self._window, ahead, self.block_tokens))
+        if self.free - min(self.needed(tokens), most_held) < spare:
             return None
         for placement in dict.fromkeys((self._choose(most, key), self._choose(most, None))):
-            self._held[sequence] = placement, [0] * len(self._blocks)
+            self._held[sequence] = placement, [0] * len(self._blocks), most_held
             if self.extend(sequence, tokens):
                 if key is not None:
                     self._begun[key] = placement.nodes[0]
@@ -95,17 +118,17 @@ class Room:
         """Hold the positions 0..tokens-1 for a sequence; False, and no more than before, if there is no room."""
         if any(self.missing(sequence, tokens)):
             return False
-        placement, held = self._held[sequence]
+        placement, held, most_held = self._held[sequence]
         for node in placement.nodes:
-            wanted = max(held[node], self.needed(placement.held(node, tokens)))
+            wanted = max(held[node], min(self.needed(placement.held(node, tokens)), most_held))
             self._free[node] -= wanted - held[node]
             held[node] = wanted
         return True
 
     def missing(self, sequence: Hashable, tokens: int) -> list[int]:
         """By node, how many blocks would have to come free so that a sequence could hold the positions 0..tokens-1."""
-        placement, held = self._held[sequence]
-        wanted = [self.needed(placement.held(node, tokens)) for node in range(len(held))]
+        placement, held, most_held = self._held[sequence]
+        wanted = [min(self.needed(placement.held(node, tokens)), most_held) for node in range(len(held))]
         return [max(0, w - h - free) for w, h, free in zip(wanted, held, self._free, strict=True)]
 
     def held(self, sequences: Iterable[Hashable]) -> list[int]:
@@ -117,7 +140,7 @@ class Room:
 
     def give(self, sequence: Hashable) -> None:
         """Take back all that a sequence holds."""
-        _, held = self._held.pop(sequence)
+        _, held, _ = self._held.pop(sequence)
         self._free = [free + blocks for free, blocks in zip(self._free, held, strict=True)]
 
     def _choose(self, most: int, key: bytes | None) -> Placement:

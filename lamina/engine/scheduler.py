@@ -141,6 +141,8 @@ class Ask:
     had: int = 0
     """Positions for which there is space already; 0 for a sequence that is new there."""
     keys: tuple[bytes, ...] = ()
+    ahead: int | None = None
+    """By how many positions its layers can be apart at most, if it is new there. None: by any number."""
 
     def stands(self) -> bool:
         """Whether the sequence still runs under this id."""
@@ -431,10 +433,13 @@ class Scheduler:
             growing = sum(s.reserved < s.most_tokens for slot in self._slots for s in slot.sequences)
             # Never all of them: from the last one a token is to be sampled.
             keys = self._keys(sequence, len(tokens) - 1)
+            # A step can be planned while all that was prefilled is still on its way, whatever the order of the layers.
+            ahead = len(tokens) + 1
             placement = self._room.place(
                 sequence,
                 first,
                 sequence.most_tokens,
+                ahead=ahead,
                 spare=growing * self._ahead_blocks,
                 key=keys[0] if keys else None,
             )
@@ -444,7 +449,7 @@ class Scheduler:
             own.join(sequence)
             sequence.slot, sequence.id, sequence.placement = slot, next(self._ids), placement
             sequence.tokens, sequence.reserved = tokens, first
-            news.asks.append(Ask(sequence, sequence.id, placement, first, keys=keys))
+            news.asks.append(Ask(sequence, sequence.id, placement, first, keys=keys, ahead=ahead))
 
     def _grow(self, own: _Slot, news: _News) -> None:
         """Take more blocks for sequences that will need them in the next step, or need them in this one."""

@@ -83,7 +83,8 @@ class Tenant:
     def reserve(self, message: Reserve) -> int:
         """Set space aside; how many leading positions are shared. Errors are those of the cache."""
         if message.sequence not in self.cache.sequences:
-            return self.cache.reserve(message.sequence, message.tokens, keys=_split(message.keys))
+            keys = _split(message.keys)
+            return self.cache.reserve(message.sequence, message.tokens, ahead=message.ahead, keys=keys)
         self.cache.extend(message.sequence, message.tokens)
         return 0
 

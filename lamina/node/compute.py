@@ -135,7 +135,11 @@ class ComputeNode:
     def _room(self) -> Room:
         assembly = self._assembly
         blocks = [s.capacity_tokens // BLOCK_TOKENS for s in assembly.shards]
-        room = Room(blocks, BLOCK_TOKENS, self._config.pipeline.partition, stripes=not assembly.has_windows)
+        # Of one window alone: where layers have several, blocks of one kind can be in the way of the other's.
+        group, *others = assembly.layout.groups
+        window = None if others else group.window
+        partition, stripes = self._config.pipeline.partition, not assembly.has_windows
+        room = Room(blocks, BLOCK_TOKENS, partition, stripes=stripes, window=window)
         if room.most_tokens < assembly.context:
             least = min(assembly.shards, key=lambda s: s.capacity_tokens)
             raise CapacityError(

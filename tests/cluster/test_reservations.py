@@ -69,6 +69,9 @@ class Ends:
     def ship(self, ask: Ask, tokens: int, nodes: slice = slice(None)) -> None:
         """Send keys and values of the first positions, layer by layer."""
         kept = PromptKV(ask.id, tokens, LAYERS, torch.float32, torch.device("cpu"))
+        zeros = torch.zeros(tokens, LAYERS[0].kv_heads, LAYERS[0].qk_dim)
+        for layer in range(len(LAYERS)):
+            kept.store(layer, 0, zeros, zeros)
         for shard in self.shards[nodes]:
             for layer in range(len(LAYERS)):
                 self._device.loop.call_soon_threadsafe(shard.ship, kept, layer, 0, tokens, 0)
