@@ -47,7 +47,7 @@ class Wiring:
     """RDMA devices."""
     secret: Path | None = None
     tls: TlsFiles | None = None
-    peer_timeout: float = 2.0
+    peer_timeout: float = 4.0
 
     def keys(self) -> dict[str, str]:
         """Keys of ``[transport]``, and with other words for it options of ``lamina node``."""

@@ -193,7 +193,7 @@ def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path, prompt: l
             asked = [client.generate(**(long if i % 3 == 1 else short)) for i in range(9)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
             assert [isinstance(a, CapacityError) for a in answers] == [i % 3 == 1 for i in range(9)]
-            refusal = r"memory node m1: sequence 1 needs \d+ tokens of KV cache, 100 of 1000 are free"
+            refusal = r"memory node m1: sequence \d+ needs \d+ tokens of KV cache, 100 of 1000 are free"
             assert re.search(refusal, str(answers[1]))
             assert all(len(a.tokens) == 20 for a in answers if isinstance(a, lamina.Completion))
 
