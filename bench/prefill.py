@@ -33,7 +33,7 @@ from lamina.errors import ConfigError, LaminaError
 MODEL = MODELS["S"]
 SEQUENCES, CONTEXT = 8, 128
 """That decode, and the tokens of their prompts."""
-PROMPT_TOKENS, QUICK_PROMPT_TOKENS = 2048, 1024
+PROMPT_TOKENS, QUICK_PROMPT_TOKENS = 2048, 512
 PROMPTS, QUICK_PROMPTS = 4, 1
 PREFILL_TOKENS = (128, 512)
 ALONE_S = 1.0

@@ -15,19 +15,29 @@ from tests.oracle import Agreement, Oracle
 REQUESTS, NEW_TOKENS = 6, 400
 
 
-@pytest.mark.parametrize("partition", ["heads", pytest.param("requests", marks=pytest.mark.slow)])
-def test_long_answers_hold_a_window_each(partition: str, agreement: Agreement, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("partition", "compute"),
+    [
+        ("heads", [None]),
+        pytest.param("requests", [None], marks=pytest.mark.slow),
+        pytest.param("heads", [None, None], marks=pytest.mark.slow),
+    ],
+)
+def test_long_answers_hold_a_window_each(
+    partition: str, compute: list[str | None], agreement: Agreement, tmp_path: Path
+) -> None:
     """All layers have a window of 16 tokens: nobody has to give way, though all answers together would not fit."""
     checkpoint = FAMILIES["mistral"].save(tmp_path / "checkpoint")
     oracle, chosen = Oracle(checkpoint), random.Random(3)
     prompts = [[chosen.randrange(VOCABULARY) for _ in range(chosen.randint(1, 40))] for _ in range(REQUESTS)]
     sections = f'[pipeline]\nbatches = 2\nmax_batch = 4\nprefill_tokens = 24\npartition = "{partition}"'
     memory = "288KiB" if partition == "heads" else "576KiB"
-    config = harness.write_config(tmp_path, checkpoint, harness.free_ports(2), sections=sections, memory=memory)
-    nodes = [harness.start_node(config, name) for name in ("m0", "m1", "c0")]
+    ports = harness.free_ports(2)
+    config = harness.write_config(tmp_path, checkpoint, ports, sections=sections, memory=memory, compute=compute)
+    nodes = {node.name: harness.start_node(config, node.name) for node in config.node}
 
     async def main() -> None:
-        status = await harness.ready(config, nodes[-1])
+        status = await harness.ready(config, nodes["c0"])
         assert MAX_CONTEXT <= status.kv_tokens_total < REQUESTS * NEW_TOKENS // 2
         async with harness.client(config) as client:
             answers = await asyncio.gather(*(client.generate(p, max_tokens=NEW_TOKENS) for p in prompts))
@@ -41,6 +51,6 @@ def test_long_answers_hold_a_window_each(partition: str, agreement: Agreement, t
 
             await harness.eventually(idle)
 
-    with harness.running(*nodes):
+    with harness.running(*nodes.values()):
         asyncio.run(main())
-        assert nodes[-1].stop() == 0
+        assert nodes["c0"].stop() == 0
