@@ -52,24 +52,6 @@ def test_start_order_does_not_matter(checkpoint: Path, tmp_path: Path) -> None:
         asyncio.run(main())
 
 
-def test_a_memory_node_serves_one_compute_node_at_a_time(
-    checkpoint: Path, memory_ports: list[int], tmp_path: Path
-) -> None:
-    """The second is refused with the name of the first, which goes on."""
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    one = harness.write_config(tmp_path / "first", checkpoint, memory_ports[:1])
-    two = harness.write_config(tmp_path / "second", checkpoint, memory_ports[:1])
-    first = harness.start_node(one, "c0")
-    with harness.running(first):
-        asyncio.run(harness.ready(one, first))
-        second = harness.start_node(two, "c0")
-        with harness.running(second):
-            assert second.wait(40) == 1
-        assert "memory node m0: already serves compute node c0" in second.log.read_text()
-        assert first.stop() == 0
-
-
 def fails(arguments: list[str], status: int, *, timeout_s: float = 60) -> str:
     """Run the command, which must fail with one sentence and no traceback; the sentence."""
     done = subprocess.run(
