@@ -148,6 +148,7 @@ def write_config(
     *,
     dtype: str = "float32",
     memory: str = "16MiB",
+    quota: str | None = None,
     sections: str = "",
     model_keys: str = "",
     compiled: bool = False,
@@ -177,6 +178,8 @@ def write_config(
         address = wiring.memory_address(port)
         lines.append(f'[[node]]\nname = "m{i}"\nrole = "memory"\naddress = "{address}"\nthreads = 1')
         lines.append(f'memory = "{memory}"')
+        if quota:
+            lines.append(f'quota = "{quota}"')
         if wiring.memory_device:
             lines.append(f'rdma_device = "{wiring.memory_device}"')
     file = folder / "cluster.toml"

@@ -160,11 +160,14 @@ class RemoteShard:
 
     # -- a step, layer by layer
 
-    def plan(self, slot: int, step: int, told: StepPlan) -> None:
-        """Tell the memory node which rows the next step of ``slot`` consists of."""
+    def plan(self, slot: int, step: int, told: StepPlan, *, asks: bool = True) -> None:
+        """Say which rows the next step of ``slot`` consists of: to the memory node, if this node ``asks`` it anything in
+        this step and does not only get an answer."""
         assert self._remote is not None
         self._told[slot] = told
         self._views[slot] = {}
+        if not asks:
+            return
         tag = Tag(Kind.PLAN, slot, 0, step)
         self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(told), tag)
 

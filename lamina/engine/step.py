@@ -77,7 +77,8 @@ class StepRunner:
         parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
         answers = bytes(nodes[1:]) if self.schedule.nodes > 1 else b""
         for part in parts:
-            part.shard.plan(slot, number, replace(part.plan, answers=answers) if answers else part.plan)
+            plan = replace(part.plan, answers=answers) if answers else part.plan
+            part.shard.plan(slot, number, plan, asks=own in nodes[:last])
         for layer, node in enumerate(nodes):
             if node != own:
                 continue

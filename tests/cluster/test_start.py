@@ -52,24 +52,6 @@ def test_start_order_does_not_matter(checkpoint: Path, tmp_path: Path) -> None:
         asyncio.run(main())
 
 
-def test_a_memory_node_that_one_cluster_has_for_itself(
-    checkpoint: Path, memory_ports: list[int], tmp_path: Path
-) -> None:
-    """Without quotas the second is refused with the name of the first, which goes on."""
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    one = harness.write_config(tmp_path / "first", checkpoint, memory_ports[:1])
-    two = harness.write_config(tmp_path / "second", checkpoint, memory_ports[:1])
-    first = harness.start_node(one, "c0")
-    with harness.running(first):
-        asyncio.run(harness.ready(one, first))
-        second = harness.start_node(two, "c0")
-        with harness.running(second):
-            assert second.wait(40) == 1
-        assert re.search(r"memory node m0: .* is free \(c0-\w+ has \d+\); give others quotas", second.log.read_text())
-        assert first.stop() == 0
-
-
 def fails(arguments: list[str], status: int, *, timeout_s: float = 60) -> str:
     """Run the command, which must fail with one sentence and no traceback; the sentence."""
     done = subprocess.run(
