@@ -157,7 +157,7 @@ class _Peak:
 
     def _sample(self, pool: ThreadPoolExecutor) -> float:
         started = time.perf_counter()
-        operations = sum(pool.map(self._multiply, [self.ROUNDS] * self._threads))
+        operations: float = sum(pool.map(self._multiply, [self.ROUNDS] * self._threads))
         return operations / (time.perf_counter() - started)
 
 
