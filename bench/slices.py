@@ -1,15 +1,20 @@
 """Slices on a compute node's CPU, beside their matrix products alone and beside what the machine's memory delivers.
 
 With few sequences a slice is bound by the bytes of its weights, with many by arithmetic. So each figure stands beside
-two yardsticks of the same minute, type and threads: a plain read, which goes before and after every sample, and the
-products of the slice alone by oneDNN from packed weights, one call for each weight, taken in turns with the slice.
+three yardsticks of the same minute, type and threads: a plain read, which goes before and after every sample; what the
+cores multiply from registers, just before; and the products of the slice alone by oneDNN from packed weights, one call
+for each weight, taken in turns with the slice.
 Models have random weights and so many layers that no byte is still in the caches when it is visited again.
 """
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +23,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from lamina.attention.native.build import compiler
 from lamina.bench import report
-from lamina.bench.bandwidth import Bandwidth, Others, cache_bytes, check_threads, in_turns
+from lamina.bench.bandwidth import REPEATS, Bandwidth, Others, cache_bytes, check_threads, in_turns
 from lamina.errors import ConfigError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
@@ -27,7 +33,7 @@ from lamina.model.products import can_pack, pack
 from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
 
 DTYPE = torch.bfloat16
-BATCHES = (1, 2, 4, 8, 32, 128)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 QUICK_BATCHES = (1, 8, 32)
 
 CACHES = 6
@@ -42,6 +48,7 @@ COLUMNS = {
     "gbps": "GB/s",
     "read_gbps": "read",
     "read_ratio": "of read",
+    "peak_ratio": "of peak",
     "products_ms": "products ms",
     "products_ratio": "x products",
 }
@@ -103,18 +110,18 @@ def run(*, threads: int | None, compiled: bool, as_json: bool, quick: bool) -> N
         raise ConfigError("bench slices: this processor has no instructions for bfloat16, so nothing is packed")
     console = Console(stderr=True)
     torch.set_num_threads(threads)
-    others, bandwidth = Others(), Bandwidth(threads)
+    others, bandwidth, peak = Others(), Bandwidth(threads), _Peak(threads)
     shapes, batches = (SHAPES[:1], QUICK_BATCHES) if quick else (SHAPES, BATCHES)
     rows = []
     try:
         machine = {**report.machine(), "threads": threads, "compiled": compiled, "llc_bytes": cache_bytes()}
-        machine["read_gbps"] = bandwidth.all_threads()
+        machine |= {"read_gbps": bandwidth.all_threads(), "peak_gflops": peak.gflops()}
         with torch.inference_mode(), Progress(console=console, transient=True) as progress:
             task = progress.add_task("slices", total=2 * len(shapes) * len(batches))
             for shape in shapes:
                 for work in (_Slices(shape, compiled=compiled), _Projection(shape)):
                     for batch in batches:
-                        rows.append(_row(shape, work, batch, bandwidth))
+                        rows.append(_row(shape, work, batch, bandwidth, peak))
                         progress.advance(task)
     finally:
         bandwidth.close()
@@ -127,6 +134,31 @@ def run(*, threads: int | None, compiled: bool, as_json: bool, quick: bool) -> N
 
 
 Work = Callable[[int], object]
+
+
+class _Peak:
+    """What the cores do to numbers in registers, all of them at once."""
+
+    ROUNDS = 1_000_000
+
+    def __init__(self, threads: int) -> None:
+        source = Path(__file__).parent / "yardsticks" / "multiply.cpp"
+        with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
+            library = str(Path(folder) / "multiply.so")
+            subprocess.run([compiler(), "-O3", "-fPIC", "-shared", str(source), "-o", library], check=True)
+            self._multiply = ctypes.CDLL(library).lamina_multiply
+        self._multiply.restype, self._multiply.argtypes = ctypes.c_double, [ctypes.c_long]
+        self._threads = threads
+
+    def gflops(self) -> float:
+        """The best of a few samples: nothing makes it too high."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            return max(self._sample(pool) for _ in range(REPEATS)) / 1e9
+
+    def _sample(self, pool: ThreadPoolExecutor) -> float:
+        started = time.perf_counter()
+        operations: float = sum(pool.map(self._multiply, [self.ROUNDS] * self._threads))
+        return operations / (time.perf_counter() - started)
 
 
 class _Slices:
@@ -186,9 +218,8 @@ class _Products:
     """The yardstick: products alone, by oneDNN, from packed weights; ``copies`` of each."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], copies: int) -> None:
-        reorder = torch.ops.mkldnn._reorder_linear_weight
         self._inputs = [inputs for _, inputs in shapes]
-        self._weights = [[reorder(_random(*shape), 1) for shape in shapes] for _ in range(copies)]
+        self._weights = [[pack(_random(*shape)) for shape in shapes] for _ in range(copies)]
 
     def call(self, batch: int) -> Work:
         product = torch.ops.mkldnn._linear_pointwise.default
@@ -214,20 +245,24 @@ def _random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return some.repeat(-(-count // len(some)))[:count].view(shape)
 
 
-def _row(shape: Shape, work: _Slices | _Projection, batch: int, bandwidth: Bandwidth) -> report.Row:
+def _row(shape: Shape, work: _Slices | _Projection, batch: int, bandwidth: Bandwidth, peak: _Peak) -> report.Row:
     ours, products = work.calls(batch)
+    peak_gflops = peak.gflops()
     nbytes = work.numbers * DTYPE.itemsize
     read = bandwidth.compare(ours, work.copies, nbytes, one=False, settle=True)
     seconds = in_turns({"ours": ours, "products": products}, work.copies)
+    gflops = 2 * batch * work.numbers / seconds["ours"] / 1e9
     return {
         "model": shape.name,
         "part": work.part,
         "batch": batch,
         "ms": seconds["ours"] * 1e3,
-        "gflops": 2 * batch * work.numbers / seconds["ours"] / 1e9,
+        "gflops": gflops,
         "gbps": read.gbps,
         "read_gbps": read.read_gbps,
         "read_ratio": read.ratio,
+        "peak_gflops": peak_gflops,
+        "peak_ratio": gflops / peak_gflops,
         "products_ms": seconds["products"] * 1e3,
         "products_ratio": seconds["products"] / seconds["ours"],
     }

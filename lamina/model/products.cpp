@@ -29,7 +29,7 @@ constexpr int64_t kLine = 64;
 constexpr int64_t kOutputs = 64;  // of a panel
 constexpr int kVectors = kOutputs / 16;
 constexpr int64_t kPairBytes = kOutputs * 4;
-constexpr int64_t kChunk = 256;           // pairs: 64 KiB of a panel
+constexpr int64_t kChunk = 512;           // pairs: 128 KiB of a panel
 constexpr int64_t kStride = kChunk + 16;  // pairs from row to row, so that rows do not share the sets of a cache
 constexpr int64_t kBlockRows = 128;
 

@@ -68,9 +68,9 @@ def multiply(x, packed, bias, threads):
 )
 @settings(max_examples=60, deadline=None)
 @example(rows=1, outputs=64, inputs=1, bias=False, threads=1)
-@example(rows=7, outputs=33, inputs=513, bias=True, threads=3)
-@example(rows=12, outputs=130, inputs=512, bias=False, threads=1)
-@example(rows=13, outputs=65, inputs=514, bias=True, threads=1)
+@example(rows=7, outputs=33, inputs=1025, bias=True, threads=3)
+@example(rows=12, outputs=130, inputs=1024, bias=False, threads=1)
+@example(rows=13, outputs=65, inputs=1026, bias=True, threads=1)
 @example(rows=129, outputs=50, inputs=1090, bias=False, threads=3)
 def test_packed_product_is_the_product(rows, outputs, inputs, bias, threads):
     """Any number of rows; outputs and inputs that fill no panel, no chunk and no pair; one thread or three."""
