@@ -161,8 +161,8 @@ class RemoteShard:
     # -- a step, layer by layer
 
     def plan(self, slot: int, step: int, told: StepPlan, *, asks: bool = True) -> None:
-        """Say which rows the next step of ``slot`` consists of: to the memory node, if this node ``asks`` it anything in
-        this step and does not only get an answer."""
+        """Say which rows the next step of ``slot`` consists of: to the memory node, too, if this node ``asks`` it
+        anything in this step and does not only get an answer."""
         assert self._remote is not None
         self._told[slot] = told
         self._views[slot] = {}
