@@ -28,7 +28,8 @@ from lamina.engine.geometry import CHUNK_TOKENS
 from lamina.engine.orders import Done, Order
 from lamina.engine.prompts import PromptKV
 from lamina.engine.step import StepRunner
-from lamina.node import compute, daemon
+from lamina.node import daemon
+from lamina.node.compute import ComputeNode
 
 FIRST_TOKEN = 0
 
@@ -68,8 +69,7 @@ class FilledRunner(StepRunner):
 
 def main() -> int:
     config, name = load(Path(sys.argv[1])), sys.argv[2]
-    compute.StepRunner = FilledRunner  # type: ignore[attr-defined]
-    return daemon.run(name, compute.ComputeNode(config, config.find(name)).serve)
+    return daemon.run(name, ComputeNode(config, config.find(name), runner=FilledRunner).serve)
 
 
 if __name__ == "__main__":

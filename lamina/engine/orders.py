@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from lamina.engine.placement import Placement
 from lamina.engine.sampler import Sampling
@@ -16,27 +15,25 @@ Slot = Annotated[int, Meta(ge=0, lt=32)]
 MAX_STEP_TOKENS = 4096 + 65536
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True, array_like=True):
     """A token is sampled from the last row of a run, for this position."""
 
     sampling: Sampling
     position: int
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRun:
+class TokenRun(Struct, frozen=True, array_like=True):
     """Consecutive tokens of one sequence, from position ``start``: one that decodes, or a chunk of a prompt.
 
     Of the sequence, keys and values of the first ``here`` positions are kept on the compute nodes until its prompt is
     prefilled; the past of all others lies on the memory nodes of its ``placement``.
     """
 
-    sequence: int
-    start: int
-    tokens: list[int]
+    sequence: Count
+    start: Count
+    tokens: Annotated[list[Count], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
     placement: Placement
-    here: int = 0
+    here: Count = 0
     choice: Choice | None = None
 
     @property

@@ -41,10 +41,11 @@ class Assembly:
     attaches to the memory nodes and then tells the others as what to attach.
     """
 
-    def __init__(self, config: ClusterConfig, node: NodeConfig, device: Device) -> None:
+    def __init__(self, config: ClusterConfig, node: NodeConfig, device: Device, runner: type[StepRunner]) -> None:
         self._config = config
         self._node = node
         self._device = device
+        self._make_runner = runner
         self._options = config.options(node)
         self._hello = Hello("compute", node.name)
         self._others = [n for n in config.compute_nodes if n.name != node.name]
@@ -188,7 +189,7 @@ class Assembly:
                 )
 
         model = await self._device.run(read)
-        return StepRunner(
+        return self._make_runner(
             model,
             self._device,
             self.shards,

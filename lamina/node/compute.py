@@ -44,11 +44,13 @@ class ComputeNode:
     """The compute node ``node`` of a cluster. The first one of the file is the front: it serves clients, and tells the
     others what to do."""
 
-    def __init__(self, config: ClusterConfig, node: NodeConfig) -> None:
+    def __init__(self, config: ClusterConfig, node: NodeConfig, *, runner: type[StepRunner] = StepRunner) -> None:
+        """``runner`` runs steps; benchmarks have others."""
         self._config = config
         self._node = node
         self._options = config.options(node)
         self._device = Device(node.device or "cpu", cpus=node.pinned, threads=node.threads)
+        self._make_runner = runner
         self._assembly: Assembly
         self._is_front = node.name == config.front.name
         self._clients: set[Link] = set()
@@ -63,7 +65,7 @@ class ComputeNode:
 
     async def serve(self, stopping: asyncio.Event) -> None:
         """Start, serve, and when ``stopping`` is set answer what was asked before leaving."""
-        self._assembly = Assembly(self._config, self._node, self._device)
+        self._assembly = Assembly(self._config, self._node, self._device, self._make_runner)
         hello = Hello("compute", self._node.name)
         listener = await Listener.open(self._node.listen, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listener.address)
