@@ -200,7 +200,7 @@ class Loans:
             )
         return (
             f"a quota of {asked} bytes cannot be had: of {self.memory.nbytes} bytes {free} are free, {longest} of them "
-            f"in one piece ({have}); ask for less, or wait until somebody leaves"
+            f"in one piece ({have}); ask for less, give those a quota that have none, or wait until somebody leaves"
         )
 
 

@@ -65,4 +65,5 @@ def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: 
 
 
 def _wire_bytes(status: Status) -> int:
-    return sum(peer.bytes_sent + peer.bytes_received for peer in status.peers)
+    """Of the way between two compute nodes both tell; each counts what it sends."""
+    return sum(peer.bytes_sent + (peer.bytes_received if peer.kv_heads else 0) for peer in status.peers)

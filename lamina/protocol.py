@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from lamina.attention import LayerShape, Run
 from lamina.errors import LaminaError, ProtocolError
 from lamina.spans import Span
-from lamina.transport import RemoteRegion
+from lamina.transport import Link, RemoteRegion
 from lamina.validation import explain
 
 MAX_SPANS = 8192
@@ -29,6 +29,8 @@ Positive = Annotated[int, Meta(ge=1, le=2**31)]
 
 MAX_COMPUTE = 32
 """Compute nodes of a tenant."""
+FRONT = 0
+"""The number of the one that schedules."""
 KEY_BYTES = 16
 """Of the key of a block."""
 MAX_KEYS = 2**15
@@ -45,7 +47,7 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"
 class Attach(Message):
     """A compute node asks a memory node to hold a shard of the KV cache of its model.
 
-    The compute nodes of a tenant share one cache. The first of them to attach is its front, which alone reserves,
+    The compute nodes of a tenant share one cache. Its front, which has number 0, attaches first, and alone reserves,
     publishes and releases; the others say the same but for ``compute`` and ``outputs``.
     """
 
@@ -220,16 +222,28 @@ class AskStatus(Message):
 
 
 class Peer(Struct, frozen=True, kw_only=True):
-    """A memory node as its compute node sees it."""
+    """A memory node, or another compute node, as a compute node sees it."""
 
     name: str
     transport: str
     choice: str
     """What either end asked for, which transport was taken, and why."""
     kv_heads: int
-    """KV heads per layer that lie on the node."""
+    """KV heads per layer that lie on the node; 0 for a compute node."""
     bytes_sent: int
     bytes_received: int
+
+    @classmethod
+    def over(cls, link: Link, name: str, kv_heads: int = 0) -> Peer:
+        """The node at the other end of ``link``, which the file calls ``name``."""
+        return cls(
+            name=name,
+            transport=link.transport,
+            choice=link.choice,
+            kv_heads=kv_heads,
+            bytes_sent=sum(link.bytes_written),
+            bytes_received=sum(link.bytes_received),
+        )
 
 
 class TenantStatus(Struct, frozen=True, kw_only=True):

@@ -39,6 +39,7 @@ from lamina.transport.stream import Stream, secure, send_all, starts_tls
 
 HANDSHAKE_TIMEOUT = 5.0
 UPGRADE_TIMEOUT = 4.0
+LANE_IDLE_S = 60
 """Seconds that setting up one transport may take."""
 MAX_HANDSHAKES = 64
 """Connections that may be in their handshake at once, and as many links that are being set up."""
@@ -359,6 +360,9 @@ class _Entrance:
         # Small writes leave at once. Of a dead peer the heartbeats tell, not the kernel: that would end a lane, too,
         # whose peer is busy with a long operation and does not read (TCP_USER_TIMEOUT in tcp(7)).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A lane that rests carries no heartbeats of its own: whoever is in between must not forget it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LANE_IDLE_S)
         if self._tls is None:
             return Stream(sock)
         if not (self._connecting or await starts_tls(plain := Stream(sock))):

@@ -151,7 +151,7 @@ class Engine:
             self._wake()  # whoever waited behind it may be next
 
     async def run(self) -> None:
-        """Serve until cancelled, or until this node or a memory node fails: then all are told, and NodeError raised."""
+        """Serve until cancelled, or until this node or another one fails: then all are told, and NodeError raised."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as tasks:

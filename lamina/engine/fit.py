@@ -37,7 +37,8 @@ async def fit(
     ``run`` takes a step of a slot, with its number, through the slices; ``reserve`` has memory nodes set space aside,
     and ``release`` gives all of a sequence back. Rounds grow up to ``most_rows`` sequences and to prompts of
     ``most_tokens``, as long as the next should be over ``limit_s`` seconds of ``clock`` after the begin; at that time
-    the present one ends with its step. One that is refused space is the last. Only what was observed is left behind.
+    the present one ends with its step. One that is refused space is the last. What stays is what was observed, and that
+    counters of work have counted.
     """
     begun_s = clock()
     longest_s, numbers = 0.0, itertools.count()

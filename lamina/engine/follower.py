@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from lamina.engine.orders import Forget, Order
+from lamina.engine.orders import Forget, Limits, Order
 from lamina.engine.peer import ComputePeer
 from lamina.engine.remote import RemoteShard
 from lamina.engine.step import StepRunner
@@ -25,12 +25,14 @@ class Follower:
         shards: Sequence[RemoteShard],
         peers: Sequence[ComputePeer],
         front: ComputePeer,
+        limits: Limits,
     ) -> None:
         self._name = name
         self._runner = runner
         self._shards = shards
         self._peers = peers
         self._front = front
+        self._limits = limits
         self._ordered: asyncio.Queue[Order] = asyncio.Queue()
         self.steps = 0
         self.draining = False
@@ -49,8 +51,7 @@ class Follower:
                 while True:
                     tasks.create_task(self._do(await self._ordered.get()))
         except* LaminaError as group:
-            if not self.draining:  # else whoever leaves first, the others follow
-                raise first_error(group) from group
+            raise first_error(group) from group
         except* Exception as group:
             log.exception("event=internal_error")
             error = first_error(group)
@@ -63,6 +64,7 @@ class Follower:
 
     def _obey(self, message: Order | Forget) -> None:
         if isinstance(message, Order):
+            self._limits.check(message)
             self._ordered.put_nowait(message)
         else:
             self._runner.forget(message.sequences)

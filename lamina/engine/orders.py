@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from msgspec import Meta, Struct
 
 from lamina.engine.placement import Placement
 from lamina.engine.sampler import Sampling
 from lamina.engine.scheduler import DecodeRow, PromptChunk, Step
+from lamina.errors import ProtocolError
 from lamina.protocol import MAX_COMPUTE, Count, Message
 
 Slot = Annotated[int, Meta(ge=0, lt=32)]
@@ -68,6 +69,42 @@ def _prompt(chunk: PromptChunk) -> TokenRun:
     sequence = chunk.sequence
     choice = Choice(sequence.sampling, sequence.context) if chunk.completes else None
     return TokenRun(sequence.id, chunk.start, chunk.tokens, sequence.placement, sequence.here, choice)
+
+
+class Limits(NamedTuple):
+    """What an order has to keep to, as a compute node sees it: batch slots, tokens of a step, memory nodes, positions
+    of a sequence, and the vocabulary."""
+
+    slots: int
+    tokens: int
+    memory_nodes: int
+    context: int
+    vocabulary: int
+
+    def check(self, order: Order) -> None:
+        """ProtocolError for an order that could not be carried out."""
+        tokens = sum(len(run.tokens) for run in order.runs)
+        ordered = sorted(order.runs, key=lambda run: not run.remote) == order.runs
+        if order.slot >= self.slots or tokens > self.tokens or not ordered:
+            raise ProtocolError(
+                f"an order for batch slot {order.slot} of {tokens} tokens; expected a slot below {self.slots}, at most "
+                f"{self.tokens} tokens, and those whose past is remote first"
+            )
+        for run in order.runs:
+            place = run.placement
+            if (
+                not place.nodes
+                or min(place.nodes) < 0
+                or max(place.nodes) >= self.memory_nodes
+                or (place.stripe is not None and place.stripe < 1)
+                or max(run.here, run.start + len(run.tokens)) > self.context
+                or max(run.tokens) >= self.vocabulary
+            ):
+                raise ProtocolError(
+                    f"an order for {len(run.tokens)} positions from {run.start} of a sequence on {place}; expected "
+                    f"positions below {self.context}, tokens below {self.vocabulary}, and memory nodes below "
+                    f"{self.memory_nodes}"
+                )
 
 
 class Done(Message):

@@ -15,7 +15,7 @@ from lamina.engine.arrivals import Arrivals
 from lamina.engine.geometry import aligned
 from lamina.engine.orders import Done, Forget, Order
 from lamina.errors import LaminaError, NodeError, ProtocolError, TransportError
-from lamina.protocol import Enlist, Enlisted, Greeting, Kind, Refused, Tag, decode, encode
+from lamina.protocol import Enlist, Enlisted, Greeting, Kind, Peer, Refused, Tag, decode, encode
 from lamina.transport import Lane, Link, Region, RemoteRegion
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -87,10 +87,18 @@ class ComputePeer:
 
     def order(self, order: Order, home: asyncio.AbstractEventLoop) -> asyncio.Future[Done]:
         """Have it do its slices of a step; ``home`` is the node's loop, where messages are sent."""
+        if self.lost.done():
+            self.lost.result()
         done: asyncio.Future[Done] = self._device.loop.create_future()
         self._done[order.slot, order.step] = done
-        home.call_soon_threadsafe(self.send, order)
+        home.call_soon_threadsafe(self._send_order, order)
         return done
+
+    def _send_order(self, order: Order) -> None:
+        try:
+            self.send(order)
+        except LaminaError as error:  # nobody would ever answer
+            self._fail(NodeError(f"compute node {self.name} cannot be told what to do: {error}", node=self.name))
 
     def hand_over(self, slot: int, piece: int, step: int, values: Sequence[Tensor]) -> None:
         """Give it what slice ``piece`` starts from."""
@@ -102,12 +110,18 @@ class ComputePeer:
             out.view(value.dtype).view(value.shape).copy_(value)
             stop += aligned(value.nbytes)
         tag = Tag(Kind.CARRY, slot, piece, step).pack()
-        self.link.write(Lane.DECODE, self._remote, start, [self._out[start:stop]], tag)
+        try:
+            self.link.write(Lane.DECODE, self._remote, start, [self._out[start:stop]], tag)
+        except TransportError as error:
+            if not self.link.closed:
+                raise
+            # The link has ended just now, in its own thread, which has not come to tell us.
+            raise self._lost_by(error) from error
 
     async def take_over(self, slot: int, piece: int, step: int, shapes: Sequence[Shape]) -> list[Tensor]:
         """What it hands over for slice ``piece``, in tensors of these shapes and types.
 
-        They lie where they arrived, and are good until the step is over.
+        They lie where they arrived, and are good until that node hands over to this one again in the slot.
         """
         await self._arrivals.wait(slot, Tag(Kind.CARRY, slot, piece, step).pack())
         assert self._own is not None
@@ -150,7 +164,10 @@ class ComputePeer:
         self._arrivals.arrive(tag.slot, packed)
 
     def _on_lost(self, error: TransportError) -> None:
-        self._fail(NodeError(f"compute node {self.name} was lost: {error}", node=self.name))
+        self._fail(self._lost_by(error))
+
+    def _lost_by(self, error: TransportError) -> NodeError:
+        return NodeError(f"compute node {self.name} was lost: {error}", node=self.name)
 
     def _fail(self, error: LaminaError) -> None:
         for waiting in (self.lost, *self._replies.values()):
@@ -170,3 +187,12 @@ class ComputePeer:
     async def watch(self) -> None:
         """Wait until it is lost, and raise the NodeError that says so."""
         await self.lost
+
+    @property
+    def stale_tags(self) -> int:
+        """Carries that nobody waited for."""
+        return self._arrivals.stale
+
+    def describe(self) -> Peer:
+        """What the status says about the way to it."""
+        return Peer.over(self.link, self.name)

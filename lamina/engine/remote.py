@@ -314,14 +314,7 @@ class RemoteShard:
 
     def describe(self) -> Peer:
         """What the status of the compute node says about this memory node."""
-        return Peer(
-            name=self.name,
-            transport=self.link.transport,
-            choice=self.link.choice,
-            kv_heads=len(self._heads.kv[0]),
-            bytes_sent=sum(self.link.bytes_written),
-            bytes_received=sum(self.link.bytes_received),
-        )
+        return Peer.over(self.link, self.name, len(self._heads.kv[0]))
 
 
 def _fail(waiters: list[asyncio.Future[Any]], error: LaminaError) -> None:

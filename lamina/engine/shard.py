@@ -13,11 +13,12 @@ from lamina.attention import Partial, Plan, Rows, Run
 from lamina.device import Device
 from lamina.engine import views
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS
-from lamina.engine.tenant import FRONT, Tenant
+from lamina.engine.tenant import Tenant
 from lamina.engine.views import StepViews
 from lamina.errors import CapacityError, ProtocolError, TransportError
 from lamina.protocol import (
     CHUNK_HEADER,
+    FRONT,
     SECONDS,
     Attach,
     Attached,

@@ -211,7 +211,7 @@ class _Forward:
         """Go on with what came."""
         if self.local:
             *values, self._prompt_o = values
-        self._carry = tuple(values)
+        self._carry = tuple(value.to(self._model.device) for value in values)
 
     # -- slices
 
@@ -254,7 +254,7 @@ class _Forward:
             (part,) = self.parts
             o = part.shard.output(self._slot, layer)
             if o.shape[1] == self._shapes[layer].q_heads:
-                return o  # where it arrived
+                return o.to(self._model.device)  # on the CPU where it arrived
         shape, rows = self._shapes[layer], self._remote_rows + self._local_count
         o = torch.empty(rows, shape.q_heads, shape.v_dim, dtype=self._dtype, device=self._model.device)
         for part in self.parts:

@@ -12,8 +12,7 @@ from lamina.engine.peer import ComputePeer
 from lamina.engine.schedule import Schedule
 from lamina.engine.scheduler import Step
 from lamina.engine.step import StepRunner
-
-FRONT = 0
+from lamina.protocol import FRONT
 
 
 class Ran(NamedTuple):

@@ -16,9 +16,6 @@ from lamina.protocol import KEY_BYTES, Attach, Publish, Release, Reserve
 if TYPE_CHECKING:
     from lamina.engine.shard import AttentionShard
 
-FRONT = 0
-"""The number of the compute node that makes the tenant, and with which it ends."""
-
 
 class Tenant:
     """What a memory node has for the compute nodes that attach as one tenant; ``attach`` is what its front asked for.

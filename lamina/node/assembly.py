@@ -12,17 +12,17 @@ from lamina.attention import KVLayout
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.device import Device
 from lamina.engine.geometry import aligned, shard_by_heads, shard_whole
+from lamina.engine.orders import Limits
 from lamina.engine.peer import ComputePeer
 from lamina.engine.remote import RemoteShard
 from lamina.engine.schedule import Schedule
 from lamina.engine.step import StepRunner
-from lamina.engine.team import FRONT
 from lamina.errors import ConfigError, ConnectError, HandshakeError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, carry_shapes, cut_into_slices
 from lamina.model.weights import load_weights
-from lamina.protocol import Enlisted
+from lamina.protocol import FRONT, Enlisted
 from lamina.transport import Hello, Link, connect
 
 log = logging.getLogger("lamina.compute")
@@ -32,6 +32,12 @@ BLOCK_TOKENS = 16
 
 REMOTE_TOKENS = 64
 """The most prompt tokens of a step whose past lies on memory nodes, so that these are not kept long from others."""
+
+_IDLE = "each batch runs on one of them; set pipeline.batches to twice the number of replicas"
+_ROTATION = (
+    "layers change nodes from step to step, so long prompts are slow: all but their first chunks attend on the memory "
+    "nodes; a multiple of the replicas as pipeline.batches avoids that"
+)
 
 
 class Assembly:
@@ -161,6 +167,10 @@ class Assembly:
         if asked is not None and asked > most:
             raise ConfigError(f"{self._config.file}: model.context: {asked} is more than the model's {most}")
         self.context = asked or most
+        if firsts is None and len(ranges) > pipeline.batches:
+            log.warning("event=idle_replicas replicas=%d batches=%d reason=%r", len(ranges), pipeline.batches, _IDLE)
+        if not self.schedule.is_settled:
+            log.warning("event=rotation replicas=%d batches=%d reason=%r", len(ranges), pipeline.batches, _ROTATION)
 
     def _cut(self) -> Blueprint:
         with torch.inference_mode(False):
@@ -201,11 +211,26 @@ class Assembly:
 
     # -- the others
 
+    def limits(self) -> Limits:
+        """What orders have to keep to."""
+        return Limits(
+            slots=self._config.pipeline.batches,
+            tokens=self._step_tokens,
+            memory_nodes=len(self._config.memory_nodes),
+            context=self.context,
+            vocabulary=self.checkpoint.vocabulary,
+        )
+
+    @property
+    def _step_tokens(self) -> int:
+        """The most of one step."""
+        pipeline = self._config.pipeline
+        return pipeline.max_batch + REMOTE_TOKENS + pipeline.prefill_tokens
+
     async def meet(self) -> None:
         """Agree with the other compute nodes, and on where carries go."""
         pipeline = self._config.pipeline
-        tokens = pipeline.max_batch + REMOTE_TOKENS + pipeline.prefill_tokens
-        nbytes = _carry_bytes(self.blueprint, tokens)
+        nbytes = _carry_bytes(self.blueprint, self._step_tokens)
         terms = self._terms()
         found = await asyncio.gather(*(peer.greet(terms, pipeline.batches, nbytes) for peer in self.peers))
         for peer, theirs in zip(self.peers, found, strict=True):

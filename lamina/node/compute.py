@@ -16,8 +16,9 @@ from lamina.engine.cost import CostModel
 from lamina.engine.engine import Engine
 from lamina.engine.fit import ANSWER_TOKENS, fit
 from lamina.engine.follower import Follower
+from lamina.engine.peer import ComputePeer
 from lamina.engine.prefix import PrefixKeys
-from lamina.engine.remote import reserve
+from lamina.engine.remote import RemoteShard, reserve
 from lamina.engine.room import Room
 from lamina.engine.scheduler import Scheduler
 from lamina.engine.step import StepRunner
@@ -104,8 +105,13 @@ class ComputeNode:
             stop.cancel()
             if not running.done():
                 running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+        except NodeError as error:
+            if not (stopping.is_set() and worker is self._follower):
+                raise
+            log.info("event=left reason=%r", str(error))  # where all are told to stop, somebody leaves first
 
     def _give_up(self, reason: str) -> None:
         """Tell the other compute nodes why nothing more will come."""
@@ -123,7 +129,9 @@ class ComputeNode:
         await assembly.attach()
         if not self._is_front:
             self._runner = await assembly.load()
-            follower = Follower(self._node.name, self._runner, assembly.shards, assembly.peers, assembly.front)
+            follower = Follower(
+                self._node.name, self._runner, assembly.shards, assembly.peers, assembly.front, assembly.limits()
+            )
             await assembly.ready()
             self._follower = follower
             return follower
@@ -287,8 +295,9 @@ class ComputeNode:
         status.state = "draining" if worker.draining else "ready"
         status.model = assembly.checkpoint.fingerprint
         status.steps, status.layers = worker.steps, runner.layers
-        status.stale_tags = sum(s.stale_tags for s in assembly.shards)
-        status.peers = [s.describe() for s in assembly.shards]
+        ways: list[RemoteShard | ComputePeer] = [*assembly.shards, *assembly.peers]
+        status.stale_tags = sum(way.stale_tags for way in ways)
+        status.peers = [way.describe() for way in ways]
         if (engine := self._engine) is not None:
             status.requests_running = status.sequences = engine.running
             status.requests_waiting = engine.waiting
@@ -306,7 +315,7 @@ async def _unless(stopping: asyncio.Event, work: Any) -> Any:
     task, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
     try:
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        return task.result() if task.done() and not stopping.is_set() else None
     finally:
         stop.cancel()
         task.cancel()

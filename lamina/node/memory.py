@@ -15,12 +15,13 @@ from lamina.attention.pool import numa_node_of, numa_nodes
 from lamina.config import NodeConfig
 from lamina.device import Device
 from lamina.engine.shard import AttentionShard
-from lamina.engine.tenant import FRONT, Tenant
+from lamina.engine.tenant import Tenant
 from lamina.engine.turns import Turns
 from lamina.errors import ConfigError, LaminaError, ProtocolError
 from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
 from lamina.node.tracing import Tracing
 from lamina.protocol import (
+    FRONT,
     AskSpans,
     AskStatus,
     Attach,
@@ -166,7 +167,7 @@ class MemoryNode:
                 tenant = await self._admit(attach, loans)
             shard = AttentionShard(link, attach, tenant, self._device)
             log.info(
-                "event=attached peer=%s transport=%s choice=%r tenant=%s compute=%d model=%s layers=%d kv_heads=%d "
+                "event=attached peer=%s transport=%s choice=%r tenant=%r compute=%d model=%r layers=%d kv_heads=%d "
                 "bytes=%d capacity_tokens=%d",
                 peer,
                 link.transport,
@@ -209,9 +210,7 @@ class MemoryNode:
             tenant.check(attach)
             return tenant
         if tenant is not None:
-            raise ProtocolError(
-                f"tenant {name} is here already, with the front {tenant.shards[FRONT].peer}; tenants' names must differ"
-            )
+            raise ProtocolError(f"tenant {name} is here already; tenants' names must differ")
         memory = loans.lend(name, attach.quota)
         try:
             tenant = await self._device.run(Tenant, attach, self._attention, memory, self._turns)

@@ -63,7 +63,10 @@ def test_each_node_runs_its_part(
 
         async def main() -> tuple[list[list[int]], list[int]]:
             answers = await ask(config, nodes, temperature)
-            return answers, [(await harness.status_of(config, n)).layers for n in config.compute_nodes]
+            statuses = [await harness.status_of(config, n) for n in config.compute_nodes]
+            names = {n.name for n in config.node}
+            assert all({peer.name for peer in status.peers} == names - {status.name} for status in statuses)
+            return answers, [status.layers for status in statuses]
 
         with harness.running(*nodes.values()):
             return asyncio.run(main())
