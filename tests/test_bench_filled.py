@@ -24,8 +24,11 @@ def test_prompts_are_filled_in_at_random(tmp_path: Path) -> None:
 
     async def main() -> list[list[int]]:
         async with harness.client(config, deadline_s=60) as client:
-            while (await client.status()).state != "ready":
-                await asyncio.sleep(0.05)
+
+            async def ready() -> bool:
+                return (await client.status()).state == "ready"
+
+            await harness.eventually(ready, 60)
             answers = await asyncio.gather(
                 *(client.generate([token, *PROMPT], max_tokens=8, share_prefix=False) for token in range(4))
             )

@@ -130,7 +130,7 @@ def test_a_compute_node_that_does_not_fit_its_tenant_is_refused(port: int) -> No
         await free(port)
         assert "wants to join tenant t, and there is none of this name (there are none)" in await refusal(port, **one)
         async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, compute=2):
-            assert "tenant t is here already, with the front t0" in await refusal(port)
+            assert "tenant t is here already; tenants' names must differ" in await refusal(port)
             assert "compute node 2 of tenant t is attached already, as t2" in await refusal(port, compute=2)
             assert "there is none of this name (t)" in await refusal(port, tenant="u", **one)
             differing = {

@@ -100,7 +100,7 @@ def test_two_models_share_a_memory_node(
         await eventually(gone, 20)
 
     async def third() -> None:
-        config = cluster(tmp_path, "third", checkpoints[other], memory[0], "10MiB")
+        config = cluster(tmp_path, "third", checkpoints[other], memory[0], "6MiB")
         nodes["third"] = harness.start_node(config, "c0")
         with harness.running(nodes["third"]):
             await harness.ready(config, nodes["third"])
