@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
+from typing import Any
 
 from lamina.errors import LaminaError
 
@@ -46,8 +48,13 @@ class Arrivals:
     def fail(self, error: LaminaError) -> None:
         """Nothing will come any more: tell those who wait, and whoever will."""
         self._error = error
-        for _, done in self._awaited.values():
-            if not done.done():
-                done.set_exception(error)
-                done.exception()  # nobody has to hear it
+        fail((done for _, done in self._awaited.values()), error)
         self._awaited.clear()
+
+
+def fail(waiters: Iterable[asyncio.Future[Any]], error: LaminaError) -> None:
+    """Tell whoever waits; nobody has to hear it."""
+    for waiting in waiters:
+        if not waiting.done():
+            waiting.set_exception(error)
+            waiting.exception()

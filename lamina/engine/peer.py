@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lamina.device import Device
 from lamina.engine import views
-from lamina.engine.arrivals import Arrivals
+from lamina.engine.arrivals import Arrivals, fail
 from lamina.engine.geometry import aligned
 from lamina.engine.orders import Done, Forget, Order
 from lamina.errors import LaminaError, NodeError, ProtocolError, TransportError
@@ -170,18 +170,12 @@ class ComputePeer:
         return NodeError(f"compute node {self.name} was lost: {error}", node=self.name)
 
     def _fail(self, error: LaminaError) -> None:
-        for waiting in (self.lost, *self._replies.values()):
-            if not waiting.done():
-                waiting.set_exception(error)
-                waiting.exception()  # whoever waits is told; nobody has to
+        fail([self.lost, *self._replies.values()], error)
         self._device.loop.call_soon_threadsafe(self._fail_steps, error)
 
     def _fail_steps(self, error: LaminaError) -> None:
         self._arrivals.fail(error)
-        for waiting in self._done.values():
-            if not waiting.done():
-                waiting.set_exception(error)
-                waiting.exception()
+        fail(self._done.values(), error)
         self._done.clear()
 
     async def watch(self) -> None:

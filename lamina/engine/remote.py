@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from lamina.attention import KVLayout, Partial
 from lamina.device import Device
 from lamina.engine import views
-from lamina.engine.arrivals import Arrivals
+from lamina.engine.arrivals import Arrivals, fail
 from lamina.engine.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
 from lamina.engine.prompts import PromptKV
 from lamina.engine.scheduler import Ask
@@ -287,7 +286,7 @@ class RemoteShard:
 
     def _on_lost(self, error: TransportError) -> None:
         lost = self._lost_by(error)
-        _fail([self.lost, *self._replies.values()], lost)
+        fail([self.lost, *self._replies.values()], lost)
         self._device.loop.call_soon_threadsafe(self._arrivals.fail, lost)
 
     def _lost_by(self, error: TransportError) -> NodeError:
@@ -315,14 +314,6 @@ class RemoteShard:
     def describe(self) -> Peer:
         """What the status of the compute node says about this memory node."""
         return Peer.over(self.link, self.name, len(self._heads.kv[0]))
-
-
-def _fail(waiters: list[asyncio.Future[Any]], error: LaminaError) -> None:
-    """Tell whoever waits; nobody has to."""
-    for waiting in waiters:
-        if not waiting.done():
-            waiting.set_exception(error)
-            waiting.exception()
 
 
 async def reserve(shards: Sequence[RemoteShard], ask: Ask, block_tokens: int) -> int:
