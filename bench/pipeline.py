@@ -13,7 +13,6 @@ both nodes spent on it while they overlapped; what that is above the same work a
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -27,10 +26,11 @@ from rich.progress import Progress
 
 from lamina.bench import report
 from lamina.bench.checkpoints import Model, checkpoint
+from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
-from lamina.cluster import Cluster, free_ports
-from lamina.config import ClusterConfig, NodeConfig, load
+from lamina.cluster import Cluster
+from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import ConfigError, LaminaError
 from lamina.spans import Span
 from lamina.trace import Trace, record
@@ -319,21 +319,15 @@ async def _running(folder: Path, model: Path, batches: int, kind: type[Filled]) 
 
 
 def _write_config(folder: Path, model: Path, batches: int) -> ClusterConfig:
-    near, far = two_processors()
-    memory = BATCH * batches * (MAX_CONTEXT + MAX_TOKENS) * MODEL.kv_bytes_per_token
-    memory = min(memory, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    front, port = free_ports(2)
-    lines = [
-        f'[model]\npath = {json.dumps(str(model))}\ndtype = "bfloat16"\ncontext = {MAX_CONTEXT + MAX_TOKENS}',
-        f"[pipeline]\nbatches = {batches}\nmax_batch = {BATCH}\nprefill_tokens = 2048",
-        f'[transport]\nkind = "shm"\npeer_timeout = {PATIENCE_S}',
-        f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://127.0.0.1:{front}"\nthreads = 1\ncpus = "{near}"',
-        f'[[node]]\nname = "m0"\nrole = "memory"\naddress = "tcp://127.0.0.1:{port}"\nthreads = 1\ncpus = "{far}"',
-        f'memory = "{memory >> 20}MiB"',
-    ]
-    file = folder / "cluster.toml"
-    file.write_text("\n".join(lines) + "\n")
-    return load(file)
+    context = MAX_CONTEXT + MAX_TOKENS
+    memory = BATCH * batches * context * MODEL.kv_bytes_per_token
+    return write_pinned(
+        folder,
+        {"path": str(model), "dtype": "bfloat16", "context": context},
+        {"batches": batches, "max_batch": BATCH, "prefill_tokens": 2048},
+        memory=min(memory, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2),
+        peer_timeout=PATIENCE_S,
+    )
 
 
 # -- the picture

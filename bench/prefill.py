@@ -9,7 +9,6 @@ what a prompt of the same length takes when nobody decodes. All is seen by a cli
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import tempfile
 import time
@@ -24,10 +23,11 @@ from rich.progress import Progress
 
 from lamina.bench import report
 from lamina.bench.checkpoints import MODELS, checkpoint
+from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
-from lamina.cluster import Cluster, free_ports
-from lamina.config import ClusterConfig, load
+from lamina.cluster import Cluster
+from lamina.config import ClusterConfig
 from lamina.errors import ConfigError, LaminaError
 
 MODEL = MODELS["S"]
@@ -190,18 +190,11 @@ async def _running(folder: Path, model: Path, prefill_tokens: int) -> AsyncItera
 
 
 def _write_config(folder: Path, model: Path, prefill_tokens: int) -> ClusterConfig:
-    near, far = two_processors()
     context = PROMPT_TOKENS + MAX_TOKENS
-    memory = (SEQUENCES + 2) * context * MODEL.kv_bytes_per_token
-    front, port = free_ports(2)
-    lines = [
-        f"[model]\npath = {json.dumps(str(model))}\ncontext = {context}",
-        f"[pipeline]\nbatches = 1\nmax_batch = {SEQUENCES + 1}\nprefill_tokens = {prefill_tokens}",
-        f'[transport]\nkind = "shm"\npeer_timeout = {PATIENCE_S}',
-        f'[[node]]\nname = "c0"\nrole = "compute"\naddress = "tcp://127.0.0.1:{front}"\nthreads = 1\ncpus = "{near}"',
-        f'[[node]]\nname = "m0"\nrole = "memory"\naddress = "tcp://127.0.0.1:{port}"\nthreads = 1\ncpus = "{far}"',
-        f'memory = "{memory >> 20}MiB"',
-    ]
-    file = folder / "cluster.toml"
-    file.write_text("\n".join(lines) + "\n")
-    return load(file)
+    return write_pinned(
+        folder,
+        {"path": str(model), "context": context},
+        {"batches": 1, "max_batch": SEQUENCES + 1, "prefill_tokens": prefill_tokens},
+        memory=(SEQUENCES + 2) * context * MODEL.kv_bytes_per_token,
+        peer_timeout=PATIENCE_S,
+    )
