@@ -26,10 +26,10 @@ from rich.progress import Progress
 
 from lamina.bench import report
 from lamina.client import Client, Stream, connect
-from lamina.cluster import Cluster, local_config
+from lamina.cluster.local import Cluster, local_config
 from lamina.demo.run import CHECKPOINT
 from lamina.errors import LaminaError
-from lamina.figures import Figures, between
+from lamina.ops.figures import Figures, between
 
 BATCHES = (1, 4, 16, 64)
 QUICK_BATCHES = (1, 16)

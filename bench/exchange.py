@@ -31,22 +31,23 @@ from lamina.bench import report
 from lamina.bench.ends import Task
 from lamina.bench.variants import Setting, two_processors
 from lamina.bench.yardsticks import Program
-from lamina.cluster import free_ports
+from lamina.cluster.local import free_ports
+from lamina.compute.shard import RemoteShard
+from lamina.compute.step import StepRunner
 from lamina.config import NodeConfig
-from lamina.device import Device
-from lamina.engine.engine import Engine
-from lamina.engine.geometry import shard_by_heads
-from lamina.engine.remote import RemoteShard
-from lamina.engine.room import Room
-from lamina.engine.sampler import Sampling
-from lamina.engine.scheduler import Scheduler
-from lamina.engine.step import StepRunner
-from lamina.engine.team import Team
 from lamina.errors import LaminaError
+from lamina.front.blocks import Room
+from lamina.front.engine import Engine
+from lamina.front.scheduler import Scheduler
+from lamina.front.team import Team
 from lamina.model.slices import Head, SlicedModel, StepConstants, Tail
 from lamina.node.memory import MemoryNode
-from lamina.protocol import AskStatus, Status, decode, encode
+from lamina.runtime.device import Device
 from lamina.transport import Address, Hello, Link, Options, connect
+from lamina.wire.admin import AskStatus, Status
+from lamina.wire.codec import decode, encode
+from lamina.wire.geometry import shard_by_heads
+from lamina.wire.requests import Sampling
 
 BATCHES, FLIGHTS = (1, 32), (1, 2, 4)
 """Sequences of a batch, and batches in flight."""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lamina.device import let_idle_threads_sleep
+from lamina.runtime.device import let_idle_threads_sleep
 
 let_idle_threads_sleep()  # as ``lamina node`` does, before torch is there
 
@@ -23,13 +23,13 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from lamina.attention import LayerShape
+from lamina.compute.prompts import PromptKV
+from lamina.compute.step import StepRunner
 from lamina.config import load
-from lamina.engine.geometry import CHUNK_TOKENS
-from lamina.engine.orders import Done, Order
-from lamina.engine.prompts import PromptKV
-from lamina.engine.step import StepRunner
 from lamina.node import daemon
 from lamina.node.compute import ComputeNode
+from lamina.wire.geometry import CHUNK_TOKENS
+from lamina.wire.orders import Done, Order
 
 FIRST_TOKEN = 0
 

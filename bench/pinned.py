@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lamina.bench.variants import two_processors
-from lamina.cluster import free_ports
+from lamina.cluster.local import free_ports
 from lamina.config import ClusterConfig, load
 
 

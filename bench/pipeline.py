@@ -29,11 +29,11 @@ from lamina.bench.checkpoints import Model, checkpoint
 from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
-from lamina.cluster import Cluster
+from lamina.cluster.local import Cluster
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import ConfigError, LaminaError
-from lamina.spans import Span
-from lamina.trace import Trace, record
+from lamina.ops.trace import Trace, record
+from lamina.runtime.spans import Span
 
 MODEL = Model("P", hidden=1024, ffn=2816, layers=12, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)
 """Of grouped queries: there, k and v are little of the work, so that little of one batch alone overlaps."""

@@ -26,7 +26,7 @@ from lamina.bench.checkpoints import MODELS, checkpoint
 from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
-from lamina.cluster import Cluster
+from lamina.cluster.local import Cluster
 from lamina.config import ClusterConfig
 from lamina.errors import ConfigError, LaminaError
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from lamina.bench.filled import main
-from lamina.engine.remote import RemoteShard
+from lamina.compute.shard import RemoteShard
 
 _send_query, _send_key_value = RemoteShard.send_query, RemoteShard.send_key_value
 _late: dict[tuple[RemoteShard, int], Any] = {}

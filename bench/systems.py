@@ -19,10 +19,10 @@ from lamina import __version__
 from lamina.bench.checkpoints import Model
 from lamina.bench.installed import Environment, UnavailableError, last_line
 from lamina.client import Client, Stream, connect
-from lamina.cluster import Cluster, free_ports
+from lamina.cluster.local import Cluster, free_ports
 from lamina.config import ClusterConfig, NodeConfig, load
 from lamina.errors import LaminaError
-from lamina.figures import between
+from lamina.ops.figures import between
 
 PEER_TIMEOUT_S = 60.0
 """Silence on Lamina's links, while other systems start on the same cores."""

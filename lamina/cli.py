@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from msgspec.structs import replace
 
-from lamina.device import let_idle_threads_sleep
 from lamina.errors import ConfigError, LaminaError
+from lamina.runtime.device import let_idle_threads_sleep
 from lamina.transport import Address
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def secret(file: Annotated[Path, typer.Argument(help="The file to make, for tran
 @app.command()
 def up(config: Annotated[Path, typer.Argument(help="The file that wires the cluster.")]) -> None:
     """Start every node of a cluster file on this machine and show their states until Ctrl-C."""
+    from lamina.cluster.up import run
     from lamina.config import load
-    from lamina.up import run
 
     raise typer.Exit(run(load(config)))
 
@@ -226,7 +226,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Look for what a cluster lacks: in this machine and, with a file, in its nodes and between them."""
-    from lamina.doctor.report import run
+    from lamina.ops.doctor.report import run
 
     raise typer.Exit(run(config, step_ms=step_ms, as_json=as_json))
 
@@ -239,7 +239,7 @@ def trace(
 ) -> None:
     """Record what every node of a running cluster computes, by batch and layer."""
     from lamina.config import load
-    from lamina.trace import run
+    from lamina.ops.trace import run
 
     run(load(config), seconds, out)
 

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from lamina import errors, protocol
+from lamina import errors
 from lamina.config import read_secret
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, RequestError, TransportError
-from lamina.protocol import AskStatus, Cancel, Failed, Finished, Generate, Status, ToClient, decode, encode
 from lamina.transport import Address, Hello, Link, Options, TlsFiles
 from lamina.transport import connect as connect_link
 from lamina.validation import explain
+from lamina.wire.admin import AskStatus, Status
+from lamina.wire.codec import decode, encode
+from lamina.wire.requests import Cancel, Failed, Finished, Generate, Generated, ToClient
 
 
 class Token(NamedTuple):
@@ -72,7 +74,7 @@ class Client:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._ids = itertools.count(1)
-        self._streams: dict[int, asyncio.Queue[protocol.Token | Finished | LaminaError]] = {}
+        self._streams: dict[int, asyncio.Queue[Generated | Finished | LaminaError]] = {}
         self._asked: list[asyncio.Future[Status]] = []
         self._failure: LaminaError | None = None
         link.on_message, link.on_lost = self._on_message, self._on_lost
@@ -152,7 +154,7 @@ class Client:
             case Failed(id=int(id_)) as failure:
                 if stream := self._streams.get(id_):
                     stream.put_nowait(_error(failure))
-            case (protocol.Token(id=id_) | Finished(id=id_)) as message:
+            case (Generated(id=id_) | Finished(id=id_)) as message:
                 if stream := self._streams.get(id_):
                     stream.put_nowait(message)
 
@@ -186,7 +188,7 @@ class Stream:
         self.held_back = ""
         self._client = client
         self._request = request
-        self._queue: asyncio.Queue[protocol.Token | Finished | LaminaError] | None = None
+        self._queue: asyncio.Queue[Generated | Finished | LaminaError] | None = None
         self._loop = asyncio.get_running_loop()
 
     def __aiter__(self) -> Stream:
@@ -204,7 +206,7 @@ class Stream:
             await self.aclose()
             raise
         match item:
-            case protocol.Token(token=token, text=text):
+            case Generated(token=token, text=text):
                 return Token(token, text)
             case Finished() as end:
                 self._leave()

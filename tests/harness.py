@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import lamina
-from lamina.cluster import free_ports
+from lamina.cluster.local import free_ports
 from lamina.config import ClusterConfig, NodeConfig, load, write_secret
-from lamina.protocol import AskStatus, Status, decode, encode
 from lamina.transport import Hello, TlsFiles, connect
+from lamina.wire.admin import AskStatus, Status
+from lamina.wire.codec import decode, encode
 
 START_TIMEOUT_S = 60.0
 

@@ -11,8 +11,8 @@ import pytest
 
 from lamina.bench.pipeline import Window
 from lamina.errors import LaminaError
-from lamina.spans import Span
-from lamina.trace import Trace
+from lamina.ops.trace import Trace
+from lamina.runtime.spans import Span
 
 
 def traces(compute: list[Span], memory: list[Span]) -> dict[str, Trace]:

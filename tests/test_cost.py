@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.engine.cost import CostModel, Load, Pace
+from lamina.front.cost import CostModel, Load, Pace
 
 times = st.floats(0, 1e3) | st.sampled_from([math.nan, math.inf, -1.0, 1e-12, 1e12])
 observations = st.lists(

@@ -17,11 +17,12 @@ import pytest
 
 from lamina.config import ClusterConfig, write_secret
 from lamina.demo.run import CHECKPOINT
-from lamina.doctor import machine
-from lamina.doctor.finding import Finding, guarded
-from lamina.probe import MAX_ECHOES, ROLE, measure
-from lamina.protocol import Echo, Probe, Probed, decode, encode
+from lamina.node.probe import MAX_ECHOES, ROLE, measure
+from lamina.ops.doctor import machine
+from lamina.ops.doctor.finding import Finding, guarded
 from lamina.transport import Hello, Link, Options, Region, connect
+from lamina.wire.admin import Echo, Probe, Probed
+from lamina.wire.codec import decode, encode
 from tests import harness
 from tests.harness import Wiring
 

@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from lamina.engine.cost import Load
-from lamina.engine.fit import ANSWER_TOKENS, fit
-from lamina.engine.room import Room
-from lamina.engine.scheduler import Ask, Scheduler, Step
-from lamina.engine.team import Ran
 from lamina.errors import CapacityError
+from lamina.front.blocks import Room
+from lamina.front.cost import Load
+from lamina.front.fit import ANSWER_TOKENS, fit
+from lamina.front.scheduler import Ask, Scheduler, Step
+from lamina.front.team import Ran
 
 
 class Machine:

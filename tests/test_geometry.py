@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.attention import LayerShape, Run
-from lamina.engine.geometry import Geometry, shard_by_heads, split_heads
 from lamina.errors import ConfigError, ProtocolError
-from lamina.protocol import Attach, ChunkHeader, Kind, StepPlan, Tag, decode, encode, pack_plan, plan_bytes, unpack_plan
 from lamina.transport import RemoteRegion
+from lamina.wire.codec import decode, encode
+from lamina.wire.geometry import Geometry, shard_by_heads, split_heads
+from lamina.wire.plan import ChunkHeader, StepPlan, pack_plan, plan_bytes, unpack_plan
+from lamina.wire.tags import Kind, Tag
+from lamina.wire.tenants import Attach
 
 
 @given(st.integers(1, 128), st.integers(1, 16))

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
-from lamina.engine.orders import Choice, Limits, Order, TokenRun
-from lamina.engine.placement import Placement
-from lamina.engine.sampler import Sampling
 from lamina.errors import ProtocolError
-from lamina.protocol import decode, encode
 from lamina.transport.messages import MAX_MESSAGE, decode_message, encode_message
+from lamina.wire.codec import decode, encode
+from lamina.wire.orders import Choice, Limits, Order, TokenRun
+from lamina.wire.placement import Placement
+from lamina.wire.requests import Sampling
 
 LIMITS = Limits(slots=2, tokens=16, memory_nodes=3, context=100, vocabulary=1000)
 RUN = TokenRun(7, 10, [1, 2], Placement((0, 2), 256), choice=Choice(Sampling(), 12))

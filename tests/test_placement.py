@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.engine.placement import Placement, RemoteRun, route
+from lamina.wire.placement import Placement, RemoteRun, route
 
 NODES = 4
 

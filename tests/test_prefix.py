@@ -8,7 +8,7 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.engine.prefix import PrefixKeys
+from lamina.front.prefix import PrefixKeys
 
 FACTS = {"model": "m", "dtype": "bfloat16", "kv_dtype": "int8", "block_tokens": 3}
 tokens = st.lists(st.integers(0, 2), max_size=12)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.engine.sampler import Sampling, sample, uniform
+from lamina.compute.sampler import sample, uniform
+from lamina.wire.requests import Sampling
 
 LOGITS = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0])
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.engine.schedule import Schedule, replica
+from lamina.compute.schedule import Schedule, replica
 
 SHAPES = [(batches, replicas) for batches in range(1, 9) for replicas in range(1, 5)]
 TURNS = 64

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lamina.attention import KVCache, KVLayout, LayerShape, Memory, Pool, Rows, Run, window_blocks
-from lamina.engine.cost import CostModel
-from lamina.engine.prefix import PrefixKeys
-from lamina.engine.room import Room
-from lamina.engine.sampler import Sampling
-from lamina.engine.scheduler import Ask, Outcome, Scheduler, Sequence, Step
-from lamina.engine.waiting import FIRST_COME_EVERY, Waiting
 from lamina.errors import CapacityError
+from lamina.front.blocks import Room
+from lamina.front.cost import CostModel
+from lamina.front.prefix import PrefixKeys
+from lamina.front.scheduler import Ask, Outcome, Scheduler, Sequence, Step
+from lamina.front.waiting import FIRST_COME_EVERY, Waiting
+from lamina.wire.requests import Sampling
 
 BLOCK = 4
 STOP = 99

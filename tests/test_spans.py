@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from lamina.device import Device
-from lamina.spans import MAX_SPANS, Place, Recorder, Span
-from lamina.trace import Trace, chrome
+from lamina.ops.trace import Trace, chrome
+from lamina.runtime.device import Device
+from lamina.runtime.spans import MAX_SPANS, Place, Recorder, Span
 
 
 def test_the_last_spans_stay() -> None:

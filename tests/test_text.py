@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lamina.demo.run import CHECKPOINT
 from lamina.errors import RequestError
-from lamina.node.front import TextStream, Tokenizer
+from lamina.front.text import TextStream, Tokenizer
 
 CONTEXT = 64
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lamina.device import Device
-from lamina.engine.turns import Share, Turns
+from lamina.memory.fair_queue import Share, Turns
+from lamina.runtime.device import Device
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lamina.client import connect
-from lamina.cluster import Cluster, local_config
+from lamina.cluster.local import Cluster, local_config
 from lamina.config import ClusterConfig
 from lamina.demo.stories import DEMO_PROMPT
 from lamina.errors import LaminaError
-from lamina.figures import between
-from lamina.protocol import Status
+from lamina.ops.figures import between
+from lamina.wire.admin import Status
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 MAX_TOKENS = 320

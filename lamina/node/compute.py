@@ -10,27 +10,33 @@ from dataclasses import replace
 from typing import Any
 
 from lamina.attention import KVLayout
+from lamina.compute.follower import Follower
+from lamina.compute.peer import ComputePeer
+from lamina.compute.shard import RemoteShard
+from lamina.compute.step import StepRunner
 from lamina.config import ClusterConfig, NodeConfig
-from lamina.device import Device
-from lamina.engine.cost import CostModel
-from lamina.engine.engine import Engine
-from lamina.engine.fit import ANSWER_TOKENS, fit
-from lamina.engine.follower import Follower
-from lamina.engine.peer import ComputePeer
-from lamina.engine.prefix import PrefixKeys
-from lamina.engine.remote import RemoteShard, reserve
-from lamina.engine.room import Room
-from lamina.engine.scheduler import Scheduler
-from lamina.engine.step import StepRunner
-from lamina.engine.team import Team
 from lamina.errors import CapacityError, ConfigError, LaminaError, NodeError
-from lamina.node.assembly import BLOCK_TOKENS, REMOTE_TOKENS, Assembly
-from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
-from lamina.node.front import ClientSession, Tokenizer
-from lamina.node.tracing import Tracing
-from lamina.probe import measure
-from lamina.protocol import AskSpans, AskStatus, Failed, Probe, Probed, Record, Refused, Status, decode, encode
+from lamina.front.blocks import Room
+from lamina.front.cost import CostModel
+from lamina.front.engine import Engine
+from lamina.front.fit import ANSWER_TOKENS, fit
+from lamina.front.prefix import PrefixKeys
+from lamina.front.scheduler import Scheduler
+from lamina.front.session import ClientSession
+from lamina.front.space import reserve
+from lamina.front.team import Team
+from lamina.front.text import Tokenizer
+from lamina.node.assemble import BLOCK_TOKENS, REMOTE_TOKENS, Assembly
+from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.monitor import Tracing
+from lamina.node.probe import measure
+from lamina.runtime.device import Device
 from lamina.transport import Hello, Link, Listener
+from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Status
+from lamina.wire.codec import decode, encode
+from lamina.wire.questions import answer
+from lamina.wire.requests import Failed
+from lamina.wire.tenants import Refused
 
 log = logging.getLogger("lamina.compute")
 

@@ -11,13 +11,8 @@ import uvloop
 
 from lamina import log as logs
 from lamina.errors import LaminaError
-from lamina.protocol import Message, encode
-from lamina.transport import Link
 
 log = logging.getLogger("lamina.node")
-
-MAX_PENDING_BYTES = 4 * 2**20
-"""What a client or monitor may leave unread before its link is ended."""
 
 DRAIN_TIMEOUT_S = 30.0
 """How long a node that was told to stop may take to finish what it has begun."""
@@ -59,14 +54,3 @@ async def _main(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
         return 1
     log.info("event=stopped")
     return 0
-
-
-def answer(link: Link, message: Message) -> bool:
-    """Send to a client or monitor, unless it is gone; end the link of one that does not read, and return False."""
-    if link.closed:
-        return False
-    if link.pending_bytes > MAX_PENDING_BYTES:
-        link.abort(f"{link.pending_bytes} bytes are left unread")
-        return False
-    link.send(encode(message))
-    return True

@@ -7,33 +7,25 @@ import logging
 import os
 from typing import Any
 
-from lamina import probe
 from lamina.attention import Loans, Memory, default_backend
 from lamina.attention.backend import require_backend
 from lamina.attention.native.library import choose_isa
 from lamina.attention.pool import numa_node_of, numa_nodes
 from lamina.config import NodeConfig
-from lamina.device import Device
-from lamina.engine.shard import AttentionShard
-from lamina.engine.tenant import Tenant
-from lamina.engine.turns import Turns
 from lamina.errors import ConfigError, LaminaError, ProtocolError
-from lamina.node.daemon import DRAIN_TIMEOUT_S, answer
-from lamina.node.tracing import Tracing
-from lamina.protocol import (
-    FRONT,
-    AskSpans,
-    AskStatus,
-    Attach,
-    Failed,
-    Record,
-    Refused,
-    Status,
-    TenantStatus,
-    decode,
-    encode,
-)
+from lamina.memory.fair_queue import Turns
+from lamina.memory.serving import AttentionShard
+from lamina.memory.tenant import Tenant
+from lamina.node import probe
+from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.monitor import Tracing
+from lamina.runtime.device import Device
 from lamina.transport import Hello, Link, Listener, Options
+from lamina.wire.admin import AskSpans, AskStatus, Record, Status, TenantStatus
+from lamina.wire.codec import FRONT, decode, encode
+from lamina.wire.questions import answer
+from lamina.wire.requests import Failed
+from lamina.wire.tenants import Attach, Refused
 
 log = logging.getLogger("lamina.memory")
 

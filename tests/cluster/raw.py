@@ -11,28 +11,15 @@ import torch
 from torch import Tensor
 
 from lamina.attention import LayerShape
-from lamina.engine import views
-from lamina.engine.geometry import Geometry
-from lamina.engine.views import StepViews
-from lamina.protocol import (
-    AskStatus,
-    Attach,
-    Attached,
-    FromMemory,
-    Kind,
-    Message,
-    Refused,
-    Release,
-    Reserve,
-    Reserved,
-    Status,
-    StepPlan,
-    Tag,
-    decode,
-    encode,
-    pack_plan,
-)
 from lamina.transport import Address, Hello, Lane, Link, Options, Region, connect
+from lamina.wire import views
+from lamina.wire.admin import AskStatus, Status
+from lamina.wire.codec import Message, decode, encode
+from lamina.wire.geometry import Geometry
+from lamina.wire.plan import StepPlan, pack_plan
+from lamina.wire.tags import Kind, Tag
+from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved
+from lamina.wire.views import StepViews
 
 PATIENCE_S = 30.0
 

@@ -14,9 +14,11 @@ import lamina
 from lamina.config import ClusterConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import CapacityError, LaminaError, TransportError
-from lamina.protocol import AskStatus, Generate, encode
 from lamina.transport import Hello, Link, Options
 from lamina.transport import connect as connect_link
+from lamina.wire.admin import AskStatus
+from lamina.wire.codec import encode
+from lamina.wire.requests import Generate
 from tests import harness
 from tests.families import FAMILIES, MAX_CONTEXT
 

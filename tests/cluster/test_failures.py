@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.cluster import Cluster
+from lamina.cluster.local import Cluster
 from lamina.config import ClusterConfig
 from lamina.errors import LaminaError, NodeError
 from tests import harness

@@ -16,8 +16,9 @@ from lamina.attention import LayerShape
 from lamina.attention.backend import require_backend
 from lamina.config import ClusterConfig
 from lamina.errors import CapacityError, ConfigError
-from lamina.protocol import Attach, encode
 from lamina.transport import Address, Hello, Region, connect
+from lamina.wire.codec import encode
+from lamina.wire.tenants import Attach
 from tests import harness
 from tests.cluster.test_families import PROMPTS, gaps
 from tests.families import FAMILIES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.protocol import Status
+from lamina.wire.admin import Status
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY
 from tests.oracle import Agreement, Oracle

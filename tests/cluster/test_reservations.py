@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from lamina.attention import KVLayout, LayerShape
-from lamina.device import Device
-from lamina.engine.geometry import shard_by_heads
-from lamina.engine.placement import Placement
-from lamina.engine.prefix import PrefixKeys
-from lamina.engine.prompts import PromptKV
-from lamina.engine.remote import RemoteShard, reserve
-from lamina.engine.sampler import Sampling
-from lamina.engine.scheduler import Ask, Sequence
+from lamina.compute.prompts import PromptKV
+from lamina.compute.shard import RemoteShard, reserve
 from lamina.errors import CapacityError, NodeError
-from lamina.protocol import AskStatus, Status, decode, encode
+from lamina.front.prefix import PrefixKeys
+from lamina.front.scheduler import Ask, Sequence
+from lamina.runtime.device import Device
 from lamina.transport import Address, Hello, connect
+from lamina.wire.admin import AskStatus, Status
+from lamina.wire.codec import decode, encode
+from lamina.wire.geometry import shard_by_heads
+from lamina.wire.placement import Placement
+from lamina.wire.requests import Sampling
 from tests import harness
 
 BLOCK = 16

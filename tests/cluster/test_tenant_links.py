@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from lamina.attention import LayerShape, Run, attend
-from lamina.protocol import Kind, Publish, Refused, Reserved, StepPlan
+from lamina.wire.plan import StepPlan
+from lamina.wire.tags import Kind
+from lamina.wire.tenants import Publish, Refused, Reserved
 from tests import harness
 from tests.cluster.raw import RawCompute, raw_compute, status
 from tests.harness import eventually

@@ -11,7 +11,7 @@ import pytest
 
 from lamina.config import ClusterConfig
 from lamina.errors import LaminaError
-from lamina.protocol import Status
+from lamina.wire.admin import Status
 from tests import harness
 from tests.cluster.test_families import PROMPTS
 from tests.families import FAMILIES

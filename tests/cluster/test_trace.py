@@ -12,7 +12,7 @@ import pytest
 
 from lamina.config import ClusterConfig
 from lamina.errors import NodeError
-from lamina.trace import record
+from lamina.ops.trace import record
 from tests import harness
 from tests.families import FAMILIES
 

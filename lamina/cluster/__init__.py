@@ -1,0 +1,1 @@
+"""All nodes of a cluster file as processes of this machine."""

@@ -1,0 +1,293 @@
+"""Take a batch through the slices: the hot path of a compute node, from token ids to sampled tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar, TypeVarTuple
+
+import torch
+from torch import Tensor
+
+from lamina.attention import Partial, merge
+from lamina.compute.peer import ComputePeer, Shape
+from lamina.compute.prompts import PromptKV
+from lamina.compute.sampler import sample
+from lamina.compute.schedule import Schedule
+from lamina.compute.shard import RemoteShard
+from lamina.model.slices import SlicedModel, StepConstants
+from lamina.runtime.device import Device
+from lamina.runtime.spans import Place
+from lamina.wire.orders import Done, Order, TokenRun
+from lamina.wire.placement import NodeRows, RemoteRun, route
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+
+class StepRunner:
+    """Runs this compute node's slices of steps; those of different batch slots may run at the same time.
+
+    Where the slices before and after run on other nodes, the carry comes from there and goes there. The answers of the
+    memory nodes always go to the node that needs them.
+
+    The rows of a step are those whose past lies on memory nodes, which compute their attention: decode rows and some
+    chunks of prompts; then the other chunks, which attend here. ``layers`` counts the layers that were run.
+    """
+
+    def __init__(
+        self,
+        model: SlicedModel,
+        device: Device,
+        shards: Sequence[RemoteShard],
+        dtype: torch.dtype,
+        *,
+        schedule: Schedule | None = None,
+        index: int = 0,
+        peers: Sequence[ComputePeer] = (),
+    ) -> None:
+        """``index`` is the number of this node in the ``schedule``, by default the only one."""
+        self.model = model
+        self.device = device
+        self.shards = shards
+        self.dtype = dtype
+        self.schedule = schedule or Schedule(len(model.shapes))
+        self.prompts: dict[int, PromptKV] = {}
+        self.layers = 0
+        self._index = index
+        self._peers = {peer.index: peer for peer in peers}
+
+    async def run(self, order: Order) -> Done:
+        """Run the slices of a step that are this node's; on the device's loop. NodeError if a node is lost."""
+        slot, number, own = order.slot, order.step, self._index
+        nodes = self.schedule.route(slot, number)
+        last = len(nodes) - 1
+        forward = _Forward(self, order)
+        compute_s, attention_s, tokens = 0.0, [0.0] * self.schedule.nodes, []
+
+        async def compute(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
+            nonlocal compute_s
+            before_s = self.device.busy_s
+            result = await self.device.compute(function, *arguments, at=at)
+            compute_s += self.device.busy_s - before_s
+            return result
+
+        await compute(forward.begin, at=Place(slot))
+        parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
+        answers = bytes(nodes[1:]) if self.schedule.nodes > 1 else b""
+        for part in parts:
+            plan = replace(part.plan, answers=answers) if answers else part.plan
+            part.shard.plan(slot, number, plan, asks=own in nodes[:last])
+        for layer, node in enumerate(nodes):
+            if node != own:
+                continue
+            if layer and nodes[layer - 1] != own:
+                shapes = forward.handed_over(layer)
+                values = await self._peers[nodes[layer - 1]].take_over(slot, layer, number, shapes)
+                forward.take_over(values)
+            if layer:
+                for part in parts:
+                    await part.shard.answered(slot, layer - 1, number)
+                    before = nodes[layer - 1]
+                    attention_s[before] = max(attention_s[before], part.shard.attention_s(slot))
+                if not parts:
+                    await asyncio.sleep(0)  # others have their turn
+            if layer == last:
+                tokens = await compute(forward.sample, at=Place(slot))
+                break
+            q = await compute(forward.head, layer, at=Place(slot, layer))
+            for part in parts:
+                part.shard.send_query(slot, layer, number, q[part.rows])
+            k, v = await compute(forward.tail, layer, at=Place(slot, layer))
+            for part in parts:
+                if part.plan.stored_rows:
+                    part.shard.send_key_value(slot, layer, number, k[part.stored], v[part.stored])
+            if forward.local:
+                self._ship(forward.local, layer)
+                await compute(forward.attend_to_prompts, layer, at=Place(slot, layer))
+            if nodes[layer + 1] != own:
+                self._peers[nodes[layer + 1]].hand_over(slot, layer + 1, number, forward.hand_over())
+            self.layers += 1
+        self.forget([run.sequence for run in forward.local if run.choice])
+        return Done(slot=slot, step=number, tokens=tokens, compute_s=compute_s, attention_s=attention_s)
+
+    def forget(self, sequences: Iterable[int]) -> None:
+        """Drop prompts' keys and values here; what is still to be sent keeps its own reference."""
+        for sequence in sequences:
+            self.prompts.pop(sequence, None)
+
+    def _ship(self, chunks: Sequence[TokenRun], layer: int) -> None:
+        """Queue what a layer added to prompts for the memory nodes where it is to lie."""
+        for chunk in chunks:
+            prompt, placement = self.prompts[chunk.sequence], chunk.placement
+            for start, count in placement.divide(chunk.start, len(chunk.tokens)):
+                for node in placement.owners(start):
+                    self.shards[node].ship(prompt, layer, start, count, placement.held(node, start))
+
+
+Index = slice | Tensor
+"""Some rows of a step."""
+
+
+class _Part:
+    """What one memory node does in a step."""
+
+    __slots__ = ("partial", "plan", "rows", "shard", "stored", "whole")
+
+    def __init__(self, shard: RemoteShard, own: NodeRows, places: dict[int, int]) -> None:
+        """``places`` gives the place of each row that comes back in parts, among all that do."""
+        self.shard = shard
+        self.plan = plan = own.plan
+        self.rows = _index(own.rows)
+        self.stored = _index(own.rows[: plan.stored_rows])
+        self.whole = _index(own.rows[: plan.whole])
+        self.partial = _index([places[row] for row in own.rows[plan.whole :]])
+
+
+class _Forward:
+    """One step on its way through the slices of this node."""
+
+    def __init__(self, runner: StepRunner, order: Order) -> None:
+        self._model = runner.model
+        self._prompts = runner.prompts
+        self._dtype = runner.dtype
+        self._shapes = runner.model.shapes
+        self._slot = order.slot
+        self._runs = order.runs
+        remote = [run for run in order.runs if run.remote]
+        self.local = order.runs[len(remote) :]
+        self._remote_rows = sum(len(run.tokens) for run in remote)
+        self._local_count = sum(len(run.tokens) for run in self.local)
+        routes = route(
+            [RemoteRun(run.sequence, run.placement, run.start, len(run.tokens)) for run in remote], len(runner.shards)
+        )
+        self._merged = sorted({row for own in routes for row in own.rows[own.plan.whole :]})
+        places = {row: place for place, row in enumerate(self._merged)}
+        self.parts = [_Part(shard, own, places) for shard, own in zip(runner.shards, routes, strict=True) if own.rows]
+        self._constants: StepConstants = ()
+        self._carry: tuple[Tensor, ...] = ()
+        self._kept: tuple[Tensor, ...] = ()
+        self._q: Tensor | None = None
+        self._prompt_o: Tensor | None = None
+
+    def begin(self) -> None:
+        """Lay out the rows of the step and compute its constants."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        sampled: list[int] = []
+        for run in self._runs:
+            if run.remote:
+                self._prompts.pop(run.sequence, None)  # from here on its past is needed where it was sent
+            elif run.start == 0:
+                kept = PromptKV(run.sequence, run.here, self._shapes, self._dtype, self._model.device)
+                self._prompts[run.sequence] = kept
+            token_ids += run.tokens
+            positions += range(run.start, run.start + len(run.tokens))
+            if run.choice:
+                sampled.append(len(token_ids) - 1)
+        device = self._model.device
+        self._constants = self._model.begin(
+            torch.tensor(token_ids, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(sampled or [0], device=device),
+        )
+
+    # -- where another node runs the slice before or after
+
+    def handed_over(self, piece: int) -> list[Shape]:
+        """Of what comes from the node of the slice before: its carry, and the attention of the rows of prompts."""
+        shapes = self._model.carry_shapes(piece - 1, self._remote_rows + self._local_count)
+        if self.local:
+            layer = self._shapes[piece - 1]
+            shapes.append(((self._local_count, layer.q_heads, layer.v_dim), self._dtype))
+        return shapes
+
+    def hand_over(self) -> list[Tensor]:
+        """The same of this node's last slice."""
+        return [*self._carry, *([] if self._prompt_o is None else [self._prompt_o])]
+
+    def take_over(self, values: Sequence[Tensor]) -> None:
+        """Go on with what came."""
+        if self.local:
+            *values, self._prompt_o = values
+        self._carry = tuple(value.to(self._model.device) for value in values)
+
+    # -- slices
+
+    def head(self, layer: int) -> Tensor:
+        """From the carry and the attention of the layer before to q [T, Hq, Dk]."""
+        self._q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
+        return self._q
+
+    def tail(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k [T, Hkv, Dk] and v [T, Hkv, Dv], which are kept with prompts that attend here; and the carry."""
+        k, v, self._carry = self._model.slice(layer).tail(self._constants, self._kept)
+        for run, rows in self._local_rows():
+            self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
+        return k, v
+
+    def attend_to_prompts(self, layer: int) -> None:
+        """Attention of the chunks of prompts, over what is kept here."""
+        assert self._q is not None
+        parts = [
+            self._prompts[run.sequence].attend(layer, run.start, self._q[rows]) for run, rows in self._local_rows()
+        ]
+        self._prompt_o = torch.cat(parts).to(self._dtype)
+
+    def sample(self) -> list[int]:
+        """Logits of the sampled rows, and a token from each."""
+        choices = [(run.choice.sampling, run.choice.position) for run in self._runs if run.choice]
+        if not choices:
+            return []
+        layer = len(self._shapes) - 1
+        logits = self._model.slice(layer + 1).head(self._constants, self._carry, self._attended(layer)).out
+        return sample(logits, choices)
+
+    def _attended(self, layer: int) -> Tensor | None:
+        """o [T, Hq, Dv] of a layer: what the memory nodes answered, then the rows of prompts."""
+        if layer < 0:
+            return None
+        if not self.parts:
+            return self._prompt_o
+        if len(self.parts) == 1 and not self.local and not self._merged:
+            (part,) = self.parts
+            o = part.shard.output(self._slot, layer)
+            if o.shape[1] == self._shapes[layer].q_heads:
+                return o.to(self._model.device)  # on the CPU where it arrived
+        shape, rows = self._shapes[layer], self._remote_rows + self._local_count
+        o = torch.empty(rows, shape.q_heads, shape.v_dim, dtype=self._dtype, device=self._model.device)
+        for part in self.parts:
+            if part.plan.whole:
+                o[part.whole, part.shard.heads(layer)] = part.shard.output(self._slot, layer)
+        if self._merged:
+            o[_index(self._merged)] = self._merge(layer).to(o.dtype)
+        if self._prompt_o is not None:
+            o[self._remote_rows :] = self._prompt_o
+        return o
+
+    def _merge(self, layer: int) -> Tensor:
+        """o [rows, Hq, Dv] in float32 of the rows of which several nodes hold the past, merged in the nodes' order."""
+        shape, rows = self._shapes[layer], len(self._merged)
+        partials = []
+        for part in self.parts:
+            if part.plan.rows > part.plan.whole:
+                partial = Partial.empty(rows, shape.q_heads, shape.v_dim, device=self._model.device)
+                arrived = part.shard.partials(self._slot, layer)
+                partial.o[part.partial], partial.lse[part.partial] = arrived.o, arrived.lse
+                partials.append(partial)
+        return merge(*partials).o
+
+    def _local_rows(self) -> Iterator[tuple[TokenRun, slice]]:
+        row = self._remote_rows
+        for run in self.local:
+            yield run, slice(row, row + len(run.tokens))
+            row += len(run.tokens)
+
+
+def _index(rows: Sequence[int]) -> Index:
+    """A slice where the rows are consecutive, which costs no copy."""
+    first = rows[0] if rows else 0
+    if list(rows) == list(range(first, first + len(rows))):
+        return slice(first, first + len(rows))
+    return torch.tensor(rows)

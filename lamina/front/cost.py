@@ -1,0 +1,300 @@
+"""What a step will cost, learnt from what steps have cost. Pure Python: no clock; times are seconds that it is told.
+
+Compute is a table over the tokens of a step, since a matrix product costs the same for few tokens (the weights are read
+once) and then more and more. Attention and the wire are linear: each row and each token of context adds its bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+GAIN = 0.05
+"""A further batch in flight has to make steps faster by so much to be worth its overhead,"""
+STAY = 0.02
+"""and one that flies already by so much, so that the number does not go up and down with every request."""
+
+_MEMORY = 0.02
+"""The weight of a new observation among many."""
+_TRUSTED = 8
+"""So many observations are enough to tell that one is out of line."""
+_OUTLIER = 3.0
+"""It is, if it is so many times as far off as is usual."""
+_TICK_S = 1e-6
+"""Whatever is measured takes at least about so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a step consists of: decode rows, prompt tokens, and the tokens that its decode rows attend to together."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    context_tokens: int = 0
+
+    def part(self, count: int) -> Load:
+        """The largest part when it is divided evenly over ``count`` batches."""
+        return Load(-(-self.rows // count), -(-self.prompt_tokens // count), -(-self.context_tokens // count))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds that a step takes of the compute node, of the wire, and of the busiest memory node."""
+
+    compute_s: float
+    wire_s: float
+    attention_s: float
+
+    @property
+    def alone_s(self) -> float:
+        """The step's time when it is alone in flight: nothing overlaps."""
+        return self.compute_s + self.wire_s + self.attention_s
+
+
+class CostModel:
+    """Predicts steps from measured ones; what is kept of these has a fixed size. All estimates grow with the load.
+
+    As long as nothing has been observed (see `lamina.front.fit`), it counts rows, and context a little, in an
+    arbitrary unit. The ``compute_nodes`` share the work of all batches in flight; each works at one batch at a time.
+    """
+
+    def __init__(self, compute_nodes: int = 1) -> None:
+        self._compute_nodes = compute_nodes
+        self._compute = _Table()
+        self._wire = _Linear(2)
+        self._attention = _Linear(3)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether steps with decode rows have been observed."""
+        return self._attention.observed > 0
+
+    def observe(
+        self,
+        rows: int,
+        prompt_tokens: int,
+        context_tokens: int,
+        compute_s: float,
+        attention_s: float,
+        wire_s: float = 0.0,
+    ) -> None:
+        """A step took so long. Numbers that are not finite or below 0 are none."""
+        tokens = rows + prompt_tokens
+        if tokens > 0 and _is_time(compute_s):
+            self._compute.observe(tokens, compute_s)
+        if rows > 0 and _is_time(attention_s):
+            self._attention.observe((1.0, rows, context_tokens), attention_s)
+        if rows > 0 and _is_time(wire_s):
+            self._wire.observe((1.0, rows), wire_s)
+
+    def cost(self, load: Load) -> Cost:
+        """What a step is expected to take."""
+        tokens = load.rows + load.prompt_tokens
+        if not self.fitted:
+            return Cost(tokens, 0.0, 1e-4 * load.context_tokens)
+        compute_s = self._compute.at(tokens) if tokens else 0.0
+        if not load.rows:
+            return Cost(compute_s, 0.0, 0.0)
+        attention_s = self._attention.at((1.0, load.rows, load.context_tokens))
+        return Cost(compute_s, self._wire.at((1.0, load.rows)), attention_s)
+
+    def step_s(self, loads: Sequence[Load], each: int = 1) -> float:
+        """Until each of these batches has made a step, when all are in flight, ``each`` so many times: the time of the
+        busier side, or of one batch's own way."""
+        costs = [self.cost(load) for load in loads]
+        busy = min(self._compute_nodes, each * len(costs))
+        compute_s = each * math.fsum(cost.compute_s for cost in costs) / max(1, busy)
+        attention_s = each * math.fsum(cost.attention_s for cost in costs)
+        return max(compute_s, attention_s, max((cost.alone_s for cost in costs), default=0.0))
+
+    def batches(self, load: Load, *, least: int, most: int, present: int) -> int:
+        """Over how many batches, from ``least`` to ``most``, to divide a load, where now ``present`` are in use.
+
+        The smallest number that more of them would not beat by enough. While nothing has been observed: all.
+        """
+        if not self.fitted:
+            return most
+        chosen, chosen_s = least, self._together_s(load, least)
+        for count in range(least + 1, max(least, min(most, load.rows)) + 1):
+            step_s = self._together_s(load, count)
+            if step_s * (1 + (STAY if count <= present else GAIN)) < chosen_s:
+                chosen, chosen_s = count, step_s
+        return chosen
+
+    def _together_s(self, load: Load, batches: int) -> float:
+        """``step_s`` of a load that is divided evenly."""
+        return self.step_s([load.part(batches)], each=batches)
+
+
+class _Table:
+    """Time over a number of tokens: means in bins of half an octave, joined by lines that never fall."""
+
+    def __init__(self) -> None:
+        self._bins: dict[int, _Bin] = {}
+        self._points: list[tuple[float, float]] = []
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        number = round(2 * math.log2(tokens))
+        found = self._bins.setdefault(number, _Bin())
+        found.count += 1
+        weight = max(1 / found.count, _MEMORY)
+        found.tokens += weight * (tokens - found.tokens)
+        if found.count <= _TRUSTED:
+            found.early.append(seconds)
+            found.seconds = median(found.early)
+        else:
+            found.seconds += weight * (found.usual.within(seconds, found.seconds) - found.seconds)
+        self._points = []
+
+    def at(self, tokens: int) -> float:
+        points = self._points = self._points or self._fit()
+        if not points:
+            return 0.0
+        if tokens <= points[0][0]:
+            return points[0][1]
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if tokens <= x1:
+                return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+        # Beyond what was seen it goes on as before, and not quite level: who expects too little will soon see more.
+        x, y = points[-1]
+        steep = 0.1 * y / x
+        if len(points) > 1:
+            steep = max(steep, (y - points[-2][1]) / (x - points[-2][0]))
+        return y + steep * (tokens - x)
+
+    def _fit(self) -> list[tuple[float, float]]:
+        """Pool adjacent violators: the closest points that never fall, by weight."""
+        pools: list[tuple[float, float, list[float]]] = []
+        for found in sorted(self._bins.values(), key=lambda b: b.tokens):
+            weight, mean, xs = float(min(found.count, 1 / _MEMORY)), found.seconds, [found.tokens]
+            while pools and pools[-1][1] > mean:
+                before, other, others = pools.pop()
+                mean = (before * other + weight * mean) / (before + weight)
+                weight, xs = before + weight, others + xs
+            pools.append((weight, mean, xs))
+        return [(x, mean) for _, mean, xs in pools for x in xs]
+
+
+class _Usual:
+    """How far off observations usually are, as the logarithm of a factor. Where they all begin to be far off, that
+    becomes usual within some tens of them: then the machine is another one."""
+
+    def __init__(self) -> None:
+        self._spread = 0.3
+
+    def within(self, seconds: float, expected: float) -> float:
+        """An observation, moved to the edge of what is usual if it is beyond."""
+        off = math.log(max(seconds, _TICK_S) / max(expected, _TICK_S))
+        limit = _OUTLIER * self._spread
+        off = min(max(off, -limit), limit)
+        self._spread = max(0.02, self._spread + 0.1 * (abs(off) - self._spread))
+        return max(expected, _TICK_S) * math.exp(off)
+
+
+@dataclass(slots=True)
+class _Bin:
+    count: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    early: list[float] = field(default_factory=list)
+    """The first observations, of which nobody can tell yet what is usual."""
+    usual: _Usual = field(default_factory=_Usual)
+
+
+class _Linear:
+    """Least squares over decayed observations of a few features, with coefficients of at least 0.
+
+    Of so few coefficients, every choice of those above 0 is tried (Lawson and Hanson 1974 show that one of them is
+    the answer).
+    """
+
+    def __init__(self, features: int) -> None:
+        self.observed = 0
+        self._usual = _Usual()
+        self._squares = [[0.0] * features for _ in range(features)]
+        self._products = [0.0] * features
+        self._coefficients: list[float] | None = None
+
+    def observe(self, features: Sequence[float], seconds: float) -> None:
+        size = max(seconds, _TICK_S)
+        if self.observed >= _TRUSTED:
+            size = max(self.at(features), _TICK_S)
+            seconds = self._usual.within(seconds, size)
+        self.observed += 1
+        # An error counts in proportion: a tenth of a short step is as bad as a tenth of a long one.
+        features, seconds = [x / size for x in features], seconds / size
+        for row, x in zip(self._squares, features, strict=True):
+            row[:] = [(1 - _MEMORY) * old + x * other for old, other in zip(row, features, strict=True)]
+        self._products = [(1 - _MEMORY) * old + x * seconds for old, x in zip(self._products, features, strict=True)]
+        self._coefficients = None
+
+    def at(self, features: Sequence[float]) -> float:
+        if self._coefficients is None:
+            self._coefficients = self._fit()
+        return math.fsum(c * x for c, x in zip(self._coefficients, features, strict=True))
+
+    def _fit(self) -> list[float]:
+        size = len(self._products)
+        # Features of very different size are made alike, which keeps the equations well conditioned.
+        scale = [math.sqrt(self._squares[i][i]) or 1.0 for i in range(size)]
+        squares = [[self._squares[i][j] / (scale[i] * scale[j]) for j in range(size)] for i in range(size)]
+        products = [self._products[i] / scale[i] for i in range(size)]
+        best, least = [0.0] * size, 0.0
+        for count in range(1, size + 1):
+            for chosen in itertools.combinations(range(size), count):
+                solution = _solve([[squares[i][j] for j in chosen] for i in chosen], [products[i] for i in chosen])
+                if min(solution) < 0:
+                    continue
+                error = -math.fsum(x * products[i] for x, i in zip(solution, chosen, strict=True))
+                if error < least:
+                    least = error
+                    best = [0.0] * size
+                    for x, i in zip(solution, chosen, strict=True):
+                        best[i] = x / scale[i]
+        return best
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Gaussian elimination of a positive matrix with ones on its diagonal; a little is added to keep it regular."""
+    size = len(right)
+    rows = [[x + (1e-9 if i == j else 0.0) for j, x in enumerate(row)] + [right[i]] for i, row in enumerate(matrix)]
+    for i in range(size):
+        for below in rows[i + 1 :]:
+            factor = below[i] / rows[i][i]
+            for j in range(i, size + 1):
+                below[j] -= factor * rows[i][j]
+    solution = [0.0] * size
+    for i in reversed(range(size)):
+        known = math.fsum(rows[i][j] * solution[j] for j in range(i + 1, size))
+        solution[i] = (rows[i][size] - known) / rows[i][i]
+    return solution
+
+
+def _is_time(seconds: float) -> bool:
+    return math.isfinite(seconds) and seconds >= 0
+
+
+class Pace:
+    """How fast requests are answered, from the moments at which they ended. Seconds, on any clock."""
+
+    def __init__(self) -> None:
+        self._per_request_s: float | None = None
+        self._last: float | None = None
+
+    def ended(self, now: float, requests: int) -> None:
+        """So many requests have ended together."""
+        if self._last is not None:
+            each = (now - self._last) / requests
+            self._per_request_s = each if self._per_request_s is None else 0.9 * self._per_request_s + 0.1 * each
+        self._last = now
+
+    def idle(self) -> None:
+        """Nobody is left: the time until the next one ends is nobody's service."""
+        self._last = None
+
+    def retry_after_s(self, waiting: int) -> float:
+        """When to ask again where ``waiting`` are in front: an eighth of them will have been answered."""
+        return max(1.0, math.ceil((self._per_request_s or 0.0) * waiting / 8))

@@ -1,0 +1,83 @@
+"""Prompts become tokens, and tokens become text."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import CheckpointError, RequestError
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint; without tokenizer.json, prompts are token ids and answers have no text."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        from transformers import AutoTokenizer
+
+        self._path = path
+        self._context = context
+        self._library: Any = None
+        self.at_work = 0
+        """Prompts that it has been given and not yet turned into tokens."""
+        if (path / "tokenizer.json").is_file():
+            try:
+                self._library = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            except Exception as e:
+                raise CheckpointError(f"{path / 'tokenizer.json'}: the tokenizer cannot be read: {e}") from e
+            self._longest_token = max(map(len, self._library.get_vocab()))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the checkpoint asks for. Takes a while for a long one."""
+        if self._library is None:
+            raise RequestError(f"{self._path} has no tokenizer.json, so the prompt must be token ids")
+        if len(text) > self._context * self._longest_token:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, which cannot fit the context of {self._context} tokens"
+            )
+        ids: list[int] = self._library(text, verbose=False)["input_ids"] if text else []
+        return ids
+
+    def done(self, encoding: asyncio.Future[list[int]]) -> None:
+        """One less is at work. Its error matters only to who still waits for it."""
+        self.at_work -= 1
+        if not encoding.cancelled():
+            encoding.exception()
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens, without special ones; empty without tokenizer.json."""
+        text: str = self._library.decode(ids, skip_special_tokens=True) if self._library else ""
+        return text
+
+
+class TextStream:
+    """Text of one answer, token by token.
+
+    Where a token ends inside a character, its text comes with a later one. Text is decoded together with the tokens
+    before it, as some tokenizers join words by what precedes them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._before = 0
+        """Tokens from here on are decoded again, for what follows them."""
+        self._given = 0
+        """Tokens up to here have been given as text."""
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes, which may be empty."""
+        self._ids.append(token)
+        text = self._fresh()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._before, self._given = self._given, len(self._ids)
+        return text
+
+    def rest(self) -> str:
+        """What was held back, an unfinished character at most."""
+        return self._fresh()
+
+    def _fresh(self) -> str:
+        old = self._tokenizer.decode(self._ids[self._before : self._given])
+        return self._tokenizer.decode(self._ids[self._before :])[len(old) :]

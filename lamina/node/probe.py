@@ -1,0 +1,194 @@
+"""How fast the way between two nodes is: one end measures, the other sends back what it gets."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lamina.errors import PeerLostError, ProtocolError, TransportError
+from lamina.transport import Address, Hello, Lane, Link, Options, Region, RemoteRegion, connect
+from lamina.wire.admin import Echo, Probed
+from lamina.wire.codec import decode, encode
+
+ROLE = "probe"
+"""Of the end that measures."""
+
+PING_BYTES = 8 << 10
+CHUNK_BYTES = 1 << 20
+PING_S = 0.3
+CHUNKS_S = 0.4
+WARM_UP = 20
+"""Round trips that do not count."""
+IN_FLIGHT = 4
+"""Chunks that are on their way at once."""
+
+CONNECT_S = 8.0
+"""How long the two ends may take to agree on a transport."""
+MEASURE_S = 5.0
+"""How long a measurement may take on a bad day."""
+MAX_ECHOES = 4
+"""Measurements that one node answers at a time."""
+MAX_PENDING_BYTES = 2 * IN_FLIGHT * PING_BYTES
+"""What whoever measures may leave unread; it has one ping on its way at a time."""
+
+
+async def measure(address: Address, name: str, options: Options) -> Probed:
+    """Measure the way to the node at ``address``, for a second at most once both have agreed on ``options.kind``.
+
+    Raises TransportError where there is no such way.
+    """
+    link = await connect(address, Hello(ROLE, name), options, deadline_s=CONNECT_S)
+    region = Region("probe", CHUNK_BYTES)
+    try:
+        async with link, asyncio.timeout(MEASURE_S):
+            return await _Measurement(link, region).run()
+    except TimeoutError as e:
+        raise PeerLostError(f"{link} took longer than {MEASURE_S:g} s to be measured") from e
+    finally:
+        region.close()
+
+
+class _Measurement:
+    """Pings, one after the other, on the decode lane; then chunks, several at once, on the bulk lane."""
+
+    def __init__(self, link: Link, region: Region) -> None:
+        self._link = link
+        self._region = region
+        self._answer: asyncio.Future[RemoteRegion] = asyncio.get_running_loop().create_future()
+        self._arrived: Callable[[], None] = lambda: None
+        self._phase: asyncio.Future[None] | None = None
+        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+
+    async def run(self) -> Probed:
+        self._link.send(encode(Echo(region=self._link.expose(self._region))))
+        remote = await self._answer
+        trips = await self._pings(remote)
+        percentiles = statistics.quantiles(trips, n=100, method="inclusive")
+        return Probed(
+            kind=self._link.transport,
+            choice=self._link.choice,
+            p50_s=percentiles[49],
+            p99_s=percentiles[98],
+            bytes_per_s=await self._chunks(remote),
+        )
+
+    async def _pings(self, remote: RemoteRegion) -> list[float]:
+        """Seconds of each round trip."""
+        trips: list[float] = []
+        source = self._region.buffer[:PING_BYTES]
+        started = sent = time.perf_counter()
+
+        def send() -> None:
+            nonlocal sent
+            sent = time.perf_counter()
+            self._link.write(Lane.DECODE, remote, 0, [source], 0)
+
+        def arrived() -> None:
+            now = time.perf_counter()
+            trips.append(now - sent)
+            if now - started < PING_S or len(trips) < WARM_UP + 2:
+                send()
+            elif not done.done():
+                done.set_result(None)
+
+        done = self._begin(arrived)
+        send()
+        await done
+        return trips[WARM_UP:]
+
+    async def _chunks(self, remote: RemoteRegion) -> float:
+        """Bytes per second."""
+        source = self._region.buffer
+        started = time.perf_counter()
+        under_way = arrived_bytes = 0
+        seconds = 0.0
+
+        def send() -> None:
+            nonlocal under_way
+            under_way += 1
+            self._link.write(Lane.BULK, remote, 0, [source], 0)
+
+        def arrived() -> None:
+            nonlocal under_way, arrived_bytes, seconds
+            under_way -= 1
+            arrived_bytes += CHUNK_BYTES
+            seconds = time.perf_counter() - started
+            if seconds < CHUNKS_S:
+                # Two for one until enough are on their way: a slow one is not flooded with chunks.
+                for _ in range(min(2, IN_FLIGHT - under_way)):
+                    send()
+            elif not under_way and not done.done():
+                done.set_result(None)
+
+        done = self._begin(arrived)
+        send()
+        await done
+        return arrived_bytes / seconds
+
+    def _begin(self, arrived: Callable[[], None]) -> asyncio.Future[None]:
+        self._arrived = arrived
+        self._phase = asyncio.get_running_loop().create_future()
+        return self._phase
+
+    def _on_tag(self, lane: Lane, tag: int) -> None:
+        self._arrived()
+
+    def _on_message(self, plain: dict[str, Any]) -> None:
+        remote: RemoteRegion = decode(plain, Echo).region
+        if remote.nbytes < CHUNK_BYTES:
+            raise ProtocolError(f"expected a region of {CHUNK_BYTES} bytes to write to, got {remote.nbytes}")
+        if not self._answer.done():
+            self._answer.set_result(remote)
+
+    def _on_lost(self, error: TransportError) -> None:
+        for waiting in (self._answer, self._phase):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(error)
+                waiting.exception()  # only one of them is waited for
+
+
+class Echoes:
+    """The other ends of measurements: each sends back the pings it gets, and an empty write for each chunk."""
+
+    def __init__(self) -> None:
+        self._links: set[Link] = set()
+
+    def take(self, link: Link) -> None:
+        """Answer whoever measures at the other end of ``link``, for a bounded time."""
+        self._links = {known for known in self._links if not known.closed}
+        if len(self._links) >= MAX_ECHOES:
+            link.abort(f"{MAX_ECHOES} measurements are answered already")
+            return
+        self._links.add(link)
+        _Echo(link)
+
+
+class _Echo:
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._region = Region("echo", CHUNK_BYTES)
+        self._remote: RemoteRegion | None = None
+        self._timer = asyncio.get_running_loop().call_later(MEASURE_S, link.abort, "the measurement took too long")
+        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+
+    def _on_message(self, plain: dict[str, Any]) -> None:
+        remote: RemoteRegion = decode(plain, Echo).region
+        if self._remote is not None or remote.nbytes < CHUNK_BYTES:
+            raise ProtocolError(f"expected one region of {CHUNK_BYTES} bytes, got another one of {remote.nbytes}")
+        self._remote = remote
+        self._link.send(encode(Echo(region=self._link.expose(self._region))))
+
+    def _on_tag(self, lane: Lane, tag: int) -> None:
+        assert self._remote is not None, "else nothing is exposed"
+        if self._link.pending_bytes > MAX_PENDING_BYTES:
+            self._link.abort("it does not read what comes back")
+            return
+        pieces = [self._region.buffer[:PING_BYTES]] if lane is Lane.DECODE else []
+        self._link.write(lane, self._remote, 0, pieces, tag)
+
+    def _on_lost(self, error: TransportError) -> None:
+        self._timer.cancel()
+        self._region.close()

@@ -1,0 +1,69 @@
+"""What a cluster did between two moments, from the counters of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lamina.errors import LaminaError
+from lamina.wire.admin import Status
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Work of a cluster over ``seconds``.
+
+    ``layer_us`` divides the time of a layer, in microseconds: ``whole`` is wall time; ``compute`` the time in which
+    the busiest compute node's device was busy; ``attention`` that of the busiest memory node; ``wire`` the rest: the
+    wire, the event loops, and waiting. Where attention overlaps with compute, their sum may exceed the whole.
+    """
+
+    seconds: float
+    steps: int
+    tokens: int
+    layers: int
+    wire_bytes: int
+    layer_us: dict[str, float]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def wire_bytes_per_token(self) -> float:
+        return self.wire_bytes / self.tokens
+
+
+def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: float) -> Figures:
+    """Differences of the counters of all nodes, by name. Each is taken on one node, so no clocks are compared.
+
+    LaminaError if no token was generated between the two moments: then there is nothing to divide by.
+    """
+    compute_nodes = [name for name, status in after.items() if status.role == "compute"]
+    layers = sum(after[n].layers - before[n].layers for n in compute_nodes)
+    tokens = sum(after[n].tokens_generated - before[n].tokens_generated for n in compute_nodes)
+    if not layers or not tokens:
+        raise LaminaError("no token was generated while the cluster was measured; ask for a longer answer")
+    busy = {n: (after[n].busy_s - before[n].busy_s) / layers for n in after}
+    compute = max(busy[n] for n in compute_nodes)
+    attention = max(busy[n] for n in after if n not in compute_nodes)
+    whole = seconds / layers
+    parts = {
+        "whole": whole,
+        "compute": compute,
+        "attention": attention,
+        "wire": max(0.0, whole - compute - attention),
+    }
+    return Figures(
+        seconds=seconds,
+        steps=max(after[n].steps - before[n].steps for n in compute_nodes),  # the front's, who counts all
+        tokens=tokens,
+        layers=layers,
+        wire_bytes=sum(_wire_bytes(after[n]) - _wire_bytes(before[n]) for n in compute_nodes),
+        layer_us={name: part * 1e6 for name, part in parts.items()},
+    )
+
+
+def _wire_bytes(status: Status) -> int:
+    """Of the way between two compute nodes both tell; each counts what it sends."""
+    return sum(peer.bytes_sent + (peer.bytes_received if peer.kv_heads else 0) for peer in status.peers)

@@ -1,0 +1,1 @@
+"""What a node runs on, handed in from outside: device, network, loop."""

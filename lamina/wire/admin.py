@@ -1,0 +1,135 @@
+"""Between an operator and a node: its status, a trace of its device, and measurements between nodes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+from lamina.runtime.spans import Span
+from lamina.transport import Link, RemoteRegion
+from lamina.wire.codec import Message
+
+MAX_SPANS = 8192
+
+
+class AskStatus(Message):
+    """Answered by Status."""
+
+
+class PeerStatus(Struct, frozen=True, kw_only=True):
+    """A memory node, or another compute node, as a compute node sees it."""
+
+    name: str
+    transport: str
+    choice: str
+    """What either end asked for, which transport was taken, and why."""
+    kv_heads: int
+    """KV heads per layer that lie on the node; 0 for a compute node."""
+    bytes_sent: int
+    bytes_received: int
+
+    @classmethod
+    def over(cls, link: Link, name: str, kv_heads: int = 0) -> PeerStatus:
+        """The node at the other end of ``link``, which the file calls ``name``."""
+        return cls(
+            name=name,
+            transport=link.transport,
+            choice=link.choice,
+            kv_heads=kv_heads,
+            bytes_sent=sum(link.bytes_written),
+            bytes_received=sum(link.bytes_received),
+        )
+
+
+class TenantStatus(Struct, frozen=True, kw_only=True):
+    """What a memory node has for one tenant."""
+
+    name: str
+    model: str
+    compute_nodes: list[str]
+    """Those that are attached, beginning with the front."""
+    sequences: int
+    kv_tokens_total: int
+    kv_tokens_free: int
+    quota: int
+    """Bytes of memory that it may use, and nobody else."""
+    busy_s: float
+    """Time that the device thread spent computing for it."""
+
+
+class Status(Message):
+    """A node's state and its counters since it started. Times are seconds, sizes are bytes."""
+
+    name: str
+    role: str
+    state: Literal["starting", "waiting", "ready", "draining"]
+    waiting_for: str = ""
+    pid: int = 0
+    model: str = ""
+    requests_running: int = 0
+    requests_waiting: int = 0
+    tokens_generated: int = 0
+    steps: int = 0
+    layers: int = 0
+    """Attention layers run, over all steps."""
+    busy_s: float = 0.0
+    """Time that the device thread spent computing."""
+    preemptions: int = 0
+    """How often a sequence lost its space to others."""
+    prompt_tokens: int = 0
+    """Tokens that were to be prefilled,"""
+    shared_tokens: int = 0
+    """and those of them that lay on the memory nodes already."""
+    sequences: int = 0
+    kv_tokens_total: int = 0
+    kv_tokens_free: int = 0
+    stale_tags: int = 0
+    peers: list[PeerStatus] = field(default_factory=list)
+    tenants: list[TenantStatus] = field(default_factory=list)
+
+
+class Record(Message):
+    """Record what your device does in the next ``seconds``, and forget what was recorded before; answered by Spans."""
+
+    seconds: Annotated[float, Meta(gt=0, le=60)]
+
+
+class AskSpans(Message):
+    """Stop recording and give out the oldest spans that are left, at most ``count``; answered by Spans."""
+
+    count: Annotated[int, Meta(ge=0, le=MAX_SPANS)]
+
+
+class Spans(Message):
+    """``clock_s`` is what the node's monotonic clock says, that of the spans."""
+
+    clock_s: float
+    spans: Annotated[list[Span], Meta(max_length=MAX_SPANS)] = field(default_factory=list)
+
+
+class Probe(Message):
+    """Measure the way to memory node ``node`` of your own file by one transport; answered by Probed."""
+
+    node: Annotated[str, Meta(max_length=64)]
+    kind: Literal["rdma", "shm", "tcp"]
+
+
+class Probed(Message):
+    """What was measured: round trips of 8 KiB and bandwidth; or, in ``error``, why it could not be."""
+
+    kind: str
+    choice: str = ""
+    p50_s: float = 0.0
+    p99_s: float = 0.0
+    bytes_per_s: float = 0.0
+    error: str = ""
+
+
+class Echo(Message):
+    """Where the end that says so may be written while the way to it is measured."""
+
+    region: RemoteRegion
+
+    def __post_init__(self) -> None:
+        RemoteRegion.from_wire(list(self.region))

@@ -1,0 +1,39 @@
+"""The base of all control messages, and how they become the plain maps that links carry and back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from lamina.errors import LaminaError, ProtocolError
+from lamina.validation import explain
+
+Count = Annotated[int, Meta(ge=0, le=2**40)]
+Positive = Annotated[int, Meta(ge=1, le=2**31)]
+
+MAX_COMPUTE = 32
+"""Compute nodes of a tenant."""
+FRONT = 0
+
+
+class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):
+    """Base of the control messages; the class name travels as ``type``."""
+
+
+def encode(message: Message) -> dict[str, Any]:
+    """A plain map, as links send it."""
+    plain: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,))
+    return plain
+
+
+def decode(plain: dict[str, Any], kinds: Any) -> Any:
+    """The message of one of the types in the union ``kinds``; ProtocolError if it is none."""
+    try:
+        return msgspec.convert(plain, kinds)
+    except msgspec.ValidationError as e:
+        known = ", ".join(k.__name__ for k in get_args(kinds) or (kinds,))
+        raise ProtocolError(f"message {plain.get('type')!r}: {explain(e, plain)}; expected one of {known}") from e
+    except LaminaError as e:
+        raise ProtocolError(f"message {plain.get('type')!r}: {e}") from e

@@ -1,0 +1,129 @@
+"""Where things lie: which heads on which memory node, and which bytes at which offset of a region."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lamina.attention import LayerShape
+from lamina.attention.layout import ITEM_BYTES
+from lamina.errors import ConfigError
+from lamina.wire.plan import CHUNK_HEADER, plan_bytes
+
+CHUNK_TOKENS = 64
+"""Tokens of one bulk chunk: what a decode write may have to wait for on a shared wire."""
+ANSWER_HEADER = 64
+"""Bytes before the rows of an answer, so that they are aligned."""
+PARTIAL_ITEM = 4
+"""Bytes of a number of a partial, which is float32."""
+CHUNKS = 8
+"""Bulk buffers per memory node, and so the chunks that may be on their way at once."""
+
+
+def split_heads(kv_heads: int, nodes: int) -> list[range]:
+    """KV heads of each of ``nodes`` memory nodes: contiguous, and even but for one head (8 on 3 is 3 + 3 + 2)."""
+    base, more = divmod(kv_heads, nodes)
+    ranges, first = [], 0
+    for node in range(nodes):
+        count = base + (node < more)
+        ranges.append(range(first, first + count))
+        first += count
+    return ranges
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The heads of one memory node, layer by layer."""
+
+    kv: tuple[range, ...]
+    q: tuple[range, ...]
+    layers: tuple[LayerShape, ...]
+    """The attention of each layer, over these heads alone."""
+
+
+def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[HeadShard]:
+    """Divide the KV heads of every layer, with the query heads that read them, over the memory nodes ``names``."""
+    fewest = min(layer.kv_heads for layer in layers)
+    if fewest < len(names):
+        raise ConfigError(
+            f"the model has {fewest} KV heads in a layer, which cannot be split over {len(names)} memory nodes "
+            f"({', '.join(names)}); use at most {fewest}"
+        )
+    shards = []
+    for node in range(len(names)):
+        kv = tuple(split_heads(layer.kv_heads, len(names))[node] for layer in layers)
+        groups = [layer.q_heads // layer.kv_heads for layer in layers]
+        q = tuple(range(r.start * g, r.stop * g) for r, g in zip(kv, groups, strict=True))
+        own = tuple(
+            dataclasses.replace(
+                layer, kv_heads=len(k), q_heads=len(h), sinks=layer.sinks and layer.sinks[h.start : h.stop]
+            )
+            for layer, k, h in zip(layers, kv, q, strict=True)
+        )
+        shards.append(HeadShard(kv, q, own))
+    return shards
+
+
+def shard_whole(layers: Sequence[LayerShape], names: Sequence[str]) -> list[HeadShard]:
+    """Every memory node has all heads of every layer."""
+    kv = tuple(range(layer.kv_heads) for layer in layers)
+    q = tuple(range(layer.q_heads) for layer in layers)
+    return [HeadShard(kv, q, tuple(layers))] * len(names)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the regions between a compute node and one memory node. Both ends compute it from the same facts.
+
+    Every region but that of the chunks has one part per batch in flight. Within a part lie, packed, the values of a
+    layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer, behind
+    ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far (float64),
+    o [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and
+    lse [rows, Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
+    """
+
+    layers: tuple[LayerShape, ...]
+    dtype: str
+    slots: int
+    max_rows: int
+
+    @cached_property
+    def item(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @cached_property
+    def plan_bytes(self) -> int:
+        return aligned(plan_bytes(self.max_rows, len(self.layers)))
+
+    @cached_property
+    def query_bytes(self) -> int:
+        return aligned(self.max_rows * self.item * max(s.q_heads * s.qk_dim for s in self.layers))
+
+    @cached_property
+    def key_value_bytes(self) -> int:
+        return aligned(self.max_rows * self._key_value_bytes_per_token)
+
+    @cached_property
+    def output_bytes(self) -> int:
+        rows = self.max_rows * PARTIAL_ITEM * max(s.q_heads * (s.v_dim + 1) for s in self.layers)
+        return ANSWER_HEADER + aligned(rows) + 64
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """By layer, the first layer whose attention has the same shape."""
+        return tuple(self.layers.index(layer) for layer in self.layers)
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        return aligned(CHUNK_HEADER + CHUNK_TOKENS * self._key_value_bytes_per_token)
+
+    @cached_property
+    def _key_value_bytes_per_token(self) -> int:
+        return self.item * max(s.kv_heads * (s.qk_dim + s.v_dim) for s in self.layers)
+
+
+def aligned(nbytes: int) -> int:
+    """Rounded up so that the parts of a region do not share cache lines."""
+    return -(-nbytes // 64) * 64

@@ -1,0 +1,50 @@
+"""The 32-bit tags of writes: what arrived, for which batch slot, layer and step."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from lamina.errors import ProtocolError
+
+
+class Kind(IntEnum):
+    """What a finished write brought."""
+
+    PLAN = 0
+    QUERY = 1
+    KEY_VALUE = 2
+    OUTPUT = 3
+    CHUNK = 4
+    CREDIT = 5
+    CARRY = 6
+
+
+_KINDS = tuple(Kind)  # which is faster than to ask the class
+
+
+class Tag(NamedTuple):
+    """The 32-bit tag of a write: kind (3 bits), slot (5), layer (10), step (14, the low bits).
+
+    For CHUNK and CREDIT, ``step`` is the number of the bulk buffer.
+    """
+
+    kind: Kind
+    slot: int
+    layer: int
+    step: int
+
+    def pack(self) -> int:
+        return self.kind << 29 | self.slot << 24 | self.layer << 14 | self.step & STEP_MASK
+
+    @classmethod
+    def unpack(cls, tag: int) -> Tag:
+        """ProtocolError for a kind that does not exist."""
+        try:
+            kind = _KINDS[tag >> 29]
+        except IndexError as e:
+            raise ProtocolError(f"tag {tag:#010x} has the unknown kind {tag >> 29}") from e
+        return cls(kind, tag >> 24 & 31, tag >> 14 & 1023, tag & STEP_MASK)
+
+
+STEP_MASK = 2**14 - 1

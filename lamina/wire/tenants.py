@@ -1,0 +1,110 @@
+"""Between a compute node and a memory node: attaching as a tenant, and the space of its sequences."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from lamina.attention import LayerShape
+from lamina.transport import RemoteRegion
+from lamina.wire.codec import MAX_COMPUTE, Count, Message, Positive
+
+"""The number of the one that schedules."""
+KEY_BYTES = 16
+"""Of the key of a block."""
+MAX_KEYS = 2**15
+
+
+class Attach(Message):
+    """A compute node asks a memory node to hold a shard of the KV cache of its model.
+
+    The compute nodes of a tenant share one cache. Its front, which has number 0, attaches first, and alone reserves,
+    publishes and releases; the others say the same but for ``compute`` and ``outputs``.
+    """
+
+    tenant: Annotated[str, Meta(min_length=1, max_length=128)]
+    """Of which tenant."""
+    model: str
+    """Fingerprint of the checkpoint."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of queries, keys, values and outputs on the wire."""
+    kv_dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"]
+    """Of keys and values as they are stored."""
+    block_tokens: Annotated[int, Meta(ge=1, le=1024)]
+    layers: Annotated[list[LayerShape], Meta(min_length=1, max_length=1024)]
+    """The attention of every layer over this node's heads."""
+    slots: Annotated[int, Meta(ge=1, le=32)]
+    """Batches in flight."""
+    max_rows: Annotated[int, Meta(ge=1, le=4096 + 256)]
+    """The most rows of one step."""
+    outputs: RemoteRegion
+    """Where the attention output is written."""
+    compute: Annotated[int, Meta(ge=0, lt=MAX_COMPUTE)] = 0
+    """The number of this compute node among those of the tenant; 0 is the front."""
+    quota: Annotated[int, Meta(ge=1, le=2**60)] | None = None
+    """The most bytes that the tenant may take here. None: all that nobody else has."""
+
+    def __post_init__(self) -> None:
+        RemoteRegion.from_wire(list(self.outputs))
+
+
+class Attached(Message):
+    """The answer: where to write, and how many tokens of KV cache there are."""
+
+    capacity_tokens: Count
+    plans: RemoteRegion
+    queries: RemoteRegion
+    keys_values: RemoteRegion
+    chunks: RemoteRegion
+
+    def __post_init__(self) -> None:
+        for region in (self.plans, self.queries, self.keys_values, self.chunks):
+            RemoteRegion.from_wire(list(region))
+
+
+Keys = Annotated[bytes, Meta(max_length=MAX_KEYS * KEY_BYTES)]
+"""Keys of blocks, one after the other."""
+
+
+class Reserve(Message):
+    """Set space aside for ``tokens`` positions of a sequence, a new one or one that needs more than it has; answered by
+    Reserved or Refused."""
+
+    sequence: Count
+    tokens: Positive
+    keys: Keys = b""
+    """Of leading blocks of a new sequence, which it may share with others."""
+    ahead: Positive | None = None
+    """Of a new sequence: the most positions by which its layers can be apart, a step's own rows included, so that where
+    these have windows less is set aside. None: any number."""
+
+
+class Reserved(Message):
+    sequence: Count
+    shared: Count = 0
+    """Leading positions of a new sequence that were found."""
+
+
+class Publish(Message):
+    """Let others share the leading blocks of a sequence, under these keys, when they are complete in every layer."""
+
+    sequence: Count
+    keys: Keys
+
+
+class Release(Message):
+    """The sequence is over; its space is free again."""
+
+    sequence: Count
+
+
+class Refused(Message):
+    """What was asked cannot be done. ``sequence`` is None where the answer is not to a Reserve."""
+
+    reason: str
+    sequence: Count | None = None
+
+
+FromCompute = Attach | Reserve | Publish | Release
+FromMemory = Attached | Reserved | Refused

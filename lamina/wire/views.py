@@ -1,0 +1,82 @@
+"""Tensors over the memory that is written to and sent from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lamina.attention import LayerShape, Partial
+from lamina.errors import ProtocolError
+from lamina.transport import Link, Region, RemoteRegion
+from lamina.wire.geometry import ANSWER_HEADER, PARTIAL_ITEM, aligned
+from lamina.wire.plan import StepPlan
+
+
+def outgoing(link: Link, remote: RemoteRegion, nbytes: int) -> memoryview:
+    """Where to compute what will be written to ``remote``: there itself if the transport maps it, else own memory.
+
+    ProtocolError if the peer's region has not the ``nbytes`` on which both ends should have agreed.
+    """
+    if remote.nbytes != nbytes:
+        raise ProtocolError(f"{link} exposed region {remote.name!r} of {remote.nbytes} bytes where {nbytes} are needed")
+    window = link.window(remote)
+    return Region(remote.name, nbytes).buffer if window is None else window
+
+
+def parts(buffer: memoryview, count: int, nbytes: int, dtype: torch.dtype) -> list[Tensor]:
+    """The first ``count`` parts of ``nbytes`` each of ``buffer``, as flat tensors."""
+    flat = torch.frombuffer(buffer, dtype=dtype)
+    size = nbytes // flat.itemsize
+    return [flat[i * size : (i + 1) * size] for i in range(count)]
+
+
+def shaped(part: Tensor, shape: Sequence[int], start: int = 0) -> Tensor:
+    """A view of the numbers ``start ...`` of a flat part as a tensor of ``shape``."""
+    size = 1
+    for length in shape:
+        size *= length
+    return part[start : start + size].view(*shape)
+
+
+def key_value(part: Tensor, layer: LayerShape, tokens: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """k [tokens, Hkv, Dk] and v [tokens, Hkv, Dv], which lie one after the other."""
+    k = shaped(part, (tokens, layer.kv_heads, layer.qk_dim), start)
+    return k, shaped(part, (tokens, layer.kv_heads, layer.v_dim), start + k.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class StepViews:
+    """Where the rows of a step lie in the regions between a compute node and a memory node, for layers of one shape.
+
+    ``q`` [rows, Hq, Dk]; of those that are stored ``k`` [rows, Hkv, Dk] and ``v`` [rows, Hkv, Dv]; ``whole``
+    [rows, Hq, Dv] and ``partial`` of the answer; and the bytes of each write.
+    """
+
+    q: Tensor
+    q_bytes: int
+    k: Tensor
+    v: Tensor
+    key_value_bytes: int
+    whole: Tensor
+    partial: Partial
+    answer_bytes: int
+
+    @classmethod
+    def of(
+        cls, told: StepPlan, layer: LayerShape, query: Tensor, key_values: Tensor, output: Tensor, dtype: torch.dtype
+    ) -> StepViews:
+        """``query``, ``key_values`` and ``output`` are a batch's flat parts of the regions; the last one in bytes."""
+        q = shaped(query, (told.rows, layer.q_heads, layer.qk_dim))
+        k, v = key_value(key_values, layer, told.stored_rows)
+        partials = told.rows - told.whole
+        whole_stop = ANSWER_HEADER + told.whole * layer.q_heads * layer.v_dim * dtype.itemsize
+        whole = shaped(output[ANSWER_HEADER:whole_stop].view(dtype), (told.whole, layer.q_heads, layer.v_dim))
+        start = aligned(whole_stop)
+        stop = start + partials * layer.q_heads * (layer.v_dim + 1) * PARTIAL_ITEM if partials else whole_stop
+        numbers = output[start : max(start, stop)].view(torch.float32)
+        o = shaped(numbers, (partials, layer.q_heads, layer.v_dim))
+        partial = Partial(o, shaped(numbers, (partials, layer.q_heads), o.numel()))
+        return cls(q, q.nbytes, k, v, k.nbytes + v.nbytes, whole, partial, stop)
