@@ -86,6 +86,16 @@ class NodeError(LaminaError):
         super().__init__(message)
         self.node = node
 
+    @classmethod
+    def lost(cls, role: str, name: str, reason: object) -> NodeError:
+        """The error of a node of a role, ``memory`` or ``compute``, that is gone for ``reason``."""
+        return cls(f"{role} node {name} was lost: {reason}", node=name)
+
+    @classmethod
+    def failed(cls, role: str, name: str, error: BaseException) -> NodeError:
+        """The error of a node that has met an error that it did not expect."""
+        return cls(f"{role} node {name} failed: {error!r}", node=name)
+
 
 def first_error(error: BaseException) -> BaseException:
     """The first one of a group of groups."""

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any
 
 from lamina.errors import LaminaError
 
 
 class Arrivals:
-    """What has arrived by slot, and who waits for it. Belongs to the device's loop.
+    """The tags that have arrived, by slot, and the steps that wait for them. Belongs to the device's loop.
 
-    A tag may come before anybody waits for it. One that is not what is waited for next is of an older step: it is
-    dropped, and counted in ``stale``.
+    A tag may come before it is awaited. One that is not what is awaited next belongs to an older step: it is dropped,
+    and counted in ``stale``.
     """
 
     def __init__(self) -> None:
         self.stale = 0
+        self.error: LaminaError | None = None
+        """Why nothing will arrive any more."""
         self._early: dict[int, int] = {}
         self._awaited: dict[int, tuple[int, asyncio.Future[None]]] = {}
-        self._error: LaminaError | None = None
 
     def arrive(self, slot: int, tag: int) -> None:
-        """The tag has come."""
+        """Take in a tag."""
         awaited, done = self._awaited.get(slot, (None, None))
         if done is not None and tag == awaited:
             if not done.done():
@@ -34,27 +33,22 @@ class Arrivals:
             self._early[slot] = tag
 
     async def wait(self, slot: int, tag: int) -> None:
-        """Wait until the tag has come; raises the error of ``fail``."""
+        """Wait until the tag has come; raises the error of `fail`."""
         early = self._early.pop(slot, None)
         if early == tag:
             return
         self.stale += early is not None
-        if self._error:
-            raise self._error
+        if self.error:
+            raise self.error
         done = asyncio.get_running_loop().create_future()
         self._awaited[slot] = tag, done
         await done
 
     def fail(self, error: LaminaError) -> None:
-        """Nothing will come any more: tell those who wait, and whoever will."""
-        self._error = error
-        fail((done for _, done in self._awaited.values()), error)
+        """Nothing will arrive any more: every wait raises ``error``, now and later. The first error stays."""
+        self.error = self.error or error
+        for _, done in self._awaited.values():
+            if not done.done():
+                done.set_exception(error)
+                done.exception()  # the step may be cancelled; then asyncio should not complain
         self._awaited.clear()
-
-
-def fail(waiters: Iterable[asyncio.Future[Any]], error: LaminaError) -> None:
-    """Tell whoever waits; nobody has to hear it."""
-    for waiting in waiters:
-        if not waiting.done():
-            waiting.set_exception(error)
-            waiting.exception()

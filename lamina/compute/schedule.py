@@ -8,7 +8,7 @@ from functools import cache
 
 
 def replica(batch: int, turn: int, *, batches: int, replicas: int) -> int:
-    """Which of ``replicas`` runs the ``turn``-th slice of a batch, counted since the batch began.
+    """The number of the replica that runs the ``turn``-th slice of a batch, counted since the batch began.
 
     With more batches than replicas this is rotational staggered pipelining (Lamina, section 4.3). Time is cut into
     intervals of which a slice takes as many as there are replicas; a batch's next slice begins ``batches`` intervals
@@ -26,28 +26,29 @@ def replica(batch: int, turn: int, *, batches: int, replicas: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The compute nodes of one model: replicas, or ``first_layers`` says which layers each has, from which one on.
+    """The compute nodes of one model, by their member ids: replicas, or each has the layers from ``first_layers`` on.
 
     A step of ``layers`` layers has one slice more; its last one and the first one of the next step are one turn.
     """
 
     layers: int
-    nodes: int = 1
+    members: tuple[int, ...] = (0,)
     batches: int = 1
     first_layers: tuple[int, ...] | None = None
 
     def route(self, batch: int, step: int) -> tuple[int, ...]:
-        """The compute node of each slice, 0..layers, of a step; steps count since the batch began."""
-        if self.nodes == 1 or self.first_layers is not None:
+        """The member that runs each slice, 0..layers, of a step; steps count since the batch began."""
+        if len(self.members) == 1 or self.first_layers is not None:
             return _route(self, 0, 0)
-        return _route(self, batch, step % self.nodes)  # after as many steps as nodes it begins anew
+        return _route(self, batch, step % len(self.members))  # after as many steps as nodes it begins anew
 
-    def slices(self, node: int) -> range:
-        """The slices whose weights a node needs."""
+    def slices(self, member: int) -> range:
+        """The slices whose weights a member needs."""
         if self.first_layers is None:
             return range(self.layers + 1)
+        place = self.members.index(member)
         following = (*self.first_layers[1:], self.layers + 1)
-        return range(self.first_layers[node], following[node])
+        return range(self.first_layers[place], following[place])
 
     @property
     def is_settled(self) -> bool:
@@ -55,18 +56,19 @@ class Schedule:
         return all(
             self.route(batch, step)[:-1] == self.route(batch, 0)[:-1]
             for batch in range(self.batches)
-            for step in range(self.nodes)
+            for step in range(len(self.members))
         )
 
 
 @cache
 def _route(schedule: Schedule, batch: int, step: int) -> tuple[int, ...]:
+    members = schedule.members
     if schedule.first_layers is not None:
-        return tuple(_last_at(schedule.first_layers, piece) for piece in range(schedule.layers + 1))
+        return tuple(members[_last_at(schedule.first_layers, piece)] for piece in range(schedule.layers + 1))
     turns = range(step * schedule.layers, (step + 1) * schedule.layers + 1)
-    return tuple(replica(batch, turn, batches=schedule.batches, replicas=schedule.nodes) for turn in turns)
+    return tuple(members[replica(batch, turn, batches=schedule.batches, replicas=len(members))] for turn in turns)
 
 
 def _last_at(first_layers: Sequence[int], piece: int) -> int:
-    """The node whose layers begin at or before a slice, the last one of them."""
-    return max(node for node, first in enumerate(first_layers) if first <= piece)
+    """The place of the node whose layers begin at or before a slice, the last one of them."""
+    return max(place for place, first in enumerate(first_layers) if first <= piece)

@@ -3,79 +3,95 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar, TypeVarTuple
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 
 from lamina.attention import Partial, merge
-from lamina.compute.peer import ComputePeer, Shape
+from lamina.compute.forward import ForwardPass
+from lamina.compute.peer_lane import PeerLane, Shape
 from lamina.compute.prompts import PromptKV
 from lamina.compute.sampler import sample
 from lamina.compute.schedule import Schedule
-from lamina.compute.shard import RemoteShard
-from lamina.model.slices import SlicedModel, StepConstants
+from lamina.compute.shard_lane import ShardLane
 from lamina.runtime.device import Device
 from lamina.runtime.spans import Place
 from lamina.wire.orders import Done, Order, TokenRun
-from lamina.wire.placement import NodeRows, RemoteRun, route
+from lamina.wire.placement import MemberRows, RemoteRun, route
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 
+class Steps(Protocol):
+    """What runs steps, on the device's loop: `StepRunner`, or what a benchmark has in its place."""
+
+    layers: int
+    """The layers that were run."""
+
+    async def run(self, order: Order) -> Done:
+        """Run the slices of a step that are this node's. NodeError if another node is lost meanwhile."""
+
+    async def ship(self) -> None:
+        """Send the keys and values of prompts to memory nodes as buffers come free, until cancelled."""
+
+    def forget(self, sequences: Iterable[int]) -> None:
+        """Drop what is kept of the prompts of sequences that are over."""
+
+
 class StepRunner:
-    """Runs this compute node's slices of steps; those of different batch slots may run at the same time.
+    """Runs this compute node's slices of steps; steps of different batch slots may run at the same time.
 
     Where the slices before and after run on other nodes, the carry comes from there and goes there. The answers of the
     memory nodes always go to the node that needs them.
 
-    The rows of a step are those whose past lies on memory nodes, which compute their attention: decode rows and some
-    chunks of prompts; then the other chunks, which attend here. ``layers`` counts the layers that were run.
+    The rows of a step are first those whose past lies on memory nodes, which compute their attention: decode rows and
+    some chunks of prompts; then the other chunks, which attend here.
     """
 
     def __init__(
         self,
-        model: SlicedModel,
+        model: ForwardPass,
         device: Device,
-        shards: Sequence[RemoteShard],
+        shards: Mapping[int, ShardLane],
         dtype: torch.dtype,
         *,
-        schedule: Schedule | None = None,
-        index: int = 0,
-        peers: Sequence[ComputePeer] = (),
+        schedule: Schedule,
+        member: int,
+        peers: Mapping[int, PeerLane] | None = None,
     ) -> None:
-        """``index`` is the number of this node in the ``schedule``, by default the only one."""
+        """``member`` is the member id of this node in the ``schedule``; ``shards`` and ``peers`` have theirs as keys."""
         self.model = model
         self.device = device
         self.shards = shards
         self.dtype = dtype
-        self.schedule = schedule or Schedule(len(model.shapes))
         self.prompts: dict[int, PromptKV] = {}
         self.layers = 0
-        self._index = index
-        self._peers = {peer.index: peer for peer in peers}
+        self._schedule = schedule
+        self._member = member
+        self._peers = peers or {}
 
     async def run(self, order: Order) -> Done:
-        """Run the slices of a step that are this node's; on the device's loop. NodeError if a node is lost."""
-        slot, number, own = order.slot, order.step, self._index
-        nodes = self.schedule.route(slot, number)
+        """See `Steps.run`."""
+        slot, number, own = order.slot, order.step, self._member
+        nodes = self._schedule.route(slot, number)
         last = len(nodes) - 1
-        forward = _Forward(self, order)
-        compute_s, attention_s, tokens = 0.0, [0.0] * self.schedule.nodes, []
+        forward = _StepForward(self, order)
+        compute_s, tokens = 0.0, []
+        attention_s = dict.fromkeys(self._schedule.members, 0.0)
 
-        async def compute(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
+        async def run(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
             nonlocal compute_s
-            before_s = self.device.busy_s
-            result = await self.device.compute(function, *arguments, at=at)
-            compute_s += self.device.busy_s - before_s
+            result, seconds = await self.device.run(function, *arguments, at=at)
+            compute_s += seconds
             return result
 
-        await compute(forward.begin, at=Place(slot))
+        await run(forward.begin, at=Place(slot))
         parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
-        answers = bytes(nodes[1:]) if self.schedule.nodes > 1 else b""
+        answers = nodes[1:] if len(self._schedule.members) > 1 else ()
         for part in parts:
             plan = replace(part.plan, answers=answers) if answers else part.plan
             part.shard.plan(slot, number, plan, asks=own in nodes[:last])
@@ -83,60 +99,67 @@ class StepRunner:
             if node != own:
                 continue
             if layer and nodes[layer - 1] != own:
-                shapes = forward.handed_over(layer)
-                values = await self._peers[nodes[layer - 1]].take_over(slot, layer, number, shapes)
-                forward.take_over(values)
+                values = await self._peers[nodes[layer - 1]].take_over(slot, layer, number, forward.carry_in(layer))
+                await run(forward.take_over, values, at=Place(slot, layer))
             if layer:
+                before = nodes[layer - 1]
                 for part in parts:
                     await part.shard.answered(slot, layer - 1, number)
-                    before = nodes[layer - 1]
                     attention_s[before] = max(attention_s[before], part.shard.attention_s(slot))
                 if not parts:
-                    await asyncio.sleep(0)  # others have their turn
+                    await asyncio.sleep(0)  # other batches have their turn
             if layer == last:
-                tokens = await compute(forward.sample, at=Place(slot))
+                tokens = await run(forward.sample, at=Place(slot))
                 break
-            q = await compute(forward.head, layer, at=Place(slot, layer))
+            await run(forward.head, layer, at=Place(slot, layer))
             for part in parts:
-                part.shard.send_query(slot, layer, number, q[part.rows])
-            k, v = await compute(forward.tail, layer, at=Place(slot, layer))
+                part.shard.send_query(slot, layer, number)
+            await run(forward.tail, layer, at=Place(slot, layer))
             for part in parts:
                 if part.plan.stored_rows:
-                    part.shard.send_key_value(slot, layer, number, k[part.stored], v[part.stored])
+                    part.shard.send_key_value(slot, layer, number)
             if forward.local:
                 self._ship(forward.local, layer)
-                await compute(forward.attend_to_prompts, layer, at=Place(slot, layer))
+                await run(forward.attend_to_prompts, layer, at=Place(slot, layer))
             if nodes[layer + 1] != own:
-                self._peers[nodes[layer + 1]].hand_over(slot, layer + 1, number, forward.hand_over())
+                peer = self._peers[nodes[layer + 1]]
+                nbytes = await run(peer.stage, slot, forward.carry_out(), at=Place(slot, layer))
+                peer.hand_over(slot, layer + 1, number, nbytes)
             self.layers += 1
         self.forget([run.sequence for run in forward.local if run.choice])
-        return Done(slot=slot, step=number, tokens=tokens, compute_s=compute_s, attention_s=attention_s)
+        return Done(slot=slot, step=number, tokens=tokens, compute_s=compute_s, attention_s=list(attention_s.items()))
+
+    async def ship(self) -> None:
+        """See `Steps.ship`."""
+        async with asyncio.TaskGroup() as tasks:
+            for shard in self.shards.values():
+                tasks.create_task(shard.run(self.device))
 
     def forget(self, sequences: Iterable[int]) -> None:
-        """Drop prompts' keys and values here; what is still to be sent keeps its own reference."""
+        """See `Steps.forget`; what is still to be sent keeps its own reference."""
         for sequence in sequences:
             self.prompts.pop(sequence, None)
 
     def _ship(self, chunks: Sequence[TokenRun], layer: int) -> None:
-        """Queue what a layer added to prompts for the memory nodes where it is to lie."""
+        """Queue what a layer added to prompts for the memory nodes on which it is to lie."""
         for chunk in chunks:
             prompt, placement = self.prompts[chunk.sequence], chunk.placement
             for start, count in placement.divide(chunk.start, len(chunk.tokens)):
-                for node in placement.owners(start):
-                    self.shards[node].ship(prompt, layer, start, count, placement.held(node, start))
+                for member in placement.owners(start):
+                    self.shards[member].ship(prompt, layer, start, count, placement.held(member, start))
 
 
 Index = slice | Tensor
 """Some rows of a step."""
 
 
-class _Part:
+class _MemberPart:
     """What one memory node does in a step."""
 
     __slots__ = ("partial", "plan", "rows", "shard", "stored", "whole")
 
-    def __init__(self, shard: RemoteShard, own: NodeRows, places: dict[int, int]) -> None:
-        """``places`` gives the place of each row that comes back in parts, among all that do."""
+    def __init__(self, shard: ShardLane, own: MemberRows, places: dict[int, int]) -> None:
+        """``places`` says, of each row that several nodes answer, its place among all such rows."""
         self.shard = shard
         self.plan = plan = own.plan
         self.rows = _index(own.rows)
@@ -145,8 +168,8 @@ class _Part:
         self.partial = _index([places[row] for row in own.rows[plan.whole :]])
 
 
-class _Forward:
-    """One step on its way through the slices of this node."""
+class _StepForward:
+    """One step on its way through the slices of this node. Its methods are operations of the device."""
 
     def __init__(self, runner: StepRunner, order: Order) -> None:
         self._model = runner.model
@@ -159,13 +182,11 @@ class _Forward:
         self.local = order.runs[len(remote) :]
         self._remote_rows = sum(len(run.tokens) for run in remote)
         self._local_count = sum(len(run.tokens) for run in self.local)
-        routes = route(
-            [RemoteRun(run.sequence, run.placement, run.start, len(run.tokens)) for run in remote], len(runner.shards)
-        )
-        self._merged = sorted({row for own in routes for row in own.rows[own.plan.whole :]})
+        routes = route([RemoteRun(run.sequence, run.placement, run.start, len(run.tokens)) for run in remote])
+        self._merged = sorted({row for own in routes.values() for row in own.rows[own.plan.whole :]})
         places = {row: place for place, row in enumerate(self._merged)}
-        self.parts = [_Part(shard, own, places) for shard, own in zip(runner.shards, routes, strict=True) if own.rows]
-        self._constants: StepConstants = ()
+        self.parts = [_MemberPart(runner.shards[member], own, places) for member, own in routes.items()]
+        self._constants: tuple[Any, ...] = ()
         self._carry: tuple[Tensor, ...] = ()
         self._kept: tuple[Tensor, ...] = ()
         self._q: Tensor | None = None
@@ -180,7 +201,7 @@ class _Forward:
             if run.remote:
                 self._prompts.pop(run.sequence, None)  # from here on its past is needed where it was sent
             elif run.start == 0:
-                kept = PromptKV(run.sequence, run.here, self._shapes, self._dtype, self._model.device)
+                kept = PromptKV(run.sequence, run.local_tokens, self._shapes, self._dtype, self._model.device)
                 self._prompts[run.sequence] = kept
             token_ids += run.tokens
             positions += range(run.start, run.start + len(run.tokens))
@@ -195,16 +216,16 @@ class _Forward:
 
     # -- where another node runs the slice before or after
 
-    def handed_over(self, piece: int) -> list[Shape]:
-        """Of what comes from the node of the slice before: its carry, and the attention of the rows of prompts."""
+    def carry_in(self, piece: int) -> list[Shape]:
+        """What comes from the node of the slice before: its carry, and the attention of the rows of prompts."""
         shapes = self._model.carry_shapes(piece - 1, self._remote_rows + self._local_count)
         if self.local:
             layer = self._shapes[piece - 1]
             shapes.append(((self._local_count, layer.q_heads, layer.v_dim), self._dtype))
         return shapes
 
-    def hand_over(self) -> list[Tensor]:
-        """The same of this node's last slice."""
+    def carry_out(self) -> list[Tensor]:
+        """What goes to the node of the slice after, in the same order."""
         return [*self._carry, *([] if self._prompt_o is None else [self._prompt_o])]
 
     def take_over(self, values: Sequence[Tensor]) -> None:
@@ -215,20 +236,26 @@ class _Forward:
 
     # -- slices
 
-    def head(self, layer: int) -> Tensor:
-        """From the carry and the attention of the layer before to q [T, Hq, Dk]."""
-        self._q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
-        return self._q
+    def head(self, layer: int) -> None:
+        """From the carry and the attention of the layer before to q [T, Hq, Dk], of which each memory node is sent its
+        rows and heads."""
+        q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
+        for part in self.parts:
+            part.shard.stage_query(self._slot, layer, q[part.rows])
+        self._q = q
 
-    def tail(self, layer: int) -> tuple[Tensor, Tensor]:
-        """k [T, Hkv, Dk] and v [T, Hkv, Dv], which are kept with prompts that attend here; and the carry."""
+    def tail(self, layer: int) -> None:
+        """k [T, Hkv, Dk], v [T, Hkv, Dv] and the carry. Memory nodes are sent what they store; the rows of prompts that
+        attend here are kept here."""
         k, v, self._carry = self._model.slice(layer).tail(self._constants, self._kept)
+        for part in self.parts:
+            if part.plan.stored_rows:
+                part.shard.stage_key_value(self._slot, layer, k[part.stored], v[part.stored])
         for run, rows in self._local_rows():
             self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
-        return k, v
 
     def attend_to_prompts(self, layer: int) -> None:
-        """Attention of the chunks of prompts, over what is kept here."""
+        """Attention of the chunks of prompts, over the keys and values that are kept here."""
         assert self._q is not None
         parts = [
             self._prompts[run.sequence].attend(layer, run.start, self._q[rows]) for run, rows in self._local_rows()
@@ -236,7 +263,7 @@ class _Forward:
         self._prompt_o = torch.cat(parts).to(self._dtype)
 
     def sample(self) -> list[int]:
-        """Logits of the sampled rows, and a token from each."""
+        """Compute the logits of the sampled rows, and choose a token from each."""
         choices = [(run.choice.sampling, run.choice.position) for run in self._runs if run.choice]
         if not choices:
             return []
@@ -245,7 +272,7 @@ class _Forward:
         return sample(logits, choices)
 
     def _attended(self, layer: int) -> Tensor | None:
-        """o [T, Hq, Dv] of a layer: what the memory nodes answered, then the rows of prompts."""
+        """o [T, Hq, Dv] of a layer: the answers of the memory nodes, then the rows of prompts."""
         if layer < 0:
             return None
         if not self.parts:
@@ -267,7 +294,7 @@ class _Forward:
         return o
 
     def _merge(self, layer: int) -> Tensor:
-        """o [rows, Hq, Dv] in float32 of the rows of which several nodes hold the past, merged in the nodes' order."""
+        """o [rows, Hq, Dv] in float32 of the rows whose past lies on several nodes, merged in the nodes' order."""
         shape, rows = self._shapes[layer], len(self._merged)
         partials = []
         for part in self.parts:

@@ -1,300 +1,153 @@
-"""The engine of a compute node: takes requests, keeps every batch going, hands out tokens."""
+"""The engine: keeps every batch going, on the device's loop."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import threading
-from collections.abc import Coroutine
-from collections.abc import Sequence as Listed
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
-from lamina.compute.shard import RemoteShard
-from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
-from lamina.front.cost import Pace
-from lamina.front.scheduler import Ask, Outcome, Scheduler, Sequence, Step
-from lamina.front.space import reserve
-from lamina.front.team import Ran, Team
-from lamina.wire.requests import Sampling
+from lamina.errors import CapacityError
+from lamina.front.scheduler import Scheduler
+from lamina.front.sequence import CacheChanges, ReservationRequest, ScheduledStep, Sequence, StepOutcome
+from lamina.front.team import StepResult, Team
+from lamina.runtime.crossing import Crossing
 
 log = logging.getLogger("lamina.front")
 
 
-class Answer(Protocol):
-    """Who asked: is called on the loop with every token and then once with the end."""
+class EngineCounters(NamedTuple):
+    """What the engine has to do and has done. One value, replaced as a whole, that any thread may read."""
 
-    def token(self, token: int) -> None: ...
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    steps: int = 0
+    tokens: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
 
-    def finished(self, reason: str) -> None: ...
 
-    def failed(self, error: LaminaError) -> None: ...
+class Desk(Protocol):
+    """Where the engine's decisions go, on the node's loop: to the memory nodes and to the clients."""
+
+    def apply(self, changes: CacheChanges) -> None:
+        """Tell the memory nodes."""
+
+    def answer(self, outcome: StepOutcome) -> None:
+        """Tell the clients what came of a step, then the memory nodes."""
+
+    def refuse(self, sequence: Sequence, error: CapacityError) -> None:
+        """Tell a client that a memory node has no space for its request."""
 
 
 class Engine:
     """Continuous batching over the compute nodes of one model and the memory nodes that attend for it.
 
-    Batches are driven on the device's loop, so that from the last operation of a step to the first of the next there is
-    no way through another thread. Requests come, and tokens and messages go, on the node's own: what they need of the
-    scheduler is short, and under a lock.
+    It belongs to the device's loop, so that from the last operation of a step to the first of the next there is no way
+    through another thread. Requests come from the node's loop through a `Crossing`, and what comes of them goes back to
+    the ``desk`` there through ``home``.
     """
 
-    def __init__(
-        self,
-        name: str,
-        team: Team,
-        shards: Listed[RemoteShard],
-        scheduler: Scheduler,
-        *,
-        batches: int,
-        context: int,
-        vocabulary: int,
-        stop_tokens: frozenset[int],
-    ) -> None:
-        self._name = name
+    def __init__(self, scheduler: Scheduler, team: Team, home: Crossing, desk: Desk, *, batches: int) -> None:
+        self.counters = EngineCounters(free_blocks=scheduler.free_blocks)
+        self._scheduler = scheduler
         self._team = team
-        self._device = team.runner.device
-        self._shards = shards
-        self.scheduler = scheduler
-        self._batches = batches
-        self._context = context
-        self._vocabulary = vocabulary
-        self._stop_tokens = stop_tokens
-        self._answers: dict[Sequence, Answer] = {}
-        self._pace = Pace()
-        self._lock = threading.Lock()
-        """Of the scheduler."""
+        self._home = home
+        self._desk = desk
         self._work = [asyncio.Event() for _ in range(batches)]
-        """By slot, on the device's loop."""
-        self._news: asyncio.Queue[Step | Outcome] = asyncio.Queue()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._failure: LaminaError | None = None
-        self._draining = False
-        self.steps = 0
-        self.tokens = 0
+        """By slot, whether there may be something to do."""
+        self._steps = self._tokens = 0
 
-    @property
-    def running(self) -> int:
-        return self.scheduler.running
-
-    @property
-    def waiting(self) -> int:
-        return self.scheduler.waiting
-
-    @property
-    def draining(self) -> bool:
-        return self._draining
-
-    @property
-    def free_blocks(self) -> int:
-        return self.scheduler.free_blocks
-
-    def submit(
-        self,
-        prompt: list[int],
-        max_tokens: int | None,
-        sampling: Sampling,
-        answer: Answer,
-        *,
-        priority: int = 0,
-        share_prefix: bool = True,
-        salt: str = "",
-    ) -> Sequence:
-        """Queue a request. RequestError or CapacityError say why it cannot be served; then nothing is queued."""
-        if self._failure:
-            raise self._failure
-        if self._draining:
-            raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
-        if not prompt:
-            raise RequestError("the prompt is empty; expected at least one token")
-        for position, token in enumerate(prompt):
-            if token >= self._vocabulary:
-                raise RequestError(
-                    f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
-                )
-        room = self._context - len(prompt)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, the context is {self._context} and must leave room for an "
-                f"answer; use at most {self._context - 1}"
-            )
-        if max_tokens is not None and max_tokens > room:
-            raise RequestError(
-                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
-                f"ask for at most {room}"
-            )
-        sequence = Sequence(
-            prompt,
-            max_tokens or room,
-            sampling,
-            self._stop_tokens,
-            priority=priority,
-            share_prefix=share_prefix,
-            salt=salt,
-        )
-        with self._lock:
-            self.scheduler.submit(sequence, retry_after_s=self._pace.retry_after_s(self.waiting))
-        self._answers[sequence] = answer
-        self._idle.clear()
-        self._wake()
-        return sequence
-
-    def require_place(self, coming: int) -> None:
-        """CapacityError if one more request, besides so many that are about to be queued, would be refused."""
-        self.scheduler.require_place(coming, retry_after_s=self._pace.retry_after_s(self.waiting))
-
-    def cancel(self, sequence: Sequence) -> None:
-        """Forget a request; its space is free after the step that it is in. Nothing for one that is over."""
-        if self._answers.pop(sequence, None) is not None:
-            with self._lock:
-                self.scheduler.cancel(sequence)
-            self._note_idle()
-            self._wake()  # whoever waited behind it may be next
+    # -- steps
 
     async def run(self) -> None:
-        """Serve until cancelled, or until this node or another one fails: then all are told, and NodeError raised."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                for slot in range(self._batches):
-                    tasks.create_task(self._on_device(self._drive(slot, loop)))
-                for shard in self._shards:
-                    tasks.create_task(self._on_device(shard.run()))
-                    tasks.create_task(shard.watch())
-                for peer in self._team.peers:
-                    tasks.create_task(peer.watch())
-                tasks.create_task(self._pass_on())
-        except* LaminaError as group:
-            raise self._fail(first_error(group)) from group
-        except* Exception as group:
-            error = first_error(group)
-            log.exception("event=internal_error")
-            raise self._fail(NodeError(f"compute node {self._name} failed: {error!r}", node=self._name)) from group
+        """Drive all batches until cancelled; NodeError if a node is lost in the middle of a step."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._team.ship())
+            for slot in range(len(self._work)):
+                tasks.create_task(self._drive(slot))
 
-    async def drain(self) -> None:
-        """Take no more requests and wait until those that there are have been answered."""
-        self._draining = True
-        await self._idle.wait()
+    async def _drive(self, slot: int) -> None:
+        """Step after step of one batch."""
+        for number in itertools.count():
+            step = await self._schedule(slot)
+            result = await self._team.run(slot, number, step)
+            self._finish(slot, step, result)
 
-    async def _on_device(self, work: Coroutine[Any, Any, None]) -> None:
-        await self._device.start(work)
-
-    async def _drive(self, slot: int, home: asyncio.AbstractEventLoop) -> None:
-        """Step after step of one batch, on the device's loop; ``home`` is told what comes of them."""
+    async def _schedule(self, slot: int) -> ScheduledStep:
+        """The next step of a batch that has rows; waits until there is one."""
         work = self._work[slot]
-        number = 0
         while True:
-            while (step := self._next_step(slot)) is None:
+            step = self._scheduler.next_step(slot)
+            if step is None:
                 work.clear()
+                self._count()
                 await work.wait()
-            if step.published or step.released or step.asks:
-                home.call_soon_threadsafe(self._news.put_nowait, step)
-            if step.released or step.moved:
-                self._set_all()
-            if not step.decode and not step.prompts:
                 continue
-            ran = await self._team.run(slot, number, step)
-            number += 1
-            outcome = self._finish(slot, step, ran)
-            home.call_soon_threadsafe(self._news.put_nowait, outcome)
-            if outcome.released:
-                self._set_all()  # space has come free, perhaps for a request that another slot can admit
+            if step.changes:
+                self._team.forget(step.changes.released)
+                self._home.post(self._desk.apply, step.changes)
+            if step.changes.released or step.moved:
+                self._wake()
+            if step.has_rows:
+                return step
 
-    def _next_step(self, slot: int) -> Step | None:
-        with self._lock:
-            return self.scheduler.next_step(slot)
+    def _finish(self, slot: int, step: ScheduledStep, result: StepResult) -> None:
+        """Take in what a step brought, and pass it on."""
+        self._scheduler.cost.observe(step.load, result.compute_s, result.attention_s, result.wire_s)
+        outcome = self._scheduler.finish(slot, step, result.tokens)
+        self._steps += 1
+        self._tokens += len(outcome.tokens)
+        self._team.forget(outcome.changes.released)
+        self._count()
+        self._home.post(self._desk.answer, outcome)
+        if outcome.changes.released:
+            self._wake()  # space has come free, perhaps for a request that another slot can admit
 
-    def _finish(self, slot: int, step: Step, ran: Ran) -> Outcome:
-        self.steps += 1
-        load = step.load
-        with self._lock:
-            self.scheduler.cost.observe(
-                load.rows, load.prompt_tokens, load.context_tokens, ran.compute_s, ran.attention_s, ran.wire_s
-            )
-            return self.scheduler.finish(slot, step, ran.tokens)
+    # -- requests
 
-    async def _pass_on(self) -> None:
-        """Tell memory nodes and those who asked what came of steps, in their order."""
-        while True:
-            news = await self._news.get()
-            if isinstance(news, Outcome):
-                self._answer(news)
-            self._tell(news)
-            if isinstance(news, Step):
-                for ask in news.asks:
-                    self._tasks.create_task(self._reserve(ask))
-            self._note_idle()
+    def submit(self, sequence: Sequence, retry_after_s: float | None = None) -> None:
+        """Queue a request. CapacityError says why it cannot be served; then nothing is queued."""
+        self._scheduler.submit(sequence, retry_after_s=retry_after_s)
+        self._count()
+        self._wake()
 
-    def _tell(self, news: Step | Outcome) -> None:
-        """Pass on to the memory nodes what the scheduler decided."""
-        for publication in news.published:
-            for node in publication.placement.nodes:
-                keys = publication.placement.keys_on(node, publication.keys, self.scheduler.block_tokens)
-                if keys:
-                    self._shards[node].publish(publication.id, keys)
-        self._team.forget(news.released)
-        for id_ in news.released:
-            for shard in self._shards:
-                shard.release(id_)
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
+        self._scheduler.cancel(sequence)
+        self._count()
+        self._wake()  # a request that waited behind it may be next
 
-    async def _reserve(self, ask: Ask) -> None:
-        """Have every memory node set space aside. Where one refuses, that request alone fails."""
-        try:
-            shared = await reserve(self._shards, ask, self.scheduler.block_tokens)
-        except CapacityError as e:
-            if ask.stands():
-                self._refuse(ask.sequence, e)
-        else:
-            with self._lock:
-                self.scheduler.grant(ask, shared)
-            self._wake()
+    def reserved(self, request: ReservationRequest, answer: int | CapacityError) -> None:
+        """The memory nodes have set space aside and share ``answer`` leading positions, or one of them refuses.
 
-    def _refuse(self, sequence: Sequence, error: CapacityError) -> None:
-        """A memory node has no space for a request, though the scheduler thought so."""
-        log.warning("event=refused sequence=%d reason=%r", sequence.id, str(error))
-        answer = self._answers.get(sequence)
-        self.cancel(sequence)
-        if answer:
-            answer.failed(error)
-
-    def _answer(self, outcome: Outcome) -> None:
-        self.tokens += len(outcome.tokens)
-        for sequence, token in outcome.tokens:
-            if answer := self._answers.get(sequence):
-                try:
-                    answer.token(token)
-                except Exception as e:  # one answer's trouble is nobody else's
-                    log.exception("event=answer_failed sequence=%d", sequence.id)
-                    self.cancel(sequence)
-                    answer.failed(NodeError(f"compute node {self._name} failed: {e!r}", node=self._name))
-        if outcome.finished:
-            self._pace.ended(asyncio.get_running_loop().time(), len(outcome.finished))
-        for sequence in outcome.finished:
-            if answer := self._answers.pop(sequence, None):
-                answer.finished(sequence.finish_reason or "length")
+        Where one refuses, that request alone fails.
+        """
+        if isinstance(answer, CapacityError):
+            if request.is_current:
+                log.warning("event=refused sequence=%d reason=%r", request.id, str(answer))
+                self._home.post(self._desk.refuse, request.sequence, answer)
+                self.cancel(request.sequence)
+            return
+        self._scheduler.confirm(request, answer)
+        self._wake()
 
     def _wake(self) -> None:
         """Have every batch look for something to do."""
-        self._device.loop.call_soon_threadsafe(self._set_all)
-
-    def _set_all(self) -> None:
         for event in self._work:
             event.set()
 
-    def _note_idle(self) -> None:
-        with self._lock:
-            idle = not (self._answers or self.scheduler.running or self.scheduler.waiting)
-        if idle:
-            self._pace.idle()
-            self._idle.set()
-
-    def _fail(self, error: BaseException) -> LaminaError:
-        assert isinstance(error, LaminaError)
-        self._failure = error
-        log.error("event=failed requests=%d reason=%r", len(self._answers), str(error))
-        for answer in list(self._answers.values()):
-            answer.failed(error)
-        self._answers.clear()
-        self._idle.set()
-        return error
+    def _count(self) -> None:
+        scheduler = self._scheduler
+        self.counters = EngineCounters(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            free_blocks=scheduler.free_blocks,
+            steps=self._steps,
+            tokens=self._tokens,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            shared_tokens=scheduler.shared_tokens,
+        )

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from lamina.errors import LaminaError, ProtocolError, RequestError, TransportError
-from lamina.front.engine import Engine
-from lamina.front.scheduler import Sequence
+from lamina.front.intake import Intake
+from lamina.front.sequence import Sequence
 from lamina.front.text import TextStream, Tokenizer
-from lamina.runtime.device import Device
+from lamina.runtime.crossing import Crossing
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Message, decode
 from lamina.wire.questions import answer
-from lamina.wire.requests import Cancel, Failed, Finished, FromClient, Generate, Generated, Sampling
+from lamina.wire.requests import Cancel, Failed, Finished, FromClient, Generate, Generated, Request
 
 log = logging.getLogger("lamina.front")
 
@@ -25,27 +24,27 @@ log = logging.getLogger("lamina.front")
 class ClientSession:
     """One client on its link. When the link ends, its requests are cancelled.
 
-    ``engine`` gives the engine, or raises the error to be told while there is none.
+    ``intake`` and ``tokenizer`` give those of the front, or raise the error to be told while there are none.
     """
 
     def __init__(
         self,
         link: Link,
-        device: Device,
-        engine: Callable[[], Engine],
+        device: Crossing,
+        intake: Callable[[], Intake],
         tokenizer: Callable[[], Tokenizer],
         status: Callable[[], Status],
     ) -> None:
         self._link = link
         self._device = device
-        self._engine = engine
+        self._intake = intake
         self._tokenizer = tokenizer
         self._status = status
         self._requests: dict[int, Sequence | asyncio.Task[None]] = {}
-        """By the client's id; a task while the prompt is being turned into tokens."""
-        link.on_message, link.on_lost = self._on_message, self._on_lost
+        """By the client's id; a task until the engine has the request."""
 
-    def _on_message(self, plain: dict[str, Any]) -> None:
+    def on_message(self, plain: dict[str, Any]) -> None:
+        """Take in a message of the client."""
         try:
             message = decode(plain, FromClient)
         except ProtocolError as e:
@@ -55,64 +54,60 @@ class ClientSession:
             self._send(failed(RequestError(str(e)), id_))  # one bad request harms no other
             return
         match message:
-            case Generate() as request:
+            case Generate() as generate:
                 try:
-                    self._generate(request)
+                    self._generate(generate.id, generate.request)
                 except LaminaError as e:
-                    self._send(failed(e, request.id))
+                    self._send(failed(e, generate.id))
             case Cancel(id=id_):
                 self._cancel(id_)
             case AskStatus():
                 self._send(self._status())
 
-    def _generate(self, request: Generate) -> None:
-        engine, tokenizer = self._engine(), self._tokenizer()
-        if request.id in self._requests:
-            raise RequestError(f"request id {request.id} is in use on this connection")
-        if isinstance(request.prompt, str):
-            engine.require_place(tokenizer.at_work)
-            # Long texts take long, so not on the loop.
-            encoding = self._device.run(tokenizer.encode, request.prompt)
-            tokenizer.at_work += 1
-            encoding.add_done_callback(tokenizer.done)
-            submitting = self._submit_encoded(engine, tokenizer, request, encoding)
-            self._requests[request.id] = asyncio.get_running_loop().create_task(submitting)
-        else:
-            self._submit(engine, tokenizer, request, request.prompt)
-
-    async def _submit_encoded(
-        self, engine: Engine, tokenizer: Tokenizer, request: Generate, encoding: asyncio.Future[list[int]]
-    ) -> None:
-        try:
-            self._submit(engine, tokenizer, request, await encoding)
-        except LaminaError as e:
-            self.end(request.id, failed(e, request.id))
-
-    def _submit(self, engine: Engine, tokenizer: Tokenizer, request: Generate, prompt: list[int]) -> None:
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        sampling = Sampling(request.temperature, request.top_k, request.top_p, seed)
-        passing_on = _Answer(self, request.id, len(prompt), TextStream(tokenizer))
-        self._requests[request.id] = engine.submit(
-            prompt,
-            request.max_tokens,
-            sampling,
-            passing_on,
-            priority=request.priority,
-            share_prefix=request.share_prefix,
-            salt=request.salt,
-        )
-
-    def _on_lost(self, error: TransportError) -> None:
+    def on_lost(self, error: TransportError) -> None:
+        """The link has ended."""
         if self._requests:
             log.info("event=client_lost requests=%d reason=%r", len(self._requests), str(error))
         self._cancel_all()
 
+    def _generate(self, id_: int, request: Request) -> None:
+        intake, tokenizer = self._intake(), self._tokenizer()
+        if id_ in self._requests:
+            raise RequestError(f"request id {id_} is in use on this connection")
+        encoding = None
+        if isinstance(request.prompt, str):
+            intake.require_place(tokenizer.at_work)
+            # Long texts take long, so not on this loop.
+            encoding = self._device.call(tokenizer.encode, request.prompt)
+            tokenizer.at_work += 1
+            encoding.add_done_callback(tokenizer.done)
+        submitting = self._submit(intake, tokenizer, id_, request, encoding)
+        self._requests[id_] = asyncio.get_running_loop().create_task(submitting)
+
+    async def _submit(
+        self,
+        intake: Intake,
+        tokenizer: Tokenizer,
+        id_: int,
+        request: Request,
+        encoding: asyncio.Future[list[int]] | None,
+    ) -> None:
+        try:
+            prompt = await encoding if encoding is not None else list(request.prompt)
+            answer = _TextAnswer(self, id_, len(prompt), TextStream(tokenizer))
+            sequence = await intake.submit(request, prompt, answer)
+        except LaminaError as e:
+            self.end(id_, failed(e, id_))
+        else:
+            if id_ in self._requests:  # else it is over already
+                self._requests[id_] = sequence
+
     def _cancel(self, id_: int) -> None:
         match self._requests.pop(id_, None):
             case Sequence() as sequence:
-                self._engine().cancel(sequence)
-            case asyncio.Task() as encoding:
-                encoding.cancel()
+                self._intake().cancel(sequence)
+            case asyncio.Task() as submitting:
+                submitting.cancel()
 
     def _cancel_all(self) -> None:
         for id_ in list(self._requests):
@@ -132,7 +127,7 @@ class ClientSession:
         self._send(message)
 
 
-class _Answer:
+class _TextAnswer:
     """Passes one request's tokens on to its client."""
 
     def __init__(self, session: ClientSession, id_: int, prompt_tokens: int, text: TextStream) -> None:

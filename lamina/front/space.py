@@ -1,40 +1,99 @@
-"""Space on the memory nodes, set aside for sequences."""
+"""Space on the memory nodes: what the scheduler decided is carried out, on the node's loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
-from lamina.compute.shard import RemoteShard
-from lamina.front.scheduler import Ask
+from lamina.compute.shard_control import ShardControl
+from lamina.errors import CapacityError, LaminaError
+from lamina.front.sequence import CacheChanges, ReservationRequest
 
 
-async def reserve(shards: Sequence[RemoteShard], ask: Ask, block_tokens: int) -> int:
-    """Have memory nodes set aside what was asked for; returns how many leading positions of it they share.
+class Space:
+    """Tells the memory nodes, by member id, what of the scheduler's decisions concerns them.
 
-    Of a prompt that begins like others, only what all of them still have can be shared, and each forgets when it needs
-    the space. So where one has less than another they are told to start anew with the keys that all had; what they
-    share gets less each time, so this ends. As soon as ``ask`` no longer stands nothing more is asked: it has been
-    released. CapacityError where one has too little space; the others hold theirs until the release.
+    ``on_answer`` gets every reservation with what came of it: the number of leading positions that are shared, or the
+    error of a memory node that refuses.
     """
-    keys, place = ask.keys, ask.placement
-    held = {n: tokens for n in place.nodes if (tokens := place.held(n, ask.tokens)) > place.held(n, ask.had)}
-    while ask.stands():
-        # Nothing may come between this and the sending: a Release would be overtaken.
-        asked = [
-            shards[node].reserve(ask.id, tokens, place.keys_on(node, keys, block_tokens), ask.ahead)
-            for node, tokens in held.items()
-        ]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        found = {node: answer for node, answer in zip(held, answers, strict=True) if isinstance(answer, int)}
-        shared = place.usable(len(keys) * block_tokens, found)
-        if all(tokens == place.held(node, shared) for node, tokens in found.items()):
-            return shared
-        if ask.stands():
-            keys = keys[: shared // block_tokens]
-            for node in held:
-                shards[node].release(ask.id)
-    return 0
+
+    def __init__(
+        self,
+        shards: Mapping[int, ShardControl],
+        block_tokens: int,
+        on_answer: Callable[[ReservationRequest, int | CapacityError], None],
+    ) -> None:
+        self._shards = shards
+        self._block_tokens = block_tokens
+        self._on_answer = on_answer
+        self._held: set[int] = set()
+        """The ids of sequences that have space, or for which it was asked."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def apply(self, changes: CacheChanges) -> None:
+        """Tell the memory nodes: first publications, then releases, then reservations."""
+        for publication in changes.published:
+            placement = publication.placement
+            for member in placement.members:
+                if keys := placement.keys_on(member, publication.keys, self._block_tokens):
+                    self._shards[member].publish(publication.id, keys)
+        for sequence in changes.released:
+            self._held.discard(sequence)
+            for shard in self._shards.values():
+                shard.release(sequence)
+        for request in changes.reservations:
+            if request.is_new:
+                self._held.add(request.id)
+            task = asyncio.get_running_loop().create_task(self._reserve(request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _reserve(self, request: ReservationRequest) -> None:
+        try:
+            self._on_answer(request, await self.reserve(request))
+        except CapacityError as error:
+            if request.id in self._held:
+                self._on_answer(request, error)
+        except LaminaError:
+            pass  # a memory node is lost, which is announced elsewhere
+
+    async def hold(self, request: ReservationRequest) -> int:
+        """Have space set aside that the scheduler did not ask for through `apply`; see `reserve`."""
+        self._held.add(request.id)
+        return await self.reserve(request)
+
+    async def reserve(self, request: ReservationRequest) -> int:
+        """Have memory nodes set aside what was asked for; the number of leading positions that they share.
+
+        Of a prompt that begins like others, only what all of them still have can be shared, and each forgets when it
+        needs the space. Where one has less than another, they are told to start anew with the keys that all had; what
+        they share gets less each time, so this ends. As soon as the sequence is released nothing more is asked.
+        CapacityError where a node has too little space; the others hold theirs until the release.
+        """
+        keys, place = request.keys, request.placement
+        held = {
+            member: tokens
+            for member in place.members
+            if (tokens := place.held(member, request.tokens)) > place.held(member, request.reserved)
+        }
+        while request.id in self._held:
+            # Nothing may come between this and the sending: a Release would be overtaken.
+            asked = [
+                self._shards[member].reserve(
+                    request.id, tokens, place.keys_on(member, keys, self._block_tokens), request.ahead
+                )
+                for member, tokens in held.items()
+            ]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+            found = {member: answer for member, answer in zip(held, answers, strict=True) if isinstance(answer, int)}
+            shared = place.usable(len(keys) * self._block_tokens, found)
+            if all(tokens == place.held(member, shared) for member, tokens in found.items()):
+                return shared
+            if request.id in self._held:
+                keys = keys[: shared // self._block_tokens]
+                for member in held:
+                    self._shards[member].release(request.id)
+        return 0

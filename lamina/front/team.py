@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from lamina.compute.peer import ComputePeer
+from lamina.compute.peer_control import PeerControl
 from lamina.compute.schedule import Schedule
-from lamina.compute.step import StepRunner
-from lamina.front.scheduler import DecodeRow, PromptChunk, Step
-from lamina.wire.codec import FRONT
+from lamina.compute.step import Steps
+from lamina.front.sequence import DecodeRow, PromptChunk, ScheduledStep
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.device import Device
 from lamina.wire.orders import Choice, Done, Forget, Order, TokenRun
 
 
-class Ran(NamedTuple):
-    """What came of a step: the tokens of its sampled rows, and the seconds that this took of the compute nodes, of the
-    busiest memory node, and beside both (NaN where that cannot be told)."""
+class StepResult(NamedTuple):
+    """The tokens of a step's sampled rows, and the seconds that it took of the compute nodes, of the busiest memory
+    node, and beside both (NaN where that cannot be told)."""
 
     tokens: list[int]
     compute_s: float
@@ -26,67 +26,100 @@ class Ran(NamedTuple):
 
 
 class Team:
-    """Has steps run by the compute nodes that the schedule names: this one, and those that it is linked to.
+    """Has steps run by the compute nodes that the schedule names: by this one, and by its peers on order.
 
-    Made on the node's loop, used on the device's but for ``forget``.
+    Belongs to the device's loop; orders cross to the node's loop, where messages are sent.
     """
 
-    def __init__(self, runner: StepRunner, peers: Sequence[ComputePeer] = ()) -> None:
-        self.runner = runner
-        self.peers = peers
-        self._peers = {peer.index: peer for peer in peers}
-        self._schedule: Schedule = runner.schedule
-        self._home = asyncio.get_running_loop()
-        self._steps = self._flying = 0
-        """Steps that were begun, and those that are under way."""
+    def __init__(
+        self,
+        runner: Steps,
+        device: Device,
+        home: Crossing,
+        schedule: Schedule,
+        *,
+        member: int,
+        epoch: int = 0,
+        peers: Mapping[int, PeerControl] | None = None,
+    ) -> None:
+        """``member`` is the id of this node, ``home`` the way to the node's loop, where ``peers`` live.
 
-    async def run(self, slot: int, number: int, step: Step) -> Ran:
-        """Run a step. NodeError if a node is lost meanwhile."""
-        clock = self.runner.device.clock
-        begun_s, alone = clock(), self._flying == 0
-        self._steps, self._flying = self._steps + 1, self._flying + 1
-        started = self._steps
-        order = order_of(slot, number, step)
-        nodes = sorted(set(self._schedule.route(slot, number)))
-        ordered = [self._peers[node].order(order, self._home) for node in nodes if node != FRONT]
-        parts = [await self.runner.run(order)] if FRONT in nodes else []
-        parts += [await done for done in ordered]
-        self._flying -= 1
+        ``epoch`` is that of the members for which orders are made.
+        """
+        self._runner = runner
+        self._device = device
+        self._home = home
+        self._schedule = schedule
+        self._member = member
+        self.epoch = epoch
+        self._peers = peers or {}
+        self._begun = self._in_flight = 0
+
+    async def run(self, slot: int, number: int, step: ScheduledStep) -> StepResult:
+        """Run step ``number`` of a batch slot. NodeError if a node is lost meanwhile."""
+        now = self._device.loop.time
+        begun_s, alone = now(), self._in_flight == 0
+        self._begun, self._in_flight = self._begun + 1, self._in_flight + 1
+        begun = self._begun
+        try:
+            parts = await self._run_parts(order_of(slot, number, self.epoch, step))
+        finally:
+            self._in_flight -= 1
         compute_s = math.fsum(part.compute_s for part in parts)
         attention_s = _attention_s(parts)
-        wire_s = max(0.0, clock() - begun_s - compute_s - attention_s)
-        # With others in flight, what is neither is their time.
-        undisturbed = alone and self._steps == started
+        wire_s = max(0.0, now() - begun_s - compute_s - attention_s)
+        # With other batches in flight, what is neither compute nor attention is their time.
+        undisturbed = alone and self._begun == begun
         tokens = next((part.tokens for part in parts if part.tokens), [])
-        return Ran(tokens, compute_s, attention_s, wire_s if undisturbed else math.nan)
+        return StepResult(tokens, compute_s, attention_s, wire_s if undisturbed else math.nan)
+
+    async def _run_parts(self, order: Order) -> list[Done]:
+        members = set(self._schedule.route(order.slot, order.step))
+        if members == {self._member}:
+            return [await self._runner.run(order)]
+        ordered = [self._home.start(self._peers[m].order(order)) for m in sorted(members) if m != self._member]
+        try:
+            own = [await self._runner.run(order)] if self._member in members else []
+            return own + [await done for done in ordered]
+        finally:
+            for done in ordered:
+                done.cancel()
+
+    async def ship(self) -> None:
+        """Send the keys and values of prompts that this node computed, until cancelled."""
+        await self._runner.ship()
 
     def forget(self, sequences: Iterable[int]) -> None:
         """Drop what is kept of the prompts of sequences that are over."""
         over = list(sequences)
         if over:
-            self.runner.forget(over)
-            for peer in self.peers:
-                peer.send(Forget(sequences=over))
+            self._runner.forget(over)
+            for peer in self._peers.values():
+                self._home.post(peer.send, Forget(sequences=over))
 
 
-def _attention_s(parts: Sequence[Done]) -> float:
-    """Of each node the longest that anybody was told, of all together."""
-    told = [part.attention_s for part in parts if part.attention_s]
-    return math.fsum(map(max, zip(*told, strict=True)))
-
-
-def order_of(slot: int, number: int, step: Step) -> Order:
-    """Of what the scheduler composed."""
-    return Order(slot=slot, step=number, runs=[*map(_decoding, step.decode), *map(_prompt, step.prompts)])
+def order_of(slot: int, number: int, epoch: int, step: ScheduledStep) -> Order:
+    """What the scheduler composed, as compute nodes are told."""
+    runs = [*map(_decoding, step.decode), *map(_prompt, step.prompts)]
+    return Order(epoch=epoch, slot=slot, step=number, runs=runs)
 
 
 def _decoding(row: DecodeRow) -> TokenRun:
     sequence = row.sequence
-    choice = Choice(sequence.sampling, row.position + 1)
+    choice = Choice(sequence.request.sampling, row.position + 1)
     return TokenRun(sequence.id, row.position, [row.token], sequence.placement, choice=choice)
 
 
 def _prompt(chunk: PromptChunk) -> TokenRun:
     sequence = chunk.sequence
-    choice = Choice(sequence.sampling, sequence.context) if chunk.completes else None
-    return TokenRun(sequence.id, chunk.start, chunk.tokens, sequence.placement, sequence.here, choice)
+    choice = Choice(sequence.request.sampling, sequence.context) if chunk.completes else None
+    return TokenRun(sequence.id, chunk.start, chunk.tokens, sequence.placement, sequence.local_tokens, choice)
+
+
+def _attention_s(parts: Sequence[Done]) -> float:
+    """The sum, over compute nodes, of the longest time that any part was told of."""
+    longest: dict[int, float] = {}
+    for part in parts:
+        for member, seconds in part.attention_s:
+            longest[member] = max(longest.get(member, 0.0), seconds)
+    return math.fsum(longest.values())

@@ -1,4 +1,4 @@
-"""Who computes next on a device that several tenants share: whoever has had the least of it."""
+"""A fair queue: which tenant of a memory node computes next on the device that they share."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
 ROUNDS = 3
-"""Rounds of the loop before each choice: in these, links learn what has arrived, those who wait for it are woken, and
-they say that they want to compute."""
+"""Rounds of the loop before each choice: in these, links learn what has arrived, the coroutines that wait for it are
+woken, and they queue their operations."""
 
 
-class Turns:
-    """Divides the time of ``device`` evenly among the tenants that have something to do, one operation after the other.
+class FairQueue:
+    """Divides the time of ``device`` evenly among the tenants that have work, one operation after the other.
 
-    This is start-time fair queueing (Goyal, Vin and Cheng, 1996) with equal weights. Each tenant has a clock, which
-    advances by what its operations take; the one whose clock shows least is next. Where a tenant comes back after a
-    pause, its clock is put forward to that of whoever was served last, so that nobody saves up time by being idle. Of
-    two tenants that always have something to do, neither gets ahead by more than one operation of each.
+    This is start-time fair queueing (Goyal, Vin and Cheng, 1996) with equal weights. Each tenant has a virtual clock,
+    which advances by the seconds that its operations take; the tenant whose clock shows least is next. When a tenant
+    comes back after a pause, its clock is put forward to that of the tenant that was served last, so that no tenant
+    saves up time by being idle. Of two tenants that always have work, neither gets ahead by more than one operation of
+    each.
 
-    A tenant that is alone computes at once. All of it belongs to the device's thread.
+    A tenant that is alone computes at once. The queue belongs to the device's loop.
     """
 
     def __init__(self, device: Device) -> None:
@@ -35,19 +36,32 @@ class Turns:
         self._now_s = 0.0
         """What the clock of the tenant that was served last showed then."""
         self._serving: asyncio.Task[None] | None = None
+        self._finished: asyncio.Future[None] | None = None
+        """Done when the operation that was let in has completed."""
 
-    def wait(self, share: Share) -> asyncio.Future[None]:
-        """Done when it is the turn of ``share``: for whoever awaits it, to compute as soon as it is resumed."""
+    async def enter(self, share: Share) -> None:
+        """Wait until it is the turn of ``share``. The caller then runs one operation and calls `leave`."""
         if not share.waiting:
             share.clock_s = max(share.clock_s, self._now_s)
-        turn: asyncio.Future[None] = self.device.loop.create_future()
+        loop = self.device.loop
+        turn: asyncio.Future[None] = loop.create_future()
         share.waiting.append(turn)
         if self._serving is None:
-            self._serving = self.device.loop.create_task(self._serve())
-        return turn
+            self._serving = loop.create_task(self._serve())
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.leave()  # it had its turn, and does not use it
+            raise
+
+    def leave(self) -> None:
+        """The operation that was let in has completed."""
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_result(None)
 
     async def _serve(self) -> None:
-        """Give turns until nobody waits for one."""
+        """Let operations in, one after the other, until none waits."""
         while True:
             for _ in range(ROUNDS):
                 await asyncio.sleep(0)
@@ -56,34 +70,38 @@ class Turns:
                 self._serving = None
                 return
             turn = share.waiting.popleft()
-            if turn.done():  # whoever waited for it was cancelled
+            if turn.done():  # the coroutine that waited for it was cancelled
                 continue
-            self._now_s, busy_s = share.clock_s, share.busy_s
+            self._now_s = share.clock_s
+            self._finished = self.device.loop.create_future()
             turn.set_result(None)
-            await asyncio.sleep(0)  # meanwhile it computes
-            share.clock_s += share.busy_s - busy_s
+            await self._finished
 
 
 class Share:
-    """A tenant's share of a device. ``busy_s``: seconds that its operations have taken so far."""
+    """A tenant's share of a device. ``busy_s``: the seconds that its operations have taken so far."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, queue: FairQueue) -> None:
         self.busy_s = self.clock_s = 0.0
         self.waiting: deque[asyncio.Future[None]] = deque()
-        self._turns = turns
-        turns.shares.append(self)
+        self._queue = queue
+        queue.shares.append(self)
 
-    def leave(self) -> None:
-        """Let the others have it; whoever waits for a turn has to be cancelled before."""
-        self._turns.shares.remove(self)
+    def close(self) -> None:
+        """Leave the device to the others. Coroutines that wait for a turn have to be cancelled before."""
+        self._queue.shares.remove(self)
 
-    async def compute(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
-        """Run ``function`` when it is this tenant's turn; what it returns, and the seconds that it took."""
-        if len(self._turns.shares) > 1:
-            await self._turns.wait(self)
-        device = self._turns.device
-        before_s = device.busy_s
-        result = await device.compute(function, *args, at=at)
-        spent_s = device.busy_s - before_s
-        self.busy_s += spent_s
-        return result, spent_s
+    async def run(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
+        """Run an operation when it is this tenant's turn; see `Device.run`."""
+        queue = self._queue
+        if len(queue.shares) == 1:
+            result, seconds = await queue.device.run(function, *args, at=at)
+        else:
+            await queue.enter(self)
+            try:
+                result, seconds = await queue.device.run(function, *args, at=at)
+                self.clock_s += seconds
+            finally:
+                queue.leave()
+        self.busy_s += seconds
+        return result, seconds

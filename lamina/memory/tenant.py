@@ -1,84 +1,90 @@
-"""A tenant of a memory node: the KV cache of one model, which all of the tenant's compute nodes share."""
+"""A tenant of a memory node: the KV cache of one model, which all compute nodes of the tenant share."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lamina.attention import KVLayout, Range, Rows, Run, create_backend
+from lamina.attention.backend import Backend
 from lamina.errors import ProtocolError
-from lamina.memory.fair_queue import Share, Turns
+from lamina.memory.fair_queue import FairQueue, Share
+from lamina.runtime.device import Device
+from lamina.wire.admin import TenantStatus
 from lamina.wire.geometry import Geometry
 from lamina.wire.tenants import KEY_BYTES, Attach, Publish, Release, Reserve
 
 if TYPE_CHECKING:
-    from lamina.memory.serving import AttentionShard
+    from lamina.memory.serving import ServingLane
+
+MakeBackend = Callable[..., Backend]
+"""Makes the attention backend over a tenant's memory, as `create_backend` does."""
 
 
 class Tenant:
-    """What a memory node has for the compute nodes that attach as one tenant; ``attach`` is what its front asked for.
+    """What a memory node has for one tenant: a cache, the backend that attends over it, a share of the device.
 
-    Its ``shards`` are their links, by the numbers of the compute nodes, and ``numbers`` are all that there ever were.
-    ``grown`` is set when more of a sequence is there, or the sequence is over. ``layers`` and ``stale_tags`` count over
-    all links. Made and closed in the device's thread, which also does everything else with the cache; shards come and
-    go in the node's.
+    ``attach`` is what the tenant's front asked for. ``lanes`` are the links of its compute nodes, by member id, and
+    ``members`` all that were ever attached. ``grown`` is set when more of a sequence is there, or the sequence is over.
+    ``layers`` and ``stale_tags`` count over all links. It belongs to the device's loop, and its methods that touch the
+    cache are operations of the device.
     """
 
-    def __init__(self, attach: Attach, backend: str, memory: Range, turns: Turns) -> None:
-        """Errors are those of `create_backend`, for the backend called ``backend`` over ``memory``."""
+    def __init__(self, attach: Attach, backend: str | MakeBackend, memory: Range, queue: FairQueue) -> None:
+        """Errors are those of `create_backend`, for ``backend`` over ``memory``."""
         layout = KVLayout(layers=tuple(attach.layers), dtype=attach.kv_dtype, block_tokens=attach.block_tokens)
-        device = turns.device
+        device: Device = queue.device
         self.attach = attach
         self.name = attach.tenant
         self.memory = memory
         self.backend = create_backend(backend, layout, memory, threads=device.threads, cpus=device.cpus)
         self.cache = self.backend.cache
         self.geometry = Geometry(layout.layers, attach.dtype, attach.slots, attach.max_rows)
-        self.share = Share(turns)
+        self.share = Share(queue)
         self.grown = asyncio.Event()
-        self.shards: dict[int, AttentionShard] = {}
-        self.numbers: set[int] = set()
+        self.lanes: dict[int, ServingLane] = {}
+        self.members: set[int] = set()
         self.layers = 0
         self.stale_tags = 0
         self._to_publish: dict[int, list[bytes]] = {}
         """Keys of sequences' leading blocks that are not complete yet."""
 
     def close(self) -> None:
-        """Let go of the memory and of the share; nobody may compute any more."""
-        self.share.leave()
+        """Let go of the memory and of the share. No lane may serve any more."""
+        self.share.close()
         self.backend.close()
 
     # -- compute nodes
 
-    def check(self, attach: Attach) -> None:
-        """ProtocolError for another compute node that is there already, or does not want the same as the front."""
-        number = attach.compute
-        if number in self.shards:
-            raise ProtocolError(
-                f"compute node {number} of tenant {self.name} is attached already, as {self.shards[number].peer}; "
-                f"numbers must differ"
-            )
-        for name in Attach.__struct_fields__:
-            own, asked = getattr(self.attach, name), getattr(attach, name)
-            if name in ("compute", "outputs") or own == asked:
-                continue
-            if name == "layers":
-                name, own, asked = _difference(own, asked)
-            raise ProtocolError(
-                f"compute node {number} of tenant {self.name} asks for {name} {asked!s:.300}, its front asked for "
-                f"{own!s:.300}; all compute nodes of a tenant have to ask for the same"
-            )
+    def join(self, member: int, lane: ServingLane) -> None:
+        """A compute node is attached."""
+        self.lanes[member] = lane
+        self.members.add(member)
 
-    def join(self, number: int, shard: AttentionShard) -> None:
-        self.shards[number] = shard
-        self.numbers.add(number)
+    def leave(self, member: int) -> None:
+        """A compute node is gone. Answers for it are dropped from now on."""
+        self.lanes.pop(member, None)
+
+    def describe(self, compute_nodes: list[str]) -> TenantStatus:
+        """What the status of the node says about this tenant."""
+        return TenantStatus(
+            name=self.name,
+            model=self.attach.model,
+            compute_nodes=compute_nodes,
+            sequences=len(self.cache.sequences),
+            kv_tokens_total=self.cache.capacity_tokens,
+            kv_tokens_free=self.cache.free_tokens,
+            quota=self.memory.nbytes,
+            busy_s=self.share.busy_s,
+        )
 
     # -- space
 
     def reserve(self, message: Reserve) -> int:
-        """Set space aside; how many leading positions are shared. Errors are those of the cache."""
+        """Set space aside; the number of leading positions that are shared. Errors are those of the cache."""
         if message.sequence not in self.cache.sequences:
             keys = _split(message.keys)
             return self.cache.reserve(message.sequence, message.tokens, ahead=message.ahead, keys=keys)
@@ -86,6 +92,7 @@ class Tenant:
         return 0
 
     def publish_or_release(self, message: Publish | Release) -> None:
+        """Let others share a sequence's leading blocks, or give back its space. A sequence that is over is ignored."""
         if message.sequence not in self.cache.sequences:
             return
         if isinstance(message, Publish):
@@ -94,7 +101,7 @@ class Tenant:
         else:
             self._to_publish.pop(message.sequence, None)
             self.cache.release(message.sequence)
-            self.grown.set()  # whoever waits for more of it waits in vain, and is to learn that
+            self.grown.set()  # a step that waits for more of it waits in vain, and is to learn that
 
     def append(self, layer: int, run: Run, k: Tensor, v: Tensor) -> bool:
         """Store keys and values of a prompt; False for a sequence that is over."""
@@ -106,21 +113,35 @@ class Tenant:
         return True
 
     def _publish_complete(self, sequence: int) -> None:
-        """Publish what is to be, once all of it has arrived."""
+        """Publish what is to be published, once all of it has arrived."""
         keys = self._to_publish.get(sequence)
         if keys and self.cache.complete(sequence) >= len(keys) * self.cache.layout.block_tokens:
             self.cache.publish(sequence, self._to_publish.pop(sequence))
 
 
+def check_same(attach: Attach, front: Attach) -> None:
+    """ProtocolError if a compute node does not ask for the same as the ``front`` of its tenant."""
+    for name in Attach.__struct_fields__:
+        own, asked = getattr(front, name), getattr(attach, name)
+        if name in ("member", "outputs") or own == asked:
+            continue
+        if name == "layers":
+            name, own, asked = _difference(own, asked)
+        raise ProtocolError(
+            f"compute node {attach.member} of tenant {front.tenant} asks for {name} {asked!s:.300}, its front asked for "
+            f"{own!s:.300}; all compute nodes of a tenant have to ask for the same"
+        )
+
+
 def _split(keys: bytes) -> list[bytes]:
-    """ProtocolError unless they are keys, one after the other."""
+    """Single keys; ProtocolError unless they are keys, one after the other."""
     if len(keys) % KEY_BYTES:
         raise ProtocolError(f"{len(keys)} bytes of keys; expected a multiple of {KEY_BYTES}")
     return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
 
 
 def _difference(own: list[object], asked: list[object]) -> tuple[str, object, object]:
-    """Where two lists of layers differ first: in their number, or what is there."""
+    """Where two lists of layers differ first: in their number, or in a layer."""
     if len(own) != len(asked):
         return "a number of layers of", len(own), len(asked)
     i = next(i for i, (one, other) in enumerate(zip(own, asked, strict=True)) if one != other)

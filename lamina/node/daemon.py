@@ -7,10 +7,9 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable
 
-import uvloop
-
 from lamina import log as logs
 from lamina.errors import LaminaError
+from lamina.runtime.loop import PreciseLoop
 
 log = logging.getLogger("lamina.node")
 
@@ -25,7 +24,8 @@ def run(name: str, serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """
     logs.configure(name)
     try:
-        return int(uvloop.run(_main(serve)))
+        with asyncio.Runner(loop_factory=PreciseLoop) as runner:
+            return runner.run(_main(serve))
     except asyncio.CancelledError:
         log.warning("event=stopped reason='second signal'")
         return 1

@@ -1,44 +1,138 @@
-"""What both daemons answer to whoever asks for a trace of their device."""
+"""What both daemons answer to operators: their status, a trace of their device, measurements of the way to others."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
+from typing import Any
 
+from lamina.errors import ConfigError, LaminaError, TransportError
+from lamina.node.probe import measure
+from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
+from lamina.runtime.network import Network
 from lamina.runtime.spans import Recorder, Span
-from lamina.wire.admin import AskSpans, Record, Spans
+from lamina.transport import Address, Link, Options
+from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Spans, Status
+from lamina.wire.codec import Message, decode
+from lamina.wire.questions import answer
+
+MAX_PROBES = 64
+"""Measurements that may wait for their turn."""
+
+Asked = AskStatus | Record | AskSpans | Probe
 
 
-class Tracing:
-    """Records spans of one device for whoever asked last, for a bounded time."""
+class Monitor:
+    """Answers the questions of operators about one node; on the node's loop.
+
+    The node called ``name`` says its ``status``; it measures the way to the nodes ``ways`` and to no others.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        network: Network,
+        options: Options,
+        status: Callable[[], Coroutine[Any, Any, Status]],
+        ways: Mapping[str, Address] | None = None,
+    ) -> None:
+        self._name = name
+        self._network = network
+        self._options = options
+        self._status = status
+        self._ways = ways or {}
+        self._tracing = _Tracing(device)
+        self._probing = asyncio.Lock()
+        self._probes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def take(self, link: Link) -> None:
+        """Answer what comes over ``link`` from now on."""
+        link.deliver(on_message=lambda plain: self.ask(link, decode(plain, Asked)))
+
+    def ask(self, link: Link, asked: Asked) -> None:
+        """Answer one question over ``link``."""
+        if isinstance(asked, Probe):
+            if self._probes >= MAX_PROBES:
+                error = f"{MAX_PROBES} measurements wait already; try again later"
+                answer(link, Probed(kind=asked.kind, error=error))
+                return
+            self._probes += 1
+        task = asyncio.get_running_loop().create_task(self._answer(link, asked))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def close(self) -> None:
+        """Answer nothing any more."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _answer(self, link: Link, asked: Asked) -> None:
+        reply: Message
+        match asked:
+            case AskStatus():
+                reply = await self._status()
+            case Probe():
+                reply = await self._probe(asked)
+            case _:
+                reply = await self._tracing.reply(asked)
+        answer(link, reply)
+
+    async def _probe(self, asked: Probe) -> Probed:
+        """Measure the way to a node of this node's file, one at a time."""
+        try:
+            if asked.node not in self._ways:
+                raise ConfigError(f"{self._name} knows no memory node called {asked.node!r}")
+            async with self._probing:
+                options = replace(self._options, kind=asked.kind)
+                return await measure(self._network, self._ways[asked.node], self._name, options)
+        except LaminaError as e:
+            return Probed(kind=asked.kind, error=str(e))
+        finally:
+            self._probes -= 1
+
+
+class _Tracing:
+    """Records spans of one device for the last operator that asked, for a bounded time."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        self._there = Crossing(device.loop)
         self._timer: asyncio.TimerHandle | None = None
         self._left: Iterator[Span] = iter(())
 
-    def reply(self, asked: Record | AskSpans) -> Spans:
+    async def reply(self, asked: Record | AskSpans) -> Spans:
         """Begin to record, or stop and give out spans."""
-        spans: list[Span] = []
-        if isinstance(asked, Record):
-            self._begin(asked.seconds)
-        else:
-            self._end()
-            spans = list(islice(self._left, asked.count))
-        return Spans(clock_s=time.perf_counter(), spans=spans)
-
-    def _begin(self, seconds: float) -> None:
-        self._end()
-        self._device.recorder = Recorder()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._end)
-
-    def _end(self) -> None:
+        loop = asyncio.get_running_loop()
+        recorded = await self._there.call(self._swap, Recorder() if isinstance(asked, Record) else None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        recorder, self._device.recorder = self._device.recorder, None
-        if recorder is not None:
-            self._left = iter(recorder)
+        spans: list[Span] = []
+        if isinstance(asked, Record):
+            self._timer = loop.call_later(asked.seconds, self._stop)
+            self._left = iter(())
+        else:
+            if recorded is not None:
+                self._left = iter(recorded)
+            spans = list(islice(self._left, asked.count))
+        return Spans(clock_s=loop.time(), spans=spans)
+
+    def _stop(self) -> None:
+        """The time is over: keep what was recorded for the question that asks for it."""
+
+        async def stop() -> None:
+            recorded = await self._there.call(self._swap, None)
+            if recorded is not None:
+                self._left = iter(recorded)
+
+        self._stopping = asyncio.get_running_loop().create_task(stop())
+
+    def _swap(self, recorder: Recorder | None) -> Recorder | None:
+        """On the device's loop: record into ``recorder`` from now on; what was recorded into before."""
+        before, self._device.recorder = self._device.recorder, recorder
+        return before

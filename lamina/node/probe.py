@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 from lamina.errors import PeerLostError, ProtocolError, TransportError
-from lamina.transport import Address, Hello, Lane, Link, Options, Region, RemoteRegion, connect
+from lamina.runtime.network import Network
+from lamina.transport import Address, Hello, Lane, Link, Options, Region, RemoteRegion
 from lamina.wire.admin import Echo, Probed
 from lamina.wire.codec import decode, encode
 
@@ -35,12 +35,12 @@ MAX_PENDING_BYTES = 2 * IN_FLIGHT * PING_BYTES
 """What whoever measures may leave unread; it has one ping on its way at a time."""
 
 
-async def measure(address: Address, name: str, options: Options) -> Probed:
+async def measure(network: Network, address: Address, name: str, options: Options) -> Probed:
     """Measure the way to the node at ``address``, for a second at most once both have agreed on ``options.kind``.
 
     Raises TransportError where there is no such way.
     """
-    link = await connect(address, Hello(ROLE, name), options, deadline_s=CONNECT_S)
+    link = await network.connect(address, Hello(ROLE, name), options, deadline_s=CONNECT_S)
     region = Region("probe", CHUNK_BYTES)
     try:
         async with link, asyncio.timeout(MEASURE_S):
@@ -77,19 +77,20 @@ class _Measurement:
 
     async def _pings(self, remote: RemoteRegion) -> list[float]:
         """Seconds of each round trip."""
+        now = asyncio.get_running_loop().time
         trips: list[float] = []
         source = self._region.buffer[:PING_BYTES]
-        started = sent = time.perf_counter()
+        started = sent = now()
 
         def send() -> None:
             nonlocal sent
-            sent = time.perf_counter()
+            sent = now()
             self._link.write(Lane.DECODE, remote, 0, [source], 0)
 
         def arrived() -> None:
-            now = time.perf_counter()
-            trips.append(now - sent)
-            if now - started < PING_S or len(trips) < WARM_UP + 2:
+            at = now()
+            trips.append(at - sent)
+            if at - started < PING_S or len(trips) < WARM_UP + 2:
                 send()
             elif not done.done():
                 done.set_result(None)
@@ -101,8 +102,9 @@ class _Measurement:
 
     async def _chunks(self, remote: RemoteRegion) -> float:
         """Bytes per second."""
+        now = asyncio.get_running_loop().time
         source = self._region.buffer
-        started = time.perf_counter()
+        started = now()
         under_way = arrived_bytes = 0
         seconds = 0.0
 
@@ -115,7 +117,7 @@ class _Measurement:
             nonlocal under_way, arrived_bytes, seconds
             under_way -= 1
             arrived_bytes += CHUNK_BYTES
-            seconds = time.perf_counter() - started
+            seconds = now() - started
             if seconds < CHUNKS_S:
                 # Two for one until enough are on their way: a slow one is not flooded with chunks.
                 for _ in range(min(2, IN_FLIGHT - under_way)):

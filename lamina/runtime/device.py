@@ -1,43 +1,64 @@
-"""The one thread of a node that computes, with an event loop of its own."""
+"""What computes on a node: the protocol, and the CPU as one."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import threading
-import time
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar, TypeVarTuple
-
-import uvloop
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar, TypeVarTuple
 
 from lamina.errors import ConfigError
+from lamina.runtime.loop import PreciseLoop
 from lamina.runtime.spans import Place, Recorder
+
+if TYPE_CHECKING:
+    import torch
 
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
 
-def let_idle_threads_sleep() -> None:
-    """Before torch is imported: OpenMP then reads how long its threads look for more work before they sleep.
+class Device(Protocol):
+    """Runs the operations of a node, one after the other.
 
-    By default that is some milliseconds, in which they take a core from whoever shares it; a node waits for others
-    in every layer. This many turns take about a quarter of a millisecond, longer than what lies between two operations
-    of a slice. With much fewer, waking the threads costs up to half of the speed.
+    Everything that computes on a node, and everything that copies between what it computed and what is sent, is an
+    operation. ``loop`` is the event loop on which coroutines wait for operations; the lanes of links belong to it too,
+    so between two operations it sees what has arrived. The node's own loop does control; it may be the same loop.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+    loop: asyncio.AbstractEventLoop
+    torch_device: torch.device
+    """Where the tensors of operations lie."""
+    threads: int
+    """Threads that compute."""
+    cpus: tuple[int, ...] | None
+    """The processors that the process is pinned to, if it is."""
+    busy_s: float
+    """Seconds that operations have taken so far."""
+    recorder: Recorder | None
+    """Gets the span of every operation, unless it is None."""
+
+    def start(self) -> None:
+        """Begin to run ``loop``. A device is started once."""
+
+    async def run(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
+        """Run one operation; called on ``loop``. Returns its result and the seconds from its start to its completion.
+
+        The result is complete: no part of it is still being computed. The call may suspend, and then other coroutines
+        run meanwhile, but no other operation. ``at`` says in its span what the operation is part of.
+        """
+
+    def close(self) -> None:
+        """Stop when no operation runs. The links whose lanes are here have to be closed before."""
 
 
-class Device:
-    """A thread in which everything that computes runs, one after the other, and ``loop``, its event loop.
+class CpuDevice:
+    """The CPU: a thread that runs operations where their coroutines are, without suspending them.
 
-    The lanes of links belong to that loop (``Link.lane_loop``): between two operations the thread looks for arrived
-    tags itself, and goes on with the batch that they are for. The node's other loop does control, and never computes.
-
-    ``name`` is a torch device. ``cpus`` pins the whole process; ``threads`` is how many threads compute, by default
-    one for each of ``cpus``, else as many as torch takes: both attributes say what came of it. ``busy_s`` is the time
-    spent in functions so far, in seconds. ``recorder`` is given their spans where it is not None.
+    ``cpus`` pins the whole process; ``threads`` is how many threads compute, by default one for each of ``cpus``, else
+    as many as torch takes. ``name`` is a torch device; tensors are moved to one that is not the CPU, and nothing else
+    is done for it.
     """
 
     def __init__(self, name: str = "cpu", *, cpus: frozenset[int] | None = None, threads: int | None = None) -> None:
@@ -55,50 +76,28 @@ class Device:
         self.threads = torch.get_num_threads()
         self.busy_s = 0.0
         self.recorder: Recorder | None = None
-        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
-        self._thread.start()
+        self.loop: asyncio.AbstractEventLoop = PreciseLoop()
+        self._time = self.loop.time
 
-    # -- from the node's other loop
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._work, name="device", daemon=True).start()
 
-    def run(self, function: Callable[[*Ts], R], *args: *Ts) -> asyncio.Future[R]:
-        """Have ``function`` run here; the future gives its result or error.
-
-        Cancelling the future does not stop a function that runs.
-        """
-
-        async def job() -> R:
-            return await self.compute(function, *args)
-
-        return self.start(job())
-
-    def start(self, coroutine: Coroutine[Any, Any, R]) -> asyncio.Future[R]:
-        """Run a coroutine on ``loop``. Cancelling the future cancels it."""
-        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
-
-    def close(self) -> None:
-        """Stop when nothing computes. Links whose lanes are here have to be closed before."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
-
-    # -- from coroutines on ``loop``
-
-    @staticmethod
-    def clock() -> float:
-        """Seconds; of the loop's own clock they would be too coarse."""
-        return time.perf_counter()
-
-    async def compute(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> R:
-        """Run ``function`` now, without a look at anything else meanwhile. ``at``: for its span."""
-        start = self.clock()
+    async def run(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
+        """Run ``function`` now, without a look at anything else meanwhile."""
+        start = self._time()
         try:
-            return function(*args)
+            result = function(*args)
         finally:
-            end = self.clock()
+            end = self._time()
             self.busy_s += end - start
             if (recorder := self.recorder) is not None:
                 recorder.add(getattr(function, "__name__", "operation"), at, start, end)
+        return result, end - start
 
-    # -- inside
+    def close(self) -> None:
+        """Stop the thread after what it does now."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
     def _work(self) -> None:
         import torch
@@ -109,8 +108,19 @@ class Device:
             self.loop.run_forever()
 
 
+def let_idle_threads_sleep() -> None:
+    """Let OpenMP's threads sleep soon when they have nothing to do; called before torch is imported.
+
+    By default they look for more work for some milliseconds, in which they take a core from the processes that share
+    it; a node waits for others in every layer. This many turns take about a quarter of a millisecond, longer than what
+    lies between two operations of a slice. With much fewer, waking the threads costs up to half of the speed.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def _pin(cpus: frozenset[int]) -> None:
-    """Pin the process; `ConfigError` unless it has all of these processors. The system would leave out the others."""
+    """Pin the process; ConfigError unless it has all of these processors. The system would leave out the others."""
     available = os.sched_getaffinity(0)
     missing = sorted(cpus - available)
     if missing:

@@ -1,14 +1,14 @@
-"""What the front has the compute nodes do: the rows of a step, as all of them see it."""
+"""Between compute nodes: how they meet, and what the front orders in each step."""
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 
 from lamina.errors import ProtocolError
 from lamina.transport import RemoteRegion
-from lamina.wire.codec import MAX_COMPUTE, Count, Message
+from lamina.wire.codec import MAX_COMPUTE, Count, MemberId, Message
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling
 
@@ -17,7 +17,10 @@ MAX_STEP_TOKENS = 4096 + 65536
 
 
 class Greeting(Message):
-    """Where a compute node takes carries, and under ``terms``, by key, what all must have read in their files."""
+    """A compute node says where it takes carries, and under ``terms``, by key, what all must have read in their files.
+
+    The peer answers with its own Greeting.
+    """
 
     carries: RemoteRegion
     terms: Annotated[dict[str, str], Meta(max_length=64)]
@@ -26,14 +29,36 @@ class Greeting(Message):
         RemoteRegion.from_wire(list(self.carries))
 
 
+class MemberEntry(Struct, frozen=True, array_like=True):
+    """One node of the cluster."""
+
+    id: MemberId
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    role: Literal["compute", "memory"]
+    state: Literal["joining", "serving", "leaving", "lost"] = "joining"
+
+
+class Membership(Message):
+    """The front tells the other compute nodes who is there, after every change."""
+
+    epoch: Count
+    members: Annotated[list[MemberEntry], Meta(min_length=1, max_length=4096)]
+
+
 class Enlist(Message):
-    """The front says as which tenant to attach to the memory nodes; answered by Enlisted."""
+    """The front tells a compute node the tenant as which to attach to the memory nodes. Enlisted answers it."""
 
     tenant: Annotated[str, Meta(min_length=1, max_length=128)]
 
 
 class Enlisted(Message):
-    """Ready for orders."""
+    """The compute node is ready for orders."""
+
+
+class GaveUp(Message):
+    """The sender ends and will carry out nothing more."""
+
+    reason: str
 
 
 class Choice(Struct, frozen=True, array_like=True):
@@ -46,7 +71,7 @@ class Choice(Struct, frozen=True, array_like=True):
 class TokenRun(Struct, frozen=True, array_like=True):
     """Consecutive tokens of one sequence, from position ``start``: one that decodes, or a chunk of a prompt.
 
-    Of the sequence, keys and values of the first ``here`` positions are kept on the compute nodes until its prompt is
+    Of the sequence, keys and values of the first ``local_tokens`` positions are kept on the compute nodes until its prompt is
     prefilled; the past of all others lies on the memory nodes of its ``placement``.
     """
 
@@ -54,33 +79,34 @@ class TokenRun(Struct, frozen=True, array_like=True):
     start: Count
     tokens: Annotated[list[Count], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
     placement: Placement
-    here: Count = 0
+    local_tokens: Count = 0
     choice: Choice | None = None
 
     @property
     def remote(self) -> bool:
         """Whether what it attends to lies on the memory nodes, and not where it is computed."""
-        return self.start >= self.here
+        return self.start >= self.local_tokens
 
 
 class Order(Message):
-    """Do your slices of step number ``step`` of batch ``slot``; answered by Done.
+    """Run your slices of step number ``step`` of batch ``slot``; Done answers it.
 
-    Runs whose past is remote come first.
+    The placements and the schedule are those of the members at ``epoch``. Runs whose past is remote come first.
     """
 
+    epoch: Count
     slot: Slot
     step: Count
     runs: Annotated[list[TokenRun], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
 
 
 class Limits(NamedTuple):
-    """What an order has to keep to, as a compute node sees it: batch slots, tokens of a step, memory nodes, positions
-    of a sequence, and the vocabulary."""
+    """What an order has to keep to, as a compute node sees it: batch slots, tokens of a step, the member ids of memory
+    nodes, positions of a sequence, and the vocabulary."""
 
     slots: int
     tokens: int
-    memory_nodes: int
+    memory_nodes: frozenset[int]
     context: int
     vocabulary: int
 
@@ -96,32 +122,34 @@ class Limits(NamedTuple):
         for run in order.runs:
             place = run.placement
             if (
-                not place.nodes
-                or min(place.nodes) < 0
-                or max(place.nodes) >= self.memory_nodes
+                not place.members
+                or not self.memory_nodes.issuperset(place.members)
                 or (place.stripe is not None and place.stripe < 1)
-                or max(run.here, run.start + len(run.tokens)) > self.context
+                or max(run.local_tokens, run.start + len(run.tokens)) > self.context
                 or max(run.tokens) >= self.vocabulary
             ):
                 raise ProtocolError(
                     f"an order for {len(run.tokens)} positions from {run.start} of a sequence on {place}; expected "
-                    f"positions below {self.context}, tokens below {self.vocabulary}, and memory nodes below "
-                    f"{self.memory_nodes}"
+                    f"positions below {self.context}, tokens below {self.vocabulary}, and memory nodes among "
+                    f"{sorted(self.memory_nodes)}"
                 )
 
 
 class Done(Message):
-    """What came of an order: tokens from the node of the last slice. ``attention_s`` says for each compute node how
-    long the busiest memory node has attended for it so far, as far as this one was told."""
+    """What came of an order: tokens from the node of the last slice. ``attention_s`` says for compute nodes, by member
+    id, how long the busiest memory node has attended for them so far, in seconds, as far as this one was told."""
 
     slot: Slot
     step: Count
     tokens: Annotated[list[Count], Meta(max_length=MAX_STEP_TOKENS)]
     compute_s: float
-    attention_s: Annotated[list[float], Meta(max_length=MAX_COMPUTE)]
+    attention_s: Annotated[list[tuple[MemberId, float]], Meta(max_length=MAX_COMPUTE)]
 
 
 class Forget(Message):
-    """Drop what is kept of the prompts of these sequences: they are over."""
+    """Drop the keys and values that are kept of the prompts of these sequences: they are over."""
 
     sequences: Annotated[list[Count], Meta(max_length=MAX_STEP_TOKENS)]
+
+
+FromPeer = Greeting | Membership | Enlist | Enlisted | Order | Done | Forget | GaveUp

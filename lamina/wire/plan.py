@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,60 +12,71 @@ from lamina.attention import Run
 from lamina.errors import ProtocolError
 
 SECONDS = struct.Struct("<d")
-"""How long a step's attention has taken so far, at the beginning of each answer."""
+"""The seconds that a step's attention has taken so far, at the beginning of each answer."""
 _PLAN = struct.Struct("<IIII")
 _RUN = struct.Struct("<QII")
 _CHUNK = struct.Struct("<QIII")
+_MEMBER = "H"
 CHUNK_HEADER = 64
 """Bytes before the keys of a bulk chunk: the header, padded so that the numbers behind it are aligned."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a memory node is told of a step: whose rows come, in this order.
+    """What a memory node is told about a step: which rows come, in this order.
 
-    It stores k and v of the rows of ``storing``; those of ``reading`` only meet what it holds. The first ``whole`` rows
-    are answered with their attention, in the model's type; all others with a partial in float32. The answer to a layer
-    goes to the compute node of the tenant that ``answers`` names, with one byte for each layer; without it, to whoever
-    sent the plan. Each of the compute nodes that send queries in a step sends its plan.
+    It stores k and v of the rows of ``storing``; the rows of ``reading`` only attend to what it holds. The first
+    ``whole`` rows are answered with their attention, in the model's type; all others with a partial in float32.
+    ``answers`` names, layer by layer, the compute node (its member id) that gets the answer; without it, the sender of
+    the plan does. Every compute node that sends queries in a step sends its plan.
     """
 
     storing: tuple[Run, ...]
     reading: tuple[Run, ...]
     whole: int
-    answers: bytes = b""
+    answers: tuple[int, ...] = ()
 
     @cached_property
     def stored_rows(self) -> int:
+        """Rows whose keys and values the memory node stores."""
         return sum(run.count for run in self.storing)
 
     @cached_property
     def rows(self) -> int:
+        """All rows."""
         return self.stored_rows + sum(run.count for run in self.reading)
 
 
 def plan_bytes(max_rows: int, layers: int) -> int:
     """Bytes of the largest step plan."""
-    return _PLAN.size + layers + max_rows * _RUN.size
+    return _PLAN.size + layers * array(_MEMBER).itemsize + max_rows * _RUN.size
 
 
 def pack_plan(plan: StepPlan) -> bytes:
+    """The bytes of a step plan: a header, the runs, and the member ids of ``answers``."""
     runs = (*plan.storing, *plan.reading)
     head = _PLAN.pack(len(plan.storing), len(plan.reading), plan.whole, len(plan.answers))
-    return head + b"".join(_RUN.pack(run.sequence, run.start, run.count) for run in runs) + plan.answers
+    packed = b"".join(_RUN.pack(run.sequence, run.start, run.count) for run in runs)
+    return head + packed + array(_MEMBER, plan.answers).tobytes()
 
 
 def unpack_plan(buffer: memoryview, max_rows: int, layers: int) -> StepPlan:
-    """ProtocolError for more rows than ``max_rows``, a sequence that comes twice, or answers to part of the layers."""
+    """The plan in ``buffer``.
+
+    ProtocolError for more rows than ``max_rows``, for a sequence that comes twice, and for answers to only some of the
+    ``layers``.
+    """
     storing, reading, whole, answers = _PLAN.unpack_from(buffer)
     count = storing + reading
     if not 1 <= count <= max_rows:
         raise ProtocolError(f"step plan with {count} runs; expected 1 to {max_rows}")
     if answers not in (0, layers):
-        raise ProtocolError(f"step plan that says of {answers} layers where answers go; expected none or {layers}")
+        raise ProtocolError(f"step plan that names receivers for {answers} layers; expected none or {layers}")
     stop = _PLAN.size + count * _RUN.size
     runs = [Run(*run) for run in _RUN.iter_unpack(buffer[_PLAN.size : stop])]
-    plan = StepPlan(tuple(runs[:storing]), tuple(runs[storing:]), whole, bytes(buffer[stop : stop + answers]))
+    receivers = array(_MEMBER)
+    receivers.frombytes(buffer[stop : stop + answers * receivers.itemsize])
+    plan = StepPlan(tuple(runs[:storing]), tuple(runs[storing:]), whole, tuple(receivers))
     if len({run.sequence for run in runs}) < count or any(run.count < 1 for run in runs):
         raise ProtocolError("step plan with an empty run, or two runs of one sequence")
     if plan.rows > max_rows or whole > plan.stored_rows:

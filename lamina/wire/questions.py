@@ -1,7 +1,13 @@
-"""Questions on a link and their answers."""
+"""Questions on a link and their answers; and what is told to clients, who may not listen."""
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
+from collections.abc import Hashable
+from typing import Any
+
+from lamina.errors import LaminaError, ProtocolError
 from lamina.transport import Link
 from lamina.wire.codec import Message, encode
 
@@ -9,12 +15,89 @@ MAX_PENDING_BYTES = 4 * 2**20
 """What a client or monitor may leave unread before its link is ended."""
 
 
+class Questions:
+    """The questions that were asked on one link and are not answered yet. Belongs to the link's loop.
+
+    Questions with the same key are answered in the order in which they were asked. Every question ends: with its
+    answer, with an error of its own, or with the error that ended the link, which its owner passes to `fail`.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._waiting: dict[Hashable, deque[asyncio.Future[Any]]] = {}
+        self._error: LaminaError | None = None
+
+    async def ask(self, message: Message, key: Hashable = None) -> Any:
+        """Send ``message`` and wait for the answer. Raises the error of `refuse` or `fail`.
+
+        An answer to a question whose asker was cancelled is dropped when it comes.
+        """
+        waiting = self.expect(key)
+        if not waiting.done():
+            try:
+                self._link.send(encode(message))
+            except ProtocolError:  # it was not sent, so it will not be answered
+                self._waiting[key].remove(waiting)
+                raise
+        return await waiting
+
+    def expect(self, key: Hashable = None) -> asyncio.Future[Any]:
+        """The answer that the peer gives unasked, or will be asked for by other means."""
+        waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._error is None:
+            self._waiting.setdefault(key, deque()).append(waiting)
+        else:
+            _set_error(waiting, self._error)
+        return waiting
+
+    def answer(self, answer: Any, key: Hashable = None) -> bool:
+        """Give the oldest question with this key its answer; False if there is none."""
+        waiting = self._next(key)
+        if waiting is None:
+            return False
+        if not waiting.done():
+            waiting.set_result(answer)
+        return True
+
+    def refuse(self, error: LaminaError, key: Hashable = None) -> bool:
+        """Have the oldest question with this key raise an error; False if there is none."""
+        waiting = self._next(key)
+        if waiting is None:
+            return False
+        _set_error(waiting, error)
+        return True
+
+    def fail(self, error: LaminaError) -> None:
+        """No answer will come any more: every question raises ``error``, and every later one. The first error stays."""
+        if self._error is None:
+            self._error = error
+        for waiting in [future for queue in self._waiting.values() for future in queue]:
+            _set_error(waiting, error)
+        self._waiting.clear()
+
+    def _next(self, key: Hashable) -> asyncio.Future[Any] | None:
+        queue = self._waiting.get(key)
+        if not queue:
+            return None
+        waiting = queue.popleft()
+        if not queue:
+            del self._waiting[key]
+        return waiting
+
+
+def _set_error(waiting: asyncio.Future[Any], error: LaminaError) -> None:
+    if not waiting.done():
+        waiting.set_exception(error)
+        waiting.exception()  # the asker may be gone; then asyncio should not complain
+
+
 def answer(link: Link, message: Message) -> bool:
     """Send to a client or monitor, unless it is gone; end the link of one that does not read, and return False."""
-    if link.closed:
+    state = link.state
+    if state.closed:
         return False
-    if link.pending_bytes > MAX_PENDING_BYTES:
-        link.abort(f"{link.pending_bytes} bytes are left unread")
+    if state.pending_bytes > MAX_PENDING_BYTES:
+        link.abort(f"{state.pending_bytes} bytes are left unread")
         return False
     link.send(encode(message))
     return True

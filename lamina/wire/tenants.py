@@ -8,29 +8,29 @@ from msgspec import Meta
 
 from lamina.attention import LayerShape
 from lamina.transport import RemoteRegion
-from lamina.wire.codec import MAX_COMPUTE, Count, Message, Positive
+from lamina.wire.codec import Count, MemberId, Message, Positive
 
-"""The number of the one that schedules."""
 KEY_BYTES = 16
-"""Of the key of a block."""
+"""Bytes of the key of a block."""
 MAX_KEYS = 2**15
+"""The most keys of one message."""
 
 
 class Attach(Message):
     """A compute node asks a memory node to hold a shard of the KV cache of its model.
 
-    The compute nodes of a tenant share one cache. Its front, which has number 0, attaches first, and alone reserves,
-    publishes and releases; the others say the same but for ``compute`` and ``outputs``.
+    The compute nodes of a tenant share one cache. Its front attaches first, and alone reserves, publishes and
+    releases; the others send the same but for ``member`` and ``outputs``.
     """
 
     tenant: Annotated[str, Meta(min_length=1, max_length=128)]
-    """Of which tenant."""
+    """The name of the tenant."""
     model: str
     """Fingerprint of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16"]
-    """Of queries, keys, values and outputs on the wire."""
+    """The type of queries, keys, values and outputs on the wire."""
     kv_dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"]
-    """Of keys and values as they are stored."""
+    """The type of keys and values as they are stored."""
     block_tokens: Annotated[int, Meta(ge=1, le=1024)]
     layers: Annotated[list[LayerShape], Meta(min_length=1, max_length=1024)]
     """The attention of every layer over this node's heads."""
@@ -40,17 +40,24 @@ class Attach(Message):
     """The most rows of one step."""
     outputs: RemoteRegion
     """Where the attention output is written."""
-    compute: Annotated[int, Meta(ge=0, lt=MAX_COMPUTE)] = 0
-    """The number of this compute node among those of the tenant; 0 is the front."""
+    member: MemberId = 0
+    """The member id of this compute node."""
+    front: MemberId = 0
+    """The member id of the tenant's front."""
     quota: Annotated[int, Meta(ge=1, le=2**60)] | None = None
-    """The most bytes that the tenant may take here. None: all that nobody else has."""
+    """The most bytes that the tenant may take here. None: all that no other tenant has."""
 
     def __post_init__(self) -> None:
         RemoteRegion.from_wire(list(self.outputs))
 
+    @property
+    def from_front(self) -> bool:
+        """Whether the front of the tenant sends this."""
+        return self.member == self.front
+
 
 class Attached(Message):
-    """The answer: where to write, and how many tokens of KV cache there are."""
+    """The answer to Attach: where to write, and how many tokens of KV cache there are."""
 
     capacity_tokens: Count
     plans: RemoteRegion
@@ -68,19 +75,23 @@ Keys = Annotated[bytes, Meta(max_length=MAX_KEYS * KEY_BYTES)]
 
 
 class Reserve(Message):
-    """Set space aside for ``tokens`` positions of a sequence, a new one or one that needs more than it has; answered by
-    Reserved or Refused."""
+    """Set space aside for ``tokens`` positions of a sequence: a new one, or one that needs more than it has.
+
+    Reserved or Refused answers it.
+    """
 
     sequence: Count
     tokens: Positive
     keys: Keys = b""
-    """Of leading blocks of a new sequence, which it may share with others."""
+    """The keys of leading blocks of a new sequence, which it may share with others."""
     ahead: Positive | None = None
-    """Of a new sequence: the most positions by which its layers can be apart, a step's own rows included, so that where
-    these have windows less is set aside. None: any number."""
+    """For a new sequence, the most positions by which its layers can be apart, a step's own rows included: where these
+    have windows, less is set aside. None: any number."""
 
 
 class Reserved(Message):
+    """The space is set aside."""
+
     sequence: Count
     shared: Count = 0
     """Leading positions of a new sequence that were found."""
@@ -100,7 +111,7 @@ class Release(Message):
 
 
 class Refused(Message):
-    """What was asked cannot be done. ``sequence`` is None where the answer is not to a Reserve."""
+    """A memory node cannot do what was asked. ``sequence`` is None if the answer is not to a Reserve."""
 
     reason: str
     sequence: Count | None = None

@@ -1,0 +1,76 @@
+"""Asks a running node for its status, traces and measurements, as `lamina up`, `doctor`, `trace` and benchmarks do."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from lamina.errors import TransportError
+from lamina.runtime.network import Network, Sockets
+from lamina.transport import Address, Hello, Link, Options
+from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Spans, Status
+from lamina.wire.codec import decode
+from lamina.wire.questions import Questions
+
+
+class AdminClient:
+    """A link to one node, over which it is asked. Every method raises TransportError if the node is lost."""
+
+    def __init__(self, link: Link) -> None:
+        """Nothing may be delivered from ``link`` yet."""
+        self._link = link
+        self._questions = Questions(link)
+        link.deliver(on_message=self._on_message, on_lost=self._on_lost)
+
+    @classmethod
+    async def connect(
+        cls, address: Address, options: Options, *, name: str, deadline_s: float, network: Network | None = None
+    ) -> AdminClient:
+        """Reach the node at ``address`` within ``deadline_s`` seconds; ConnectError if it does not answer.
+
+        ``name`` stands in the node's log, and ``options`` have the kind "control".
+        """
+        network = network or Sockets()
+        return cls(await network.connect(address, Hello("monitor", name), options, deadline_s=deadline_s))
+
+    async def status(self) -> Status:
+        """The node's state and counters."""
+        status: Status = await self._questions.ask(AskStatus(), Status)
+        return status
+
+    async def record(self, seconds: float) -> None:
+        """Have the node record what its device does, for so many seconds from now."""
+        await self._questions.ask(Record(seconds=seconds), Spans)
+
+    async def spans(self, count: int) -> Spans:
+        """The oldest ``count`` spans that were recorded and not given out yet. The recording ends."""
+        spans: Spans = await self._questions.ask(AskSpans(count=count), Spans)
+        return spans
+
+    async def probe(self, node: str, kind: Literal["rdma", "shm", "tcp"]) -> Probed:
+        """Have a compute node measure the way to a memory node of its file, by one transport."""
+        probed: Probed = await self._questions.ask(Probe(node=node, kind=kind), Probed)
+        return probed
+
+    async def close(self) -> None:
+        """Leave."""
+        await self._link.close()
+
+    def abort(self, reason: str) -> None:
+        """End the link at once."""
+        self._link.abort(reason)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _on_message(self, plain: dict[str, Any]) -> None:
+        message = decode(plain, Status | Spans | Probed)
+        self._questions.answer(message, type(message))
+
+    def _on_lost(self, error: TransportError) -> None:
+        self._questions.fail(error)

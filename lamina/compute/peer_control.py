@@ -1,0 +1,118 @@
+"""The way from a compute node to another one, on the node's loop: how they meet, and the front's orders."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from lamina.compute.peer_lane import PeerLane
+from lamina.errors import NodeError, ProtocolError, TransportError
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.device import Device
+from lamina.transport import Link, Region
+from lamina.wire.admin import PeerStatus
+from lamina.wire.codec import decode, encode
+from lamina.wire.orders import Done, Enlist, Enlisted, Forget, FromPeer, GaveUp, Greeting, Membership, Order
+from lamina.wire.questions import Questions
+
+
+class PeerControl:
+    """Another compute node of the same model, member ``member`` of the cluster, as the node's loop sees it.
+
+    Its counterpart on the device's loop is ``lane``. When the link is lost, every question fails, the lane fails, and
+    ``on_lost`` is told. ``on_order`` takes what the front orders, and
+    ``on_members`` what it says about members; until they are set, such a message is an error.
+    """
+
+    def __init__(
+        self, member: int, name: str, link: Link, device: Device, on_lost: Callable[[int, NodeError], None]
+    ) -> None:
+        """Nothing may be delivered from ``link`` yet; its lanes will belong to ``device``."""
+        self.member = member
+        self.name = name
+        self.link = link
+        self.lane = lane = PeerLane(name, link)
+        self.on_order: Callable[[Order | Forget], None] | None = None
+        self.on_members: Callable[[Membership], None] | None = None
+        self._device = Crossing(device.loop)
+        self._on_lost_member = on_lost
+        self._questions = Questions(link)
+        self._error: NodeError | None = None
+        self._greeting = self._questions.expect(Greeting)
+        self._enlist = self._questions.expect(Enlist)
+        self._enlisted = self._questions.expect(Enlisted)
+        link.deliver(
+            on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost, lane_loop=device.loop
+        )
+
+    # -- meeting
+
+    async def greet(self, terms: dict[str, str], slots: int, carry_bytes: int) -> dict[str, str]:
+        """Exchange terms and where carries go, of at most ``carry_bytes`` in each of ``slots``; the peer's terms."""
+        own = Region(f"carries from {self.name}", slots * carry_bytes)
+        self.send(Greeting(carries=self.link.expose(own), terms=terms))
+        greeting: Greeting = await self._greeting
+        self._carries = own, greeting.carries, carry_bytes
+        return greeting.terms
+
+    def open(self) -> None:
+        """Let the lane take and hand over carries; called when the terms agree, before any step."""
+        self.lane.open(*self._carries)
+
+    def enlist(self, tenant: str) -> asyncio.Future[Enlisted]:
+        """As the front: tell the peer which tenant it belongs to. The result is done when the peer is ready."""
+        self.send(Enlist(tenant=tenant))
+        return self._enlisted
+
+    async def tenant(self) -> str:
+        """Wait until the peer, which is the front, says which tenant this node belongs to."""
+        enlist: Enlist = await self._enlist
+        return enlist.tenant
+
+    # -- steps
+
+    async def order(self, order: Order) -> Done:
+        """As the front: have the peer run its slices of a step. NodeError if it is lost or cannot be told."""
+        try:
+            done: Done = await self._questions.ask(order, (order.slot, order.step))
+        except TransportError as e:
+            raise NodeError(f"compute node {self.name} cannot be told what to do: {e}", node=self.name) from e
+        return done
+
+    def send(self, message: Greeting | Membership | Enlist | Enlisted | Done | Forget | GaveUp) -> None:
+        """Tell the peer something, unless it is lost, which is announced elsewhere."""
+        if not self.link.state.closed:
+            self.link.send(encode(message))
+
+    # -- what arrives
+
+    def _on_message(self, plain: dict[str, object]) -> None:
+        match decode(plain, FromPeer):
+            case Order() | Forget() as message if self.on_order:
+                self.on_order(message)
+            case Membership() as membership if self.on_members:
+                self.on_members(membership)
+            case Done() as done if self._questions.answer(done, (done.slot, done.step)):
+                pass
+            case Greeting() | Enlist() | Enlisted() as message if self._questions.answer(message, type(message)):
+                pass
+            case GaveUp(reason=reason):
+                self._fail(NodeError(f"compute node {self.name} gave up: {reason}", node=self.name))
+            case _:
+                raise ProtocolError(f"{self.name} sends {plain.get('type')!r}, which was not asked for")
+
+    def _on_lost(self, error: TransportError) -> None:
+        self._fail(NodeError.lost("compute", self.name, error))
+
+    def _fail(self, error: NodeError) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        self._questions.fail(error)
+        self._device.post(self.lane.fail, error)
+        self._on_lost_member(self.member, error)
+
+    def describe(self) -> PeerStatus:
+        """What the status says about the way to the peer."""
+        return PeerStatus.over(self.link, self.name)
+

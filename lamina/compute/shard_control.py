@@ -1,0 +1,158 @@
+"""The way from a compute node to one memory node, on the node's loop: attaching, and the space of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lamina.attention import KVLayout
+from lamina.compute.shard_lane import ShardLane
+from lamina.errors import CapacityError, NodeError, ProtocolError, TransportError
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.device import Device
+from lamina.transport import Link, Region
+from lamina.wire.admin import PeerStatus
+from lamina.wire.codec import decode, encode
+from lamina.wire.geometry import Geometry, HeadShard
+from lamina.wire.questions import Questions
+from lamina.wire.tenants import (
+    MAX_KEYS,
+    Attach,
+    Attached,
+    FromMemory,
+    Publish,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+)
+
+_ATTACH = "attach"
+"""The key of the question that is answered by Attached; those answered by Reserved have their sequence as key."""
+
+
+class ShardControl:
+    """One memory node, member ``member`` of the cluster, as the compute node's loop sees it.
+
+    Its counterpart on the device's loop is ``lane``, which there is from `attach` on. When the link is lost, every
+    question fails, the lane fails, and ``on_lost`` is told.
+    """
+
+    def __init__(
+        self, member: int, name: str, link: Link, device: Device, on_lost: Callable[[int, NodeError], None]
+    ) -> None:
+        """Nothing may be delivered from ``link`` yet; its lanes will belong to ``device``."""
+        self.member = member
+        self.name = name
+        self.link = link
+        self.capacity_tokens = 0
+        """Tokens of KV cache that the memory node has for this model's shard."""
+        self._device = Crossing(device.loop)
+        self._on_lost_member = on_lost
+        self._questions = Questions(link)
+        self._lane: ShardLane | None = None
+        self._kv_heads = 0
+        self._error: NodeError | None = None
+        link.deliver(on_message=self._on_message, on_lost=self._on_lost, lane_loop=device.loop)
+
+    @property
+    def lane(self) -> ShardLane:
+        """The device's side."""
+        assert self._lane is not None, "the memory node is attached first"
+        return self._lane
+
+    async def attach(
+        self,
+        shard: HeadShard,
+        layout: KVLayout,
+        *,
+        tenant: str,
+        model: str,
+        dtype: str,
+        slots: int,
+        max_rows: int,
+        member: int,
+        front: int,
+        quota: int | None = None,
+    ) -> ShardLane:
+        """Ask the memory node for a cache of ``layout``, in ``quota`` bytes, for the heads of ``shard``.
+
+        This node attaches as ``member`` of a tenant whose front is ``front``. ``dtype`` is the type of everything on
+        the way there and back, in ``slots`` batches of at most ``max_rows`` rows. NodeError if the node refuses.
+        """
+        geometry = Geometry(shard.layers, dtype, slots, max_rows)
+        outputs = Region(f"{self.name}.outputs", slots * geometry.output_bytes)
+        attach = Attach(
+            tenant=tenant,
+            member=member,
+            front=front,
+            model=model,
+            dtype=dtype,  # type: ignore[arg-type]
+            kv_dtype=layout.dtype,  # type: ignore[arg-type]
+            block_tokens=layout.block_tokens,
+            layers=list(shard.layers),
+            slots=slots,
+            max_rows=max_rows,
+            outputs=self.link.expose(outputs),
+            quota=quota,
+        )
+        attached: Attached = await self._questions.ask(attach, _ATTACH)
+        self.capacity_tokens = attached.capacity_tokens
+        self._kv_heads = len(shard.kv[0])
+        self._lane = lane = ShardLane(self.name, self.link, shard, geometry, attached, outputs)
+        self.link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
+        return lane
+
+    # -- the space of sequences
+
+    async def reserve(self, sequence: int, tokens: int, keys: Sequence[bytes] = (), ahead: int | None = None) -> int:
+        """Have space set aside before any of it is used, or more than before. CapacityError if there is none.
+
+        ``keys`` name leading blocks that a new sequence may share, ``ahead`` says how far its layers can be apart (see
+        `lamina.wire.tenants.Reserve`); returns how many positions of it were found.
+        """
+        asked = Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys), ahead=ahead)
+        reserved: Reserved = await self._questions.ask(asked, sequence)
+        return reserved.shared
+
+    def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
+        """Let others share the leading blocks of a sequence, when all has arrived that they are to hold."""
+        self._tell(Publish(sequence=sequence, keys=_joined(keys)))
+
+    def release(self, sequence: int) -> None:
+        """Give back a sequence's space."""
+        self._tell(Release(sequence=sequence))
+
+    def _tell(self, message: Publish | Release) -> None:
+        if not self.link.state.closed:  # a lost node has forgotten the sequence anyway
+            self.link.send(encode(message))
+
+    # -- what arrives
+
+    def _on_message(self, plain: dict[str, object]) -> None:
+        message = decode(plain, FromMemory)
+        key = _ATTACH if isinstance(message, Attached) or message.sequence is None else message.sequence
+        if isinstance(message, Refused):
+            reason = f"memory node {self.name}: {message.reason}"
+            error = NodeError(reason, node=self.name) if key is _ATTACH else CapacityError(reason)
+            if self._questions.refuse(error, key):
+                return
+            self._on_lost(TransportError(message.reason))  # the memory node ends the tenant
+        elif not self._questions.answer(message, key):
+            raise ProtocolError(f"{self.name} answers {plain.get('type')!r} to a question that was not asked")
+
+    def _on_lost(self, reason: TransportError) -> None:
+        if self._error is not None:
+            return
+        self._error = error = NodeError.lost("memory", self.name, reason)
+        self._questions.fail(error)
+        if self._lane is not None:
+            self._device.post(self._lane.fail, error)
+        self._on_lost_member(self.member, error)
+
+    def describe(self) -> PeerStatus:
+        """What the status of the compute node says about this memory node."""
+        return PeerStatus.over(self.link, self.name, self._kv_heads)
+
+
+def _joined(keys: Sequence[bytes]) -> bytes:
+    return b"".join(keys[:MAX_KEYS])

@@ -1,0 +1,233 @@
+"""Requests in, answers out: the engine as the node's loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
+from lamina.front.cost import ThroughputEstimate
+from lamina.front.engine import Engine, EngineCounters
+from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
+from lamina.front.space import Space
+from lamina.runtime.crossing import Crossing
+from lamina.wire.requests import Request
+
+log = logging.getLogger("lamina.front")
+
+
+class Answer(Protocol):
+    """Gets every token of one request, and then once its end; on the node's loop."""
+
+    def token(self, token: int) -> None:
+        """One more token."""
+
+    def finished(self, reason: str) -> None:
+        """The request is over."""
+
+    def failed(self, error: LaminaError) -> None:
+        """The request is over, and this is why."""
+
+
+class Intake:
+    """Takes requests, passes them on to the engine, and passes on what comes of them: to clients and memory nodes.
+
+    A sequence belongs to the engine from `submit` on; here it is only the key of its answer, until it is over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: Crossing,
+        *,
+        context: int,
+        vocabulary: int,
+        stop_tokens: frozenset[int],
+        max_waiting: int,
+    ) -> None:
+        """``name`` is that of the node; ``context`` and ``vocabulary`` bound what a prompt may be."""
+        self.draining = False
+        self._name = name
+        self._device = device
+        self._context = context
+        self._vocabulary = vocabulary
+        self._stop_tokens = stop_tokens
+        self._max_waiting = max_waiting
+        self._engine: Engine
+        self._space: Space
+        self._answers: dict[Sequence, Answer] = {}
+        self._estimate = ThroughputEstimate()
+        self._coming = 0
+        """Requests that are on their way to the engine."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._failure: LaminaError | None = None
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def open(self, engine: Engine, space: Space) -> None:
+        """Take requests for ``engine`` from now on; memory nodes are told through ``space``."""
+        self._engine, self._space = engine, space
+
+    @property
+    def counters(self) -> EngineCounters:
+        """What the engine has to do and has done."""
+        return self._engine.counters
+
+    # -- from clients
+
+    async def submit(self, request: Request, prompt: list[int], answer: Answer) -> Sequence:
+        """Queue a request with the tokens of its prompt.
+
+        RequestError, CapacityError or NodeError say why it cannot be served; then nothing is queued.
+        """
+        if self._failure:
+            raise self._failure
+        if self.draining:
+            raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
+        max_tokens = self._check(prompt, request.max_tokens)
+        self.require_place(0)
+        sequence = Sequence(request, prompt, max_tokens, self._stop_tokens)
+        self._answers[sequence] = answer
+        self._idle.clear()
+        self._coming += 1
+        try:
+            await self._device.call(self._engine.submit, sequence, self._retry_after_s())
+        except asyncio.CancelledError:
+            self.cancel(sequence)
+            raise
+        except LaminaError:
+            self._forget(sequence)
+            raise
+        finally:
+            self._coming -= 1
+        return sequence
+
+    def require_place(self, encoding: int) -> None:
+        """CapacityError if too many requests wait for one more, besides ``encoding`` whose prompts are being encoded.
+
+        The engine decides exactly; here it is seen to that what has not come to it yet is bounded as well.
+        """
+        if self._coming >= self._max_waiting or (encoding and self.counters.waiting + encoding >= self._max_waiting):
+            retry_after_s = self._retry_after_s()
+            raise CapacityError(
+                f"{max(self.counters.waiting + encoding, self._coming)} requests are waiting already, the limit is "
+                f"{self._max_waiting}; retry in {retry_after_s:.0f} s",
+                retry_after_s=retry_after_s,
+            )
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
+        if self._answers.pop(sequence, None) is not None:
+            self._device.post(self._engine.cancel, sequence)
+            self._note_idle()
+
+    def _check(self, prompt: list[int], max_tokens: int | None) -> int:
+        """The most tokens that the answer may have; RequestError for a prompt that cannot be served."""
+        if not prompt:
+            raise RequestError("the prompt is empty; expected at least one token")
+        for position, token in enumerate(prompt):
+            if token >= self._vocabulary:
+                raise RequestError(
+                    f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
+                )
+        left = self._context - len(prompt)
+        if left < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, the context is {self._context} and must leave room for an "
+                f"answer; use at most {self._context - 1}"
+            )
+        if max_tokens is not None and max_tokens > left:
+            raise RequestError(
+                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
+                f"ask for at most {left}"
+            )
+        return max_tokens or left
+
+    # -- serving
+
+    async def run(self) -> None:
+        """Serve until cancelled, or until the engine or another node fails: then all clients are told, and the error
+        is raised."""
+        engine = self._device.start(self._engine.run())
+        try:
+            await asyncio.wait((engine, self._failed), return_when=asyncio.FIRST_COMPLETED)
+            if engine.done():
+                engine.result()
+            self._failed.result()
+        except* LaminaError as group:
+            raise self._tell_all(first_error(group)) from group
+        except* Exception as group:
+            log.exception("event=internal_error")
+            raise self._tell_all(NodeError.failed("compute", self._name, first_error(group))) from group
+        finally:
+            engine.cancel()
+
+    def fail(self, error: NodeError) -> None:
+        """Another node is lost: `run` tells all clients and raises ``error``."""
+        if not self._failed.done():
+            self._failed.set_exception(error)
+            self._failed.exception()  # `run` may not have begun
+
+    async def drain(self) -> None:
+        """Take no more requests and wait until those that there are have been answered."""
+        self.draining = True
+        await self._idle.wait()
+
+    # -- from the engine
+
+    def apply(self, changes: CacheChanges) -> None:
+        """See `lamina.front.engine.Desk`."""
+        self._space.apply(changes)
+
+    def answer(self, outcome: StepOutcome) -> None:
+        """See `lamina.front.engine.Desk`."""
+        for sequence, token in outcome.tokens:
+            if answer := self._answers.get(sequence):
+                try:
+                    answer.token(token)
+                except Exception as e:  # trouble with one answer must not harm the others
+                    log.exception("event=answer_failed sequence=%d", sequence.id)
+                    self.cancel(sequence)
+                    answer.failed(NodeError.failed("compute", self._name, e))
+        if outcome.finished:
+            self._estimate.ended(asyncio.get_running_loop().time(), len(outcome.finished))
+        for sequence in outcome.finished:
+            if answer := self._answers.pop(sequence, None):
+                answer.finished(sequence.finish_reason or "length")
+        self._space.apply(outcome.changes)
+        self._note_idle()
+
+    def refuse(self, sequence: Sequence, error: CapacityError) -> None:
+        """See `lamina.front.engine.Desk`."""
+        if answer := self._answers.pop(sequence, None):
+            answer.failed(error)
+            self._note_idle()
+
+    def reserved(self, request: ReservationRequest, answer: int | CapacityError) -> None:
+        """What came of a reservation goes back to the engine."""
+        self._device.post(self._engine.reserved, request, answer)
+
+    # -- inside
+
+    def _retry_after_s(self) -> float:
+        return self._estimate.retry_after_s(self.counters.waiting)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._answers.pop(sequence, None)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._answers:
+            self._estimate.idle()
+            self._idle.set()
+
+    def _tell_all(self, error: BaseException) -> LaminaError:
+        assert isinstance(error, LaminaError)
+        self._failure = error
+        log.error("event=failed requests=%d reason=%r", len(self._answers), str(error))
+        for answer in list(self._answers.values()):
+            answer.failed(error)
+        self._answers.clear()
+        self._idle.set()
+        return error

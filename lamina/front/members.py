@@ -1,0 +1,130 @@
+"""The nodes of a cluster as its front knows them: who is there, under which id, and since when."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+from msgspec import structs
+
+from lamina.errors import ConfigError, NodeError
+from lamina.wire.orders import MemberEntry, Membership
+
+log = logging.getLogger("lamina.front")
+
+Role = Literal["compute", "memory"]
+
+
+class State(StrEnum):
+    """What a member is to the cluster."""
+
+    JOINING = "joining"
+    """The cluster file names it; it is not ready."""
+    SERVING = "serving"
+    """It takes part in steps."""
+    LEAVING = "leaving"
+    """It takes part in the steps that have begun, and in no others."""
+    LOST = "lost"
+    """It is gone, and what it held with it."""
+
+
+class Change(NamedTuple):
+    """A member went from one state to another. ``error`` says why a member was lost."""
+
+    entry: MemberEntry
+    before: State
+    after: State
+    epoch: int
+    error: NodeError | None = None
+
+
+class Members:
+    """The members of a cluster. Placements, schedules, orders and step plans name them by their ids.
+
+    An id belongs to a name for as long as the cluster runs; a node that comes back under its name has its id again.
+    Every change begins a new ``epoch``. ``on_change`` is the one place that is told of changes, among them of the loss
+    of a member. Belongs to the node's loop.
+    """
+
+    def __init__(self, entries: Iterable[MemberEntry], on_change: Callable[[Change], None], *, epoch: int = 0) -> None:
+        self.epoch = epoch
+        self._entries = {entry.id: entry for entry in entries}
+        self._ids = {entry.name: entry.id for entry in self._entries.values()}
+        self._states = dict.fromkeys(self._entries, State.JOINING)
+        self._on_change = on_change
+
+    @staticmethod
+    def of_names(compute: Sequence[str], memory: Sequence[str]) -> list[MemberEntry]:
+        """The entries of a cluster with these nodes, numbered in their order."""
+        roles: list[tuple[str, Role]] = [(name, "compute") for name in compute]
+        roles += [(name, "memory") for name in memory]
+        return [MemberEntry(id_, name, role) for id_, (name, role) in enumerate(roles)]
+
+    @property
+    def entries(self) -> list[MemberEntry]:
+        """All members, by id, whatever their state."""
+        return [self._entries[id_] for id_ in sorted(self._entries)]
+
+    def id_of(self, name: str) -> int:
+        """The id of the member called ``name``; KeyError if there is none."""
+        return self._ids[name]
+
+    def entry(self, id_: int) -> MemberEntry:
+        """The member with this id."""
+        return self._entries[id_]
+
+    def state(self, id_: int) -> State:
+        """The state of a member."""
+        return self._states[id_]
+
+    def of_role(self, role: Role) -> tuple[int, ...]:
+        """The ids of the members of a role that are not lost, in ascending order."""
+        return tuple(e.id for e in self.entries if e.role == role and self._states[e.id] is not State.LOST)
+
+    def membership(self) -> Membership:
+        """What the other compute nodes are told."""
+        entries = [structs.replace(entry, state=self._states[entry.id].value) for entry in self.entries]
+        return Membership(epoch=self.epoch, members=entries)
+
+    def adopt(self, told: Membership) -> None:
+        """Take over what the front says, on another compute node. ConfigError if it has other nodes in its file."""
+        theirs = {entry.id: structs.replace(entry, state="joining") for entry in told.members}
+        if theirs != self._entries:
+            raise ConfigError(
+                f"the front knows the nodes {_names(theirs.values())}, this node {_names(self._entries.values())}; "
+                "all compute nodes of a cluster need the same file"
+            )
+        self.epoch = told.epoch
+        for entry in told.members:
+            self._states[entry.id] = State(entry.state)
+
+    # -- changes
+
+    def serve(self, id_: int) -> None:
+        """A member is ready; one that was lost has come back."""
+        self._set(id_, State.SERVING)
+
+    def leave(self, id_: int) -> None:
+        """A member was told to stop and finishes what it has begun. A lost one stays lost."""
+        if self._states[id_] is not State.LOST:
+            self._set(id_, State.LEAVING)
+
+    def lose(self, id_: int, error: NodeError) -> None:
+        """A member is gone. A second report of the same loss changes nothing."""
+        self._set(id_, State.LOST, error)
+
+    def _set(self, id_: int, state: State, error: NodeError | None = None) -> None:
+        before = self._states[id_]
+        if before is state:
+            return
+        self._states[id_] = state
+        self.epoch += 1
+        entry = self._entries[id_]
+        log.info("event=member node=%s before=%s after=%s epoch=%d", entry.name, before, state, self.epoch)
+        self._on_change(Change(entry, before, state, self.epoch, error))
+
+
+def _names(entries: Iterable[MemberEntry]) -> str:
+    return ", ".join(f"{entry.name} ({entry.id}, {entry.role})" for entry in entries)

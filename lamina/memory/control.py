@@ -1,0 +1,93 @@
+"""A memory node's end of a link, on the node's loop: what a compute node says about the space of sequences."""
+
+from __future__ import annotations
+
+import asyncio
+
+from lamina.errors import CapacityError, ProtocolError, TransportError
+from lamina.memory.serving import ServingLane
+from lamina.memory.tenant import Tenant
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.device import Device
+from lamina.transport import Link
+from lamina.wire.codec import decode, encode
+from lamina.wire.tenants import Attach, FromCompute, Publish, Refused, Release, Reserve, Reserved
+
+
+class ServingControl:
+    """Serves one link of a compute node of ``tenant``, from its Attach until the link ends.
+
+    Its counterpart on the device's loop is a `ServingLane`. ``ended`` is set when neither serves any more.
+    """
+
+    def __init__(self, link: Link, attach: Attach, tenant: Tenant, device: Device) -> None:
+        self.ended = asyncio.Event()
+        self._link = link
+        self._attach = attach
+        self._tenant = tenant
+        self._device = device
+        self._there = Crossing(device.loop)
+        self._messages: asyncio.Queue[Reserve | Publish | Release] = asyncio.Queue()
+        self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def peer(self) -> str:
+        """The name of the compute node."""
+        return self._link.info.peer.name
+
+    async def serve(self) -> None:
+        """Answer until the link ends; raises the error that ended it."""
+        link, member = self._link, self._attach.member
+        lane = ServingLane(link, self._attach, self._tenant)
+        try:
+            await self._there.call(self._tenant.join, member, lane)
+            link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
+            link.send(encode(lane.attached()))
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._serve_lane(lane))
+                tasks.create_task(self._obey())
+                tasks.create_task(self._watch())
+        finally:
+            await self._there.call(self._tenant.leave, member)
+            self.ended.set()
+
+    def end(self, reason: str) -> None:
+        """Have `serve` raise a TransportError that says why."""
+        self._on_lost(TransportError(reason))
+
+    async def _serve_lane(self, lane: ServingLane) -> None:
+        await self._there.start(lane.run())
+
+    async def _watch(self) -> None:
+        await self._gone
+
+    async def _obey(self) -> None:
+        """Reserve, publish and release, in the order of the messages."""
+        tenant = self._tenant
+        while True:
+            message = await self._messages.get()
+            if not isinstance(message, Reserve):
+                await self._there.start(self._device.run(tenant.publish_or_release, message))
+                continue
+            try:
+                shared, _ = await self._there.start(self._device.run(tenant.reserve, message))
+            except CapacityError as e:
+                self._link.send(encode(Refused(reason=str(e), sequence=message.sequence)))
+            else:
+                self._link.send(encode(Reserved(sequence=message.sequence, shared=shared)))
+
+    def _on_message(self, plain: dict[str, object]) -> None:
+        message = decode(plain, FromCompute)
+        if isinstance(message, Attach):
+            raise ProtocolError("a second Attach on a link that is attached already")
+        if not self._attach.from_front:
+            raise ProtocolError(
+                f"a {plain['type']} from compute node {self._attach.member} of tenant {self._tenant.name}; "
+                f"only its front, number {self._attach.front}, says what is kept"
+            )
+        self._messages.put_nowait(message)
+
+    def _on_lost(self, error: TransportError) -> None:
+        if not self._gone.done():
+            self._gone.set_exception(error)
+            self._gone.exception()  # `serve` may not have come to wait for it

@@ -1,0 +1,148 @@
+"""What the front of a cluster is made of: scheduler, engine, intake."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lamina.attention import KVLayout
+from lamina.compute.peer_control import PeerControl
+from lamina.compute.shard_control import ShardControl
+from lamina.compute.step import Steps
+from lamina.config import ClusterConfig
+from lamina.errors import CapacityError
+from lamina.front.blocks import BlockManager
+from lamina.front.cost import CostModel
+from lamina.front.engine import Engine
+from lamina.front.fit import ANSWER_TOKENS, fit
+from lamina.front.intake import Intake
+from lamina.front.members import Members
+from lamina.front.prefix import PrefixKeys
+from lamina.front.scheduler import Scheduler
+from lamina.front.sequence import CacheChanges, ReservationRequest
+from lamina.front.space import Space
+from lamina.front.team import Team
+from lamina.node.assemble import BLOCK_TOKENS, REMOTE_TOKENS, CutModel
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.device import Device
+
+
+class Front(NamedTuple):
+    """The front's two sides, and the tokens of KV cache that it has."""
+
+    engine: Engine
+    intake: Intake
+    kv_tokens: int
+
+
+def make_blocks(config: ClusterConfig, cut: CutModel, shards: Mapping[int, ShardControl]) -> BlockManager:
+    """The account of the memory nodes' blocks; CapacityError if they cannot hold one request of the full context."""
+    layouts = {member: cut.layout(shard.lane.layers) for member, shard in shards.items()}
+    # Only the window that all layers have: where there are several, blocks of one kind can be in the way of another's.
+    group, *others = next(iter(layouts.values())).groups
+    blocks = BlockManager(
+        {member: shard.capacity_tokens // BLOCK_TOKENS for member, shard in shards.items()},
+        BLOCK_TOKENS,
+        config.pipeline.partition,
+        stripes=not cut.has_windows,
+        window=None if others else group.window,
+    )
+    if blocks.max_context < cut.context:
+        least = min(shards.values(), key=lambda shard: shard.capacity_tokens)
+        raise CapacityError(
+            f"the memory nodes can hold {blocks.max_context} tokens of one request, fewer than the context of "
+            f"{cut.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} "
+            f"tokens of {layouts[least.member].bytes_per_token} bytes); give them more memory or set model.context lower"
+        )
+    return blocks
+
+
+def make_scheduler(config: ClusterConfig, cut: CutModel, blocks: BlockManager) -> Scheduler:
+    """The scheduler of this model over these blocks."""
+    pipeline, checkpoint = config.pipeline, cut.checkpoint
+    kept = KVLayout(layers=tuple(cut.layers), dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
+    return Scheduler(
+        batches=pipeline.batches,
+        max_batch=pipeline.max_batch,
+        prefill_tokens=pipeline.prefill_tokens,
+        blocks=blocks,
+        prefix=PrefixKeys(
+            model=checkpoint.fingerprint,
+            dtype=checkpoint.dtype,
+            kv_dtype=cut.kv_dtype,
+            block_tokens=BLOCK_TOKENS,
+        ),
+        remote_tokens=REMOTE_TOKENS,
+        prefill_kv=pipeline.prefill_kv_bytes // kept.bytes_per_token,
+        keep_chunks=cut.schedule.is_settled,
+        max_waiting=pipeline.max_waiting,
+        cost=CostModel(compute_nodes=len(cut.schedule.members)),
+    )
+
+
+async def open_front(
+    config: ClusterConfig,
+    cut: CutModel,
+    members: Members,
+    blocks: BlockManager,
+    runner: Steps,
+    device: Device,
+    shards: Mapping[int, ShardControl],
+    peers: Mapping[int, PeerControl],
+    home: Crossing,
+) -> Front:
+    """Make the engine and fit its cost model, while no request uses the nodes."""
+    name, pipeline, there = config.front.name, config.pipeline, Crossing(device.loop)
+    scheduler = make_scheduler(config, cut, blocks)
+    team = Team(
+        runner, device, home, cut.schedule, member=members.id_of(name), epoch=members.epoch, peers=peers
+    )
+    intake = Intake(
+        name,
+        there,
+        context=cut.context,
+        vocabulary=cut.checkpoint.vocabulary,
+        stop_tokens=cut.checkpoint.stop_tokens,
+        max_waiting=pipeline.max_waiting,
+    )
+    space = Space(shards, BLOCK_TOKENS, intake.reserved)
+    if cut.context > ANSWER_TOKENS:
+        await there.start(_fit(scheduler, team, space, device, home, config, cut))
+    engine = Engine(scheduler, team, home, intake, batches=pipeline.batches)
+    intake.open(engine, space)
+    return Front(engine, intake, blocks.total_blocks * BLOCK_TOKENS)
+
+
+async def _fit(
+    scheduler: Scheduler,
+    team: Team,
+    space: Space,
+    device: Device,
+    home: Crossing,
+    config: ClusterConfig,
+    cut: CutModel,
+) -> None:
+    """Fit the cost model, on the device's loop."""
+    pipeline = config.pipeline
+
+    async def reserve(request: ReservationRequest) -> int:
+        return await home.start(space.hold(request))
+
+    def release(sequence: int) -> None:
+        team.forget([sequence])
+        home.post(space.apply, CacheChanges(released=[sequence]))
+
+    shipping = device.loop.create_task(team.ship())
+    try:
+        await fit(
+            scheduler,
+            team.run,
+            reserve,
+            release,
+            device.loop.time,
+            slots=pipeline.batches,
+            most_rows=min(pipeline.batches * pipeline.max_batch, pipeline.max_waiting),
+            most_tokens=min(pipeline.prefill_tokens, cut.context - ANSWER_TOKENS),
+        )
+    finally:
+        shipping.cancel()

@@ -1,0 +1,62 @@
+"""The one way from one event loop of a node to another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar, TypeVarTuple
+
+Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
+
+
+class Crossing:
+    """The way to the event loop ``loop`` of this process, which runs in another thread, or in the caller's own.
+
+    An object belongs to one loop. What another loop wants of it goes through here, and arrives in the order in which
+    it was sent, whether it was posted, called or started.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+
+    def post(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Call ``function`` there soon. An error in it goes to that loop's exception handler."""
+        with suppress(RuntimeError):  # the loop is closed: nothing lives there any more
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def call(self, function: Callable[[*Ts], R], *args: *Ts) -> asyncio.Future[R]:
+        """Call ``function`` there; the future, of the caller's loop, gets its result or its error.
+
+        Cancelling the future does not stop a function that runs.
+        """
+        here = asyncio.get_running_loop()
+        answer: asyncio.Future[R] = here.create_future()
+
+        def work() -> None:
+            try:
+                result = function(*args)
+            except Exception as error:
+                here.call_soon_threadsafe(_fail, answer, error)
+            else:
+                here.call_soon_threadsafe(_finish, answer, result)
+
+        self.loop.call_soon_threadsafe(work)
+        return answer
+
+    def start(self, coroutine: Coroutine[Any, Any, R]) -> asyncio.Future[R]:
+        """Run a coroutine there; the future belongs to the caller's loop. Cancelling it cancels the coroutine."""
+        if self.loop is asyncio.get_running_loop():
+            return self.loop.create_task(coroutine)
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+
+
+def _finish(answer: asyncio.Future[R], result: R) -> None:
+    if not answer.done():
+        answer.set_result(result)
+
+
+def _fail(answer: asyncio.Future[Any], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
