@@ -45,7 +45,7 @@ def test_a_step_begins_where_the_last_one_ended(
     batches: int, replicas: int, layers: int, batch: int, step: int
 ) -> None:
     """The last slice, the sampling and the next first slice are one turn, whatever the step."""
-    schedule = Schedule(layers, replicas, batches)
+    schedule = Schedule(layers, tuple(range(replicas)), batches)
     batch %= batches
     route = schedule.route(batch, step)
 
@@ -59,7 +59,7 @@ def test_a_step_begins_where_the_last_one_ended(
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 40))
 def test_it_is_known_whether_layers_stay_where_they_are(batches: int, replicas: int, layers: int) -> None:
     """So that a compute node may keep what it needs again in the next step."""
-    schedule = Schedule(layers, replicas, batches)
+    schedule = Schedule(layers, tuple(range(replicas)), batches)
     steps = [{schedule.route(batch, step)[:-1] for step in range(12)} for batch in range(batches)]
 
     assert schedule.is_settled == all(len(routes) == 1 for routes in steps)
@@ -69,7 +69,7 @@ def test_it_is_known_whether_layers_stay_where_they_are(batches: int, replicas: 
 def test_twice_as_many_batches_as_replicas_move_no_carry(replicas: int) -> None:
     """And neither do as many, or fewer."""
     for batches in (*range(1, replicas + 1), 2 * replicas):
-        schedule = Schedule(10, replicas, batches)
+        schedule = Schedule(10, tuple(range(replicas)), batches)
         assert all(len(set(schedule.route(batch, 5))) == 1 for batch in range(batches))
 
 
@@ -77,7 +77,7 @@ def test_twice_as_many_batches_as_replicas_move_no_carry(replicas: int) -> None:
 def test_layers_are_run_where_they_lie(counts: list[int], batches: int, step: int) -> None:
     """Of every batch in every step; the last node has the last slice too."""
     firsts = tuple(sum(counts[:node]) for node in range(len(counts)))
-    schedule = Schedule(sum(counts), len(counts), batches, firsts)
+    schedule = Schedule(sum(counts), tuple(range(len(counts))), batches, firsts)
     expected = [node for node, count in enumerate(counts) for _ in range(count)]
 
     for batch in range(batches):
@@ -95,3 +95,13 @@ def test_one_batch_more_than_replicas_leaves_none_idle() -> None:
         for batch in range(batches):
             for turn in range(20):
                 assert replica(batch, turn, batches=batches, replicas=replicas) == (batch + turn) % replicas
+
+
+def test_members_are_named_by_their_ids() -> None:
+    """Ids need not be consecutive: after a node is gone, the others keep theirs."""
+    replicas = Schedule(4, (3, 7, 9), batches=2)
+    assert {member for batch in range(2) for member in replicas.route(batch, 0)} <= {3, 7, 9}
+
+    ranges = Schedule(4, (3, 9), first_layers=(0, 1))
+    assert ranges.route(0, 5) == (3, 9, 9, 9, 9)
+    assert list(ranges.slices(9)) == [1, 2, 3, 4]

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from lamina.memory.fair_queue import Share, Turns
-from lamina.runtime.device import Device
+from lamina.memory.fair_queue import FairQueue, Share
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.device import CpuDevice, Device
 
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[Device]:
-    device = Device(threads=1)
+    device = CpuDevice(threads=1)
+    device.start()
     yield device
     device.close()
 
@@ -22,7 +24,7 @@ def run(device: Device, work: Coroutine[Any, Any, Any]) -> Any:
     """On the device's loop."""
 
     async def main() -> Any:
-        return await device.start(work)
+        return await Crossing(device.loop).start(work)
 
     return asyncio.run(main())
 
@@ -34,22 +36,22 @@ def spin(seconds: float) -> None:
 
 
 Served = list[tuple[Share, float]]
-"""Who computed, and for how many seconds, in order."""
+"""Which share computed, and for how many seconds, in order."""
 
 
 async def keep(share: Share, seconds: float, times: int, served: Served) -> None:
     """One operation after the other."""
     for _ in range(times):
-        served.append((share, (await share.compute(spin, seconds))[1]))
+        served.append((share, (await share.run(spin, seconds))[1]))
 
 
 @pytest.mark.parametrize(("many", "few"), [(8, 1), (3, 3)])
-def test_who_has_more_to_do_gets_no_more(device: Device, many: int, few: int) -> None:
+def test_more_work_gets_no_more_of_the_device(device: Device, many: int, few: int) -> None:
     """However many operations wait, and however long they take; at no moment is one ahead by more than one of each."""
 
     async def main() -> None:
-        turns, served = Turns(device), Served()
-        heavy, light = Share(turns), Share(turns)
+        queue, served = FairQueue(device), Served()
+        heavy, light = Share(queue), Share(queue)
         tasks = [asyncio.ensure_future(keep(heavy, 0.004, 100, served)) for _ in range(many)]
         # Two at least, so that there is always one that waits.
         cheap = [asyncio.ensure_future(keep(light, 0.001, 120 // few, served)) for _ in range(few + 1)]
@@ -70,12 +72,12 @@ def test_who_has_more_to_do_gets_no_more(device: Device, many: int, few: int) ->
     run(device, main())
 
 
-def test_nobody_saves_up_time_by_being_idle(device: Device) -> None:
-    """Who comes after a long pause alternates with the other from the start."""
+def test_no_tenant_saves_up_time_by_being_idle(device: Device) -> None:
+    """A tenant that comes after a long pause alternates with the other from the start."""
 
     async def main() -> None:
-        turns, served = Turns(device), Served()
-        busy, idle = Share(turns), Share(turns)
+        queue, served = FairQueue(device), Served()
+        busy, idle = Share(queue), Share(queue)
         await asyncio.gather(*[keep(busy, 0.002, 25, served) for _ in range(2)])
         contested = Served()
         works = [keep(share, 0.002, 20, contested) for share in (busy, idle) for _ in range(2)]
@@ -90,39 +92,41 @@ def test_nobody_saves_up_time_by_being_idle(device: Device) -> None:
     run(device, main())
 
 
-def test_whoever_is_alone_computes_at_once(device: Device) -> None:
+def test_a_tenant_that_is_alone_computes_at_once(device: Device) -> None:
     """Before others join and after they have left, without a round of the loop."""
 
     async def main() -> None:
-        turns = Turns(device)
-        share, order = Share(turns), list[str]()
+        queue = FairQueue(device)
+        share, order = Share(queue), list[str]()
         for joined in (False, True, False):
-            other = Share(turns) if joined else None
+            other = Share(queue) if joined else None
             asyncio.get_running_loop().call_soon(order.append, "round")
-            await share.compute(order.append, "computed")
+            await share.run(order.append, "computed")
             await asyncio.sleep(0)
             assert order == (["round", "computed"] if joined else ["computed", "round"])
             order.clear()
             if other:
-                other.leave()
+                other.close()
 
     run(device, main())
 
 
-def test_who_gives_up_or_fails_is_in_nobodys_way(device: Device) -> None:
+def test_an_operation_that_is_cancelled_or_fails_holds_up_no_other(device: Device) -> None:
+    """Cancelled while it waits, or raising when it runs: the others have their turns."""
+
     async def main() -> None:
-        turns, done = Turns(device), list[int]()
-        first, second = Share(turns), Share(turns)
+        queue, done = FairQueue(device), list[int]()
+        first, second = Share(queue), Share(queue)
 
         def fail() -> None:
             raise ValueError("wrong")
 
-        tasks = [asyncio.ensure_future(first.compute(done.append, number)) for number in range(10)]
-        failing = asyncio.ensure_future(second.compute(fail))
+        tasks = [asyncio.ensure_future(first.run(done.append, number)) for number in range(10)]
+        failing = asyncio.ensure_future(second.run(fail))
         await asyncio.sleep(0)
         for number in range(0, 10, 2):
             tasks[number].cancel()
-        results = await asyncio.gather(*tasks, failing, second.compute(done.append, 10), return_exceptions=True)
+        results = await asyncio.gather(*tasks, failing, second.run(done.append, 10), return_exceptions=True)
         assert [isinstance(result, asyncio.CancelledError) for result in results[:10]] == [True, False] * 5
         assert isinstance(results[10], ValueError)
         assert sorted(done) == [1, 3, 5, 7, 9, 10]

@@ -1,0 +1,80 @@
+"""The members of a cluster: stable ids, an epoch, one place that is told of changes."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from lamina.errors import ConfigError, NodeError
+from lamina.front.members import Change, Members, State
+from lamina.wire.codec import decode, encode
+from lamina.wire.orders import Membership
+
+LOST = NodeError.lost("memory", "m0", "silent for 2 s")
+
+
+def _members() -> tuple[Members, list[Change]]:
+    changes: list[Change] = []
+    return Members(Members.of_names(["c0", "c1"], ["m0", "m1"]), changes.append), changes
+
+
+def test_ids_belong_to_names() -> None:
+    """All nodes of a cluster have ids of their own, whatever their role."""
+    members, _ = _members()
+
+    assert [members.id_of(name) for name in ("c0", "c1", "m0", "m1")] == [0, 1, 2, 3]
+    assert members.of_role("compute") == (0, 1)
+    assert members.of_role("memory") == (2, 3)
+    with pytest.raises(KeyError):
+        members.id_of("m9")
+
+
+def test_every_change_begins_an_epoch_and_is_told_once() -> None:
+    """A second report of the same state changes nothing."""
+    members, changes = _members()
+    members.serve(2)
+    members.lose(2, LOST)
+    members.lose(2, NodeError.lost("memory", "m0", "found again by another"))
+    members.leave(2)
+
+    assert members.epoch == 2
+    assert members.state(2) is State.LOST
+    assert [(change.before, change.after) for change in changes] == [
+        (State.JOINING, State.SERVING),
+        (State.SERVING, State.LOST),
+    ]
+    assert changes[-1].error is LOST
+
+
+def test_a_node_that_comes_back_has_its_id_again() -> None:
+    """The others keep theirs meanwhile."""
+    members, _ = _members()
+    members.lose(2, LOST)
+    assert members.of_role("memory") == (3,)
+
+    members.serve(2)
+    assert members.of_role("memory") == (2, 3)
+    assert members.id_of("m0") == 2
+
+
+def test_other_compute_nodes_take_over_what_the_front_says() -> None:
+    """Over the wire: the epoch and every state."""
+    front, _ = _members()
+    other, changes = _members()
+    front.serve(0)
+    front.lose(3, LOST)
+    other.adopt(decode(encode(front.membership()), Membership))
+
+    assert other.epoch == front.epoch == 2
+    assert [other.state(id_) for id_ in range(4)] == ["serving", "joining", "joining", "lost"]
+    assert not changes
+
+
+def test_another_file_is_refused() -> None:
+    """A front that knows other nodes cannot be followed."""
+    members, _ = _members()
+    told = members.membership()
+    wrong = Membership(epoch=1, members=[*told.members[:3], replace(told.members[3], name="m7")])
+
+    with pytest.raises(ConfigError, match=r"the front knows the nodes .*m7.*need the same file"):
+        members.adopt(wrong)
