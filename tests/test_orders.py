@@ -16,8 +16,8 @@ from lamina.wire.orders import Choice, Limits, Order, TokenRun
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling
 
-LIMITS = Limits(slots=2, tokens=16, memory_nodes=3, context=100, vocabulary=1000)
-RUN = TokenRun(7, 10, [1, 2], Placement((0, 2), 256), choice=Choice(Sampling(), 12))
+LIMITS = Limits(slots=2, tokens=16, members=frozenset({0, 1, 2}), context=100, vocabulary=1000)
+RUN = TokenRun(7, 10, [1, 2], Placement((0, 2), 256), choice=Choice(Sampling(seed=0), 12))
 
 
 def order(*runs: TokenRun, slot: int = 0) -> Order:
@@ -56,7 +56,7 @@ def test_the_largest_step_fits_into_a_message() -> None:
     """The most that a file can ask for: sequences, prompt tokens, memory nodes."""
     run = TokenRun(2**31, 10**6, [200_000], Placement(tuple(range(32)), 256))
     rows = [changed(run, choice=Choice(Sampling(0.7, 40, 0.95, 2**63 - 1), 10**6 + 1))] * 4096
-    prompt = changed(run, start=0, tokens=[200_000] * 65536, here=65536)
+    prompt = changed(run, start=0, tokens=[200_000] * 65536, local_tokens=65536)
 
     assert len(encode_message(encode(order(*rows, prompt)))) < MAX_MESSAGE
 
@@ -66,13 +66,13 @@ def test_the_largest_step_fits_into_a_message() -> None:
     [
         (order(RUN, slot=2), "expected a slot below 2"),
         (order(*[RUN] * 9), "at most 16 tokens"),
-        (order(changed(RUN, start=0, here=4), RUN), "those whose past is remote first"),
-        (order(changed(RUN, placement=Placement((0, 3)))), "memory nodes below 3"),
-        (order(changed(RUN, placement=Placement((-1,)))), "memory nodes below 3"),
-        (order(changed(RUN, placement=Placement(()))), "memory nodes below 3"),
+        (order(changed(RUN, start=0, local_tokens=4), RUN), "those whose past is remote first"),
+        (order(changed(RUN, placement=Placement((0, 3)))), "memory nodes out of"),
+        (order(changed(RUN, placement=Placement((-1,)))), "memory nodes out of"),
+        (order(changed(RUN, placement=Placement(()))), "memory nodes out of"),
         (order(changed(RUN, placement=replace(RUN.placement, stripe=0))), "stripe=0"),
         (order(changed(RUN, start=99)), "positions below 100"),
-        (order(changed(RUN, here=2**39)), "positions below 100"),
+        (order(changed(RUN, local_tokens=2**39)), "positions below 100"),
         (order(changed(RUN, tokens=[1000])), "tokens below 1000"),
     ],
 )

@@ -20,7 +20,7 @@ from lamina.model.slices import SlicedModel, StepConstants
 from lamina.runtime.device import Device
 from lamina.runtime.spans import Place
 from lamina.wire.orders import Done, Order, TokenRun
-from lamina.wire.placement import NodeRows, RemoteRun, route
+from lamina.wire.placement import MemberRows, RemoteRun, route
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -135,7 +135,7 @@ class _Part:
 
     __slots__ = ("partial", "plan", "rows", "shard", "stored", "whole")
 
-    def __init__(self, shard: RemoteShard, own: NodeRows, places: dict[int, int]) -> None:
+    def __init__(self, shard: RemoteShard, own: MemberRows, places: dict[int, int]) -> None:
         """``places`` gives the place of each row that comes back in parts, among all that do."""
         self.shard = shard
         self.plan = plan = own.plan
@@ -159,12 +159,10 @@ class _Forward:
         self.local = order.runs[len(remote) :]
         self._remote_rows = sum(len(run.tokens) for run in remote)
         self._local_count = sum(len(run.tokens) for run in self.local)
-        routes = route(
-            [RemoteRun(run.sequence, run.placement, run.start, len(run.tokens)) for run in remote], len(runner.shards)
-        )
-        self._merged = sorted({row for own in routes for row in own.rows[own.plan.whole :]})
+        routes = route([RemoteRun(run.sequence, run.placement, run.start, len(run.tokens)) for run in remote])
+        self._merged = sorted({row for own in routes.values() for row in own.rows[own.plan.whole :]})
         places = {row: place for place, row in enumerate(self._merged)}
-        self.parts = [_Part(shard, own, places) for shard, own in zip(runner.shards, routes, strict=True) if own.rows]
+        self.parts = [_Part(runner.shards[member], own, places) for member, own in routes.items()]
         self._constants: StepConstants = ()
         self._carry: tuple[Tensor, ...] = ()
         self._kept: tuple[Tensor, ...] = ()
@@ -180,7 +178,7 @@ class _Forward:
             if run.remote:
                 self._prompts.pop(run.sequence, None)  # from here on its past is needed where it was sent
             elif run.start == 0:
-                kept = PromptKV(run.sequence, run.here, self._shapes, self._dtype, self._model.device)
+                kept = PromptKV(run.sequence, run.local_tokens, self._shapes, self._dtype, self._model.device)
                 self._prompts[run.sequence] = kept
             token_ids += run.tokens
             positions += range(run.start, run.start + len(run.tokens))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import threading
 from collections.abc import Coroutine
 from collections.abc import Sequence as Listed
 from typing import Any, Protocol
 
+from msgspec.structs import replace
+
 from lamina.compute.shard import RemoteShard
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
-from lamina.front.cost import Pace
-from lamina.front.scheduler import Ask, Outcome, Scheduler, Sequence, Step
+from lamina.front.cost import ThroughputEstimate
+from lamina.front.scheduler import Scheduler
+from lamina.front.sequence import CacheChanges, ReservationRequest, ScheduledStep, Sequence, StepOutcome
 from lamina.front.space import reserve
 from lamina.front.team import Ran, Team
-from lamina.wire.requests import Sampling
+from lamina.wire.requests import Request
 
 log = logging.getLogger("lamina.front")
 
@@ -60,12 +64,12 @@ class Engine:
         self._vocabulary = vocabulary
         self._stop_tokens = stop_tokens
         self._answers: dict[Sequence, Answer] = {}
-        self._pace = Pace()
+        self._throughput = ThroughputEstimate()
         self._lock = threading.Lock()
         """Of the scheduler."""
         self._work = [asyncio.Event() for _ in range(batches)]
         """By slot, on the device's loop."""
-        self._news: asyncio.Queue[Step | Outcome] = asyncio.Queue()
+        self._news: asyncio.Queue[CacheChanges | StepOutcome] = asyncio.Queue()
         self._idle = asyncio.Event()
         self._idle.set()
         self._failure: LaminaError | None = None
@@ -89,51 +93,33 @@ class Engine:
     def free_blocks(self) -> int:
         return self.scheduler.free_blocks
 
-    def submit(
-        self,
-        prompt: list[int],
-        max_tokens: int | None,
-        sampling: Sampling,
-        answer: Answer,
-        *,
-        priority: int = 0,
-        share_prefix: bool = True,
-        salt: str = "",
-    ) -> Sequence:
-        """Queue a request. RequestError or CapacityError say why it cannot be served; then nothing is queued."""
+    def submit(self, request: Request, prompt_tokens: list[int], answer: Answer) -> Sequence:
+        """Queue a request with this prompt. RequestError or CapacityError say why it cannot be served."""
         if self._failure:
             raise self._failure
         if self._draining:
             raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
-        if not prompt:
+        if not prompt_tokens:
             raise RequestError("the prompt is empty; expected at least one token")
-        for position, token in enumerate(prompt):
+        for position, token in enumerate(prompt_tokens):
             if token >= self._vocabulary:
                 raise RequestError(
                     f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
                 )
-        room = self._context - len(prompt)
+        tokens, room = len(prompt_tokens), self._context - len(prompt_tokens)
         if room < 1:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, the context is {self._context} and must leave room for an "
-                f"answer; use at most {self._context - 1}"
+                f"the prompt has {tokens} tokens, the context is {self._context} and must leave room for an answer; "
+                f"use at most {self._context - 1}"
             )
-        if max_tokens is not None and max_tokens > room:
+        if request.max_tokens is not None and request.max_tokens > room:
             raise RequestError(
-                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
+                f"{tokens} prompt tokens and max_tokens {request.max_tokens} exceed the context of {self._context}; "
                 f"ask for at most {room}"
             )
-        sequence = Sequence(
-            prompt,
-            max_tokens or room,
-            sampling,
-            self._stop_tokens,
-            priority=priority,
-            share_prefix=share_prefix,
-            salt=salt,
-        )
+        sequence = Sequence(_with_seed(request), prompt_tokens, request.max_tokens or room, self._stop_tokens)
         with self._lock:
-            self.scheduler.submit(sequence, retry_after_s=self._pace.retry_after_s(self.waiting))
+            self.scheduler.submit(sequence, retry_after_s=self._throughput.retry_after_s(self.waiting))
         self._answers[sequence] = answer
         self._idle.clear()
         self._wake()
@@ -141,7 +127,7 @@ class Engine:
 
     def require_place(self, coming: int) -> None:
         """CapacityError if one more request, besides so many that are about to be queued, would be refused."""
-        self.scheduler.require_place(coming, retry_after_s=self._pace.retry_after_s(self.waiting))
+        self.scheduler.require_place(coming, retry_after_s=self._throughput.retry_after_s(self.waiting))
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. Nothing for one that is over."""
@@ -188,24 +174,24 @@ class Engine:
             while (step := self._next_step(slot)) is None:
                 work.clear()
                 await work.wait()
-            if step.published or step.released or step.asks:
-                home.call_soon_threadsafe(self._news.put_nowait, step)
-            if step.released or step.moved:
+            if step.changes:
+                home.call_soon_threadsafe(self._news.put_nowait, step.changes)
+            if step.changes.released or step.moved:
                 self._set_all()
-            if not step.decode and not step.prompts:
+            if not step.has_rows:
                 continue
             ran = await self._team.run(slot, number, step)
             number += 1
             outcome = self._finish(slot, step, ran)
             home.call_soon_threadsafe(self._news.put_nowait, outcome)
-            if outcome.released:
+            if outcome.changes.released:
                 self._set_all()  # space has come free, perhaps for a request that another slot can admit
 
-    def _next_step(self, slot: int) -> Step | None:
+    def _next_step(self, slot: int) -> ScheduledStep | None:
         with self._lock:
             return self.scheduler.next_step(slot)
 
-    def _finish(self, slot: int, step: Step, ran: Ran) -> Outcome:
+    def _finish(self, slot: int, step: ScheduledStep, ran: Ran) -> StepOutcome:
         self.steps += 1
         load = step.load
         with self._lock:
@@ -218,36 +204,36 @@ class Engine:
         """Tell memory nodes and those who asked what came of steps, in their order."""
         while True:
             news = await self._news.get()
-            if isinstance(news, Outcome):
+            if isinstance(news, StepOutcome):
                 self._answer(news)
-            self._tell(news)
-            if isinstance(news, Step):
-                for ask in news.asks:
-                    self._tasks.create_task(self._reserve(ask))
+            changes = news.changes if isinstance(news, StepOutcome) else news
+            self._tell(changes)
+            for request in changes.reservations:
+                self._tasks.create_task(self._reserve(request))
             self._note_idle()
 
-    def _tell(self, news: Step | Outcome) -> None:
+    def _tell(self, changes: CacheChanges) -> None:
         """Pass on to the memory nodes what the scheduler decided."""
-        for publication in news.published:
-            for node in publication.placement.nodes:
-                keys = publication.placement.keys_on(node, publication.keys, self.scheduler.block_tokens)
+        for publication in changes.published:
+            for member in publication.placement.members:
+                keys = publication.placement.keys_on(member, publication.keys, self.scheduler.block_tokens)
                 if keys:
-                    self._shards[node].publish(publication.id, keys)
-        self._team.forget(news.released)
-        for id_ in news.released:
+                    self._shards[member].publish(publication.id, keys)
+        self._team.forget(changes.released)
+        for id_ in changes.released:
             for shard in self._shards:
                 shard.release(id_)
 
-    async def _reserve(self, ask: Ask) -> None:
+    async def _reserve(self, request: ReservationRequest) -> None:
         """Have every memory node set space aside. Where one refuses, that request alone fails."""
         try:
-            shared = await reserve(self._shards, ask, self.scheduler.block_tokens)
+            shared = await reserve(self._shards, request, self.scheduler.block_tokens)
         except CapacityError as e:
-            if ask.stands():
-                self._refuse(ask.sequence, e)
+            if request.is_current:
+                self._refuse(request.sequence, e)
         else:
             with self._lock:
-                self.scheduler.grant(ask, shared)
+                self.scheduler.confirm(request, shared)
             self._wake()
 
     def _refuse(self, sequence: Sequence, error: CapacityError) -> None:
@@ -258,7 +244,7 @@ class Engine:
         if answer:
             answer.failed(error)
 
-    def _answer(self, outcome: Outcome) -> None:
+    def _answer(self, outcome: StepOutcome) -> None:
         self.tokens += len(outcome.tokens)
         for sequence, token in outcome.tokens:
             if answer := self._answers.get(sequence):
@@ -269,7 +255,7 @@ class Engine:
                     self.cancel(sequence)
                     answer.failed(NodeError(f"compute node {self._name} failed: {e!r}", node=self._name))
         if outcome.finished:
-            self._pace.ended(asyncio.get_running_loop().time(), len(outcome.finished))
+            self._throughput.note_ended(asyncio.get_running_loop().time(), len(outcome.finished))
         for sequence in outcome.finished:
             if answer := self._answers.pop(sequence, None):
                 answer.finished(sequence.finish_reason or "length")
@@ -286,7 +272,7 @@ class Engine:
         with self._lock:
             idle = not (self._answers or self.scheduler.running or self.scheduler.waiting)
         if idle:
-            self._pace.idle()
+            self._throughput.note_idle()
             self._idle.set()
 
     def _fail(self, error: BaseException) -> LaminaError:
@@ -298,3 +284,11 @@ class Engine:
         self._answers.clear()
         self._idle.set()
         return error
+
+
+def _with_seed(request: Request) -> Request:
+    """The request with a seed: its own, else a random one, which a greedy answer does not need."""
+    if request.sampling.seed is not None:
+        return request
+    seed = secrets.randbits(63) if request.sampling.temperature else 0
+    return replace(request, sampling=replace(request.sampling, seed=seed))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from lamina.errors import LaminaError, ProtocolError, RequestError, TransportError
 from lamina.front.engine import Engine
-from lamina.front.scheduler import Sequence
+from lamina.front.sequence import Sequence
 from lamina.front.text import TextStream, Tokenizer
 from lamina.runtime.device import Device
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Message, decode
 from lamina.wire.questions import answer
-from lamina.wire.requests import Cancel, Failed, Finished, FromClient, Generate, Generated, Sampling
+from lamina.wire.requests import Cancel, Failed, Finished, FromClient, Generate, Generated, Request
 
 log = logging.getLogger("lamina.front")
 
@@ -55,52 +54,42 @@ class ClientSession:
             self._send(failed(RequestError(str(e)), id_))  # one bad request harms no other
             return
         match message:
-            case Generate() as request:
+            case Generate(id=id_, request=request):
                 try:
-                    self._generate(request)
+                    self._generate(id_, request)
                 except LaminaError as e:
-                    self._send(failed(e, request.id))
+                    self._send(failed(e, id_))
             case Cancel(id=id_):
                 self._cancel(id_)
             case AskStatus():
                 self._send(self._status())
 
-    def _generate(self, request: Generate) -> None:
+    def _generate(self, id_: int, request: Request) -> None:
         engine, tokenizer = self._engine(), self._tokenizer()
-        if request.id in self._requests:
-            raise RequestError(f"request id {request.id} is in use on this connection")
+        if id_ in self._requests:
+            raise RequestError(f"request id {id_} is in use on this connection")
         if isinstance(request.prompt, str):
             engine.require_place(tokenizer.at_work)
             # Long texts take long, so not on the loop.
             encoding = self._device.run(tokenizer.encode, request.prompt)
             tokenizer.at_work += 1
             encoding.add_done_callback(tokenizer.done)
-            submitting = self._submit_encoded(engine, tokenizer, request, encoding)
-            self._requests[request.id] = asyncio.get_running_loop().create_task(submitting)
+            submitting = self._submit_encoded(engine, tokenizer, id_, request, encoding)
+            self._requests[id_] = asyncio.get_running_loop().create_task(submitting)
         else:
-            self._submit(engine, tokenizer, request, request.prompt)
+            self._submit(engine, tokenizer, id_, request, request.prompt)
 
     async def _submit_encoded(
-        self, engine: Engine, tokenizer: Tokenizer, request: Generate, encoding: asyncio.Future[list[int]]
+        self, engine: Engine, tokenizer: Tokenizer, id_: int, request: Request, encoding: asyncio.Future[list[int]]
     ) -> None:
         try:
-            self._submit(engine, tokenizer, request, await encoding)
+            self._submit(engine, tokenizer, id_, request, await encoding)
         except LaminaError as e:
-            self.end(request.id, failed(e, request.id))
+            self.end(id_, failed(e, id_))
 
-    def _submit(self, engine: Engine, tokenizer: Tokenizer, request: Generate, prompt: list[int]) -> None:
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        sampling = Sampling(request.temperature, request.top_k, request.top_p, seed)
-        passing_on = _Answer(self, request.id, len(prompt), TextStream(tokenizer))
-        self._requests[request.id] = engine.submit(
-            prompt,
-            request.max_tokens,
-            sampling,
-            passing_on,
-            priority=request.priority,
-            share_prefix=request.share_prefix,
-            salt=request.salt,
-        )
+    def _submit(self, engine: Engine, tokenizer: Tokenizer, id_: int, request: Request, prompt: list[int]) -> None:
+        passing_on = _Answer(self, id_, len(prompt), TextStream(tokenizer))
+        self._requests[id_] = engine.submit(request, prompt, passing_on)
 
     def _on_lost(self, error: TransportError) -> None:
         if self._requests:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lamina.compute.peer import ComputePeer
 from lamina.compute.schedule import Schedule
 from lamina.compute.step import StepRunner
-from lamina.front.scheduler import DecodeRow, PromptChunk, Step
+from lamina.front.sequence import DecodeRow, PromptChunk, ScheduledStep
 from lamina.wire.codec import FRONT
 from lamina.wire.orders import Choice, Done, Forget, Order, TokenRun
 
@@ -40,7 +40,7 @@ class Team:
         self._steps = self._flying = 0
         """Steps that were begun, and those that are under way."""
 
-    async def run(self, slot: int, number: int, step: Step) -> Ran:
+    async def run(self, slot: int, number: int, step: ScheduledStep) -> Ran:
         """Run a step. NodeError if a node is lost meanwhile."""
         clock = self.runner.device.clock
         begun_s, alone = clock(), self._flying == 0
@@ -75,18 +75,18 @@ def _attention_s(parts: Sequence[Done]) -> float:
     return math.fsum(map(max, zip(*told, strict=True)))
 
 
-def order_of(slot: int, number: int, step: Step) -> Order:
+def order_of(slot: int, number: int, step: ScheduledStep) -> Order:
     """Of what the scheduler composed."""
     return Order(slot=slot, step=number, runs=[*map(_decoding, step.decode), *map(_prompt, step.prompts)])
 
 
 def _decoding(row: DecodeRow) -> TokenRun:
     sequence = row.sequence
-    choice = Choice(sequence.sampling, row.position + 1)
+    choice = Choice(sequence.request.sampling, row.position + 1)
     return TokenRun(sequence.id, row.position, [row.token], sequence.placement, choice=choice)
 
 
 def _prompt(chunk: PromptChunk) -> TokenRun:
     sequence = chunk.sequence
-    choice = Choice(sequence.sampling, sequence.context) if chunk.completes else None
-    return TokenRun(sequence.id, chunk.start, chunk.tokens, sequence.placement, sequence.here, choice)
+    choice = Choice(sequence.request.sampling, sequence.context) if chunk.completes else None
+    return TokenRun(sequence.id, chunk.start, chunk.tokens, sequence.placement, sequence.local_tokens, choice)

@@ -216,7 +216,7 @@ class Assembly:
         return Limits(
             slots=self._config.pipeline.batches,
             tokens=self._step_tokens,
-            memory_nodes=len(self._config.memory_nodes),
+            members=frozenset(range(len(self._config.memory_nodes))),
             context=self.context,
             vocabulary=self.checkpoint.vocabulary,
         )

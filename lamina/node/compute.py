@@ -16,7 +16,7 @@ from lamina.compute.shard import RemoteShard
 from lamina.compute.step import StepRunner
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import CapacityError, ConfigError, LaminaError, NodeError
-from lamina.front.blocks import Room
+from lamina.front.blocks import BlockManager
 from lamina.front.cost import CostModel
 from lamina.front.engine import Engine
 from lamina.front.fit import ANSWER_TOKENS, fit
@@ -141,32 +141,33 @@ class ComputeNode:
             await assembly.ready()
             self._follower = follower
             return follower
-        room = self._room()
+        block_manager = self._make_block_manager()
         self._runner = await assembly.load()
         self._tokenizer = await self._device.run(Tokenizer, assembly.checkpoint.path, assembly.context)
         await assembly.ready()
-        self._engine = await self._make_engine(self._runner, room)
+        self._engine = await self._make_engine(self._runner, block_manager)
         return self._engine
 
-    def _room(self) -> Room:
+    def _make_block_manager(self) -> BlockManager:
         assembly = self._assembly
-        blocks = [s.capacity_tokens // BLOCK_TOKENS for s in assembly.shards]
+        blocks = {member: s.capacity_tokens // BLOCK_TOKENS for member, s in enumerate(assembly.shards)}
         # Of one window alone: where layers have several, blocks of one kind can be in the way of the other's.
         group, *others = assembly.layout.groups
         window = None if others else group.window
         partition, stripes = self._config.pipeline.partition, not assembly.has_windows
-        room = Room(blocks, BLOCK_TOKENS, partition, stripes=stripes, window=window)
-        if room.most_tokens < assembly.context:
+        block_manager = BlockManager(blocks, BLOCK_TOKENS, partition, stripes=stripes, window=window)
+        if block_manager.max_context < assembly.context:
             least = min(assembly.shards, key=lambda s: s.capacity_tokens)
             raise CapacityError(
-                f"the memory nodes can hold {room.most_tokens} tokens of one request, fewer than the context of "
-                f"{assembly.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} "
-                f"tokens of {assembly.layout.bytes_per_token} bytes); give them more memory or set model.context lower"
+                f"the memory nodes can hold {block_manager.max_context} tokens of one request, fewer than the context "
+                f"of {assembly.context} ({least.name} holds the least of this model's KV cache, "
+                f"{least.capacity_tokens} tokens of {assembly.layout.bytes_per_token} bytes); give them more memory "
+                "or set model.context lower"
             )
-        self._blocks = room.blocks
-        return room
+        self._blocks = block_manager.total_blocks
+        return block_manager
 
-    async def _make_engine(self, runner: StepRunner, room: Room) -> Engine:
+    async def _make_engine(self, runner: StepRunner, block_manager: BlockManager) -> Engine:
         assembly, pipeline = self._assembly, self._config.pipeline
         checkpoint, layers = assembly.checkpoint, assembly.blueprint.capture.shapes
         kept = KVLayout(layers=layers, dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
@@ -174,7 +175,7 @@ class ComputeNode:
             batches=pipeline.batches,
             max_batch=pipeline.max_batch,
             prefill_tokens=pipeline.prefill_tokens,
-            room=room,
+            block_manager=block_manager,
             prefix=PrefixKeys(
                 model=checkpoint.fingerprint,
                 dtype=checkpoint.dtype,
@@ -182,7 +183,7 @@ class ComputeNode:
                 block_tokens=BLOCK_TOKENS,
             ),
             remote_tokens=REMOTE_TOKENS,
-            prefill_kv=pipeline.prefill_kv_bytes // kept.bytes_per_token,
+            prefill_kv_tokens=pipeline.prefill_kv_bytes // kept.bytes_per_token,
             keep_chunks=assembly.schedule.is_settled,
             max_waiting=pipeline.max_waiting,
             cost=CostModel(compute_nodes=assembly.schedule.nodes),
@@ -215,7 +216,7 @@ class ComputeNode:
             await fit(
                 scheduler,
                 lambda slot, number, step: device.start(team.run(slot, number, step)),
-                lambda ask: reserve(shards, ask, BLOCK_TOKENS),
+                lambda request: reserve(shards, request, BLOCK_TOKENS),
                 release,
                 device.clock,
                 slots=pipeline.batches,

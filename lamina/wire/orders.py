@@ -40,27 +40,32 @@ class Choice(Struct, frozen=True, array_like=True):
     """A token is sampled from the last row of a run, for this position."""
 
     sampling: Sampling
+    """Its seed is set: the front has drawn it."""
     position: int
+
+    def __post_init__(self) -> None:
+        if self.sampling.seed is None:
+            raise ProtocolError(f"the choice for position {self.position} has no seed; the front has to draw one")
 
 
 class TokenRun(Struct, frozen=True, array_like=True):
     """Consecutive tokens of one sequence, from position ``start``: one that decodes, or a chunk of a prompt.
 
-    Of the sequence, keys and values of the first ``here`` positions are kept on the compute nodes until its prompt is
-    prefilled; the past of all others lies on the memory nodes of its ``placement``.
+    Keys and values of the first ``local_tokens`` positions of the sequence are kept on the compute nodes until its
+    prompt is prefilled. The past of all later positions lies on the memory nodes of its ``placement``.
     """
 
     sequence: Count
     start: Count
     tokens: Annotated[list[Count], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
     placement: Placement
-    here: Count = 0
+    local_tokens: Count = 0
     choice: Choice | None = None
 
     @property
     def remote(self) -> bool:
         """Whether what it attends to lies on the memory nodes, and not where it is computed."""
-        return self.start >= self.here
+        return self.start >= self.local_tokens
 
 
 class Order(Message):
@@ -75,12 +80,12 @@ class Order(Message):
 
 
 class Limits(NamedTuple):
-    """What an order has to keep to, as a compute node sees it: batch slots, tokens of a step, memory nodes, positions
-    of a sequence, and the vocabulary."""
+    """What an order has to keep to, as a compute node sees it: batch slots, tokens of a step, the member ids of the
+    memory nodes, positions of a sequence, and the vocabulary."""
 
     slots: int
     tokens: int
-    memory_nodes: int
+    members: frozenset[int]
     context: int
     vocabulary: int
 
@@ -96,17 +101,16 @@ class Limits(NamedTuple):
         for run in order.runs:
             place = run.placement
             if (
-                not place.nodes
-                or min(place.nodes) < 0
-                or max(place.nodes) >= self.memory_nodes
+                not place.members
+                or not self.members.issuperset(place.members)
                 or (place.stripe is not None and place.stripe < 1)
-                or max(run.here, run.start + len(run.tokens)) > self.context
+                or max(run.local_tokens, run.start + len(run.tokens)) > self.context
                 or max(run.tokens) >= self.vocabulary
             ):
                 raise ProtocolError(
                     f"an order for {len(run.tokens)} positions from {run.start} of a sequence on {place}; expected "
-                    f"positions below {self.context}, tokens below {self.vocabulary}, and memory nodes below "
-                    f"{self.memory_nodes}"
+                    f"positions below {self.context}, tokens below {self.vocabulary}, and memory nodes out of "
+                    f"{sorted(self.members)}"
                 )
 
 
