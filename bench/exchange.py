@@ -36,7 +36,7 @@ from lamina.compute.shard import RemoteShard
 from lamina.compute.step import StepRunner
 from lamina.config import NodeConfig
 from lamina.errors import LaminaError
-from lamina.front.blocks import Room
+from lamina.front.blocks import BlockManager
 from lamina.front.engine import Engine
 from lamina.front.scheduler import Scheduler
 from lamina.front.team import Team
@@ -47,7 +47,7 @@ from lamina.transport import Address, Hello, Link, Options, connect
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import decode, encode
 from lamina.wire.geometry import shard_by_heads
-from lamina.wire.requests import Sampling
+from lamina.wire.requests import Request
 
 BATCHES, FLIGHTS = (1, 32), (1, 2, 4)
 """Sequences of a batch, and batches in flight."""
@@ -276,7 +276,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
             batches=batches,
             max_batch=batch,
             prefill_tokens=batch,
-            room=Room([shard.capacity_tokens // BLOCK_TOKENS], BLOCK_TOKENS),
+            block_manager=BlockManager({0: shard.capacity_tokens // BLOCK_TOKENS}, BLOCK_TOKENS),
             max_waiting=batch * batches,
         )
         engine = Engine(
@@ -292,7 +292,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
         running = asyncio.create_task(engine.run())
         answers = [_Answer() for _ in range(batch * batches)]
         for answer in answers:
-            engine.submit([1], MAX_TOKENS, Sampling(), answer)
+            engine.submit(Request([1], MAX_TOKENS), [1], answer)
         await asyncio.gather(*(answer.begun for answer in answers))
         await asyncio.sleep(WARM_UP_S)
         before, far_before, started = (runner.layers, device.busy_s), await _status(watching), time.perf_counter()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -21,7 +21,9 @@ from lamina.transport import connect as connect_link
 from lamina.validation import explain
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import decode, encode
-from lamina.wire.requests import Cancel, Failed, Finished, Generate, Generated, ToClient
+from lamina.wire.requests import Cancel, Failed, Finished, Generate, Generated, Request, Sampling, ToClient
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Token(NamedTuple):
@@ -99,23 +101,10 @@ class Client:
         ``priority`` (-100 to 100) is next. ``share_prefix`` lets it use what the cluster still holds of a prompt that
         began alike, with the same ``salt``. Leaving the loop aborts the request.
         """
-        request = Generate(
-            id=next(self._ids),
-            prompt=prompt if isinstance(prompt, str) else list(prompt),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            priority=priority,
-            share_prefix=share_prefix,
-            salt=salt,
-        )
-        try:
-            msgspec.convert(plain := encode(request), Generate)
-        except msgspec.ValidationError as e:
-            raise RequestError(explain(e, plain)) from e
-        return Stream(self, request)
+        sampling = _checked(Sampling(temperature, top_k, top_p, seed))
+        tokens = prompt if isinstance(prompt, str) else list(prompt)
+        request = _checked(Request(tokens, max_tokens, sampling, priority, share_prefix, salt))
+        return Stream(self, Generate(id=next(self._ids), request=request))
 
     async def generate(self, prompt: str | Sequence[int], **settings: Any) -> Completion:
         """The whole answer. ``settings`` are those of ``stream``."""
@@ -182,12 +171,12 @@ class Stream:
     cache on every node.
     """
 
-    def __init__(self, client: Client, request: Generate) -> None:
+    def __init__(self, client: Client, generate: Generate) -> None:
         self.finish_reason = ""
         self.prompt_tokens = 0
         self.held_back = ""
         self._client = client
-        self._request = request
+        self._generate = generate
         self._queue: asyncio.Queue[Generated | Finished | LaminaError] | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -218,10 +207,10 @@ class Stream:
     def _start(self) -> None:
         self._client._check()
         try:
-            self._client._link.send(encode(self._request))
+            self._client._link.send(encode(self._generate))
         except ProtocolError as e:
             raise RequestError(f"the prompt is too long to be sent: {e}") from e
-        self._queue = self._client._streams[self._request.id] = asyncio.Queue()
+        self._queue = self._client._streams[self._generate.id] = asyncio.Queue()
 
     async def aclose(self) -> None:
         """Abort the request if it is not over. Closing twice is fine."""
@@ -235,15 +224,25 @@ class Stream:
 
     def __del__(self) -> None:
         # `break` in an `async for` drops the iterator and tells it nothing else.
-        if self._request.id in self._client._streams and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_abort, self._client, self._request.id)
+        if self._generate.id in self._client._streams and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_abort, self._client, self._generate.id)
 
     def _abort(self) -> None:
-        _abort(self._client, self._request.id)
+        _abort(self._client, self._generate.id)
         self.finish_reason = self.finish_reason or "cancelled"
 
     def _leave(self) -> None:
-        self._client._streams.pop(self._request.id, None)
+        self._client._streams.pop(self._generate.id, None)
+
+
+def _checked(value: S) -> S:
+    """The value, if it fits its own type; RequestError names the field that does not."""
+    plain = msgspec.to_builtins(value)
+    try:
+        msgspec.convert(plain, type(value))
+    except msgspec.ValidationError as e:
+        raise RequestError(explain(e, plain)) from e
+    return value
 
 
 def _abort(client: Client, id_: int) -> None:

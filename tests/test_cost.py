@@ -9,25 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.front.cost import CostModel, Load, Pace
+from lamina.front.cost import CostModel, StepLoad, ThroughputEstimate
 
 times = st.floats(0, 1e3) | st.sampled_from([math.nan, math.inf, -1.0, 1e-12, 1e12])
 observations = st.lists(
     st.tuples(st.integers(0, 4096), st.integers(0, 4096), st.integers(0, 2**40), times, times, times), max_size=60
 )
-loads = st.builds(Load, st.integers(0, 4096), st.integers(0, 4096), st.integers(0, 2**40))
+loads = st.builds(StepLoad, st.integers(0, 4096), st.integers(0, 4096), st.integers(0, 2**40))
 
 
 @settings(deadline=None)
 @given(observations, loads, st.integers(0, 100), st.integers(0, 100), st.integers(0, 2**30))
 def test_more_work_never_takes_less_time(
-    seen: list[tuple[int, int, int, float, float, float]], load: Load, rows: int, prompt: int, context: int
+    seen: list[tuple[int, int, int, float, float, float]], load: StepLoad, rows: int, prompt: int, context: int
 ) -> None:
     """Whatever was observed, and every prediction is a time."""
     model = CostModel()
     for observation in seen:
         model.observe(*observation)
-    more = Load(load.rows + rows, load.prompt_tokens + prompt, load.context_tokens + context)
+    more = StepLoad(load.rows + rows, load.prompt_tokens + prompt, load.context_tokens + context)
     for part in ("compute_s", "wire_s", "attention_s", "alone_s"):
         less_s, more_s = getattr(model.cost(load), part), getattr(model.cost(more), part)
         assert 0 <= less_s <= more_s * (1 + 1e-9) < math.inf
@@ -58,7 +58,7 @@ def test_it_comes_close_to_a_machine(noise: float, outliers: float) -> None:
 
     allowed = 0.1 + noise / 3 + 2 * outliers
     for rows, prompt, context in ((1, 0, 500), (8, 0, 8 * 2048), (32, 0, 32 * 2048), (64, 512, 64 * 1024)):
-        cost, truth = model.cost(Load(rows, prompt, context)), machine(rows, prompt, context)
+        cost, truth = model.cost(StepLoad(rows, prompt, context)), machine(rows, prompt, context)
         assert cost.compute_s == pytest.approx(truth[0], rel=allowed)
         assert cost.attention_s == pytest.approx(truth[1], rel=allowed, abs=3e-4)
 
@@ -70,7 +70,7 @@ def test_it_follows_a_machine_that_changes() -> None:
         for i in range(100):
             context = 8 * (100 + i)
             model.observe(8, 0, context, 1e-2 * slower, 1e-6 * context * slower)
-    cost = model.cost(Load(8, 0, 1200))
+    cost = model.cost(StepLoad(8, 0, 1200))
     assert cost.compute_s == pytest.approx(2e-2, rel=0.2)
     assert cost.attention_s == pytest.approx(2.4e-3, rel=0.2)
 
@@ -80,7 +80,7 @@ def test_a_step_takes_as_long_as_its_busier_side() -> None:
     model = CostModel()
     for rows in (1, 2, 4, 8, 16):
         model.observe(rows, 0, 100 * rows, rows * 1e-3, rows * 2e-3)
-    batch = Load(8, 0, 800)
+    batch = StepLoad(8, 0, 800)
     assert model.step_s([batch]) == pytest.approx(24e-3, rel=0.05)
     assert model.step_s([batch, batch]) == pytest.approx(32e-3, rel=0.05)
     assert model.step_s([]) == 0
@@ -93,10 +93,10 @@ def test_how_many_batches_are_worth_flying() -> None:
     for rows in (1, 2, 4, 8, 16, 32):
         hiding.observe(rows, 0, 100 * rows, rows * 1e-3, rows * 1e-3)
         reading.observe(rows, 0, 100 * rows, 1e-2, rows * 1e-4)
-    load = Load(16, 0, 1600)
+    load = StepLoad(16, 0, 1600)
     assert CostModel().batches(load, least=1, most=4, present=4) == 4
     assert hiding.batches(load, least=1, most=4, present=1) == 2
-    assert hiding.batches(Load(1, 0, 100), least=1, most=4, present=4) == 1
+    assert hiding.batches(StepLoad(1, 0, 100), least=1, most=4, present=4) == 1
     assert reading.batches(load, least=1, most=4, present=4) == 1
     assert reading.batches(load, least=2, most=4, present=1) == 2
 
@@ -104,7 +104,7 @@ def test_how_many_batches_are_worth_flying() -> None:
     for rows in (1, 2, 4, 8, 16, 32):
         several.observe(rows, 0, 100 * rows, rows * 1e-3, rows * 1e-4)
     assert several.batches(load, least=1, most=8, present=1) >= 2  # each has something to do
-    assert several.step_s([Load(8, 0, 800)] * 2) == pytest.approx(8.8e-3, rel=0.1)
+    assert several.step_s([StepLoad(8, 0, 800)] * 2) == pytest.approx(8.8e-3, rel=0.1)
 
     close = CostModel()
     for rows in (1, 2, 4, 8, 16, 32):
@@ -114,11 +114,11 @@ def test_how_many_batches_are_worth_flying() -> None:
 
 def test_when_to_ask_again() -> None:
     """By the pace at which requests end; the time when nobody was there does not count."""
-    pace = Pace()
-    assert pace.retry_after_s(100) == 1
+    throughput = ThroughputEstimate()
+    assert throughput.retry_after_s(100) == 1
     for i in range(50):
-        pace.ended(10.0 * i, 5)
-    assert pace.retry_after_s(80) == pytest.approx(20)
-    pace.idle()
-    pace.ended(1e6, 1)
-    assert pace.retry_after_s(80) == pytest.approx(20)
+        throughput.note_ended(10.0 * i, 5)
+    assert throughput.retry_after_s(80) == pytest.approx(20)
+    throughput.note_idle()
+    throughput.note_ended(1e6, 1)
+    assert throughput.retry_after_s(80) == pytest.approx(20)

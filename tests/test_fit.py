@@ -7,11 +7,12 @@ import asyncio
 import pytest
 
 from lamina.errors import CapacityError
-from lamina.front.blocks import Room
-from lamina.front.cost import Load
+from lamina.front.blocks import BlockManager
+from lamina.front.cost import StepLoad
 from lamina.front.fit import ANSWER_TOKENS, fit
-from lamina.front.scheduler import Ask, Scheduler, Step
-from lamina.front.team import Ran
+from lamina.front.scheduler import Scheduler
+from lamina.front.sequence import ReservationRequest, ScheduledStep
+from lamina.front.team import StepResult
 
 
 class Machine:
@@ -25,23 +26,23 @@ class Machine:
         self.longest_step_s = 0.0
         self.steps = 0
         self.slots = batches
-        room = Room([256, 256], 16)
+        block_manager = BlockManager({0: 256, 1: 256}, 16)
         limits = {"batches": batches, "max_batch": 64, "prefill_tokens": 512, "max_waiting": 64}
-        self.scheduler = Scheduler(room=room, **limits)
+        self.scheduler = Scheduler(block_manager=block_manager, **limits)
 
     def clock(self) -> float:
         return self.now
 
-    async def reserve(self, ask: Ask) -> int:
-        self.space[ask.id] = ask.tokens
+    async def reserve(self, request: ReservationRequest) -> int:
+        self.space[request.id] = request.tokens
         if sum(-(-tokens // 16) for tokens in self.space.values()) > self.blocks:
-            raise CapacityError("somebody else has it")
+            raise CapacityError("another tenant has it")
         return 0
 
     def release(self, sequence: int) -> None:
         del self.space[sequence]
 
-    async def run(self, slot: int, number: int, step: Step) -> Ran:
+    async def run(self, slot: int, number: int, step: ScheduledStep) -> StepResult:
         assert 0 <= slot < self.slots
         assert number == self.steps
         self.steps += 1
@@ -53,10 +54,10 @@ class Machine:
             times[0] += 0.2
         self.now += sum(times)
         self.longest_step_s = max(self.longest_step_s, sum(times))
-        return Ran([1] * len(step.sampled), *times)
+        return StepResult([1] * len(step.sampled), *times)
 
     @staticmethod
-    def costs(load: Load) -> tuple[float, float, float]:
+    def costs(load: StepLoad) -> tuple[float, float, float]:
         compute_s = 5e-3 + max(0, load.rows + load.prompt_tokens - 24) * 1e-4
         if not load.rows:
             return compute_s, 0.0, 0.0
@@ -79,7 +80,13 @@ def test_what_steps_will_cost_is_known_before_the_first_request(batches: int) ->
     machine.fit()
 
     assert machine.scheduler.cost.fitted
-    for load in (Load(1, 0, 30), Load(16, 0, 400), Load(48, 0, 48 * 20), Load(4, 0, 4 * 200), Load(0, 256, 0)):
+    for load in (
+        StepLoad(1, 0, 30),
+        StepLoad(16, 0, 400),
+        StepLoad(48, 0, 48 * 20),
+        StepLoad(4, 0, 4 * 200),
+        StepLoad(0, 256, 0),
+    ):
         cost, truth = machine.scheduler.cost.cost(load), machine.costs(load)
         assert cost.compute_s == pytest.approx(truth[0], rel=0.25)
         assert cost.attention_s == pytest.approx(truth[1], rel=0.25)

@@ -17,7 +17,7 @@ from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling
 
 LIMITS = Limits(slots=2, tokens=16, memory_nodes=frozenset({0, 1, 2}), context=100, vocabulary=1000)
-RUN = TokenRun(7, 10, [1, 2], Placement((0, 2), 256), choice=Choice(Sampling(), 12))
+RUN = TokenRun(7, 10, [1, 2], Placement((0, 2), 256), choice=Choice(Sampling(seed=0), 12))
 
 
 def order(*runs: TokenRun, slot: int = 0) -> Order:

@@ -50,9 +50,9 @@ def test_top_p_leaves_the_fewest_that_reach_it() -> None:
     """The token that crosses the sum stays."""
     first, second = LOGITS.softmax(-1).sort(descending=True).values[:2].tolist()
 
-    assert draw(Sampling(1.0, top_p=first - 0.01)).keys() == {0}
-    assert draw(Sampling(1.0, top_p=first + 0.01)).keys() == {0, 2}
-    assert draw(Sampling(1.0, top_p=first + second + 0.01)).keys() == {0, 1, 2}
+    assert draw(Sampling(1.0, top_p=first - 0.01, seed=0)).keys() == {0}
+    assert draw(Sampling(1.0, top_p=first + 0.01, seed=0)).keys() == {0, 2}
+    assert draw(Sampling(1.0, top_p=first + second + 0.01, seed=0)).keys() == {0, 1, 2}
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**40))

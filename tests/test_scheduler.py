@@ -15,12 +15,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lamina.attention import KVCache, KVLayout, LayerShape, Memory, Pool, Rows, Run, window_blocks
 from lamina.errors import CapacityError
-from lamina.front.blocks import Room
+from lamina.front.blocks import BlockManager
 from lamina.front.cost import CostModel
 from lamina.front.prefix import PrefixKeys
-from lamina.front.scheduler import Ask, Outcome, Scheduler, Sequence, Step
-from lamina.front.waiting import FIRST_COME_EVERY, Waiting
-from lamina.wire.requests import Sampling
+from lamina.front.scheduler import Scheduler
+from lamina.front.sequence import CacheChanges, ReservationRequest, ScheduledStep, Sequence
+from lamina.front.waiting import FIRST_COME_EVERY, WaitingQueue
+from lamina.wire.requests import Request
 
 BLOCK = 4
 STOP = 99
@@ -29,12 +30,12 @@ KEYS = PrefixKeys(model="m", dtype="float32", kv_dtype="float32", block_tokens=B
 
 def make(prompt: int | list[int], max_tokens: int, **more: Any) -> Sequence:
     tokens = list(range(prompt)) if isinstance(prompt, int) else prompt
-    return Sequence(tokens, max_tokens, Sampling(), frozenset({STOP}), **more)
+    return Sequence(Request(tokens, max_tokens, **more), tokens, max_tokens, frozenset({STOP}))
 
 
 def scheduler(*, blocks: int = 64, **changes: Any) -> Scheduler:
     limits = {"batches": 1, "max_batch": 4, "prefill_tokens": 8, "max_waiting": 8, "ahead_blocks": 1}
-    return Scheduler(**{**limits, "room": Room([blocks, blocks + 1], BLOCK), **changes})
+    return Scheduler(**{**limits, "block_manager": BlockManager({0: blocks, 3: blocks + 1}, BLOCK), **changes})
 
 
 @dataclass
@@ -48,30 +49,30 @@ class Nodes:
     found: set[bytes] = field(default_factory=set)
     last: int = -1
 
-    def tell(self, news: Step | Outcome) -> None:
-        for publication in news.published:
+    def tell(self, changes: CacheChanges) -> None:
+        for publication in changes.published:
             assert publication.id in self.space
             assert len(publication.keys) * BLOCK <= self.stored[publication.id]
             self.found.update(publication.keys)
-        for id_ in news.released:
+        for id_ in changes.released:
             self.space.pop(id_, None)  # it may not have been asked for yet
             self.stored.pop(id_, None)
 
-    def reserve(self, ask: Ask) -> int:
+    def reserve(self, request: ReservationRequest) -> int:
         """How many leading positions are shared."""
-        if ask.had:
-            assert self.space[ask.id] < ask.tokens
-            self.space[ask.id] = ask.tokens
+        if request.reserved:
+            assert self.space[request.id] < request.tokens
+            self.space[request.id] = request.tokens
             shared = 0
         else:
-            assert ask.id > self.last
-            self.last, self.space[ask.id] = ask.id, ask.tokens
-            blocks = next((i for i, key in enumerate(ask.keys) if key not in self.found), len(ask.keys))
-            shared = self.stored[ask.id] = blocks * BLOCK
+            assert request.id > self.last
+            self.last, self.space[request.id] = request.id, request.tokens
+            blocks = next((i for i, key in enumerate(request.keys) if key not in self.found), len(request.keys))
+            shared = self.stored[request.id] = blocks * BLOCK
         assert sum(-(-tokens // BLOCK) for tokens in self.space.values()) <= self.blocks
         return shared
 
-    def store(self, step: Step) -> None:
+    def store(self, step: ScheduledStep) -> None:
         """Its rows are stored."""
         for row in step.decode:
             self.stored[row.sequence.id] = row.position + 1
@@ -93,25 +94,27 @@ class WindowedNodes(Nodes):
         self.coming: list[tuple[int, Run]] = []
         """Of layers, in their order."""
 
-    def tell(self, news: Step | Outcome) -> None:
-        for publication in news.published:
+    def tell(self, changes: CacheChanges) -> None:
+        for publication in changes.published:
             if self.cache.complete(publication.id) >= BLOCK * len(publication.keys):
                 self.cache.publish(publication.id, publication.keys)
-        for id_ in news.released:
+        for id_ in changes.released:
             if self.space.pop(id_, None):
                 del self.stored[id_]
                 self.cache.release(id_)
                 self.coming = [(layer, run) for layer, run in self.coming if run.sequence != id_]
 
-    def reserve(self, ask: Ask) -> int:
-        self.space[ask.id] = ask.tokens
-        if ask.had:
-            self.cache.extend(ask.id, ask.tokens)
+    def reserve(self, request: ReservationRequest) -> int:
+        self.space[request.id] = request.tokens
+        if request.reserved:
+            self.cache.extend(request.id, request.tokens)
             return 0
-        shared = self.stored[ask.id] = self.cache.reserve(ask.id, ask.tokens, ahead=ask.ahead, keys=ask.keys)
+        shared = self.stored[request.id] = self.cache.reserve(
+            request.id, request.tokens, ahead=request.ahead, keys=request.keys
+        )
         return shared
 
-    def store(self, step: Step) -> None:
+    def store(self, step: ScheduledStep) -> None:
         runs = [Run(row.sequence.id, row.position, 1) for row in step.decode]
         for chunk in step.prompts:
             run = Run(chunk.sequence.id, chunk.start, len(chunk.tokens))
@@ -138,9 +141,9 @@ class Cluster:
     def __init__(self, scheduler: Scheduler, batches: int, nodes: Nodes, **limits: int) -> None:
         self.scheduler = scheduler
         self.nodes = nodes
-        self.steps: list[Step | None] = [None] * batches
+        self.steps: list[ScheduledStep | None] = [None] * batches
         self.ids: list[list[int]] = [[] for _ in range(batches)]
-        self.asks: list[Ask] = []
+        self.requested: list[ReservationRequest] = []
         self.everybody: list[Sequence] = []
         self.live: list[Sequence] = []
         """Those that are neither answered nor cancelled."""
@@ -172,15 +175,15 @@ class Cluster:
         assert first is None or first.slot >= 0  # nobody preempts the first
         if step is None:
             return False
-        self.nodes.tell(step)
-        self.asks += step.asks
+        self.nodes.tell(step.changes)
+        self.requested += step.changes.reservations
         self.check(step)
-        if step.decode or step.prompts:
+        if step.has_rows:
             self.steps[slot] = step
             self.ids[slot] = [s.id for s in _sequences(step)]
         return True
 
-    def check(self, step: Step) -> None:
+    def check(self, step: ScheduledStep) -> None:
         busy = {id(s) for other in self.steps if other for s in _sequences(other)}
         assert not busy & {id(s) for s in _sequences(step)}
         assert sum(len(c.tokens) for c in step.prompts) <= self.limits["prefill_tokens"]
@@ -198,10 +201,10 @@ class Cluster:
 
     def answer(self, which: int = 0) -> None:
         """The memory nodes answer one of the questions. Of one sequence they answer in order."""
-        ask = self.asks.pop(which)
-        stands = ask.stands()
-        assert stands or ask.id not in self.nodes.space
-        self.scheduler.grant(ask, self.nodes.reserve(ask) if stands else 0)
+        request = self.requested.pop(which)
+        stands = request.is_current
+        assert stands or request.id not in self.nodes.space
+        self.scheduler.confirm(request, self.nodes.reserve(request) if stands else 0)
 
     def end(self, slot: int) -> None:
         step, self.steps[slot] = self.steps[slot], None
@@ -209,7 +212,7 @@ class Cluster:
         assert self.ids[slot] == [s.id for s in _sequences(step)]  # nobody leaves in the middle of a step
         self.nodes.store(step)
         outcome = self.scheduler.finish(slot, step, [self.token(s) for s in step.sampled])
-        self.nodes.tell(outcome)
+        self.nodes.tell(outcome.changes)
         assert all(not s.cancelled for s, _ in outcome.tokens)
         for s in outcome.finished:
             self.live.remove(s)
@@ -224,7 +227,7 @@ class Cluster:
         idle = 0
         while idle < 3:
             idle += 1
-            while self.asks:
+            while self.requested:
                 self.answer()
             for slot in range(len(self.steps)):
                 if self.steps[slot]:
@@ -237,28 +240,30 @@ class Cluster:
         assert self.scheduler.running == self.scheduler.waiting == 0
 
 
-def _sequences(step: Step) -> Iterator[Sequence]:
+def _sequences(step: ScheduledStep) -> Iterator[Sequence]:
     for part in (*step.decode, *step.prompts):
         yield part.sequence
 
 
 def cluster(*, batches: int = 1, blocks: int = 64, window: int | None = None, **more: int) -> Cluster:
     limits = {"prefill_tokens": 8, "max_batch": 4, "remote_tokens": 0, **more}
-    room = Room([blocks, blocks + 1], BLOCK, window=window)
+    block_manager = BlockManager({0: blocks, 3: blocks + 1}, BLOCK, window=window)
     nodes = WindowedNodes(blocks, window) if window else Nodes(blocks)
-    return Cluster(scheduler(batches=batches, room=room, prefix=KEYS, **limits), batches, nodes, **limits)
+    return Cluster(
+        scheduler(batches=batches, block_manager=block_manager, prefix=KEYS, **limits), batches, nodes, **limits
+    )
 
 
-def start(s: Scheduler, slot: int = 0) -> Step:
+def start(s: Scheduler, slot: int = 0) -> ScheduledStep:
     """The next step of a slot after all that was asked for has been granted."""
     step = s.next_step(slot)
-    while step and not (step.decode or step.prompts):
-        for ask in step.asks:
-            s.grant(ask)
+    while step and not step.has_rows:
+        for request in step.changes.reservations:
+            s.confirm(request)
         step = s.next_step(slot)
     assert step
-    for ask in step.asks:
-        s.grant(ask)
+    for request in step.changes.reservations:
+        s.confirm(request)
     return step
 
 
@@ -304,22 +309,22 @@ def test_space_is_asked_for_before_it_is_needed() -> None:
     asked = s.next_step(0)
     assert asked
     assert not asked.prompts
-    assert [(a.tokens, a.had) for a in asked.asks] == [(8, 0)]
+    assert [(a.tokens, a.reserved) for a in asked.changes.reservations] == [(8, 0)]
     assert s.next_step(0) is None
-    s.grant(asked.asks[0])
+    s.confirm(asked.changes.reservations[0])
 
-    asks: list[Ask] = []
+    asks: list[ReservationRequest] = []
     for _ in range(20):
         step = s.next_step(0)
         assert step
-        assert step.prompts or step.decode
-        asks += step.asks
+        assert step.has_rows
+        asks += step.changes.reservations
         s.finish(0, step, [1])
-        for ask in step.asks:
-            s.grant(ask)
+        for request in step.changes.reservations:
+            s.confirm(request)
 
     assert [a.tokens for a in asks] == [12, 16, 20, 24]
-    assert all(a.had for a in asks)
+    assert all(a.reserved for a in asks)
 
 
 # -- admission
@@ -367,7 +372,7 @@ def test_the_highest_priority_is_next() -> None:
 
 def test_low_priority_does_not_starve() -> None:
     """However many of higher priority keep coming, the n-th in the queue is next after so many admissions."""
-    queue: Waiting[Sequence] = Waiting()
+    queue: WaitingQueue[Sequence] = WaitingQueue()
     low = [make(1, 1) for _ in range(3)]
     for i, sequence in enumerate(low):
         sequence.arrival = i
@@ -405,8 +410,8 @@ def test_ten_thousand_wait_and_half_of_them_leave() -> None:
 # -- preemption
 
 
-def run_until_preempted(s: Scheduler) -> Step:
-    """Step by step, every token 1, until somebody loses its space."""
+def run_until_preempted(s: Scheduler) -> ScheduledStep:
+    """ScheduledStep by step, every token 1, until somebody loses its space."""
     while True:
         step = start(s)
         if s.preemptions:
@@ -465,26 +470,26 @@ def test_an_answer_that_comes_too_late_counts_for_nothing() -> None:
     old, young = make(6, 22), make(6, 20)
     s.submit(old)
     s.submit(young)
-    late: list[Ask] = []
+    late: list[ReservationRequest] = []
     steps = 0
     while not old.finish_reason:
         step = s.next_step(0)
         assert step
-        for ask in step.asks:
-            if ask.sequence is young and ask.had:
-                late.append(ask)
+        for request in step.changes.reservations:
+            if request.sequence is young and request.reserved:
+                late.append(request)
             else:
-                s.grant(ask)
-        if step.decode or step.prompts:
+                s.confirm(request)
+        if step.has_rows:
             s.finish(0, step, [1] * len(step.sampled))
             steps += 1
     assert (s.preemptions, len(late)) == (1, 1)
-    s.grant(late[0])
+    s.confirm(late[0])
 
     step = s.next_step(0)
 
     assert step
-    assert [ask.sequence for ask in step.asks] == [young]
+    assert [request.sequence for request in step.changes.reservations] == [young]
     assert not step.prompts
 
 
@@ -519,9 +524,9 @@ def decoding(s: Scheduler, slots: int, contexts: list[int]) -> None:
         rows = 0
         for slot in range(slots):
             if step := s.next_step(slot):
-                for ask in step.asks:
-                    s.grant(ask)
-                if step.decode or step.prompts:
+                for request in step.changes.reservations:
+                    s.confirm(request)
+                if step.has_rows:
                     s.finish(slot, step, [1] * len(step.sampled))
                 rows += len(step.decode)
 
@@ -552,7 +557,7 @@ def test_slots_are_compared_by_their_next_steps() -> None:
     step = s.next_step(0)
 
     assert step
-    assert [ask.sequence for ask in step.asks if not ask.had] == [new]
+    assert [request.sequence for request in step.changes.reservations if not request.reserved] == [new]
 
 
 def test_one_batch_flies_where_two_gain_nothing() -> None:
@@ -611,7 +616,7 @@ def test_a_prompt_starts_behind_what_it_shares() -> None:
 
     c.submit(make(prompt, 2))
     c.begin(0)
-    assert len(c.asks[0].keys) == 3
+    assert len(c.requested[0].keys) == 3
     c.settle()
 
 
@@ -676,7 +681,7 @@ class Traffic(RuleBasedStateMachine):
         else:
             self.c.begin(slot)
 
-    @precondition(lambda self: self.c.asks)
+    @precondition(lambda self: self.c.requested)
     @rule()
     def answer(self) -> None:
         self.c.answer()
@@ -768,7 +773,7 @@ def test_windows_let_more_sequences_in() -> None:
         most = 0
         while c.live:
             c.begin(0)
-            while c.asks:
+            while c.requested:
                 c.answer()
             if c.steps[0]:
                 if min(len(s.output) for s in c.live if s.slot >= 0) > 30:
@@ -794,7 +799,7 @@ def test_ten_thousand_random_cancels_leave_nothing() -> None:
             c.end(slot)
         else:
             c.begin(slot)
-        while c.asks and chosen.random() < 0.7:
+        while c.requested and chosen.random() < 0.7:
             c.answer()
         if c.live and chosen.random() < 0.1:
             c.cancel(chosen.choice(c.live))
@@ -806,16 +811,16 @@ def test_ten_thousand_random_cancels_leave_nothing() -> None:
 
 def test_prompts_beyond_the_budget_go_on_elsewhere() -> None:
     """The compute node keeps the beginnings of prompts that it has room for; what follows has its past elsewhere."""
-    s = scheduler(prefill_tokens=8, remote_tokens=4, prefill_kv=10)
+    s = scheduler(prefill_tokens=8, remote_tokens=4, prefill_kv_tokens=10)
     first, second = make(14, 2), make(6, 2)
     s.submit(first)
     s.submit(second)
     chunks: list[tuple[int, int, int, bool]] = []
     while step := s.next_step(0):
-        for ask in step.asks:
-            s.grant(ask)
+        for request in step.changes.reservations:
+            s.confirm(request)
         chunks += [(c.sequence.arrival, c.start, len(c.tokens), c.remote) for c in step.prompts]
-        if step.decode or step.prompts:
+        if step.has_rows:
             s.finish(0, step, [1] * len(step.sampled))
 
     assert [c[1:] for c in chunks if c[0] == 0] == [(0, 4, False), (4, 6, False), (10, 4, True)]
@@ -829,10 +834,10 @@ def test_without_a_place_to_keep_chunks_only_the_first_one_stays() -> None:
     s.submit(make(18, 2))
     chunks: list[tuple[int, int, bool]] = []
     while step := s.next_step(0):
-        for ask in step.asks:
-            s.grant(ask)
+        for request in step.changes.reservations:
+            s.confirm(request)
         chunks += [(c.start, len(c.tokens), c.remote) for c in step.prompts]
-        if step.decode or step.prompts:
+        if step.has_rows:
             s.finish(0, step, [1] * len(step.sampled))
 
     assert chunks == [(0, 8, False), (8, 4, True), (12, 4, True), (16, 2, True)]

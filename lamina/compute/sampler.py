@@ -20,6 +20,7 @@ def sample(logits: Tensor, choices: Sequence[tuple[Sampling, int]]) -> list[int]
     tokens: list[int] = logits.max(-1).indices.tolist()  # the first of the largest, a fourth of argmax's time
     for row, (sampling, position) in enumerate(choices):
         if sampling.temperature > 0:
+            assert sampling.seed is not None, "the front draws it"
             tokens[row] = _draw(logits[row], sampling, uniform(sampling.seed, position))
     return tokens
 

@@ -1,9 +1,10 @@
-"""The account of space for keys and values on the memory nodes, and the choice of where each sequence lies."""
+"""The block manager: how many KV cache blocks each sequence holds on each memory node, and where sequences lie."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from lamina.attention import window_blocks
@@ -12,33 +13,45 @@ from lamina.wire.placement import Placement
 Partition = Literal["heads", "requests", "tokens"]
 
 STRIPE_BLOCKS = 16
-"""Blocks of a stripe: long enough that a short sequence lies on one node and answers need no merging, short enough that
-a long one lies evenly on all."""
+"""Blocks of a stripe: long enough that a short sequence lies on one node and its answers need no merging, short enough
+that a long one lies evenly on all."""
 
-MAX_BEGUN = 2**16
-"""Beginnings of sequences of which it is remembered where they lie."""
+MAX_KNOWN_PREFIXES = 2**16
+"""How many first blocks the block manager remembers the place of."""
 
 
-class Room:
-    """Blocks of ``block_tokens`` positions that memory nodes have, and how many of them each sequence takes where.
+@dataclass(slots=True)
+class _Allocation:
+    """The blocks of one sequence."""
 
-    ``blocks`` is what each node has. With the partition "heads" every node holds the same blocks of every sequence: its
-    own heads of them. With "requests" a sequence lies on one node, the one with the most free blocks when it comes;
-    with "tokens" it goes round the nodes in stripes, beginning with that one. A sequence that can come to need more
-    than any one node has goes round them too, if ``stripes`` allows that.
+    placement: Placement
+    held: dict[int, int]
+    """Blocks by member id."""
+    max_held: int
+    """The most blocks that it ever holds on one memory node."""
 
-    Those that begin alike go to the same node, where they can share what they have in common, unless another one has
-    twice as many blocks free.
 
-    Where all layers have the same ``window``, no sequence holds more blocks at once than that reaches, and what its
-    layers can be apart. Such sequences are not striped.
+class BlockManager:
+    """Counts the blocks of ``block_tokens`` positions on each memory node, free and held, and places sequences.
 
-    What sequences share counts for each of them, so that a memory node never has less than the account says.
+    ``blocks`` gives the blocks of each memory node by its member id. With the partition "heads" every node holds the
+    same blocks of every sequence, each for its own heads. With "requests" a sequence lies on one node, the one with the
+    most free blocks at its admission; with "tokens" it lies in stripes on all nodes in turn, starting with that one. A
+    sequence that can need more than any one node has is striped in either case, if ``stripes`` allows that.
+
+    Sequences with the same first block go to the same node, where they can share it, unless another node has more than
+    twice as many free blocks.
+
+    If all layers have the same ``window``, a sequence holds no more blocks at once than the window reaches over, plus
+    the distance that its layers can be apart. Such sequences are not striped.
+
+    Shared blocks count for every sequence that shares them, so that a memory node always has at least the free blocks
+    counted here.
     """
 
     def __init__(
         self,
-        blocks: Sequence[int],
+        blocks: Mapping[int, int],
         block_tokens: int,
         partition: Partition = "heads",
         *,
@@ -49,27 +62,26 @@ class Room:
         self._partition = partition
         self._stripe = STRIPE_BLOCKS * block_tokens if stripes and window is None else None
         self._window = window
-        self._blocks = list(blocks)
-        self._free = list(blocks)
-        self._held: dict[Hashable, tuple[Placement, list[int], int]] = {}
-        """Where a sequence lies, its blocks by node, and the most that it ever has on one."""
-        self._begun: OrderedDict[bytes, int] = OrderedDict()
-        """By the key of a first block, where the last sequence with it began."""
+        self._blocks = dict(sorted(blocks.items()))
+        self._free = dict(self._blocks)
+        self._allocations: dict[Hashable, _Allocation] = {}
+        self._first_members: OrderedDict[bytes, int] = OrderedDict()
+        """By the key of a first block, the member on which the last sequence with it starts."""
 
     @property
-    def blocks(self) -> int:
-        """Blocks of context that there is space for in all, of one sequence or of many."""
-        return min(self._blocks) if self._partition == "heads" else sum(self._blocks)
+    def total_blocks(self) -> int:
+        """Blocks of context that fit in all, whether of one sequence or of many."""
+        return self._in_all(self._blocks)
 
     @property
-    def free(self) -> int:
-        """Of these, how many are free."""
-        return min(self._free) if self._partition == "heads" else sum(self._free)
+    def free_blocks(self) -> int:
+        """How many of ``total_blocks`` are free."""
+        return self._in_all(self._free)
 
     @property
-    def most_tokens(self) -> int:
-        """Positions of a sequence that could have all space for itself, wherever it began."""
-        least, most = (of(self._blocks) * self.block_tokens for of in (min, max))
+    def max_context(self) -> int:
+        """The longest context of a sequence that had all space for itself, on whichever node it started."""
+        least, most = (of(self._blocks.values()) * self.block_tokens for of in (min, max))
         if self._partition == "heads":
             return least
         if self._stripe is None:
@@ -78,82 +90,99 @@ class Room:
         striped = rounds * self._stripe * len(self._blocks) + rest
         return striped if self._partition == "tokens" else max(most, striped)
 
-    def needed(self, tokens: int) -> int:
-        """Blocks that hold so many positions."""
+    def blocks_for(self, tokens: int) -> int:
+        """How many blocks hold ``tokens`` positions."""
         return -(-tokens // self.block_tokens)
 
-    def place(
+    def allocate(
         self,
         sequence: Hashable,
         tokens: int,
-        most: int,
+        max_context: int,
         *,
         ahead: int | None = None,
         spare: int = 0,
         key: bytes | None = None,
     ) -> Placement | None:
-        """Hold the positions 0..tokens-1 for a new sequence, which can come to need ``most``, and say where.
+        """Place a new sequence and allocate blocks for its positions 0..tokens-1. None if there is no space.
 
-        ``ahead`` is what its layers can be apart, in positions (None: anything), ``key`` that of its first block. None,
-        and nothing, if fewer than ``spare`` blocks would be left.
+        The sequence can come to need ``max_context`` positions. Its layers can be ``ahead`` positions apart (None: any
+        number). ``key`` is the key of its first block. At least ``spare`` blocks stay free.
         """
-        most_held = self.needed(most)
+        max_held = self.blocks_for(max_context)
         if self._window is not None and ahead is not None:
-            most_held = min(most_held, window_blocks(self._window, ahead, self.block_tokens))
-        if self.free - min(self.needed(tokens), most_held) < spare:
+            max_held = min(max_held, window_blocks(self._window, ahead, self.block_tokens))
+        if self.free_blocks - min(self.blocks_for(tokens), max_held) < spare:
             return None
-        for placement in dict.fromkeys((self._choose(most, key), self._choose(most, None))):
-            self._held[sequence] = placement, [0] * len(self._blocks), most_held
+        for placement in dict.fromkeys((self._choose(max_context, key), self._choose(max_context, None))):
+            self._allocations[sequence] = _Allocation(placement, dict.fromkeys(placement.members, 0), max_held)
             if self.extend(sequence, tokens):
                 if key is not None:
-                    self._begun[key] = placement.nodes[0]
-                    self._begun.move_to_end(key)
-                    if len(self._begun) > MAX_BEGUN:
-                        self._begun.popitem(last=False)
+                    self._remember(key, placement.members[0])
                 return placement
-        del self._held[sequence]
+        del self._allocations[sequence]
         return None
 
     def extend(self, sequence: Hashable, tokens: int) -> bool:
-        """Hold the positions 0..tokens-1 for a sequence; False, and no more than before, if there is no room."""
-        if any(self.missing(sequence, tokens)):
+        """Allocate blocks for the positions 0..tokens-1 of a sequence. False, and no change, if there is no space."""
+        if self.shortage(sequence, tokens):
             return False
-        placement, held, most_held = self._held[sequence]
-        for node in placement.nodes:
-            wanted = max(held[node], min(self.needed(placement.held(node, tokens)), most_held))
-            self._free[node] -= wanted - held[node]
-            held[node] = wanted
+        allocation = self._allocations[sequence]
+        for member, held in allocation.held.items():
+            more = max(0, self._wanted(allocation, member, tokens) - held)
+            self._free[member] -= more
+            allocation.held[member] = held + more
         return True
 
-    def missing(self, sequence: Hashable, tokens: int) -> list[int]:
-        """By node, how many blocks would have to come free so that a sequence could hold the positions 0..tokens-1."""
-        placement, held, most_held = self._held[sequence]
-        wanted = [min(self.needed(placement.held(node, tokens)), most_held) for node in range(len(held))]
-        return [max(0, w - h - free) for w, h, free in zip(wanted, held, self._free, strict=True)]
+    def shortage(self, sequence: Hashable, tokens: int) -> dict[int, int]:
+        """By member id, the blocks that have to come free before a sequence can hold the positions 0..tokens-1.
 
-    def held(self, sequences: Iterable[Hashable]) -> list[int]:
-        """By node, the blocks that sequences have taken together."""
-        total = [0] * len(self._blocks)
+        Members that have enough are left out.
+        """
+        allocation = self._allocations[sequence]
+        return {
+            member: missing
+            for member, held in allocation.held.items()
+            if (missing := self._wanted(allocation, member, tokens) - held - self._free[member]) > 0
+        }
+
+    def held_by(self, sequences: Iterable[Hashable]) -> Counter[int]:
+        """By member id, the blocks that sequences hold together."""
+        total: Counter[int] = Counter()
         for sequence in sequences:
-            total = [a + b for a, b in zip(total, self._held[sequence][1], strict=True)]
+            total.update(self._allocations[sequence].held)
         return total
 
-    def give(self, sequence: Hashable) -> None:
-        """Take back all that a sequence holds."""
-        _, held, _ = self._held.pop(sequence)
-        self._free = [free + blocks for free, blocks in zip(self._free, held, strict=True)]
+    def free(self, sequence: Hashable) -> None:
+        """Free all blocks of a sequence."""
+        for member, held in self._allocations.pop(sequence).held.items():
+            self._free[member] += held
 
-    def _choose(self, most: int, key: bytes | None) -> Placement:
-        nodes = range(len(self._blocks))
+    def _in_all(self, blocks: Mapping[int, int]) -> int:
+        return min(blocks.values()) if self._partition == "heads" else sum(blocks.values())
+
+    def _wanted(self, allocation: _Allocation, member: int, tokens: int) -> int:
+        """The blocks on one member that hold its share of the positions 0..tokens-1."""
+        return min(self.blocks_for(allocation.placement.held(member, tokens)), allocation.max_held)
+
+    def _remember(self, key: bytes, member: int) -> None:
+        self._first_members[key] = member
+        self._first_members.move_to_end(key)
+        if len(self._first_members) > MAX_KNOWN_PREFIXES:
+            self._first_members.popitem(last=False)
+
+    def _choose(self, max_context: int, key: bytes | None) -> Placement:
+        members = tuple(self._blocks)
         if self._partition == "heads":
-            return Placement(tuple(nodes))
-        large = [node for node in nodes if self._blocks[node] * self.block_tokens >= most]
+            return Placement(members)
+        large = [member for member in members if self._blocks[member] * self.block_tokens >= max_context]
         if self._partition == "requests" and large:
             return Placement((self._first(large, key),))
-        first = self._first(nodes, key)
-        return Placement((*nodes[first:], *nodes[:first]), self._stripe)
+        start = members.index(self._first(members, key))
+        return Placement(members[start:] + members[:start], self._stripe)
 
-    def _first(self, nodes: Sequence[int], key: bytes | None) -> int:
-        emptiest = max(nodes, key=self._free.__getitem__)
-        known = emptiest if key is None else self._begun.get(key, emptiest)
-        return known if known in nodes and 2 * self._free[known] >= self._free[emptiest] else emptiest
+    def _first(self, members: Sequence[int], key: bytes | None) -> int:
+        """The member on which a sequence starts: where its first block is known, or the one with the most space."""
+        emptiest = max(members, key=self._free.__getitem__)
+        known = emptiest if key is None else self._first_members.get(key, emptiest)
+        return known if known in members and 2 * self._free[known] >= self._free[emptiest] else emptiest

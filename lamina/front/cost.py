@@ -1,7 +1,8 @@
-"""What a step will cost, learnt from what steps have cost. Pure Python: no clock; times are seconds that it is told.
+"""The cost of a step, predicted from the measured times of earlier steps. Pure Python: the caller has the clock.
 
-Compute is a table over the tokens of a step, since a matrix product costs the same for few tokens (the weights are read
-once) and then more and more. Attention and the wire are linear: each row and each token of context adds its bytes.
+Compute time is a table over the tokens of a step: for few tokens a matrix product always costs the same, because the
+weights are read once; for more it grows. Attention and wire time are linear: each row and each token of context adds
+its bytes.
 """
 
 from __future__ import annotations
@@ -12,37 +13,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-GAIN = 0.05
-"""A further batch in flight has to make steps faster by so much to be worth its overhead,"""
-STAY = 0.02
-"""and one that flies already by so much, so that the number does not go up and down with every request."""
+MIN_GAIN = 0.05
+"""A further batch in flight is worth its overhead if steps get faster by this share."""
+MIN_GAIN_TO_STAY = 0.02
+"""A batch that is already in flight stays if steps would be slower by this share without it. This is less than
+`MIN_GAIN`, so that the number of batches does not change with every request."""
 
-_MEMORY = 0.02
+_WEIGHT = 0.02
 """The weight of a new observation among many."""
 _TRUSTED = 8
-"""So many observations are enough to tell that one is out of line."""
+"""After this many observations an outlier can be told from the others."""
 _OUTLIER = 3.0
-"""It is, if it is so many times as far off as is usual."""
+"""An observation counts as an outlier if its deviation is more than this many times the usual one."""
 _TICK_S = 1e-6
-"""Whatever is measured takes at least about so long."""
+"""Measured times are at least about this long."""
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a step consists of: decode rows, prompt tokens, and the tokens that its decode rows attend to together."""
+class StepLoad:
+    """The size of a step: decode rows, prompt tokens, and the tokens that all its decode rows attend to together."""
 
     rows: int = 0
     prompt_tokens: int = 0
     context_tokens: int = 0
 
-    def part(self, count: int) -> Load:
-        """The largest part when it is divided evenly over ``count`` batches."""
-        return Load(-(-self.rows // count), -(-self.prompt_tokens // count), -(-self.context_tokens // count))
+    def part(self, count: int) -> StepLoad:
+        """The largest part, if the load is divided evenly over ``count`` batches."""
+        return StepLoad(-(-self.rows // count), -(-self.prompt_tokens // count), -(-self.context_tokens // count))
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Seconds that a step takes of the compute node, of the wire, and of the busiest memory node."""
+class StepCost:
+    """The seconds of a step on the compute node, on the wire, and on the busiest memory node."""
 
     compute_s: float
     wire_s: float
@@ -50,20 +52,21 @@ class Cost:
 
     @property
     def alone_s(self) -> float:
-        """The step's time when it is alone in flight: nothing overlaps."""
+        """The time of the step when no other one is in flight, so that nothing overlaps."""
         return self.compute_s + self.wire_s + self.attention_s
 
 
 class CostModel:
-    """Predicts steps from measured ones; what is kept of these has a fixed size. All estimates grow with the load.
+    """Predicts the times of steps from those of measured ones, in memory of a fixed size.
 
-    As long as nothing has been observed (see `lamina.front.fit`), it counts rows, and context a little, in an
-    arbitrary unit. The ``compute_nodes`` share the work of all batches in flight; each works at one batch at a time.
+    A larger load never gets a smaller estimate. Before the first observation (see `lamina.front.fit`) the cost is the
+    number of rows, plus a little for context, in an arbitrary unit. The ``compute_nodes`` share the work of all batches
+    in flight; each of them works on one batch at a time.
     """
 
     def __init__(self, compute_nodes: int = 1) -> None:
         self._compute_nodes = compute_nodes
-        self._compute = _Table()
+        self._compute = _TokenTable()
         self._wire = _Linear(2)
         self._attention = _Linear(3)
 
@@ -81,7 +84,7 @@ class CostModel:
         attention_s: float,
         wire_s: float = 0.0,
     ) -> None:
-        """A step took so long. Numbers that are not finite or below 0 are none."""
+        """Learn from a step of this size that took these times. Times that are negative or not finite are ignored."""
         tokens = rows + prompt_tokens
         if tokens > 0 and _is_time(compute_s):
             self._compute.observe(tokens, compute_s)
@@ -90,47 +93,50 @@ class CostModel:
         if rows > 0 and _is_time(wire_s):
             self._wire.observe((1.0, rows), wire_s)
 
-    def cost(self, load: Load) -> Cost:
-        """What a step is expected to take."""
+    def cost(self, load: StepLoad) -> StepCost:
+        """The expected cost of a step."""
         tokens = load.rows + load.prompt_tokens
         if not self.fitted:
-            return Cost(tokens, 0.0, 1e-4 * load.context_tokens)
+            return StepCost(tokens, 0.0, 1e-4 * load.context_tokens)
         compute_s = self._compute.at(tokens) if tokens else 0.0
         if not load.rows:
-            return Cost(compute_s, 0.0, 0.0)
+            return StepCost(compute_s, 0.0, 0.0)
         attention_s = self._attention.at((1.0, load.rows, load.context_tokens))
-        return Cost(compute_s, self._wire.at((1.0, load.rows)), attention_s)
+        return StepCost(compute_s, self._wire.at((1.0, load.rows)), attention_s)
 
-    def step_s(self, loads: Sequence[Load], each: int = 1) -> float:
-        """Until each of these batches has made a step, when all are in flight, ``each`` so many times: the time of the
-        busier side, or of one batch's own way."""
+    def step_s(self, loads: Sequence[StepLoad], each: int = 1) -> float:
+        """The seconds until each batch has made a step, if ``each`` batches of every one of these loads are in flight.
+
+        This is the time of the busier side, or that of the slowest batch alone.
+        """
         costs = [self.cost(load) for load in loads]
         busy = min(self._compute_nodes, each * len(costs))
         compute_s = each * math.fsum(cost.compute_s for cost in costs) / max(1, busy)
         attention_s = each * math.fsum(cost.attention_s for cost in costs)
         return max(compute_s, attention_s, max((cost.alone_s for cost in costs), default=0.0))
 
-    def batches(self, load: Load, *, least: int, most: int, present: int) -> int:
-        """Over how many batches, from ``least`` to ``most``, to divide a load, where now ``present`` are in use.
+    def batches(self, load: StepLoad, *, least: int, most: int, present: int) -> int:
+        """How many batches, from ``least`` to ``most``, to divide a load over, while ``present`` are in use.
 
-        The smallest number that more of them would not beat by enough. While nothing has been observed: all.
+        The result is the smallest number that no larger one beats clearly; before the first observation it is ``most``.
         """
         if not self.fitted:
             return most
         chosen, chosen_s = least, self._together_s(load, least)
         for count in range(least + 1, max(least, min(most, load.rows)) + 1):
             step_s = self._together_s(load, count)
-            if step_s * (1 + (STAY if count <= present else GAIN)) < chosen_s:
+            if step_s * (1 + (MIN_GAIN_TO_STAY if count <= present else MIN_GAIN)) < chosen_s:
                 chosen, chosen_s = count, step_s
         return chosen
 
-    def _together_s(self, load: Load, batches: int) -> float:
-        """``step_s`` of a load that is divided evenly."""
+    def _together_s(self, load: StepLoad, batches: int) -> float:
+        """`step_s` of a load that is divided evenly over batches."""
         return self.step_s([load.part(batches)], each=batches)
 
 
-class _Table:
-    """Time over a number of tokens: means in bins of half an octave, joined by lines that never fall."""
+class _TokenTable:
+    """The time as a function of the number of tokens: means in bins of half an octave, joined by lines that never
+    fall."""
 
     def __init__(self) -> None:
         self._bins: dict[int, _Bin] = {}
@@ -140,13 +146,13 @@ class _Table:
         number = round(2 * math.log2(tokens))
         found = self._bins.setdefault(number, _Bin())
         found.count += 1
-        weight = max(1 / found.count, _MEMORY)
+        weight = max(1 / found.count, _WEIGHT)
         found.tokens += weight * (tokens - found.tokens)
         if found.count <= _TRUSTED:
             found.early.append(seconds)
             found.seconds = median(found.early)
         else:
-            found.seconds += weight * (found.usual.within(seconds, found.seconds) - found.seconds)
+            found.seconds += weight * (found.deviation.clip(seconds, found.seconds) - found.seconds)
         self._points = []
 
     def at(self, tokens: int) -> float:
@@ -158,7 +164,8 @@ class _Table:
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             if tokens <= x1:
                 return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
-        # Beyond what was seen it goes on as before, and not quite level: who expects too little will soon see more.
+        # Beyond the last point the last slope goes on, but never quite level. An estimate that is too low corrects
+        # itself, since it leads to larger steps, which are then observed.
         x, y = points[-1]
         steep = 0.1 * y / x
         if len(points) > 1:
@@ -166,10 +173,10 @@ class _Table:
         return y + steep * (tokens - x)
 
     def _fit(self) -> list[tuple[float, float]]:
-        """Pool adjacent violators: the closest points that never fall, by weight."""
+        """The weighted least-squares fit that never falls (pool adjacent violators)."""
         pools: list[tuple[float, float, list[float]]] = []
         for found in sorted(self._bins.values(), key=lambda b: b.tokens):
-            weight, mean, xs = float(min(found.count, 1 / _MEMORY)), found.seconds, [found.tokens]
+            weight, mean, xs = float(min(found.count, 1 / _WEIGHT)), found.seconds, [found.tokens]
             while pools and pools[-1][1] > mean:
                 before, other, others = pools.pop()
                 mean = (before * other + weight * mean) / (before + weight)
@@ -178,15 +185,18 @@ class _Table:
         return [(x, mean) for _, mean, xs in pools for x in xs]
 
 
-class _Usual:
-    """How far off observations usually are, as the logarithm of a factor. Where they all begin to be far off, that
-    becomes usual within some tens of them: then the machine is another one."""
+class _Deviation:
+    """How far observations usually deviate from expected times, as the logarithm of a factor.
+
+    When all observations begin to deviate, as they do when the machine changes, that becomes usual after some tens of
+    them.
+    """
 
     def __init__(self) -> None:
         self._spread = 0.3
 
-    def within(self, seconds: float, expected: float) -> float:
-        """An observation, moved to the edge of what is usual if it is beyond."""
+    def clip(self, seconds: float, expected: float) -> float:
+        """The observation; an outlier is moved to the limit of what is no outlier."""
         off = math.log(max(seconds, _TICK_S) / max(expected, _TICK_S))
         limit = _OUTLIER * self._spread
         off = min(max(off, -limit), limit)
@@ -200,20 +210,20 @@ class _Bin:
     tokens: float = 0.0
     seconds: float = 0.0
     early: list[float] = field(default_factory=list)
-    """The first observations, of which nobody can tell yet what is usual."""
-    usual: _Usual = field(default_factory=_Usual)
+    """The first observations, from which the usual deviation is not known yet."""
+    deviation: _Deviation = field(default_factory=_Deviation)
 
 
 class _Linear:
-    """Least squares over decayed observations of a few features, with coefficients of at least 0.
+    """Non-negative least squares over decayed observations of a few features.
 
-    Of so few coefficients, every choice of those above 0 is tried (Lawson and Hanson 1974 show that one of them is
-    the answer).
+    With so few features, every set of coefficients that may be above 0 is tried. Lawson and Hanson (1974) show that one
+    of these sets gives the solution.
     """
 
     def __init__(self, features: int) -> None:
         self.observed = 0
-        self._usual = _Usual()
+        self._deviation = _Deviation()
         self._squares = [[0.0] * features for _ in range(features)]
         self._products = [0.0] * features
         self._coefficients: list[float] | None = None
@@ -222,13 +232,13 @@ class _Linear:
         size = max(seconds, _TICK_S)
         if self.observed >= _TRUSTED:
             size = max(self.at(features), _TICK_S)
-            seconds = self._usual.within(seconds, size)
+            seconds = self._deviation.clip(seconds, size)
         self.observed += 1
-        # An error counts in proportion: a tenth of a short step is as bad as a tenth of a long one.
+        # Errors are relative: an error of a tenth is as bad for a short step as for a long one.
         features, seconds = [x / size for x in features], seconds / size
         for row, x in zip(self._squares, features, strict=True):
-            row[:] = [(1 - _MEMORY) * old + x * other for old, other in zip(row, features, strict=True)]
-        self._products = [(1 - _MEMORY) * old + x * seconds for old, x in zip(self._products, features, strict=True)]
+            row[:] = [(1 - _WEIGHT) * old + x * other for old, other in zip(row, features, strict=True)]
+        self._products = [(1 - _WEIGHT) * old + x * seconds for old, x in zip(self._products, features, strict=True)]
         self._coefficients = None
 
     def at(self, features: Sequence[float]) -> float:
@@ -238,7 +248,7 @@ class _Linear:
 
     def _fit(self) -> list[float]:
         size = len(self._products)
-        # Features of very different size are made alike, which keeps the equations well conditioned.
+        # Features of very different size are scaled, which keeps the equations well conditioned.
         scale = [math.sqrt(self._squares[i][i]) or 1.0 for i in range(size)]
         squares = [[self._squares[i][j] / (scale[i] * scale[j]) for j in range(size)] for i in range(size)]
         products = [self._products[i] / scale[i] for i in range(size)]
@@ -258,7 +268,8 @@ class _Linear:
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Gaussian elimination of a positive matrix with ones on its diagonal; a little is added to keep it regular."""
+    """Gaussian elimination of a positive matrix with a diagonal of ones, to which a little is added to keep it
+    regular."""
     size = len(right)
     rows = [[x + (1e-9 if i == j else 0.0) for j, x in enumerate(row)] + [right[i]] for i, row in enumerate(matrix)]
     for i in range(size):
@@ -277,24 +288,24 @@ def _is_time(seconds: float) -> bool:
     return math.isfinite(seconds) and seconds >= 0
 
 
-class Pace:
-    """How fast requests are answered, from the moments at which they ended. Seconds, on any clock."""
+class ThroughputEstimate:
+    """An estimate of how many requests are answered per second, from the times at which they end, on any clock."""
 
     def __init__(self) -> None:
         self._per_request_s: float | None = None
         self._last: float | None = None
 
-    def ended(self, now: float, requests: int) -> None:
-        """So many requests have ended together."""
+    def note_ended(self, now: float, requests: int) -> None:
+        """Note that ``requests`` requests have ended together at the time ``now``."""
         if self._last is not None:
             each = (now - self._last) / requests
             self._per_request_s = each if self._per_request_s is None else 0.9 * self._per_request_s + 0.1 * each
         self._last = now
 
-    def idle(self) -> None:
-        """Nobody is left: the time until the next one ends is nobody's service."""
+    def note_idle(self) -> None:
+        """Note that no request is left, so that the time until the next one ends says nothing."""
         self._last = None
 
     def retry_after_s(self, waiting: int) -> float:
-        """When to ask again where ``waiting`` are in front: an eighth of them will have been answered."""
+        """When a client should try again while ``waiting`` requests wait: when an eighth of them has been answered."""
         return max(1.0, math.ceil((self._per_request_s or 0.0) * waiting / 8))

@@ -96,7 +96,10 @@ class Engine:
 
     def _finish(self, slot: int, step: ScheduledStep, result: StepResult) -> None:
         """Take in what a step brought, and pass it on."""
-        self._scheduler.cost.observe(step.load, result.compute_s, result.attention_s, result.wire_s)
+        load = step.load
+        self._scheduler.cost.observe(
+            load.rows, load.prompt_tokens, load.context_tokens, result.compute_s, result.attention_s, result.wire_s
+        )
         outcome = self._scheduler.finish(slot, step, result.tokens)
         self._steps += 1
         self._tokens += len(outcome.tokens)

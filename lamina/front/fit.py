@@ -1,4 +1,4 @@
-"""Fit the cost model before the first request, by a few steps of sequences that nobody asked for."""
+"""Fit the cost model before the first request, with a few steps of sequences that no client asked for."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 
 from lamina.errors import CapacityError
-from lamina.front.scheduler import Ask, Outcome, Scheduler, Sequence, Step
-from lamina.front.team import Ran
-from lamina.wire.requests import Sampling
+from lamina.front.scheduler import Scheduler
+from lamina.front.sequence import CacheChanges, ReservationRequest, ScheduledStep, Sequence
+from lamina.front.team import StepResult
+from lamina.wire.requests import Request, Sampling
 
 log = logging.getLogger("lamina.front")
 
 LIMIT_S = 2.0
 GROWTH = 4
-"""How many times larger rounds become, and so how many times longer at most."""
+"""The factor by which rounds grow, and so the factor by which they take longer at most."""
 ANSWER_TOKENS = 4
-"""Of each sequence: the first is its prompt's, the others take a decode step each."""
+"""The tokens that each sequence generates: the first comes from its prompt, each of the others from a decode step."""
 
 
 async def fit(
     scheduler: Scheduler,
-    run: Callable[[int, int, Step], Awaitable[Ran]],
-    reserve: Callable[[Ask], Awaitable[int]],
+    run: Callable[[int, int, ScheduledStep], Awaitable[StepResult]],
+    reserve: Callable[[ReservationRequest], Awaitable[int]],
     release: Callable[[int], None],
     clock: Callable[[], float],
     *,
@@ -32,19 +33,21 @@ async def fit(
     most_tokens: int,
     limit_s: float = LIMIT_S,
 ) -> None:
-    """Have ``scheduler``, which has no requests yet, make steps one at a time, and tell its cost model what they took.
+    """Let ``scheduler``, which has no requests yet, make steps one at a time, and tell its cost model what they took.
 
-    ``run`` takes a step of a slot, with its number, through the slices; ``reserve`` has memory nodes set space aside,
-    and ``release`` gives all of a sequence back. Rounds grow up to ``most_rows`` sequences and to prompts of
-    ``most_tokens``, as long as the next should be over ``limit_s`` seconds of ``clock`` after the begin; at that time
-    the present one ends with its step. One that is refused space is the last. What stays is what was observed, and that
-    counters of work have counted.
+    ``run`` takes a step through the slices, given its slot and its number; ``reserve`` reserves space on the memory
+    nodes, and ``release`` frees all space of a sequence.
+
+    Rounds grow up to ``most_rows`` sequences, and up to prompts of ``most_tokens`` tokens, as long as the next one is
+    expected to end within ``limit_s`` seconds of ``clock``. A round that takes longer ends with its present step. A
+    round with a refused reservation is the last. The observations stay in the cost model; the counters of the scheduler
+    start at 0 again.
     """
     begun_s = clock()
     longest_s, numbers = 0.0, itertools.count()
 
     async def answer(sequences: list[Sequence], *, observe: bool) -> bool:
-        """False if they were refused space, or it got too late."""
+        """Run sequences to their end; False if a reservation was refused or the time was over."""
         ended = False
         for sequence in sequences:
             scheduler.submit(sequence)
@@ -56,39 +59,36 @@ async def fit(
                 step = scheduler.next_step(slot)
                 if step is None:
                     continue
-                _give_back(step, release)
-                for ask in step.asks:
+                _release_all(step.changes, release)
+                for request in step.changes.reservations:
                     try:
-                        scheduler.grant(ask, await reserve(ask))
+                        scheduler.confirm(request, await reserve(request))
                     except CapacityError:
                         ended = True
-                if step.decode or step.prompts:
+                if step.has_rows:
                     ran, load = await run(slot, next(numbers), step), step.load
                     ended |= clock() - begun_s > limit_s
                     if observe or ended:
                         scheduler.cost.observe(load.rows, load.prompt_tokens, load.context_tokens, *ran[1:])
-                    _give_back(scheduler.finish(slot, step, ran.tokens), release)
+                    _release_all(scheduler.finish(slot, step, ran.tokens).changes, release)
         return not ended
 
     log.info("event=fitting rows=%d prompt_tokens=%d limit_s=%g", most_rows, most_tokens, limit_s)
-    # Whatever runs for the first time takes longer than ever after, so the first round comes twice.
-    for i, (rows, prompt) in enumerate([(1, 1), *_rounds(most_rows, most_tokens)]):
+    # What runs for the first time takes longer than ever after, so the first round comes twice.
+    for i, (rows, prompt_tokens) in enumerate([(1, 1), *_rounds(most_rows, most_tokens)]):
         round_s = clock()
-        sequences = [
-            Sequence([0] * prompt, ANSWER_TOKENS, Sampling(), frozenset(), share_prefix=False) for _ in range(rows)
-        ]
-        if not await answer(sequences, observe=i > 0):
+        if not await answer([_sequence(prompt_tokens) for _ in range(rows)], observe=i > 0):
             break
         now_s = clock()
         longest_s = max(longest_s, now_s - round_s) if i else 0.0
-        log.info("event=fitted rows=%d prompt_tokens=%d seconds=%.3f", rows, prompt, now_s - round_s)
+        log.info("event=fitted rows=%d prompt_tokens=%d seconds=%.3f", rows, prompt_tokens, now_s - round_s)
         if now_s + GROWTH * longest_s > begun_s + limit_s:
             break
     scheduler.prompt_tokens = scheduler.shared_tokens = 0
 
 
 def _rounds(most_rows: int, most_tokens: int) -> Iterator[tuple[int, int]]:
-    """How many sequences, and how many tokens each one's prompt has: many short ones and a long one, in turns."""
+    """The sequences of each round, and the length of their prompts: many short ones and a single long one in turns."""
     yield 1, 1
     size = GROWTH
     while size <= max(most_rows, most_tokens):
@@ -99,6 +99,12 @@ def _rounds(most_rows: int, most_tokens: int) -> Iterator[tuple[int, int]]:
         size *= GROWTH
 
 
-def _give_back(news: Step | Outcome, release: Callable[[int], None]) -> None:
-    for id_ in news.released:
+def _sequence(prompt_tokens: int) -> Sequence:
+    prompt = [0] * prompt_tokens
+    request = Request(prompt, ANSWER_TOKENS, Sampling(seed=0), share_prefix=False)
+    return Sequence(request, prompt, ANSWER_TOKENS, stop_tokens=frozenset())
+
+
+def _release_all(changes: CacheChanges, release: Callable[[int], None]) -> None:
+    for id_ in changes.released:
         release(id_)

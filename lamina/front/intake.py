@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
 from lamina.front.cost import ThroughputEstimate
@@ -87,7 +90,7 @@ class Intake:
             raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
         max_tokens = self._check(prompt, request.max_tokens)
         self.require_place(0)
-        sequence = Sequence(request, prompt, max_tokens, self._stop_tokens)
+        sequence = Sequence(_with_seed(request), prompt, max_tokens, self._stop_tokens)
         self._answers[sequence] = answer
         self._idle.clear()
         self._coming += 1
@@ -191,7 +194,7 @@ class Intake:
                     self.cancel(sequence)
                     answer.failed(NodeError.failed("compute", self._name, e))
         if outcome.finished:
-            self._estimate.ended(asyncio.get_running_loop().time(), len(outcome.finished))
+            self._estimate.note_ended(asyncio.get_running_loop().time(), len(outcome.finished))
         for sequence in outcome.finished:
             if answer := self._answers.pop(sequence, None):
                 answer.finished(sequence.finish_reason or "length")
@@ -219,7 +222,7 @@ class Intake:
 
     def _note_idle(self) -> None:
         if not self._answers:
-            self._estimate.idle()
+            self._estimate.note_idle()
             self._idle.set()
 
     def _tell_all(self, error: BaseException) -> LaminaError:
@@ -231,3 +234,11 @@ class Intake:
         self._answers.clear()
         self._idle.set()
         return error
+
+
+def _with_seed(request: Request) -> Request:
+    """The request with a seed: its own, else a random one, which a greedy answer does not need."""
+    if request.sampling.seed is not None:
+        return request
+    seed = secrets.randbits(63) if request.sampling.temperature else 0
+    return replace(request, sampling=replace(request.sampling, seed=seed))

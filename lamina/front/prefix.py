@@ -1,4 +1,4 @@
-"""Names for what blocks of the KV cache hold, so that prompts that begin alike can share them."""
+"""Keys for the contents of KV cache blocks, so that prompts with the same beginning can share them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from lamina.wire.tenants import KEY_BYTES
 
 
 class PrefixKeys:
-    """Keys of 128 bits for the full blocks of a sequence: equal keys, equal keys and values.
+    """128-bit keys for the full blocks of sequences. Blocks with equal keys have equal contents.
 
-    A key is BLAKE2b of the key before it and the tokens of its block; the first builds on a digest of everything else
-    that keys and values depend on: ``model`` (the fingerprint of the checkpoint), ``dtype`` in which it runs,
-    ``kv_dtype`` in which they are stored, the size of a block, and a salt. Requests with different salts share nothing.
+    A block's key is the BLAKE2b digest of the key before it and the tokens of the block. Before the first key comes a
+    digest of everything else that the contents depend on: the ``model`` (the fingerprint of its checkpoint), the
+    ``dtype`` in which it runs, the ``kv_dtype`` in which keys and values are stored, the size of a block, and a salt.
+    Requests with different salts share nothing.
     """
 
     def __init__(self, *, model: str, dtype: str, kv_dtype: str, block_tokens: int) -> None:
@@ -23,7 +24,7 @@ class PrefixKeys:
         self._facts = (model, dtype, kv_dtype, str(block_tokens))
 
     def keys(self, tokens: Sequence[int], salt: str = "", known: Sequence[bytes] = ()) -> list[bytes]:
-        """The keys of all full blocks of ``tokens``. ``known``: those of the leading ones, from an earlier call."""
+        """The keys of all full blocks of ``tokens``, the first of which may be ``known`` from an earlier call."""
         size = self._block_tokens
         keys = list(known[: len(tokens) // size])
         key = keys[-1] if keys else self._root(salt)
@@ -33,7 +34,7 @@ class PrefixKeys:
         return keys
 
     def _root(self, salt: str) -> bytes:
-        # With the length before each, so that no two lists of facts look alike.
+        # Each fact comes with its length, so that no two lists of facts give the same bytes.
         facts = [fact.encode() for fact in (*self._facts, salt)]
         return _digest(b"".join(struct.pack("<Q", len(fact)) + fact for fact in facts))
 

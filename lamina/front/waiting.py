@@ -1,4 +1,4 @@
-"""The sequences that wait to be admitted, and who is next."""
+"""The queue of sequences that wait to be admitted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import heapq
 from typing import Any, Generic, Protocol, TypeVar
 
 FIRST_COME_EVERY = 8
-"""One in so many admissions goes to whoever came first, whatever the rank: the n-th of those who wait, by arrival, is
-admitted after at most n times as many."""
+"""One in this many admissions goes to the oldest waiting sequence, whatever its rank. So the n-th oldest is admitted
+after at most n times this many admissions."""
 
 
 class Ranked(Protocol):
@@ -24,12 +24,12 @@ T = TypeVar("T", bound=Ranked)
 _Heap = list[tuple[Any, int, T]]
 
 
-class Waiting(Generic[T]):
-    """A queue by rank, the smallest first, in which nobody starves. Every operation takes logarithmic time."""
+class WaitingQueue(Generic[T]):
+    """A queue by rank, the smallest first, without starvation. Every operation takes logarithmic time."""
 
     def __init__(self) -> None:
         self._tickets: dict[T, int] = {}
-        """Of everybody who waits, what the valid entries in both heaps are marked with."""
+        """The ticket of each waiting item. Heap entries with any other ticket are void."""
         self._by_rank: _Heap[T] = []
         self._by_arrival: _Heap[T] = []
         self._issued = 0
@@ -38,16 +38,16 @@ class Waiting(Generic[T]):
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def push(self, one: T) -> None:
-        """Wait, again perhaps."""
+    def push(self, item: T) -> None:
+        """Add an item, perhaps for a second time after it was taken."""
         self._issued += 1
-        self._tickets[one] = self._issued
-        heapq.heappush(self._by_rank, (one.rank, self._issued, one))
-        heapq.heappush(self._by_arrival, (one.arrival, self._issued, one))
+        self._tickets[item] = self._issued
+        heapq.heappush(self._by_rank, (item.rank, self._issued, item))
+        heapq.heappush(self._by_arrival, (item.arrival, self._issued, item))
 
-    def remove(self, one: T) -> bool:
-        """Wait no more; False for one that does not."""
-        if self._tickets.pop(one, None) is None:
+    def remove(self, item: T) -> bool:
+        """Remove an item; False if it does not wait."""
+        if self._tickets.pop(item, None) is None:
             return False
         for heap in (self._by_rank, self._by_arrival):
             if len(heap) > 2 * len(self._tickets) + 64:
@@ -56,7 +56,7 @@ class Waiting(Generic[T]):
         return True
 
     def head(self) -> T | None:
-        """Who is next."""
+        """The item that is next."""
         first_come = self._taken % FIRST_COME_EVERY == FIRST_COME_EVERY - 1
         heap = self._by_arrival if first_come else self._by_rank
         while heap and not self._is_valid(heap[0]):
@@ -64,7 +64,7 @@ class Waiting(Generic[T]):
         return heap[0][2] if heap else None
 
     def take(self, head: T) -> None:
-        """Admit the head."""
+        """Remove the head because it is admitted."""
         self.remove(head)
         self._taken += 1
 

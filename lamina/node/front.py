@@ -65,7 +65,7 @@ def make_scheduler(config: ClusterConfig, cut: CutModel, blocks: BlockManager) -
         batches=pipeline.batches,
         max_batch=pipeline.max_batch,
         prefill_tokens=pipeline.prefill_tokens,
-        blocks=blocks,
+        block_manager=blocks,
         prefix=PrefixKeys(
             model=checkpoint.fingerprint,
             dtype=checkpoint.dtype,
@@ -73,7 +73,7 @@ def make_scheduler(config: ClusterConfig, cut: CutModel, blocks: BlockManager) -
             block_tokens=BLOCK_TOKENS,
         ),
         remote_tokens=REMOTE_TOKENS,
-        prefill_kv=pipeline.prefill_kv_bytes // kept.bytes_per_token,
+        prefill_kv_tokens=pipeline.prefill_kv_bytes // kept.bytes_per_token,
         keep_chunks=cut.schedule.is_settled,
         max_waiting=pipeline.max_waiting,
         cost=CostModel(compute_nodes=len(cut.schedule.members)),

@@ -65,14 +65,19 @@ class Choice(Struct, frozen=True, array_like=True):
     """A token is sampled from the last row of a run, for this position."""
 
     sampling: Sampling
+    """Its seed is set: the front has drawn it."""
     position: int
+
+    def __post_init__(self) -> None:
+        if self.sampling.seed is None:
+            raise ProtocolError(f"the choice for position {self.position} has no seed; the front has to draw one")
 
 
 class TokenRun(Struct, frozen=True, array_like=True):
     """Consecutive tokens of one sequence, from position ``start``: one that decodes, or a chunk of a prompt.
 
-    Of the sequence, keys and values of the first ``local_tokens`` positions are kept on the compute nodes until its prompt is
-    prefilled; the past of all others lies on the memory nodes of its ``placement``.
+    Keys and values of the first ``local_tokens`` positions of the sequence are kept on the compute nodes until its
+    prompt is prefilled. The past of all later positions lies on the memory nodes of its ``placement``.
     """
 
     sequence: Count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lamina.attention import Run
 from lamina.wire.plan import StepPlan
@@ -11,60 +11,61 @@ from lamina.wire.plan import StepPlan
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one sequence lies: on the memory nodes number ``nodes``.
+    """The memory nodes that hold one sequence, by their member ids.
 
-    Without ``stripe`` each of them holds all tokens: of its own KV heads if heads are divided, else there is but one
-    node. With it, the tokens go round the nodes in stripes of so many. A memory node knows nothing of stripes: what it
-    holds of a sequence is numbered from 0 there, as rotary positions have been applied to keys before they come.
+    Without ``stripe`` each member holds all positions: those of its own KV heads if heads are divided, else there is
+    only one member. With ``stripe`` the positions go round the members in stripes of this length. A memory node knows
+    nothing about stripes: it numbers the positions that it holds from 0, because rotary positions are already applied
+    to the keys it gets.
     """
 
-    nodes: tuple[int, ...]
+    members: tuple[int, ...]
     stripe: int | None = None
 
-    def held(self, node: int, tokens: int) -> int:
-        """How many of the first ``tokens`` positions lie on ``node``: also the number there of the next that does."""
-        if node not in self.nodes:
+    def held(self, member: int, tokens: int) -> int:
+        """How many of the first ``tokens`` positions lie on ``member``; also the number there of its next position."""
+        if member not in self.members:
             return 0
         if self.stripe is None:
             return tokens
-        rounds, rest = divmod(tokens, self.stripe * len(self.nodes))
-        mine = rest - self.nodes.index(node) * self.stripe
-        return rounds * self.stripe + min(max(mine, 0), self.stripe)
+        rounds, rest = divmod(tokens, self.stripe * len(self.members))
+        own = rest - self.members.index(member) * self.stripe
+        return rounds * self.stripe + min(max(own, 0), self.stripe)
 
-    def position(self, node: int, index: int) -> int:
-        """Which position is number ``index`` on ``node``: the inverse of `held`."""
+    def position(self, member: int, index: int) -> int:
+        """The position that is number ``index`` on ``member``: the inverse of `held`."""
         if self.stripe is None:
             return index
         rounds, rest = divmod(index, self.stripe)
-        return (rounds * len(self.nodes) + self.nodes.index(node)) * self.stripe + rest
+        return (rounds * len(self.members) + self.members.index(member)) * self.stripe + rest
 
     def owners(self, position: int) -> tuple[int, ...]:
-        """The nodes that hold a position."""
+        """The members that hold a position."""
         if self.stripe is None:
-            return self.nodes
-        return (self.nodes[position // self.stripe % len(self.nodes)],)
+            return self.members
+        return (self.members[position // self.stripe % len(self.members)],)
 
     def usable(self, tokens: int, found: Mapping[int, int]) -> int:
-        """How many of the first ``tokens`` positions are there, if each node has found so many of its own."""
+        """How many of the first ``tokens`` positions are there, if each member has found so many of its own."""
         return min(
-            (self.position(node, n) for node, n in found.items() if n < self.held(node, tokens)),
+            (self.position(member, n) for member, n in found.items() if n < self.held(member, tokens)),
             default=tokens,
         )
 
-    def keys_on(self, node: int, keys: Sequence[bytes], block_tokens: int) -> list[bytes]:
-        """Of the keys of leading blocks, those of blocks that lie on ``node``."""
-        return [key for block, key in enumerate(keys) if node in self.owners(block * block_tokens)]
+    def keys_on(self, member: int, keys: Sequence[bytes], block_tokens: int) -> list[bytes]:
+        """The keys of the blocks that lie on ``member``, out of the keys of leading blocks."""
+        return [key for block, key in enumerate(keys) if member in self.owners(block * block_tokens)]
 
     def until_next(self, position: int) -> int | None:
-        """Positions from ``position`` on that have the same owners; None: all."""
+        """How many positions from ``position`` on have the same owners; None: all of them."""
         return None if self.stripe is None else self.stripe - position % self.stripe
 
     def divide(self, start: int, count: int) -> Iterable[tuple[int, int]]:
-        """Cut positions into pieces (start, count) that have the same owners each."""
+        """Cut positions into pieces (start, count), each with the same owners throughout."""
         stop = start + count
         while start < stop:
-            room = self.until_next(start)
-            piece = stop - start if room is None else min(room, stop - start)
+            same = self.until_next(start)
+            piece = stop - start if same is None else min(same, stop - start)
             yield start, piece
             start += piece
 
@@ -80,41 +81,67 @@ class RemoteRun:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeRows:
-    """What one memory node does in a step: its plan, and the numbers that its rows have in the step, in its order.
+class MemberRows:
+    """What one memory node does in a step: its plan, and the step's numbers of its rows, in the order of the plan.
 
-    The rows that it stores and that see nothing anywhere else are whole; all others come back as partials.
+    A row that no other member than those that store it knows any past of is whole. All others come back as partials.
     """
 
     plan: StepPlan
     rows: list[int]
 
 
-def route(runs: Sequence[RemoteRun], nodes: int) -> list[NodeRows]:
-    """Divide the rows of a step over ``nodes`` memory nodes. Nodes that take no part have no rows."""
-    parts: list[tuple[list[_Part], list[_Part], list[_Part]]] = [([], [], []) for _ in range(nodes)]
+def route(runs: Sequence[RemoteRun]) -> dict[int, MemberRows]:
+    """Divide the rows of a step over the memory nodes that take part in it: by member id, in ascending order."""
+    parts: dict[int, _Parts] = {}
     row = 0
     for run in runs:
-        place, numbers = run.placement, range(row, row + run.count)
+        place, rows = run.placement, range(row, row + run.count)
         row += run.count
-        owners = place.owners(run.start)
-        others = [n for n in place.nodes if n not in owners and place.held(n, run.start)]
-        for node in owners:
-            part = Run(run.sequence, place.held(node, run.start), run.count), numbers
-            parts[node][1 if others else 0].append(part)
-        for node in others:
-            parts[node][2].append((Run(run.sequence, place.held(node, run.start), run.count), numbers))
-    return [_node_rows(*of_node) for of_node in parts]
+        members, stripe = place.members, place.stripe
+        if stripe is None:
+            # All members hold the same positions, so that they can share one description.
+            same = Run(run.sequence, run.start, run.count)
+            for member in members:
+                part = parts.get(member) or parts.setdefault(member, _Parts())
+                part.whole.append(same)
+                part.whole_rows += rows
+            continue
+        # As `Placement.held` for every member, in one pass.
+        rounds, rest = divmod(run.start, stripe * len(members))
+        owner, into = divmod(rest, stripe)
+        before = rounds * stripe
+        for index, member in enumerate(members):
+            held = before + (stripe if index < owner else into if index == owner else 0)
+            if not held and index != owner:
+                continue
+            part = parts.get(member) or parts.setdefault(member, _Parts())
+            own = Run(run.sequence, held, run.count)
+            if index != owner:
+                part.reading.append(own)
+                part.reading_rows += rows
+            elif (rounds or owner) and len(members) > 1:
+                part.partial.append(own)
+                part.partial_rows += rows
+            else:
+                part.whole.append(own)
+                part.whole_rows += rows
+    return {member: parts[member].rows() for member in sorted(parts)}
 
 
-_Part = tuple[Run, range]
+@dataclass(slots=True)
+class _Parts:
+    """The runs of one member and the numbers of their rows: whole ones, other stored ones, and those it only reads."""
 
+    whole: list[Run] = field(default_factory=list)
+    whole_rows: list[int] = field(default_factory=list)
+    partial: list[Run] = field(default_factory=list)
+    partial_rows: list[int] = field(default_factory=list)
+    reading: list[Run] = field(default_factory=list)
+    reading_rows: list[int] = field(default_factory=list)
 
-def _node_rows(whole: list[_Part], partial: list[_Part], reading: list[_Part]) -> NodeRows:
-    stored = whole + partial
-    plan = StepPlan(
-        storing=tuple(run for run, _ in stored),
-        reading=tuple(run for run, _ in reading),
-        whole=sum(run.count for run, _ in whole),
-    )
-    return NodeRows(plan, [row for _, rows in stored + reading for row in rows])
+    def rows(self) -> MemberRows:
+        plan = StepPlan(
+            storing=tuple(self.whole + self.partial), reading=tuple(self.reading), whole=len(self.whole_rows)
+        )
+        return MemberRows(plan, self.whole_rows + self.partial_rows + self.reading_rows)

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Count, Message, Positive
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a request's tokens are chosen. Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the tokens of a request are chosen."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-class Generate(Message):
-    """A request. ``id`` is the client's; a prompt is text or token ids."""
-
-    id: Count
-    prompt: str | list[Count]
-    max_tokens: Positive | None = None
-    """None: as many as the context allows."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0 is greedy."""
     top_k: Count = 0
@@ -35,16 +20,35 @@ class Generate(Message):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Only the likeliest tokens that together have this probability."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    """None: a random one."""
+    """None: a random one, which the front draws when it takes the request."""
+
+
+class Request(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a client asks for. It travels whole, from the client to the sequence that answers it."""
+
+    prompt: str | list[Count]
+    """Text or token ids."""
+    max_tokens: Positive | None = None
+    """None: as many as the context allows."""
+    sampling: Sampling = Sampling()
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
-    """Higher goes first; equal ones in the order of their arrival."""
+    """The highest goes first; equal ones go in the order of their arrival."""
     share_prefix: bool = True
-    """Whether it may share the keys and values of a prompt that begins alike."""
+    """Whether it may share the keys and values of a prompt with the same beginning."""
     salt: Annotated[str, Meta(max_length=256)] = ""
     """Only requests with the same salt share anything."""
 
 
+class Generate(Message):
+    """Answer a request, which the client calls ``id`` on this link."""
+
+    id: Count
+    request: Request
+
+
 class Cancel(Message):
+    """Stop answering a request."""
+
     id: Count
 
 
@@ -57,6 +61,8 @@ class Generated(Message):
 
 
 class Finished(Message):
+    """The whole answer has been sent."""
+
     id: Count
     reason: Literal["stop", "length"]
     prompt_tokens: Count
@@ -65,14 +71,14 @@ class Finished(Message):
 
 
 class Failed(Message):
-    """The request, or with ``id`` None everything on this link, failed. ``kind`` names a class of lamina.errors."""
+    """A request failed, or everything on this link if ``id`` is None. ``kind`` names a class of lamina.errors."""
 
     kind: str
     message: str
     id: Count | None = None
     node: str | None = None
     retry_after_s: float | None = None
-    """After so many seconds the same request may be taken."""
+    """Seconds after which the same request may be accepted."""
 
 
 FromClient = Generate | Cancel | AskStatus

@@ -18,7 +18,7 @@ from lamina.transport import Hello, Link, Options
 from lamina.transport import connect as connect_link
 from lamina.wire.admin import AskStatus
 from lamina.wire.codec import encode
-from lamina.wire.requests import Generate
+from lamina.wire.requests import Generate, Request
 from tests import harness
 from tests.families import FAMILIES, MAX_CONTEXT
 
@@ -166,7 +166,7 @@ def test_a_client_that_stops_reading_is_left(checkpoint: Path, memory_ports: lis
             await anext(stream)
             async with raw(config) as deaf:
                 for i in range(4):
-                    deaf.send(encode(Generate(id=i, prompt=[i + 1], max_tokens=500)))
+                    deaf.send(encode(Generate(id=i, request=Request([i + 1], 500))))
 
                 async def runs() -> bool:
                     return (await client.status()).requests_running == 5

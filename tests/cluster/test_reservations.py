@@ -13,17 +13,18 @@ import torch
 
 from lamina.attention import KVLayout, LayerShape
 from lamina.compute.prompts import PromptKV
-from lamina.compute.shard import RemoteShard, reserve
+from lamina.compute.shard import RemoteShard
 from lamina.errors import CapacityError, NodeError
 from lamina.front.prefix import PrefixKeys
-from lamina.front.scheduler import Ask, Sequence
+from lamina.front.sequence import ReservationRequest, Sequence
+from lamina.front.space import reserve
 from lamina.runtime.device import Device
 from lamina.transport import Address, Hello, connect
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import decode, encode
 from lamina.wire.geometry import shard_by_heads
 from lamina.wire.placement import Placement
-from lamina.wire.requests import Sampling
+from lamina.wire.requests import Request
 from tests import harness
 
 BLOCK = 16
@@ -50,24 +51,24 @@ class Ends:
         self._device = device
         self._id = 0
 
-    def ask(self, tokens: int, keys: list[bytes] | None = None) -> Ask:
+    def ask(self, tokens: int, keys: list[bytes] | None = None) -> ReservationRequest:
         """Something that a new sequence asks for."""
         self._id += 1
-        sequence = Sequence([1], 1, Sampling(), frozenset(), id=self._id)
-        return Ask(sequence, self._id, self.everywhere, tokens, keys=tuple(keys or ()))
+        sequence = Sequence(Request([1], 1), [1], 1, frozenset(), id=self._id)
+        return ReservationRequest(sequence, self._id, self.everywhere, tokens, keys=tuple(keys or ()))
 
-    async def reserve(self, ask: Ask, nodes: slice = slice(None)) -> int:
-        return await reserve(self.shards, replace(ask, placement=Placement(self.everywhere.nodes[nodes])), BLOCK)
+    async def reserve(self, ask: ReservationRequest, nodes: slice = slice(None)) -> int:
+        return await reserve(self.shards, replace(ask, placement=Placement(self.everywhere.members[nodes])), BLOCK)
 
-    def release(self, ask: Ask, nodes: slice = slice(None)) -> None:
+    def release(self, ask: ReservationRequest, nodes: slice = slice(None)) -> None:
         for shard in self.shards[nodes]:
             shard.release(ask.id)
 
-    def publish(self, ask: Ask, keys: list[bytes], nodes: slice = slice(None)) -> None:
+    def publish(self, ask: ReservationRequest, keys: list[bytes], nodes: slice = slice(None)) -> None:
         for shard in self.shards[nodes]:
             shard.publish(ask.id, keys)
 
-    def ship(self, ask: Ask, tokens: int, nodes: slice = slice(None)) -> None:
+    def ship(self, ask: ReservationRequest, tokens: int, nodes: slice = slice(None)) -> None:
         """Send keys and values of the first positions, layer by layer."""
         kept = PromptKV(ask.id, tokens, LAYERS, torch.float32, torch.device("cpu"))
         zeros = torch.zeros(tokens, LAYERS[0].kv_heads, LAYERS[0].qk_dim)
@@ -141,9 +142,11 @@ def test_a_sequence_takes_more_space_as_it_goes_on(ports: list[int]) -> None:
             first = ends.ask(16)
             await ends.reserve(first)
             for tokens in range(32, capacity + 1, 16):
-                await ends.reserve(Ask(first.sequence, first.id, ends.everywhere, tokens, tokens - 16))
+                await ends.reserve(ReservationRequest(first.sequence, first.id, ends.everywhere, tokens, tokens - 16))
             with pytest.raises(CapacityError, match=f"needs 16 more tokens of KV cache, 0 of {capacity} are free"):
-                await ends.reserve(Ask(first.sequence, first.id, ends.everywhere, capacity + 16, capacity))
+                await ends.reserve(
+                    ReservationRequest(first.sequence, first.id, ends.everywhere, capacity + 16, capacity)
+                )
             second = ends.ask(16)
             with pytest.raises(CapacityError, match="memory node m0: "):
                 await ends.reserve(second)
@@ -246,6 +249,6 @@ def test_a_compute_node_that_asks_for_less_than_it_has_is_sent_away(ports: list[
             ask = ends.ask(16)
             await ends.reserve(ask)
             with pytest.raises(NodeError, match="holds 16 tokens; expected more for an extension"):
-                await ends.reserve(Ask(ask.sequence, ask.id, ends.everywhere, tokens, tokens - 1))
+                await ends.reserve(ReservationRequest(ask.sequence, ask.id, ends.everywhere, tokens, tokens - 1))
 
     asyncio.run(main())

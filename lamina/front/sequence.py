@@ -1,0 +1,205 @@
+"""A request while it is being answered, and what one step of a batch does for it. Pure Python: plain values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lamina.front.cost import StepLoad
+from lamina.wire.placement import Placement
+from lamina.wire.requests import Request
+
+MAX_PREEMPTIONS = 4
+"""After this many preemptions a sequence ranks before all that were preempted less often."""
+
+NOWHERE = Placement(())
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request while it is being answered. Prompt and output are its whole state; the rest belongs to the scheduler.
+
+    A waiting sequence holds no space. A preempted one loses what it had and waits again; when it is admitted again, all
+    its tokens up to the last are prefilled as if they were a prompt.
+    """
+
+    request: Request
+    """What the client asked for."""
+    prompt: list[int]
+    max_tokens: int
+    """The length of the output at most: what the request says, or what the context leaves."""
+    stop_tokens: frozenset[int]
+    output: list[int] = field(default_factory=list)
+    arrival: int = -1
+    """Its number among all sequences that were submitted."""
+    id: int = -1
+    """The memory nodes know it by this number while it runs. Each admission draws a new one, because messages about the
+    previous one may still be under way."""
+    slot: int = -1
+    placement: Placement = NOWHERE
+    """The memory nodes that hold its keys and values while it runs."""
+    tokens: list[int] = field(default_factory=list)
+    """The tokens to prefill: the prompt, and the output up to the last preemption."""
+    prefilled: int = 0
+    """How many of ``tokens`` have been computed, or were found on the memory nodes."""
+    shared: int = 0
+    """How many of ``tokens`` were found on the memory nodes."""
+    local_tokens: int = 0
+    """How many of ``tokens`` are prefilled with their keys and values kept on the compute node. The past of all later
+    ones is read from the memory nodes."""
+    reserved: int = 0
+    """Positions for which space was requested from the memory nodes."""
+    confirmed: int = 0
+    """Positions for which the memory nodes have confirmed the space."""
+    keys: list[bytes] = field(default_factory=list)
+    """The keys of its leading full blocks, as far as they have been needed."""
+    preemptions: int = 0
+    yielding: bool = False
+    """Whether it will be preempted when its present step ends."""
+    cancelled: bool = False
+
+    @property
+    def max_context(self) -> int:
+        """The most positions that it can come to need."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def context(self) -> int:
+        """The tokens it has. Keys and values of the last one are stored in the next step."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all tokens before the last are stored, or on their way to the memory nodes."""
+        return 0 < len(self.tokens) == self.prefilled
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The order of admission: the smallest rank is admitted first, and preempted last."""
+        return (-int(self.preemptions >= MAX_PREEMPTIONS), -self.request.priority, self.arrival)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it is over, or None while it goes on."""
+        if self.output and self.output[-1] in self.stop_tokens:
+            return "stop"
+        return "length" if len(self.output) >= self.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One decode row: ``token`` is at ``position``, directly before the token to be sampled."""
+
+    sequence: Sequence
+    token: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Consecutive tokens of a prompt, from position ``start``."""
+
+    sequence: Sequence
+    start: int
+    tokens: list[int]
+
+    @property
+    def completes(self) -> bool:
+        """Whether it ends the prompt, so that a token is sampled from its last row."""
+        return self.start + len(self.tokens) == len(self.sequence.tokens)
+
+    @property
+    def remote(self) -> bool:
+        """Whether it attends to a past on the memory nodes, and not to the chunks kept on the compute node."""
+        return self.start >= self.sequence.local_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationRequest:
+    """A request to the memory nodes for space for the positions 0..tokens-1 of a sequence.
+
+    The answer goes to `Scheduler.confirm`.
+    """
+
+    sequence: Sequence
+    id: int
+    placement: Placement
+    tokens: int
+    reserved: int = 0
+    """Positions that were reserved before; 0 for a sequence that is new to the memory nodes."""
+    keys: tuple[bytes, ...] = ()
+    """The keys of the leading full blocks that a new sequence may share with others."""
+    ahead: int | None = None
+    """How many positions the layers of a new sequence can be apart at most. None: any number."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the sequence has no space yet."""
+        return not self.reserved
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the sequence still runs under this id."""
+        return self.sequence.id == self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Leading blocks of a sequence that others may share from now on."""
+
+    id: int
+    placement: Placement
+    keys: tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class CacheChanges:
+    """What the memory nodes have to be told, in this order: publications, releases, reservations."""
+
+    published: list[Publication] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+    """The ids of sequences that no longer run."""
+    reservations: list[ReservationRequest] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.published or self.released or self.reservations)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """The rows that go through the slices together: decode rows first, then chunks of prompts. There may be none.
+
+    The memory nodes are told ``changes`` before the step runs.
+    """
+
+    decode: tuple[DecodeRow, ...] = ()
+    prompts: tuple[PromptChunk, ...] = ()
+    changes: CacheChanges = field(default_factory=CacheChanges)
+    moved: bool = False
+    """Whether sequences moved to another slot, which may have to be woken."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to run."""
+        return bool(self.decode or self.prompts)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a token, in the order of the sampled rows."""
+        return [r.sequence for r in self.decode] + [c.sequence for c in self.prompts if c.completes]
+
+    @property
+    def load(self) -> StepLoad:
+        """Its size, for the cost model."""
+        prompt_tokens = sum(len(chunk.tokens) for chunk in self.prompts)
+        return StepLoad(len(self.decode), prompt_tokens, sum(row.position + 1 for row in self.decode))
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a finished step brought. The memory nodes are told ``changes`` afterwards."""
+
+    tokens: list[tuple[Sequence, int]]
+    """New tokens in the order of the sampled rows."""
+    finished: list[Sequence]
+    cancelled: list[Sequence]
+    changes: CacheChanges
