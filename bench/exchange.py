@@ -13,39 +13,45 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Coroutine
 from contextlib import closing, suppress
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
-import uvloop
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from lamina.admin import AdminClient
 from lamina.attention import KVLayout, LayerShape, Partial, Rows
-from lamina.attention.backend import BACKENDS, Plan
+from lamina.attention.backend import Plan
 from lamina.attention.native_backend import NativeBackend, NativePlan
 from lamina.bench import report
 from lamina.bench.ends import Task
 from lamina.bench.variants import Setting, two_processors
 from lamina.bench.yardsticks import Program
 from lamina.cluster.local import free_ports
-from lamina.compute.shard import RemoteShard
+from lamina.compute.peer_lane import Shape
+from lamina.compute.schedule import Schedule
+from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import StepRunner
 from lamina.config import NodeConfig
 from lamina.errors import LaminaError
 from lamina.front.blocks import BlockManager
 from lamina.front.engine import Engine
+from lamina.front.intake import Intake
 from lamina.front.scheduler import Scheduler
+from lamina.front.space import Space
 from lamina.front.team import Team
-from lamina.model.slices import Head, SlicedModel, StepConstants, Tail
+from lamina.model.slices import Head, StepConstants, Tail
 from lamina.node.memory import MemoryNode
-from lamina.runtime.device import Device
-from lamina.transport import Address, Hello, Link, Options, connect
-from lamina.wire.admin import AskStatus, Status
-from lamina.wire.codec import decode, encode
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.device import CpuDevice
+from lamina.runtime.loop import PreciseLoop
+from lamina.runtime.network import Sockets
+from lamina.transport import Address, Hello, Options
 from lamina.wire.geometry import shard_by_heads
 from lamina.wire.requests import Request
 
@@ -54,6 +60,8 @@ BATCHES, FLIGHTS = (1, 32), (1, 2, 4)
 LAYERS, SHAPE = 32, LayerShape(q_heads=32, kv_heads=8, qk_dim=128, v_dim=128, scale=1.0)
 """As of a model with 8 billion parameters."""
 DTYPE, BLOCK_TOKENS, VOCABULARY, MAX_TOKENS, MEMORY = "bfloat16", 16, 16, 8192, "256MiB"
+NEAR, FAR = 0, 1
+"""Member ids of the compute node and the memory node."""
 WARM_UP_S, MEASURE_S = 0.3, 1.0
 PEER_TIMEOUT_S, CONNECT_S = 20.0, 30.0
 
@@ -187,23 +195,16 @@ def _partial(rows: int, heads: int, v_dim: int) -> Partial:
 
 
 async def _be_far(port: int, cpu: int) -> None:
-    BACKENDS["accounts"] = ("lamina.bench.exchange", "Accounts")
-    node = NodeConfig(
-        name="far",
-        role="memory",
-        address=f"tcp://127.0.0.1:{port}",
-        memory=MEMORY,
-        cpus=None if cpu < 0 else str(cpu),
-        threads=1,
-        attention="accounts",  # type: ignore[arg-type]
-    )
-    await MemoryNode(node, Options(kind="shm", peer_timeout=PEER_TIMEOUT_S)).serve(asyncio.Event())
+    node = NodeConfig(name="far", role="memory", address=f"tcp://127.0.0.1:{port}", memory=MEMORY)
+    device = CpuDevice(cpus=None if cpu < 0 else frozenset({cpu}), threads=1)
+    options = Options(kind="shm", peer_timeout=PEER_TIMEOUT_S)
+    await MemoryNode(node, options, device=device, network=Sockets(), backend=Accounts).serve(asyncio.Event())
 
 
 # -- the compute node
 
 
-class _Slice:
+class _EmptySlice:
     """Stands for a slice: tensors that were made before, cut to the rows of the step."""
 
     def __init__(self, shape: LayerShape | None, rows: int) -> None:
@@ -223,25 +224,28 @@ class _Slice:
         return Tail(self._k[: constants[0]], self._v[: constants[0]], ())
 
 
-class _Model(NamedTuple):
+class EmptyForward(NamedTuple):
     """Stands for a model. The constants of a step are the numbers of its rows and of those that are sampled."""
 
-    slices: tuple[_Slice, ...]
+    slices: tuple[_EmptySlice, ...]
     device: torch.device
 
     @property
     def shapes(self) -> list[LayerShape]:
         return [piece.shape for piece in self.slices if piece.shape]
 
-    def slice(self, index: int) -> _Slice:
+    def slice(self, index: int) -> _EmptySlice:
         return self.slices[index]
 
     def begin(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> StepConstants:
         return len(token_ids), len(rows)
 
+    def carry_shapes(self, index: int, tokens: int) -> list[Shape]:
+        return []
 
-class _Answer:
-    """Nobody who asked."""
+
+class _FirstToken:
+    """The answer to a request of which only the first token is awaited."""
 
     def __init__(self) -> None:
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -259,46 +263,65 @@ class _Answer:
 
 
 async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float) -> None:
-    device = Device(cpus=None if cpu < 0 else frozenset({cpu}), threads=1)
+    device = CpuDevice(cpus=None if cpu < 0 else frozenset({cpu}), threads=1)
+    device.start()
+    there, home = Crossing(device.loop), Crossing(asyncio.get_running_loop())
     address, hello = Address.parse(f"tcp://127.0.0.1:{port}"), Hello("compute", "near")
     options = Options(kind="shm", peer_timeout=PEER_TIMEOUT_S)
-    watching = await connect(address, Hello("monitor", "near"), Options(kind="control"), deadline_s=CONNECT_S)
-    async with await connect(address, hello, options, deadline_s=CONNECT_S) as link:
-        link.lane_loop = device.loop
+    watching = await AdminClient.connect(address, Options(kind="control"), name="near", deadline_s=CONNECT_S)
+    intake = Intake(
+        "near",
+        there,
+        context=MAX_TOKENS + 1,
+        vocabulary=VOCABULARY,
+        stop_tokens=frozenset(),
+        max_waiting=batch * batches,
+    )
+    async with await Sockets().connect(address, hello, options, deadline_s=CONNECT_S) as link:
+        shard = ShardControl(FAR, "far", link, device, lambda member, error: intake.fail(error))
         (heads,) = shard_by_heads([SHAPE] * LAYERS, ["far"])
         layout = KVLayout(layers=heads.layers, dtype=DTYPE, block_tokens=BLOCK_TOKENS)
-        shard = RemoteShard("far", link, heads, layout, device, dtype=DTYPE, slots=batches, max_rows=batch)
-        await shard.attach("none", "none")
+        lane = await shard.attach(
+            heads,
+            layout,
+            tenant="none",
+            model="none",
+            dtype=DTYPE,
+            slots=batches,
+            max_rows=batch,
+            member=NEAR,
+            front=NEAR,
+        )
         rows = batch + 1
-        model = _Model((*(_Slice(SHAPE, rows) for _ in range(LAYERS)), _Slice(None, rows)), device.torch_device)
-        runner = StepRunner(cast(SlicedModel, model), device, [shard], getattr(torch, DTYPE))
+        pieces = (*(_EmptySlice(SHAPE, rows) for _ in range(LAYERS)), _EmptySlice(None, rows))
+        schedule = Schedule(LAYERS, (NEAR,), batches)
+        runner = StepRunner(
+            EmptyForward(pieces, device.torch_device),
+            device,
+            {FAR: lane},
+            getattr(torch, DTYPE),
+            schedule=schedule,
+            member=NEAR,
+        )
         scheduler = Scheduler(
             batches=batches,
             max_batch=batch,
             prefill_tokens=batch,
-            block_manager=BlockManager({0: shard.capacity_tokens // BLOCK_TOKENS}, BLOCK_TOKENS),
+            block_manager=BlockManager({FAR: shard.capacity_tokens // BLOCK_TOKENS}, BLOCK_TOKENS),
             max_waiting=batch * batches,
         )
-        engine = Engine(
-            "near",
-            Team(runner),
-            [shard],
-            scheduler,
-            batches=batches,
-            context=MAX_TOKENS + 1,
-            vocabulary=VOCABULARY,
-            stop_tokens=frozenset(),
-        )
-        running = asyncio.create_task(engine.run())
-        answers = [_Answer() for _ in range(batch * batches)]
-        for answer in answers:
-            engine.submit(Request([1], MAX_TOKENS), [1], answer)
+        engine = Engine(scheduler, Team(runner, device, home, schedule, member=NEAR), home, intake, batches=batches)
+        intake.open(engine, Space({FAR: shard}, BLOCK_TOKENS, intake.reserved))
+        running = asyncio.create_task(intake.run())
+        answers = [_FirstToken() for _ in range(batch * batches)]
+        request = Request(prompt=[1], max_tokens=MAX_TOKENS)
+        await asyncio.gather(*(intake.submit(request, [1], answer) for answer in answers))
         await asyncio.gather(*(answer.begun for answer in answers))
         await asyncio.sleep(WARM_UP_S)
-        before, far_before, started = (runner.layers, device.busy_s), await _status(watching), time.perf_counter()
+        before, far_before, started = (runner.layers, device.busy_s), await watching.status(), time.perf_counter()
         await asyncio.sleep(seconds)
-        after, far_after, ended = (runner.layers, device.busy_s), await _status(watching), time.perf_counter()
-        if engine.running < len(answers):
+        after, far_after, ended = (runner.layers, device.busy_s), await watching.status(), time.perf_counter()
+        if intake.counters.running < len(answers):
             raise LaminaError("the sequences were over before the end of the measurement; ask for more memory")
         running.cancel()
         with suppress(asyncio.CancelledError):
@@ -314,17 +337,14 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
     sys.stdout.write(json.dumps(found) + "\n")
 
 
-async def _status(link: Link) -> Status:
-    answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    link.on_message = answered.set_result
-    link.send(encode(AskStatus()))
-    status: Status = decode(await answered, Status)
-    return status
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=PreciseLoop) as runner:
+        runner.run(work)
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["far", port, cpu]:
-            uvloop.run(_be_far(int(port), int(cpu)))
+            _run(_be_far(int(port), int(cpu)))
         case ["near", port, cpu, batch, batches, seconds]:
-            uvloop.run(_be_near(int(port), int(cpu), int(batch), int(batches), float(seconds)))
+            _run(_be_near(int(port), int(cpu), int(batch), int(batches), float(seconds)))

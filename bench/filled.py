@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lamina.runtime.device import let_idle_threads_sleep
+from lamina.runtime.device import CpuDevice, let_idle_threads_sleep
 
 let_idle_threads_sleep()  # as ``lamina node`` does, before torch is there
 
@@ -25,9 +25,11 @@ from torch import Tensor
 from lamina.attention import LayerShape
 from lamina.compute.prompts import PromptKV
 from lamina.compute.step import StepRunner
-from lamina.config import load
+from lamina.config import load as read
 from lamina.node import daemon
+from lamina.node.assemble import LoadForward, load_forward
 from lamina.node.compute import ComputeNode
+from lamina.runtime.network import Sockets
 from lamina.wire.geometry import CHUNK_TOKENS
 from lamina.wire.orders import Done, Order
 
@@ -57,9 +59,9 @@ class FilledRunner(StepRunner):
         for run in prompts:
             kept = RandomKV(run.sequence, self.model.shapes, self.dtype)
             for layer in range(len(self.model.shapes)):
-                for shard in self.shards:
+                for shard in self.shards.values():
                     shard.ship(kept, layer, run.start, len(run.tokens), run.start)
-        done = Done(slot=order.slot, step=order.step, tokens=[], compute_s=math.nan, attention_s=[math.nan])
+        done = Done(slot=order.slot, step=order.step, tokens=[], compute_s=math.nan, attention_s=[(0, math.nan)])
         if decoding := [run for run in order.runs if run.remote]:
             done = await super().run(replace(order, runs=decoding))
         if prompts:  # which are no measure of what prompts cost
@@ -67,9 +69,13 @@ class FilledRunner(StepRunner):
         return replace(done, tokens=done.tokens + [FIRST_TOKEN for run in prompts if run.choice])
 
 
-def main() -> int:
-    config, name = load(Path(sys.argv[1])), sys.argv[2]
-    return daemon.run(name, ComputeNode(config, config.find(name), runner=FilledRunner).serve)
+def main(load: LoadForward = load_forward) -> int:
+    """Run the node that the command line names, with the forward pass that ``load`` makes."""
+    config, name = read(Path(sys.argv[1])), sys.argv[2]
+    node = config.find(name)
+    device = CpuDevice(cpus=node.pinned, threads=node.threads)
+    serving = ComputeNode(config, node, device=device, network=Sockets(), load=load, make_runner=FilledRunner)
+    return daemon.run(name, serving.serve)
 
 
 if __name__ == "__main__":

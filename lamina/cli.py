@@ -68,6 +68,8 @@ def node(
     let_idle_threads_sleep()
     from lamina.config import load, parse_cpus
     from lamina.node import daemon
+    from lamina.runtime.device import CpuDevice
+    from lamina.runtime.network import Sockets
 
     if role not in ("compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
@@ -102,11 +104,14 @@ def node(
                 raise ConfigError("--numa: not for a compute node, which holds no KV cache")
             from lamina.node.compute import ComputeNode
 
-            raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen).serve))
+            device = CpuDevice(chosen.device or "cpu", cpus=chosen.pinned, threads=chosen.threads)
+            raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen, device=device, network=Sockets()).serve))
         options = cluster.links
     from lamina.node.memory import MemoryNode
 
-    raise typer.Exit(daemon.run(chosen.name, MemoryNode(chosen, chosen.options(options)).serve))
+    device = CpuDevice(cpus=chosen.pinned, threads=chosen.threads)
+    memory_node = MemoryNode(chosen, chosen.options(options), device=device, network=Sockets())
+    raise typer.Exit(daemon.run(chosen.name, memory_node.serve))
 
 
 def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[NodeConfig, Options]:

@@ -41,9 +41,7 @@ class PeerControl:
         self._greeting = self._questions.expect(Greeting)
         self._enlist = self._questions.expect(Enlist)
         self._enlisted = self._questions.expect(Enlisted)
-        link.deliver(
-            on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost, lane_loop=device.loop
-        )
+        link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost, lane_loop=device.loop)
 
     # -- meeting
 
@@ -115,4 +113,3 @@ class PeerControl:
     def describe(self) -> PeerStatus:
         """What the status says about the way to the peer."""
         return PeerStatus.over(self.link, self.name)
-

@@ -63,7 +63,7 @@ class StepRunner:
         member: int,
         peers: Mapping[int, PeerLane] | None = None,
     ) -> None:
-        """``member`` is the member id of this node in the ``schedule``; ``shards`` and ``peers`` have theirs as keys."""
+        """``member`` is the id of this node in the ``schedule``; ``shards`` and ``peers`` have theirs as keys."""
         self.model = model
         self.device = device
         self.shards = shards

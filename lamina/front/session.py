@@ -74,14 +74,16 @@ class ClientSession:
         intake, tokenizer = self._intake(), self._tokenizer()
         if id_ in self._requests:
             raise RequestError(f"request id {id_} is in use on this connection")
-        encoding = None
+        prompt: list[int] | asyncio.Future[list[int]]
         if isinstance(request.prompt, str):
             intake.require_place(tokenizer.at_work)
             # Long texts take long, so not on this loop.
-            encoding = self._device.call(tokenizer.encode, request.prompt)
+            prompt = self._device.call(tokenizer.encode, request.prompt)
             tokenizer.at_work += 1
-            encoding.add_done_callback(tokenizer.done)
-        submitting = self._submit(intake, tokenizer, id_, request, encoding)
+            prompt.add_done_callback(tokenizer.done)
+        else:
+            prompt = request.prompt
+        submitting = self._submit(intake, tokenizer, id_, request, prompt)
         self._requests[id_] = asyncio.get_running_loop().create_task(submitting)
 
     async def _submit(
@@ -90,12 +92,12 @@ class ClientSession:
         tokenizer: Tokenizer,
         id_: int,
         request: Request,
-        encoding: asyncio.Future[list[int]] | None,
+        prompt: list[int] | asyncio.Future[list[int]],
     ) -> None:
         try:
-            prompt = await encoding if encoding is not None else list(request.prompt)
-            answer = _TextAnswer(self, id_, len(prompt), TextStream(tokenizer))
-            sequence = await intake.submit(request, prompt, answer)
+            tokens = prompt if isinstance(prompt, list) else await prompt
+            answer = _TextAnswer(self, id_, len(tokens), TextStream(tokenizer))
+            sequence = await intake.submit(request, tokens, answer)
         except LaminaError as e:
             self.end(id_, failed(e, id_))
         else:

@@ -128,8 +128,8 @@ def check_same(attach: Attach, front: Attach) -> None:
         if name == "layers":
             name, own, asked = _difference(own, asked)
         raise ProtocolError(
-            f"compute node {attach.member} of tenant {front.tenant} asks for {name} {asked!s:.300}, its front asked for "
-            f"{own!s:.300}; all compute nodes of a tenant have to ask for the same"
+            f"compute node {attach.member} of tenant {front.tenant} asks for {name} {asked!s:.300}, its front asked "
+            f"for {own!s:.300}; all compute nodes of a tenant have to ask for the same"
         )
 
 

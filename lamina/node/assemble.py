@@ -160,7 +160,7 @@ class CutModel:
         return self.blueprint.capture.checkpoint
 
     @property
-    def layers(self) -> list[LayerShape]:
+    def layers(self) -> tuple[LayerShape, ...]:
         """The attention of each layer."""
         return self.blueprint.capture.shapes
 
@@ -219,9 +219,7 @@ def load_forward(config: ClusterConfig, cut: CutModel, member: int, device: torc
     with torch.inference_mode(False):
         names = cut.blueprint.weights_of(own.start, own.stop - 1)
         weights = load_weights(cut.blueprint.capture, names, device)
-        return SlicedModel(
-            cut.blueprint, weights, device, own.start, own.stop - 1, compiled=config.model.compile
-        )
+        return SlicedModel(cut.blueprint, weights, device, own.start, own.stop - 1, compiled=config.model.compile)
 
 
 LoadForward = Callable[[ClusterConfig, CutModel, int, torch.device], ForwardPass]

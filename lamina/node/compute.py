@@ -16,6 +16,7 @@ import torch
 from lamina.compute.follower import Follower
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
+from lamina.compute.shard_lane import ShardLane
 from lamina.compute.step import StepRunner, Steps
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import LaminaError, NodeError, TransportError
@@ -211,7 +212,7 @@ class ComputeNode:
         front.send(Enlisted())
         return self._follower
 
-    async def _make_steps(self, cut: CutModel, lanes: Mapping[int, Any]) -> Steps:
+    async def _make_steps(self, cut: CutModel, lanes: Mapping[int, ShardLane]) -> Steps:
         load = partial(self._load, self._config, cut, self._member, self._device.torch_device)
         model, _ = await self._there.start(self._device.run(load))
         return self._make_runner(
@@ -277,9 +278,9 @@ class ComputeNode:
         status.state = "draining" if worker.draining else "ready"
         status.model = self._cut.checkpoint.fingerprint
         status.layers = runner.layers
-        lanes = [*(shard.lane for shard in self._shards.values()), *(peer.lane for peer in self._peers.values())]
-        status.stale_tags = sum(lane.stale_tags for lane in lanes)
-        status.peers = [control.describe() for control in (*self._shards.values(), *self._peers.values())]
+        ways: list[ShardControl | PeerControl] = [*self._shards.values(), *self._peers.values()]
+        status.stale_tags = sum(way.lane.stale_tags for way in ways)
+        status.peers = [way.describe() for way in ways]
         if self._follower is not None:
             status.steps = self._follower.steps
         if self._front is not None:

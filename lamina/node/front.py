@@ -51,8 +51,8 @@ def make_blocks(config: ClusterConfig, cut: CutModel, shards: Mapping[int, Shard
         least = min(shards.values(), key=lambda shard: shard.capacity_tokens)
         raise CapacityError(
             f"the memory nodes can hold {blocks.max_context} tokens of one request, fewer than the context of "
-            f"{cut.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} "
-            f"tokens of {layouts[least.member].bytes_per_token} bytes); give them more memory or set model.context lower"
+            f"{cut.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} tokens of "
+            f"{layouts[least.member].bytes_per_token} bytes); give them more memory or set model.context lower"
         )
     return blocks
 
@@ -94,9 +94,7 @@ async def open_front(
     """Make the engine and fit its cost model, while no request uses the nodes."""
     name, pipeline, there = config.front.name, config.pipeline, Crossing(device.loop)
     scheduler = make_scheduler(config, cut, blocks)
-    team = Team(
-        runner, device, home, cut.schedule, member=members.id_of(name), epoch=members.epoch, peers=peers
-    )
+    team = Team(runner, device, home, cut.schedule, member=members.id_of(name), epoch=members.epoch, peers=peers)
     intake = Intake(
         name,
         there,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from lamina.errors import ConfigError, LaminaError, TransportError
+from lamina.errors import ConfigError, LaminaError
 from lamina.node.probe import measure
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lamina.compute.shard import RemoteShard
 
 from lamina.attention import KVLayout, LayerShape
 from lamina.compute.prompts import PromptKV
-from lamina.compute.shard import RemoteShard
 from lamina.errors import CapacityError, NodeError
 from lamina.front.prefix import PrefixKeys
 from lamina.front.sequence import ReservationRequest, Sequence
