@@ -1,13 +1,13 @@
-"""Attention on a memory node, beside other libraries and beside what the machine's memory delivers.
+"""Attention on a memory node, beside other libraries and beside the bandwidth of the machine's memory.
 
-Decode is bound by the bytes of the KV cache, so its figure is the share of the read bandwidth that it reaches. Virtual
-machines change their bandwidth within minutes. Hence a plain read by as many threads goes before and after every
-sample, which is compared with the mean of the two; the median of these ratios is reported. Samples go around
-layers that together are ten times the last-level caches, so that no byte is still there when it is visited again.
-What our own backends reach over a context that stays in those caches is shown beside it: the same work without the
-memory, and so what arithmetic allows on this machine. Where that is below the read bandwidth, it is the limit.
+Decode is bound by the bytes of the KV cache, so the benchmark reports the share of the read bandwidth that it reaches.
+The bandwidth of a virtual machine changes within minutes. A plain read with as many threads therefore precedes and
+follows every sample, the sample is compared with the mean of the two reads, and the median of these ratios is reported.
+Samples go around layers that together are ten times as large as the last-level caches, so that no byte is still cached
+when it is read again. For our own backends, the same work over a context that stays in those caches is shown beside it:
+this is what arithmetic allows on this machine, and it is the limit where it is below the read bandwidth.
 
-Prefill is bound by arithmetic and compared with torch. Appending is shown beside the attention of the same step.
+Prefill is bound by arithmetic and is compared with torch. Appending is shown beside the attention of the same step.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lamina.attention.pool import Memory
 from lamina.attention.rows import Rows, Run
 from lamina.bench import report
-from lamina.bench.bandwidth import Bandwidth, Others, cache_bytes, check_threads, free_bytes, in_turns, read_bytes
-from lamina.bench.contenders import LIBRARIES, Content, Own, Point, layout_of, scattered
+from lamina.bench.bandwidth import Bandwidth, OtherWork, cache_bytes, check_threads, free_bytes, in_turns, read_bytes
+from lamina.bench.contenders import LIBRARIES, Content, OwnBackend, Point, layout_of, scattered
 from lamina.errors import CapacityError, ConfigError
+from lamina.table import print_text
 
 Machine = dict[str, Any]
 
 SHAPES = ((1, 2048), (1, 8192), (1, 32768), (16, 512), (16, 2048), (16, 8192), (32, 2048))
 """Batch and context."""
 MAIN_SHAPES = ((16, 2048), (1, 32768))
-"""All that a quick run has; and where other libraries are measured with other than the first of these:"""
+"""The shapes of a quick run, at which other libraries are also measured with all of these heads."""
 GQA, HEAD_DIMS = (4, 8), (128, 64)
 HEADS = tuple(product(GQA, HEAD_DIMS))
 COMMON_TYPES = ("bfloat16", "float8_e4m3fn", "int8")
-"""Of our own. Other types, and other GQA, are measured at one shape only."""
+"""The types of our own backends that are measured at all shapes; others, and rare GQA, are measured at one shape."""
 RARE_SHAPE, RARE_GQA = (16, 2048), (1, 16)
 
 APPEND_SHAPE = (32, 2048)
 PREFILLS = ((512, 0), (512, 1024), (2048, 0), (2048, 1024))
-"""New tokens and tokens before them."""
+"""New tokens, and tokens before them."""
 QUICK_PREFILLS = PREFILLS[:1]
 PREFILL_LAYERS = 2
 
@@ -55,11 +55,11 @@ SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "float16": "f16", "float32"
 PLOT_SHAPES = ((16, 512), (16, 2048), (16, 8192), (1, 32768))
 
 CACHES = 10
-"""Times the last-level caches that are read between two visits of a byte."""
+"""How many times the size of the last-level caches is read between two visits of a byte."""
 CACHED_SHARE = 4
-"""The part of the last-level caches that a context takes which is to stay in them."""
+"""A context that is to stay in the last-level caches takes this fraction of them: one part in four."""
 MAX_BYTES = 6 << 30
-"""Of memory, together with the buffer for plain reads; and no more than half of what is free."""
+"""The most memory to take, including the buffer for plain reads. Half of the free memory is the other limit."""
 
 
 COLUMNS = {
@@ -69,12 +69,12 @@ COLUMNS = {
         "shape": "BxC",
         "gqa": "GQA",
         "head_dim": "head",
-        "threads": "threads",
+        "threads": "cores",
         "tokens_per_s": "tokens/s",
         "gbps": "GB/s",
         "read_gbps": "read",
         "ratio": "ratio",
-        "cached_gbps": "in cache",
+        "cached_gbps": "cached",
     },
     "append": {
         "backend": "backend",
@@ -96,11 +96,11 @@ COLUMNS = {
         "sdpa_ratio": "x sdpa",
     },
 }
-"""By the phase that a row is about."""
+"""The columns of each phase's table."""
 
 
 def run(backends: list[str] | None, *, threads: int | None, as_json: bool, plot: Path | None, quick: bool) -> None:
-    """Measure, print, and draw if asked."""
+    """Measure and print; draw into ``plot`` if it is given."""
     if plot:
         report.figure_class()
     console = Console(stderr=True)
@@ -116,7 +116,10 @@ def run(backends: list[str] | None, *, threads: int | None, as_json: bool, plot:
 
 
 def _usable(backends: list[str] | None, console: Console) -> list[str]:
-    """The libraries to measure. Without ``backends`` those that are there; the others are named and left out."""
+    """Return the names of the libraries to measure.
+
+    Without ``backends`` these are the installed ones; a note names each library that is left out.
+    """
     unknown = sorted(set(backends or ()) - LIBRARIES.keys())
     if unknown:
         raise ConfigError(f"--backend: expected one of {', '.join(LIBRARIES)}, got {', '.join(unknown)}")
@@ -126,7 +129,7 @@ def _usable(backends: list[str] | None, console: Console) -> list[str]:
         if why and backends:
             raise ConfigError(f"--backend {name}: {why}")
         if why:
-            console.print(f"{name} is left out: {why}", highlight=False, soft_wrap=True)
+            print_text(f"{name} is left out: {why}", console)
         else:
             usable.append(name)
     return usable
@@ -144,21 +147,21 @@ def _measure(names: list[str], threads: int, console: Console, *, quick: bool) -
     if not fitting:
         needed = min(_nbytes(*job[1:3]) for job in jobs) + read_bytes()
         raise CapacityError(
-            f"bench attention: needs {needed / 2**30:.1f} GiB of memory to leave caches of {cache_bytes() >> 20} MiB "
-            f"behind, but may take {(limit + read_bytes()) / 2**30:.1f} GiB: half of what is free, at most "
+            f"bench attention: needs {needed / 2**30:.1f} GiB of memory to exceed caches of {cache_bytes() >> 20} MiB, "
+            f"but may take {(limit + read_bytes()) / 2**30:.1f} GiB: half of what is free, at most "
             f"{MAX_BYTES >> 30} GiB"
         )
     if len(fitting) < len(jobs):
         missing = f"{len(jobs) - len(fitting)} of {len(jobs)} points are left out"
-        console.print(f"{missing}: they take more than {limit / 2**30:.1f} GiB of memory", highlight=False)
+        print_text(f"{missing}: they need more than {limit / 2**30:.1f} GiB of memory", console)
     prefills = QUICK_PREFILLS if quick else PREFILLS
 
     torch.set_num_threads(threads)
-    others, rows = Others(), []
-    bench = _Bench(threads, max(_nbytes(*job[1:3]) for job in fitting))
+    others, rows = OtherWork(), []
+    bench = _AttentionBench(threads, max(_nbytes(*job[1:3]) for job in fitting))
     try:
         machine = {**report.machine(), **bench.machine()}
-        with Progress(console=console, transient=True) as progress:
+        with report.progress(console) as progress:
             task = progress.add_task("attention", total=len(fitting) + len(prefills))
             for phase, name, point, used in fitting:
                 rows.append(bench.decode(name, point, used) if phase == "decode" else bench.append(name, point))
@@ -173,7 +176,7 @@ def _measure(names: list[str], threads: int, console: Console, *, quick: bool) -
 
 
 def _grid(names: list[str], *, quick: bool) -> list[tuple[str, Point]]:
-    """What to measure, libraries next to one another: what is compared then is of about the same minute."""
+    """Return the points to measure, sorted so that what is compared is measured within about the same minute."""
     grid = []
     for name in names:
         library = LIBRARIES[name]
@@ -193,7 +196,7 @@ def _point(batch: int, context: int, kv_dtype: str, gqa: int = GQA[0], head_dim:
 
 
 def _layers(point: Point) -> int:
-    """So many layers leave the caches behind between two visits of a byte."""
+    """Return the number of layers whose keys and values together are too large to stay in the caches."""
     return -(-CACHES * cache_bytes() // point.kv_bytes)
 
 
@@ -201,8 +204,8 @@ def _nbytes(name: str, point: Point) -> int:
     return LIBRARIES[name].nbytes(point, _layers(point))
 
 
-class _Bench:
-    """The yardstick, and one memory of ``nbytes`` that all caches take turns in."""
+class _AttentionBench:
+    """The bandwidth yardstick, and one memory of ``nbytes`` which the caches of all contenders use in turn."""
 
     def __init__(self, threads: int, nbytes: int) -> None:
         self._threads = threads
@@ -224,7 +227,7 @@ class _Bench:
         }
 
     def decode(self, name: str, point: Point, threads: int) -> report.Row:
-        """One token of each sequence attends to its context, with ``threads`` threads: one or all."""
+        """Measure one token of each sequence attending to its context, with ``threads`` threads: one or all."""
         library, layers = LIBRARIES[name], _layers(point)
         contender = library.make(point, layers, self._memory, threads)
         try:
@@ -246,7 +249,7 @@ class _Bench:
         }
 
     def _in_cache(self, name: str, point: Point, threads: int) -> float:
-        """GB/s of one sequence in one layer that stays in the last-level caches, in the shape of ``point``."""
+        """Return the GB/s for one sequence in one layer that stays in the last-level caches, shaped like ``point``."""
         key = (name, point.kv_dtype, point.gqa, point.head_dim, threads)
         if key not in self._cached:
             token_bytes = point.kv_bytes // (point.batch * point.context)
@@ -260,9 +263,9 @@ class _Bench:
         return self._cached[key]
 
     def append(self, name: str, point: Point) -> report.Row:
-        """How long new tokens' keys and values take to store, alone and within ``finish``, which attends to them."""
+        """Measure storing the keys and values of new tokens, alone and as part of ``finish``."""
         layers = _layers(point)
-        own = Own(name, point, layers, self._memory, self._threads)
+        own = OwnBackend(name, point, layers, self._memory, self._threads)
         backend, rows, plan, content = own.backend, own.rows, own.plan, Content.of(point, tokens=point.batch)
         q, k, v = content.q, content.k, content.v
         try:
@@ -282,7 +285,7 @@ class _Bench:
         }
 
     def prefill(self, own: list[str], new: int, past: int, *, sdpa: bool) -> list[report.Row]:
-        """``new`` tokens of one sequence are stored and attend, to one another and to ``past`` tokens before them."""
+        """Measure storing ``new`` tokens of one sequence and their attention to each other and to ``past`` tokens."""
         calls: dict[tuple[str, str], Callable[[int], object]] = {}
         with ExitStack() as stack:
             if sdpa:
@@ -315,7 +318,7 @@ def _sdpa_prefill(new: int, past: int) -> Callable[[int], object]:
     q, k, v = _prompt(_point(1, past + new, "bfloat16"), new, past)
     query = q.transpose(0, 1).unsqueeze(0)
     caches = [(k.transpose(0, 1).unsqueeze(0).clone(), v.transpose(0, 1).unsqueeze(0).clone())] * PREFILL_LAYERS
-    # Without a past torch needs no mask, and is faster.
+    # Without a past, torch needs no mask and is faster.
     visible = torch.ones(new, past + new, dtype=torch.bool).tril(past) if past else None
 
     def attend(layer: int) -> object:
@@ -342,7 +345,7 @@ def _own_prefill(name: str, kv_dtype: str, new: int, past: int, threads: int) ->
 
 
 def _prompt(point: Point, new: int, past: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q: [new, Hq, D]; k, v: [past + new, 8, D]."""
+    """Return q [new, Hq, D] and k, v [past + new, 8, D]."""
     content = Content.of(point, tokens=past + new)
     q = torch.randn(new, point.q_heads, point.head_dim, generator=torch.Generator().manual_seed(1))
     return q.to(torch.bfloat16), content.k, content.v
@@ -364,7 +367,7 @@ def _print(rows: list[report.Row], machine: Machine) -> None:
 
 
 def _draw(path: Path, rows: list[report.Row]) -> None:
-    """The ratio over the context with all threads, a line for each library and type."""
+    """Draw the ratio with all threads over the context, a line for each library and type."""
     points: list[report.Row] = []
     threads = max(row["threads"] for row in rows)
     for batch, context in PLOT_SHAPES:

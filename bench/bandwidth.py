@@ -1,4 +1,4 @@
-"""What this machine's memory delivers, and work measured in turns with it."""
+"""The bandwidth of this machine's memory, and work measured in turns with plain reads."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ from rich.console import Console
 from lamina.attention.native.library import Workers
 from lamina.attention.pool import Memory
 from lamina.errors import ConfigError
+from lamina.table import print_text
 
 Name = TypeVar("Name", bound=Hashable)
 
 REPEATS = 5
 SAMPLE_S = 0.02
-"""A sample goes on from layer to layer for at least this long."""
+"""A sample continues from layer to layer for at least this long."""
 
 SETTLE_S, INTEL_SETTLE_S = 0.02, 0.25
-"""How long threads of OpenMP look for more work before they leave the cores to others; those of Intel take longer."""
+"""How long OpenMP threads spin in search of work before they release the cores; Intel's runtime spins longer."""
 
 READ_CACHES, MIN_READ_BYTES = 4, 256 << 20
-"""A plain read goes over so many times the last-level cache."""
+"""A plain read covers this many times the size of the last-level caches, and at least this many bytes."""
 
 ASSUMED_CACHE = 32 << 20
+"""The size of the last-level caches where the kernel does not report it."""
 
 MAX_OTHERS = 0.1
-"""Cores busy with other work, beyond which it is mentioned."""
+"""The number of cores busy with other work beyond which a note says so."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Medians. ``ratio``: of each sample to the plain reads before and after it, not of the medians."""
+    """The medians of a measurement.
+
+    ``ratio`` is the median of the ratios of each sample to the plain reads around it, not the ratio of the medians.
+    """
 
     seconds: float
     gbps: float
@@ -47,7 +52,7 @@ class Measured:
 
 
 class Bandwidth:
-    """Reads a buffer much larger than the caches, with the vector loads of the native kernel."""
+    """Plain reads of a buffer much larger than the caches, with the vector loads of the native kernel."""
 
     def __init__(self, threads: int) -> None:
         self._workers = Workers(threads)
@@ -61,24 +66,24 @@ class Bandwidth:
         self._buffer.close()
 
     def one_thread(self) -> float:
-        """GB/s."""
+        """Return the median GB/s of a few plain reads with one thread."""
         return statistics.median(self._read(self._one) for _ in range(REPEATS))
 
     def all_threads(self) -> float:
-        """GB/s."""
+        """Return the median GB/s of a few plain reads with all threads."""
         return statistics.median(self._read(self._workers) for _ in range(REPEATS))
 
     def compare(self, work: Callable[[int], object], layers: int, nbytes: int, *, one: bool, settle: bool) -> Measured:
-        """Call ``work`` for one layer after the other, which reads ``nbytes`` in each, in turns with plain reads.
+        """Call ``work``, which reads ``nbytes`` in each layer, for layer after layer, in turns with plain reads.
 
-        ``one``: these are by one thread, else by all. ``settle``: the threads of ``work`` may still be busy when it
-        returns; they are waited for.
+        The plain reads use one thread if ``one``, else all. ``settle`` says that threads of ``work`` may still spin
+        when it returns, and makes each read wait until they have stopped.
         """
         workers = self._one if one else self._workers
         pause = _settle_seconds() if settle else 0.0
         around = cycle(range(layers))
         _sample(work, around)
-        time.sleep(_settle_seconds())  # for whatever filled the caches, too
+        time.sleep(_settle_seconds())  # the threads that filled the caches may spin as well
         reads, samples = [self._read(workers)], []
         for _ in range(REPEATS):
             samples.append(_sample(work, around))
@@ -100,7 +105,7 @@ class Bandwidth:
 
 
 def in_turns(calls: Mapping[Name, Callable[[int], object]], layers: int) -> dict[Name, float]:
-    """Median seconds that each of ``calls`` takes for a layer, sampled in turns."""
+    """Return the median seconds that each of ``calls`` takes for a layer, sampled in turns."""
     samples: dict[Name, list[float]] = {name: [] for name in calls}
     arounds = {name: cycle(range(layers)) for name in calls}
     pause = _settle_seconds()
@@ -114,7 +119,7 @@ def in_turns(calls: Mapping[Name, Callable[[int], object]], layers: int) -> dict
 
 
 def _sample(call: Callable[[int], object], layers: Iterator[int]) -> float:
-    """Seconds per layer."""
+    """Return the mean seconds per layer over one sample."""
     calls, started = 0, time.perf_counter()
     while (seconds := time.perf_counter() - started) < SAMPLE_S:
         call(next(layers))
@@ -122,22 +127,21 @@ def _sample(call: Callable[[int], object], layers: Iterator[int]) -> float:
     return seconds / calls
 
 
-class Others:
-    """How many of the cores that this process may use have been busy with something else since this was made."""
+class OtherWork:
+    """The load that other processes have put on this process's cores since this object was created."""
 
     def __init__(self) -> None:
         self._started, self._busy = time.perf_counter(), _others_seconds()
 
     def cores(self) -> float:
-        """On average."""
+        """Return the average number of cores that were busy with other work."""
         return max(0.0, (_others_seconds() - self._busy) / (time.perf_counter() - self._started))
 
     def mention(self, console: Console) -> float:
-        """`cores`; where they are more than ``MAX_OTHERS``, that is printed."""
+        """Return `cores`, and print a note if there are more than ``MAX_OTHERS``."""
         cores = self.cores()
         if cores > MAX_OTHERS:
-            told = f"other work kept {cores:.2f} cores busy meanwhile; figures of a quiet machine will be better"
-            console.print(told, highlight=False)
+            print_text(f"other work kept {cores:.2f} cores busy; a quiet machine gives better figures", console)
         return cores
 
 
@@ -151,13 +155,13 @@ def _others_seconds() -> float:
 
 
 def read_bytes() -> int:
-    """The size of the buffer that is read."""
+    """Return the size of the buffer for plain reads."""
     return max(READ_CACHES * cache_bytes(), MIN_READ_BYTES)
 
 
 @cache
 def cache_bytes() -> int:
-    """The last-level caches of the processors that this process may use, together."""
+    """Return the total size of the last-level caches of the processors that this process may use."""
     caches: dict[str, int] = {}
     for cpu in os.sched_getaffinity(0):
         folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/cache")
@@ -172,7 +176,7 @@ def cache_bytes() -> int:
 
 
 def check_threads(threads: int | None) -> int:
-    """What ``--threads`` says, or all cores; ConfigError for more of them than there are."""
+    """Return the value of ``--threads``, by default all cores. ConfigError if it exceeds the cores."""
     cores = len(os.sched_getaffinity(0))
     if threads is not None and threads > cores:
         raise ConfigError(f"--threads: expected at most {cores}, the cores that this process may use, got {threads}")
@@ -180,7 +184,7 @@ def check_threads(threads: int | None) -> int:
 
 
 def free_bytes() -> int:
-    """Memory that can be taken without swapping."""
+    """Return how much memory can be allocated without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10

@@ -1,4 +1,4 @@
-"""Random-weight Llama checkpoints, made once into the user's cache folder."""
+"""Llama checkpoints with random weights, generated once into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 SEED = 20_000
 STD = 0.02
 ITEM_BYTES = 2
-"""Weights, keys and values are bfloat16."""
+"""The size of a number: weights, keys and values are bfloat16."""
 MAX_CONTEXT = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """The shape of a Llama with grouped-query attention and an output projection of its own, in bfloat16."""
+class RandomLlama:
+    """The shape of a Llama with grouped-query attention and an untied output projection, in bfloat16."""
 
     name: str
     hidden: int
@@ -35,7 +35,7 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that one step reads: all but the embeddings, of which it reads a row per token."""
+        """Bytes of weights that one step reads: all except the embeddings, of which it reads one row per token."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = attention + 3 * self.hidden * self.ffn
         return ITEM_BYTES * (self.layers * layer + self.hidden * self.vocabulary)
@@ -49,28 +49,28 @@ class Model:
         return 2 * ITEM_BYTES * self.layers * self.kv_heads * self.head_dim
 
     def step_bytes(self, batch: int, context: int) -> int:
-        """What one step of ``batch`` sequences has to read: weights once, and the keys and values of all contexts."""
+        """Return the bytes that one step of ``batch`` sequences must read: all weights, and all keys and values."""
         return self.weight_bytes + batch * context * self.kv_bytes_per_token
 
 
 MODELS = {
     model.name: model
     for model in (
-        Model("T", hidden=128, ffn=384, layers=2, heads=4, kv_heads=2, head_dim=32, vocabulary=512),
-        Model("S", hidden=1024, ffn=3072, layers=12, heads=16, kv_heads=4, head_dim=64, vocabulary=8192),
-        Model("M", hidden=2048, ffn=8192, layers=16, heads=32, kv_heads=8, head_dim=64, vocabulary=32_000),
+        RandomLlama("T", hidden=128, ffn=384, layers=2, heads=4, kv_heads=2, head_dim=32, vocabulary=512),
+        RandomLlama("S", hidden=1024, ffn=3072, layers=12, heads=16, kv_heads=4, head_dim=64, vocabulary=8192),
+        RandomLlama("M", hidden=2048, ffn=8192, layers=16, heads=32, kv_heads=8, head_dim=64, vocabulary=32_000),
     )
 }
-"""T is a toy, to see whether everything works."""
+"""The models by name. T is a toy, for trying whether everything works."""
 
 
 def cache_folder() -> Path:
-    """Where Lamina keeps what it can make again."""
+    """Return the folder for files that Lamina can generate again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamina"
 
 
-def checkpoint(model: Model) -> Path:
-    """The directory of the checkpoint of ``model``, made if it is not there: the same weights on every machine."""
+def checkpoint(model: RandomLlama) -> Path:
+    """Return the checkpoint directory of ``model``, generated if it is missing; every machine gets the same weights."""
     shape = "-".join(str(value) for value in asdict(model).values())
     folder = cache_folder() / "checkpoints" / f"{shape}-{SEED}"
     if not folder.exists():
@@ -84,7 +84,7 @@ def checkpoint(model: Model) -> Path:
     return folder
 
 
-def _write(model: Model, folder: Path) -> None:
+def _write(model: RandomLlama, folder: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -108,7 +108,7 @@ def _write(model: Model, folder: Path) -> None:
     save_file(_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _weights(model: Model) -> dict[str, Tensor]:
+def _weights(model: RandomLlama) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> Tensor:

@@ -10,22 +10,27 @@ from typing import Annotated
 
 import typer
 
+from lamina.cli import WholeHelp
 from lamina.errors import LaminaError
 
-app = typer.Typer(help="Measure, each figure beside a yardstick from the same run.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure, and show each figure beside a yardstick from the same run.", no_args_is_help=True, cls=WholeHelp
+)
 
 
 @app.command()
 def decode(
-    model: Annotated[Path | None, typer.Option(help="A checkpoint directory; default: the demo's.")] = None,
-    memory_nodes: Annotated[int, typer.Option(min=1, help="Memory nodes.")] = 2,
-    tokens: Annotated[int, typer.Option(min=8, help="Tokens generated per sequence.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats; the median is reported.")] = 3,
+    model: Annotated[Path | None, typer.Option(help="The checkpoint directory; default: the one of the demo.")] = None,
+    memory_nodes: Annotated[int, typer.Option(min=1, help="The number of memory nodes.")] = 2,
+    tokens: Annotated[int, typer.Option(min=8, help="The number of tokens to generate for each sequence.")] = 64,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="The number of interleaved repeats, of which the median is reported.")
+    ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s over the batch into this file.")] = None,
-    quick: Annotated[bool, typer.Option(help="Fewer batches and one repeat.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s over the batch size into this file.")] = None,
+    quick: Annotated[bool, typer.Option(help="Measure fewer batches, once.")] = False,
 ) -> None:
-    """Decode over local nodes against transformers in one process, over the batch size."""
+    """Compare decoding over local nodes with transformers in one process, by batch size."""
     from lamina.bench.decode import run
 
     run(model, memory_nodes=memory_nodes, tokens=tokens, repeats=repeats, as_json=as_json, plot=plot, quick=quick)
@@ -33,13 +38,15 @@ def decode(
 
 @app.command()
 def attention(
-    backend: Annotated[list[str] | None, typer.Option(help="Measure only this one; may be given again.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of everything; default: all cores.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Measure only this one; may be repeated.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="The number of threads; default: all cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the share of the bandwidth over the context.")] = None,
-    quick: Annotated[bool, typer.Option(help="Two shapes of decode, one of prefill.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the share of the read bandwidth over the context into this file.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Measure two shapes of decode and one of prefill.")] = False,
 ) -> None:
-    """Attention on the CPU against the memory's bandwidth, torch, and vLLM and llama.cpp where they are installed."""
+    """Compare attention on the CPU with the memory bandwidth, torch, and vLLM and llama.cpp if they are installed."""
     from lamina.bench.attention import run
 
     run(backend, threads=threads, as_json=as_json, plot=plot, quick=quick)
@@ -47,12 +54,12 @@ def attention(
 
 @app.command()
 def slices(
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of everything; default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="The number of threads; default: all cores.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the slices.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quick: Annotated[bool, typer.Option(help="The larger model alone, and three batches.")] = False,
+    quick: Annotated[bool, typer.Option(help="Measure only the larger model, with three batches.")] = False,
 ) -> None:
-    """Slices on the CPU against their products alone, by oneDNN, and against the memory's bandwidth."""
+    """Compare slices on the CPU with their matrix products alone, by oneDNN, and with the memory bandwidth."""
     from lamina.bench.slices import run
 
     run(threads=threads, compiled=compiled, as_json=as_json, quick=quick)
@@ -60,15 +67,18 @@ def slices(
 
 @app.command()
 def transport(
-    transport: Annotated[list[str] | None, typer.Option(help="Measure only this one; may be given again.")] = None,
+    transport: Annotated[list[str] | None, typer.Option(help="Measure only this one; may be repeated.")] = None,
     rdma_device: Annotated[
-        list[str] | None, typer.Option(help="RDMA device of both ends; given twice, of either. Default: the first two.")
+        list[str] | None,
+        typer.Option(help="The RDMA device of both ends; repeated, one for each end. Default: the first two."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw round trips and bandwidth over the size.")] = None,
-    quick: Annotated[bool, typer.Option(help="Fewer sizes and depths.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw round trips and bandwidth over the size into this file.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Measure fewer sizes and depths.")] = False,
 ) -> None:
-    """Round trips and bandwidth of each transport on this machine, against programs that do only that."""
+    """Compare round trips and bandwidth of each transport on this machine with minimal programs."""
     from lamina.bench.transport import run
 
     run(transport, rdma_device, as_json=as_json, plot=plot, quick=quick)
@@ -77,9 +87,9 @@ def transport(
 @app.command()
 def exchange(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quick: Annotated[bool, typer.Option(help="Shorter, and on two cores only.")] = False,
+    quick: Annotated[bool, typer.Option(help="Measure for a shorter time, and only with two cores.")] = False,
 ) -> None:
-    """What a layer of a batch costs besides its work: two nodes over shm whose operations compute nothing."""
+    """Measure what a layer of a batch costs besides its work, with two nodes over shm that compute nothing."""
     from lamina.bench.exchange import run
 
     run(as_json=as_json, quick=quick)
@@ -88,10 +98,12 @@ def exchange(
 @app.command()
 def pipeline(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw one step of two batches, by layer, into this file.")] = None,
-    quick: Annotated[bool, typer.Option(help="Up to two batches, and the balanced load.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw one step of two batches, layer by layer, into this file.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Measure at most two batches in flight, with the balanced load.")] = False,
 ) -> None:
-    """Several batches in flight over a compute and a memory node of one processor each, against one batch."""
+    """Compare several batches in flight with one batch, on a compute and a memory node with one processor each."""
     from lamina.bench.pipeline import run
 
     run(as_json=as_json, plot=plot, quick=quick)
@@ -100,9 +112,9 @@ def pipeline(
 @app.command()
 def prefill(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quick: Annotated[bool, typer.Option(help="One prompt each.")] = False,
+    quick: Annotated[bool, typer.Option(help="Measure one prompt for each size.")] = False,
 ) -> None:
-    """How much long prompts slow down those who decode meanwhile, for two sizes of their chunks."""
+    """Measure how much long prompts slow down the sequences that decode meanwhile, for two chunk sizes."""
     from lamina.bench.prefill import run
 
     run(as_json=as_json, quick=quick)
@@ -110,14 +122,20 @@ def prefill(
 
 @app.command()
 def throughput(
-    peers: Annotated[str, typer.Option(help="Engines to compare with, by commas.")] = "transformers,llama.cpp,vllm",
-    models: Annotated[str, typer.Option(help="S (160 million parameters), M (1.1 billion), or T, a toy.")] = "S,M",
-    shapes: Annotated[str | None, typer.Option(help="Batch x context, by commas, such as 1x512,32x2048.")] = None,
+    peers: Annotated[
+        str, typer.Option(help="The engines to compare with, separated by commas.")
+    ] = "transformers,llama.cpp,vllm",
+    models: Annotated[str, typer.Option(help="S (160 million parameters), M (1.1 billion), T (a toy).")] = "S,M",
+    shapes: Annotated[
+        str | None, typer.Option(help="Batch x context, separated by commas, such as 1x512,32x2048.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s over those of the best peer.")] = None,
-    quick: Annotated[bool, typer.Option(help="Two shapes, one round, no sweep of threads.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s over those of the best peer into this file.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="Measure two shapes in one round, without a sweep of thread settings.")
+    ] = False,
 ) -> None:
-    """Decode throughput against other engines, each installed into an environment of its own at the first run."""
+    """Compare decode throughput with other engines, which the first run installs into their own environments."""
     from lamina.bench.throughput import parse_shapes, run
 
     chosen = parse_shapes(shapes) if shapes is not None else None
@@ -129,14 +147,14 @@ def _names(text: str) -> list[str]:
 
 
 @app.command(name="all")
-def all_(quick: Annotated[bool, typer.Option(help="Fewer points and repeats.")] = False) -> None:
-    """Every benchmark, with its defaults; one that fails keeps none of the others from running."""
+def all_(quick: Annotated[bool, typer.Option(help="Measure fewer points and repeats.")] = False) -> None:
+    """Run every benchmark with its defaults. A benchmark that fails does not stop the others."""
     registered = [command.callback for command in app.registered_commands]
     run_each([benchmark for benchmark in registered if benchmark and benchmark is not all_], quick=quick)
 
 
 def run_each(benchmarks: Sequence[Callable[..., None]], *, quick: bool) -> None:
-    """Run one after the other. LaminaError, in the end, names those that failed."""
+    """Run the benchmarks one after the other. A LaminaError at the end names those that failed."""
     failed = []
     for benchmark in benchmarks:
         try:

@@ -1,10 +1,10 @@
 """Decode throughput of a local cluster over the batch size, beside ``transformers`` in one process.
 
 All sequences have the same prompt of token ids and generate greedily, until the model ends its answers or ``--tokens``
-are there; ``transformers`` then runs as many steps as the longest of these answers has tokens. A figure counts the
-tokens of all sequences from the first step that has all of them to the last, as ``transformers`` counts its own steps
-after the prompt. Both run in turns, several times; the medians are compared. Nodes use one thread each; a short trial
-decides whether ``transformers`` is given one thread or one for each core.
+tokens are generated; ``transformers`` then runs as many steps as the longest answer has tokens. A figure counts the
+tokens of all sequences from the first step that includes all of them to the last; the figure of ``transformers`` counts
+its steps after the prompt. Both run in turns, several times, and the medians are compared. Each node uses one thread. A
+short trial decides whether ``transformers`` gets one thread or one per core.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
-from rich.console import Console
-from rich.progress import Progress
 
 from lamina.bench import report
 from lamina.client import Client, Stream, connect
@@ -36,7 +34,7 @@ QUICK_BATCHES = (1, 16)
 PROMPT_TOKENS = 32
 TRIAL_BATCH, TRIAL_TOKENS = 4, 8
 MIN_TOKENS = 8
-"""Shorter answers are over before they can be measured."""
+"""A shorter answer ends before it can be measured."""
 
 COLUMNS = {
     "batch": "batch",
@@ -45,7 +43,7 @@ COLUMNS = {
     "ratio": "ratio",
     "layer_whole_us": "layer µs",
     "layer_compute_us": "compute",
-    "layer_attention_us": "attention",
+    "layer_attention_us": "attend",
     "layer_wire_us": "wire",
     "wire_bytes_per_token": "B/token",
 }
@@ -54,7 +52,7 @@ COLUMNS = {
 def run(
     model: Path | None, *, memory_nodes: int, tokens: int, repeats: int, as_json: bool, plot: Path | None, quick: bool
 ) -> None:
-    """Measure, print, and draw if asked."""
+    """Measure and print; draw into ``plot`` if it is given."""
     if plot:
         report.figure_class()
     batches = QUICK_BATCHES if quick else BATCHES
@@ -62,7 +60,8 @@ def run(
     if as_json:
         report.print_json(rows)
     else:
-        report.print_table("decode: tokens/s of all sequences together, time per layer", rows, COLUMNS)
+        title = "decode: tokens/s of all sequences together, and the parts of a layer's time in µs"
+        report.print_table(title, rows, COLUMNS)
     if plot:
         ys = ("tokens_per_s", "transformers_tokens_per_s")
         report.draw(plot, rows, x="batch", ys=ys, ylabel="tokens/s", title="Decode over local nodes, float32")
@@ -71,12 +70,11 @@ def run(
 async def _measure(
     model: Path, memory_nodes: int, batches: tuple[int, ...], tokens: int, repeats: int
 ) -> list[report.Row]:
-    console = Console(stderr=True)
     rows = []
-    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder, Progress(console=console) as progress:
+    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder, report.progress(transient=False) as progress:
         config = local_config(Path(folder), model, memory_nodes=memory_nodes, dtype="float32", memory="1GiB")
         task = progress.add_task("decode", total=len(batches) * repeats)
-        with (Path(folder) / "nodes.log").open("wb") as log, _Yardstick(model) as yardstick:
+        with (Path(folder) / "nodes.log").open("wb") as log, _TransformersYardstick(model) as yardstick:
             async with Cluster(config, log_file=log) as cluster:
                 await cluster.ready()
                 async with connect(config.front.address, peer_timeout=60.0) as client:
@@ -93,15 +91,17 @@ async def _measure(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """``figures`` of the steps in which all sequences decode; ``tokens`` of the longest answer."""
+class _DecodeRun:
+    """One run of a batch over the cluster."""
 
     figures: Figures
+    """What the nodes did in the steps in which all sequences decode."""
     tokens: int
+    """The tokens of the longest answer."""
     transport: str
 
 
-async def _decode(client: Client, cluster: Cluster, batch: int, tokens: int) -> _Run:
+async def _decode(client: Client, cluster: Cluster, batch: int, tokens: int) -> _DecodeRun:
     streams = [client.stream(list(range(1, PROMPT_TOKENS + 1)), max_tokens=tokens) for _ in range(batch)]
     await asyncio.gather(*(anext(s) for s in streams))
     before, started = await cluster.statuses(), time.perf_counter()
@@ -115,10 +115,10 @@ async def _decode(client: Client, cluster: Cluster, batch: int, tokens: int) -> 
         raise LaminaError(f"the model ends its answer after {longest} tokens, too few to measure; use another model")
     after = await cluster.statuses()
     transport = ", ".join(sorted({peer.transport for status in after.values() for peer in status.peers}))
-    return _Run(between(before, after, seconds), longest, transport)
+    return _DecodeRun(between(before, after, seconds), longest, transport)
 
 
-def _row(batch: int, ours: list[_Run], theirs: list[float]) -> report.Row:
+def _row(batch: int, ours: list[_DecodeRun], theirs: list[float]) -> report.Row:
     run = sorted(ours, key=lambda r: r.figures.tokens_per_s)[len(ours) // 2]
     middle = run.figures
     yardstick = statistics.median(theirs)
@@ -153,8 +153,8 @@ for line in sys.stdin:
 """
 
 
-class _Yardstick:
-    """``transformers`` with its default cache, in a process of its own."""
+class _TransformersYardstick:
+    """``transformers`` with its default cache, in a separate process."""
 
     def __init__(self, model: Path) -> None:
         self._threads = 1
@@ -166,7 +166,7 @@ class _Yardstick:
             text=True,
         )
 
-    def __enter__(self) -> _Yardstick:
+    def __enter__(self) -> _TransformersYardstick:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,11 +174,11 @@ class _Yardstick:
         self._process.wait()
 
     def tokens_per_s(self, batch: int, tokens: int) -> float:
-        """Of ``batch`` sequences together, after their prompts."""
+        """Return the tokens per second of ``batch`` sequences together, after their prompts."""
         return self._ask(batch, tokens, self._threads)
 
     def choose_threads(self) -> None:
-        """Warm up, and take the faster number of threads from now on."""
+        """Warm up, and use the faster number of threads from now on."""
         candidates = sorted({1, len(os.sched_getaffinity(0))})
         self._ask(TRIAL_BATCH, TRIAL_TOKENS, 1)
         self._threads = max(candidates, key=lambda threads: self._ask(TRIAL_BATCH, TRIAL_TOKENS, threads))

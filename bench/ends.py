@@ -1,8 +1,8 @@
-"""The two ends of a link that is measured, a process each: ``python -m lamina.bench.ends '{"kind": "shm"}'``.
+"""The two ends of a measured link, each in its own process: ``python -m lamina.bench.ends '{"kind": "shm"}'``.
 
-Speaks as the yardsticks do: each line of standard input asks for a measurement, and a line of standard output answers.
-The near end starts the far end, and makes a new link for each measurement: no two of them lie in the same memory, and
-between measurements nobody looks for arrivals.
+The program speaks the protocol of the yardsticks: a line of standard input asks for a measurement, and a line of
+standard output answers it. The near end starts the far end and makes a new link for each measurement, so that no two
+measurements use the same memory and neither end polls in between.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from lamina.transport import Address, Hello, Lane, Link, Listener, Options, Regi
 LOCAL = Address.parse("127.0.0.1:0")
 CONNECT_S = 10.0
 MEASURE_S = 60.0
-"""How long one measurement may take on a bad day."""
+"""How long one measurement may take at most."""
 
 
 class Task(msgspec.Struct, frozen=True):
     """What to measure, and for how long."""
 
     phase: str
-    """``round_trip``: ``size`` bytes there and as many back. ``bandwidth``: an empty write comes back."""
+    """``round_trip`` answers a write with as many bytes, ``bandwidth`` with an empty write."""
     size: int
     slots: int
-    """Places at both ends that take turns."""
+    """The number of places at both ends, which the writes use in turn."""
     depth: int
-    """Writes that are under way at once."""
+    """The number of writes in flight at once."""
     seconds: float
 
     @property
@@ -48,7 +48,7 @@ class Task(msgspec.Struct, frozen=True):
 
     @property
     def line(self) -> str:
-        """As it is asked for."""
+        """The line that asks for this measurement."""
         return f"{self.phase} {self.size} {self.slots} {self.depth} {self.seconds:g}"
 
     @classmethod
@@ -61,7 +61,7 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class _Answers:
-    """Answers each write: with as many bytes, or with none."""
+    """Answers each write, with as many bytes or with none."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -81,7 +81,7 @@ class _Answers:
             self._link.send({"cpu_s": time.process_time()})
 
     def _on_tag(self, lane: Lane, tag: int) -> None:
-        assert self._remote is not None, "else nothing is exposed"
+        assert self._remote is not None, "the near end writes only into an exposed region"
         self._link.write(lane, self._remote, 0, self._answer, tag)
 
     def _on_lost(self, error: TransportError) -> None:
@@ -90,7 +90,7 @@ class _Answers:
 
 
 async def _far(setting: Setting) -> None:
-    """Listen, say where, and answer until standard input ends."""
+    """Listen, print the address, and answer until standard input ends."""
     setting.pin(1)
 
     def on_link(link: Link) -> None:
@@ -105,8 +105,8 @@ async def _far(setting: Setting) -> None:
 # -- the near end
 
 
-class _Measurement:
-    """Of one task over one link."""
+class _LinkMeasurement:
+    """The measurement of one task over one link."""
 
     def __init__(self, link: Link, task: Task, region: Region) -> None:
         self._link = link
@@ -135,7 +135,7 @@ class _Measurement:
         }
 
     async def _write_on(self, at_least_s: float) -> tuple[list[float], float]:
-        """Seconds from each write to its answer, and of all together; at least twice as many as there are slots."""
+        """Write for a while, and return the seconds from each write to its answer and those of all writes together."""
         link, task, remote = self._link, self._task, self._remote
         assert remote is not None
         size, slots, lane, now = task.size, task.slots, task.lane, time.perf_counter
@@ -184,12 +184,12 @@ class _Measurement:
 
 
 async def measure(address: Address, options: Options, task: Task) -> dict[str, float]:
-    """Raises TransportError, or TimeoutError."""
+    """Make a link to the far end at ``address`` and measure ``task`` over it. TransportError or TimeoutError."""
     link = await connect(address, Hello("bench", "near"), options, deadline_s=CONNECT_S)
     region = Region("near", task.size * task.slots)
     try:
         async with link, asyncio.timeout(MEASURE_S):
-            return await _Measurement(link, task, region).run()
+            return await _LinkMeasurement(link, task, region).run()
     finally:
         region.close()
 

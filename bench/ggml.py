@@ -1,4 +1,4 @@
-"""ggml's FLASH_ATTN_EXT through the libraries that the Python package ``llama_cpp`` ships, which is not imported."""
+"""ggml's FLASH_ATTN_EXT, from the libraries in the Python package ``llama_cpp``; the package itself is not imported."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from lamina.errors import ConfigError
 
 F32, F16 = 0, 1
-"""Of ``enum ggml_type``."""
+"""Values of ``enum ggml_type``."""
 
 CONTEXT_BYTES = 256 << 10
-"""Enough for the descriptions of a few tensors and one small graph."""
+"""Enough memory for the descriptions of a few tensors and one small graph."""
 
 
 class _InitParams(Structure):
@@ -46,7 +46,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 
 def unavailable() -> str | None:
-    """Why it cannot be used, or None."""
+    """Return why ggml cannot be used here, or None."""
     try:
         _load()
     except ConfigError as e:
@@ -56,7 +56,7 @@ def unavailable() -> str | None:
 
 @cache
 def _load() -> Any:
-    """The functions that are used, from whichever of ggml's libraries has them."""
+    """Return the functions that are used here, each from the ggml library that has it."""
     found = importlib.util.find_spec("llama_cpp")
     if found is None or found.origin is None:
         raise ConfigError("llama_cpp is not installed")
@@ -76,7 +76,7 @@ def _load() -> Any:
 class FlashAttention:
     """Attention of one query per sequence in several layers, each a graph of one operation.
 
-    q: float32 [B, Hq, D]; keys, values: float16 [layers, B, context, Hkv, D]. Reads the tensors where they are.
+    q is float32 [B, Hq, D]; keys and values are float16 [layers, B, context, Hkv, D]. The tensors are read in place.
     """
 
     def __init__(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, threads: int) -> None:
@@ -90,7 +90,7 @@ class FlashAttention:
         self._graphs = [self._graph(q, k, v, scale) for k, v in zip(keys, values, strict=True)]
 
     def run(self, layer: int) -> Tensor:
-        """[B, Hq, D], overwritten by the next call."""
+        """Return the attention in a layer, [B, Hq, D]; the next call overwrites it."""
         status = self._ggml.ggml_backend_graph_compute(self._backend, self._graphs[layer])
         assert status == 0, f"ggml_backend_graph_compute returned {status}"
         return self._out
@@ -108,7 +108,7 @@ class FlashAttention:
         self._contexts.append(context)
         batch, q_heads, dim = q.shape
         _, tokens, kv_heads, _ = keys.shape
-        # ggml names the innermost dimension first; attention wants [D, tokens, heads, sequences].
+        # ggml lists the innermost dimension first; its attention takes [D, tokens, heads, sequences].
         query = self._tensor(context, q, F32, dim, 1, q_heads, batch)
         k, v = (
             ggml.ggml_permute(context, self._tensor(context, x, F16, dim, kv_heads, tokens, batch), 0, 2, 1, 3)
@@ -126,7 +126,7 @@ class FlashAttention:
         return tensor
 
     def _place(self, tensor: int, data: Tensor) -> None:
-        """Let ggml's tensor live where torch's is."""
+        """Make ggml's tensor use the memory of torch's."""
         buffer = self._ggml.ggml_backend_cpu_buffer_from_ptr(data.data_ptr(), data.nbytes)
         self._buffers.append(buffer)
         self._ggml.ggml_backend_tensor_alloc(buffer, tensor, data.data_ptr())

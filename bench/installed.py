@@ -1,4 +1,4 @@
-"""Other engines, each installed into an environment of its own under the user's cache folder."""
+"""Other engines, each installed into its own environment under the user's cache folder."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ TRANSFORMERS = "5.23.0"
 TORCH = "2.13.0"
 VLLM = "0.32.0"
 LLAMA_CPP_PYTHON = "0.3.36"
-"""Its source distribution holds the whole of llama.cpp."""
+"""The source distribution of this package contains all of llama.cpp."""
 
 
 class UnavailableError(LaminaError):
-    """A peer cannot be installed, started or measured here; the message says why."""
+    """A peer cannot be installed, started or measured on this machine; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a peer is installed and run: ``requirements`` of pip, then ``finish`` in the folder of the environment.
-
-    ``script`` in bench/peers is run by the environment's Python with what ``arguments`` gives for the folder, after
-    the checkpoint. ``environment`` is of the folder and the number of threads. What is ``fixed`` is told at its start
-    how many threads it has and how large a KV cache it needs; the others, with each measurement.
-    """
+    """How to install and run a peer."""
 
     requirements: tuple[str, ...]
+    """What pip installs into the peer's environment."""
     script: str
+    """The script in bench/peers that the environment's Python runs; its first argument is the checkpoint."""
     finish: Callable[[Path, _Shell], None] | None = None
+    """What remains to be done after pip, in the folder of the environment."""
     arguments: Callable[[Path], Sequence[str]] = lambda _: ()
+    """Further arguments of the script, from the folder of the environment."""
     environment: Callable[[Path, int], Mapping[str, str]] = lambda *_: {}
+    """Environment variables of the script, from the folder and the number of threads."""
     fixed: bool = False
+    """Whether threads and the size of the KV cache are set once, when the peer starts, and not by each measurement."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A peer that is installed: its ``folder`` and what to run there."""
+    """An installed peer: its ``folder`` and how to run it."""
 
     name: str
     folder: Path
@@ -58,11 +59,14 @@ class Environment:
 
     @property
     def log(self) -> Path:
-        """What it said when it was run last."""
+        """The file with the output of its last run."""
         return self.folder / "run.log"
 
     def command(self, checkpoint: Path, pool: Sequence[int]) -> list[str]:
-        """``pool``: most sequences, most tokens of one, and bytes of KV cache."""
+        """Return the command that runs the peer.
+
+        ``pool`` holds the largest number of sequences, the most tokens of one sequence, and the bytes of KV cache.
+        """
         own = [*self.recipe.arguments(self.folder), *(map(str, pool) if self.recipe.fixed else ())]
         return [str(_python(self.folder)), str(SCRIPTS / self.recipe.script), str(checkpoint), *own]
 
@@ -71,7 +75,7 @@ class Environment:
 
 
 def install(name: str) -> Environment:
-    """The environment of the peer ``name``, made if it is not there. UnavailableError says why it cannot be."""
+    """Return the environment of the peer ``name``, installed if it is missing. UnavailableError if that fails."""
     recipe = RECIPES[name]
     folder = cache_folder() / "peers" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,14 +94,14 @@ def install(name: str) -> Environment:
 
 @dataclass
 class _Shell:
-    """Runs commands with their output in a file; UnavailableError names it where one fails."""
+    """Runs commands and writes their output to a file; an UnavailableError names the file if a command fails."""
 
     name: str
     log: Path
     begun: bool = field(default=False)
 
     def run(self, command: Sequence[str], *, cwd: Path | None = None, path: Path | None = None) -> None:
-        """``path``: where programs are looked for first."""
+        """Run a command; programs are searched for in ``path`` first."""
         environment = dict(os.environ)
         if path:
             environment["PATH"] = f"{path}{os.pathsep}{environment.get('PATH', '')}"
@@ -115,11 +119,11 @@ class _Shell:
             raise self._failed(last_line(self.log))
 
     def _failed(self, reason: str) -> UnavailableError:
-        return UnavailableError(f"{self.name} cannot be installed: {reason} (all of it: {self.log})")
+        return UnavailableError(f"{self.name} cannot be installed: {reason} (full log: {self.log})")
 
 
 def last_line(log: Path, default: str = "it gave no reason") -> str:
-    """The last line of a log that says something, preferring one that speaks of an error."""
+    """Return the last line of a log that is not empty, preferably one with the word "error"."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-50:]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines or [default])[-1][:300]
@@ -131,7 +135,7 @@ def _python(folder: Path) -> Path:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Two runs at a time do not install the same thing."""
+    """Hold a lock on ``file``, so that two runs do not install the same peer at the same time."""
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -163,7 +167,7 @@ def _build_llama_cpp(folder: Path, shell: _Shell) -> None:
 
 
 def _mend_vllm(folder: Path, shell: _Shell) -> None:
-    # It comes with libraries for media that were built for another torch, and does not start beside them.
+    # vLLM comes with media libraries that were built for another version of torch, and does not start with them.
     packages = ("torchvision", "torchaudio", "torchcodec")
     shell.run([str(_python(folder)), "-m", "pip", "uninstall", "--yes", *packages])
 
@@ -172,14 +176,14 @@ def _vllm_environment(folder: Path, threads: int) -> dict[str, str]:
     cpus = sorted(os.sched_getaffinity(0))[:threads]
     preload = [str(folder / "lib" / "libiomp5.so")]
     if malloc := find_library("tcmalloc_minimal"):
-        preload.append(malloc)  # it asks for it
+        preload.append(malloc)  # vLLM asks for it
     return {
         "LD_PRELOAD": ":".join(preload),
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CACHE_ROOT": str(folder / "cache"),
-        "VLLM_USE_AOT_COMPILE": "0",  # what it stores that way cannot be loaded again, and each start compiles
+        "VLLM_USE_AOT_COMPILE": "0",  # vLLM cannot load what it stores that way, and would compile at every start
         "VLLM_NO_USAGE_STATS": "1",
     }
 

@@ -1,4 +1,4 @@
-"""A cluster of one compute and one memory node on this machine, each on a processor of its own, over shared memory."""
+"""A cluster of one compute and one memory node on this machine, each pinned to one processor, over shared memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_pinned(
 ) -> ClusterConfig:
     """Write ``folder``/cluster.toml with these keys of ``[model]`` and ``[pipeline]``.
 
-    ``memory`` is bytes of KV cache, ``peer_timeout`` seconds.
+    ``memory`` is the KV cache in bytes, ``peer_timeout`` is in seconds.
     """
     near, far = two_processors()
     front, port = free_ports(2)

@@ -1,13 +1,14 @@
-"""What flying several batches gains: two nodes of a processor each, whose work overlaps or does not.
+"""What several batches in flight gain: two nodes with one processor each, whose work overlaps or does not.
 
-A compute node and a memory node run as always, over shared memory, but that prompts cost nothing (`filled`). The
-model is random, and its attention is as much work as all else at a context of one or two thousand tokens. That context
-is found by measuring: with one batch in flight one node waits for the other, so that each is timed alone. Loads with a
-shorter and a longer context are bound by computing and by attention. Everything is read from traces of the nodes'
-devices: a step lasts from one sampling to the next, and a node is busy while it runs an operation.
+A compute node and a memory node run as usual, over shared memory, except that prompts cost nothing (`filled`). The
+model has random weights, and at a context of one or two thousand tokens its attention takes as long as everything else.
+The benchmark finds that context by measuring: with one batch in flight one node waits for the other, so each is timed
+alone. A load with a shorter context is bound by the compute node, one with a longer context by attention. All figures
+come from traces of the nodes' devices: a step lasts from one sampling to the next, and a node is busy while it runs an
+operation.
 
-No order of work can be faster than the slower node working without a pause, so a step's yardstick is the larger of what
-both nodes spent on it while they overlapped; what that is above the same work alone is contention.
+No schedule is faster than the slower node working without a pause. So the yardstick of a step is the larger of the
+times that the two nodes spent on it while they overlapped. What that exceeds the same work alone by is contention.
 """
 
 from __future__ import annotations
@@ -21,59 +22,63 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
-from rich.console import Console
-from rich.progress import Progress
 
 from lamina.bench import report
-from lamina.bench.checkpoints import Model, checkpoint
+from lamina.bench.checkpoints import RandomLlama, checkpoint
+from lamina.bench.clusters import FilledCluster, QueryLastCluster
 from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
-from lamina.cluster.local import Cluster
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig
 from lamina.errors import ConfigError, LaminaError
 from lamina.ops.trace import Trace, record
 from lamina.runtime.spans import Span
 
-MODEL = Model("P", hidden=1024, ffn=2816, layers=12, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)
-"""Of grouped queries: there, k and v are little of the work, so that little of one batch alone overlaps."""
+MODEL = RandomLlama("P", hidden=1024, ffn=2816, layers=12, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)
+"""A model with grouped queries: its k and v are little work, so that one batch alone overlaps little."""
 BATCH = 8
 FLIGHTS, QUICK_FLIGHTS = (1, 2, 3, 4), (1, 2)
-"""Batches in flight."""
+"""The numbers of batches in flight."""
 SHORT, MIDDLE, MAX_CONTEXT = 64, 1024, 4096
-"""Contexts: of the load that computing bounds; the first and the longest that are tried for the balanced one."""
+"""Contexts: that of the compute-bound load, and the first and the longest that are tried for the balanced load."""
 BALANCED, TRIES = 0.05, 5
-"""How far from each other attention and the rest may be in it, as a part; and how often a context is chosen anew."""
+"""The share by which the nodes' times may differ in the balanced load, and how many contexts are tried."""
 MIN_TOKEN_MS = 1e-4
-"""The least that a token of context is taken to cost, where noise says less."""
+"""The least that a token of context is assumed to cost, if noise makes it look cheaper."""
 LONGER = 2.0
-"""The context of the load that attention bounds, by that of the balanced one."""
+"""The context of the attention-bound load, in contexts of the balanced load."""
 MAX_TOKENS = 256
-"""Steps before a sequence is over, which have to suffice to fill all batches and measure."""
+"""The steps of a sequence, which must suffice to fill all batches and to measure."""
 WINDOW_S = 1.0
 SETTLE_STEPS = 3
 START_S, PATIENCE_S = 90.0, 60.0
 
-COLUMNS = {
+STEPS = {
     "load": "load",
     "batches": "n",
     "batch": "batch",
     "context": "context",
     "step_ms": "step ms",
     "compute_ms": "compute",
-    "attention_ms": "attention",
-    "wire_ms": "neither",
-    "compute_contention": "x alone",
-    "attention_contention": "x alone",
-    "busy_compute": "busy",
-    "busy_memory": "busy",
-    "speedup_over_one": "speedup",
-    "step_over_max": "step/max",
+    "attention_ms": "attend",
+    "wire_ms": "idle",
+    "speedup_over_one": "gain",
 }
+"""The first table: ``n`` batches in flight, the parts of a step, and tokens/s over those of one batch in flight."""
+OVERLAP = {
+    "load": "load",
+    "batches": "n",
+    "compute_contention": "compute x",
+    "attention_contention": "attend x",
+    "busy_compute": "compute busy",
+    "busy_memory": "attend busy",
+    "step_over_max": "x max",
+}
+"""The second table: each node's work over the same work alone, its share of a step, and the step over the larger."""
 
 
 def run(*, as_json: bool, plot: Path | None, quick: bool) -> None:
-    """Measure, print, and draw if asked."""
+    """Measure and print; draw into ``plot`` if it is given."""
     if plot:
         report.figure_class()
     if two_processors()[0] < 0:
@@ -82,7 +87,8 @@ def run(*, as_json: bool, plot: Path | None, quick: bool) -> None:
     if as_json:
         report.print_json(rows)
     else:
-        report.print_table("steps of a pipeline of two nodes", rows, COLUMNS)
+        report.print_table("steps of a pipeline of two nodes with n batches in flight, in ms", rows, STEPS)
+        report.print_table("work over the same work alone (x), and the share of a step that it takes", rows, OVERLAP)
     if plot:
         _draw(plot, timeline)
 
@@ -92,7 +98,7 @@ def run(*, as_json: bool, plot: Path | None, quick: bool) -> None:
 
 @dataclass(frozen=True)
 class Window:
-    """What both nodes did between two samplings, and the mean time of the steps that ended in it."""
+    """What both nodes did between two samplings, with the mean times of the steps that ended in between."""
 
     compute: list[Span]
     memory: list[Span]
@@ -100,7 +106,7 @@ class Window:
     end_s: float
     steps: int
     tokens: float
-    """Of a step, and so sequences of a batch."""
+    """The tokens of a step, which is the number of sequences in a batch."""
 
     @classmethod
     def of(cls, traces: dict[str, Trace], tokens: float) -> Window:
@@ -126,7 +132,7 @@ class Window:
 
     @property
     def neither_ms(self) -> float:
-        """Time of a step in which neither node computes: the wire, the loops, and waking up."""
+        """The part of a step in which neither node computes: the wire, the event loops, and wake-ups."""
         until, idle = self.start_s, 0.0
         for start, end in sorted([*self._within(self.compute), *self._within(self.memory)]):
             idle += max(0.0, start - until)
@@ -145,19 +151,18 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
     rows: list[report.Row] = []
     alone: dict[str, Window] = {}
     timeline: Window | None = None
-    console = Console(stderr=True)
-    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as name, Progress(console=console) as progress:
+    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as name, report.progress(transient=False) as progress:
         task = progress.add_task("pipeline", total=None)
         folder = Path(name)
         model = await asyncio.to_thread(checkpoint, MODEL)
         contexts: dict[str, int] = {}
         for batches in flights:
-            async with _running(folder, model, batches, Filled) as bench:
+            async with _running(folder, model, batches, FilledCluster) as bench:
                 if not contexts:
                     contexts = await _choose(bench, alone)
                 for load_name, context in contexts.items():
                     if quick and load_name != "balanced" and (batches > 1 or load_name not in alone):
-                        continue  # there is only time for what was needed to find the context
+                        continue  # a quick run keeps only what it measured to find the context
                     if batches == 1 and load_name in alone:
                         window = alone[load_name]
                     else:
@@ -172,7 +177,7 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
                     progress.advance(task)
         if not quick:
             for batches in (1, 2):
-                async with _running(folder, model, batches, QueryLast) as bench:
+                async with _running(folder, model, batches, QueryLastCluster) as bench:
                     context = contexts["balanced"]
                     window = await bench.measure(BATCH * batches, context)
                     rows.append(_row("balanced, query last", batches, context, window, alone["balanced"]))
@@ -180,8 +185,11 @@ async def _measure(*, quick: bool) -> tuple[list[report.Row], Window]:
     return rows, timeline
 
 
-async def _choose(bench: _Bench, measured: dict[str, Window]) -> dict[str, int]:
-    """Contexts by load. Attention alone takes a time that grows evenly with the context; what is measured is kept."""
+async def _choose(bench: _PipelineBench, measured: dict[str, Window]) -> dict[str, int]:
+    """Return the context of each load, and add the windows that were measured on the way to ``measured``.
+
+    Attention alone takes a time that grows linearly with the context.
+    """
     short = measured["compute-bound"] = await bench.measure(BATCH, SHORT)
     balanced = MIDDLE
     for _ in range(TRIES):
@@ -216,7 +224,7 @@ def _row(load_name: str, batches: int, context: int, window: Window, alone: Wind
         "compute_contention": compute / alone.compute_ms if comparable else None,
         "attention_contention": attention / alone.attention_ms if comparable else None,
         "wire_ms": window.neither_ms,
-        # Of tokens per second: of a step's time where batches are of equal size.
+        # This is the ratio of tokens per second; where batches are of equal size, it is that of the steps' times.
         "speedup_over_one": (window.tokens / step) / (alone.tokens / alone.step_ms),
         "step_over_max": step / max(compute, attention),
         "busy_compute": compute / step,
@@ -227,24 +235,7 @@ def _row(load_name: str, batches: int, context: int, window: Window, alone: Wind
 # -- the cluster
 
 
-class Filled(Cluster):
-    """Prompts cost its compute node nothing, so that contexts are there at once."""
-
-    module = "filled"
-
-    def command(self, node: NodeConfig) -> list[str]:
-        if node.role == "memory":
-            return super().command(node)
-        return ["-m", f"lamina.bench.{self.module}", str(self._config.file), node.name]
-
-
-class QueryLast(Filled):
-    """And it sends q together with k and v, as if there were no query-first order."""
-
-    module = "query_last"
-
-
-class _Bench:
+class _PipelineBench:
     """A running cluster and a client of it."""
 
     def __init__(self, config: ClusterConfig, client: Client) -> None:
@@ -252,7 +243,7 @@ class _Bench:
         self._client = client
 
     async def measure(self, sequences: int, context: int) -> Window:
-        """Decode ``sequences`` with prompts of ``context`` tokens for a while."""
+        """Decode ``sequences`` with prompts of ``context`` tokens, and trace the nodes for ``WINDOW_S`` seconds."""
         prompts = [[(7 * i + 13 * j) % MODEL.vocabulary for j in range(context)] for i in range(sequences)]
         streams = [self._client.stream(p, max_tokens=MAX_TOKENS, share_prefix=False) for p in prompts]
         readers = [_Reader(stream) for stream in streams]
@@ -262,19 +253,19 @@ class _Bench:
             before = await self._client.status()
             traces = await record(self._config, WINDOW_S)
             after = await self._client.status()
-            if any(reader.over for reader in readers):
-                raise LaminaError("bench pipeline: an answer was over before the end of the measurement")
+            if any(reader.ended for reader in readers):
+                raise LaminaError("bench pipeline: an answer ended before the measurement did")
         finally:
             for reader in readers:
                 await reader.close()
-        while (await self._client.status()).requests_running:  # noqa: ASYNC110 - nobody sets an event
+        while (await self._client.status()).requests_running:  # noqa: ASYNC110 - the node reports it only when asked
             await asyncio.sleep(0.01)
         tokens = (after.tokens_generated - before.tokens_generated) / (after.steps - before.steps)
         return Window.of(traces, tokens)
 
 
 class _Reader:
-    """Reads an answer to nobody."""
+    """Reads an answer and discards it."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -283,15 +274,15 @@ class _Reader:
         self._task = asyncio.create_task(self._run())
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         return self._task.done()
 
     async def read(self, count: int) -> None:
-        """Wait until so many tokens have come."""
+        """Wait until ``count`` tokens have arrived."""
         while self._count < count:
             if self._task.done():
                 self._task.result()
-                raise LaminaError("bench pipeline: an answer was over before it was measured")
+                raise LaminaError("bench pipeline: an answer ended before it was measured")
             self._grown.clear()
             await self._grown.wait()
 
@@ -309,13 +300,13 @@ class _Reader:
 
 
 @asynccontextmanager
-async def _running(folder: Path, model: Path, batches: int, kind: type[Filled]) -> AsyncIterator[_Bench]:
+async def _running(folder: Path, model: Path, batches: int, kind: type[FilledCluster]) -> AsyncIterator[_PipelineBench]:
     config = _write_config(folder, model, batches)
     with (folder / "nodes.log").open("wb") as log:
         async with kind(config, log_file=log) as cluster:
             await cluster.ready()
             async with connect(config.front.address, peer_timeout=PATIENCE_S) as client:
-                yield _Bench(config, client)
+                yield _PipelineBench(config, client)
 
 
 def _write_config(folder: Path, model: Path, batches: int) -> ClusterConfig:
@@ -330,11 +321,11 @@ def _write_config(folder: Path, model: Path, batches: int) -> ClusterConfig:
     )
 
 
-# -- the picture
+# -- the plot
 
 
 def _draw(path: Path, window: Window) -> None:
-    """One step of each batch: what either node computes, layer by layer."""
+    """Draw one step of each batch: what each node computes, layer by layer."""
     ends = [s.end_s for s in window.compute if s.name == "sample" and s.batch == 0]
     start, end = ends[0], ends[1]
     figure = report.figure_class()(figsize=(16, 4.5), layout="constrained")
@@ -352,5 +343,5 @@ def _draw(path: Path, window: Window) -> None:
                     axes.text(at + width / 2, row + 0.2, str(s.layer), ha="center", va="center", fontsize=6)
     axes.set_yticks([heights[node] + 0.42 for node in heights], list(heights))
     axes.set_xlim(0, (end - start) * 1e3)
-    axes.set(xlabel="ms", title=f"One step of {len(batches)} batches in flight, by layer; a colour for each batch")
+    axes.set(xlabel="ms", title=f"One step of {len(batches)} batches in flight, by layer; each batch has a colour")
     figure.savefig(path, dpi=120)

@@ -1,9 +1,9 @@
-"""What a long prompt costs those who decode meanwhile, by ``pipeline.prefill_tokens``.
+"""How much a long prompt slows down sequences that decode at the same time, by ``pipeline.prefill_tokens``.
 
-A compute and a memory node on a processor each, and one batch in flight. Some sequences decode: first alone, then while
-long prompts come one after the other. A step consists of their rows and of a chunk of a prompt, so it should take no
-longer than a step without the chunk and the chunk alone together: that is the bound, of which the second part is
-what a prompt of the same length takes when nobody decodes. All is seen by a client.
+A compute and a memory node run on one processor each, with one batch in flight. Some sequences decode: first alone,
+then while long prompts arrive one after the other. A step then holds their rows and a chunk of a prompt, so it should
+take no longer than a step without the chunk plus the chunk alone. This sum is the bound; its second part is measured
+with a prompt of the same length while no sequence decodes. All times are taken by a client.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import uvloop
-from rich.console import Console
-from rich.progress import Progress
 
 from lamina.bench import report
 from lamina.bench.checkpoints import MODELS, checkpoint
@@ -32,13 +30,13 @@ from lamina.errors import ConfigError, LaminaError
 
 MODEL = MODELS["S"]
 SEQUENCES, CONTEXT = 8, 128
-"""That decode, and the tokens of their prompts."""
+"""How many sequences decode, and the tokens of their prompts."""
 PROMPT_TOKENS, QUICK_PROMPT_TOKENS = 2048, 512
 PROMPTS, QUICK_PROMPTS = 4, 1
 PREFILL_TOKENS = (128, 512)
 ALONE_S = 1.0
 MAX_TOKENS = 1500
-"""Of those that decode, which have to suffice for all of the measurement."""
+"""The tokens that each of them generates, which must suffice for the whole measurement."""
 SETTLE_TOKENS = 4
 PATIENCE_S = 60.0
 
@@ -46,18 +44,20 @@ COLUMNS = {
     "prefill_tokens": "chunk",
     "alone_ms": "ITL ms",
     "beside_ms": "beside",
-    "longest_ms": "longest",
+    "longest_ms": "worst",
     "slowdown": "ratio",
     "chunk_ms": "chunk ms",
     "bound_ms": "bound",
-    "of_bound": "of bound",
-    "prompt_alone_s": "prompt s",
-    "prompt_beside_s": "beside",
+    "of_bound": "/bound",
+    "prompt_alone_s": "TTFT s",
+    "prompt_beside_s": "beside s",
 }
+"""Inter-token latency (ITL) of the sequences that decode, alone and beside prompts, and time to the prompts' first
+token (TTFT), alone and beside those sequences."""
 
 
 def run(*, as_json: bool, quick: bool) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     if two_processors()[0] < 0:
         raise ConfigError("bench prefill: needs two processors, one for each node")
     prompts, tokens = (QUICK_PROMPTS, QUICK_PROMPT_TOKENS) if quick else (PROMPTS, PROMPT_TOKENS)
@@ -65,16 +65,13 @@ def run(*, as_json: bool, quick: bool) -> None:
     if as_json:
         report.print_json(rows)
     else:
-        title = f"{SEQUENCES} sequences that decode, alone and beside prompts of {tokens:,} tokens"
+        title = f"{SEQUENCES} sequences decode, alone and beside prompts of {tokens:,} tokens"
         report.print_table(title, rows, COLUMNS)
 
 
 async def _measure(prompts: int, tokens: int) -> list[report.Row]:
     rows = []
-    with (
-        tempfile.TemporaryDirectory(prefix="lamina-bench-") as name,
-        Progress(console=Console(stderr=True)) as progress,
-    ):
+    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as name, report.progress(transient=False) as progress:
         task = progress.add_task("prefill", total=len(PREFILL_TOKENS))
         model = await asyncio.to_thread(checkpoint, MODEL)
         for prefill_tokens in PREFILL_TOKENS:
@@ -89,7 +86,7 @@ async def _row(client: Client, prefill_tokens: int, prompts: int, tokens: int) -
         return statistics.fmean([await _prompt_s(client, tokens, seed=i) for i in range(prompts)])
 
     async with asyncio.timeout(PATIENCE_S * (1 + prompts)):
-        await _prompt_s(client, prefill_tokens, seed=0)  # whatever is done for the first time takes longer
+        await _prompt_s(client, prefill_tokens, seed=0)  # the first prompt takes longer
         prompt_alone_s = await prompt_s()
         async with _Decoding(client) as decoding:
             await decoding.settle()
@@ -98,7 +95,7 @@ async def _row(client: Client, prefill_tokens: int, prompts: int, tokens: int) -
             alone = decoding.between(started, time.perf_counter())
             started = time.perf_counter()
             prompt_beside_s = await prompt_s()
-            # The end of a prompt is seen a little late, and a step without a chunk may have begun.
+            # The client sees the end of a prompt a little late, when a step without a chunk may have begun.
             beside = decoding.between(started, time.perf_counter() - statistics.fmean(alone))
     alone_ms, beside_ms = statistics.fmean(alone) * 1e3, statistics.fmean(beside) * 1e3
     chunk_ms = prompt_alone_s * 1e3 / -(-tokens // prefill_tokens)
@@ -119,7 +116,7 @@ async def _row(client: Client, prefill_tokens: int, prompts: int, tokens: int) -
 
 
 async def _prompt_s(client: Client, tokens: int, seed: int) -> float:
-    """From a request with a long prompt to its first token."""
+    """Return the seconds from a request with a long prompt to its first token."""
     started = time.perf_counter()
     await client.generate(_tokens(tokens, seed), max_tokens=1, share_prefix=False)
     return time.perf_counter() - started
@@ -130,7 +127,7 @@ def _tokens(count: int, seed: int) -> list[int]:
 
 
 class _Decoding:
-    """Sequences that decode, and when each of their tokens came."""
+    """Sequences that decode, with the arrival times of their tokens."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -148,13 +145,13 @@ class _Decoding:
         await asyncio.gather(*self._readers, return_exceptions=True)
 
     async def settle(self) -> None:
-        """Wait until all of them decode."""
+        """Wait until all sequences decode."""
         while min(map(len, self._times)) < SETTLE_TOKENS:
             self._check()
             await asyncio.sleep(0.01)
 
     def between(self, start: float, stop: float) -> list[float]:
-        """Seconds from token to token, of those that lie between two moments, in part at least."""
+        """Return the seconds from token to token, for each gap that overlaps the time from ``start`` to ``stop``."""
         self._check()
         gaps = [
             after - before
@@ -170,7 +167,7 @@ class _Decoding:
         for reader in self._readers:
             if reader.done():
                 reader.result()
-                raise LaminaError("bench prefill: an answer was over before it was measured")
+                raise LaminaError("bench prefill: an answer ended before it was measured")
 
     @staticmethod
     async def _read(stream: Stream, times: list[float]) -> None:

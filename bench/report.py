@@ -1,4 +1,4 @@
-"""How results are shown: a table for people, one JSON object for programs, a plot for comparisons."""
+"""How benchmarks show their results: a table for people, one JSON object for programs, a plot for comparisons."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from lamina import table
 from lamina.errors import ConfigError
 
 Row = dict[str, Any]
 
+_BAR_WIDTH = 20
+"""Short enough that a line of 80 columns has room for the longest description."""
+
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the machine on which the figures are taken."""
     name = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -27,30 +31,26 @@ def machine() -> dict[str, Any]:
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
 
 
+def progress(console: Console | None = None, *, transient: bool = True, auto_refresh: bool = True) -> Progress:
+    """Return a progress bar on ``console``, by default standard error; a transient one leaves no line behind."""
+    columns = (TextColumn("{task.description}"), BarColumn(_BAR_WIDTH), TaskProgressColumn(), TimeRemainingColumn())
+    console = console or Console(stderr=True)
+    return Progress(*columns, console=console, transient=transient, auto_refresh=auto_refresh)
+
+
 def print_json(rows: Sequence[Row], on: Mapping[str, Any] | None = None) -> None:
-    """``on``: what the figures were taken on, if more is known than `machine` says."""
+    """Print one JSON object; ``on`` describes the machine if more is known than `machine` says."""
     sys.stdout.write(json.dumps({"machine": on or machine(), "rows": list(rows)}, indent=2) + "\n")
 
 
 def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """``columns`` maps the keys to show to their headings."""
-    table = Table(title=title)
-    for heading in columns.values():
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*(_short(row[key]) for key in columns))
-    Console().print(table)
-
-
-def _short(value: Any) -> str:
-    """Three digits are all that a noisy machine gives."""
-    if not isinstance(value, float):
-        return "" if value is None else str(value)
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Print the values of ``rows`` whose keys are in ``columns``, which maps them to headings; then an empty line."""
+    table.print_table(list(columns.values()), [[row[key] for key in columns] for row in rows], title=title)
+    sys.stdout.write("\n")
 
 
 def figure_class() -> Any:
-    """Of matplotlib; ConfigError without it. To be called before anything is measured in vain."""
+    """Matplotlib's Figure. ConfigError if matplotlib is missing; call this before measuring, so that no run is lost."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -59,15 +59,15 @@ def figure_class() -> Any:
 
 
 def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: str, title: str) -> None:
-    """Lines of the columns ``ys`` over the column ``x``, both axes logarithmic; a row may lack some of ``ys``.
+    """Draw the columns ``ys`` over the column ``x``, both axes logarithmic; a row may lack some of ``ys``.
 
-    ConfigError without matplotlib.
+    ConfigError if matplotlib is missing.
     """
     figure = figure_class()(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for y in ys:
-        there = [row for row in rows if y in row]
-        axes.plot([row[x] for row in there], [row[y] for row in there], marker="o", label=y)
+        known = [row for row in rows if y in row]
+        axes.plot([row[x] for row in known], [row[y] for row in known], marker="o", label=y)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=ylabel, title=title)
     axes.set_xticks([row[x] for row in rows], [str(row[x]) for row in rows])
     axes.set_xticks([], minor=True)

@@ -1,10 +1,10 @@
-"""Slices on a compute node's CPU, beside their matrix products alone and beside what the machine's memory delivers.
+"""Slices on a compute node's CPU, beside their matrix products alone and beside the bandwidth of the machine's memory.
 
 With few sequences a slice is bound by the bytes of its weights, with many by arithmetic. So each figure stands beside
-three yardsticks of the same minute, type and threads: a plain read, which goes before and after every sample; what the
-cores multiply from registers, just before; and the products of the slice alone by oneDNN from packed weights, one call
-for each weight, taken in turns with the slice.
-Models have random weights and so many layers that no byte is still in the caches when it is visited again.
+three yardsticks with the same type and threads, measured within the same minute: a plain read before and after every
+sample; the multiplications that the cores do from registers, just before; and the products of the slice alone, by
+oneDNN from packed weights with one call for each weight, in turns with the slice.
+Models have random weights, and enough layers that no byte is still cached when it is read again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from lamina.attention.native.build import compiler
 from lamina.bench import report
-from lamina.bench.bandwidth import REPEATS, Bandwidth, Others, cache_bytes, check_threads, in_turns
+from lamina.bench.bandwidth import REPEATS, Bandwidth, OtherWork, cache_bytes, check_threads, in_turns
 from lamina.errors import ConfigError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
@@ -37,11 +36,9 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 QUICK_BATCHES = (1, 8, 32)
 
 CACHES = 6
-"""Times the last-level caches that are read between two visits of a byte."""
+"""How many times the size of the last-level caches is read between two visits of a byte."""
 
 COLUMNS = {
-    "model": "model",
-    "part": "part",
     "batch": "batch",
     "ms": "ms",
     "gflops": "GFLOP/s",
@@ -52,11 +49,12 @@ COLUMNS = {
     "products_ms": "products ms",
     "products_ratio": "x products",
 }
+"""The columns of the table of a model and a part; ``x products`` is the time of the products over that of the slice."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Llama."""
+class LlamaShape:
+    """The sizes of a Llama."""
 
     name: str
     hidden: int
@@ -68,17 +66,17 @@ class Shape:
 
     @property
     def products(self) -> tuple[tuple[int, int], ...]:
-        """Outputs and inputs of the products of a slice: o, gate, up, down, q, k, v."""
+        """The outputs and inputs of the products in a slice: o, gate, up, down, q, k, v."""
         q, kv, hidden, ffn = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.ffn
         return (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn), (q, hidden), (kv, hidden), (kv, hidden)
 
     @property
     def projection(self) -> tuple[int, int]:
-        """Outputs and inputs of the output projection."""
+        """The outputs and inputs of the output projection."""
         return self.vocabulary, self.hidden
 
     def blueprint(self, layers: int) -> Blueprint:
-        """The model cut into slices, without weights."""
+        """Return the model cut into slices, without weights."""
         from transformers import LlamaConfig
 
         config = LlamaConfig(
@@ -98,25 +96,25 @@ class Shape:
 
 
 SHAPES = (
-    Shape("M", hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64, vocabulary=32_000),
-    Shape("S", hidden=1024, ffn=3072, heads=16, kv_heads=4, head_dim=64, vocabulary=8192),
+    LlamaShape("M", hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64, vocabulary=32_000),
+    LlamaShape("S", hidden=1024, ffn=3072, heads=16, kv_heads=4, head_dim=64, vocabulary=8192),
 )
 
 
 def run(*, threads: int | None, compiled: bool, as_json: bool, quick: bool) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     threads = check_threads(threads)
     if not can_pack(DTYPE):
-        raise ConfigError("bench slices: this processor has no instructions for bfloat16, so nothing is packed")
+        raise ConfigError("bench slices: this processor has no bfloat16 instructions, so no weights can be packed")
     console = Console(stderr=True)
     torch.set_num_threads(threads)
-    others, bandwidth, peak = Others(), Bandwidth(threads), _Peak(threads)
+    others, bandwidth, peak = OtherWork(), Bandwidth(threads), _Peak(threads)
     shapes, batches = (SHAPES[:1], QUICK_BATCHES) if quick else (SHAPES, BATCHES)
     rows = []
     try:
         machine = {**report.machine(), "threads": threads, "compiled": compiled, "llc_bytes": cache_bytes()}
         machine |= {"read_gbps": bandwidth.all_threads(), "peak_gflops": peak.gflops()}
-        with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+        with torch.inference_mode(), report.progress(console) as progress:
             task = progress.add_task("slices", total=2 * len(shapes) * len(batches))
             for shape in shapes:
                 for work in (_Slices(shape, compiled=compiled), _Projection(shape)):
@@ -129,15 +127,18 @@ def run(*, threads: int | None, compiled: bool, as_json: bool, quick: bool) -> N
     if as_json:
         report.print_json(rows, machine)
     else:
-        title = f"slices, {threads} threads, bfloat16, {'compiled' if compiled else 'not compiled'}"
-        report.print_table(title, rows, COLUMNS)
+        how = f"{threads} threads, bfloat16, {'compiled' if compiled else 'not compiled'}"
+        for model, part in dict.fromkeys((row["model"], row["part"]) for row in rows):
+            shown = [row for row in rows if (row["model"], row["part"]) == (model, part)]
+            report.print_table(f"{part} of model {model}, {how}", shown, COLUMNS)
 
 
-Work = Callable[[int], object]
+Layered = Callable[[int], object]
+"""Work on the copy with the given number."""
 
 
 class _Peak:
-    """What the cores do to numbers in registers, all of them at once."""
+    """The rate at which all cores together multiply numbers in registers."""
 
     ROUNDS = 1_000_000
 
@@ -151,7 +152,7 @@ class _Peak:
         self._threads = threads
 
     def gflops(self) -> float:
-        """The best of a few samples: nothing makes it too high."""
+        """Return the best of a few samples, as no disturbance makes a sample too high."""
         with ThreadPoolExecutor(self._threads) as pool:
             return max(self._sample(pool) for _ in range(REPEATS)) / 1e9
 
@@ -162,11 +163,11 @@ class _Peak:
 
 
 class _Slices:
-    """The middle slices of a model, one after the other: head and tail of each."""
+    """The middle slices of a model, run one after the other, each with its head and its tail."""
 
     part = "slice"
 
-    def __init__(self, shape: Shape, *, compiled: bool) -> None:
+    def __init__(self, shape: LlamaShape, *, compiled: bool) -> None:
         self.numbers = sum(outputs * inputs for outputs, inputs in shape.products)
         self.copies = _copies(self.numbers)
         blueprint = shape.blueprint(self.copies + 1)
@@ -180,8 +181,8 @@ class _Slices:
         self._heads = shape.heads, shape.head_dim
         self._products = _Products(shape.products, self.copies)
 
-    def calls(self, batch: int) -> tuple[Work, Work]:
-        """What runs a slice, and its products alone, for ``batch`` tokens."""
+    def calls(self, batch: int) -> tuple[Layered, Layered]:
+        """Return a function that runs a slice for ``batch`` tokens, and one that runs its products alone."""
         numbers = torch.arange(batch)
         constants = self._model.begin(numbers, numbers, numbers)
         first, *middle = self._model.slices
@@ -196,11 +197,11 @@ class _Slices:
 
 
 class _Projection:
-    """The output projection alone, over several weights."""
+    """The output projection alone, with several copies of its weight."""
 
     part = "projection"
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: LlamaShape) -> None:
         outputs, inputs = shape.projection
         self.numbers = outputs * inputs
         self.copies = _copies(self.numbers)
@@ -208,20 +209,20 @@ class _Projection:
         self._weights = [pack(_random(outputs, inputs)) for _ in range(self.copies)]
         self._products = _Products([shape.projection], self.copies)
 
-    def calls(self, batch: int) -> tuple[Work, Work]:
-        """What projects ``batch`` rows by us and by oneDNN."""
+    def calls(self, batch: int) -> tuple[Layered, Layered]:
+        """Return a function that projects ``batch`` rows with Lamina's kernel, and one that does so with oneDNN."""
         x, product = _random(batch, self._inputs), torch.ops.lamina.product.default
         return lambda i: product(x, self._weights[i], None), self._products.call(batch)
 
 
 class _Products:
-    """The yardstick: products alone, by oneDNN, from packed weights; ``copies`` of each."""
+    """The yardstick: the products alone, by oneDNN from packed weights, with ``copies`` copies of each weight."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], copies: int) -> None:
         self._inputs = [inputs for _, inputs in shapes]
         self._weights = [[pack(_random(*shape)) for shape in shapes] for _ in range(copies)]
 
-    def call(self, batch: int) -> Work:
+    def call(self, batch: int) -> Layered:
         product = torch.ops.mkldnn._linear_pointwise.default
         values = {inputs: _random(batch, inputs) for inputs in self._inputs}
 
@@ -234,18 +235,18 @@ class _Products:
 
 
 def _copies(numbers: int) -> int:
-    """So many weights of ``numbers`` numbers leave the caches behind between two visits of a byte."""
+    """Return how many weights of ``numbers`` numbers are together too large to stay in the caches."""
     return max(2, -(-CACHES * cache_bytes() // (numbers * DTYPE.itemsize)))
 
 
 def _random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    """Small normally distributed numbers, which repeat: making so many different ones would take minutes."""
+    """Return small normally distributed numbers, which repeat because generating them all would take minutes."""
     count = torch.Size(shape).numel()
     some = (torch.randn(min(count, 1 << 20)) * 0.02).to(dtype)
     return some.repeat(-(-count // len(some)))[:count].view(shape)
 
 
-def _row(shape: Shape, work: _Slices | _Projection, batch: int, bandwidth: Bandwidth, peak: _Peak) -> report.Row:
+def _row(shape: LlamaShape, work: _Slices | _Projection, batch: int, bandwidth: Bandwidth, peak: _Peak) -> report.Row:
     ours, products = work.calls(batch)
     peak_gflops = peak.gflops()
     nbytes = work.numbers * DTYPE.itemsize

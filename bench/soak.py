@@ -1,8 +1,9 @@
 """Links at full rate for as long as you like: ``python -m lamina.bench.soak --minutes 60``.
 
 Two processes write to each other over one link after the other, in both directions and on both lanes at once, with
-random sizes, and compare all that arrives with what was sent. Each way to move bytes has its turn. Links end by turns,
-too: closed or aborted, by either end, in the middle of it all. Neither process may keep memory or file descriptors.
+random sizes, and compare all bytes that arrive with those that were sent. All variants of transports take turns, and so
+do the ways in which a link ends: either end closes or aborts it in the middle of the traffic. Neither process may leak
+memory or file descriptors.
 """
 
 from __future__ import annotations
@@ -42,37 +43,37 @@ END_S = 10.0
 ENDINGS = ("near close", "far abort", "far close", "near abort")
 
 SLOTS = 8
-"""Writes under way of each lane and direction, each with a place of its own."""
+"""Writes in flight on each lane in each direction; each has its own place."""
 MAX_BYTES = (64 << 10, 1 << 20)
-"""Of a write, by lane, its head included."""
+"""The largest write of each lane, including its head."""
 HEAD_BYTES = 8
 STARTS = 1 << 16
-"""Bytes of the pattern that a write may start at."""
+"""The number of offsets in the pattern at which a write may start."""
 ANSWER = 1 << 31
-"""In the tag of an empty write that says: this place is free again."""
+"""The bit that marks the tag of an empty write, which says that a place is free again."""
 
 MAX_GROWTH_BYTES = 4 << 20
-"""Of either process, from the second to the last quarter of its links: allocators keep some memory for later."""
+"""How much a process may grow from the second to the last quarter of its links, as allocators keep some memory."""
 REPORT_S = 60.0
 
 
 class SoakError(LaminaError):
-    """Something that must not happen did."""
+    """A link failed, delivered wrong bytes, or leaked."""
 
 
 class Footprint(msgspec.Struct, frozen=True):
-    """What a process has after a link has ended."""
+    """What a process holds after a link has ended, and what it wrote over that link."""
 
     resident: int
-    """Bytes."""
+    """Resident memory in bytes."""
     descriptors: int
     writes: int
-    """Over that link, all of which were answered or under way when it ended."""
+    """The number of writes; each was answered, or in flight when the link ended."""
     nbytes: int
 
 
 class Flood:
-    """One end of a link: writes as fast as the other end takes it, and compares what arrives."""
+    """One end of a link, which writes as fast as the other end accepts it and compares what arrives."""
 
     def __init__(self, link: Link, pattern: bytes, source: Region) -> None:
         self._link = link
@@ -82,16 +83,16 @@ class Flood:
         self._inbox = Region("inbox", SLOTS * sum(MAX_BYTES))
         self._remote: RemoteRegion | None = None
         self._owed: list[tuple[Lane, int]] = []
-        """Answers to what came before the other end's region was known."""
+        """Writes to answer once the other end's region is known."""
         self._lost: asyncio.Future[TransportError] = asyncio.get_running_loop().create_future()
         self.writes = self.nbytes = 0
         link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._lost.set_result
         link.send({"region": link.expose(self._inbox)})
 
     async def end(self, how: str, after_s: float) -> None:
-        """``close`` or ``abort`` the link after so many seconds; or ``wait`` for the other end to do so.
+        """``close`` or ``abort`` the link after ``after_s`` seconds, or ``wait`` for the other end to do so.
 
-        SoakError if it ended for another reason.
+        SoakError if the link ended for another reason.
         """
         if how == "wait":
             after_s += END_S
@@ -128,7 +129,7 @@ class Flood:
             self._answer(lane, tag)
 
     def _write(self, lane: Lane, slot: int) -> None:
-        """Some bytes of the pattern, in two pieces; their number and start travel before them."""
+        """Write some bytes of the pattern in two pieces, behind a head with their number and start."""
         assert self._remote is not None
         most = MAX_BYTES[lane] - HEAD_BYTES
         nbytes = int(most ** self._random.random())
@@ -149,15 +150,15 @@ class Flood:
         head = int.from_bytes(arrived[:HEAD_BYTES], "little")
         nbytes, start = head >> 32, head & 0xFFFFFFFF
         if not self._pattern.startswith(arrived[HEAD_BYTES : HEAD_BYTES + nbytes], start):
-            raise SoakError(f"a write of {nbytes} bytes on lane {lane.name} arrived with other bytes than were sent")
+            raise SoakError(f"a write of {nbytes} bytes on lane {lane.name} arrived with wrong bytes")
 
 
 def _place(lane: Lane, slot: int) -> int:
     return slot * MAX_BYTES[lane] + (SLOTS * MAX_BYTES[Lane.DECODE] if lane is Lane.BULK else 0)
 
 
-class _End:
-    """What a process needs for all its links."""
+class _SoakEnd:
+    """What a process keeps for all its links."""
 
     def __init__(self) -> None:
         self._pattern = random.Random(0).randbytes(MAX_BYTES[Lane.BULK] + STARTS)  # noqa: S311 - to compare with
@@ -165,7 +166,7 @@ class _End:
         self._source.buffer[:] = self._pattern
 
     async def flood(self, link: Link, how: str, after_s: float) -> Footprint:
-        """Raises SoakError."""
+        """Flood one link until it ends, and return the footprint. SoakError if something went wrong."""
         flood = Flood(link, self._pattern, self._source)
         await flood.end(how, after_s)
         return _footprint(flood)
@@ -182,9 +183,9 @@ def _footprint(flood: Flood) -> Footprint:
 
 
 async def _far(settings: Sequence[Setting]) -> None:
-    """Listen for each setting, and tell what is left after each link; end with standard input."""
+    """Listen for each setting, and print the footprint after each link, until standard input ends."""
     settings[0].pin(1)
-    end = _End()
+    end = _SoakEnd()
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(link: Link) -> None:
@@ -216,7 +217,7 @@ def _tell(what: Any) -> None:
 
 
 def soak(names: Sequence[str], settings: Sequence[Setting], seconds: float, link_s: float) -> dict[str, Any]:
-    """What was moved, and what either process had after its links; raises SoakError."""
+    """Run the soak, and return how much was moved and the footprints. SoakError if something went wrong."""
     command = [sys.executable, "-m", "lamina.bench.soak", "--far", msgspec.json.encode(settings).decode()]
     settings[0].pin(0)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as far:
@@ -234,7 +235,7 @@ async def _near(
     assert far.stdout
     listen = far.stdout.readline
     places = [Address.parse(place) for place in json.loads(await asyncio.to_thread(listen))]
-    end = _End()
+    end = _SoakEnd()
     footprints: list[tuple[Footprint, Footprint]] = []
     started = reported = time.monotonic()
     for (setting, place), (near_how, far_how) in zip(
@@ -258,7 +259,7 @@ async def _near(
 
 
 def _endings(variants: int) -> Iterator[tuple[str, str]]:
-    """For the near and the far end; each variant meets all of them."""
+    """Yield what the near and the far end do to end each link; each variant meets all ways to end."""
     for ending in itertools.cycle(ENDINGS):
         who, how = ending.split()
         for _ in range(variants):
@@ -266,10 +267,10 @@ def _endings(variants: int) -> Iterator[tuple[str, str]]:
 
 
 def check(footprints: Sequence[tuple[Footprint, Footprint]]) -> dict[str, Any]:
-    """Compare the last quarter of the links with the second one; SoakError where something has grown."""
+    """Compare the last quarter of the links with the second quarter. SoakError if a process has grown."""
     quarter = len(footprints) // 4
     if quarter < 2:
-        raise SoakError(f"only {len(footprints)} links in this time: give it more")
+        raise SoakError(f"only {len(footprints)} links ended in this time, too few to compare; run longer")
     found: dict[str, Any] = {
         "links": len(footprints),
         "writes": sum(each.writes for both in footprints for each in both),
@@ -297,17 +298,17 @@ def _words(footprints: Sequence[tuple[Footprint, Footprint]]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     if sys.argv[1:2] == ["--far"]:
         logging.disable(logging.WARNING)
         uvloop.run(_far(msgspec.json.decode(sys.argv[2], type=list[Setting])))
         return
     parser = argparse.ArgumentParser(prog="python -m lamina.bench.soak", description="Links at full rate.")
-    parser.add_argument("--minutes", type=float, default=60.0, help="how long; default: 60")
-    parser.add_argument("--link-seconds", type=float, default=LINK_S, help="how long a link lives; default: 1")
-    parser.add_argument("--transport", action="append", choices=VARIANTS, help="only this one; may be given again")
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long to run; default: 60")
+    parser.add_argument("--link-seconds", type=float, default=LINK_S, help="mean life of a link; default: 1")
+    parser.add_argument("--transport", action="append", choices=VARIANTS, help="run only this one; may be repeated")
     given = parser.parse_args()
-    logging.disable(logging.WARNING)  # every link that ends is one
+    logging.disable(logging.WARNING)  # every aborted link would log a warning
     with tempfile.TemporaryDirectory(prefix="lamina-soak-") as folder:
         names, settings = [], []
         for name in given.transport or VARIANTS:

@@ -16,32 +16,33 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lamina import __version__
-from lamina.bench.checkpoints import Model
+from lamina.bench.checkpoints import RandomLlama
+from lamina.bench.clusters import FilledCluster
 from lamina.bench.installed import Environment, UnavailableError, last_line
 from lamina.client import Client, Stream, connect
 from lamina.cluster.local import Cluster, free_ports
-from lamina.config import ClusterConfig, NodeConfig, load
+from lamina.config import ClusterConfig, load
 from lamina.errors import LaminaError
 from lamina.ops.figures import between
 
 PEER_TIMEOUT_S = 60.0
-"""Silence on Lamina's links, while other systems start on the same cores."""
+"""How long Lamina's links may be silent, as other systems start on the same cores."""
 START_TIMEOUT_S, MEASURE_TIMEOUT_S = 900.0, 900.0
 
 MAX_PREFILL_TOKENS = 2**16
-"""Which cost nothing; so all prompts are done in a step or two."""
+"""The most prompt tokens in a step. They cost nothing, so all prompts are done in a step or two."""
 SKEW_TOKENS = 64
-"""What the first sequences may generate before the last one begins."""
+"""The tokens that the first sequences may generate before the last one begins."""
 BLOCK_TOKENS = 16
 KV_SLACK = 1.05
-"""Over the bytes of keys and values, for what blocks and alignment cost."""
+"""The size of a KV cache over the bytes of its keys and values, to allow for blocks and alignment."""
 PADDING_TOKENS = 256
-"""Of a sequence, for blocks that it fills in part in other engines."""
+"""The tokens to add to each sequence for partly filled blocks in other engines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Decode ``batch`` sequences that have ``context`` tokens each: ``steps`` of them timed, after ``warm`` others."""
+    """Decode ``batch`` sequences with ``context`` tokens each: ``warm`` steps, and then ``steps`` steps to be timed."""
 
     batch: int
     context: int
@@ -50,70 +51,72 @@ class Work:
 
     @property
     def room(self) -> int:
-        """Tokens of one sequence, at most."""
+        """The most tokens that one sequence may have."""
         return self.context + self.warm + self.steps + SKEW_TOKENS
 
     @property
     def tokens(self) -> int:
-        """Of all sequences, in whole blocks."""
+        """The tokens of all sequences, in whole blocks."""
         return self.batch * -(-self.room // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """What a KV cache must hold: ``tokens`` of at most ``batch`` sequences, of at most ``room`` each."""
+class CacheDemand:
+    """What a KV cache must hold: ``tokens`` of at most ``batch`` sequences, with at most ``room`` each."""
 
     batch: int
     room: int
     tokens: int
 
     @classmethod
-    def of(cls, works: Sequence[Work]) -> Pool:
-        """Enough for each of ``works``, one at a time."""
+    def of(cls, works: Sequence[Work]) -> CacheDemand:
+        """Return the demand that covers each of ``works``, one at a time."""
         return cls(max(w.batch for w in works), max(w.room for w in works), max(w.tokens for w in works))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measurement. ``parts_ms``: where the time of a step went, if that is known; ``detail``: how it was run."""
+    """The result of one measurement."""
 
     tokens_per_s: float
     parts_ms: Mapping[str, float] = field(default_factory=dict)
+    """The parts of a step's time, if they are known."""
     detail: str = ""
+    """How the system ran, in words."""
 
 
 class System(Protocol):
-    """One system with one model. ``candidates``: settings of its threads, by name, from which a sweep chooses.
-
-    The first is the one to take without a sweep.
-    """
+    """One system with one model."""
 
     name: str
     version: str
 
     @property
-    def candidates(self) -> Sequence[str]: ...
+    def candidates(self) -> Sequence[str]:
+        """The names of thread settings from which a sweep chooses; the first is used without a sweep."""
+        ...
 
     async def start(self) -> None:
-        """LaminaError says why it cannot be had."""
+        """Start the system. LaminaError says why it cannot start."""
         ...
 
     async def measure(self, work: Work, threads: str) -> Sample:
-        """With one of ``candidates``. LaminaError says why it cannot be done."""
+        """Measure with one of ``candidates``. LaminaError says why that failed."""
         ...
 
     async def close(self) -> None: ...
 
 
-class Peer:
-    """Another engine: a script under the Python of its own environment, which answers line by line."""
+class PeerEngine:
+    """Another engine: a script that runs under the Python of its own environment and answers line by line."""
 
-    def __init__(self, environment: Environment, model: Model, checkpoint: Path, pool: Pool) -> None:
+    def __init__(self, environment: Environment, model: RandomLlama, checkpoint: Path, demand: CacheDemand) -> None:
         self.name = environment.name
         self.version = ""
         self._environment = environment
-        tokens = int(pool.tokens * KV_SLACK) + pool.batch * PADDING_TOKENS
-        self._command = environment.command(checkpoint, [pool.batch, pool.room, tokens * model.kv_bytes_per_token])
+        tokens = int(demand.tokens * KV_SLACK) + demand.batch * PADDING_TOKENS
+        nbytes = tokens * model.kv_bytes_per_token
+        self._command = environment.command(checkpoint, [demand.batch, demand.room, nbytes])
         self._process: Process | None = None
         cores = len(os.sched_getaffinity(0))
         self._threads = {str(threads): threads for threads in dict.fromkeys((cores, max(1, cores // 2)))}
@@ -172,31 +175,32 @@ class Peer:
         try:
             line = await asyncio.wait_for(self._process.stdout.readline(), timeout_s)
         except TimeoutError as e:
-            await self.close()  # what it answers later would be taken for something else
+            await self.close()  # a late answer would be taken for the next one
             raise UnavailableError(f"{self.name} gave no answer within {timeout_s:g} s") from e
         if not line:
             raise self._ended()
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
-            raise UnavailableError(f"{self.name}: {answer['failed']} (all it said: {self._environment.log})")
+            raise UnavailableError(f"{self.name}: {answer['failed']} (full log: {self._environment.log})")
         return answer
 
     def _ended(self) -> UnavailableError:
         log = self._environment.log
-        return UnavailableError(f"{self.name} has ended: {last_line(log)} (all it said: {log})")
+        return UnavailableError(f"{self.name} has ended: {last_line(log)} (full log: {log})")
 
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """How Lamina shares out one machine: threads of the compute and of the memory node, and batches in flight.
-
-    ``cpus``: the processors that each of them is pinned to; None: both use all.
-    """
+    """How Lamina's two nodes share one machine."""
 
     compute: int
+    """Threads of the compute node."""
     memory: int
+    """Threads of the memory node."""
     batches: int
+    """Batches in flight."""
     cpus: tuple[str, str] | None = None
+    """The processors that each node is pinned to; None lets both use all."""
 
     def __str__(self) -> str:
         pinned = " pinned" if self.cpus else ""
@@ -204,7 +208,7 @@ class Wiring:
 
 
 def wirings() -> list[Wiring]:
-    """What suits one machine: both nodes on all cores, in turns or at once, or each on a half of its own."""
+    """Return the wirings that suit one machine: both nodes on all cores, with one or two batches, or on a half each."""
     cpus = sorted(os.sched_getaffinity(0))
     found = [Wiring(len(cpus), len(cpus), batches) for batches in (1, 2)]
     if len(cpus) > 1:
@@ -215,15 +219,15 @@ def wirings() -> list[Wiring]:
 
 
 class Lamina:
-    """One compute node, whose prompts are filled in at random (`lamina.bench.filled`), and one memory node."""
+    """One compute node that fills prompts in at random (`lamina.bench.filled`), and one memory node."""
 
     name = "lamina"
 
-    def __init__(self, model: Model, checkpoint: Path, pool: Pool) -> None:
+    def __init__(self, model: RandomLlama, checkpoint: Path, demand: CacheDemand) -> None:
         self.version = __version__
         self._checkpoint = checkpoint
-        self._pool = pool
-        self._memory_mib = int(pool.tokens * model.kv_bytes_per_token * KV_SLACK / 2**20) + 16
+        self._demand = demand
+        self._memory_mib = int(demand.tokens * model.kv_bytes_per_token * KV_SLACK / 2**20) + 16
         self._wirings = {str(wiring): wiring for wiring in wirings()}
         self._running = ""
         self._stack = AsyncExitStack()
@@ -235,7 +239,7 @@ class Lamina:
         return list(self._wirings)
 
     async def start(self) -> None:
-        """Its processes are started for the first measurement, and again whenever that wants other threads."""
+        """Start nothing yet: the processes start for the first measurement, and again when the threads change."""
 
     async def measure(self, work: Work, threads: str) -> Sample:
         if self._running != threads:
@@ -248,7 +252,7 @@ class Lamina:
             async with asyncio.timeout(MEASURE_TIMEOUT_S):
                 return await self._decode(self._client, self._cluster, work)
         except TimeoutError as e:
-            raise LaminaError(f"lamina did not decode within {MEASURE_TIMEOUT_S:g} s") from e
+            raise LaminaError(f"lamina did not finish decoding within {MEASURE_TIMEOUT_S:g} s") from e
 
     async def close(self) -> None:
         self._running = ""
@@ -260,7 +264,7 @@ class Lamina:
         log = stack.enter_context((folder / "nodes.log").open("wb"))
         config = self._config(folder, wiring)
         try:
-            self._cluster = await stack.enter_async_context(_Filled(config, log_file=log))
+            self._cluster = await stack.enter_async_context(FilledCluster(config, log_file=log))
             await self._cluster.ready()
             address = config.front.address
             self._client = await stack.enter_async_context(connect(address, peer_timeout=PEER_TIMEOUT_S))
@@ -272,9 +276,9 @@ class Lamina:
         compute, memory = (f'address = "tcp://127.0.0.1:{port}"' for port in free_ports(2))
         near, far = ((f'cpus = "{part}"',) for part in wiring.cpus) if wiring.cpus else ((), ())
         lines = [
-            *("[model]", f"path = {json.dumps(str(self._checkpoint))}", f"context = {self._pool.room}"),
-            *("[pipeline]", f"batches = {wiring.batches}", f"max_batch = {-(-self._pool.batch // wiring.batches)}"),
-            f'prefill_tokens = {min(MAX_PREFILL_TOKENS, self._pool.tokens)}\nprefill_kv = "1TiB"',
+            *("[model]", f"path = {json.dumps(str(self._checkpoint))}", f"context = {self._demand.room}"),
+            *("[pipeline]", f"batches = {wiring.batches}", f"max_batch = {-(-self._demand.batch // wiring.batches)}"),
+            f'prefill_tokens = {min(MAX_PREFILL_TOKENS, self._demand.tokens)}\nprefill_kv = "1TiB"',
             *("[transport]", f"peer_timeout = {PEER_TIMEOUT_S}", f"start_timeout = {START_TIMEOUT_S}"),
             *("[[node]]", 'name = "c0"', 'role = "compute"', compute, f"threads = {wiring.compute}", *near),
             *("[[node]]", 'name = "m0"', 'role = "memory"', memory, f"threads = {wiring.memory}", *far),
@@ -285,9 +289,9 @@ class Lamina:
         return load(file)
 
     async def _decode(self, client: Client, cluster: Cluster, work: Work) -> Sample:
-        clock = _Clock(work)
+        clock = _Stopwatch(work)
         most = work.room - work.context
-        # Each sequence is to have keys and values of its own.
+        # Each sequence must have its own keys and values.
         streams = [client.stream([0] * work.context, max_tokens=most, share_prefix=False) for _ in range(work.batch)]
         followers = [asyncio.create_task(_follow(clock, i, stream)) for i, stream in enumerate(streams)]
         try:
@@ -299,7 +303,7 @@ class Lamina:
             for follower in followers:
                 follower.cancel()
             await asyncio.gather(*followers, return_exceptions=True)
-        while (await client.status()).requests_running:  # noqa: ASYNC110  # it says so only when asked
+        while (await client.status()).requests_running:  # noqa: ASYNC110  # the node reports it only when asked
             await asyncio.sleep(0.01)
         figures = between(before, after, seconds)
         scale = figures.layers / (figures.tokens / work.batch) / 1e3
@@ -307,21 +311,14 @@ class Lamina:
         return Sample(clock.tokens_per_s, parts)
 
 
-class _Filled(Cluster):
-    def command(self, node: NodeConfig) -> list[str]:
-        if node.role == "memory":
-            return super().command(node)
-        return ["-m", "lamina.bench.filled", str(self._config.file), node.name]
-
-
-class _Clock:
-    """Sees every token, and times ``work.steps`` of each sequence, from when all of them decode."""
+class _Stopwatch:
+    """Times ``work.steps`` tokens of each sequence, from the moment at which all sequences decode."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self._times: list[list[float]] = [[] for _ in range(work.batch)]
         self._first: list[int] = []
-        """By sequence, the token from which the time counts."""
+        """For each sequence, the token at which its time starts."""
         self.started, self.finished = asyncio.Event(), asyncio.Event()
         self._missing = {self.started: work.batch, self.finished: work.batch}
 
@@ -339,20 +336,20 @@ class _Clock:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all sequences together."""
+        """The tokens per second of all sequences together."""
         steps = self._work.steps
         return sum(
             steps / (times[first + steps] - times[first]) for times, first in zip(self._times, self._first, strict=True)
         )
 
     def _arrived(self, event: asyncio.Event) -> None:
-        """One more sequence has got to where ``event`` waits for all."""
+        """Count one more sequence for ``event``, which is set when all sequences have arrived."""
         self._missing[event] -= 1
         if not self._missing[event]:
             event.set()
 
 
-async def _follow(clock: _Clock, sequence: int, stream: Stream) -> None:
+async def _follow(clock: _Stopwatch, sequence: int, stream: Stream) -> None:
     async with stream:
         async for _ in stream:
             clock.token(sequence)
@@ -360,7 +357,7 @@ async def _follow(clock: _Clock, sequence: int, stream: Stream) -> None:
 
 
 async def _first_of(event: asyncio.Event, followers: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for ``event``, or raise what a follower raises before it."""
+    """Wait for ``event``, or raise the error of a follower that fails before it."""
     waiting = asyncio.create_task(event.wait())
     try:
         done, _ = await asyncio.wait({waiting, *followers}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,14 +1,14 @@
 """Decode throughput of whole engines on this machine: Lamina's two nodes beside others, with the same checkpoints.
 
 All systems have the same random weights and decode greedily in bfloat16. Only steps in which every sequence decodes
-are timed; a figure counts the tokens of all sequences together. Contexts are there without all prompts having been
-prefilled: the caches of Lamina and vLLM are filled at random, while transformers and llama.cpp prefill one prompt and
-copy its cache. Every sequence has keys and values of its own in all of them.
+are timed, and a figure counts the tokens of all sequences together. Contexts are created without prefilling all
+prompts: the caches of Lamina and vLLM are filled at random, while transformers and llama.cpp prefill one prompt and
+copy its cache. In all systems every sequence has its own keys and values.
 
-Each system gets the threads that do best in a short sweep at one small shape; in a quick run, all cores. Then they take
-turns: one round after the other at each shape, in another order each time, with a plain read of the memory before and
-after each turn, because virtual machines change their bandwidth within minutes. Medians are reported, and the median
-over the rounds of the ratio of Lamina to the best peer.
+Each system uses the thread setting that does best in a short sweep at one small shape; in a quick run, all cores. Then
+the systems take turns: round after round at each shape, in a different order each time. A plain read of the memory
+precedes and follows each turn, because the bandwidth of a virtual machine changes within minutes. The benchmark reports
+medians, and the median over the rounds of the ratio of Lamina to the best peer.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lamina.bench import report
-from lamina.bench.bandwidth import MAX_OTHERS, Bandwidth, Others, free_bytes
-from lamina.bench.checkpoints import MODELS, Model, checkpoint
+from lamina.bench.bandwidth import MAX_OTHERS, Bandwidth, OtherWork, free_bytes
+from lamina.bench.checkpoints import MODELS, RandomLlama, checkpoint
 from lamina.bench.installed import RECIPES, Environment, install
-from lamina.bench.systems import Lamina, Peer, Pool, Sample, System, Work
+from lamina.bench.systems import CacheDemand, Lamina, PeerEngine, Sample, System, Work
 from lamina.errors import ConfigError, LaminaError
+from lamina.table import print_facts, print_text
 
 Shape = tuple[int, int]
 """Batch and context."""
@@ -40,21 +41,22 @@ QUICK_SHAPES = ((1, 512), (32, 2048))
 SWEEP_SHAPE = (8, 512)
 ROUNDS, QUICK_ROUNDS = 3, 1
 SWEEP_ROUNDS = 2
-"""Of which the better counts: threads that have to wait for one another are now and then much slower than usual."""
+"""The sweep counts the better of these rounds: threads that wait for each other are sometimes unusually slow."""
 
 WARM_STEPS = 3
 STEPS, QUICK_STEPS = (16, 96), (8, 48)
-"""The fewest and the most that are timed. Between them, what a machine of this many bytes/s would do in a second:"""
+"""The fewest and the most steps that are timed."""
 ASSUMED_RATE = 20e9
+"""Between these limits, as many steps are timed as a machine that reads this many bytes per second does in a second."""
 SETTLE_S = 0.3
-"""Idle threads of OpenMP look for work for up to so long before they leave the cores to others."""
+"""How long idle OpenMP threads may spin before they release the cores."""
 
 WEIGHT_COPIES = 1.5
-"""Memory that the weights of a system take on average, packed or not, in sizes of the file."""
+"""The memory that the weights of a system take on average, in sizes of the file; some systems pack a second copy."""
 SPARE_BYTES = 2 << 30
+"""The memory that is left to everything else."""
 
 COLUMNS = {
-    "model": "model",
     "shape": "BxC",
     "system": "system",
     "tokens_per_s": "tokens/s",
@@ -63,15 +65,13 @@ COLUMNS = {
     "read_share": "of read",
     "bandwidth_before": "GB/s before",
     "bandwidth_after": "after",
-    "threads": "threads",
 }
 PARTS = {
-    "model": "model",
     "shape": "BxC",
     "step_ms": "step",
     "compute_ms": "compute",
     "attention_ms": "attention",
-    "wire_ms": "wire, waiting",
+    "wire_ms": "wire",
     "read_ms": "plain read",
     "best_peer": "best peer",
     "peer_step_ms": "its step",
@@ -81,8 +81,8 @@ MEASURED = (
     *("tokens_per_s", "step_ms", "ratio", "best_peer", "peer_step_ms", "bandwidth_before", "bandwidth_after"),
     *("read_ms", "read_share", "compute_ms", "attention_ms", "wire_ms", "detail", "rounds"),
 )
-"""What is None in the row of a system that failed. ``read_ms``: a plain read of what a step has to read; ``read_share``
-is its part of the step. Parts of a step, and what is said of the best peer, are Lamina's alone."""
+"""The keys that are None in the row of a system that failed. ``read_ms`` is the time of a plain read of the bytes that
+a step must read, and ``read_share`` its share of the step. Only Lamina's rows have parts of a step and a best peer."""
 
 
 def run(
@@ -94,7 +94,7 @@ def run(
     plot: Path | None,
     quick: bool,
 ) -> None:
-    """Measure, print, and draw if asked. ``shapes``: pairs of batch and context, by default those of the module."""
+    """Measure at ``shapes``, by default those of this module, and print; draw into ``plot`` if it is given."""
     if plot:
         report.figure_class()
     _check("--peers", peers, PEERS)
@@ -108,10 +108,10 @@ def run(
     for row in rows:
         if row["failed"]:
             shape = f"{row['model']} at {row['batch']} x {row['context']}"
-            comparison.console.print(f"{shape}: {row['failed']}", highlight=False, soft_wrap=True)
+            print_text(f"{row['system']}, {shape}: {row['failed']}", comparison.console)
     if comparison.other_cores > MAX_OTHERS:
         busy = f"{comparison.other_cores:.2f} cores were busy in the pauses between the turns"
-        comparison.console.print(f"{busy}; figures of a quiet machine will be better", highlight=False)
+        print_text(f"{busy}; a quiet machine gives better figures", comparison.console)
     if as_json:
         report.print_json(rows, {**report.machine(), "other_cores": comparison.other_cores})
     else:
@@ -121,7 +121,7 @@ def run(
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Pairs of batch and context of a list such as "1x512,32x2048"."""
+    """Parse a list such as "1x512,32x2048" into pairs of batch and context. ConfigError if it is not such a list."""
     shapes = []
     for part in text.split(","):
         batch, _, context = part.strip().partition("x")
@@ -151,22 +151,28 @@ class Turn:
 
 @dataclass
 class Contestant:
-    """A system with one model, and what became of it. ``failed``: why it is out of the game; by shape: out of that."""
+    """A system with one model, and its results."""
 
     name: str
     system: System | None = None
     threads: str = ""
+    """The chosen setting of its threads."""
     sweep: dict[str, float] = field(default_factory=dict)
-    """Tokens/s by threads, at the shape of the sweep."""
+    """The tokens/s of each thread setting, at the shape of the sweep."""
     failed: str = ""
+    """Why the system cannot be measured at all."""
     failed_at: dict[Shape, str] = field(default_factory=dict)
+    """Why the system cannot be measured at some shapes."""
     turns: dict[Shape, list[Turn]] = field(default_factory=dict)
 
     def why_not(self, shape: Shape) -> str:
+        """Return why the system has no result at ``shape``; empty if it has one."""
         return self.failed or self.failed_at.get(shape, "")
 
 
 class _Comparison:
+    """All measurements of one run."""
+
     def __init__(self, console: Console, *, quick: bool) -> None:
         self.console = console
         self._quick = quick
@@ -175,49 +181,51 @@ class _Comparison:
 
     @property
     def other_cores(self) -> float:
-        """Cores that were busy on average while no system was asked for anything."""
+        """The average number of cores that were busy while no system was measured."""
         return statistics.mean(self._others) if self._others else 0.0
 
     def close(self) -> None:
         self._bandwidth.close()
 
-    async def run(self, peers: Sequence[str], models: Sequence[Model], shapes: Sequence[Shape]) -> list[report.Row]:
-        """A row for each model, shape and system."""
+    async def run(
+        self, peers: Sequence[str], models: Sequence[RandomLlama], shapes: Sequence[Shape]
+    ) -> list[report.Row]:
+        """Return a row for each model, shape and system."""
         environments = {name: self._install(name) for name in peers}
         rows: list[report.Row] = []
-        with Progress(console=self.console, transient=True) as progress:
+        with report.progress(self.console) as progress:
             for model in models:
                 if fitting := self._fitting(model, shapes, len(peers)):
                     rows += await self._compare(model, fitting, environments, progress)
         return rows
 
     def _install(self, name: str) -> Environment | str:
-        """The environment, or why there is none."""
-        with self.console.status(f"installing {name}, which takes minutes the first time …"):
+        """Return the environment, or the reason why there is none."""
+        with self.console.status(f"installing {name}, which takes minutes the first time"):
             try:
                 return install(name)
             except LaminaError as e:
                 return str(e)
 
-    def _fitting(self, model: Model, shapes: Sequence[Shape], peers: int) -> list[Shape]:
-        """The shapes for which there is memory while all systems are there; the others are named and left out."""
+    def _fitting(self, model: RandomLlama, shapes: Sequence[Shape], peers: int) -> list[Shape]:
+        """Return the shapes for which memory suffices while all systems run; a note names the others."""
         free = free_bytes()
         room = free - SPARE_BYTES - int(WEIGHT_COPIES * model.file_bytes * (1 + peers))
-        # Two reserve their cache for the largest shape; of the others, one at a time has it.
+        # Two systems reserve their cache for the largest shape; of the others, one at a time has a cache.
         fitting = [s for s in shapes if 3 * self._work(model, s).tokens * model.kv_bytes_per_token <= room]
         if missing := ", ".join(f"{batch} x {context}" for batch, context in shapes if (batch, context) not in fitting):
             why = f"not enough memory, {free / 2**30:.1f} GiB are free"
-            self.console.print(f"{model.name} at {missing} is left out: {why}", highlight=False, soft_wrap=True)
+            print_text(f"{model.name} at {missing} is left out: {why}", self.console)
         return fitting
 
-    def _work(self, model: Model, shape: Shape) -> Work:
+    def _work(self, model: RandomLlama, shape: Shape) -> Work:
         fewest, most = QUICK_STEPS if self._quick else STEPS
         steps = round(ASSUMED_RATE / model.step_bytes(*shape))
         return Work(*shape, warm=WARM_STEPS, steps=min(max(steps, fewest), most))
 
     async def _compare(
         self,
-        model: Model,
+        model: RandomLlama,
         shapes: Sequence[Shape],
         environments: Mapping[str, Environment | str],
         progress: Progress,
@@ -232,13 +240,13 @@ class _Comparison:
             progress.update(task, description=f"{model.name} {what} {name}")
 
         show("", "making the checkpoint")
-        path, pool = checkpoint(model), Pool.of([*works.values(), sweep])
-        contestants = [Contestant(Lamina.name, Lamina(model, path, pool))]
+        path, demand = checkpoint(model), CacheDemand.of([*works.values(), sweep])
+        contestants = [Contestant(Lamina.name, Lamina(model, path, demand))]
         for name, environment in environments.items():
             if isinstance(environment, str):
                 contestants.append(Contestant(name, failed=environment))
             else:
-                contestants.append(Contestant(name, Peer(environment, model, path, pool)))
+                contestants.append(Contestant(name, PeerEngine(environment, model, path, demand)))
         try:
             for contestant in contestants:
                 show(contestant.name, "threads of")
@@ -259,7 +267,7 @@ class _Comparison:
         return rows_of(model, shapes, contestants)
 
     async def _prepare(self, contestant: Contestant, sweep: Work) -> None:
-        """Start it and find the threads that suit it."""
+        """Start the system and find the thread setting that suits it."""
         if contestant.system is None:
             return
         try:
@@ -280,9 +288,9 @@ class _Comparison:
         contestant.threads = max(contestant.sweep, key=lambda threads: contestant.sweep[threads])
 
     async def _quiet(self) -> None:
-        """Let the threads of the last turn come to rest, and see who else is busy."""
+        """Let the threads of the last turn stop spinning, and record how busy other processes keep the cores."""
         await asyncio.sleep(SETTLE_S)
-        others = Others()
+        others = OtherWork()
         await asyncio.sleep(SETTLE_S)
         self._others.append(others.cores())
 
@@ -300,8 +308,8 @@ class _Comparison:
         contestant.turns.setdefault(shape, []).append(Turn(sample, before, self._bandwidth.all_threads()))
 
 
-def rows_of(model: Model, shapes: Sequence[Shape], contestants: Sequence[Contestant]) -> list[report.Row]:
-    """A row for each shape and contestant, failed ones too. The first contestant is compared with the others."""
+def rows_of(model: RandomLlama, shapes: Sequence[Shape], contestants: Sequence[Contestant]) -> list[report.Row]:
+    """Return a row for each shape and contestant, also if it failed. The first is compared with the best other one."""
     own, *peers = contestants
     rows = []
     for shape in shapes:
@@ -317,7 +325,7 @@ def rows_of(model: Model, shapes: Sequence[Shape], contestants: Sequence[Contest
     return rows
 
 
-def _row(model: Model, shape: Shape, contestant: Contestant) -> report.Row:
+def _row(model: RandomLlama, shape: Shape, contestant: Contestant) -> report.Row:
     batch, context = shape
     row: report.Row = {
         "model": model.name,
@@ -357,14 +365,16 @@ def _median_rate(turns: Sequence[Turn]) -> float:
 
 
 def _print(rows: Sequence[report.Row]) -> None:
-    shown = [{**row, "shape": f"{row['batch']} x {row['context']:,}"} for row in rows]
-    report.print_table("decode of whole engines: tokens/s of all sequences together", shown, COLUMNS)
-    own = [row for row in shown if row["system"] == Lamina.name]
-    report.print_table("where a step of lamina goes, in ms", own, PARTS)
+    for model in dict.fromkeys(row["model"] for row in rows):
+        shown = [{**row, "shape": f"{row['batch']}x{row['context']}"} for row in rows if row["model"] == model]
+        report.print_table(f"decode of model {model}: tokens/s of all sequences together", shown, COLUMNS)
+        own = [row for row in shown if row["system"] == Lamina.name]
+        report.print_table(f"the parts of a step of lamina, model {model}, in ms; wire includes waiting", own, PARTS)
+        print_facts({f"threads of {row['system']}": row["threads"] for row in shown})
 
 
 def draw(path: Path, rows: Sequence[report.Row]) -> None:
-    """For each model, the tokens/s of every system at every shape, divided by those of the best peer."""
+    """Draw for each model the tokens/s of every system at every shape, divided by those of the best peer."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     systems = list(dict.fromkeys(row["system"] for row in rows))
     figure = report.figure_class()(figsize=(10, 1.0 + 3.2 * len(models)), layout="constrained")

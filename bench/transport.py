@@ -1,11 +1,12 @@
-"""Moving bytes between two nodes of this machine by each transport, beside the least that the same medium can do.
+"""Moving bytes between two nodes of this machine by each transport, beside minimal programs over the same medium.
 
-Each end is a process of its own, as a node is, and on a processor of its own where there are two. A round trip is one
-write there and one of as many bytes back. Bandwidth is that of writes to which only empty ones come back, so many of
-them under way at once. The yardsticks do the same, on the same processors, in turns with Lamina: the median over the
-turns of what each turn's median was is compared.
+Each end is a separate process, as a node is, on its own processor if there are two. A round trip is one write to the
+far end and one of as many bytes back. Bandwidth is that of writes which are answered by empty ones, with a given number
+of them in flight. The yardsticks do the same, on the same processors, in turns with Lamina. The figure of each is the
+median over the turns of the turns' medians.
 
-A ratio is of times for round trips (1 is the yardstick, more is slower), of bandwidths for bandwidth (less is slower).
+A ratio is one of times for round trips (1 is the yardstick, more is slower) and one of bandwidths for bandwidth (1 is
+the yardstick, less is slower).
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import Progress
 
 from lamina.bench import report
 from lamina.bench.ends import Task
 from lamina.bench.variants import VARIANTS, Setting, emulated, find, ports, two_processors
-from lamina.bench.yardsticks import Contender, Program, Result, Tool, build
+from lamina.bench.yardsticks import Mover, Program, Result, Tool, build
 from lamina.errors import ConfigError, LaminaError, TransportError
+from lamina.table import print_text
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (64, 512, 4 * KIB, 8 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 8 * MIB)
 DEPTHS = (1, 4, 16)
 QUICK_TRIPS, QUICK_FLOODS, QUICK_DEPTHS = (64, 8 * KIB, 256 * KIB), (8 * KIB, 2 * MIB), (1, 16)
 SECONDS, QUICK_SECONDS = 0.2, 0.05
-"""Of each turn."""
+"""The duration of each turn."""
 TURNS, QUICK_TURNS = 5, 3
 SPAN = 32 * MIB
-"""Writes go to one place after the other, as many as are under way, but to no more bytes than this."""
+"""Writes use as many places in turn as are in flight at once, but no more than fit into this many bytes."""
 
 PHASES = ("round_trip", "bandwidth")
 
@@ -49,7 +50,7 @@ COLUMNS = {
         "p50_us": "p50 µs",
         "p99_us": "p99 µs",
         "yardstick": "yardstick",
-        "yardstick_p50_us": "p50 µs",
+        "yardstick_p50_us": "its p50",
         "ratio": "ratio",
         "cpu_write_us": "CPU near",
         "cpu_arrival_us": "CPU far",
@@ -59,13 +60,14 @@ COLUMNS = {
         "depth": "depth",
         "gbps": "GB/s",
         "yardstick": "yardstick",
-        "yardstick_gbps": "GB/s",
+        "yardstick_gbps": "its GB/s",
         "ratio": "ratio",
         "cpu_write_us": "CPU near",
         "cpu_arrival_us": "CPU far",
     },
 }
-"""By phase. CPU: microseconds of an end for each round trip, or for each write and the empty one that comes back."""
+"""The columns of each phase's table. CPU is the processor time of an end, in microseconds for each round trip, or for
+each write and the empty one that answers it."""
 TITLES = {"round_trip": "round trips", "bandwidth": "bandwidth"}
 
 KEYS = (
@@ -85,23 +87,23 @@ KEYS = (
     "ratio",
     "unavailable",
 )
-"""Of each row."""
+"""The keys of each row."""
 
 
 def run(
     only: Sequence[str] | None, devices: Sequence[str] | None, *, as_json: bool, plot: Path | None, quick: bool
 ) -> None:
-    """Measure ``only`` these transports or all, print, and draw if asked."""
+    """Measure the transports in ``only``, by default all, and print; draw into ``plot`` if it is given."""
     if plot:
         report.figure_class()
     unknown = sorted(set(only or ()) - set(VARIANTS))
     if unknown:
         raise ConfigError(f"--transport: expected one of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if devices and len(devices) > 2:
-        raise ConfigError(f"--rdma-device: expected at most two, one of each end, got {', '.join(devices)}")
+        raise ConfigError(f"--rdma-device: expected at most two, one for each end, got {', '.join(devices)}")
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
-        bench = _Bench(Path(folder), console, devices or (), quick=quick)
+        bench = _TransportBench(Path(folder), console, devices or (), quick=quick)
         rows = bench.measure([name for name in VARIANTS if name in (only or VARIANTS)])
     if as_json:
         report.print_json(rows, bench.machine)
@@ -112,22 +114,28 @@ def run(
 
 
 @dataclass
-class _Yardstick:
+class _LinkYardstick:
+    """What a transport is compared with, and in which phases."""
+
     name: str
     phases: tuple[str, ...]
-    start: Callable[[], Contender]
+    start: Callable[[], Mover]
     main: bool = True
-    """Whether it is measured in a quick run, too."""
+    """Whether a quick run measures it as well."""
 
 
 @dataclass
-class _Transport:
+class _MeasuredTransport:
+    """A transport as it can be used here, and its yardsticks."""
+
     name: str
     setting: Setting
-    yardsticks: list[_Yardstick] = field(default_factory=list)
+    yardsticks: list[_LinkYardstick] = field(default_factory=list)
 
 
-class _Bench:
+class _TransportBench:
+    """One run over the transports of this machine."""
+
     def __init__(self, folder: Path, console: Console, devices: Sequence[str], *, quick: bool) -> None:
         self._folder = folder
         self._console = console
@@ -142,14 +150,14 @@ class _Bench:
         }
 
     def measure(self, names: Sequence[str]) -> list[report.Row]:
-        """A row for each transport, point and yardstick; one that says why for each transport that is not there."""
+        """Return a row for each transport, point and yardstick; an unavailable transport has one row that says why."""
         try:
             self._pingpong = build(self._folder)
         except LaminaError as error:
-            self._console.print(f"there are no yardsticks in C: {error}", highlight=False, markup=False, soft_wrap=True)
+            print_text(f"the yardsticks in C are left out: {error}", self._console)
         rows: list[report.Row] = []
         points = _points(quick=self._quick)
-        with Progress(console=self._console, auto_refresh=False) as progress:
+        with report.progress(self._console, transient=False, auto_refresh=False) as progress:
             for name in names:
                 task = progress.add_task(name, total=len(points))
                 try:
@@ -165,24 +173,26 @@ class _Bench:
                     progress.refresh()
         return rows
 
-    def _rows(self, transport: _Transport, points: Sequence[Task], stack: ExitStack) -> Iterator[list[report.Row]]:
-        """Of one point after the other."""
+    def _rows(
+        self, transport: _MeasuredTransport, points: Sequence[Task], stack: ExitStack
+    ) -> Iterator[list[report.Row]]:
+        """Measure one point after the other, and yield the rows of each."""
         setting = msgspec.json.encode(transport.setting).decode()
         ours = stack.enter_context(contextlib.closing(Program.module("ends", setting)))
-        yardsticks: dict[str, tuple[_Yardstick, Contender]] = {}
+        yardsticks: dict[str, tuple[_LinkYardstick, Mover]] = {}
         for yardstick in transport.yardsticks:
             if yardstick.main or not self._quick:
-                contender = stack.enter_context(contextlib.closing(yardstick.start()))
-                yardsticks[yardstick.name] = yardstick, contender
+                mover = stack.enter_context(contextlib.closing(yardstick.start()))
+                yardsticks[yardstick.name] = yardstick, mover
         for task in points:
             found: dict[str, list[Result]] = {"": []}
             for _ in range(QUICK_TURNS if self._quick else TURNS):
                 found[""].append(ours.measure(task))
-                for name, (yardstick, contender) in list(yardsticks.items()):
+                for name, (yardstick, mover) in list(yardsticks.items()):
                     if task.phase not in yardstick.phases:
                         continue
                     try:
-                        found.setdefault(name, []).append(contender.measure(task))
+                        found.setdefault(name, []).append(mover.measure(task))
                     except TransportError as error:
                         self._leave_out(name, str(error))
                         del yardsticks[name]
@@ -193,31 +203,31 @@ class _Bench:
                 _row(transport.name, task, own, None, {})
             ]
 
-    # -- what there is
+    # -- what can be measured
 
-    def _find(self, name: str) -> _Transport:
-        """Raises TransportError with the reason why it cannot be measured here."""
+    def _find(self, name: str) -> _MeasuredTransport:
+        """Return the transport and its yardsticks. TransportError says why it cannot be measured here."""
         setting = find(name, self._folder, self._cpus, self._wanted)
         if setting.kind == "rdma":
             yardsticks = self._tools()
         elif self._pingpong is None:
             yardsticks = []
         elif setting.kind == "shm":
-            yardsticks = [_Yardstick("eventfd", PHASES, self._c("eventfd"))]
+            yardsticks = [_LinkYardstick("eventfd", PHASES, self._c("eventfd"))]
             if setting.busy_poll:
-                yardsticks.append(_Yardstick("polling", PHASES[:1], self._c("polling")))
-            yardsticks.append(_Yardstick("memcpy", PHASES[1:], self._c("memcpy")))
+                yardsticks.append(_LinkYardstick("polling", PHASES[:1], self._c("polling")))
+            yardsticks.append(_LinkYardstick("memcpy", PHASES[1:], self._c("memcpy")))
         else:
-            yardsticks = [_Yardstick("socket", PHASES, self._c("tcp"))]
-        return _Transport(name, setting, yardsticks)
+            yardsticks = [_LinkYardstick("socket", PHASES, self._c("tcp"))]
+        return _MeasuredTransport(name, setting, yardsticks)
 
-    def _tools(self) -> list[_Yardstick]:
-        """Of RDMA."""
+    def _tools(self) -> list[_LinkYardstick]:
+        """Return the yardsticks of RDMA that are installed."""
         near, far = ports(self._wanted)
         self.machine["rdma"] = {"near": near.device, "far": far.device, "emulated": emulated(near) and emulated(far)}
         places = (near.device, near.gid_index), (far.device, far.gid_index)
         arguments = near.device, far.device, *map(str, self._cpus)
-        yardsticks = [_Yardstick("pyverbs", PHASES, lambda: Program.module("yardsticks.verbs", *arguments))]
+        yardsticks = [_LinkYardstick("pyverbs", PHASES, lambda: Program.module("yardsticks.verbs", *arguments))]
         for tool, phases, main in (
             ("ib_write_bw", PHASES[1:], True),
             ("ibv_rc_pingpong", PHASES[:1], False),
@@ -226,16 +236,15 @@ class _Bench:
             if not shutil.which(tool):
                 self._leave_out(tool, "it is not installed")
             elif tool == "ib_write_lat" and self._cpus[0] < 0:
-                self._leave_out(tool, "it polls, and there is but one processor for both ends")
+                self._leave_out(tool, "it polls, and both ends would share one processor")
             else:
-                yardsticks.append(_Yardstick(tool, phases, functools.partial(Tool, tool, places, self._cpus), main))
+                yardsticks.append(_LinkYardstick(tool, phases, functools.partial(Tool, tool, places, self._cpus), main))
         return yardsticks
 
     def _leave_out(self, yardstick: str, why: str) -> None:
-        told = f"{yardstick} is left out: {why}"
-        self._console.print(told, highlight=False, markup=False, soft_wrap=True)
+        print_text(f"{yardstick} is left out: {why}", self._console)
 
-    def _c(self, medium: str) -> Callable[[], Contender]:
+    def _c(self, medium: str) -> Callable[[], Mover]:
         return lambda: Program([str(self._pingpong), medium, *map(str, self._cpus)])
 
 
@@ -284,31 +293,30 @@ def _row(transport: str, task: Task, own: Result, yardstick: str | None, beside:
 
 
 def _unavailable(transport: str, why: str) -> report.Row:
-    """Says why there is nothing, in the place of what there might be."""
+    """Return the row of a transport that cannot be measured, which says why."""
     return {**dict.fromkeys(KEYS), "transport": transport, "unavailable": why}
 
 
 def _print(rows: list[report.Row], machine: dict[str, Any]) -> None:
-    console = Console()
     for transport in dict.fromkeys(row["transport"] for row in rows):
         own = [row for row in rows if row["transport"] == transport]
         for phase, columns in COLUMNS.items():
             if there := [row for row in own if row["phase"] == phase]:
                 report.print_table(f"{transport}: {TITLES[phase]}", there, columns)
         if why := own[-1]["unavailable"]:
-            console.print(f"{transport}: not available: {why}", highlight=False, markup=False, soft_wrap=True)
+            print_text(f"{transport}: not available: {why}")
     rdma = machine.get("rdma")
     if rdma and rdma["emulated"]:
         devices = " and ".join(dict.fromkeys((rdma["near"], rdma["far"])))
-        console.print(f"{devices}: emulated by software, so that only ratios mean anything", highlight=False)
+        print_text(f"{devices}: emulated by software, so only ratios are meaningful")
 
 
 def _draw(path: Path, rows: list[report.Row]) -> None:
-    """Round trips and bandwidth over the size; yardsticks are dashed."""
+    """Draw round trips and bandwidth over the size; the lines of yardsticks are dashed."""
     figure = report.figure_class()(figsize=(11, 4.5), layout="constrained")
     for axes, (phase, key, label) in zip(
         figure.subplots(1, 2),
-        (("round_trip", "p50_us", "round trip, p50 µs"), ("bandwidth", "gbps", "GB/s, most writes under way")),
+        (("round_trip", "p50_us", "round trip, p50 µs"), ("bandwidth", "gbps", "GB/s, most writes in flight")),
         strict=True,
     ):
         there = [row for row in rows if row["phase"] == phase]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from msgspec.structs import replace
+from typer.core import TyperGroup
 
 from lamina.errors import ConfigError, LaminaError
 from lamina.runtime.device import let_idle_threads_sleep
@@ -19,31 +21,50 @@ if TYPE_CHECKING:
     from lamina.config import NodeConfig
     from lamina.transport import Options
 
+
+class WholeHelp(TyperGroup):
+    """A group whose help lists every command with its whole description, where Typer would shorten it."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, inspect.cleandoc(command.help or "")) for name, command in commands if command])
+
+
 app = typer.Typer(
     help="LLM decoding split at attention: compute nodes hold the weights, memory nodes the KV cache.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text reads well at any width and in a pipe
+    cls=WholeHelp,
 )
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="The file that wires the cluster.")]
+ConfigFile = Annotated[Path, typer.Option("--config", help="The cluster file.")]
 
 
 @app.command()
 def node(
-    role: Annotated[str, typer.Option(help="compute or memory.")],
-    config: Annotated[Path | None, typer.Option(help="The file that wires the cluster; needs --name.")] = None,
-    name: Annotated[str | None, typer.Option(help="The node's name in the file, or a name for its logs.")] = None,
-    listen: Annotated[str | None, typer.Option(help="Memory node without a file: its address.")] = None,
-    memory: Annotated[str | None, typer.Option(help='Memory node without a file: KV cache, like "2GiB".')] = None,
+    role: Annotated[str, typer.Option(help="The role of the node: compute or memory.")],
+    config: Annotated[Path | None, typer.Option(help="The cluster file; needs --name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The name of the node in the file; without a file, a name for its log.")
+    ] = None,
+    listen: Annotated[str | None, typer.Option(help="Memory node without a file: the address to listen on.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help='Memory node without a file: the size of the KV cache, such as "2GiB".')
+    ] = None,
     cpus: Annotated[
-        str | None, typer.Option(help='Processors to be pinned to, like "0-3"; overrides the file.')
+        str | None, typer.Option(help='The processors to run on, such as "0-3"; overrides the file.')
     ] = None,
     numa: Annotated[
-        int | None, typer.Option(min=0, help="Memory node: the NUMA node of its memory; overrides the file.")
+        int | None, typer.Option(min=0, help="Memory node: the NUMA node of the KV cache; overrides the file.")
     ] = None,
-    attention: Annotated[str | None, typer.Option(help="Memory node without a file: what computes.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Memory node without a file: threads.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Memory node without a file: the attention backend.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Memory node without a file: the number of threads.")
+    ] = None,
     transport: Annotated[
         str | None, typer.Option(help="Memory node without a file: auto, rdma, shm or tcp; default: auto.")
     ] = None,
@@ -51,20 +72,22 @@ def node(
         float | None, typer.Option(help="Memory node without a file: seconds of silence after which a peer is dead.")
     ] = None,
     rdma_device: Annotated[
-        str | None, typer.Option(help='RDMA device of this machine, like "mlx5_0"; overrides the file.')
+        str | None, typer.Option(help='The RDMA device of this machine, such as "mlx5_0"; overrides the file.')
     ] = None,
     secret_file: Annotated[
-        str | None, typer.Option(help="Memory node without a file: the file with the cluster's secret.")
+        str | None, typer.Option(help="Memory node without a file: the file with the secret of the cluster.")
     ] = None,
     tls_certificate: Annotated[
-        str | None, typer.Option(help="Memory node without a file: its certificate in PEM; needs the next two.")
+        str | None,
+        typer.Option(help="Memory node without a file: its certificate in PEM; needs --tls-key and --tls-authority."),
     ] = None,
-    tls_key: Annotated[str | None, typer.Option(help="The key of the certificate.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Memory node without a file: the key of the certificate.")] = None,
     tls_authority: Annotated[
-        str | None, typer.Option(help="The authority that signed all nodes' certificates.")
+        str | None,
+        typer.Option(help="Memory node without a file: the authority that signed the certificates of all nodes."),
     ] = None,
 ) -> None:
-    """Run one node of a cluster until it is stopped. SIGTERM drains it."""
+    """Run one node of a cluster until it is stopped; SIGTERM lets it finish its requests."""
     let_idle_threads_sleep()
     from lamina.config import load, parse_cpus
     from lamina.node import daemon
@@ -91,17 +114,17 @@ def node(
     else:
         for key, given in (own | links).items():
             if given is not None:
-                raise ConfigError(f"{_option(key)}: not together with --config, which says so itself")
+                raise ConfigError(f"{_option(key)}: not allowed with --config; set it in the file")
         if name is None:
             raise ConfigError("--name: missing; --config needs the name of the node to run")
         cluster = load(config)
         chosen = cluster.find(name)
         if chosen.role != role:
-            raise ConfigError(f"{config}: {name!r} is a {chosen.role} node, --role says {role}")
+            raise ConfigError(f"{config}: {name!r} is a {chosen.role} node, but --role says {role}")
         chosen = replace(chosen, **overrides)
         if role == "compute":
             if numa is not None:
-                raise ConfigError("--numa: not for a compute node, which holds no KV cache")
+                raise ConfigError("--numa: not allowed for a compute node, which holds no KV cache")
             from lamina.node.compute import ComputeNode
 
             device = CpuDevice(chosen.device or "cpu", cpus=chosen.pinned, threads=chosen.threads)
@@ -115,7 +138,7 @@ def node(
 
 
 def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[NodeConfig, Options]:
-    """A memory node that no file describes, from the options of the command line."""
+    """Return a memory node without a cluster file, from the options of the command line."""
     from lamina.config import Attention, NodeConfig, TransportConfig, TransportKind, parse_size
 
     if own["listen"] is None or own["memory"] is None:
@@ -137,7 +160,7 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
     options = TransportConfig(kind=links.pop("transport") or "auto", **links).options(Path(), _option)
     if not listen.is_loopback and options.secret is None:
         raise ConfigError(
-            f"--listen: {listen} is not a loopback address, which needs --secret-file with the secret of the cluster; "
+            f"--listen: {listen} is not a loopback address, so it needs --secret-file with the secret of the cluster; "
             "`lamina secret` makes one"
         )
     return node, options
@@ -148,16 +171,18 @@ def _option(key: str) -> str:
 
 
 @app.command()
-def secret(file: Annotated[Path, typer.Argument(help="The file to make, for transport.secret_file.")]) -> None:
-    """Make a file with a new cluster secret. Every node and client needs a copy, readable by its owner alone."""
+def secret(
+    file: Annotated[Path, typer.Argument(help="The file to make, which transport.secret_file then names.")],
+) -> None:
+    """Make a file with a new cluster secret. Every node and client needs a copy that only its owner can read."""
     from lamina.config import write_secret
 
     write_secret(file)
 
 
 @app.command()
-def up(config: Annotated[Path, typer.Argument(help="The file that wires the cluster.")]) -> None:
-    """Start every node of a cluster file on this machine and show their states until Ctrl-C."""
+def up(config: Annotated[Path, typer.Argument(help="The cluster file.")]) -> None:
+    """Start all nodes of a cluster file on this machine and show their states until Ctrl-C."""
     from lamina.cluster.up import run
     from lamina.config import load
 
@@ -168,11 +193,15 @@ def up(config: Annotated[Path, typer.Argument(help="The file that wires the clus
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     config: ConfigFile,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens to generate.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens with this probability together.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The maximum number of tokens to generate.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="The sampling temperature; 0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample only from the k likeliest tokens; 0 means all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample only from the likeliest tokens whose probabilities add up to this.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The seed of the sampling; the same seed gives the same text.")
+    ] = None,
 ) -> None:
     """Stream the continuation of a prompt from a running cluster."""
     from lamina.client import connect
@@ -198,16 +227,16 @@ def generate(
 
 @app.command()
 def convert(
-    path: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
-    dtype: Annotated[str | None, typer.Option(help="Type to run in; default: as stored.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch for the minimum bandwidth.")] = 64,
-    step_ms: Annotated[float, typer.Option(help="Time of one decode step in milliseconds.")] = 50.0,
+    path: Annotated[Path, typer.Argument(help="The checkpoint directory.")],
+    dtype: Annotated[str | None, typer.Option(help="The data type to run in; default: as stored.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="The batch size for the minimum bandwidth.")] = 64,
+    step_ms: Annotated[
+        float, typer.Option(help="The time of a decode step in milliseconds, for the minimum bandwidth.")
+    ] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Cut a checkpoint into slices and print what they hold and move. Reads no weights."""
+    """Cut a checkpoint into slices and print their sizes and traffic, without reading the weights."""
     import json
-
-    from rich.console import Console
 
     from lamina.model.checkpoint import DTYPES
 
@@ -219,18 +248,18 @@ def convert(
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
     else:
-        Console().print(found.table())
+        found.print_tables()
 
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="Look at the nodes of this file too, and measure.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Check and measure the nodes of this file as well.")] = None,
     step_ms: Annotated[
-        float, typer.Option(min=0.001, help="Time of one decode step in milliseconds, for the least bandwidth.")
+        float, typer.Option(min=0.001, help="The time of a decode step in milliseconds, for the minimum bandwidth.")
     ] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look for what a cluster lacks: in this machine and, with a file, in its nodes and between them."""
+    """Check this machine and, with a cluster file, its nodes and the links between them."""
     from lamina.ops.doctor.report import run
 
     raise typer.Exit(run(config, step_ms=step_ms, as_json=as_json))
@@ -251,14 +280,14 @@ def trace(
 
 @app.command()
 def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Decode a small shipped model over three local nodes and compare with transformers."""
+    """Decode with the shipped small model over three local nodes, and compare with transformers."""
     from lamina.demo.run import run
 
     raise typer.Exit(run(as_json=as_json))
 
 
 def main() -> None:
-    """Run the command; a mistake or failure is one sentence on standard error and an exit status."""
+    """Run the command; an error becomes one sentence on standard error and an exit status."""
     for command in entry_points(group="lamina.commands"):
         app.add_typer(command.load(), name=command.name)
     try:

@@ -10,7 +10,7 @@ import torch
 
 from lamina.attention.pool import Memory
 from lamina.bench import attention
-from lamina.bench.contenders import LIBRARIES, Content, Own, Point
+from lamina.bench.contenders import LIBRARIES, Content, OwnBackend, Point
 from lamina.errors import ConfigError
 
 # Of normally distributed values: rounding the cache, and in some libraries the probabilities and the output, to 8 or 16
@@ -50,7 +50,7 @@ def test_blocks_come_in_random_order(name: str) -> None:
     """The blocks of a sequence are no neighbours, as on a node that has served for a while."""
     point = Point(kv_dtype="bfloat16", batch=1, context=1024, gqa=1, head_dim=64)
     memory = Memory(LIBRARIES[available(name)].nbytes(point, 2))
-    own = Own(name, point, 2, memory, 1)
+    own = OwnBackend(name, point, 2, memory, 1)
     (table,) = own.backend.cache.place(own.rows).tables(0)
     (size,) = own.backend.cache.block_bytes
     neighbours = sum(after - before == size for before, after in pairwise(table))

@@ -2,11 +2,11 @@
 
 import pytest
 
-from lamina.bench.slices import SHAPES, Shape
+from lamina.bench.slices import SHAPES, LlamaShape
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_products_are_those_of_the_slices(shape: Shape) -> None:
+def test_products_are_those_of_the_slices(shape: LlamaShape) -> None:
     """A middle slice consists of the products of the yardstick and two norms; the last ends in the projection."""
     _, middle, last = (piece.sizes.parameters for piece in shape.blueprint(2).slices)
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from lamina.bench import throughput
 from lamina.bench.checkpoints import MODELS, checkpoint
 from lamina.bench.installed import Environment, Recipe, UnavailableError
-from lamina.bench.systems import Peer, Pool, Sample, Work
+from lamina.bench.systems import CacheDemand, PeerEngine, Sample, Work
 from lamina.bench.throughput import Contestant, Turn, parse_shapes, rows_of
 from lamina.errors import ConfigError
 
@@ -88,14 +88,14 @@ def test_a_checkpoint_is_made_once_and_has_the_shape_it_says(tmp_path: Path, mon
     assert (checkpoint(TOY) / "model.safetensors").read_bytes() == before
 
 
-def peer(folder: Path, script: str) -> Peer:
+def peer(folder: Path, script: str) -> PeerEngine:
     """A peer whose environment is this one, and whose script is ``script``."""
     (folder / "bin").mkdir()
     (folder / "bin" / "python").symlink_to(sys.executable)
     (folder / "script.py").write_text(script)
     recipe = Recipe(requirements=(), script=str(folder / "script.py"))
-    pool = Pool.of([Work(2, 64, warm=1, steps=8)])
-    return Peer(Environment("other", folder, recipe), TOY, folder, pool)
+    demand = CacheDemand.of([Work(2, 64, warm=1, steps=8)])
+    return PeerEngine(Environment("other", folder, recipe), TOY, folder, demand)
 
 
 ANSWERING = f"""

@@ -51,7 +51,7 @@ def test_a_yardstick_that_ends_is_an_error(pingpong: Path) -> None:
 def test_links_answer(variant: str, tmp_path: Path) -> None:
     """Both ends of a link answer the same questions, and say what they took of the processors."""
     if variant.endswith("busy_poll") and two_processors()[0] < 0:
-        pytest.skip("there is but one processor")
+        pytest.skip("this process may use only one processor")
     setting = find(variant, tmp_path, (-1, -1) if "busy" not in variant else two_processors())
     with closing(Program.module("ends", as_json(setting))) as program:
         for task in TASKS:
@@ -71,8 +71,8 @@ def test_a_transport_that_is_not_there_says_why() -> None:
 
 
 def test_polling_needs_two_processors(tmp_path: Path) -> None:
-    """It is not tried with one, where the ends would wait for each other's time slices."""
-    with pytest.raises(TransportError, match="there is but one for both ends"):
+    """Busy polling is refused on one processor, where the ends would wait for each other's time slices."""
+    with pytest.raises(TransportError, match="this process may use only one"):
         find("shm+busy_poll", tmp_path, (-1, -1))
 
 

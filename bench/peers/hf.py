@@ -1,7 +1,7 @@
-"""transformers: ``generate`` over a static cache. Arguments: the checkpoint.
+"""transformers: ``generate`` over a static cache. The argument is the checkpoint.
 
-One prompt is prefilled once, as long as the longest that is asked for; its keys and values are copied into the cache
-of every sequence.
+One prompt of the longest context so far is prefilled once, and its keys and values are copied into the cache of every
+sequence.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, StaticCache, StoppingCriteria
 
 
-class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each token came; never stops."""
+class _TokenTimes(StoppingCriteria):  # type: ignore[misc]
+    """Records the time of each token, and never stops the generation."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -28,7 +28,9 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-class _Decoder:
+class _TransformersDecoder:
+    """A model with the cache of one prefilled prompt."""
+
     def __init__(self, path: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, local_files_only=True)
         self._model = model.eval()
@@ -40,7 +42,7 @@ class _Decoder:
         torch.set_num_threads(threads)
         if context > self._context:
             self._prefill(context)
-        clock = _Clock()
+        clock = _TokenTimes()
         self._model.generate(
             torch.zeros(batch, context + 1, dtype=torch.long),
             attention_mask=torch.ones(batch, context + 1, dtype=torch.long),
@@ -71,7 +73,7 @@ class _Decoder:
 
 
 def _start() -> tuple[Answer, Any]:
-    decoder = _Decoder(sys.argv[1])
+    decoder = _TransformersDecoder(sys.argv[1])
     return {"version": transformers.__version__}, decoder.measure
 
 

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share. They run under the Python of a peer's own environment, without Lamina."""
+"""What the scripts in this folder share. They run under the Python of a peer's own environment, without Lamina."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Answer = dict[str, Any]
 
 
 def serve(start: Callable[[], tuple[Answer, Callable[..., Answer]]]) -> None:
-    """Say what ``start`` gives first, then answer each line of JSON on standard input by one on standard output.
+    """Print the description that ``start`` returns, then answer each line of JSON on standard input with a line.
 
-    The second that ``start`` gives is called with what a line holds. An error is an answer {"failed": why}. Whatever
-    else is printed meanwhile goes to standard error.
+    ``start`` also returns a function, which is called with the values of each line and returns the answer. An error
+    becomes the answer {"failed": why}. Everything else that is printed goes to standard error.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

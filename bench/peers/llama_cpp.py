@@ -1,9 +1,9 @@
-"""llama.cpp: its ``llama-batched-bench``, a process for each measurement. Arguments: the checkpoint, the program, the
-folder of its Python package ``gguf``, and a folder for the converted checkpoint.
+"""llama.cpp: its ``llama-batched-bench``, in a process for each measurement. The arguments are the checkpoint, the
+program, the folder of its Python package ``gguf``, and a folder for the converted checkpoint.
 
-One prompt is prefilled each time and its cache copied into the stream of every sequence (``-pps``). Weights are
-bfloat16, the cache float16, which is faster there than bfloat16. At each shape its flash attention is tried on and
-off, and the faster used from then on.
+Each measurement prefills one prompt and copies its cache into the stream of every sequence (``-pps``). Weights are
+bfloat16 and the cache is float16, which is faster there than bfloat16. The first measurement of each shape tries flash
+attention on and off, and later ones use the faster setting.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ LAYER_NAMES = {
 }
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 TRIES = 3
-"""Its log is written by a thread of its own, and now and then the last lines are lost at the end."""
+"""How often the program is run: a thread of its own writes its log, and sometimes loses the last lines."""
 SPARE_TOKENS = 64
-"""Of each stream, beyond what is decoded."""
+"""The room in each stream beyond the tokens that are decoded."""
 
 
-class _Decoder:
+class _LlamaCppDecoder:
+    """Runs the benchmark program, and remembers for each shape whether flash attention is faster."""
+
     def __init__(self, program: Path, model: Path) -> None:
         self._program = program
         self._model = model
@@ -43,7 +45,7 @@ class _Decoder:
 
     def measure(self, batch: int, context: int, warm: int, steps: int, threads: int) -> Answer:
         shape = (batch, context)
-        # It warms up by itself.
+        # The program warms up by itself.
         tried = {
             flash: self._run(batch, context, steps, threads, flash)
             for flash in ((self._flash[shape],) if shape in self._flash else ("on", "off"))
@@ -68,7 +70,7 @@ class _Decoder:
 
 
 def convert(path: Path, into: Path) -> None:
-    """Write a Llama checkpoint in bfloat16 as GGUF, by llama.cpp's own package. Without a tokenizer: nobody reads."""
+    """Write a Llama checkpoint in bfloat16 as GGUF, with llama.cpp's own package, without a tokenizer."""
     import gguf
 
     config = json.loads((path / "config.json").read_text())
@@ -92,7 +94,7 @@ def convert(path: Path, into: Path) -> None:
         if raw.ndim == 1:
             writer.add_tensor(_gguf_name(name), (raw.astype(np.uint32) << 16).view(np.float32))
             continue
-        if "q_proj" in name or "k_proj" in name:  # it rotates neighbours, not halves
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp rotates neighbours, not halves
             count = heads if "q_proj" in name else kv_heads
             raw = raw.reshape(count, 2, dim // 2, -1).swapaxes(1, 2).reshape(raw.shape)
         stored = np.ascontiguousarray(raw).view(np.uint8)
@@ -112,7 +114,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _tensors(file: Path) -> dict[str, Any]:
-    """The bfloat16 tensors of a safetensors file as numbers of 16 bits, mapped into memory."""
+    """Return the bfloat16 tensors of a safetensors file as 16-bit integers, mapped into memory."""
     content = np.memmap(file, dtype=np.uint8, mode="r")
     length = int(content[:8].view(np.uint64)[0])
     entries = json.loads(bytes(content[8 : 8 + length]))
@@ -134,7 +136,9 @@ def _start() -> tuple[Answer, Any]:
         convert(path, half)
         half.rename(model)
     version = subprocess.run([str(program), "--version"], capture_output=True, text=True, errors="replace")
-    return {"version": (version.stdout + version.stderr).strip().split("\n")[0]}, _Decoder(program, model).measure
+    return {"version": (version.stdout + version.stderr).strip().split("\n")[0]}, _LlamaCppDecoder(
+        program, model
+    ).measure
 
 
 serve(_start)

@@ -1,7 +1,7 @@
-"""vLLM for CPUs, its engine in this process. Arguments: the checkpoint, the most sequences, the longest context with
-what is decoded after it, and the bytes of KV cache.
+"""vLLM for CPUs, with its engine in this process. The arguments are the checkpoint, the most sequences, the most tokens
+of a sequence, and the bytes of KV cache.
 
-Its own connector for this purpose fills the cache at random, so that prompts need not be prefilled.
+vLLM has a connector for this purpose, which fills the cache at random, so that prompts need not be prefilled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from lines import Answer, serve  # type: ignore[import-not-found]  # in the folder of this script
 
 
-class _Decoder:
+class _VllmDecoder:
+    """The engine with one model."""
+
     def __init__(self, path: str, batch: int, context: int, kv_bytes: int) -> None:
         from vllm import LLM
 
@@ -38,8 +40,8 @@ class _Decoder:
     def measure(self, batch: int, context: int, warm: int, steps: int, threads: int) -> Answer:
         from vllm import SamplingParams
 
-        if threads != torch.get_num_threads():  # its products keep the threads that they first ran with
-            raise RuntimeError(f"{threads} threads were asked for, but it was started with {torch.get_num_threads()}")
+        if threads != torch.get_num_threads():  # its matrix products keep the threads of their first run
+            raise RuntimeError(f"asked for {threads} threads, but vLLM was started with {torch.get_num_threads()}")
         settings = SamplingParams(temperature=0.0, max_tokens=warm + steps, ignore_eos=True, detokenize=False)
         prompt = {"prompt_token_ids": [0] * context}
         names = [str(next(self._ids)) for _ in range(batch)]
@@ -60,7 +62,7 @@ def _start() -> tuple[Answer, Any]:
     import vllm
 
     path, batch, context, kv_bytes = sys.argv[1:]
-    decoder = _Decoder(path, int(batch), int(context), int(kv_bytes))
+    decoder = _VllmDecoder(path, int(batch), int(context), int(kv_bytes))
     return {"version": vllm.__version__}, decoder.measure
 
 

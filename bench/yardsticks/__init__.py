@@ -1,6 +1,6 @@
-"""What transports are compared with: the least that the same medium can do, and the tools that others use.
+"""What transports are compared with: minimal programs over the same medium, and the usual tools.
 
-All of them, and the ends of Lamina's own links, answer the same question in the same words: see ``pingpong.c``.
+All of them speak the protocol that ``pingpong.c`` describes, and so do the ends of Lamina's own links.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ ANSWER_S = 120.0
 """How long an answer may take."""
 
 PORT = 18515
-"""Of perftest and ibv_rc_pingpong, over which they tell each other what they need."""
+"""The port over which the two ends of perftest and ibv_rc_pingpong exchange their addresses."""
 TRIPS, FLOOD_BYTES = 500, 64 << 20
-"""Of one of their runs: they count, rather than look at the clock."""
+"""The round trips and the bytes of one run of these tools, which count instead of watching the clock."""
 ATTEMPTS, PAUSE_S = 100, 0.05
-"""Until their servers listen."""
+"""How often a client tries to reach the server of these tools, and the pause in between."""
 RUNS = 5
-"""Of a tool whose clock fails: perftest counts a processor's cycles, and where it cannot tell how many of them make a
-second, as happens on a busy virtual machine, it tells a bandwidth or a time of zero."""
+"""How often a tool runs if its clock fails: perftest counts the processor's cycles, and reports a bandwidth or a time
+of zero where it cannot determine their frequency, as happens on a busy virtual machine."""
 
 Result = dict[str, float]
-"""``p50_us``, ``p99_us`` and ``gbps``, as far as they are known; of Lamina's ends also the processors' time."""
+"""``p50_us``, ``p99_us`` and ``gbps``, as far as they are known; for Lamina's ends also the processor time."""
 
 
-class Contender(Protocol):
-    """Something that moves bytes between two processes."""
+class Mover(Protocol):
+    """Something that moves bytes between two processes and can be measured."""
 
     def measure(self, task: Task) -> Result:
-        """Raises TransportError where it cannot."""
+        """Measure one task. TransportError says why that failed."""
 
     def close(self) -> None:
-        """End its processes."""
+        """End the processes."""
 
 
 class Program:
-    """Two processes that live as long as this, and rest in between."""
+    """Two processes that wait for tasks until they are closed."""
 
     def __init__(self, command: list[str]) -> None:
         self._name = " ".join(command[:3])
@@ -63,12 +63,12 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            start_new_session=True,  # both are ended together, and not by Ctrl-C
+            start_new_session=True,  # so that both end together, and not by Ctrl-C
         )
 
     @classmethod
     def module(cls, name: str, *arguments: str) -> Program:
-        """A module of this package."""
+        """Run a module of ``lamina.bench``."""
         return cls([sys.executable, "-m", f"lamina.bench.{name}", *arguments])
 
     def measure(self, task: Task) -> Result:
@@ -92,8 +92,8 @@ class Program:
 
     def _ended(self) -> TransportError:
         self._errors.seek(0)
-        told = self._errors.read().decode(errors="replace").strip().splitlines()
-        return TransportError(f"{self._name} ended: {told[-1] if told else 'it said nothing'}")
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return TransportError(f"{self._name} ended: {lines[-1] if lines else 'it printed no reason'}")
 
     def close(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -102,7 +102,7 @@ class Program:
 
 
 def build(folder: Path) -> Path:
-    """Compile ``pingpong.c`` into ``folder``; raises LaminaError where that cannot be."""
+    """Compile ``pingpong.c`` into ``folder`` and return the program. LaminaError if that fails."""
     output = folder / "pingpong"
     try:
         command = [compiler(), *FLAGS, str(SOURCE), "-o", str(output)]
@@ -118,10 +118,10 @@ def build(folder: Path) -> Path:
 
 
 class Tool:
-    """A server and a client of perftest or rdma-core, started anew for each measurement."""
+    """A server and a client of perftest or rdma-core, started again for each measurement."""
 
     def __init__(self, name: str, places: tuple[tuple[str, int], tuple[str, int]], cpus: tuple[int, int]) -> None:
-        """``places``: device and GID index of the near and the far end."""
+        """``places`` holds the device and the GID index of the near and the far end."""
         self._name = name
         self._places = places
         self._cpus = cpus
@@ -131,7 +131,7 @@ class Tool:
             result = self._run(task)
             if all(result.values()):
                 return result
-        raise TransportError(f"{self._name} told a result of zero {RUNS} times: it could not tell the time")
+        raise TransportError(f"{self._name} reported a result of zero {RUNS} times: its clock fails on this machine")
 
     def _run(self, task: Task) -> Result:
         count = max(8, min(TRIPS, FLOOD_BYTES // task.size)) + 2 * task.depth
@@ -139,13 +139,13 @@ class Tool:
         try:
             for _ in range(ATTEMPTS):
                 client = self._start(0, task, count)
-                told = client.communicate(timeout=ANSWER_S)[0]
+                output = client.communicate(timeout=ANSWER_S)[0]
                 if client.returncode == 0:
-                    return self._read(told, task)
+                    return self._read(output, task)
                 if server.poll() is not None:
                     break
                 time.sleep(PAUSE_S)
-            raise TransportError(f"{self._name} failed: {told.strip()[-300:]}")
+            raise TransportError(f"{self._name} failed: {output.strip()[-300:]}")
         except subprocess.TimeoutExpired as error:
             client.kill()
             client.communicate()
@@ -155,7 +155,7 @@ class Tool:
             server.communicate()
 
     def close(self) -> None:
-        """Nothing lives on."""
+        """Do nothing: no process outlives its measurement."""
 
     def _start(self, end: int, task: Task, count: int) -> subprocess.Popen[str]:
         device, gid = self._places[end]
@@ -173,17 +173,17 @@ class Tool:
             os.sched_setaffinity(process.pid, {self._cpus[end]})
         return process
 
-    def _read(self, told: str, task: Task) -> Result:
+    def _read(self, output: str, task: Task) -> Result:
         if self._name == "ibv_rc_pingpong":
-            found = re.search(r"= ([\d.]+) usec/iter", told)
+            found = re.search(r"= ([\d.]+) usec/iter", output)
             if found:
                 return {"p50_us": float(found[1])}
         else:
-            row = next((line.split() for line in told.splitlines() if re.match(rf" *{task.size} +\d", line)), None)
+            row = next((line.split() for line in output.splitlines() if re.match(rf" *{task.size} +\d", line)), None)
             if row and self._name == "ib_write_lat":
-                # bytes, iterations, then microseconds of one way: least, most, typical, mean, deviation, 99 %
+                # bytes, iterations, then microseconds one way: least, most, typical, mean, deviation, 99 %
                 return {"p50_us": 2 * float(row[4]), "p99_us": 2 * float(row[7])}
             if row:
                 # bytes, iterations, then gigabits per second: peak, mean
                 return {"gbps": float(row[3]) / 8}
-        raise TransportError(f"{self._name} told no result: {told.strip()[-300:]}")
+        raise TransportError(f"{self._name} reported no result: {output.strip()[-300:]}")

@@ -1,16 +1,16 @@
-/* The least that a medium can do between two processes: what Lamina's transports are compared with.
+/* A minimal exchange over a medium between two processes, with which Lamina's transports are compared.
  *
- *     pingpong MEDIUM NEAR_CPU FAR_CPU      (a CPU of -1: not pinned)
+ *     pingpong MEDIUM NEAR_CPU FAR_CPU      (-1 does not pin)
  *
  * MEDIUM is one of
  *     tcp       blocking sockets over loopback, TCP_NODELAY
- *     eventfd   memcpy into memory that both processes map, and an eventfd on which the other one waits
- *     polling   the same with a counter in place of the eventfd, at which the other one looks all the time
- *     memcpy    memcpy into such memory, and nobody is told; no round_trip
+ *     eventfd   memcpy into memory that both processes map, and an eventfd on which the other end waits
+ *     polling   the same with a counter in place of the eventfd, which the other end polls
+ *     memcpy    memcpy into such memory without a signal to the other end; no round_trip
  *
  * Each line of standard input asks for a measurement, each line of standard output answers one:
- *     round_trip SIZE SLOTS DEPTH SECONDS   SIZE bytes there and as many back; SLOTS and DEPTH do not matter
- *     bandwidth SIZE SLOTS DEPTH SECONDS    SIZE bytes there, DEPTH times before an answer of one byte is waited for,
+ *     round_trip SIZE SLOTS DEPTH SECONDS   SIZE bytes there and as many back; ignores SLOTS and DEPTH
+ *     bandwidth SIZE SLOTS DEPTH SECONDS    SIZE bytes there, DEPTH times before waiting for an answer of one byte,
  *                                           from one SLOT after the other into one after the other
  *     {"p50_us": ..., "p99_us": ..., "gbps": ...}   of a round trip or write; in 10^9 bytes per second
  */
@@ -41,7 +41,7 @@ static const char *const media[] = {"tcp", "eventfd", "polling", "memcpy"};
 enum phase { ROUND_TRIP, BANDWIDTH };
 enum end { NEAR, FAR };
 
-/* What both ends do next: told by the near one. */
+/* What both ends do next, as the near end says. */
 struct batch {
     enum phase phase;
     size_t size, slots, depth, count;
@@ -55,9 +55,9 @@ struct counter {
 static enum medium medium;
 static enum end end;             /* which this process is */
 static int data;                 /* tcp: the socket */
-static int bells[2];             /* eventfd: that which rings for this end */
+static int bells[2];             /* eventfd: the one that wakes this end */
 static struct counter *counters; /* polling: what was sent to this end */
-static uint64_t taken;           /* polling: how much of that this end has seen */
+static uint64_t taken;           /* polling: how much of it this end has seen */
 static char *targets[2];         /* what is written to this end, mapped by both */
 static char *source;
 static double times[MAX_TIMES];
@@ -190,7 +190,7 @@ static double run(int control, const struct batch *b) {
 
 static void measure(int control, struct batch b, double seconds) {
     b.count = 2 * b.slots + 16;
-    double took = run(control, &b); /* touches all memory, and does not count */
+    double took = run(control, &b); /* touches all memory; its time does not count */
     double total = 0, bytes = 0;
     n_times = 0;
     do {

@@ -1,7 +1,8 @@
-"""What pyverbs can do between two processes, with neither an event loop nor Lamina's transport.
+"""What pyverbs can do between two processes, without an event loop and without Lamina's transport.
 
-``python -m lamina.bench.yardsticks.verbs NEAR_DEVICE FAR_DEVICE NEAR_CPU FAR_CPU`` speaks as ``pingpong.c`` does. Each
-write is an RDMA WRITE WITH IMMEDIATE, and who waits for one blocks until a completion event.
+``python -m lamina.bench.yardsticks.verbs NEAR_DEVICE FAR_DEVICE NEAR_CPU FAR_CPU`` speaks the protocol of
+``pingpong.c``. Each write is an RDMA WRITE WITH IMMEDIATE, and the process that waits for it blocks until a completion
+event.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ MIN_RNR_TIMER, RNR_RETRIES = 1, 7
 TIMEOUT, RETRIES = 14, 6
 
 
-class End:
-    """A queue pair, memory to send from and memory to receive in."""
+class VerbsEnd:
+    """A queue pair, with memory to send from and memory to receive into."""
 
     def __init__(self, device: str, talk: socket.socket) -> None:
-        """Connects to the other end, over whose socket both tell where they are."""
+        """Connect to the other end; both exchange their addresses over the socket ``talk``."""
         verbs = pyverbs()
         e = verbs.e
         port = find_port(RdmaOptions(device=device))
@@ -80,7 +81,7 @@ class End:
         attr.min_rnr_timer, attr.rnr_retry = MIN_RNR_TIMER, RNR_RETRIES
         attr.timeout, attr.retry_cnt = TIMEOUT, RETRIES
         self._pair.to_rts(attr)
-        talk.sendall(b".")  # who writes before the other end is ready waits for a retry
+        talk.sendall(b".")  # a write before the other end is ready would wait for a retry
         talk.recv(1)
 
     def put(self, offset: int, size: int) -> None:
@@ -96,7 +97,7 @@ class End:
             self._check(self._sent.poll(SIGNAL_EVERY)[1])
 
     def take(self) -> int:
-        """Wait for at least one write of the other end; returns how many there were."""
+        """Wait for at least one write of the other end, and return how many have arrived."""
         came = 0
         while not came:
             self._channel.get_cq_event(self._arrivals)
@@ -115,7 +116,7 @@ class End:
                 sys.exit(f"verbs: a completion has status {completion.status}")
 
 
-def _near_batch(end: End, task: Task, count: int, trips: list[float]) -> None:
+def _near_batch(end: VerbsEnd, task: Task, count: int, trips: list[float]) -> None:
     now = time.perf_counter
     if task.phase == "round_trip":
         for _ in range(count):
@@ -136,7 +137,7 @@ def _near_batch(end: End, task: Task, count: int, trips: list[float]) -> None:
             answered += 1
 
 
-def _far_batch(end: End, task: Task, count: int) -> None:
+def _far_batch(end: VerbsEnd, task: Task, count: int) -> None:
     size = task.size if task.phase == "round_trip" else 0
     while count:
         came = end.take()
@@ -145,7 +146,7 @@ def _far_batch(end: End, task: Task, count: int) -> None:
         count -= came
 
 
-def _measure(end: End, task: Task, talk: socket.socket) -> dict[str, float]:
+def _measure(end: VerbsEnd, task: Task, talk: socket.socket) -> dict[str, float]:
     trips: list[float] = []
 
     def run(count: int) -> float:
@@ -155,7 +156,7 @@ def _measure(end: End, task: Task, talk: socket.socket) -> dict[str, float]:
         return time.perf_counter() - before
 
     count = 2 * task.slots + 16
-    took = run(count)  # touches all memory, and does not count
+    took = run(count)  # touches all memory; its time does not count
     trips.clear()
     total = 0.0
     while total < task.seconds:
@@ -172,17 +173,17 @@ def _measure(end: End, task: Task, talk: socket.socket) -> dict[str, float]:
 
 def main(near_device: str, far_device: str, near_cpu: int, far_cpu: int) -> None:
     near, far = socket.socketpair()
-    if os.fork() == 0:  # before any device is open: what a child inherits cannot be used
+    if os.fork() == 0:  # before a device is opened, as a child cannot use what it inherits of one
         near.close()
         pin(far_cpu)
-        end = End(far_device, far)
+        end = VerbsEnd(far_device, far)
         for line in far.makefile():
             count, task = line.split(maxsplit=1)
             _far_batch(end, Task.read(task), int(count))
         os._exit(0)
     far.close()
     pin(near_cpu)
-    end = End(near_device, near)
+    end = VerbsEnd(near_device, near)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(_measure(end, Task.read(line), near)) + "\n")
         sys.stdout.flush()

@@ -13,7 +13,6 @@ from typing import Any
 
 import uvloop
 from rich.console import Console
-from rich.table import Table
 
 from lamina.client import connect
 from lamina.cluster.local import Cluster, local_config
@@ -21,6 +20,7 @@ from lamina.config import ClusterConfig
 from lamina.demo.stories import DEMO_PROMPT
 from lamina.errors import LaminaError
 from lamina.ops.figures import between
+from lamina.table import print_facts, print_table, print_text
 from lamina.wire.admin import Status
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -30,20 +30,21 @@ ORACLE_TIMEOUT_S = 300.0
 
 
 @dataclass
-class _Run:
-    """What one answer of the cluster was like."""
+class _DemoAnswer:
+    """One answer of the cluster, with the counters of the nodes around it."""
 
     tokens: list[int]
     text: str
     seconds: float
-    """From the first token to the last."""
+    """The time from the first token to the last."""
     before: dict[str, Status]
-    """Of all nodes, when the first token had come."""
+    """The statuses of all nodes after the first token."""
     after: dict[str, Status]
+    """The statuses of all nodes after the last token."""
 
 
 def run(*, as_json: bool) -> int:
-    """Run the demo; the exit status is 0 only if the tokens are those of ``transformers``."""
+    """Run the demo. Return the exit status, which is 0 only if the tokens equal those of ``transformers``."""
     with tempfile.TemporaryDirectory(prefix="lamina-demo-") as folder:
         config = local_config(
             Path(folder), CHECKPOINT, memory_nodes=MEMORY_NODES, dtype="float32", memory="64MiB", compiled=False
@@ -55,23 +56,23 @@ def run(*, as_json: bool) -> int:
         except LaminaError:
             sys.stderr.write(log_path.read_text())
             raise
-        console.print("\n\nthe same files and prompt in transformers, in one process …")
+        console.print("\n\nthe same files and prompt in transformers, in one process:")
         identical = _oracle() == answer.tokens
         facts = _facts(config, answer, identical)
         if as_json:
             sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         else:
-            _print(console, facts)
+            _print(facts)
     return 0 if identical else 1
 
 
-async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _Run:
+async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _DemoAnswer:
     with log_path.open("wb") as log_file:
         async with Cluster(config, log_file=log_file) as cluster:
-            with console.status(f"starting {len(config.node)} nodes …"):
+            with console.status(f"starting {len(config.node)} nodes"):
                 await cluster.ready()
             async with connect(config.front.address) as client:
-                console.print(DEMO_PROMPT, end="", style="bold")
+                console.print(DEMO_PROMPT, end="", style="bold", soft_wrap=True)
                 stream = client.stream(DEMO_PROMPT, max_tokens=MAX_TOKENS)
                 tokens: list[int] = []
                 text, first, before = "", 0.0, {}
@@ -83,11 +84,11 @@ async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _R
                     text += token.text
                     console.print(token.text, end="", markup=False, soft_wrap=True)
                 seconds = time.perf_counter() - first
-                return _Run(tokens, text + stream.held_back, seconds, before, await cluster.statuses())
+                return _DemoAnswer(tokens, text + stream.held_back, seconds, before, await cluster.statuses())
 
 
 def _oracle() -> list[int]:
-    """The whole answer of ``transformers``: it ends by itself, or after MAX_TOKENS."""
+    """Return the whole answer of ``transformers``, which ends by itself or after MAX_TOKENS."""
     command = [sys.executable, "-m", "lamina.demo.oracle", str(CHECKPOINT), DEMO_PROMPT, str(MAX_TOKENS)]
     failed = "transformers could not decode the checkpoint for comparison"
     try:
@@ -101,7 +102,7 @@ def _oracle() -> list[int]:
     return ids
 
 
-def _facts(config: ClusterConfig, answer: _Run, identical: bool) -> dict[str, Any]:
+def _facts(config: ClusterConfig, answer: _DemoAnswer, identical: bool) -> dict[str, Any]:
     figures = between(answer.before, answer.after, answer.seconds)
     memory_nodes = [
         {"name": p.name, "role": "memory", "transport": p.transport, "kv_heads": p.kv_heads}
@@ -118,17 +119,19 @@ def _facts(config: ClusterConfig, answer: _Run, identical: bool) -> dict[str, An
     }
 
 
-def _print(console: Console, facts: dict[str, Any]) -> None:
-    nodes = Table("node", "role", "transport", "KV heads")
-    for n in facts["nodes"]:
-        nodes.add_row(n["name"], n["role"], n["transport"] or "", str(n["kv_heads"] or ""))
-    figures = Table(show_header=False)
+def _print(facts: dict[str, Any]) -> None:
+    rows = [(node["name"], node["role"], node["transport"], node["kv_heads"] or None) for node in facts["nodes"]]
+    print_table(("node", "role", "transport", "KV heads"), rows)
+    sys.stdout.write("\n")
     layer = facts["layer_us"]
-    figures.add_row("tokens/s", f"{facts['tokens_per_s']:.1f}")
-    figures.add_row("bytes per token on the wire", f"{facts['wire_bytes_per_token']:,.0f}")
-    figures.add_row("time per layer", f"{layer['whole']:.0f} µs")
-    figures.add_row("  compute", f"{layer['compute']:.0f} µs")
-    figures.add_row("  attention (slowest memory node)", f"{layer['attention']:.0f} µs")
-    figures.add_row("  wire and waiting", f"{layer['wire']:.0f} µs")
-    console.print(nodes, figures)
-    console.print(f"{facts['tokens']} tokens, identical: {'yes' if facts['identical'] else 'no'}")
+    print_facts(
+        {
+            "tokens/s": f"{facts['tokens_per_s']:.1f}",
+            "bytes per token on the wire": facts["wire_bytes_per_token"],
+            "time per layer": f"{layer['whole']:.0f} µs",
+            "  compute": f"{layer['compute']:.0f} µs",
+            "  attention (slowest memory node)": f"{layer['attention']:.0f} µs",
+            "  wire and waiting": f"{layer['wire']:.0f} µs",
+        }
+    )
+    print_text(f"{facts['tokens']} tokens, identical: {'yes' if facts['identical'] else 'no'}")

@@ -1,11 +1,11 @@
-"""Train the demo checkpoint: ``python -m lamina.demo.train``, less than half an hour on two cores.
+"""Train the demo checkpoint: ``python -m lamina.demo.train``, which takes less than half an hour on two cores.
 
 Text, initial weights and the order of training come from fixed seeds, and the number of steps is fixed, so that the
-same versions of the libraries on the same kind of CPU make the same checkpoint. The number of threads is an option with
-a fixed default because it decides in which order sums are rounded.
+same versions of the libraries on the same kind of CPU produce the same checkpoint. The number of threads is an option
+with a fixed default because it determines the order in which sums are rounded.
 
-Most steps see single tales in short rows, which are cheap; every fourth step sees a row as long as the model's context,
-mostly books, so that the model also writes sentences at the far end of it.
+Most steps use single tales in short rows, which are cheap. Every fourth step uses a row as long as the model's context,
+mostly of books, so that the model also learns to write sentences at the end of it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ BOS, EOS = "<s>", "</s>"
 
 STEPS = 1400
 LONG_EVERY = 4
-"""Every so many steps, the rows are as long as the context."""
+"""The rows of every n-th step are as long as the context."""
 
 SHORT_ROWS = (8, 320)
 LONG_ROWS = (1, CONTEXT_TOKENS)
-"""Rows in a batch, and tokens in a row."""
+"""The rows in a batch, and the tokens in a row."""
 
 PEAK_LEARNING_RATE = 3e-3
 WARM_UP_STEPS = 60
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 TOKENIZER_SEED, SHORT_SEED, LONG_SEED, HELD_OUT_SEED = range(4)
 
@@ -109,7 +111,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
-    """Return AdamW that decays the matrices but not the gains of the norms."""
+    """Return an AdamW that decays the matrices but not the gains of the norms."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     gains = [weight for weight in model.parameters() if weight.ndim == 1]
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -150,7 +152,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 def held_out_loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, rows: int, row_tokens: int, books: float
 ) -> float:
-    """Return the mean loss of ``model``, in nats per token, over documents that it was not trained on."""
+    """Return the mean loss of ``model``, in nats per token, over documents outside its training data."""
     tokens = next(batches(tokenizer, documents(HELD_OUT_SEED, books=books), rows, row_tokens))
     return float(model.eval()(input_ids=tokens, labels=tokens).loss)
 
@@ -168,7 +170,7 @@ def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write a Hugging Face checkpoint with weights in bfloat16; ``model`` holds the rounded weights from then on."""
+    """Write a Hugging Face checkpoint with weights in bfloat16; ``model`` then holds the rounded weights."""
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=False
@@ -177,12 +179,13 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     tokenizer.save_pretrained(directory)
 
 
+@app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Directory to write the checkpoint to.")] = CHECKPOINT,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = STEPS,
+    out: Annotated[Path, typer.Option(help="The directory to write the checkpoint to.")] = CHECKPOINT,
+    steps: Annotated[int, typer.Option(min=1, help="The number of training steps.")] = STEPS,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; another number rounds differently.")] = 2,
 ) -> None:
-    """Train the demo checkpoint from nothing and report its loss on stories it has never seen."""
+    """Train the demo checkpoint from scratch and report its loss on stories that it has never seen."""
     console = Console()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -194,7 +197,7 @@ def main(
     train(model, tokenizer, steps, console)
     save(model, tokenizer, out)
 
-    model.float()  # what a reader of the checkpoint gets, computed exactly
+    model.float()  # evaluate the rounded weights, as a user loads them, in full precision
     tales = held_out_loss(model, tokenizer, rows=64, row_tokens=SHORT_ROWS[1], books=0.0)
     books = held_out_loss(model, tokenizer, rows=8, row_tokens=CONTEXT_TOKENS, books=1.0)
     console.print(f"held-out loss: {tales:.4f} nats per token over tales, {books:.4f} over books")
@@ -203,4 +206,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

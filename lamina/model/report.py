@@ -1,27 +1,25 @@
-"""What a checkpoint looks like once it is cut: its slices, what they move, and the network that this asks for."""
+"""The report on a cut checkpoint: its slices, what they move, and the network bandwidth that this needs."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lamina.errors import UsageError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
 from lamina.model.slices import SliceBlueprint, SliceSizes, cut_into_slices
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from lamina.table import Cell, print_table, print_text
 
 SLOWDOWN = 0.2
-"""Share of a step's time that transfers may add: the value of figure 4 of the Lamina paper (arXiv 2405.01814)."""
+"""The share of a step's time that transfers may add, as in figure 4 of the Lamina paper (arXiv 2405.01814)."""
 
 
 @dataclass(frozen=True)
 class SliceGroup:
-    """Consecutive slices ``first..last`` that are the same functions of different weights; sizes are of one slice."""
+    """Slices ``first..last``, which are the same functions of different weights; ``sizes`` holds those of one slice."""
 
     first: int
     last: int
@@ -32,8 +30,8 @@ class SliceGroup:
 class Report:
     """A model cut into slices.
 
-    ``parameters`` counts tied tensors once; ``attention_bytes`` are q, k, v and o of one token in all layers, and
-    ``kv_bytes`` what stays of it in the KV cache.
+    ``parameters`` counts tied tensors once. ``attention_bytes`` is the size of q, k, v and o of one token in all layers,
+    and ``kv_bytes`` the part of it that stays in the KV cache.
     """
 
     model: str
@@ -51,51 +49,48 @@ class Report:
 
     @property
     def bandwidth(self) -> float:
-        """The least bytes per second between compute and memory nodes that keep the slowdown within `SLOWDOWN`.
+        """The minimum bytes per second between compute and memory nodes that keep the slowdown within `SLOWDOWN`.
 
-        Section 3.1 of the Lamina paper: q, k, v and o of all layers and of the whole batch, over the allowed share of
-        the time that a step takes without the network (MTIME + ATIME).
+        This is section 3.1 of the Lamina paper: q, k, v and o of all layers and of the whole batch, over the allowed
+        share of the time that a step takes without the network (MTIME + ATIME).
         """
         return self.attention_bytes * self.batch / (SLOWDOWN * self.step_ms / 1000)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures as plain values."""
+        """Return all figures as plain values."""
         return {**asdict(self), "slowdown": SLOWDOWN, "bandwidth_bytes_per_s": self.bandwidth}
 
-    def table(self) -> RenderableType:
-        """All figures for people, to be printed by rich."""
-        from rich.console import Group
-        from rich.table import Table
-
-        table = Table()
-        for name in ("slices", "parameters", "weights", "carry", "q", "k", "v", "o"):
-            table.add_column(name, justify="right")
+    def print_tables(self) -> None:
+        """Print all figures for people."""
+        print_text(
+            f"{self.model}: {self.architecture} in {self.dtype}, {self.slices} slices of {self.functions} functions"
+        )
+        rows: list[list[Cell]] = []
         for group in self.groups:
-            one = group.first == group.last
-            sizes = group.sizes
-            table.add_row(
-                str(group.first) if one else f"{group.first}-{group.last}",
-                f"{sizes.parameters:,}" + ("" if one else " each"),
-                _bytes(sizes.parameter_bytes) + ("" if one else " each"),
-                *(_bytes(n) for n in (sizes.carry, sizes.q, sizes.k, sizes.v, sizes.o)),
+            one, sizes = group.first == group.last, group.sizes
+            rows.append(
+                [
+                    str(group.first) if one else f"{group.first}-{group.last}",
+                    f"{sizes.parameters:,}" + ("" if one else " each"),
+                    _bytes(sizes.parameter_bytes) + ("" if one else " each"),
+                    *(_bytes(n) for n in (sizes.carry, sizes.q, sizes.k, sizes.v, sizes.o)),
+                ]
             )
-        table.add_section()
-        table.add_row("all", f"{self.parameters:,}", _bytes(self.parameter_bytes))
-        return Group(
-            f"{self.model}: {self.architecture} in {self.dtype}, {self.slices} slices of {self.functions} functions",
-            table,
-            "Bytes of carry, q, k, v and o are per token.",
-            f"KV cache: {_bytes(self.kv_bytes)} per token.",
+        rows.append(["all", f"{self.parameters:,}", _bytes(self.parameter_bytes)])
+        print_table(("slices", "parameters", "weights", "carry", "q", "k", "v", "o"), rows)
+        print_text("Bytes of carry, q, k, v and o are per token.")
+        print_text(f"KV cache: {_bytes(self.kv_bytes)} per token.")
+        print_text(
             f"Network: at least {self.bandwidth / 1e9:.3g} GB/s, for {_bytes(self.attention_bytes)} of q, k, v and o "
             f"per token, batch {self.batch}, steps of {self.step_ms:g} ms and a slowdown of {SLOWDOWN:g} "
-            "(Lamina, arXiv 2405.01814, section 3.1).",
+            "(Lamina, arXiv 2405.01814, section 3.1)."
         )
 
 
 def report(path: Path, dtype: str | None, batch: int, step_ms: float) -> Report:
-    """Cut the checkpoint at ``path`` without reading its weights.
+    """Cut the checkpoint at ``path`` without reading its weights, and return the report.
 
-    ``step_ms`` is what a decode step of ``batch`` sequences takes when the network costs nothing.
+    ``step_ms`` is the time of a decode step of ``batch`` sequences when the network costs nothing.
     """
     if batch < 1:
         raise UsageError(f"batch: expected an integer >= 1, got {batch}")

@@ -151,7 +151,7 @@ def test_options_override_the_file(checkpoint: Path, tmp_path: Path) -> None:
         assert pinned.process.pid
         assert os.sched_getaffinity(pinned.process.pid) == {0}
     compute = fails(["node", "--role", "compute", "--name", "c0", *own, "--numa", "0"], 2)
-    assert "--numa: not for a compute node" in compute
+    assert "--numa: not allowed for a compute node" in compute
 
 
 def remove_weights(path: Path) -> None:
