@@ -47,10 +47,10 @@ from lamina.front.space import Space
 from lamina.front.team import Team
 from lamina.model.slices import Head, StepConstants, Tail
 from lamina.node.memory import MemoryNode
+from lamina.runtime.cpu import CpuDevice
 from lamina.runtime.crossing import Crossing
-from lamina.runtime.device import CpuDevice
 from lamina.runtime.loop import PreciseLoop
-from lamina.runtime.network import Sockets
+from lamina.runtime.sockets import Sockets
 from lamina.transport import Address, Hello, Options
 from lamina.wire.geometry import shard_by_heads
 from lamina.wire.requests import Request

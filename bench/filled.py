@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lamina.runtime.device import CpuDevice, let_idle_threads_sleep
+from lamina.runtime.cpu import CpuDevice, let_idle_threads_sleep
 
 let_idle_threads_sleep()  # as ``lamina node`` does, before torch is there
 
@@ -29,7 +29,7 @@ from lamina.config import load as read
 from lamina.node import daemon
 from lamina.node.assemble import LoadForward, load_forward
 from lamina.node.compute import ComputeNode
-from lamina.runtime.network import Sockets
+from lamina.runtime.sockets import Sockets
 from lamina.wire.geometry import CHUNK_TOKENS
 from lamina.wire.orders import Done, Order
 

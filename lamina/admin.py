@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from lamina.errors import TransportError
-from lamina.runtime.network import Network, Sockets
+from lamina.runtime.network import Network
+from lamina.runtime.sockets import Sockets
 from lamina.transport import Address, Hello, Link, Options
 from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Spans, Status
 from lamina.wire.codec import decode

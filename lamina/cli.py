@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from typer.core import TyperGroup
 
 from lamina.errors import ConfigError, LaminaError
-from lamina.runtime.device import let_idle_threads_sleep
+from lamina.runtime.cpu import let_idle_threads_sleep
 from lamina.transport import Address
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def node(
     let_idle_threads_sleep()
     from lamina.config import load, parse_cpus
     from lamina.node import daemon
-    from lamina.runtime.device import CpuDevice
-    from lamina.runtime.network import Sockets
+    from lamina.runtime.cpu import CpuDevice
+    from lamina.runtime.sockets import Sockets
 
     if role not in ("compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from lamina.memory.fair_queue import FairQueue, Share
+from lamina.runtime.cpu import CpuDevice
 from lamina.runtime.crossing import Crossing
-from lamina.runtime.device import CpuDevice, Device
+from lamina.runtime.device import Device
 
 
 @pytest.fixture(scope="module")

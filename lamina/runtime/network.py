@@ -1,11 +1,11 @@
-"""How a node reaches others: the protocol, and the sockets that speak it."""
+"""How a node reaches others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
-from lamina.transport import Address, Hello, Link, Listener, Options, connect
+from lamina.transport import Address, Hello, Link, Options
 
 
 class Listening(Protocol):
@@ -32,17 +32,3 @@ class Network(Protocol):
         self, address: Address, hello: Hello, on_link: Callable[[Link], None], options: Options
     ) -> Listening:
         """Accept links at ``address``; each is given to ``on_link``. ConfigError if the address cannot be had."""
-
-
-class Sockets:
-    """The network of this machine: shared memory, RDMA or TCP, whichever the options allow (`lamina.transport`)."""
-
-    async def connect(self, address: Address, hello: Hello, options: Options, *, deadline_s: float) -> Link:
-        """See `Network.connect`."""
-        return await connect(address, hello, options, deadline_s=deadline_s)
-
-    async def listen(
-        self, address: Address, hello: Hello, on_link: Callable[[Link], None], options: Options
-    ) -> Listening:
-        """See `Network.listen`."""
-        return await Listener.open(address, hello, on_link, options)
