@@ -34,6 +34,11 @@ class AdminClient:
         network = network or Sockets()
         return cls(await network.connect(address, Hello("monitor", name), options, deadline_s=deadline_s))
 
+    @property
+    def peer(self) -> Hello:
+        """What the node said about itself when the link was made."""
+        return self._link.info.peer
+
     async def status(self) -> Status:
         """The node's state and counters."""
         status: Status = await self._questions.ask(AskStatus(), Status)

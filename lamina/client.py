@@ -21,6 +21,7 @@ from lamina.transport import connect as connect_link
 from lamina.validation import explain
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import decode, encode
+from lamina.wire.questions import Questions
 from lamina.wire.requests import Cancel, Failed, Finished, Generate, Generated, Request, Sampling, ToClient
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -77,7 +78,7 @@ class Client:
         self._link = link
         self._ids = itertools.count(1)
         self._streams: dict[int, asyncio.Queue[Generated | Finished | LaminaError]] = {}
-        self._asked: list[asyncio.Future[Status]] = []
+        self._questions = Questions(link)
         self._failure: LaminaError | None = None
         link.on_message, link.on_lost = self._on_message, self._on_lost
 
@@ -115,11 +116,8 @@ class Client:
 
     async def status(self) -> Status:
         """State and counters of the front."""
-        self._check()
-        future: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        self._asked.append(future)
-        self._link.send(encode(AskStatus()))
-        return await future
+        status: Status = await self._questions.ask(AskStatus())
+        return status
 
     async def close(self) -> None:
         """Cancel what still runs and leave."""
@@ -136,8 +134,7 @@ class Client:
     def _on_message(self, plain: dict[str, Any]) -> None:
         match decode(plain, ToClient):
             case Status() as status:
-                if self._asked and not (future := self._asked.pop(0)).done():
-                    future.set_result(status)
+                self._questions.answer(status)
             case Failed(id=None) as failure:
                 self._fail(_error(failure))
             case Failed(id=int(id_)) as failure:
@@ -156,10 +153,7 @@ class Client:
             self._failure = error
         for stream in self._streams.values():
             stream.put_nowait(error)
-        for future in self._asked:
-            if not future.done():
-                future.set_exception(error)
-        self._asked.clear()
+        self._questions.fail(error)
 
 
 class Stream:

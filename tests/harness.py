@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import lamina
+from lamina.admin import AdminClient
 from lamina.cluster.local import free_ports
 from lamina.config import ClusterConfig, NodeConfig, load, write_secret
-from lamina.transport import Hello, TlsFiles, connect
-from lamina.wire.admin import AskStatus, Status
-from lamina.wire.codec import decode, encode
+from lamina.transport import TlsFiles
+from lamina.wire.admin import Status
 
 START_TIMEOUT_S = 60.0
 
@@ -229,11 +229,8 @@ def client(config: ClusterConfig, **settings: Any) -> AbstractAsyncContextManage
 
 async def status_of(config: ClusterConfig, node: NodeConfig) -> Status:
     """What a node says of itself."""
-    async with await connect(node.listen, Hello("monitor", "test"), config.options(), deadline_s=30) as link:
-        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
-        link.send(encode(AskStatus()))
-        return await answer
+    async with await AdminClient.connect(node.listen, config.options(), name="test", deadline_s=30) as asking:
+        return await asking.status()
 
 
 async def ready(config: ClusterConfig, node: Node) -> Status:

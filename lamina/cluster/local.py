@@ -14,14 +14,13 @@ from asyncio.subprocess import Process
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from lamina.admin import AdminClient
 from lamina.config import ClusterConfig, NodeConfig, load
-from lamina.errors import ConnectError, LaminaError, NodeError, TransportError
+from lamina.errors import ConnectError, LaminaError, NodeError
 from lamina.node.daemon import DRAIN_TIMEOUT_S
-from lamina.transport import Hello, Link, connect
-from lamina.wire.admin import AskStatus, Status
-from lamina.wire.codec import decode, encode
+from lamina.wire.admin import Status
 
 log = logging.getLogger("lamina.cluster")
 
@@ -78,7 +77,7 @@ class Cluster:
         self._log_file = log_file
         self._on_change = on_change or (lambda: None)
         self._processes: dict[str, Process] = {}
-        self._monitors: dict[str, _Monitor] = {}
+        self._monitors: dict[str, AdminClient] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self.states: dict[str, str] = {n.name: "starting" for n in config.node}
@@ -107,7 +106,7 @@ class Cluster:
 
     async def statuses(self) -> dict[str, Status]:
         """What every node says of itself now, by name."""
-        return {name: await monitor.ask() for name, monitor in self._monitors.items()}
+        return {name: await monitor.status() for name, monitor in self._monitors.items()}
 
     async def stop(self, *, drain: bool) -> None:
         """End all processes: compute nodes first, and with ``drain`` after they have answered what they were asked."""
@@ -122,7 +121,7 @@ class Cluster:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for monitor in self._monitors.values():
-            monitor.link.abort("the cluster is stopped")
+            monitor.abort("the cluster is stopped")
 
     def command(self, node: NodeConfig) -> list[str]:
         """The arguments that make this Python run ``node``."""
@@ -153,13 +152,13 @@ class Cluster:
         self._fail(NodeError(f"node {node.name} {how}", node=node.name))
 
     async def _watch_state(self, node: NodeConfig) -> None:
-        hello = Hello("monitor", "up")
         deadline_s = self._config.transport.start_timeout
         try:
-            link = await connect(node.listen, hello, self._config.options(), deadline_s=deadline_s)
-            monitor = self._monitors[node.name] = _Monitor(link)
+            monitor = self._monitors[node.name] = await AdminClient.connect(
+                node.listen, self._config.options(), name="up", deadline_s=deadline_s
+            )
             while True:
-                status = await monitor.ask()
+                status = await monitor.status()
                 self._set(node.name, f"{status.state} for {status.waiting_for}" if status.waiting_for else status.state)
                 await asyncio.sleep(ASK_EVERY_S)
         except ConnectError as e:
@@ -179,31 +178,6 @@ class Cluster:
         if not self.failed.done() and not self._stopping:
             self.failed.set_exception(error)
             self.failed.exception()  # whoever waits is told; nobody has to
-
-
-class _Monitor:
-    """Asks one node for its status."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self._asked: list[asyncio.Future[Status]] = []
-        link.on_message, link.on_lost = self._on_message, self._on_lost
-
-    async def ask(self) -> Status:
-        future: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        self._asked.append(future)
-        self.link.send(encode(AskStatus()))
-        return await future
-
-    def _on_message(self, plain: dict[str, Any]) -> None:
-        status = decode(plain, Status)
-        if self._asked and not (future := self._asked.pop(0)).done():
-            future.set_result(status)
-
-    def _on_lost(self, error: TransportError) -> None:
-        for future in self._asked:
-            if not future.done():
-                future.set_exception(error)
 
 
 async def _end(process: Process, patience_s: float) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lamina.admin import AdminClient
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import ConfigError, NodeError, TransportError
 from lamina.runtime.spans import Span
-from lamina.transport import Hello, Link, connect
-from lamina.wire.admin import MAX_SPANS, AskSpans, Record, Spans
-from lamina.wire.codec import decode, encode
+from lamina.wire.admin import MAX_SPANS
+
+R = TypeVar("R")
 
 REACH_S = 5.0
 """How long a node may take to be reached."""
@@ -37,10 +38,14 @@ class Trace:
 async def record(config: ClusterConfig, seconds: float) -> dict[str, Trace]:
     """What every node of ``config`` did in the next ``seconds``, by name. NodeError if one cannot be asked."""
     async with AsyncExitStack() as stack:
-        asking = [await stack.enter_async_context(_Asking(config, node)) for node in config.node]
-        await asyncio.gather(*(one.record(seconds) for one in asking))
+        clients = [await stack.enter_async_context(await _reach(config, node)) for node in config.node]
+
+        async def of_all(ask: Callable[[AdminClient], Coroutine[Any, Any, R]]) -> list[R]:
+            return list(await asyncio.gather(*map(_named, config.node, map(ask, clients))))
+
+        await of_all(lambda client: client.record(seconds))
         await asyncio.sleep(seconds)
-        traces = await asyncio.gather(*(one.fetch() for one in asking))
+        traces = await of_all(_fetch)
     return {node.name: trace for node, trace in zip(config.node, traces, strict=True)}
 
 
@@ -82,58 +87,36 @@ def _row(span: Span) -> int:
     return span.batch if span.batch >= 0 else OTHER_ROW
 
 
-class _Asking:
-    """Asks one node, one question after the other."""
+async def _reach(config: ClusterConfig, node: NodeConfig) -> AdminClient:
+    try:
+        return await AdminClient.connect(node.listen, config.options(), name="trace", deadline_s=REACH_S)
+    except TransportError as e:
+        raise NodeError(f"node {node.name} cannot be reached: {e}", node=node.name) from e
 
-    def __init__(self, config: ClusterConfig, node: NodeConfig) -> None:
-        self._config = config
-        self._node = node
 
-    async def __aenter__(self) -> _Asking:
-        hello = Hello("monitor", "trace")
-        try:
-            link = await connect(self._node.listen, hello, self._config.options(), deadline_s=REACH_S)
-        except TransportError as e:
-            raise NodeError(f"node {self._node.name} cannot be reached: {e}", node=self._node.name) from e
-        self._link: Link = link
-        self._answer: asyncio.Future[Spans] = asyncio.get_running_loop().create_future()
-        link.on_message, link.on_lost = self._on_message, self._on_lost
-        return self
+async def _fetch(client: AdminClient) -> Trace:
+    """What a node recorded, by this process's clock."""
+    trips = [await _compare_clocks(client) for _ in range(ROUND_TRIPS)]
+    round_trip, ahead = min(trips)
+    if abs(ahead) <= round_trip:
+        ahead = 0.0  # one host, one clock: the estimate is worse than that
+    spans: list[Span] = []
+    while more := (await client.spans(MAX_SPANS)).spans:
+        spans += more
+    return Trace([s._replace(start_s=s.start_s - ahead, end_s=s.end_s - ahead) for s in spans], round_trip)
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._link.close()
 
-    async def record(self, seconds: float) -> None:
-        """Have the node begin."""
-        await self._ask(Record(seconds=seconds))
+async def _compare_clocks(client: AdminClient) -> tuple[float, float]:
+    """The time of a round trip, and by how much the node's clock is ahead if both ways take as long."""
+    before = time.perf_counter()
+    clock = (await client.spans(0)).clock_s
+    after = time.perf_counter()
+    return after - before, clock - (before + after) / 2
 
-    async def fetch(self) -> Trace:
-        """What it recorded."""
-        trips = [await self._compare_clocks() for _ in range(ROUND_TRIPS)]
-        round_trip, ahead = min(trips)
-        if abs(ahead) <= round_trip:
-            ahead = 0.0  # one host, one clock: the estimate is worse than that
-        spans: list[Span] = []
-        while more := (await self._ask(AskSpans(count=MAX_SPANS))).spans:
-            spans += more
-        return Trace([s._replace(start_s=s.start_s - ahead, end_s=s.end_s - ahead) for s in spans], round_trip)
 
-    async def _compare_clocks(self) -> tuple[float, float]:
-        """The time of a round trip, and by how much the node's clock is ahead if both ways take as long."""
-        before = time.perf_counter()
-        clock = (await self._ask(AskSpans(count=0))).clock_s
-        after = time.perf_counter()
-        return after - before, clock - (before + after) / 2
-
-    async def _ask(self, message: Record | AskSpans) -> Spans:
-        self._answer = asyncio.get_running_loop().create_future()
-        self._link.send(encode(message))
-        return await self._answer
-
-    def _on_message(self, plain: dict[str, Any]) -> None:
-        if not self._answer.done():
-            self._answer.set_result(decode(plain, Spans))
-
-    def _on_lost(self, error: TransportError) -> None:
-        if not self._answer.done():
-            self._answer.set_exception(NodeError(f"node {self._node.name} was lost: {error}", node=self._node.name))
+async def _named(node: NodeConfig, work: Coroutine[Any, Any, R]) -> R:
+    """What ``work`` gives; NodeError with the node's name if it is lost."""
+    try:
+        return await work
+    except TransportError as e:
+        raise NodeError(f"node {node.name} was lost: {e}", node=node.name) from e

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from lamina.admin import AdminClient
 from lamina.config import ClusterConfig, NodeConfig
-from lamina.errors import CheckpointError, ConfigError, ConnectError, HandshakeError, LaminaError, TransportError
+from lamina.errors import CheckpointError, ConfigError, ConnectError, HandshakeError, LaminaError
 from lamina.node.probe import CONNECT_S, MEASURE_S, measure
 from lamina.ops.doctor.finding import Finding, State, guarded
 from lamina.ops.doctor.machine import is_here
-from lamina.transport import Hello, Link, connect
+from lamina.runtime.sockets import Sockets
 from lamina.transport.choice import TRANSPORTS
-from lamina.wire.admin import AskStatus, Probe, Probed, Status
-from lamina.wire.codec import decode, encode
+from lamina.wire.admin import Probed
 
 REACH_S = 2.0
 """How long a node may take to answer, or to begin to listen."""
@@ -63,11 +63,11 @@ async def look(config: ClusterConfig, step_ms: float) -> tuple[list[Finding], li
 # -- who answers
 
 
-async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[Link | None, Finding]:
+async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[AdminClient | None, Finding]:
     item = f"node {node.name}"
     place = f"{node.role} node at {node.address}"
     try:
-        link = await connect(node.listen, Hello("doctor", "doctor"), config.options(), deadline_s=REACH_S)
+        client = await AdminClient.connect(node.listen, config.options(), name="doctor", deadline_s=REACH_S)
     except HandshakeError as e:
         hint = next((hint for word, hint in _HINTS.items() if word in str(e)), "something else listens there")
         return None, Finding(item, "fail", f"{place}: reached by TCP, but {_reason(e, node)}", hint)
@@ -82,68 +82,55 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[Link | None, 
         return None, Finding(item, state, f"{place}: no answer: {_reason(e, node)}", advice)
     except LaminaError as e:
         return None, Finding(item, "fail", f"{place}: {e}")
-    if link.peer.role != node.role:
-        await link.close()
-        return None, Finding(item, "fail", f"{place}: a {link.peer.role} node answers, {link.peer.name}", "correct it")
+    if client.peer.role != node.role:
+        await client.close()
+        return None, Finding(
+            item, "fail", f"{place}: a {client.peer.role} node answers, {client.peer.name}", "correct it"
+        )
     try:
         async with asyncio.timeout(REACH_S):
-            status = await _ask(link, AskStatus(), Status)
+            status = await client.status()
     except (LaminaError, TimeoutError) as e:
-        link.abort("it gave no status")
+        client.abort("it gave no status")
         return None, Finding(item, "fail", f"{place}: gives no status: {e or 'no answer'}", "look into its log")
     waiting = f" for {status.waiting_for}" if status.waiting_for else ""
     known_as = "" if status.name == node.name else f", calls itself {status.name}"
-    return link, Finding(item, "ok", f"{place}: {status.state}{waiting}{known_as}")
+    return client, Finding(item, "ok", f"{place}: {status.state}{waiting}{known_as}")
 
 
 def _reason(error: LaminaError, node: NodeConfig) -> str:
     return str(error).removeprefix(f"{node.listen}: ")
 
 
-async def _ask(link: Link, message: AskStatus | Probe, kind: Any) -> Any:
-    """The answer to one message; the link's error if it ends first."""
-    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    def on_message(plain: dict[str, Any]) -> None:
-        if not answer.done():
-            answer.set_result(decode(plain, kind))
-
-    def on_lost(error: TransportError) -> None:
-        if not answer.done():
-            answer.set_exception(error)
-
-    link.on_message, link.on_lost = on_message, on_lost
-    link.send(encode(message))
-    return await answer
-
-
 # -- how fast
 
 
-async def _measure_all(config: ClusterConfig, links: dict[str, Link]) -> list[Pair]:
+async def _measure_all(config: ClusterConfig, links: dict[str, AdminClient]) -> list[Pair]:
     """One after the other, so that measurements do not disturb each other."""
     kinds = TRANSPORTS if config.links.kind == "auto" else (config.links.kind,)
     compute = {n.name: links[n.name] for n in config.compute_nodes if n.name in links}
     pairs = []
-    for name, link in compute.items() or {"": None}.items():
+    for name, client in compute.items() or {"": None}.items():
         for node in config.memory_nodes:
             if node.name in links:
-                pairs += [await _measure(config, name, link, node, kind) for kind in kinds]
+                pairs += [await _measure(config, name, client, node, kind) for kind in kinds]
     return pairs
 
 
-async def _measure(config: ClusterConfig, name: str, link: Link | None, node: NodeConfig, kind: Any) -> Pair:
+async def _measure(config: ClusterConfig, name: str, client: AdminClient | None, node: NodeConfig, kind: Any) -> Pair:
     """By the compute node of that name; from here where none runs."""
     try:
         async with asyncio.timeout(CONNECT_S + 2 * MEASURE_S):
-            if link is None:
-                probed = await measure(node.listen, "doctor", replace(config.options(config.front), kind=kind))
+            if client is None:
+                probed = await measure(
+                    Sockets(), node.listen, "doctor", replace(config.options(config.front), kind=kind)
+                )
             else:
-                probed = await _ask(link, Probe(node=node.name, kind=kind), Probed)
+                probed = await client.probe(node.name, kind)
     except TimeoutError:
         probed = Probed(kind=kind, error="no answer in time")
-        if link:
-            link.abort("it does not answer in time")  # a late answer would be taken for the next one
+        if client:
+            client.abort("it does not answer in time")  # a late answer would be taken for the next one
     except LaminaError as e:
         probed = Probed(kind=kind, error=_reason(e, node))
     return Pair(
