@@ -27,8 +27,8 @@ from lamina.compute.prompts import PromptKV
 from lamina.compute.step import StepRunner
 from lamina.config import load as read
 from lamina.node import daemon
-from lamina.node.assemble import LoadForward, load_forward
 from lamina.node.compute import ComputeNode
+from lamina.node.model import OpenModel, open_checkpoint
 from lamina.runtime.sockets import Sockets
 from lamina.wire.geometry import CHUNK_TOKENS
 from lamina.wire.orders import Done, Order
@@ -69,12 +69,14 @@ class FilledRunner(StepRunner):
         return replace(done, tokens=done.tokens + [FIRST_TOKEN for run in prompts if run.choice])
 
 
-def main(load: LoadForward = load_forward) -> int:
-    """Run the node that the command line names, with the forward pass that ``load`` makes."""
+def main(open_model: OpenModel = open_checkpoint) -> int:
+    """Run the node that the command line names, with the model that ``open_model`` opens."""
     config, name = read(Path(sys.argv[1])), sys.argv[2]
     node = config.find(name)
     device = CpuDevice(cpus=node.pinned, threads=node.threads)
-    serving = ComputeNode(config, node, device=device, network=Sockets(), load=load, make_runner=FilledRunner)
+    serving = ComputeNode(
+        config, node, device=device, network=Sockets(), open_model=open_model, make_runner=FilledRunner
+    )
     return daemon.run(name, serving.serve)
 
 

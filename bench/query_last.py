@@ -17,7 +17,7 @@ from lamina.compute.forward import ForwardPass, ForwardSlice
 from lamina.compute.peer_lane import Shape
 from lamina.config import ClusterConfig
 from lamina.model.slices import Head, Tail
-from lamina.node.assemble import CutModel, load_forward
+from lamina.node.model import ModelSource, open_checkpoint
 
 
 class _LateSlice:
@@ -64,9 +64,21 @@ class LateForward:
         return self._forward.carry_shapes(index, tokens)
 
 
-def _load(config: ClusterConfig, cut: CutModel, member: int, device: torch.device) -> ForwardPass:
-    return LateForward(load_forward(config, cut, member, device))
+class LateModel:
+    """A model whose forward pass has late queries."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.facts = source.facts
+        self.carry_bytes = source.carry_bytes
+        self._source = source
+
+    def load(self, slices: range, device: torch.device) -> ForwardPass:
+        return LateForward(self._source.load(slices, device))
+
+
+def _open(config: ClusterConfig) -> LateModel:
+    return LateModel(open_checkpoint(config))
 
 
 if __name__ == "__main__":
-    sys.exit(main(_load))
+    sys.exit(main(_open))

@@ -13,14 +13,14 @@ class Tokenizer:
     """The tokenizer of a checkpoint; without tokenizer.json, prompts are token ids and answers have no text."""
 
     def __init__(self, path: Path, context: int) -> None:
-        from transformers import AutoTokenizer
-
         self._path = path
         self._context = context
         self._library: Any = None
         self.at_work = 0
         """Prompts that it has been given and not yet turned into tokens."""
         if (path / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer
+
             try:
                 self._library = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             except Exception as e:

@@ -1,47 +1,29 @@
-"""What a compute node is made of, step by step: links to the others, the cut model, shards of the KV cache, weights."""
+"""How a compute node joins its cluster: links to all others, terms, attachment to the memory nodes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-
-from lamina.attention import KVLayout, LayerShape
-from lamina.compute.forward import ForwardPass
 from lamina.compute.peer_control import PeerControl
-from lamina.compute.schedule import Schedule
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.shard_lane import ShardLane
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import ConfigError, ConnectError, HandshakeError
 from lamina.front.members import Members
-from lamina.model.capture import capture
-from lamina.model.checkpoint import Checkpoint
-from lamina.model.slices import Blueprint, SlicedModel, carry_shapes, cut_into_slices
-from lamina.model.weights import load_weights
+from lamina.node.model import ServedModel
 from lamina.runtime.device import Device
 from lamina.runtime.network import Network
 from lamina.transport import Hello, Link
-from lamina.wire.geometry import aligned, shard_by_heads, shard_whole
+from lamina.wire.geometry import shard_by_heads, shard_whole
 from lamina.wire.orders import Limits
 
 log = logging.getLogger("lamina.compute")
 
-BLOCK_TOKENS = 16
-"""Tokens of a block of the KV cache."""
-
 REMOTE_TOKENS = 64
 """The most prompt tokens of a step whose past lies on memory nodes, so that these are not kept long from others."""
-
-_IDLE = "each batch runs on one of them; set pipeline.batches to twice the number of replicas"
-_ROTATION = (
-    "layers change nodes from step to step, so long prompts are slow: all but their first chunks attend on the memory "
-    "nodes; a multiple of the replicas as pipeline.batches avoids that"
-)
 
 # -- links
 
@@ -141,91 +123,6 @@ class Rendezvous:
         log.info("event=connected peer=%s transport=%s choice=%r", name, link.info.transport, link.info.choice)
 
 
-# -- the model
-
-
-@dataclass(frozen=True)
-class CutModel:
-    """A model cut into slices, and what the cluster file makes of it."""
-
-    blueprint: Blueprint
-    schedule: Schedule
-    context: int
-    """The most tokens of one request."""
-    kv_dtype: str
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """Where it comes from."""
-        return self.blueprint.capture.checkpoint
-
-    @property
-    def layers(self) -> tuple[LayerShape, ...]:
-        """The attention of each layer."""
-        return self.blueprint.capture.shapes
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether any layer has a sliding window."""
-        return any(layer.window is not None for layer in self.layers)
-
-    def layout(self, layers: tuple[LayerShape, ...]) -> KVLayout:
-        """How a memory node stores these heads of the model's layers."""
-        return KVLayout(layers=layers, dtype=self.kv_dtype, block_tokens=BLOCK_TOKENS)
-
-
-def read_blueprint(config: ClusterConfig) -> Blueprint:
-    """Read the checkpoint's configuration and cut the model. Errors are those of the checkpoint and the capture."""
-    with torch.inference_mode(False):
-        return cut_into_slices(capture(Checkpoint.open(config.model_path, config.model.dtype)))
-
-
-def fit_model(config: ClusterConfig, members: Members, blueprint: Blueprint) -> CutModel:
-    """See that file and model fit each other; ConfigError says where they do not."""
-    layers, checkpoint = blueprint.capture.shapes, blueprint.capture.checkpoint
-    pipeline = config.pipeline
-    ranges = [node.layer_range for node in config.compute_nodes]
-    given = [r for r in ranges if r is not None]
-    if given and given[-1].stop != len(layers):
-        raise ConfigError(
-            f"{config.file}: node {config.compute_nodes[-1].name}: layers: the last compute node ends "
-            f"with layer {given[-1].stop - 1}, the model with layer {len(layers) - 1}"
-        )
-    firsts = tuple(r.start for r in given) if given else None
-    asked, most = config.model.context, checkpoint.max_context
-    if asked is not None and asked > most:
-        raise ConfigError(f"{config.file}: model.context: {asked} is more than the model's {most}")
-    cut = CutModel(
-        blueprint,
-        Schedule(len(layers), members.of_role("compute"), pipeline.batches, firsts),
-        asked or most,
-        config.model.kv_dtype or checkpoint.dtype,
-    )
-    if pipeline.partition == "tokens" and cut.has_windows:
-        raise ConfigError(
-            f'{config.file}: pipeline.partition: "tokens" cannot be had for a model with sliding windows; '
-            'use "heads" or "requests"'
-        )
-    if firsts is None and len(ranges) > pipeline.batches:
-        log.warning("event=idle_replicas replicas=%d batches=%d reason=%r", len(ranges), pipeline.batches, _IDLE)
-    if not cut.schedule.is_settled:
-        log.warning("event=rotation replicas=%d batches=%d reason=%r", len(ranges), pipeline.batches, _ROTATION)
-    return cut
-
-
-def load_forward(config: ClusterConfig, cut: CutModel, member: int, device: torch.device) -> ForwardPass:
-    """Load the weights of a member's slices; called within an operation of its device."""
-    own = cut.schedule.slices(member)
-    with torch.inference_mode(False):
-        names = cut.blueprint.weights_of(own.start, own.stop - 1)
-        weights = load_weights(cut.blueprint.capture, names, device)
-        return SlicedModel(cut.blueprint, weights, device, own.start, own.stop - 1, compiled=config.model.compile)
-
-
-LoadForward = Callable[[ClusterConfig, CutModel, int, torch.device], ForwardPass]
-"""Makes the forward pass of a compute node, as `load_forward` does."""
-
-
 # -- the others
 
 
@@ -235,21 +132,21 @@ def step_tokens(config: ClusterConfig) -> int:
     return pipeline.max_batch + REMOTE_TOKENS + pipeline.prefill_tokens
 
 
-def limits(config: ClusterConfig, cut: CutModel, members: Members) -> Limits:
+def limits(config: ClusterConfig, served: ServedModel, members: Members) -> Limits:
     """What the front's orders have to keep to."""
     return Limits(
         slots=config.pipeline.batches,
         tokens=step_tokens(config),
         memory_nodes=frozenset(members.of_role("memory")),
-        context=cut.context,
-        vocabulary=cut.checkpoint.vocabulary,
+        context=served.context,
+        vocabulary=served.facts.vocabulary,
     )
 
 
-async def agree(config: ClusterConfig, cut: CutModel, peers: Mapping[int, PeerControl]) -> None:
+async def agree(config: ClusterConfig, served: ServedModel, peers: Mapping[int, PeerControl]) -> None:
     """Agree with the other compute nodes on terms, and on where carries go; ConfigError names what differs."""
-    nbytes = _carry_bytes(cut.blueprint, step_tokens(config))
-    terms = _terms(config, cut)
+    nbytes = served.source.carry_bytes(step_tokens(config))
+    terms = _terms(config, served)
     found = await asyncio.gather(*(peer.greet(terms, config.pipeline.batches, nbytes) for peer in peers.values()))
     for peer, theirs in zip(peers.values(), found, strict=True):
         for key in sorted({*terms, *theirs}):
@@ -264,7 +161,7 @@ async def agree(config: ClusterConfig, cut: CutModel, peers: Mapping[int, PeerCo
 
 async def attach(
     config: ClusterConfig,
-    cut: CutModel,
+    served: ServedModel,
     members: Members,
     member: int,
     tenant: str,
@@ -273,16 +170,16 @@ async def attach(
     """Attach to all memory nodes as ``member`` of a tenant; their lanes, by member id. NodeError if one refuses."""
     pipeline = config.pipeline
     divide = shard_by_heads if pipeline.partition == "heads" else shard_whole
-    heads = divide(cut.layers, [node.name for node in config.memory_nodes])
+    heads = divide(served.facts.layers, [node.name for node in config.memory_nodes])
     lanes: dict[int, ShardLane] = {}
     for node, own in zip(config.memory_nodes, heads, strict=True):
         shard = shards[members.id_of(node.name)]
         lanes[shard.member] = await shard.attach(
             own,
-            cut.layout(own.layers),
+            served.layout(own.layers),
             tenant=tenant,
-            model=cut.checkpoint.fingerprint,
-            dtype=cut.checkpoint.dtype,
+            model=served.facts.fingerprint,
+            dtype=served.facts.dtype,
             slots=pipeline.batches,
             max_rows=pipeline.max_batch + REMOTE_TOKENS,
             member=member,
@@ -292,26 +189,16 @@ async def attach(
     return lanes
 
 
-def _terms(config: ClusterConfig, cut: CutModel) -> dict[str, str]:
+def _terms(config: ClusterConfig, served: ServedModel) -> dict[str, str]:
     """What all compute nodes must have alike."""
     terms = {
-        "model": cut.checkpoint.fingerprint,
-        "model.dtype": cut.checkpoint.dtype,
-        "model.kv_dtype": cut.kv_dtype,
-        "model.context": cut.context,
+        "model": served.facts.fingerprint,
+        "model.dtype": served.facts.dtype,
+        "model.kv_dtype": served.kv_dtype,
+        "model.context": served.context,
         "compute nodes": [(n.name, n.layers) for n in config.compute_nodes],
         "memory nodes": [(n.name, n.quota) for n in config.memory_nodes],
     }
     for key in ("batches", "max_batch", "prefill_tokens", "partition"):
         terms[f"pipeline.{key}"] = getattr(config.pipeline, key)
     return {key: str(value) for key, value in terms.items()}
-
-
-def _carry_bytes(blueprint: Blueprint, tokens: int) -> int:
-    """The most bytes that a slice of ``tokens`` tokens hands over: its carry, and the attention of rows of prompts."""
-    most = 0
-    for piece in blueprint.slices[:-1]:
-        shapes = carry_shapes(piece.carry, tokens)
-        nbytes = sum(aligned(torch.Size(shape).numel() * dtype.itemsize) for shape, dtype in shapes)
-        most = max(most, nbytes + aligned(piece.sizes.o * tokens))
-    return most

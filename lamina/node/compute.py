@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,19 +24,14 @@ from lamina.front.members import Change, Members, State
 from lamina.front.session import ClientSession
 from lamina.front.text import Tokenizer
 from lamina.node.assemble import (
-    BLOCK_TOKENS,
-    CutModel,
-    LoadForward,
     Rendezvous,
     agree,
     attach,
-    fit_model,
     limits,
-    load_forward,
-    read_blueprint,
 )
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.front import Front, make_blocks, open_front
+from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import Monitor
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
@@ -61,7 +55,7 @@ class ComputeNode:
     """The compute node ``node`` of a cluster. The first one of the file is the front: it serves clients, and tells the
     others what to do.
 
-    It runs on ``device`` and reaches others by ``network``; ``load`` gives it its forward pass.
+    It runs on ``device`` and reaches others by ``network``; ``open_model`` opens its model.
     """
 
     def __init__(
@@ -71,7 +65,7 @@ class ComputeNode:
         *,
         device: Device,
         network: Network,
-        load: LoadForward = load_forward,
+        open_model: OpenModel = open_checkpoint,
         make_runner: MakeRunner = StepRunner,
     ) -> None:
         self._config = config
@@ -81,7 +75,7 @@ class ComputeNode:
         self._device = device
         self._there = Crossing(device.loop)
         self._network = network
-        self._load = load
+        self._open_model = open_model
         self._make_runner = make_runner
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._member_changed)
@@ -94,7 +88,7 @@ class ComputeNode:
         self._shards: dict[int, ShardControl] = {}
         self._peers: Mapping[int, PeerControl] = {}
         self._clients: dict[Link, None] = {}
-        self._cut: CutModel | None = None
+        self._served: ServedModel | None = None
         self._runner: Steps | None = None
         self._front: Front | None = None
         self._follower: Follower | None = None
@@ -112,10 +106,10 @@ class ComputeNode:
         try:
             worker = await _unless(stopping, self._start())
             if worker is not None:
-                assert self._cut is not None
+                assert self._served is not None
                 log.info(
                     "event=ready model=%s memory_nodes=%d compute_nodes=%d",
-                    self._cut.checkpoint.fingerprint,
+                    self._served.facts.fingerprint,
                     len(self._config.memory_nodes),
                     len(self._config.compute_nodes),
                 )
@@ -179,48 +173,48 @@ class ComputeNode:
         """Find the other nodes, cut the model over them, load this node's part, and begin to serve."""
         config, members = self._config, self._members
         self._shards, self._peers = await self._rendezvous.all()
-        blueprint, _ = await self._there.start(self._device.run(read_blueprint, config))
-        self._cut = cut = fit_model(config, members, blueprint)
-        await agree(config, cut, self._peers)
-        worker = await (self._start_front(cut) if self._is_front else self._start_follower(cut))
+        source, _ = await self._there.start(self._device.run(self._open_model, config))
+        self._served = served = serve_model(config, members, source)
+        await agree(config, served, self._peers)
+        worker = await (self._start_front(served) if self._is_front else self._start_follower(served))
         self._end_with_loss()  # a node that was lost meanwhile
         return worker
 
-    async def _start_front(self, cut: CutModel) -> Intake:
+    async def _start_front(self, served: ServedModel) -> Intake:
         config, members = self._config, self._members
         tenant = f"{self._name}-{secrets.token_hex(8)}"
-        lanes = await attach(config, cut, members, self._member, tenant, self._shards)
+        lanes = await attach(config, served, members, self._member, tenant, self._shards)
         enlisted = [peer.enlist(tenant) for peer in self._peers.values()]
-        blocks = make_blocks(config, cut, self._shards)
-        self._runner = runner = await self._make_steps(cut, lanes)
-        self._tokenizer = await self._there.call(Tokenizer, cut.checkpoint.path, cut.context)
+        blocks = make_blocks(config, served, self._shards)
+        self._runner = runner = await self._make_steps(served, lanes)
+        self._tokenizer = await self._there.call(Tokenizer, served.facts.path, served.context)
         await asyncio.gather(*enlisted)
         for entry in members.entries:
             members.serve(entry.id)
         self._front = await open_front(
-            config, cut, members, blocks, runner, self._device, self._shards, self._peers, self._home
+            config, served, members, blocks, runner, self._device, self._shards, self._peers, self._home
         )
         return self._front.intake
 
-    async def _start_follower(self, cut: CutModel) -> Follower:
+    async def _start_follower(self, served: ServedModel) -> Follower:
         config, members = self._config, self._members
         front = self._peers[members.id_of(config.front.name)]
         front.on_members = members.adopt
-        lanes = await attach(config, cut, members, self._member, await front.tenant(), self._shards)
-        self._runner = runner = await self._make_steps(cut, lanes)
-        self._follower = Follower(runner, self._there, front, limits(config, cut, members), lambda: members.epoch)
+        lanes = await attach(config, served, members, self._member, await front.tenant(), self._shards)
+        self._runner = runner = await self._make_steps(served, lanes)
+        self._follower = Follower(runner, self._there, front, limits(config, served, members), lambda: members.epoch)
         front.send(Enlisted())
         return self._follower
 
-    async def _make_steps(self, cut: CutModel, lanes: Mapping[int, ShardLane]) -> Steps:
-        load = partial(self._load, self._config, cut, self._member, self._device.torch_device)
-        model, _ = await self._there.start(self._device.run(load))
+    async def _make_steps(self, served: ServedModel, lanes: Mapping[int, ShardLane]) -> Steps:
+        slices = served.schedule.slices(self._member)
+        forward, _ = await self._there.start(self._device.run(served.source.load, slices, self._device.torch_device))
         return self._make_runner(
-            model,
+            forward,
             self._device,
             lanes,
-            getattr(torch, cut.checkpoint.dtype),
-            schedule=cut.schedule,
+            getattr(torch, served.facts.dtype),
+            schedule=served.schedule,
             member=self._member,
             peers={member: peer.lane for member, peer in self._peers.items()},
         )
@@ -274,9 +268,9 @@ class ComputeNode:
             if waiting := sorted(self._rendezvous.waiting_for):
                 status.state, status.waiting_for = "waiting", ", ".join(waiting)
             return status
-        assert self._cut is not None
+        assert self._served is not None
         status.state = "draining" if worker.draining else "ready"
-        status.model = self._cut.checkpoint.fingerprint
+        status.model = self._served.facts.fingerprint
         status.layers = runner.layers
         ways: list[ShardControl | PeerControl] = [*self._shards.values(), *self._peers.values()]
         status.stale_tags = sum(way.lane.stale_tags for way in ways)

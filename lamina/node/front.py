@@ -22,7 +22,8 @@ from lamina.front.scheduler import Scheduler
 from lamina.front.sequence import CacheChanges, ReservationRequest
 from lamina.front.space import Space
 from lamina.front.team import Team
-from lamina.node.assemble import BLOCK_TOKENS, REMOTE_TOKENS, CutModel
+from lamina.node.assemble import REMOTE_TOKENS
+from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 
@@ -35,54 +36,54 @@ class Front(NamedTuple):
     kv_tokens: int
 
 
-def make_blocks(config: ClusterConfig, cut: CutModel, shards: Mapping[int, ShardControl]) -> BlockManager:
+def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int, ShardControl]) -> BlockManager:
     """The account of the memory nodes' blocks; CapacityError if they cannot hold one request of the full context."""
-    layouts = {member: cut.layout(shard.lane.layers) for member, shard in shards.items()}
+    layouts = {member: served.layout(shard.lane.layers) for member, shard in shards.items()}
     # Only the window that all layers have: where there are several, blocks of one kind can be in the way of another's.
     group, *others = next(iter(layouts.values())).groups
     blocks = BlockManager(
         {member: shard.capacity_tokens // BLOCK_TOKENS for member, shard in shards.items()},
         BLOCK_TOKENS,
         config.pipeline.partition,
-        stripes=not cut.has_windows,
+        stripes=not served.has_windows,
         window=None if others else group.window,
     )
-    if blocks.max_context < cut.context:
+    if blocks.max_context < served.context:
         least = min(shards.values(), key=lambda shard: shard.capacity_tokens)
         raise CapacityError(
             f"the memory nodes can hold {blocks.max_context} tokens of one request, fewer than the context of "
-            f"{cut.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} tokens of "
+            f"{served.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} tokens of "
             f"{layouts[least.member].bytes_per_token} bytes); give them more memory or set model.context lower"
         )
     return blocks
 
 
-def make_scheduler(config: ClusterConfig, cut: CutModel, blocks: BlockManager) -> Scheduler:
+def make_scheduler(config: ClusterConfig, served: ServedModel, blocks: BlockManager) -> Scheduler:
     """The scheduler of this model over these blocks."""
-    pipeline, checkpoint = config.pipeline, cut.checkpoint
-    kept = KVLayout(layers=tuple(cut.layers), dtype=checkpoint.dtype, block_tokens=BLOCK_TOKENS)
+    pipeline, facts = config.pipeline, served.facts
+    kept = KVLayout(layers=facts.layers, dtype=facts.dtype, block_tokens=BLOCK_TOKENS)
     return Scheduler(
         batches=pipeline.batches,
         max_batch=pipeline.max_batch,
         prefill_tokens=pipeline.prefill_tokens,
         block_manager=blocks,
         prefix=PrefixKeys(
-            model=checkpoint.fingerprint,
-            dtype=checkpoint.dtype,
-            kv_dtype=cut.kv_dtype,
+            model=facts.fingerprint,
+            dtype=facts.dtype,
+            kv_dtype=served.kv_dtype,
             block_tokens=BLOCK_TOKENS,
         ),
         remote_tokens=REMOTE_TOKENS,
         prefill_kv_tokens=pipeline.prefill_kv_bytes // kept.bytes_per_token,
-        keep_chunks=cut.schedule.is_settled,
+        keep_chunks=served.schedule.is_settled,
         max_waiting=pipeline.max_waiting,
-        cost=CostModel(compute_nodes=len(cut.schedule.members)),
+        cost=CostModel(compute_nodes=len(served.schedule.members)),
     )
 
 
 async def open_front(
     config: ClusterConfig,
-    cut: CutModel,
+    served: ServedModel,
     members: Members,
     blocks: BlockManager,
     runner: Steps,
@@ -93,19 +94,19 @@ async def open_front(
 ) -> Front:
     """Make the engine and fit its cost model, while no request uses the nodes."""
     name, pipeline, there = config.front.name, config.pipeline, Crossing(device.loop)
-    scheduler = make_scheduler(config, cut, blocks)
-    team = Team(runner, device, home, cut.schedule, member=members.id_of(name), epoch=members.epoch, peers=peers)
+    scheduler = make_scheduler(config, served, blocks)
+    team = Team(runner, device, home, served.schedule, member=members.id_of(name), epoch=members.epoch, peers=peers)
     intake = Intake(
         name,
         there,
-        context=cut.context,
-        vocabulary=cut.checkpoint.vocabulary,
-        stop_tokens=cut.checkpoint.stop_tokens,
+        context=served.context,
+        vocabulary=served.facts.vocabulary,
+        stop_tokens=served.facts.stop_tokens,
         max_waiting=pipeline.max_waiting,
     )
     space = Space(shards, BLOCK_TOKENS, intake.reserved)
-    if cut.context > ANSWER_TOKENS:
-        await there.start(_fit(scheduler, team, space, device, home, config, cut))
+    if served.context > ANSWER_TOKENS:
+        await there.start(_fit(scheduler, team, space, device, home, config, served))
     engine = Engine(scheduler, team, home, intake, batches=pipeline.batches)
     intake.open(engine, space)
     return Front(engine, intake, blocks.total_blocks * BLOCK_TOKENS)
@@ -118,7 +119,7 @@ async def _fit(
     device: Device,
     home: Crossing,
     config: ClusterConfig,
-    cut: CutModel,
+    served: ServedModel,
 ) -> None:
     """Fit the cost model, on the device's loop."""
     pipeline = config.pipeline
@@ -140,7 +141,7 @@ async def _fit(
             device.loop.time,
             slots=pipeline.batches,
             most_rows=min(pipeline.batches * pipeline.max_batch, pipeline.max_waiting),
-            most_tokens=min(pipeline.prefill_tokens, cut.context - ANSWER_TOKENS),
+            most_tokens=min(pipeline.prefill_tokens, served.context - ANSWER_TOKENS),
         )
     finally:
         shipping.cancel()

@@ -1,0 +1,170 @@
+"""The model that a compute node serves: where it comes from, and what the cluster file makes of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lamina.attention import KVLayout, LayerShape
+from lamina.compute.forward import ForwardPass
+from lamina.compute.schedule import Schedule
+from lamina.config import ClusterConfig
+from lamina.errors import ConfigError
+from lamina.front.members import Members
+from lamina.model.capture import capture
+from lamina.model.checkpoint import Checkpoint
+from lamina.model.slices import Blueprint, SlicedModel, carry_shapes, cut_into_slices
+from lamina.model.weights import load_weights
+from lamina.wire.geometry import aligned
+
+log = logging.getLogger("lamina.compute")
+
+BLOCK_TOKENS = 16
+"""Tokens of a block of the KV cache."""
+
+_IDLE = "each batch runs on one of them; set pipeline.batches to twice the number of replicas"
+_ROTATION = (
+    "layers change nodes from step to step, so long prompts are slow: all but their first chunks attend on the memory "
+    "nodes; a multiple of the replicas as pipeline.batches avoids that"
+)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the cluster needs to know about a model."""
+
+    path: Path
+    """Where its tokenizer is."""
+    fingerprint: str
+    """Equal fingerprints, equal weights."""
+    dtype: str
+    """The type in which it runs."""
+    layers: tuple[LayerShape, ...]
+    """The attention of each layer."""
+    max_context: int
+    vocabulary: int
+    stop_tokens: frozenset[int]
+
+
+class ModelSource(Protocol):
+    """A model before its weights are loaded. Its methods are called within operations of the device."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the cluster needs to know."""
+
+    def carry_bytes(self, tokens: int) -> int:
+        """The most bytes that a slice of ``tokens`` tokens hands over to another compute node: its carry, and the
+        attention of rows of prompts."""
+
+    def load(self, slices: range, device: torch.device) -> ForwardPass:
+        """The forward pass of some of its slices."""
+
+
+OpenModel = Callable[[ClusterConfig], ModelSource]
+"""Opens the model of a cluster file, as `open_checkpoint` does."""
+
+
+class CheckpointModel:
+    """A checkpoint of the `transformers` library, cut into slices."""
+
+    def __init__(self, blueprint: Blueprint, *, compiled: bool) -> None:
+        """``compiled`` compiles the slices where they run on a CPU."""
+        self._blueprint = blueprint
+        self._compiled = compiled
+        checkpoint = blueprint.capture.checkpoint
+        self.facts = ModelFacts(
+            path=checkpoint.path,
+            fingerprint=checkpoint.fingerprint,
+            dtype=checkpoint.dtype,
+            layers=tuple(blueprint.capture.shapes),
+            max_context=checkpoint.max_context,
+            vocabulary=checkpoint.vocabulary,
+            stop_tokens=checkpoint.stop_tokens,
+        )
+
+    def carry_bytes(self, tokens: int) -> int:
+        """See `ModelSource.carry_bytes`."""
+        most = 0
+        for piece in self._blueprint.slices[:-1]:
+            shapes = carry_shapes(piece.carry, tokens)
+            nbytes = sum(aligned(torch.Size(shape).numel() * dtype.itemsize) for shape, dtype in shapes)
+            most = max(most, nbytes + aligned(piece.sizes.o * tokens))
+        return most
+
+    def load(self, slices: range, device: torch.device) -> ForwardPass:
+        """See `ModelSource.load`; errors are those of the checkpoint."""
+        first, last = slices.start, slices.stop - 1
+        with torch.inference_mode(False):
+            weights = load_weights(self._blueprint.capture, self._blueprint.weights_of(first, last), device)
+            return SlicedModel(self._blueprint, weights, device, first, last, compiled=self._compiled)
+
+
+def open_checkpoint(config: ClusterConfig) -> CheckpointModel:
+    """Read the configuration of the file's checkpoint and cut the model. Errors are those of checkpoint and capture."""
+    with torch.inference_mode(False):
+        blueprint = cut_into_slices(capture(Checkpoint.open(config.model_path, config.model.dtype)))
+    return CheckpointModel(blueprint, compiled=config.model.compile)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model as a cluster serves it."""
+
+    source: ModelSource
+    schedule: Schedule
+    context: int
+    """The most tokens of one request."""
+    kv_dtype: str
+    """The type in which memory nodes store keys and values."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the model is."""
+        return self.source.facts
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer has a sliding window."""
+        return any(layer.window is not None for layer in self.facts.layers)
+
+    def layout(self, layers: tuple[LayerShape, ...]) -> KVLayout:
+        """How a memory node stores these heads of the model's layers."""
+        return KVLayout(layers=layers, dtype=self.kv_dtype, block_tokens=BLOCK_TOKENS)
+
+
+def serve_model(config: ClusterConfig, members: Members, source: ModelSource) -> ServedModel:
+    """See that file and model fit each other; ConfigError says where they do not."""
+    facts, pipeline = source.facts, config.pipeline
+    ranges = [node.layer_range for node in config.compute_nodes]
+    given = [r for r in ranges if r is not None]
+    if given and given[-1].stop != len(facts.layers):
+        raise ConfigError(
+            f"{config.file}: node {config.compute_nodes[-1].name}: layers: the last compute node ends "
+            f"with layer {given[-1].stop - 1}, the model with layer {len(facts.layers) - 1}"
+        )
+    firsts = tuple(r.start for r in given) if given else None
+    asked, most = config.model.context, facts.max_context
+    if asked is not None and asked > most:
+        raise ConfigError(f"{config.file}: model.context: {asked} is more than the model's {most}")
+    served = ServedModel(
+        source,
+        Schedule(len(facts.layers), members.of_role("compute"), pipeline.batches, firsts),
+        asked or most,
+        config.model.kv_dtype or facts.dtype,
+    )
+    if pipeline.partition == "tokens" and served.has_windows:
+        raise ConfigError(
+            f'{config.file}: pipeline.partition: "tokens" cannot be had for a model with sliding windows; '
+            'use "heads" or "requests"'
+        )
+    if firsts is None and len(ranges) > pipeline.batches:
+        log.warning("event=idle_replicas replicas=%d batches=%d reason=%r", len(ranges), pipeline.batches, _IDLE)
+    if not served.schedule.is_settled:
+        log.warning("event=rotation replicas=%d batches=%d reason=%r", len(ranges), pipeline.batches, _ROTATION)
+    return served
