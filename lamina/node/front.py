@@ -52,8 +52,8 @@ def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int,
         least = min(shards.values(), key=lambda shard: shard.capacity_tokens)
         raise CapacityError(
             f"the memory nodes can hold {blocks.max_context} tokens of one request, fewer than the context of "
-            f"{served.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} tokens of "
-            f"{layouts[least.member].bytes_per_token} bytes); give them more memory or set model.context lower"
+            f"{served.context} ({least.name} holds the least of this model's KV cache, {least.capacity_tokens} tokens "
+            f"of {layouts[least.member].bytes_per_token} bytes); give them more memory or set model.context lower"
         )
     return blocks
 

@@ -7,7 +7,7 @@ import time
 import uvloop
 
 
-class PreciseLoop(uvloop.Loop):
+class PreciseLoop(uvloop.Loop):  # type: ignore[misc] # uvloop has no types that mypy follows here
     """uvloop with a clock that is precise: its own tells the time of the last look at the sockets, in milliseconds.
 
     Both count seconds on the monotonic clock that all processes of a host share, so that timers stay as they are.
