@@ -10,7 +10,7 @@ from lamina.runtime.network import Network
 from lamina.runtime.sockets import Sockets
 from lamina.transport import Address, Hello, Link, Options
 from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Spans, Status
-from lamina.wire.codec import decode
+from lamina.wire.codec import Message, decode
 from lamina.wire.questions import Questions
 
 
@@ -75,7 +75,7 @@ class AdminClient:
         await self.close()
 
     def _on_message(self, plain: dict[str, Any]) -> None:
-        message = decode(plain, Status | Spans | Probed)
+        message: Message = decode(plain, Status | Spans | Probed)
         self._questions.answer(message, type(message))
 
     def _on_lost(self, error: TransportError) -> None:
