@@ -56,7 +56,7 @@ async def connect(
     """A client of the front at ``address``, such as ``tcp://127.0.0.1:7070``.
 
     ``secret`` is the cluster's secret, or the file that holds it, and ``tls`` (from ``lamina.transport``) names this
-    client's certificate, where the cluster has these. ConnectError if nobody answers within ``deadline_s`` seconds;
+    client's certificate, where the cluster has these. ConnectError if there is no answer within ``deadline_s`` seconds;
     after ``peer_timeout`` seconds of silence the front is lost. Leaving the block cancels what still runs.
     """
     if isinstance(secret, Path):
@@ -97,10 +97,10 @@ class Client:
     ) -> Stream:
         """Tokens of the answer as they come: ``async for token in client.stream(...)``.
 
-        ``prompt`` is text or token ids; ``max_tokens`` None goes on to the end of the context; temperature 0 is
-        greedy; with a ``seed`` the same request gets the same tokens. Of those that wait, the one of the highest
-        ``priority`` (-100 to 100) is next. ``share_prefix`` lets it use what the cluster still holds of a prompt that
-        began alike, with the same ``salt``. Leaving the loop aborts the request.
+        ``prompt`` is text or token ids. With ``max_tokens`` None the answer may fill the context. Temperature 0 is
+        greedy; with a ``seed`` the same request gets the same tokens. The waiting request with the highest ``priority``
+        (-100 to 100) is admitted next. ``share_prefix`` lets the request use keys and values that the cluster still
+        holds of another prompt with the same beginning and the same ``salt``. Leaving the loop aborts the request.
         """
         sampling = _checked(Sampling(temperature, top_k, top_p, seed))
         tokens = prompt if isinstance(prompt, str) else list(prompt)
@@ -160,7 +160,7 @@ class Stream:
     """The tokens of one answer: an asynchronous iterator and context manager.
 
     After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character)
-    are set. ``aclose``, leaving an ``async with`` on it, cancelling whoever waits for a token, or dropping the last
+    are set. ``aclose``, leaving an ``async with`` on it, cancelling the task that waits for a token, or dropping the last
     reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its KV
     cache on every node.
     """

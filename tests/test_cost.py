@@ -1,4 +1,4 @@
-"""Predictions that grow with the load, come close to whatever machine is measured, and are always times."""
+"""Predictions grow with the load, come close to the measured machine, and are always finite times."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ loads = st.builds(StepLoad, st.integers(0, 4096), st.integers(0, 4096), st.integ
 def test_more_work_never_takes_less_time(
     seen: list[tuple[int, int, int, float, float, float]], load: StepLoad, rows: int, prompt: int, context: int
 ) -> None:
-    """Whatever was observed, and every prediction is a time."""
+    """Whatever was observed, a larger load never gets a smaller prediction, and every prediction is a finite time."""
     model = CostModel()
     for observation in seen:
         model.observe(*observation)
@@ -36,7 +36,7 @@ def test_more_work_never_takes_less_time(
 
 
 def machine(rows: int, prompt: int, context: int) -> tuple[float, float, float]:
-    """Weights are read for 5 ms, then each token costs; attention reads the context; each row is sent."""
+    """Compute reads the weights in 5 ms and then pays per token; attention reads the context; the wire carries rows."""
     tokens = rows + prompt
     return 5e-3 + max(0, tokens - 24) * 1e-4, 2e-4 + rows * 1e-5 + context * 2e-7, 1e-4 + rows * 2e-6
 
@@ -44,7 +44,7 @@ def machine(rows: int, prompt: int, context: int) -> tuple[float, float, float]:
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("outliers", [0.0, 0.05])
 def test_it_comes_close_to_a_machine(noise: float, outliers: float) -> None:
-    """Through noise, and steps in which the machine did something else for a while."""
+    """Predictions come close to the machine despite noise, and despite steps that took 50 times as long."""
     chosen, model = random.Random(4), CostModel()
 
     def measured(seconds: float) -> float:
@@ -64,7 +64,7 @@ def test_it_comes_close_to_a_machine(noise: float, outliers: float) -> None:
 
 
 def test_it_follows_a_machine_that_changes() -> None:
-    """A machine that is now twice as slow is believed within a hundred steps."""
+    """After a hundred steps on a machine that has become twice as slow, predictions have doubled."""
     model = CostModel()
     for slower in (1, 2):
         for i in range(100):
@@ -76,7 +76,7 @@ def test_it_follows_a_machine_that_changes() -> None:
 
 
 def test_a_step_takes_as_long_as_its_busier_side() -> None:
-    """Several batches in flight hide the shorter side behind the longer one; one hides nothing."""
+    """Several batches in flight take the time of the busier side; one alone takes the sum of both."""
     model = CostModel()
     for rows in (1, 2, 4, 8, 16):
         model.observe(rows, 0, 100 * rows, rows * 1e-3, rows * 2e-3)
@@ -87,8 +87,10 @@ def test_a_step_takes_as_long_as_its_busier_side() -> None:
 
 
 def test_how_many_batches_are_worth_flying() -> None:
-    """Two where they hide attention; one where the weights are read twice for nothing; no more than there are rows;
-    and not another number for little gain."""
+    """Two batches are chosen where they hide attention, and one where reading the weights twice gains nothing.
+
+    There are never more batches than rows, and their number does not change for a small gain.
+    """
     hiding, reading = CostModel(), CostModel()
     for rows in (1, 2, 4, 8, 16, 32):
         hiding.observe(rows, 0, 100 * rows, rows * 1e-3, rows * 1e-3)
@@ -112,8 +114,8 @@ def test_how_many_batches_are_worth_flying() -> None:
     assert [close.batches(load, least=1, most=2, present=present) for present in (1, 2)] == [1, 2]
 
 
-def test_when_to_ask_again() -> None:
-    """By the pace at which requests end; the time when nobody was there does not count."""
+def test_when_to_try_again() -> None:
+    """The time to retry follows the rate at which requests end; time without any request does not count."""
     throughput = ThroughputEstimate()
     assert throughput.retry_after_s(100) == 1
     for i in range(50):

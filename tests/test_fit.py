@@ -1,4 +1,4 @@
-"""The cost model is fitted before the first request: on machines of any speed within its time, and nothing is left."""
+"""The cost model is fitted before the first request, in limited time on any machine, and leaves no space reserved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from lamina.front.team import StepResult
 
 
 class Machine:
-    """Nodes on a clock of their own, ``slower`` than a machine with 5 ms of weights to read. The first step is late."""
+    """Nodes on a clock of their own, by the factor ``slower`` than a machine that reads its weights in 5 ms.
+
+    The first step takes longer than the others.
+    """
 
     def __init__(self, slower: float = 1.0, batches: int = 2, blocks: int = 256) -> None:
         self.now = 0.0
@@ -73,7 +76,7 @@ class Machine:
 
 @pytest.mark.parametrize("batches", [1, 3])
 def test_what_steps_will_cost_is_known_before_the_first_request(batches: int) -> None:
-    """Of few rows and of many, with short contexts and long ones, and for prompts."""
+    """The costs of steps with few and many rows, short and long contexts, and prompts are known within a quarter."""
     machine = Machine(batches=batches)
     assert not machine.scheduler.cost.fitted
 
@@ -95,7 +98,7 @@ def test_what_steps_will_cost_is_known_before_the_first_request(batches: int) ->
 
 @pytest.mark.parametrize("slower", [0.1, 1, 10, 100, 1000])
 def test_it_ends_in_time(slower: float) -> None:
-    """With the step in which the time is over, however slow the machine is."""
+    """Fitting ends with the step in which the time runs out, however slow the machine is."""
     machine = Machine(slower)
 
     machine.fit()
@@ -104,15 +107,15 @@ def test_it_ends_in_time(slower: float) -> None:
     assert machine.scheduler.cost.fitted == (slower <= 100)
 
 
-def test_a_small_cluster_is_asked_for_no_more_than_it_takes() -> None:
-    """As many sequences and tokens as there may be."""
+def test_fitting_keeps_to_the_limits_of_a_small_cluster() -> None:
+    """Where one sequence with one prompt token is the limit, only rounds of that size are made."""
     machine = Machine()
     machine.fit(most_rows=1, most_tokens=1)
     assert machine.steps == 2 * ANSWER_TOKENS
 
 
-def test_memory_that_others_have_ends_it() -> None:
-    """What was observed until then stays."""
+def test_a_refused_reservation_ends_it() -> None:
+    """Fitting ends when another tenant holds the memory, and keeps what was observed until then."""
     machine = Machine(blocks=8)
     machine.fit()
     assert machine.scheduler.cost.fitted

@@ -1,4 +1,4 @@
-"""What the front orders: it comes back as it was, fits into a message, and what cannot be is refused."""
+"""Orders arrive as they were sent, fit into a message, and are refused if they cannot be carried out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RUNS = st.builds(
 
 @given(st.lists(RUNS, min_size=1, max_size=4), st.integers(0, 1), st.integers(0, 2**30))
 def test_orders_come_back(runs: list[TokenRun], slot: int, step: int) -> None:
-    """Over the wire, and within the limits."""
+    """A random order arrives over the wire as it was sent, and is within the limits."""
     sent = Order(epoch=1, slot=slot, step=step, runs=runs)
     come = decode(decode_message(encode_message(encode(sent))), Order)
 
@@ -53,12 +53,20 @@ def test_orders_come_back(runs: list[TokenRun], slot: int, step: int) -> None:
 
 
 def test_the_largest_step_fits_into_a_message() -> None:
-    """The most that a file can ask for: sequences, prompt tokens, memory nodes."""
+    """The most sequences, prompt tokens and memory nodes that a file can configure fit into one message."""
     run = TokenRun(2**31, 10**6, [200_000], Placement(tuple(range(32)), 256))
     rows = [changed(run, choice=Choice(Sampling(0.7, 40, 0.95, 2**63 - 1), 10**6 + 1))] * 4096
     prompt = changed(run, start=0, tokens=[200_000] * 65536, local_tokens=65536)
 
     assert len(encode_message(encode(order(*rows, prompt)))) < MAX_MESSAGE
+
+
+def test_a_choice_without_a_seed_is_refused() -> None:
+    """The front draws seeds, so that every compute node that samples draws the same token."""
+    plain = encode(order(RUN))
+    plain["runs"][0][-1][0]["seed"] = None
+    with pytest.raises(ProtocolError, match="the choice for position 12 has no seed"):
+        decode(plain, Order)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +85,7 @@ def test_the_largest_step_fits_into_a_message() -> None:
     ],
 )
 def test_what_cannot_be_done_is_refused(wrong: Order, message: str) -> None:
-    """Before anything is done about it."""
+    """An order with any value out of range is refused with a sentence that names the range."""
     LIMITS.check(order(RUN))
     with pytest.raises(ProtocolError, match=message):
         LIMITS.check(wrong)

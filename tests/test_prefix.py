@@ -1,4 +1,4 @@
-"""Keys are equal where everything up to the end of a block is, and nowhere else."""
+"""Two keys are equal if and only if everything up to the end of their blocks is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def alike(a: Sequence[object], b: Sequence[object]) -> int:
 
 @given(tokens, tokens, salts, salts)
 def test_equal_up_to_where_the_prompts_are(a: list[int], b: list[int], salt: str, other: str) -> None:
-    """One key for each full block; the same for the same salt and tokens from the first on."""
+    """Each full block has one key; two are equal if the salt and all tokens up to the block's end are."""
     first, second = make().keys(a, salt), make().keys(b, other)
     assert len(first) == len(a) // 3
     assert len(set(first)) == len(first)
@@ -37,12 +37,13 @@ def test_equal_up_to_where_the_prompts_are(a: list[int], b: list[int], salt: str
 
 @given(tokens, st.integers(0, 4), salts)
 def test_what_is_known_need_not_be_computed_again(a: list[int], known: int, salt: str) -> None:
+    """Keys computed from known leading ones equal those computed from nothing."""
     keys = make().keys(a, salt)
     assert make().keys(a, salt, keys[:known]) == keys
 
 
 def test_everything_counts_that_keys_and_values_depend_on() -> None:
-    """And no two lists of facts can be written alike."""
+    """A change of any fact changes the keys, even where the facts written one after the other look the same."""
     prompt = list(range(12))
     changed = [make(model="n"), make(dtype="float32"), make(kv_dtype="float32"), make(block_tokens=4)]
     changed += [make(model="mb", dtype="float16"), make(model="m", dtype="bfloat16in", kv_dtype="t8")]

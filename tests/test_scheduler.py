@@ -1,4 +1,4 @@
-"""The scheduler keeps its promises whatever arrives, ends, gives way or is cancelled, and in whatever order."""
+"""The scheduler keeps its promises in whatever order sequences arrive, end, are preempted or are cancelled."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ def scheduler(*, blocks: int = 64, **changes: Any) -> Scheduler:
 
 @dataclass
 class Nodes:
-    """What memory nodes know: by id the positions that they have space for and those that are stored, and the blocks
-    that can be found by their keys. ``last`` is the largest id so far."""
+    """What memory nodes know.
+
+    ``space`` and ``stored`` count, by sequence id, the positions with space and those that are stored; ``found`` has
+    the keys of published blocks, and ``last`` is the largest id so far.
+    """
 
     blocks: int
     space: dict[int, int] = field(default_factory=dict)
@@ -59,7 +62,7 @@ class Nodes:
             self.stored.pop(id_, None)
 
     def reserve(self, request: ReservationRequest) -> int:
-        """How many leading positions are shared."""
+        """Reserve space; returns how many leading positions are shared."""
         if request.reserved:
             assert self.space[request.id] < request.tokens
             self.space[request.id] = request.tokens
@@ -73,7 +76,7 @@ class Nodes:
         return shared
 
     def store(self, step: ScheduledStep) -> None:
-        """Its rows are stored."""
+        """Store the rows of a step."""
         for row in step.decode:
             self.stored[row.sequence.id] = row.position + 1
         for chunk in step.prompts:
@@ -81,8 +84,10 @@ class Nodes:
 
 
 class WindowedNodes(Nodes):
-    """A memory node with the cache of a model whose layers all have a window. What was prefilled comes as late as may
-    be: when a step that is planned already waits for it."""
+    """A memory node with the real cache of a model whose layers all have a window.
+
+    Prefilled positions arrive as late as possible: when a planned step already waits for them.
+    """
 
     def __init__(self, blocks: int, window: int) -> None:
         super().__init__(blocks)
@@ -92,7 +97,7 @@ class WindowedNodes(Nodes):
         self.cache = KVCache(layout, pool, lambda *_: 64)
         assert self.cache.capacity_tokens == blocks * BLOCK
         self.coming: list[tuple[int, Run]] = []
-        """Of layers, in their order."""
+        """Prefilled runs under way, each with its layer, in the order of the layers."""
 
     def tell(self, changes: CacheChanges) -> None:
         for publication in changes.published:
@@ -136,7 +141,7 @@ class WindowedNodes(Nodes):
 
 
 class Cluster:
-    """A scheduler, memory nodes, and steps on their way. Every token is a function of its sequence and position."""
+    """A scheduler, memory nodes, and steps in flight. Every token is a function of its sequence and position."""
 
     def __init__(self, scheduler: Scheduler, batches: int, nodes: Nodes, **limits: int) -> None:
         self.scheduler = scheduler
@@ -144,14 +149,14 @@ class Cluster:
         self.steps: list[ScheduledStep | None] = [None] * batches
         self.ids: list[list[int]] = [[] for _ in range(batches)]
         self.requested: list[ReservationRequest] = []
-        self.everybody: list[Sequence] = []
+        self.submitted: list[Sequence] = []
         self.live: list[Sequence] = []
-        """Those that are neither answered nor cancelled."""
+        """The sequences that are neither answered nor cancelled."""
         self.answered = 0
         self.limits = limits
 
     def token(self, sequence: Sequence) -> int:
-        """The next one."""
+        """The next token of a sequence."""
         return self.token_at(sequence, sequence.context)
 
     @staticmethod
@@ -160,7 +165,7 @@ class Cluster:
 
     def submit(self, sequence: Sequence) -> None:
         self.scheduler.submit(sequence)
-        self.everybody.append(sequence)
+        self.submitted.append(sequence)
         self.live.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -168,11 +173,11 @@ class Cluster:
         self.live.remove(sequence)
 
     def begin(self, slot: int) -> bool:
-        """The next step of a slot; False if it has nothing to do or to say."""
+        """Begin the next step of a slot; False if there is none."""
         assert self.steps[slot] is None
         first = min((s for s in self.live if s.slot >= 0), key=lambda s: s.rank, default=None)
         step = self.scheduler.next_step(slot)
-        assert first is None or first.slot >= 0  # nobody preempts the first
+        assert first is None or first.slot >= 0  # the first by rank is never preempted
         if step is None:
             return False
         self.nodes.tell(step.changes)
@@ -200,16 +205,16 @@ class Cluster:
             assert self.nodes.stored[s.id] == chunk.start < stop <= self.nodes.space[s.id]
 
     def answer(self, which: int = 0) -> None:
-        """The memory nodes answer one of the questions. Of one sequence they answer in order."""
+        """Let the memory nodes answer a reservation. The answers for one sequence come in order."""
         request = self.requested.pop(which)
-        stands = request.is_current
-        assert stands or request.id not in self.nodes.space
-        self.scheduler.confirm(request, self.nodes.reserve(request) if stands else 0)
+        current = request.is_current
+        assert current or request.id not in self.nodes.space
+        self.scheduler.confirm(request, self.nodes.reserve(request) if current else 0)
 
     def end(self, slot: int) -> None:
         step, self.steps[slot] = self.steps[slot], None
         assert step
-        assert self.ids[slot] == [s.id for s in _sequences(step)]  # nobody leaves in the middle of a step
+        assert self.ids[slot] == [s.id for s in _sequences(step)]  # no sequence leaves in the middle of a step
         self.nodes.store(step)
         outcome = self.scheduler.finish(slot, step, [self.token(s) for s in step.sampled])
         self.nodes.tell(outcome.changes)
@@ -223,7 +228,7 @@ class Cluster:
             assert s.output == expected
 
     def settle(self) -> None:
-        """Everybody who is not cancelled is answered in the end, and all space comes back."""
+        """Run until every sequence is over: all that were not cancelled are answered, and all space is free."""
         idle = 0
         while idle < 3:
             idle += 1
@@ -255,7 +260,7 @@ def cluster(*, batches: int = 1, blocks: int = 64, window: int | None = None, **
 
 
 def start(s: Scheduler, slot: int = 0) -> ScheduledStep:
-    """The next step of a slot after all that was asked for has been granted."""
+    """The next step of a slot with rows, after all reservations have been confirmed."""
     step = s.next_step(slot)
     while step and not step.has_rows:
         for request in step.changes.reservations:
@@ -291,7 +296,7 @@ def test_prompts_go_in_chunks_and_decode_goes_on() -> None:
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
-    """Half of the budget is the oldest prompt's, half of the rest the next one's; nothing is left over."""
+    """The oldest prompt gets half of the budget, the next one half of the rest; no token is left over."""
     s = scheduler(prefill_tokens=16, max_batch=8)
     for prompt in (40, 2, 40, 40):
         s.submit(make(prompt, 1))
@@ -301,43 +306,43 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert [(c.sequence.arrival, len(c.tokens)) for c in step.prompts] == [(0, 8), (1, 2), (2, 3), (3, 3)]
 
 
-def test_space_is_asked_for_before_it_is_needed() -> None:
-    """No step waits for the answer: the one that asks has space, and so has the next once it was granted."""
+def test_space_is_reserved_before_it_is_needed() -> None:
+    """No step waits for a confirmation: the step that requests more still has space, and the next has the new space."""
     s = scheduler()
     sequence = make(3, 30)
     s.submit(sequence)
-    asked = s.next_step(0)
-    assert asked
-    assert not asked.prompts
-    assert [(a.tokens, a.reserved) for a in asked.changes.reservations] == [(8, 0)]
+    step = s.next_step(0)
+    assert step
+    assert not step.prompts
+    assert [(r.tokens, r.reserved) for r in step.changes.reservations] == [(8, 0)]
     assert s.next_step(0) is None
-    s.confirm(asked.changes.reservations[0])
+    s.confirm(step.changes.reservations[0])
 
-    asks: list[ReservationRequest] = []
+    requests: list[ReservationRequest] = []
     for _ in range(20):
         step = s.next_step(0)
         assert step
         assert step.has_rows
-        asks += step.changes.reservations
+        requests += step.changes.reservations
         s.finish(0, step, [1])
         for request in step.changes.reservations:
             s.confirm(request)
 
-    assert [a.tokens for a in asks] == [12, 16, 20, 24]
-    assert all(a.reserved for a in asks)
+    assert [r.tokens for r in requests] == [12, 16, 20, 24]
+    assert not any(r.is_new for r in requests)
 
 
 # -- admission
 
 
 def test_a_request_larger_than_the_cache_is_refused_with_the_numbers() -> None:
-    """It could never run."""
+    """A sequence that could never run is refused at once, with its tokens and those of the cache."""
     with pytest.raises(CapacityError, match=r"needs 300 tokens of KV cache \(200 prompt \+ 100 new\).*hold 256"):
         scheduler().submit(make(200, 100))
 
 
 def test_a_full_queue_says_when_to_try_again() -> None:
-    """In the message, and as a number."""
+    """The refusal says when to retry, in the message and as a number."""
     s = scheduler(max_waiting=2)
     for _ in range(2):
         s.submit(make(1, 1))
@@ -361,7 +366,7 @@ def test_order_of_arrival_is_kept() -> None:
 
 
 def test_the_highest_priority_is_next() -> None:
-    """Equal ones come in the order of their arrival."""
+    """Sequences are admitted by priority, and those of the same priority in the order of their arrival."""
     s = scheduler(max_batch=3)
     for priority in (0, 5, -1, 5, 0):
         s.submit(make(1, 1, priority=priority))
@@ -371,7 +376,7 @@ def test_the_highest_priority_is_next() -> None:
 
 
 def test_low_priority_does_not_starve() -> None:
-    """However many of higher priority keep coming, the n-th in the queue is next after so many admissions."""
+    """The n-th oldest sequence is admitted after n times `FIRST_COME_EVERY` admissions, however many rank above it."""
     queue: WaitingQueue[Sequence] = WaitingQueue()
     low = [make(1, 1) for _ in range(3)]
     for i, sequence in enumerate(low):
@@ -391,7 +396,7 @@ def test_low_priority_does_not_starve() -> None:
 
 
 def test_ten_thousand_wait_and_half_of_them_leave() -> None:
-    """In time that does not grow with the square of their number."""
+    """Submitting and cancelling thousands of sequences takes no time that grows with the square of their number."""
     s = scheduler(max_waiting=10_000)
     waiting = [make(1, 1, priority=i % 3) for i in range(10_000)]
     began = time.monotonic()
@@ -411,7 +416,7 @@ def test_ten_thousand_wait_and_half_of_them_leave() -> None:
 
 
 def run_until_preempted(s: Scheduler) -> ScheduledStep:
-    """ScheduledStep by step, every token 1, until somebody loses its space."""
+    """Run step by step, every token 1, until a sequence is preempted; returns the step."""
     while True:
         step = start(s)
         if s.preemptions:
@@ -419,8 +424,8 @@ def run_until_preempted(s: Scheduler) -> ScheduledStep:
         s.finish(0, step, [1] * len(step.sampled))
 
 
-def test_the_youngest_gives_way_and_comes_back_with_its_output() -> None:
-    """Its space is released, and then all it had is prefilled, under another id."""
+def test_the_youngest_is_preempted_and_comes_back_with_its_output() -> None:
+    """The space of the youngest sequence is released; later all its tokens are prefilled, under another id."""
     s = scheduler(blocks=8, prefill_tokens=64)
     old, young = make(6, 20), make(6, 20)
     s.submit(old)
@@ -441,8 +446,8 @@ def test_the_youngest_gives_way_and_comes_back_with_its_output() -> None:
     assert step.sampled == [young]
 
 
-def test_the_lowest_priority_gives_way_first() -> None:
-    """However long ago it came; and no more of them than it takes."""
+def test_the_lowest_priority_is_preempted_first() -> None:
+    """The lowest priority is preempted even if it arrived first, and no more sequences than necessary are preempted."""
     s = scheduler(blocks=12, prefill_tokens=64)
     low, high, middle = make(6, 20, priority=-2), make(6, 20), make(6, 20, priority=-1)
     s.submit(low)
@@ -455,8 +460,8 @@ def test_the_lowest_priority_gives_way_first() -> None:
     assert (low.slot, high.slot, middle.slot) == (-1, 0, 0)
 
 
-def test_who_has_nobody_below_sits_out_and_keeps_its_space() -> None:
-    """The lowest does not preempt itself; it goes on when the others are done."""
+def test_the_lowest_rank_sits_out_and_keeps_its_space() -> None:
+    """The sequence of the lowest rank is not preempted for its own needs; it goes on when the others are done."""
     c = cluster(blocks=19, prefill_tokens=64, ahead_blocks=6)
     c.submit(make(6, 26))  # has 8 blocks from the beginning
     c.submit(make(20, 30))  # has 11, and needs 13 before the other is done
@@ -464,8 +469,8 @@ def test_who_has_nobody_below_sits_out_and_keeps_its_space() -> None:
     assert (c.answered, c.scheduler.preemptions) == (2, 0)
 
 
-def test_an_answer_that_comes_too_late_counts_for_nothing() -> None:
-    """Space that was granted to a sequence before it was preempted is not there when it is admitted again."""
+def test_a_late_confirmation_counts_for_nothing() -> None:
+    """A confirmation from before a preemption gives the sequence no space when it is admitted again."""
     s = scheduler(blocks=8, prefill_tokens=64)
     old, young = make(6, 22), make(6, 20)
     s.submit(old)
@@ -494,8 +499,8 @@ def test_an_answer_that_comes_too_late_counts_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3])
-def test_everybody_gets_through_a_cache_for_one(batches: int) -> None:
-    """Though each could fill it: nobody preempts each other for ever."""
+def test_all_sequences_get_through_a_cache_for_one(batches: int) -> None:
+    """Sequences that could each fill the cache do not preempt each other for ever."""
     c = cluster(batches=batches, blocks=8, max_waiting=30)
     for i in range(30):
         c.submit(make(1 + i % 9, 20, priority=i % 2))
@@ -507,7 +512,7 @@ def test_everybody_gets_through_a_cache_for_one(batches: int) -> None:
 
 
 def measured() -> CostModel:
-    """A machine on which rows cost 1 ms of compute each and tokens of context 10 us of attention."""
+    """The cost model of a machine with 1 ms of compute per row and 10 us of attention per token of context."""
     cost = CostModel()
     for rows in (1, 2, 4, 8, 16, 32):
         for context in (100, 1000):
@@ -516,7 +521,7 @@ def measured() -> CostModel:
 
 
 def decoding(s: Scheduler, slots: int, contexts: list[int]) -> None:
-    """Have sequences with such prompts decode, all slots between two steps."""
+    """Let sequences with prompts of these lengths decode, with all slots between two steps."""
     for context in contexts:
         s.submit(make(context, 500))
     rows = 0
@@ -532,7 +537,7 @@ def decoding(s: Scheduler, slots: int, contexts: list[int]) -> None:
 
 
 def test_slots_are_balanced_by_time_and_not_by_count() -> None:
-    """One long context weighs as much as many short ones."""
+    """A slot with one long context has as much work as one with many short contexts."""
     s = scheduler(batches=2, blocks=4000, max_batch=32, prefill_tokens=4096, max_waiting=99, cost=measured())
 
     decoding(s, 2, [3000] + [100] * 15)
@@ -544,7 +549,7 @@ def test_slots_are_balanced_by_time_and_not_by_count() -> None:
 
 
 def test_slots_are_compared_by_their_next_steps() -> None:
-    """One that is in the middle of a step has a token less than it will have; that makes it no shorter."""
+    """A slot in the middle of a step counts with the contexts that it will have after the step."""
     s = scheduler(batches=2, blocks=4000, max_batch=32, prefill_tokens=4096, max_waiting=99, cost=measured())
     decoding(s, 2, [100, 100])
     first, second = s.loads
@@ -561,8 +566,8 @@ def test_slots_are_compared_by_their_next_steps() -> None:
 
 
 def test_one_batch_flies_where_two_gain_nothing() -> None:
-    """Where compute costs the same for any number of rows and attention next to nothing, one batch is best; sequences
-    that were in two come together."""
+    """Sequences of two slots come together in one, where compute takes the same time for any number of rows and
+    attention almost none."""
     s = scheduler(batches=2, blocks=4000, max_batch=32, prefill_tokens=4096, max_waiting=99)
     decoding(s, 2, [10] * 8)
     assert [load.rows for load in s.loads] == [4, 4]
@@ -577,7 +582,7 @@ def test_one_batch_flies_where_two_gain_nothing() -> None:
 
 
 def test_two_batches_fly_where_that_hides_the_attention() -> None:
-    """Sequences are handed to the empty slot, whose turn it may not have been."""
+    """Sequences move to the empty slot, and the step says so, because that slot may be asleep."""
     s = scheduler(batches=2, blocks=4000, max_batch=32, prefill_tokens=4096, max_waiting=99)
     for rows in (1, 2, 4, 8, 16):
         s.cost.observe(rows, 0, rows * 100, compute_s=1e-2, attention_s=1e-5 * rows)
@@ -599,7 +604,7 @@ def test_two_batches_fly_where_that_hides_the_attention() -> None:
 
 
 def test_a_prompt_starts_behind_what_it_shares() -> None:
-    """At most so many of its tokens go in one step, and the last is always computed."""
+    """A prompt whose blocks are all found starts behind them, and at least its last token is computed."""
     c = cluster(remote_tokens=3, prefill_tokens=16)
     prompt = [i % 5 for i in range(16)]
     c.submit(make(prompt, 2))
@@ -620,8 +625,8 @@ def test_a_prompt_starts_behind_what_it_shares() -> None:
     c.settle()
 
 
-def test_who_does_not_want_to_share_does_not() -> None:
-    """Neither with others nor others with it; nor do those with different salts."""
+def test_sequences_that_do_not_share_are_left_alone() -> None:
+    """A sequence with another salt, or without ``share_prefix``, shares with no other, and no other with it."""
     for settings_ in ({"share_prefix": False}, {"salt": "a"}):
         c = cluster(remote_tokens=3)
         for more in ({}, settings_, {}):
@@ -630,8 +635,8 @@ def test_who_does_not_want_to_share_does_not() -> None:
         assert c.scheduler.shared_tokens == 8
 
 
-def test_what_was_preempted_finds_its_own_blocks() -> None:
-    """Only what is not there any more is prefilled again."""
+def test_a_preempted_sequence_finds_its_own_blocks() -> None:
+    """After a preemption only the blocks that the memory nodes have dropped are prefilled again."""
     c = cluster(blocks=8, prefill_tokens=64, remote_tokens=64)
     for prompt in (1, 2, 3, 4):
         c.submit(make([prompt] * prompt, 25))
@@ -644,7 +649,7 @@ def test_what_was_preempted_finds_its_own_blocks() -> None:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Random requests, steps, answers and cancellations of several batches at once."""
+    """Random requests, steps, confirmations and cancellations of several batches at once."""
 
     @initialize(
         batches=st.integers(1, 3),
@@ -701,12 +706,12 @@ class Traffic(RuleBasedStateMachine):
         self.c.scheduler.cost.observe(rows, 0, 9 * rows, compute, attention)
 
     def blocks_of(self, sequence: Sequence) -> int:
-        """That a running sequence has taken."""
+        """The blocks that a running sequence holds."""
         return -(-sequence.reserved // BLOCK)
 
     @invariant()
     def space_is_accounted_for(self) -> None:
-        running = [s for s in self.c.everybody if s.slot >= 0]
+        running = [s for s in self.c.submitted if s.slot >= 0]
         held = sum(map(self.blocks_of, running))
         assert self.c.scheduler.free_blocks == self.blocks - held >= 0
         assert self.c.scheduler.running == len(running)
@@ -725,7 +730,7 @@ TestTraffic = Traffic.TestCase
 
 
 class WindowedTraffic(Traffic):
-    """The same with a window in all layers: what the scheduler has admitted by less space, the memory node has."""
+    """The same with a window in all layers: the memory node has the space that the scheduler counts on."""
 
     @initialize(
         batches=st.integers(1, 3),
@@ -764,7 +769,7 @@ TestWindowedTraffic = WindowedTraffic.TestCase
 
 
 def test_windows_let_more_sequences_in() -> None:
-    """Long answers to short prompts: they hold a window each, not all that they have generated."""
+    """With a window, sequences with long answers hold less than all their tokens, so that more of them run."""
     running = []
     for window in (None, 8):
         c = cluster(blocks=40, window=window, max_batch=32, max_waiting=32, prefill_tokens=64)
@@ -786,7 +791,7 @@ def test_windows_let_more_sequences_in() -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_random_cancels_leave_nothing() -> None:
-    """While waiting, in mid-prompt, in mid-answer, in the middle of a step and while space is asked for."""
+    """Sequences cancelled at any moment, even in a step or before a confirmation, leave no space behind."""
     chosen = random.Random(2)
     c = cluster(batches=3, blocks=40, max_batch=6, max_waiting=64, remote_tokens=4)
     cancelled = 0
@@ -809,8 +814,8 @@ def test_ten_thousand_random_cancels_leave_nothing() -> None:
     assert c.scheduler.preemptions > 100
 
 
-def test_prompts_beyond_the_budget_go_on_elsewhere() -> None:
-    """The compute node keeps the beginnings of prompts that it has room for; what follows has its past elsewhere."""
+def test_prompts_beyond_the_budget_go_on_from_the_memory_nodes() -> None:
+    """The compute node keeps prompts up to its budget; the chunks after that read their past from the memory nodes."""
     s = scheduler(prefill_tokens=8, remote_tokens=4, prefill_kv_tokens=10)
     first, second = make(14, 2), make(6, 2)
     s.submit(first)
@@ -829,7 +834,7 @@ def test_prompts_beyond_the_budget_go_on_elsewhere() -> None:
 
 
 def test_without_a_place_to_keep_chunks_only_the_first_one_stays() -> None:
-    """Where layers change their node from one step to the next."""
+    """Without ``keep_chunks`` only the first chunk of a prompt is local, and the others read their past remotely."""
     s = scheduler(prefill_tokens=8, remote_tokens=4, keep_chunks=False)
     s.submit(make(18, 2))
     chunks: list[tuple[int, int, bool]] = []
