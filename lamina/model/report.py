@@ -30,8 +30,8 @@ class SliceGroup:
 class Report:
     """A model cut into slices.
 
-    ``parameters`` counts tied tensors once. ``attention_bytes`` is the size of q, k, v and o of one token in all layers,
-    and ``kv_bytes`` the part of it that stays in the KV cache.
+    ``parameters`` counts tied tensors once. ``attention_bytes`` is the size of q, k, v and o of one token in all
+    layers, and ``kv_bytes`` the part of it that stays in the KV cache.
     """
 
     model: str
