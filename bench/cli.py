@@ -14,7 +14,10 @@ from lamina.cli import WholeHelp
 from lamina.errors import LaminaError
 
 app = typer.Typer(
-    help="Measure, and show each figure beside a yardstick from the same run.", no_args_is_help=True, cls=WholeHelp
+    help="Measure, and show each figure beside a yardstick from the same run.",
+    no_args_is_help=True,
+    add_completion=False,
+    cls=WholeHelp,
 )
 
 

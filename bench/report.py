@@ -32,10 +32,14 @@ def machine() -> dict[str, Any]:
 
 
 def progress(console: Console | None = None, *, transient: bool = True, auto_refresh: bool = True) -> Progress:
-    """Return a progress bar on ``console``, by default standard error; a transient one leaves no line behind."""
+    """Return a progress bar on ``console``, by default standard error; it is shown only on a terminal.
+
+    A transient bar leaves no line behind.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(_BAR_WIDTH), TaskProgressColumn(), TimeRemainingColumn())
     console = console or Console(stderr=True)
-    return Progress(*columns, console=console, transient=transient, auto_refresh=auto_refresh)
+    shown = console.is_terminal
+    return Progress(*columns, console=console, transient=transient, auto_refresh=auto_refresh, disable=not shown)
 
 
 def print_json(rows: Sequence[Row], on: Mapping[str, Any] | None = None) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from io import StringIO
 
 import pytest
-from rich.console import Console
 
 from lamina.errors import UsageError
 from lamina.model.report import report
@@ -51,11 +49,10 @@ def test_tied_parameters_count_once(tmp_path):
     assert found.parameters == sum(p.numel() for p in FAMILIES["llama_tied"].model().parameters())
 
 
-def test_report_is_printed_and_written_as_json(llama):
+def test_report_is_printed_and_written_as_json(llama, capsys):
     """The table names the groups and the paper; the JSON object holds plain values."""
-    console = Console(width=120, file=StringIO())
-    console.print(llama.table())
-    text = console.file.getvalue()
+    llama.print_tables()
+    text = capsys.readouterr().out
 
     assert "1-3" in text
     assert "arXiv 2405.01814" in text
