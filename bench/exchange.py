@@ -25,7 +25,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from lamina.attention import KVLayout, LayerShape, Partial, Rows
-from lamina.attention.backend import BACKENDS, Plan
+from lamina.attention.backend import Plan
 from lamina.attention.native_backend import NativeBackend, NativePlan
 from lamina.bench import report
 from lamina.bench.ends import Task
@@ -158,6 +158,13 @@ def _near(port: int, cpu: int, batch: int, batches: int, seconds: float) -> dict
 class Accounts(NativeBackend):
     """The native backend with its attention left out. It keeps account of the cache: sequences, blocks, watermarks."""
 
+    name = "accounts"
+
+    @staticmethod
+    def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
+        """Return the bytes of a block in which nothing is stored."""
+        return 64
+
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         self.cache.advance(layer, self.cache.place(rows, attend=False))
 
@@ -171,11 +178,6 @@ class Accounts(NativeBackend):
         return past
 
 
-def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
-    """Of a block in which nothing is stored."""
-    return 64
-
-
 _partials: dict[tuple[int, int, int], Partial] = {}
 
 
@@ -187,7 +189,6 @@ def _partial(rows: int, heads: int, v_dim: int) -> Partial:
 
 
 async def _be_far(port: int, cpu: int) -> None:
-    BACKENDS["accounts"] = ("lamina.bench.exchange", "Accounts")
     node = NodeConfig(
         name="far",
         role="memory",
@@ -195,9 +196,9 @@ async def _be_far(port: int, cpu: int) -> None:
         memory=MEMORY,
         cpus=None if cpu < 0 else str(cpu),
         threads=1,
-        attention="accounts",  # type: ignore[arg-type]
     )
-    await MemoryNode(node, Options(kind="shm", peer_timeout=PEER_TIMEOUT_S)).serve(asyncio.Event())
+    options = Options(kind="shm", peer_timeout=PEER_TIMEOUT_S)
+    await MemoryNode(node, options, backend=Accounts).serve(asyncio.Event())
 
 
 # -- the compute node

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lamina.attention import KVLayout, Range, Rows, Run, create_backend
+from lamina.attention import BackendFactory, KVLayout, MemoryRange, Rows, Run, create_backend
 from lamina.errors import ProtocolError
 from lamina.memory.fair_queue import Share, Turns
 from lamina.wire.geometry import Geometry
@@ -26,8 +26,8 @@ class Tenant:
     go in the node's.
     """
 
-    def __init__(self, attach: Attach, backend: str, memory: Range, turns: Turns) -> None:
-        """Errors are those of `create_backend`, for the backend called ``backend`` over ``memory``."""
+    def __init__(self, attach: Attach, backend: str | BackendFactory, memory: MemoryRange, turns: Turns) -> None:
+        """Errors are those of `create_backend`, for ``backend`` over ``memory``."""
         layout = KVLayout(layers=tuple(attach.layers), dtype=attach.kv_dtype, block_tokens=attach.block_tokens)
         device = turns.device
         self.attach = attach

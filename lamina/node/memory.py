@@ -7,7 +7,7 @@ import logging
 import os
 from typing import Any
 
-from lamina.attention import Loans, Memory, default_backend
+from lamina.attention import BackendFactory, Memory, QuotaPool, default_backend
 from lamina.attention.backend import require_backend
 from lamina.attention.native.library import choose_isa
 from lamina.attention.pool import numa_node_of, numa_nodes
@@ -33,17 +33,18 @@ log = logging.getLogger("lamina.memory")
 class MemoryNode:
     """The memory node ``node`` of a cluster, or of several: it serves any number of tenants.
 
-    The memory for KV cache is the node's: taken when it starts, and lent to tenants.
+    The memory for KV cache is the node's: taken when it starts, and divided among tenants. ``backend`` is used instead
+    of the one that the configuration names.
     """
 
-    def __init__(self, node: NodeConfig, options: Options) -> None:
+    def __init__(self, node: NodeConfig, options: Options, *, backend: BackendFactory | None = None) -> None:
         self._node = node
         self._name = node.name
         self._options = options
         self._device = Device(cpus=node.pinned, threads=node.threads)
         self._tracing = Tracing(self._device)
-        self._attention: str = node.attention or "auto"
-        self._taken: asyncio.Future[Loans] | None = None
+        self._attention: str | BackendFactory = backend or node.attention or "auto"
+        self._taken: asyncio.Future[QuotaPool] | None = None
         self._turns = Turns(self._device)
         self._tenants: dict[str, Tenant] = {}
         self._changing = asyncio.Lock()
@@ -82,12 +83,12 @@ class MemoryNode:
             await asyncio.gather(*(link.close() for link in self._links))
             self._device.close()
 
-    def _take(self) -> Loans:
+    def _take(self) -> QuotaPool:
         """Choose the backend and take the memory; for much memory that takes seconds."""
         if self._attention == "auto":
             self._attention = default_backend()
-        require_backend(self._attention)
-        isa = choose_isa() if self._attention == "native" else "any"
+        attention = require_backend(self._attention).name
+        isa = choose_isa() if attention == "native" else "any"
         memory = self._bound_memory()
         report = memory.report()
         log.info(
@@ -95,11 +96,11 @@ class MemoryNode:
             report.nbytes,
             report.huge_bytes,
             "any" if report.numa is None else report.numa,
-            self._attention,
+            attention,
             isa,
             self._device.threads,
         )
-        return Loans(memory)
+        return QuotaPool(memory)
 
     def _bound_memory(self) -> Memory:
         nbytes = self._node.memory_bytes
@@ -154,9 +155,9 @@ class MemoryNode:
         reason = f"memory node {self._name} was told to stop"
         try:
             assert self._taken is not None
-            loans = await asyncio.shield(self._taken)
+            pool = await asyncio.shield(self._taken)
             async with self._changing:
-                tenant = await self._admit(attach, loans)
+                tenant = await self._admit(attach, pool)
             shard = AttentionShard(link, attach, tenant, self._device)
             log.info(
                 "event=attached peer=%s transport=%s choice=%r tenant=%r compute=%d model=%r layers=%d kv_heads=%d "
@@ -189,7 +190,7 @@ class MemoryNode:
             await link.close()
         self._links.discard(link)
 
-    async def _admit(self, attach: Attach, loans: Loans) -> Tenant:
+    async def _admit(self, attach: Attach, pool: QuotaPool) -> Tenant:
         """The tenant of a compute node; that of a front is made. LaminaError says why it cannot be."""
         name, number = attach.tenant, attach.compute
         tenant = self._tenants.get(name)
@@ -203,11 +204,11 @@ class MemoryNode:
             return tenant
         if tenant is not None:
             raise ProtocolError(f"tenant {name} is here already; tenants' names must differ")
-        memory = loans.lend(name, attach.quota)
+        memory = pool.allocate(name, attach.quota)
         try:
             tenant = await self._device.run(Tenant, attach, self._attention, memory, self._turns)
         except BaseException:
-            loans.give_back(name)
+            pool.free(name)
             raise
         self._tenants[name] = tenant
         return tenant
@@ -222,7 +223,7 @@ class MemoryNode:
                 shard.end(reason)
             await asyncio.gather(*(shard.ended.wait() for shard in others))
             await self._device.run(tenant.close)
-            self._taken.result().give_back(tenant.name)
+            self._taken.result().free(tenant.name)
             self._layers += tenant.layers
             self._stale_tags += tenant.stale_tags
 
