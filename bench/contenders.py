@@ -1,7 +1,7 @@
-"""Decode attention as several libraries do it, each over a KV cache of its own in the same memory.
+"""Decode attention in several libraries, each with its own KV cache in the same memory.
 
-All hold the same numbers, so that what they return can be compared: position p of every sequence in every layer has the
-key and value ``p % len(content.k)`` of a `Content`.
+All caches hold the same numbers, so that the results can be compared: position p of every sequence in every layer has
+the key and value ``p % len(content.k)`` of a `Content`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Point:
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of all contexts in one layer, scales included, padding not: what has to be read."""
+        """Bytes that attention in one layer must read: keys, values and scales of all contexts, without padding."""
         scales = 2 * 4 if self.kv_dtype in SCALED else 0
         return self.batch * self.context * KV_HEADS * (2 * self.head_dim * ITEM_BYTES[self.kv_dtype] + scales)
 
@@ -61,7 +61,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """q: [batch, Hq, D]; k, v: [n, 8, D], repeated over each context; all normally distributed, bfloat16."""
+    """Queries q [batch, Hq, D], and k, v [n, 8, D], which repeat over each context; normally distributed bfloat16."""
 
     q: Tensor
     k: Tensor
@@ -85,7 +85,7 @@ class Contender(Protocol):
     """A library's attention over the filled caches of ``layers`` layers."""
 
     def attend(self, layer: int) -> Tensor:
-        """Attention of all queries to the contexts in a layer, [batch, Hq, D]."""
+        """Return the attention of all queries to their contexts in a layer, [batch, Hq, D]."""
         ...
 
     def close(self) -> None: ...
@@ -93,21 +93,23 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """``make`` fills caches in a `Memory` for the attention of one point; ``unavailable`` says why it cannot."""
+    """A library that can be measured, and how to create a contender from it."""
 
     make: Callable[[Point, int, Memory, int], Contender]
-    """Of the point, the number of layers, the memory and the number of threads."""
+    """Fill caches for a point: arguments are the point, the number of layers, the memory and the number of threads."""
     nbytes: Callable[[Point, int], int]
+    """How much memory that takes, from the point and the number of layers."""
     kv_dtypes: tuple[str, ...]
     unavailable: Callable[[], str | None] = lambda: None
+    """The reason why the library cannot be used here, or None."""
     own: bool = False
-    """A backend of Lamina."""
+    """Whether it is a backend of Lamina."""
     default: bool = True
-    """Measured unless others are asked for."""
+    """Whether it is measured when the user names no library."""
 
 
-class Own:
-    """A backend of ours, with blocks in random order."""
+class OwnBackend:
+    """A contender that is one of Lamina's backends, with its blocks in random order."""
 
     def __init__(self, name: str, point: Point, layers: int, memory: Memory, threads: int) -> None:
         content = Content.of(point)
@@ -137,7 +139,7 @@ def layout_of(point: Point, layers: int) -> KVLayout:
 
 
 def scattered(name: str, layout: KVLayout, memory: Memory, threads: int) -> Backend:
-    """A backend whose blocks come in random order, as they do on a node that has served for a while."""
+    """Create a backend that allocates blocks in random order, as on a node that has served for a while."""
     pool = ExtentPool(memory, extent_bytes=_block_bytes(name, layout))
     extents = [pool.allocate() for _ in range(pool.available)]
     for i in np.random.default_rng(0).permutation(len(extents)):
@@ -162,13 +164,13 @@ def _own(name: str, *, default: bool = True) -> Library:
         return None
 
     def make(point: Point, layers: int, memory: Memory, threads: int) -> Contender:
-        return Own(name, point, layers, memory, threads)
+        return OwnBackend(name, point, layers, memory, threads)
 
     return Library(make, nbytes, tuple(ITEM_BYTES), unavailable, own=True, default=default)
 
 
 class _Dense:
-    """Keys and values as torch likes them best, [layers, B, 8, context, D]."""
+    """Keys and values in the layout that torch prefers, [layers, B, 8, context, D]."""
 
     def __init__(self, point: Point, layers: int, memory: Memory, threads: int) -> None:
         content = Content.of(point)
@@ -183,7 +185,7 @@ class _Dense:
 
 
 class Sdpa(_Dense):
-    """``scaled_dot_product_attention``, which knows of grouped heads."""
+    """Torch's ``scaled_dot_product_attention``, which supports grouped heads."""
 
     def attend(self, layer: int) -> Tensor:
         q = self.q.unsqueeze(2)
@@ -200,10 +202,10 @@ class Matmul(_Dense):
 
 
 class Vllm:
-    """The kernel of vLLM's CPU backend, over a paged cache with blocks in random order."""
+    """The attention kernel of vLLM's CPU backend, over a paged cache with blocks in random order."""
 
     BLOCK: ClassVar = 128
-    """vLLM's default on CPUs."""
+    """The block size that vLLM uses on CPUs by default, in tokens."""
 
     def __init__(self, point: Point, layers: int, memory: Memory, threads: int) -> None:
         content = Content.of(point)
@@ -265,7 +267,7 @@ class Vllm:
     def unavailable() -> str | None:
         if importlib.util.find_spec("vllm") is None:
             return "vllm is not installed"
-        os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # it would log to standard output
+        os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # vLLM would log to standard output
         try:
             importlib.import_module("vllm._custom_ops")
             importlib.import_module("vllm.v1.attention.backends.cpu_attn")
@@ -277,7 +279,7 @@ class Vllm:
 
 
 class LlamaCpp:
-    """ggml's FLASH_ATTN_EXT as llama.cpp calls it: queries float32, keys and values float16 with tokens outermost."""
+    """ggml's FLASH_ATTN_EXT as llama.cpp calls it: float32 queries, float16 keys and values with tokens outermost."""
 
     def __init__(self, point: Point, layers: int, memory: Memory, threads: int) -> None:
         from lamina.bench.ggml import FlashAttention
@@ -307,12 +309,12 @@ def _exact(point: Point, layers: int) -> int:
 
 
 def _carve(memory: Memory, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The first bytes of the memory as a tensor."""
+    """Return the first bytes of the memory as a tensor."""
     return memory.tensor[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _repeated(once: Tensor, tokens: int) -> Tensor:
-    """[n, ...] again and again, [tokens, ...]."""
+    """Repeat ``once`` [n, ...] along its first dimension until there are ``tokens``."""
     return once.repeat(-(-tokens // len(once)), 1, 1)[:tokens]
 
 
@@ -324,4 +326,4 @@ LIBRARIES = {
     "llama.cpp": Library(LlamaCpp, _exact, ("float16",), LlamaCpp.unavailable),
     "torch": _own("torch", default=False),
 }
-"""Ours is native; the reference backend, torch, runs only when asked for."""
+"""The libraries by name. The reference backend, torch, is measured only if the user names it."""

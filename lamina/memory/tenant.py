@@ -18,6 +18,7 @@ from lamina.wire.tenants import KEY_BYTES, Attach, Publish, Release, Reserve
 if TYPE_CHECKING:
     from lamina.memory.serving import ServingLane
 
+
 class Tenant:
     """What a memory node has for one tenant: a cache, the backend that attends over it, a share of the device.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lamina.attention import KVCache, LayerShape, Partial, Rows
 from lamina.attention.backend import Plan
-from lamina.attention.cache import BlockPlacement
+from lamina.attention.placement import BlockPlacement
 from lamina.compute.peer_lane import Shape
 from lamina.model.slices import Head, Tail
 from lamina.node.model import ModelFacts
@@ -103,7 +103,7 @@ class EmptyBackend:
 
     def plan(self, rows: Rows, *, store: bool = True) -> Plan:
         """See `Backend.plan`."""
-        return self.cache.place(rows, attend=store)
+        return self.cache.place(rows, store=store)
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
         """See `Backend.past`."""
