@@ -74,7 +74,7 @@ async def _measure(
     console = Console(stderr=True)
     rows = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder, Progress(console=console) as progress:
-        config = local_config(Path(folder), model, memory_nodes=memory_nodes, dtype="float32", memory="1GiB")
+        config = local_config(Path(folder), model, memory_nodes=memory_nodes, dtype="float32", memory=2**30)
         task = progress.add_task("decode", total=len(batches) * repeats)
         with (Path(folder) / "nodes.log").open("wb") as log, _Yardstick(model) as yardstick:
             async with Cluster(config, log_file=log) as cluster:

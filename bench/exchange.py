@@ -34,7 +34,7 @@ from lamina.bench.yardsticks import Program
 from lamina.cluster.local import free_ports
 from lamina.compute.shard import RemoteShard
 from lamina.compute.step import StepRunner
-from lamina.config import NodeConfig
+from lamina.config import MemoryNodeConfig
 from lamina.errors import LaminaError
 from lamina.front.blocks import Room
 from lamina.front.engine import Engine
@@ -53,7 +53,7 @@ BATCHES, FLIGHTS = (1, 32), (1, 2, 4)
 """Sequences of a batch, and batches in flight."""
 LAYERS, SHAPE = 32, LayerShape(q_heads=32, kv_heads=8, qk_dim=128, v_dim=128, scale=1.0)
 """As of a model with 8 billion parameters."""
-DTYPE, BLOCK_TOKENS, VOCABULARY, MAX_TOKENS, MEMORY = "bfloat16", 16, 16, 8192, "256MiB"
+DTYPE, BLOCK_TOKENS, VOCABULARY, MAX_TOKENS, MEMORY = "bfloat16", 16, 16, 8192, 2**28
 WARM_UP_S, MEASURE_S = 0.3, 1.0
 PEER_TIMEOUT_S, CONNECT_S = 20.0, 30.0
 
@@ -188,12 +188,11 @@ def _partial(rows: int, heads: int, v_dim: int) -> Partial:
 
 async def _be_far(port: int, cpu: int) -> None:
     BACKENDS["accounts"] = ("lamina.bench.exchange", "Accounts")
-    node = NodeConfig(
+    node = MemoryNodeConfig(
         name="far",
-        role="memory",
-        address=f"tcp://127.0.0.1:{port}",
+        address=Address("tcp", "127.0.0.1", port),
         memory=MEMORY,
-        cpus=None if cpu < 0 else str(cpu),
+        cpus=None if cpu < 0 else frozenset({cpu}),
         threads=1,
         attention="accounts",  # type: ignore[arg-type]
     )

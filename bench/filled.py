@@ -25,7 +25,7 @@ from torch import Tensor
 from lamina.attention import LayerShape
 from lamina.compute.prompts import PromptKV
 from lamina.compute.step import StepRunner
-from lamina.config import load
+from lamina.config import ComputeNodeConfig, load
 from lamina.node import daemon
 from lamina.node.compute import ComputeNode
 from lamina.wire.geometry import CHUNK_TOKENS
@@ -69,7 +69,9 @@ class FilledRunner(StepRunner):
 
 def main() -> int:
     config, name = load(Path(sys.argv[1])), sys.argv[2]
-    return daemon.run(name, ComputeNode(config, config.find(name), runner=FilledRunner).serve)
+    node = config.find(name)
+    assert isinstance(node, ComputeNodeConfig), "clusters run memory nodes by ``lamina node``"
+    return daemon.run(name, ComputeNode(config, node, runner=FilledRunner).serve)
 
 
 if __name__ == "__main__":

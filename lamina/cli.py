@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from msgspec.structs import replace
@@ -16,8 +17,10 @@ from lamina.runtime.device import let_idle_threads_sleep
 from lamina.transport import Address
 
 if TYPE_CHECKING:
-    from lamina.config import NodeConfig
+    from lamina.config import MemoryNodeConfig
     from lamina.transport import Options
+
+Value = TypeVar("Value")
 
 app = typer.Typer(
     help="LLM decoding split at attention: compute nodes hold the weights, memory nodes the KV cache.",
@@ -66,17 +69,13 @@ def node(
 ) -> None:
     """Run one node of a cluster until it is stopped. SIGTERM drains it."""
     let_idle_threads_sleep()
-    from lamina.config import load, parse_cpus
+    from lamina.config import ComputeNodeConfig, load, parse_cpus
     from lamina.node import daemon
 
     if role not in ("compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
-    if cpus is not None:
-        try:
-            parse_cpus(cpus)
-        except ConfigError as e:
-            raise ConfigError(f"--cpus: {e}") from e
-    overrides = {"cpus": cpus, "numa": numa, "rdma_device": rdma_device}
+    processors = None if cpus is None else _parse("cpus", parse_cpus, cpus)
+    overrides = {"cpus": processors, "numa": numa, "rdma_device": rdma_device}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention}
     links = {"transport": transport, "peer_timeout": peer_timeout, "secret_file": secret_file}
@@ -85,7 +84,6 @@ def node(
         if role == "compute":
             raise ConfigError("--config: missing; a compute node needs the file that wires the cluster")
         chosen, options = _memory_node(name, own, links)
-        chosen = replace(chosen, **overrides)
     else:
         for key, given in (own | links).items():
             if given is not None:
@@ -93,25 +91,25 @@ def node(
         if name is None:
             raise ConfigError("--name: missing; --config needs the name of the node to run")
         cluster = load(config)
-        chosen = cluster.find(name)
-        if chosen.role != role:
-            raise ConfigError(f"{config}: {name!r} is a {chosen.role} node, --role says {role}")
-        chosen = replace(chosen, **overrides)
-        if role == "compute":
+        found = cluster.find(name)
+        if found.role != role:
+            raise ConfigError(f"{config}: {name!r} is a {found.role} node, --role says {role}")
+        if isinstance(found, ComputeNodeConfig):
             if numa is not None:
                 raise ConfigError("--numa: not for a compute node, which holds no KV cache")
             from lamina.node.compute import ComputeNode
 
-            raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen).serve))
-        options = cluster.links
+            raise typer.Exit(daemon.run(name, ComputeNode(cluster, replace(found, **overrides)).serve))
+        chosen, options = found, cluster.links
     from lamina.node.memory import MemoryNode
 
+    chosen = replace(chosen, **overrides)
     raise typer.Exit(daemon.run(chosen.name, MemoryNode(chosen, chosen.options(options)).serve))
 
 
-def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[NodeConfig, Options]:
+def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[MemoryNodeConfig, Options]:
     """A memory node that no file describes, from the options of the command line."""
-    from lamina.config import Attention, NodeConfig, TransportConfig, TransportKind, parse_size
+    from lamina.config import Attention, MemoryNodeConfig, TransportConfig, TransportKind, parse_size
 
     if own["listen"] is None or own["memory"] is None:
         raise ConfigError("--listen and --memory: a memory node needs both, or --config and --name")
@@ -121,12 +119,9 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
     ):
         if value is not None and value not in known:
             raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
-    try:
-        parse_size(own["memory"])
-    except ConfigError as e:
-        raise ConfigError(f"--memory: {e}") from e
-    listen = Address.parse(own.pop("listen"))
-    node = NodeConfig(name=name or f"memory-{listen.port}", role="memory", address=str(listen), **own)
+    listen, memory = Address.parse(own.pop("listen")), _parse("memory", parse_size, own.pop("memory"))
+    given = {key: value for key, value in own.items() if value is not None}
+    node = MemoryNodeConfig(name=name or f"memory-{listen.port}", address=listen, memory=memory, **given)
     if links["peer_timeout"] is None:
         del links["peer_timeout"]
     options = TransportConfig(kind=links.pop("transport") or "auto", **links).options(Path(), _option)
@@ -136,6 +131,14 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
             "`lamina secret` makes one"
         )
     return node, options
+
+
+def _parse(key: str, parse: Callable[[str], Value], text: str) -> Value:
+    """Read the text of an option. A ConfigError names the option."""
+    try:
+        return parse(text)
+    except ConfigError as e:
+        raise ConfigError(f"{_option(key)}: {e}") from e
 
 
 def _option(key: str) -> str:

@@ -46,7 +46,7 @@ def run(*, as_json: bool) -> int:
     """Run the demo; the exit status is 0 only if the tokens are those of ``transformers``."""
     with tempfile.TemporaryDirectory(prefix="lamina-demo-") as folder:
         config = local_config(
-            Path(folder), CHECKPOINT, memory_nodes=MEMORY_NODES, dtype="float32", memory="64MiB", compiled=False
+            Path(folder), CHECKPOINT, memory_nodes=MEMORY_NODES, dtype="float32", memory=2**26, compiled=False
         )
         log_path = Path(folder) / "nodes.log"
         console = Console(stderr=as_json, highlight=False)

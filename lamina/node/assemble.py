@@ -13,7 +13,7 @@ from lamina.compute.peer import ComputePeer
 from lamina.compute.schedule import Schedule
 from lamina.compute.shard import RemoteShard
 from lamina.compute.step import StepRunner
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig, ComputeNodeConfig, NodeConfig, format_range, format_size
 from lamina.errors import ConfigError, ConnectError, HandshakeError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
@@ -47,7 +47,9 @@ class Assembly:
     attaches to the memory nodes and then tells the others as what to attach.
     """
 
-    def __init__(self, config: ClusterConfig, node: NodeConfig, device: Device, runner: type[StepRunner]) -> None:
+    def __init__(
+        self, config: ClusterConfig, node: ComputeNodeConfig, device: Device, runner: type[StepRunner]
+    ) -> None:
         self._config = config
         self._node = node
         self._device = device
@@ -103,7 +105,7 @@ class Assembly:
         deadline_s = self._config.transport.start_timeout
         log.info("event=waiting peer=%s address=%s deadline_s=%g", node.name, node.address, deadline_s)
         try:
-            link = await connect(node.listen, self._hello, self._options, deadline_s=deadline_s)
+            link = await connect(node.address, self._hello, self._options, deadline_s=deadline_s)
         except ConnectError as e:
             raise ConnectError(f"{role} node {node.name} was not there within {deadline_s:g} s: {e}") from e
         if link.peer.role != role or (role == "compute" and link.peer.name != node.name):
@@ -120,7 +122,7 @@ class Assembly:
         self._arrived(node.name, link)
         return link
 
-    async def _expect(self, node: NodeConfig) -> Link:
+    async def _expect(self, node: ComputeNodeConfig) -> Link:
         deadline_s = self._config.transport.start_timeout
         log.info("event=waiting peer=%s deadline_s=%g", node.name, deadline_s)
         try:
@@ -154,7 +156,7 @@ class Assembly:
                 f'{self._config.file}: pipeline.partition: "tokens" cannot be had for a model with sliding windows; '
                 'use "heads" or "requests"'
             )
-        ranges = [n.layer_range for n in self._config.compute_nodes]
+        ranges = [n.layers for n in self._config.compute_nodes]
         given = [r for r in ranges if r is not None]
         if given and given[-1].stop != len(layers):
             raise ConfigError(
@@ -273,8 +275,8 @@ class Assembly:
             "model.dtype": self.checkpoint.dtype,
             "model.kv_dtype": self.kv_dtype,
             "model.context": self.context,
-            "compute nodes": [(n.name, n.layers) for n in config.compute_nodes],
-            "memory nodes": [(n.name, n.quota) for n in config.memory_nodes],
+            "compute nodes": [(n.name, n.layers and format_range(n.layers)) for n in config.compute_nodes],
+            "memory nodes": [(n.name, n.quota and format_size(n.quota)) for n in config.memory_nodes],
         }
         for key in ("batches", "max_batch", "prefill_tokens", "partition"):
             terms[f"pipeline.{key}"] = getattr(config.pipeline, key)
@@ -298,7 +300,7 @@ class Assembly:
                 max_rows=pipeline.max_batch + REMOTE_TOKENS,
             )
             self.shards.append(remote)
-            await remote.attach(tenant, self.checkpoint.fingerprint, compute=self.index, quota=node.quota_bytes)
+            await remote.attach(tenant, self.checkpoint.fingerprint, compute=self.index, quota=node.quota)
 
 
 def _carry_bytes(blueprint: Blueprint, tokens: int) -> int:

@@ -14,7 +14,7 @@ from lamina.compute.follower import Follower
 from lamina.compute.peer import ComputePeer
 from lamina.compute.shard import RemoteShard
 from lamina.compute.step import StepRunner
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig, ComputeNodeConfig
 from lamina.errors import CapacityError, ConfigError, LaminaError, NodeError
 from lamina.front.blocks import Room
 from lamina.front.cost import CostModel
@@ -51,12 +51,14 @@ class ComputeNode:
     """The compute node ``node`` of a cluster. The first one of the file is the front: it serves clients, and tells the
     others what to do."""
 
-    def __init__(self, config: ClusterConfig, node: NodeConfig, *, runner: type[StepRunner] = StepRunner) -> None:
+    def __init__(
+        self, config: ClusterConfig, node: ComputeNodeConfig, *, runner: type[StepRunner] = StepRunner
+    ) -> None:
         """``runner`` runs steps; benchmarks have others."""
         self._config = config
         self._node = node
         self._options = config.options(node)
-        self._device = Device(node.device or "cpu", cpus=node.pinned, threads=node.threads)
+        self._device = Device(node.device, cpus=node.cpus, threads=node.threads)
         self._make_runner = runner
         self._assembly: Assembly
         self._is_front = node.name == config.front.name
@@ -74,7 +76,7 @@ class ComputeNode:
         """Start, serve, and when ``stopping`` is set answer what was asked before leaving."""
         self._assembly = Assembly(self._config, self._node, self._device, self._make_runner)
         hello = Hello("compute", self._node.name)
-        listener = await Listener.open(self._node.listen, hello, self._on_link, self._options)
+        listener = await Listener.open(self._node.address, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listener.address)
         try:
             worker = await _unless(stopping, self._start())
@@ -182,7 +184,7 @@ class ComputeNode:
                 block_tokens=BLOCK_TOKENS,
             ),
             remote_tokens=REMOTE_TOKENS,
-            prefill_kv=pipeline.prefill_kv_bytes // kept.bytes_per_token,
+            prefill_kv=pipeline.prefill_kv // kept.bytes_per_token,
             keep_chunks=assembly.schedule.is_settled,
             max_waiting=pipeline.max_waiting,
             cost=CostModel(compute_nodes=assembly.schedule.nodes),
@@ -273,7 +275,7 @@ class ComputeNode:
             if node is None:
                 raise ConfigError(f"{self._node.name} knows no memory node called {asked.node!r}")
             async with self._probing:
-                probed = await measure(node.listen, self._node.name, replace(self._options, kind=asked.kind))
+                probed = await measure(node.address, self._node.name, replace(self._options, kind=asked.kind))
         except LaminaError as e:
             probed = Probed(kind=asked.kind, error=str(e))
         answer(link, probed)

@@ -11,7 +11,7 @@ from lamina.attention import Loans, Memory, default_backend
 from lamina.attention.backend import require_backend
 from lamina.attention.native.library import choose_isa
 from lamina.attention.pool import numa_node_of, numa_nodes
-from lamina.config import NodeConfig
+from lamina.config import MemoryNodeConfig
 from lamina.errors import ConfigError, LaminaError, ProtocolError
 from lamina.memory.fair_queue import Turns
 from lamina.memory.serving import AttentionShard
@@ -36,13 +36,13 @@ class MemoryNode:
     The memory for KV cache is the node's: taken when it starts, and lent to tenants.
     """
 
-    def __init__(self, node: NodeConfig, options: Options) -> None:
+    def __init__(self, node: MemoryNodeConfig, options: Options) -> None:
         self._node = node
         self._name = node.name
         self._options = options
-        self._device = Device(cpus=node.pinned, threads=node.threads)
+        self._device = Device(cpus=node.cpus, threads=node.threads)
         self._tracing = Tracing(self._device)
-        self._attention: str = node.attention or "auto"
+        self._attention: str = node.attention
         self._taken: asyncio.Future[Loans] | None = None
         self._turns = Turns(self._device)
         self._tenants: dict[str, Tenant] = {}
@@ -60,7 +60,7 @@ class MemoryNode:
         # Somebody may attach at once; that is answered when the memory is there.
         self._taken = self._device.run(self._take)
         hello = Hello("memory", self._name)
-        listener = await Listener.open(self._node.listen, hello, self._on_link, self._options)
+        listener = await Listener.open(self._node.address, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listener.address)
         stopped = asyncio.ensure_future(stopping.wait())
         try:
@@ -102,7 +102,7 @@ class MemoryNode:
         return Loans(memory)
 
     def _bound_memory(self) -> Memory:
-        nbytes = self._node.memory_bytes
+        nbytes = self._node.memory
         if self._node.numa is not None:
             return Memory(nbytes, numa=self._node.numa)
         near = numa_node_of(frozenset(self._device.cpus)) if self._device.cpus and len(numa_nodes()) > 1 else None

@@ -92,7 +92,7 @@ class _Asking:
     async def __aenter__(self) -> _Asking:
         hello = Hello("monitor", "trace")
         try:
-            link = await connect(self._node.listen, hello, self._config.options(), deadline_s=REACH_S)
+            link = await connect(self._node.address, hello, self._config.options(), deadline_s=REACH_S)
         except TransportError as e:
             raise NodeError(f"node {self._node.name} cannot be reached: {e}", node=self._node.name) from e
         self._link: Link = link

@@ -13,9 +13,8 @@ from lamina.validation import explain
 Count = Annotated[int, Meta(ge=0, le=2**40)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
 
-MAX_COMPUTE = 32
-"""Compute nodes of a tenant."""
 FRONT = 0
+"""The number of the front among the compute nodes."""
 
 
 class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from lamina.attention import LayerShape
+from lamina.limits import MAX_BATCH, MAX_BATCHES, MAX_BYTES, MAX_COMPUTE, MAX_REMOTE_TOKENS
 from lamina.transport import RemoteRegion
-from lamina.wire.codec import MAX_COMPUTE, Count, Message, Positive
+from lamina.wire.codec import Count, Message, Positive
 
-"""The number of the one that schedules."""
 KEY_BYTES = 16
 """Of the key of a block."""
 MAX_KEYS = 2**15
@@ -34,15 +34,15 @@ class Attach(Message):
     block_tokens: Annotated[int, Meta(ge=1, le=1024)]
     layers: Annotated[list[LayerShape], Meta(min_length=1, max_length=1024)]
     """The attention of every layer over this node's heads."""
-    slots: Annotated[int, Meta(ge=1, le=32)]
+    slots: Annotated[int, Meta(ge=1, le=MAX_BATCHES)]
     """Batches in flight."""
-    max_rows: Annotated[int, Meta(ge=1, le=4096 + 256)]
+    max_rows: Annotated[int, Meta(ge=1, le=MAX_BATCH + MAX_REMOTE_TOKENS)]
     """The most rows of one step."""
     outputs: RemoteRegion
     """Where the attention output is written."""
     compute: Annotated[int, Meta(ge=0, lt=MAX_COMPUTE)] = 0
     """The number of this compute node among those of the tenant; 0 is the front."""
-    quota: Annotated[int, Meta(ge=1, le=2**60)] | None = None
+    quota: Annotated[int, Meta(ge=1, le=MAX_BYTES)] | None = None
     """The most bytes that the tenant may take here. None: all that nobody else has."""
 
     def __post_init__(self) -> None:

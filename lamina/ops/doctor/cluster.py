@@ -67,7 +67,7 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[Link | None, 
     item = f"node {node.name}"
     place = f"{node.role} node at {node.address}"
     try:
-        link = await connect(node.listen, Hello("doctor", "doctor"), config.options(), deadline_s=REACH_S)
+        link = await connect(node.address, Hello("doctor", "doctor"), config.options(), deadline_s=REACH_S)
     except HandshakeError as e:
         hint = next((hint for word, hint in _HINTS.items() if word in str(e)), "something else listens there")
         return None, Finding(item, "fail", f"{place}: reached by TCP, but {_reason(e, node)}", hint)
@@ -97,7 +97,7 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[Link | None, 
 
 
 def _reason(error: LaminaError, node: NodeConfig) -> str:
-    return str(error).removeprefix(f"{node.listen}: ")
+    return str(error).removeprefix(f"{node.address}: ")
 
 
 async def _ask(link: Link, message: AskStatus | Probe, kind: Any) -> Any:
@@ -137,7 +137,7 @@ async def _measure(config: ClusterConfig, name: str, link: Link | None, node: No
     try:
         async with asyncio.timeout(CONNECT_S + 2 * MEASURE_S):
             if link is None:
-                probed = await measure(node.listen, "doctor", replace(config.options(config.front), kind=kind))
+                probed = await measure(node.address, "doctor", replace(config.options(config.front), kind=kind))
             else:
                 probed = await _ask(link, Probe(node=node.name, kind=kind), Probed)
     except TimeoutError:
@@ -153,7 +153,7 @@ async def _measure(config: ClusterConfig, name: str, link: Link | None, node: No
         p50_us=probed.p50_s * 1e6,
         p99_us=probed.p99_s * 1e6,
         gb_per_s=probed.bytes_per_s / 1e9,
-        error=probed.error.removeprefix(f"{node.listen}: "),
+        error=probed.error.removeprefix(f"{node.address}: "),
     )
 
 
@@ -178,7 +178,7 @@ def _enough(config: ClusterConfig, pairs: list[Pair], step_ms: float) -> Iterato
         model = report(config.model_path, config.model.dtype, batch, step_ms)
         shares = _shares(Checkpoint.open(config.model_path, config.model.dtype), config)
     except CheckpointError as e:
-        state: State = "fail" if is_here(config.front.listen) else "warn"
+        state: State = "fail" if is_here(config.front.address) else "warn"
         yield Finding("least bandwidth", state, str(e), "look from a machine that has the model")
         return
     needed = model.bandwidth / 1e9
