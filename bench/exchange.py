@@ -36,7 +36,7 @@ from lamina.cluster.local import free_ports
 from lamina.compute.schedule import Schedule
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import StepRunner
-from lamina.config import NodeConfig
+from lamina.config import MemoryNodeConfig
 from lamina.errors import LaminaError
 from lamina.front.blocks import BlockManager
 from lamina.front.engine import Engine
@@ -58,7 +58,7 @@ BATCHES, FLIGHTS = (1, 32), (1, 2, 4)
 """Sequences of a batch, and batches in flight."""
 LAYERS, SHAPE = 32, LayerShape(q_heads=32, kv_heads=8, qk_dim=128, v_dim=128, scale=1.0)
 """As of a model with 8 billion parameters."""
-DTYPE, BLOCK_TOKENS, VOCABULARY, MAX_TOKENS, MEMORY = "bfloat16", 16, 16, 8192, "256MiB"
+DTYPE, BLOCK_TOKENS, VOCABULARY, MAX_TOKENS, MEMORY = "bfloat16", 16, 16, 8192, 2**28
 NEAR, FAR = 0, 1
 """Member ids of the compute node and the memory node."""
 WARM_UP_S, MEASURE_S = 0.3, 1.0
@@ -196,7 +196,7 @@ def _partial(rows: int, heads: int, v_dim: int) -> Partial:
 
 
 async def _be_far(port: int, cpu: int) -> None:
-    node = NodeConfig(name="far", role="memory", address=f"tcp://127.0.0.1:{port}", memory=MEMORY)
+    node = MemoryNodeConfig(name="far", address=Address("tcp", "127.0.0.1", port), memory=MEMORY)
     device = CpuDevice(cpus=None if cpu < 0 else frozenset({cpu}), threads=1)
     options = Options(kind="shm", peer_timeout=PEER_TIMEOUT_S)
     await MemoryNode(node, options, device=device, network=Sockets(), backend=Accounts).serve(asyncio.Event())

@@ -46,7 +46,7 @@ class Completion:
 
 @asynccontextmanager
 async def connect(
-    address: str,
+    address: str | Address,
     *,
     secret: bytes | Path | None = None,
     tls: TlsFiles | None = None,
@@ -63,7 +63,8 @@ async def connect(
         secret = read_secret(secret)
     options = Options(kind="control", secret=secret, tls=tls, peer_timeout=peer_timeout)
     hello = Hello("client", f"client-{os.getpid()}")
-    link = await connect_link(Address.parse(address), hello, options, deadline_s=deadline_s)
+    front = Address.parse(address) if isinstance(address, str) else address
+    link = await connect_link(front, hello, options, deadline_s=deadline_s)
     client = Client(link)
     try:
         yield client

@@ -12,7 +12,7 @@ from lamina.attention import BackendFactory, Memory, MemoryRange, QuotaPool, def
 from lamina.attention.backend import require_backend
 from lamina.attention.native.library import choose_isa
 from lamina.attention.pool import numa_node_of, numa_nodes
-from lamina.config import NodeConfig
+from lamina.config import MemoryNodeConfig
 from lamina.errors import ConfigError, LaminaError, ProtocolError, first_error
 from lamina.memory.control import ServingControl
 from lamina.memory.fair_queue import FairQueue
@@ -51,7 +51,7 @@ class MemoryNode:
 
     def __init__(
         self,
-        node: NodeConfig,
+        node: MemoryNodeConfig,
         options: Options,
         *,
         device: Device,
@@ -64,7 +64,7 @@ class MemoryNode:
         self._device = device
         self._there = Crossing(device.loop)
         self._network = network
-        self._attention: str | BackendFactory = backend or node.attention or "auto"
+        self._attention: str | BackendFactory = backend or node.attention
         self._taken: asyncio.Future[tuple[QuotaPool, float]] | None = None
         self._queue = FairQueue(device)
         self._tenancies: dict[str, _Tenancy] = {}
@@ -84,7 +84,7 @@ class MemoryNode:
         # A compute node may attach at once; that is answered when the memory is there.
         self._taken = self._there.start(self._device.run(self._take))
         hello = Hello("memory", self._name)
-        listening = await self._network.listen(self._node.listen, hello, self._on_link, self._options)
+        listening = await self._network.listen(self._node.address, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         stopped = asyncio.ensure_future(stopping.wait())
         try:
@@ -129,7 +129,7 @@ class MemoryNode:
         return QuotaPool(memory)
 
     def _bound_memory(self) -> Memory:
-        nbytes = self._node.memory_bytes
+        nbytes = self._node.memory
         if self._node.numa is not None:
             return Memory(nbytes, numa=self._node.numa)
         near = numa_node_of(frozenset(self._device.cpus)) if self._device.cpus and len(numa_nodes()) > 1 else None
