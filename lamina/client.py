@@ -166,9 +166,9 @@ class Stream:
     """The tokens of one answer: an asynchronous iterator and context manager.
 
     After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character)
-    are set. ``aclose``, leaving an ``async with`` on it, cancelling the task that waits for a token, or dropping the last
-    reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its KV
-    cache on every node.
+    are set. ``aclose``, leaving an ``async with`` on it, cancelling the task that waits for a token, or dropping the
+    last reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its
+    KV cache on every node.
     """
 
     def __init__(self, client: Client, generate: Generate) -> None:
