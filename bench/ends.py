@@ -68,7 +68,7 @@ class _Answers:
         self._answer: list[memoryview] = []
         self._region: Region | None = None
         self._remote: RemoteRegion | None = None
-        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+        link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     def _on_message(self, message: dict[str, Any]) -> None:
         if "region" in message:
@@ -115,7 +115,7 @@ class _Measurement:
         self._remote: RemoteRegion | None = None
         self._arrived: Callable[[], None] = lambda: None
         self._waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+        link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     async def run(self) -> dict[str, float]:
         task = self._task

@@ -264,7 +264,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
     options = Options(kind="shm", peer_timeout=PEER_TIMEOUT_S)
     watching = await connect(address, Hello("monitor", "near"), Options(kind="control"), deadline_s=CONNECT_S)
     async with await connect(address, hello, options, deadline_s=CONNECT_S) as link:
-        link.lane_loop = device.loop
+        link.deliver(lane_loop=device.loop)
         (heads,) = shard_by_heads([SHAPE] * LAYERS, ["far"])
         layout = KVLayout(layers=heads.layers, dtype=DTYPE, block_tokens=BLOCK_TOKENS)
         shard = RemoteShard("far", link, heads, layout, device, dtype=DTYPE, slots=batches, max_rows=batch)
@@ -316,7 +316,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
 
 async def _status(link: Link) -> Status:
     answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    link.on_message = answered.set_result
+    link.deliver(on_message=answered.set_result)
     link.send(encode(AskStatus()))
     status: Status = decode(await answered, Status)
     return status

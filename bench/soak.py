@@ -85,7 +85,7 @@ class Flood:
         """Answers to what came before the other end's region was known."""
         self._lost: asyncio.Future[TransportError] = asyncio.get_running_loop().create_future()
         self.writes = self.nbytes = 0
-        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._lost.set_result
+        link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._lost.set_result)
         link.send({"region": link.expose(self._inbox)})
 
     async def end(self, how: str, after_s: float) -> None:
@@ -105,9 +105,9 @@ class Flood:
                 self._link.abort("as planned")
             else:
                 await self._link.close()
-                error = self._link.error
+                error = self._link.state.error
         if error is not None and (how != "wait" or isinstance(error, ProtocolError) or error.__cause__ is not None):
-            raise SoakError(f"the {how} of a link over {self._link.transport}: {error}") from error
+            raise SoakError(f"the {how} of a link over {self._link.info.transport}: {error}") from error
         self._inbox.close()
 
     def _on_message(self, message: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ async def _far(settings: Sequence[Setting]) -> None:
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(link: Link) -> None:
-        how, after_s = link.peer.details["far"], link.peer.details["after_s"]
+        how, after_s = link.info.peer.details["far"], link.info.peer.details["after_s"]
         try:
             _tell(msgspec.to_builtins(await end.flood(link, how, after_s)))
         except SoakError as error:

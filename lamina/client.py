@@ -77,7 +77,7 @@ class Client:
         self._streams: dict[int, asyncio.Queue[Generated | Finished | LaminaError]] = {}
         self._asked: list[asyncio.Future[Status]] = []
         self._failure: LaminaError | None = None
-        link.on_message, link.on_lost = self._on_message, self._on_lost
+        link.deliver(on_message=self._on_message, on_lost=self._on_lost)
 
     def stream(
         self,
@@ -134,7 +134,7 @@ class Client:
 
     async def close(self) -> None:
         """Cancel what still runs and leave."""
-        if not self._link.closed:
+        if not self._link.state.closed:
             for id_ in self._streams:
                 self._link.send(encode(Cancel(id=id_)))
         await self._link.close()
@@ -159,7 +159,7 @@ class Client:
                     stream.put_nowait(message)
 
     def _on_lost(self, error: TransportError) -> None:
-        peer = self._link.peer
+        peer = self._link.info.peer
         self._fail(NodeError(f"{peer.role} node {peer.name} was lost: {error}", node=peer.name))
 
     def _fail(self, error: LaminaError) -> None:
@@ -247,7 +247,7 @@ class Stream:
 
 
 def _abort(client: Client, id_: int) -> None:
-    if client._streams.pop(id_, None) is not None and not client._link.closed:
+    if client._streams.pop(id_, None) is not None and not client._link.state.closed:
         client._link.send(encode(Cancel(id=id_)))
 
 

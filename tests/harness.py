@@ -231,7 +231,7 @@ async def status_of(config: ClusterConfig, node: NodeConfig) -> Status:
     """What a node says of itself."""
     async with await connect(node.listen, Hello("monitor", "test"), config.options(), deadline_s=30) as link:
         answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
+        link.deliver(on_message=lambda plain: answer.set_result(decode(plain, Status)))
         link.send(encode(AskStatus()))
         return await answer
 

@@ -302,7 +302,7 @@ def test_only_nodes_of_the_file_are_probed(tmp_path: Path) -> None:
         await harness.ready(config, nodes[0])
         async with await connect(config.front.listen, Hello("doctor", "test"), config.options(), deadline_s=10) as link:
             answers: asyncio.Queue[Probed] = asyncio.Queue()
-            link.on_message = lambda plain: answers.put_nowait(decode(plain, Probed))
+            link.deliver(on_message=lambda plain: answers.put_nowait(decode(plain, Probed)))
             for name in ("m9", "c0", "tcp://127.0.0.1:22"):
                 link.send(encode(Probe(node=name, kind="tcp")))
                 assert f"c0 knows no memory node called {name!r}" in (await answers.get()).error
@@ -322,7 +322,7 @@ def test_a_memory_node_bounds_what_it_echoes(tmp_path: Path) -> None:
 
     async def open_link() -> tuple[Link, asyncio.Event]:
         link, lost = await connect(memory.listen, Hello(ROLE, "test"), options, deadline_s=30), asyncio.Event()
-        link.on_lost = lambda _: lost.set()
+        link.deliver(on_lost=lambda _: lost.set())
         return link, lost
 
     async def main() -> None:
@@ -336,7 +336,7 @@ def test_a_memory_node_bounds_what_it_echoes(tmp_path: Path) -> None:
             for _ in range(2):
                 links[1].send(encode(Echo(region=links[1].expose(region))))
             await lost[1].wait()
-            assert not links[2].closed
+            assert not links[2].state.closed
             await lost[2].wait()  # after the time that a measurement may take
         assert (await measure(memory.listen, "test", options)).bytes_per_s > 0
 

@@ -8,7 +8,7 @@ checks that every transport passes.
 """
 
 from lamina.transport.address import Address
-from lamina.transport.base import Hello, Lane, Link, Region, RemoteRegion
+from lamina.transport.base import Hello, Lane, Link, LinkInfo, LinkState, Region, RemoteRegion
 from lamina.transport.endpoints import Listener, connect
 from lamina.transport.frames import PROTOCOL_VERSION
 from lamina.transport.options import Options, RdmaOptions, TlsFiles
@@ -19,6 +19,8 @@ __all__ = [
     "Hello",
     "Lane",
     "Link",
+    "LinkInfo",
+    "LinkState",
     "Listener",
     "Options",
     "RdmaOptions",

@@ -9,7 +9,7 @@
 - A link ends once, and whoever waits on it learns why, whether the peer closed, died, fell silent or sent nonsense.
 
 A link belongs to the thread of the event loop that it was made in: call it there, and callbacks come there. Its lanes
-may be given to the loop of another thread, the one that computes, by ``Link.lane_loop``: then that thread writes and is
+may be given to the loop of another thread, the one that computes, by ``Link.deliver``: then that thread writes and is
 told of tags itself, without a way through the first.
 """
 
@@ -48,7 +48,7 @@ class Lane(enum.IntEnum):
     """Each lane is ordered in itself; bulk never delays decode by more than one bounded chunk."""
 
     DECODE = 0
-    """q, k, v, o and control messages."""
+    """What every layer of a step waits for: step plans, q, k, v, o and carries."""
     BULK = 1
     """Prefilled and moved KV."""
 
@@ -95,9 +95,6 @@ class Region:
     region goes into memory that nobody reads.
     """
 
-    fd: int | None
-    """The file behind the memory, for processes of this host that map it too; None for memory from elsewhere."""
-
     def __init__(self, name: str, nbytes: int) -> None:
         """Page-aligned, zeroed memory, whose pages are taken when they are first touched; CapacityError if not."""
         if nbytes < 1:
@@ -112,26 +109,11 @@ class Region:
             memory.madvise(mmap.MADV_DONTFORK)
         except (OSError, OverflowError, ValueError) as error:
             raise CapacityError(f"no memory for the {nbytes} bytes of region {name!r}: {error}") from error
-        self._set(name, memoryview(memory), fd)
-
-    @classmethod
-    def over(cls, name: str, memory: Buffer) -> Region:
-        """A region that is ``memory``: any writable, contiguous buffer.
-
-        Not for shm, whose peers map memory by its file.
-        """
-        view = memoryview(memory)
-        if view.readonly or not view.c_contiguous or not view.nbytes:
-            raise ConfigError(f"region {name!r} must lie in a writable, contiguous buffer of at least one byte")
-        region = cls.__new__(cls)
-        region._set(name, view.cast("B"), None)
-        return region
-
-    def _set(self, name: str, buffer: memoryview, fd: int | None) -> None:
         self.name = name
-        self.nbytes = buffer.nbytes
+        self.nbytes = nbytes
         self.fd = fd
-        self._buffer: memoryview | None = buffer
+        """The file behind the memory, for processes of this host that map it too."""
+        self._buffer: memoryview | None = memoryview(memory)
 
     @property
     def buffer(self) -> memoryview:
@@ -150,103 +132,89 @@ def address_of(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
-class Link(ABC):
-    """A connection to one other node.
+class LinkInfo(NamedTuple):
+    """What both ends agreed on when they made a link."""
 
-    The owner sets ``on_tag``, ``on_message`` and ``on_lost`` together, right after ``connect`` returned or inside
-    ``on_link``: the link starts to read when the first of them is set, and what arrives for one that is not set is
-    dropped. A callback that raises ends the link with that error, because what it should have done is now missing.
-
-    A link ends once: by ``close`` or ``abort`` of this end, silently, or by anything else, which calls ``on_lost``
-    exactly once. From then on no other callback comes, and every operation raises.
-    """
-
+    local: Hello
+    peer: Hello
+    address: str
+    """Where the peer is."""
     transport: str
     """What moves the bytes: ``rdma``, ``shm`` or ``tcp``; ``control`` for a link without lanes."""
     choice: str
     """What either end asked for, what was taken, and why, in words."""
-    peer_timeout: float
-    """Silence, in seconds, after which the peer is taken for dead. The owner may change it at any time."""
 
-    def __init__(self, local: Hello, peer: Hello, peer_address: str) -> None:
-        self.local = local
-        self.peer = peer
-        self.peer_address = peer_address
-        self.error: TransportError | None = None
-        """Why the link ended; None while it lives and after a complete ``close``."""
-        self._open = True
-        self._on_tag: Callable[[Lane, int], None] | None = None
-        self._on_message: Callable[[dict[str, Any]], None] | None = None
-        self._on_lost: Callable[[TransportError], None] | None = None
+
+class LinkState(NamedTuple):
+    """A snapshot of a link."""
+
+    closed: bool
+    """Whether nothing can be sent any more."""
+    error: TransportError | None
+    """Why the link ended; None while it lives and after a complete ``close``."""
+    pending_bytes: int
+    """Bytes of writes and messages that the medium has not taken; the caller bounds it if it must be bounded."""
+    bytes_written: tuple[int, int]
+    """Bytes of writes handed to the medium since the link exists, framing included; index with a Lane."""
+    bytes_received: tuple[int, int]
+    """Bytes of writes that arrived since the link exists, framing included; index with a Lane."""
+
+
+class Link(ABC):
+    """A connection to one other node.
+
+    The link starts to read with the first ``deliver``. What arrives for a callback that is not given is dropped. A
+    callback that raises ends the link with that error, because what it should have done is now missing.
+
+    A link ends once: by ``close`` or ``abort`` of this end, silently, or by anything else, which calls ``on_lost``
+    exactly once. From then on no other callback comes, and every operation raises. ``close`` and ``abort`` are two
+    because they promise different things: the one sends what is queued and waits for the peer, so it must be awaited;
+    the other may be called anywhere, also inside a callback, and has ended the link when it returns.
+    """
+
+    @property
+    @abstractmethod
+    def info(self) -> LinkInfo:
+        """Who is at the ends, and how bytes travel; it never changes."""
+
+    @property
+    @abstractmethod
+    def state(self) -> LinkState:
+        """How the link is now. It stays readable after the end."""
 
     def __str__(self) -> str:
-        return f"{self.peer.name} ({self.peer.role}, {self.peer_address})"
-
-    # -- what arrives
-
-    @property
-    def on_tag(self) -> Callable[[Lane, int], None] | None:
-        """Called with lane and tag when all bytes of a write are in the region."""
-        return self._on_tag
-
-    @on_tag.setter
-    def on_tag(self, callback: Callable[[Lane, int], None] | None) -> None:
-        self._on_tag = callback
-        self._start_reading()
-
-    @property
-    def on_message(self) -> Callable[[dict[str, Any]], None] | None:
-        """Called with a control message: a map of bounded plain values, not validated any further."""
-        return self._on_message
-
-    @on_message.setter
-    def on_message(self, callback: Callable[[dict[str, Any]], None] | None) -> None:
-        self._on_message = callback
-        self._start_reading()
-
-    @property
-    def on_lost(self) -> Callable[[TransportError], None] | None:
-        """Called once with the error when the link ends for a reason other than this end's close or abort."""
-        return self._on_lost
-
-    @on_lost.setter
-    def on_lost(self, callback: Callable[[TransportError], None] | None) -> None:
-        self._on_lost = callback
-        self._start_reading()
+        peer = self.info.peer
+        return f"{peer.name} ({peer.role}, {self.info.address})"
 
     @abstractmethod
-    def _start_reading(self) -> None:
-        """From the next round of the loop on, deliver what arrives. Called several times."""
+    def deliver(
+        self,
+        *,
+        on_message: Callable[[dict[str, Any]], None] | None = None,
+        on_tag: Callable[[Lane, int], None] | None = None,
+        on_lost: Callable[[TransportError], None] | None = None,
+        lane_loop: asyncio.AbstractEventLoop | None = None,
+        peer_timeout: float | None = None,
+    ) -> None:
+        """Deliver what arrives to these callbacks from now on.
 
-    @property
-    @abstractmethod
-    def lane_loop(self) -> asyncio.AbstractEventLoop:
-        """The loop in whose thread ``write``, ``poll`` and ``drain`` are called, and ``on_tag`` calls.
+        The first call starts the reading, from the next round of the loop on. A later call hands the link to another
+        owner: all three callbacks are replaced.
 
-        The link's own, unless it is set before the first callback; that loop has to run until the link is closed.
-        ``on_message`` and ``on_lost`` stay here. UsageError when it is set too late.
-        """
-
-    @lane_loop.setter
-    @abstractmethod
-    def lane_loop(self, loop: asyncio.AbstractEventLoop) -> None: ...
-
-    @abstractmethod
-    def poll(self) -> bool:
-        """Receive and deliver what has arrived on the lanes, without waiting; True if there was anything.
-
-        Takes a bounded piece of each lane: call it again while it returns True. Callbacks are called from within.
-        Control messages are left to the loop.
+        - ``on_message`` gets each control message: a map of bounded plain values, not validated any further.
+        - ``on_tag`` gets lane and tag when all bytes of a write are in the region.
+        - ``on_lost`` gets the error, once, when the link ends for a reason other than this end's close or abort. If
+          it has ended so already, the new owner's ``on_lost`` is called in the next round of the loop.
+        - ``lane_loop`` is the loop in whose thread ``write`` is called and ``on_tag`` calls: the link's own unless
+          the first call names another, which has to run until the link is closed. UsageError in a later call.
+        - ``peer_timeout`` is the silence, in seconds, after which the peer is taken for dead; None leaves it as it is.
         """
 
     # -- what is sent
 
     @abstractmethod
     def expose(self, region: Region) -> RemoteRegion:
-        """Allow the peer to write ``region`` from now on; the result goes to the peer in a control message.
-
-        Raises ConfigError where the transport cannot reach this region's memory.
-        """
+        """Allow the peer to write ``region`` from now on; the result goes to the peer in a control message."""
 
     @abstractmethod
     def window(self, remote: RemoteRegion) -> memoryview | None:
@@ -261,9 +229,9 @@ class Link(ABC):
         """Put ``buffers``, one after the other, at byte ``offset`` of a region of the peer, then deliver ``tag`` there.
 
         One-sided and ordered within its lane; the tag (32 bits, unsigned) comes after all bytes. Never waits: what the
-        medium does not take at once is queued, without a copy, so the buffers belong to the link until ``drain``
-        returned or the peer answered. ``buffers`` may be empty: then only the tag travels. Raises ProtocolError, before
-        anything is sent, where offset, length or tag are out of range, and the link's error when it has ended.
+        medium does not take at once is queued, without a copy, so the buffers belong to the link until the peer has
+        answered or nothing is pending. ``buffers`` may be empty: then only the tag travels. Raises ProtocolError,
+        before anything is sent, where offset, length or tag are out of range, and the link's error when it has ended.
         A failure of the network is not raised here but reported through ``on_lost``.
         """
 
@@ -274,46 +242,19 @@ class Link(ABC):
         Raises ProtocolError if it takes more than ``MAX_MESSAGE`` bytes or cannot be encoded.
         """
 
-    @property
-    @abstractmethod
-    def pending_bytes(self) -> int:
-        """Bytes of writes and messages that the medium has not taken; the caller bounds it if it must be bounded."""
-
-    @property
-    @abstractmethod
-    def bytes_written(self) -> tuple[int, int]:
-        """Bytes of writes handed to the medium since the link exists, framing included; index with a Lane."""
-
-    @property
-    @abstractmethod
-    def bytes_received(self) -> tuple[int, int]:
-        """Bytes of writes that arrived since the link exists, framing included; index with a Lane."""
-
-    @abstractmethod
-    async def drain(self, lane: Lane = Lane.DECODE) -> None:
-        """Wait until no buffer of ``lane`` is needed any more; raises the link's error if it ends first.
-
-        Being cancelled changes nothing about the queue.
-        """
-
     # -- the end
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing can be sent any more."""
-        return not self._open
 
     @abstractmethod
     async def close(self) -> None:
         """Send what is queued, say goodbye, and wait for the peer to close too, within a deadline.
 
-        Never raises a TransportError: if the queue cannot be sent, that is logged and kept in ``error``. Closing twice
+        Never raises a TransportError: if the queue cannot be sent, that is logged and kept in ``state``. Closing twice
         is fine. When it is cancelled, the link is ended at once.
         """
 
     @abstractmethod
     def abort(self, reason: str) -> None:
-        """End the link now; what is queued is lost. ``reason`` goes into the log and into ``error``."""
+        """End the link now; what is queued is lost. ``reason`` goes into the log and into ``state``."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -322,9 +263,3 @@ class Link(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    # -- for implementations, which clear ``_open`` when the link begins to end
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise self.error or TransportError(f"the link to {self} is closed")

@@ -17,7 +17,7 @@ from time import monotonic
 from lamina.errors import PeerLostError, ProtocolError, TransportError
 from lamina.transport.frames import HEADER_BYTES, Event, FrameReceiver
 from lamina.transport.lanes import CHUNK_BYTES
-from lamina.transport.stream import Stream
+from lamina.transport.stream import TcpStream
 
 SEND_BYTES = CHUNK_BYTES + HEADER_BYTES
 """The most that one system call sends: a chunk with its header needs no second one."""
@@ -36,7 +36,7 @@ class Connection:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: TcpStream,
         receiver: FrameReceiver,
         on_event: Callable[[Event], None],
         on_failed: Callable[[TransportError], None],

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from lamina.errors import CapacityError, ConnectError, HandshakeError, ProtocolError, TransportError
 from lamina.transport.address import Address, check_reach
-from lamina.transport.base import Hello, Lane, Link, log
+from lamina.transport.base import Hello, Lane, Link, LinkInfo, log
 from lamina.transport.choice import choose, offers
 from lamina.transport.frames import message_frame
 from lamina.transport.handshake import (
@@ -35,7 +35,7 @@ from lamina.transport.handshake import (
 from lamina.transport.lanes import Lanes
 from lamina.transport.link import NodeLink
 from lamina.transport.options import Options
-from lamina.transport.stream import Stream, secure, send_all, starts_tls
+from lamina.transport.stream import TcpStream, secure, send_all, starts_tls
 
 HANDSHAKE_TIMEOUT = 5.0
 UPGRADE_TIMEOUT = 4.0
@@ -90,7 +90,7 @@ async def _connect_once(entrance: _Entrance, hello: Hello) -> Link:
             session = Session(stream, entrance.options, True, str(entrance.address), entrance.introduce(hello))
             await session.introduce()
 
-        async def open_lane(lane: Lane) -> Stream:
+        async def open_lane(lane: Lane) -> TcpStream:
             own = await entrance.open()
             try:
                 await send_all(own, join_frame(session, lane))
@@ -251,7 +251,7 @@ class Listener:
         try:
             self._on_link(link)
         except Exception as error:
-            log.exception('event=callback_failed transport=%s peer="%s"', link.transport, link)
+            log.exception('event=callback_failed transport=%s peer="%s"', link.info.transport, link)
             link.abort(f"it could not be taken: {error!r}")
 
     async def _set_up(self, session: Session) -> Link:
@@ -270,7 +270,7 @@ class Listener:
             del self._guests[task]
             guest.close()
 
-    async def _join(self, stream: Stream, message: dict[str, Any]) -> None:
+    async def _join(self, stream: TcpStream, message: dict[str, Any]) -> None:
         """Hand a further connection of a link to the handshake that waits for it."""
         match message:
             case {"join": bytes(link_id), "lane": int(lane), "proof": bytes(proof)} if lane in (0, 1):
@@ -296,14 +296,14 @@ class _Guest:
     """A link that is being set up, and its further connections."""
 
     session: Session
-    lanes: list[asyncio.Future[Stream]] = field(init=False)
+    lanes: list[asyncio.Future[TcpStream]] = field(init=False)
     taken: set[Lane] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
         self.lanes = [loop.create_future() for _ in Lane]
 
-    async def lane(self, lane: Lane) -> Stream:
+    async def lane(self, lane: Lane) -> TcpStream:
         stream = await asyncio.shield(self.lanes[lane])
         self.taken.add(lane)
         return stream
@@ -335,7 +335,7 @@ class _Entrance:
         """What this end says of itself; what it can do may have changed since it said so last."""
         return Introduction.of(hello, self.options, offers(self.options))
 
-    async def open(self) -> Stream:
+    async def open(self) -> TcpStream:
         """A new connection; raises OSError, or HandshakeError for TLS that fails."""
         failure = OSError(f"{self.address.host} has no address")
         for family, place in await _resolve(self.address):
@@ -355,7 +355,7 @@ class _Entrance:
                 return stream
         raise failure
 
-    async def dress(self, sock: socket.socket) -> Stream:
+    async def dress(self, sock: socket.socket) -> TcpStream:
         """``sock`` with its options set, and inside TLS if that is wanted."""
         # Small writes leave at once. Of a dead peer the heartbeats tell, not the kernel: that would end a lane, too,
         # whose peer is busy with a long operation and does not read (TCP_USER_TIMEOUT in tcp(7)).
@@ -364,8 +364,8 @@ class _Entrance:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LANE_IDLE_S)
         if self._tls is None:
-            return Stream(sock)
-        if not (self._connecting or await starts_tls(plain := Stream(sock))):
+            return TcpStream(sock)
+        if not (self._connecting or await starts_tls(plain := TcpStream(sock))):
             reason = "this end uses TLS and the peer does not: configure it at both"
             await refuse(plain, reason)
             raise HandshakeError(reason)
@@ -405,13 +405,9 @@ async def _make_link(session: Session) -> Link:
     if taken == "rdma" and session.options.tls is not None:
         log.warning('event=unprotected peer=%s reason="TLS does not encrypt RDMA"', session.peer_place)
     link = NodeLink(
-        session.local.hello,
-        peer.hello,
-        session.peer_place,
+        LinkInfo(session.local.hello, peer.hello, session.peer_place, taken, choice.told(taken)),
         session.stream,
         lanes,
-        transport=taken,
-        choice=choice.told(taken),
         peer_timeout=session.options.peer_timeout,
         heartbeat_timeout=peer.peer_timeout,
     )
@@ -420,7 +416,7 @@ async def _make_link(session: Session) -> Link:
         taken,
         link,
         session.local.hello.name,
-        link.choice,
+        link.info.choice,
     )
     return link
 

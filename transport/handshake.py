@@ -34,7 +34,7 @@ from lamina.transport.choice import Offers, Party
 from lamina.transport.frames import HEADER_BYTES, FrameReceiver, message_frame
 from lamina.transport.lanes import UpgradeError
 from lamina.transport.options import KINDS, MAX_PEER_TIMEOUT, MIN_PEER_TIMEOUT, Options
-from lamina.transport.stream import Stream, hang_up, recv_into, send_all
+from lamina.transport.stream import TcpStream, hang_up, recv_into, send_all
 
 MAX_HELLO = 16 << 10
 NONCE_BYTES = 32
@@ -117,7 +117,7 @@ def check_introduction(hello: Hello, options: Options) -> None:
 class Session:
     """A handshake on one connection; once both ends have proved themselves, what a transport needs to set itself up."""
 
-    stream: Stream
+    stream: TcpStream
     options: Options
     connecting: bool
     peer_place: str
@@ -127,7 +127,7 @@ class Session:
     key: bytes = field(init=False, repr=False)
     """Of this link: with a cluster secret, known to both ends only."""
     link_id: bytes = field(init=False)
-    open_lane: Callable[[Lane], Awaitable[Stream]] = field(init=False)
+    open_lane: Callable[[Lane], Awaitable[TcpStream]] = field(init=False)
     """How this end gets a further connection of the link."""
     local_offer: dict[str, Any] = field(default_factory=dict)
     peer_offer: dict[str, Any] = field(default_factory=dict)
@@ -181,7 +181,7 @@ class Session:
 
     # -- for transports
 
-    async def lane(self, lane: Lane) -> Stream:
+    async def lane(self, lane: Lane) -> TcpStream:
         """A further connection of this link, both ends of which have proved that they belong to it."""
         return await self.open_lane(lane)
 
@@ -220,7 +220,7 @@ def join_proof(session: Session, lane: Lane) -> bytes:
     return hmac.digest(session.key, b"lane %d" % lane + session.link_id, "sha256")
 
 
-async def receive_frame(stream: Stream) -> tuple[bytes, dict[str, Any]]:
+async def receive_frame(stream: TcpStream) -> tuple[bytes, dict[str, Any]]:
     """Read exactly one MESSAGE frame of the peer: its bytes, and what it says.
 
     Raises ConnectError if the peer closes instead, HandshakeError if it speaks another version, ProtocolError if it
@@ -255,7 +255,7 @@ def _unrefused(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
-async def refuse(stream: Stream, reason: str) -> None:
+async def refuse(stream: TcpStream, reason: str) -> None:
     """Tell the peer why; the frame also carries our protocol version. Returns when the peer has closed."""
     await send_all(stream, message_frame({"refused": reason[:500]}, MAX_HELLO))
     await hang_up(stream)

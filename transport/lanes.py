@@ -80,7 +80,10 @@ class Lanes(ABC):
 
     @abstractmethod
     def poll(self) -> bool:
-        """See ``Link.poll``."""
+        """Receive and deliver what has arrived, without waiting; True if there was anything.
+
+        Takes a bounded piece of each lane. The owner is told from within.
+        """
 
     @abstractmethod
     async def drain(self, lane: Lane) -> None:

@@ -12,12 +12,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVarTuple
 
 from lamina.errors import ConfigError, PeerLostError, ProtocolError, TransportError, UsageError
-from lamina.transport.base import MAX_REGIONS, MAX_TAG, Hello, Lane, Link, Region, RemoteRegion, log
+from lamina.transport.base import MAX_REGIONS, MAX_TAG, Lane, Link, LinkInfo, LinkState, Region, RemoteRegion, log
 from lamina.transport.connection import Connection, hear_out
 from lamina.transport.frames import HEADER_BYTES, HEARTBEAT_FRAME, Event, FrameReceiver, Note, message_frame, note_frame
 from lamina.transport.lanes import Lanes
 from lamina.transport.messages import MAX_MESSAGE
-from lamina.transport.stream import Stream
+from lamina.transport.stream import TcpStream
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -38,21 +38,23 @@ class NodeLink(Link):
 
     def __init__(
         self,
-        local: Hello,
-        peer: Hello,
-        peer_address: str,
-        control: Stream,
+        info: LinkInfo,
+        control: TcpStream,
         lanes: Lanes | None,
         *,
-        transport: str,
-        choice: str,
         peer_timeout: float,
         heartbeat_timeout: float,
     ) -> None:
         """``heartbeat_timeout`` is the silence in seconds that the peer tolerates, ``peer_timeout`` what we do."""
-        super().__init__(local, peer, peer_address)
-        self.transport = transport
-        self.choice = choice
+        self._info = info
+        self._open = True
+        """Whether anything can be sent; cleared when the link begins to end."""
+        self._error: TransportError | None = None
+        self._lost: TransportError | None = None
+        """Of what the owner is told."""
+        self._on_message: Callable[[dict[str, Any]], None] | None = None
+        self._on_tag: Callable[[Lane, int], None] | None = None
+        self._on_lost: Callable[[TransportError], None] | None = None
         self._loop = self._lane_loop = asyncio.get_running_loop()
         self._control = Connection(control, FrameReceiver({}, MAX_MESSAGE), self._on_frame, self._control_failed)
         self._lanes = lanes
@@ -68,7 +70,7 @@ class NodeLink(Link):
 
         # Silence is counted in periods rather than seconds: while this process is stopped or its loop is blocked no
         # period passes, so the peer is not blamed for what it could not be heard saying.
-        self.peer_timeout = peer_timeout
+        self._peer_timeout = peer_timeout
         self._period = min(peer_timeout, heartbeat_timeout) / HEARTBEATS_PER_TIMEOUT
         self._silent_periods = 0
         self._heard_bytes = 0
@@ -77,14 +79,37 @@ class NodeLink(Link):
     # -- Link
 
     @property
-    def lane_loop(self) -> asyncio.AbstractEventLoop:
-        return self._lane_loop
+    def info(self) -> LinkInfo:
+        return self._info
 
-    @lane_loop.setter
-    def lane_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._reading:
-            raise UsageError(f"the lanes of {self} are in use already; set lane_loop before the first callback")
-        self._lane_loop = loop
+    @property
+    def state(self) -> LinkState:
+        pending, lanes = self._control.pending_bytes, self._lanes
+        if lanes is None:
+            return LinkState(not self._open, self._error, pending, (0, 0), (0, 0))
+        (sent, sent_bulk), (heard, heard_bulk) = lanes.bytes_written, lanes.bytes_received
+        pending += sum(lanes.pending_bytes)
+        return LinkState(not self._open, self._error, pending, (sent, sent_bulk), (heard, heard_bulk))
+
+    def deliver(
+        self,
+        *,
+        on_message: Callable[[dict[str, Any]], None] | None = None,
+        on_tag: Callable[[Lane, int], None] | None = None,
+        on_lost: Callable[[TransportError], None] | None = None,
+        lane_loop: asyncio.AbstractEventLoop | None = None,
+        peer_timeout: float | None = None,
+    ) -> None:
+        if lane_loop is not None:
+            if self._reading:
+                raise UsageError(f"the lanes of {self} are in use already: give lane_loop in the first call of deliver")
+            self._lane_loop = lane_loop
+        if peer_timeout is not None:
+            self._peer_timeout = peer_timeout
+        self._on_message, self._on_tag, self._on_lost = on_message, on_tag, on_lost
+        if self._lost is not None:
+            self._loop.call_soon(self._tell_lost)
+        self._start_reading()
 
     def expose(self, region: Region) -> RemoteRegion:
         self._check_open()
@@ -135,30 +160,6 @@ class NodeLink(Link):
         frame = message_frame(message, MAX_MESSAGE)
         self._control.push([memoryview(frame)], len(frame))
 
-    def poll(self) -> bool:
-        lanes = self._lanes
-        return lanes is not None and self._reading and not self._ended.is_set() and lanes.poll()
-
-    @property
-    def pending_bytes(self) -> int:
-        return self._control.pending_bytes + (sum(self._lanes.pending_bytes) if self._lanes else 0)
-
-    @property
-    def bytes_written(self) -> tuple[int, int]:
-        decode, bulk = self._lanes.bytes_written if self._lanes else (0, 0)
-        return decode, bulk
-
-    @property
-    def bytes_received(self) -> tuple[int, int]:
-        decode, bulk = self._lanes.bytes_received if self._lanes else (0, 0)
-        return decode, bulk
-
-    async def drain(self, lane: Lane = Lane.DECODE) -> None:
-        if self.error is not None:
-            raise self.error
-        if self._lanes is not None and not self._ended.is_set():
-            await self._lanes.drain(lane)
-
     async def close(self) -> None:
         opened = self._open
         self._open = False
@@ -178,14 +179,15 @@ class NodeLink(Link):
 
     def abort(self, reason: str) -> None:
         if self._end(TransportError(f"the link to {self} was aborted: {reason}")):
-            log.warning('event=link_aborted transport=%s peer="%s" reason="%s"', self.transport, self, reason)
+            log.warning('event=link_aborted transport=%s peer="%s" reason="%s"', self._info.transport, self, reason)
 
     # -- what the lanes report
 
     def delivered(self, lane: Lane, tag: int) -> None:
-        if self._open and self._on_tag is not None:
+        on_tag = self._on_tag
+        if on_tag is not None and self._open:
             try:
-                self._on_tag(lane, tag)
+                on_tag(lane, tag)
             except Exception as error:
                 self._on_tag = None
                 self._here(self._callback_failed, error)
@@ -274,7 +276,7 @@ class NodeLink(Link):
             return
         if not self._apart:
             # Whatever the peer wrote before it died may still lie in the lanes; its owner gets it first.
-            hear_out(self.poll)
+            hear_out(self._poll)
         self._fail(self._of_peer(error))
 
     def _of_peer(self, error: TransportError) -> TransportError:
@@ -301,7 +303,7 @@ class NodeLink(Link):
                 await self._lanes.drain(lane)
 
     def _callback_failed(self, error: Exception) -> None:
-        log.error('event=callback_failed transport=%s peer="%s"', self.transport, self, exc_info=error)
+        log.error('event=callback_failed transport=%s peer="%s"', self._info.transport, self, exc_info=error)
         lost = TransportError(f"what {self} sent could not be handled: {error!r}")
         lost.__cause__ = error
         self._fail(lost)
@@ -312,21 +314,27 @@ class NodeLink(Link):
         if not self._end(error):
             return
         if not was_open:
-            log.warning('event=link_close_failed transport=%s peer="%s" reason="%s"', self.transport, self, error)
+            log.warning('event=link_close_failed transport=%s peer="%s" reason="%s"', self._info.transport, self, error)
             return
-        log.warning('event=link_lost transport=%s peer="%s" reason="%s"', self.transport, self, error)
-        if self._on_lost is not None:
+        log.warning('event=link_lost transport=%s peer="%s" reason="%s"', self._info.transport, self, error)
+        self._lost = error
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        """Tell the owner, unless it knows already."""
+        on_lost, self._on_lost = self._on_lost, None
+        if on_lost is not None and self._lost is not None:
             try:
-                self._on_lost(error)
+                on_lost(self._lost)
             except Exception:
-                log.exception('event=callback_failed transport=%s peer="%s"', self.transport, self)
+                log.exception('event=callback_failed transport=%s peer="%s"', self._info.transport, self)
 
     def _end(self, error: TransportError | None) -> bool:
         """Close everything and wake everybody who waits; False if that was done before."""
         if self._ended.is_set():
             return False
         self._open = False
-        self.error = error
+        self._error = error
         self._ended.set()
         self._timer.cancel()
         reason = error or TransportError(f"the link to {self} is closed")
@@ -344,6 +352,11 @@ class NodeLink(Link):
         if self._lanes is not None:
             self._there(self._lanes.start, self)
         self._control.start_reading()
+
+    def _poll(self) -> bool:
+        """Receive and deliver what has arrived on the lanes, without waiting; True if there was anything."""
+        lanes = self._lanes
+        return lanes is not None and self._reading and not self._ended.is_set() and lanes.poll()
 
     @property
     def _apart(self) -> bool:
@@ -369,14 +382,14 @@ class NodeLink(Link):
             # On some loops timers run before sockets: look before judging.
             self._control.receive()
             if not self._apart:
-                self.poll()
+                self._poll()
             if self._ended.is_set():
                 return
-            heard_bytes = self._control.bytes_received + sum(self.bytes_received)
+            heard_bytes = self._control.bytes_received + sum(self._lanes.bytes_received if self._lanes else ())
             self._silent_periods = 0 if heard_bytes != self._heard_bytes else self._silent_periods + 1
             self._heard_bytes = heard_bytes
-            if self._silent_periods * self._period >= self.peer_timeout:
-                self._fail(PeerLostError(f"{self} has been silent for {self.peer_timeout:.1f} s"))
+            if self._silent_periods * self._period >= self._peer_timeout:
+                self._fail(PeerLostError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
                 return
         if not self._control.pending_bytes:
             self._control.push([_HEARTBEAT], HEADER_BYTES)
@@ -384,6 +397,10 @@ class NodeLink(Link):
     def _note(self, note: dict[str, Any]) -> None:
         frame = note_frame(note)
         self._control.push([memoryview(frame)], len(frame))
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise self._error or TransportError(f"the link to {self} is closed")
 
     def _require_lanes(self) -> Lanes:
         if self._lanes is None:

@@ -17,6 +17,7 @@ import contextlib
 import mmap
 import secrets
 import socket
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,7 @@ class RdmaLanes(Lanes):
         self.bytes_written = [0, 0]
         self.bytes_received = [0, 0]
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._device = device
         self.busy_poll = options.busy_poll
         self._peer_timeout = options.peer_timeout
@@ -155,6 +157,7 @@ class RdmaLanes(Lanes):
     def start(self, owner: Owner) -> None:
         self.owner = owner
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._loop.call_soon(self._spin if self.busy_poll else self._look)
         for lane in self._lanes:
             if not self.busy_poll:
@@ -205,7 +208,9 @@ class RdmaLanes(Lanes):
 
     @property
     def pending_bytes(self) -> list[int]:  # type: ignore[override]
-        return [lane.look_pending() for lane in self._lanes]
+        # The device is asked only where the lanes live: another thread could take completions at the same time.
+        own = threading.get_ident() == self._thread
+        return [lane.look_pending() if own else lane.pending_bytes for lane in self._lanes]
 
     async def drain(self, lane: Lane) -> None:
         await self._lanes[lane].drain()
@@ -331,7 +336,7 @@ class _Lane:
         """Writes for which there is no room yet; the first one may be under way in part."""
         self._sent: deque[_Request] = deque()
         """Requests that the device has, and that are not known to be complete."""
-        self._pending = 0
+        self.pending_bytes = 0
         self._room = pair.queue
         self._serial = self._signalled = 0
         """Of the last request, and of the last one that asks for a completion."""
@@ -361,7 +366,7 @@ class _Lane:
     # -- sending
 
     def write(self, write: _Write) -> None:
-        self._pending += write.nbytes
+        self.pending_bytes += write.nbytes
         if self._waiting:
             self._waiting.append(write)
             return
@@ -391,15 +396,15 @@ class _Lane:
 
     def look_pending(self) -> int:
         """Bytes of writes that the device or the peer does not have."""
-        if self._pending and not self._closed:
+        if self.pending_bytes and not self._closed:
             self.mark()
             self._reap_aside()
-        return self._pending
+        return self.pending_bytes
 
     async def drain(self) -> None:
         if self._closed:
             raise self._closed
-        if not self._pending and not self._waiting:
+        if not self.pending_bytes and not self._waiting:
             return
         done = asyncio.get_running_loop().create_future()
         self._drainers.append(done)
@@ -615,13 +620,13 @@ class _Lane:
         while sent and sent[0].serial <= serial:
             request = sent.popleft()
             self._room += 1
-            self._pending -= request.nbytes
+            self.pending_bytes -= request.nbytes
             self._staging_used -= request.staged
             if request.write is not None and request.write.registered:
                 request.write.release()
         if self._waiting:
             self._post_waiting()
-        if self._drainers and not self._pending and not self._waiting:
+        if self._drainers and not self.pending_bytes and not self._waiting:
             for done in self._drainers:
                 if not done.done():
                     done.set_result(None)
@@ -640,7 +645,7 @@ class _Lane:
         self._sent.clear()
         self._waiting.clear()
         self._arrived.clear()
-        self._pending = 0
+        self.pending_bytes = 0
         self._staging.release()
         for done in self._drainers:
             if not done.done():

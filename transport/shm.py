@@ -27,7 +27,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from lamina.errors import CapacityError, ConfigError, ProtocolError, TransportError
+from lamina.errors import CapacityError, ProtocolError, TransportError
 from lamina.transport.base import SEALS, Lane, Region, address_of
 from lamina.transport.lanes import CHUNK_BYTES, Lanes, Owner, UpgradeError
 from lamina.transport.options import Options
@@ -150,11 +150,6 @@ class ShmLanes(Lanes):
     # -- regions
 
     def expose(self, key: int, region: Region) -> dict[str, Any]:
-        if region.fd is None:
-            raise ConfigError(
-                f"region {region.name!r} lies in memory that another process cannot map; "
-                "make it with Region(name, nbytes), or use tcp or rdma"
-            )
         try:
             socket.send_fds(self._socket, [_region_message(key)], [region.fd])
         except ConnectionError:

@@ -16,7 +16,7 @@ _TLS_RECORD = 16 << 10
 _TLS_HANDSHAKE = b"\x16"
 
 
-class Stream:
+class TcpStream:
     """Plain TCP: received straight into memory of the caller, gathered from it by the kernel."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -46,7 +46,7 @@ class Stream:
         self._sock.close()
 
 
-class TlsStream(Stream):
+class TlsStream(TcpStream):
     """TLS 1.3. Decrypted straight into memory of the caller; small pieces that are sent are gathered to a record."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
@@ -116,7 +116,7 @@ async def secure(sock: socket.socket, context: ssl.SSLContext, certificate: byte
     return stream
 
 
-async def wait_until_ready(stream: Stream, *, reading: bool) -> None:
+async def wait_until_ready(stream: TcpStream, *, reading: bool) -> None:
     """Wait until the socket can be read, or written."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
@@ -134,7 +134,7 @@ async def wait_until_ready(stream: Stream, *, reading: bool) -> None:
         remove(fd)
 
 
-async def send_all(stream: Stream, data: bytes) -> None:
+async def send_all(stream: TcpStream, data: bytes) -> None:
     """Send everything, waiting as needed."""
     rest = memoryview(data)
     while rest:
@@ -144,7 +144,7 @@ async def send_all(stream: Stream, data: bytes) -> None:
             await wait_until_ready(stream, reading=False)
 
 
-async def recv_into(stream: Stream, buffer: memoryview) -> int:
+async def recv_into(stream: TcpStream, buffer: memoryview) -> int:
     """Receive something into ``buffer``, waiting for it; 0 at the end of the connection."""
     while True:
         try:
@@ -153,7 +153,7 @@ async def recv_into(stream: Stream, buffer: memoryview) -> int:
             await wait_until_ready(stream, reading=True)
 
 
-async def starts_tls(stream: Stream) -> bool:
+async def starts_tls(stream: TcpStream) -> bool:
     """Whether the peer, which speaks first, uses TLS. Its bytes are left where they are."""
     while True:
         await wait_until_ready(stream, reading=True)
@@ -162,7 +162,7 @@ async def starts_tls(stream: Stream) -> bool:
             return stream.peek(1) in (b"", _TLS_HANDSHAKE)
 
 
-async def hang_up(stream: Stream) -> None:
+async def hang_up(stream: TcpStream) -> None:
     """Send nothing more, and wait until the peer has closed: it should hear what was said last.
 
     Closing with unread bytes would reset the connection, and could destroy that on its way.

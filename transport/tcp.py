@@ -11,7 +11,7 @@ from lamina.transport.connection import Connection
 from lamina.transport.frames import HEADER_BYTES, Event, FrameReceiver, write_header
 from lamina.transport.lanes import Lanes, Owner
 from lamina.transport.options import Options
-from lamina.transport.stream import Stream
+from lamina.transport.stream import TcpStream
 
 if TYPE_CHECKING:
     from lamina.transport.handshake import Session
@@ -36,7 +36,7 @@ async def upgrade(session: Session) -> Lanes:
 class TcpLanes(Lanes):
     """See ``Lanes``."""
 
-    def __init__(self, streams: tuple[Stream, Stream], *, busy_poll: bool) -> None:
+    def __init__(self, streams: tuple[TcpStream, TcpStream], *, busy_poll: bool) -> None:
         super().__init__()
         self._loop = asyncio.get_running_loop()
         self._busy_poll = busy_poll

@@ -187,7 +187,7 @@ class _Monitor:
     def __init__(self, link: Link) -> None:
         self.link = link
         self._asked: list[asyncio.Future[Status]] = []
-        link.on_message, link.on_lost = self._on_message, self._on_lost
+        link.deliver(on_message=self._on_message, on_lost=self._on_lost)
 
     async def ask(self) -> Status:
         future: asyncio.Future[Status] = asyncio.get_running_loop().create_future()

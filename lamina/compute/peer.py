@@ -34,7 +34,7 @@ class ComputePeer:
     """
 
     def __init__(self, index: int, name: str, link: Link, device: Device) -> None:
-        """The lanes of ``link`` have to belong to ``device``."""
+        """``link`` is new: its lanes are given to ``device``."""
         self.index = index
         self.name = name
         self.link = link
@@ -53,9 +53,7 @@ class ComputePeer:
         self.lost: asyncio.Future[None] = loop.create_future()
         for kind in (Greeting, Enlist, Enlisted):
             self._replies[kind] = loop.create_future()
-        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
-        if link.error:
-            self._on_lost(link.error)
+        link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost, lane_loop=device.loop)
 
     # -- set-up
 
@@ -116,7 +114,7 @@ class ComputePeer:
         try:
             self.link.write(Lane.DECODE, self._remote, start, [self._out[start:stop]], tag)
         except TransportError as error:
-            if not self.link.closed:
+            if not self.link.state.closed:
                 raise
             # The link has ended just now, in its own thread, which has not come to tell us.
             raise self._lost_by(error) from error
@@ -139,7 +137,7 @@ class ComputePeer:
 
     def send(self, message: Enlist | Enlisted | Order | Done | Forget | Refused) -> None:
         """On the node's loop. Nothing for a node that is lost, which is announced elsewhere."""
-        if not self.link.closed:
+        if not self.link.state.closed:
             self.link.send(encode(message))
 
     def _on_message(self, plain: dict[str, object]) -> None:

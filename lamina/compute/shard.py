@@ -70,9 +70,7 @@ class RemoteShard:
             self._idle_chunks.put_nowait(i)
         self._to_ship: asyncio.Queue[tuple[PromptKV, int, int, int, int]] = asyncio.Queue()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
-        if link.error:
-            self._on_lost(link.error)
+        link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     @property
     def stale_tags(self) -> int:
@@ -280,7 +278,7 @@ class RemoteShard:
         try:
             self.link.write(lane, remote, offset, [source], tag.pack())
         except TransportError as error:
-            if not self.link.closed:
+            if not self.link.state.closed:
                 raise
             # The link has ended just now, in its own thread, which has not come to tell us.
             raise self._lost_by(error) from error

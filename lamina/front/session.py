@@ -35,15 +35,18 @@ class ClientSession:
         engine: Callable[[], Engine],
         tokenizer: Callable[[], Tokenizer],
         status: Callable[[], Status],
+        ended: Callable[[], None],
     ) -> None:
+        """``ended`` is called when the client is gone."""
         self._link = link
         self._device = device
         self._engine = engine
         self._tokenizer = tokenizer
         self._status = status
+        self._ended = ended
         self._requests: dict[int, Sequence | asyncio.Task[None]] = {}
         """By the client's id; a task while the prompt is being turned into tokens."""
-        link.on_message, link.on_lost = self._on_message, self._on_lost
+        link.deliver(on_message=self._on_message, on_lost=self._on_lost)
 
     def _on_message(self, plain: dict[str, Any]) -> None:
         try:
@@ -106,6 +109,7 @@ class ClientSession:
         if self._requests:
             log.info("event=client_lost requests=%d reason=%r", len(self._requests), str(error))
         self._cancel_all()
+        self._ended()
 
     def _cancel(self, id_: int) -> None:
         match self._requests.pop(id_, None):

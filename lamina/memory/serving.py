@@ -91,14 +91,14 @@ class AttentionShard:
     @property
     def peer(self) -> str:
         """The name of the compute node."""
-        return self._link.peer.name
+        return self._link.info.peer.name
 
     async def serve(self) -> None:
         """Answer until the link ends; raises the error that ended it."""
         link = self._link
         self._tenant.join(self._number, self)
         try:
-            link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+            link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
             link.send(
                 encode(
                     Attached(
@@ -175,7 +175,7 @@ class AttentionShard:
                 Lane.DECODE, self._outputs_remote, start, [self._outputs[start : start + nbytes]], tag.pack()
             )
         except TransportError:
-            if own or not self._link.closed:
+            if own or not self._link.state.closed:
                 raise
 
     def _plan(self, number: int) -> _Step:
@@ -339,3 +339,4 @@ class AttentionShard:
     def _on_lost(self, error: TransportError) -> None:
         if not self._lost.done():
             self._lost.set_exception(error)
+            self._lost.exception()  # it may come after the end of ``serve``

@@ -81,8 +81,8 @@ class Assembly:
 
     def greet(self, link: Link) -> bool:
         """Take a link that another compute node has made; False if it was not expected."""
-        met = self._met.get(link.peer.name)
-        if met is None or met.done() or self._is_before(link.peer.name):
+        met = self._met.get(link.info.peer.name)
+        if met is None or met.done() or self._is_before(link.info.peer.name):
             return False
         self._meet(link)
         met.set_result(link)
@@ -106,17 +106,17 @@ class Assembly:
             link = await connect(node.listen, self._hello, self._options, deadline_s=deadline_s)
         except ConnectError as e:
             raise ConnectError(f"{role} node {node.name} was not there within {deadline_s:g} s: {e}") from e
-        if link.peer.role != role or (role == "compute" and link.peer.name != node.name):
+        if link.info.peer.role != role or (role == "compute" and link.info.peer.name != node.name):
             await link.close()
             raise HandshakeError(
-                f"{node.address} should be {role} node {node.name}, but a {link.peer.role} node answers"
-                + (f", {link.peer.name}" if link.peer.role == role else "")
+                f"{node.address} should be {role} node {node.name}, but a {link.info.peer.role} node answers"
+                + (f", {link.info.peer.name}" if link.info.peer.role == role else "")
             )
         if role == "compute":
             self._meet(link)
         else:
-            self._take(link)
-            link.on_lost = lambda _: None  # start to read; from the attach on, the shard listens
+            self.links.append(link)
+            link.deliver(lane_loop=self._device.loop)  # start to read; from the attach on, the shard listens
         self._arrived(node.name, link)
         return link
 
@@ -130,17 +130,13 @@ class Assembly:
         self._arrived(node.name, link)
         return link
 
-    def _take(self, link: Link) -> None:
-        self.links.append(link)
-        link.lane_loop = self._device.loop
-
     def _meet(self, link: Link) -> None:
-        self._take(link)
-        self.peers.append(ComputePeer(self._names.index(link.peer.name), link.peer.name, link, self._device))
+        self.links.append(link)
+        self.peers.append(ComputePeer(self._names.index(link.info.peer.name), link.info.peer.name, link, self._device))
 
     def _arrived(self, name: str, link: Link) -> None:
         self.waiting_for.discard(name)
-        log.info("event=connected peer=%s transport=%s choice=%r", name, link.transport, link.choice)
+        log.info("event=connected peer=%s transport=%s choice=%r", name, link.info.transport, link.info.choice)
 
     # -- the model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 from dataclasses import replace
@@ -229,29 +230,25 @@ class ComputeNode:
     # -- links of others
 
     def _on_link(self, link: Link) -> None:
-        if link.peer.role == "compute":
+        if link.info.peer.role == "compute":
             if not self._assembly.greet(link):
-                link.abort(f"compute node {link.peer.name} was not expected")
+                link.abort(f"compute node {link.info.peer.name} was not expected")
             return
-        self._clients = {*(known for known in self._clients if not known.closed), link}
-        if link.peer.role == "client" and not self._is_front:
+        self._clients = {*(known for known in self._clients if not known.state.closed), link}
+        if link.info.peer.role == "client" and not self._is_front:
             front = self._config.front
             refusal = f"{self._node.name} is not the front; clients talk to {front.name} at {front.address}"
             link.send(encode(Failed(kind="RequestError", message=refusal)))
-            link.on_message = lambda _: None
-        elif link.peer.role == "client":
-            link.peer_timeout = CLIENT_TIMEOUT_S
-            ClientSession(link, self._device, self._ready_engine, self._ready_tokenizer, self._status)
+            link.deliver(on_lost=lambda _: self._clients.discard(link))
+        elif link.info.peer.role == "client":
+            link.deliver(peer_timeout=CLIENT_TIMEOUT_S)
+            ended = functools.partial(self._clients.discard, link)
+            ClientSession(link, self._device, self._ready_engine, self._ready_tokenizer, self._status, ended)
         else:
-            link.on_message = lambda plain: self._answer_monitor(link, plain)
-        lost = link.on_lost
-
-        def on_lost(error: Any) -> None:
-            self._clients.discard(link)
-            if lost:
-                lost(error)
-
-        link.on_lost = on_lost
+            link.deliver(
+                on_message=lambda plain: self._answer_monitor(link, plain),
+                on_lost=lambda _: self._clients.discard(link),
+            )
 
     def _answer_monitor(self, link: Link, plain: dict[str, Any]) -> None:
         match decode(plain, AskStatus | Probe | Record | AskSpans):

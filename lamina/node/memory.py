@@ -113,13 +113,11 @@ class MemoryNode:
             return Memory(nbytes)
 
     def _on_link(self, link: Link) -> None:
-        if link.peer.role == probe.ROLE:
+        if link.info.peer.role == probe.ROLE:
             self._echoes.take(link)
             return
-        if link.peer.role == "compute":
-            link.lane_loop = self._device.loop
-        self._links = {*(known for known in self._links if not known.closed), link}
-        if link.peer.role == "client":
+        self._links = {*(known for known in self._links if not known.state.closed), link}
+        if link.info.peer.role == "client":
             refusal = f"{self._name} is a memory node; clients talk to the compute node"
             link.send(encode(Failed(kind="RequestError", message=refusal)))
 
@@ -132,24 +130,30 @@ class MemoryNode:
                 case Record() | AskSpans() as asked:
                     answer(link, self._tracing.reply(asked))
 
-        link.on_message = on_message
-        link.on_lost = lambda _: self._links.discard(link)
+        link.deliver(
+            on_message=on_message,
+            on_lost=lambda _: self._links.discard(link),
+            lane_loop=self._device.loop if link.info.peer.role == "compute" else None,
+        )
 
     def _attach(self, link: Link, attach: Attach) -> None:
-        if link.peer.role != "compute":
-            link.abort(f"a {link.peer.role} must not attach")
+        if link.info.peer.role != "compute":
+            link.abort(f"a {link.info.peer.role} must not attach")
             return
         if self._draining:
             link.send(encode(Refused(reason="is draining and takes no compute node")))
             return
-        link.on_message = lambda _: link.abort("a message before the answer to Attach")
+        link.deliver(
+            on_message=lambda _: link.abort("a message before the answer to Attach"),
+            on_lost=lambda _: self._links.discard(link),
+        )
         task = asyncio.get_running_loop().create_task(self._serve_link(link, attach))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _serve_link(self, link: Link, attach: Attach) -> None:
         """Hold the cache of a compute node's tenant, until the link ends."""
-        peer = link.peer.name
+        peer = link.info.peer.name
         tenant: Tenant | None = None
         reason = f"memory node {self._name} was told to stop"
         try:
@@ -162,8 +166,8 @@ class MemoryNode:
                 "event=attached peer=%s transport=%s choice=%r tenant=%r compute=%d model=%r layers=%d kv_heads=%d "
                 "bytes=%d capacity_tokens=%d",
                 peer,
-                link.transport,
-                link.choice,
+                link.info.transport,
+                link.info.choice,
                 tenant.name,
                 attach.compute,
                 attach.model,
@@ -181,7 +185,7 @@ class MemoryNode:
         finally:
             if tenant is not None and attach.compute == FRONT:
                 await self._end(tenant, f"tenant {tenant.name} has ended, as its front {peer} is gone: {reason}")
-        if link.closed:
+        if link.state.closed:
             log.info("event=detached peer=%s reason=%r", peer, reason)
         else:  # whoever comes next need not wait until this one has heard it
             log.error("event=refused peer=%s reason=%r", peer, reason)

@@ -60,7 +60,7 @@ class _Measurement:
         self._answer: asyncio.Future[RemoteRegion] = asyncio.get_running_loop().create_future()
         self._arrived: Callable[[], None] = lambda: None
         self._phase: asyncio.Future[None] | None = None
-        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+        link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     async def run(self) -> Probed:
         self._link.send(encode(Echo(region=self._link.expose(self._region))))
@@ -68,8 +68,8 @@ class _Measurement:
         trips = await self._pings(remote)
         percentiles = statistics.quantiles(trips, n=100, method="inclusive")
         return Probed(
-            kind=self._link.transport,
-            choice=self._link.choice,
+            kind=self._link.info.transport,
+            choice=self._link.info.choice,
             p50_s=percentiles[49],
             p99_s=percentiles[98],
             bytes_per_s=await self._chunks(remote),
@@ -158,7 +158,7 @@ class Echoes:
 
     def take(self, link: Link) -> None:
         """Answer whoever measures at the other end of ``link``, for a bounded time."""
-        self._links = {known for known in self._links if not known.closed}
+        self._links = {known for known in self._links if not known.state.closed}
         if len(self._links) >= MAX_ECHOES:
             link.abort(f"{MAX_ECHOES} measurements are answered already")
             return
@@ -172,7 +172,7 @@ class _Echo:
         self._region = Region("echo", CHUNK_BYTES)
         self._remote: RemoteRegion | None = None
         self._timer = asyncio.get_running_loop().call_later(MEASURE_S, link.abort, "the measurement took too long")
-        link.on_tag, link.on_message, link.on_lost = self._on_tag, self._on_message, self._on_lost
+        link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     def _on_message(self, plain: dict[str, Any]) -> None:
         remote: RemoteRegion = decode(plain, Echo).region
@@ -183,7 +183,7 @@ class _Echo:
 
     def _on_tag(self, lane: Lane, tag: int) -> None:
         assert self._remote is not None, "else nothing is exposed"
-        if self._link.pending_bytes > MAX_PENDING_BYTES:
+        if self._link.state.pending_bytes > MAX_PENDING_BYTES:
             self._link.abort("it does not read what comes back")
             return
         pieces = [self._region.buffer[:PING_BYTES]] if lane is Lane.DECODE else []

@@ -97,7 +97,7 @@ class _Asking:
             raise NodeError(f"node {self._node.name} cannot be reached: {e}", node=self._node.name) from e
         self._link: Link = link
         self._answer: asyncio.Future[Spans] = asyncio.get_running_loop().create_future()
-        link.on_message, link.on_lost = self._on_message, self._on_lost
+        link.deliver(on_message=self._on_message, on_lost=self._on_lost)
         return self
 
     async def __aexit__(self, *_: object) -> None:

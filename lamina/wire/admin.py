@@ -32,13 +32,14 @@ class PeerStatus(Struct, frozen=True, kw_only=True):
     @classmethod
     def over(cls, link: Link, name: str, kv_heads: int = 0) -> PeerStatus:
         """The node at the other end of ``link``, which the file calls ``name``."""
+        state = link.state
         return cls(
             name=name,
-            transport=link.transport,
-            choice=link.choice,
+            transport=link.info.transport,
+            choice=link.info.choice,
             kv_heads=kv_heads,
-            bytes_sent=sum(link.bytes_written),
-            bytes_received=sum(link.bytes_received),
+            bytes_sent=sum(state.bytes_written),
+            bytes_received=sum(state.bytes_received),
         )
 
 

@@ -11,10 +11,11 @@ MAX_PENDING_BYTES = 4 * 2**20
 
 def answer(link: Link, message: Message) -> bool:
     """Send to a client or monitor, unless it is gone; end the link of one that does not read, and return False."""
-    if link.closed:
+    state = link.state
+    if state.closed:
         return False
-    if link.pending_bytes > MAX_PENDING_BYTES:
-        link.abort(f"{link.pending_bytes} bytes are left unread")
+    if state.pending_bytes > MAX_PENDING_BYTES:
+        link.abort(f"{state.pending_bytes} bytes are left unread")
         return False
     link.send(encode(message))
     return True

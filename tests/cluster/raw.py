@@ -35,8 +35,11 @@ class RawCompute:
         self._replies: asyncio.Queue[Attached | Reserved | Refused] = asyncio.Queue()
         self._answers: asyncio.Queue[Tag] = asyncio.Queue()
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        link.on_message, link.on_lost = self._on_message, lambda error: self._end(str(error))
-        link.on_tag = lambda _, tag: self._answers.put_nowait(Tag.unpack(tag))
+        link.deliver(
+            on_message=self._on_message,
+            on_tag=lambda _, tag: self._answers.put_nowait(Tag.unpack(tag)),
+            on_lost=lambda error: self._end(str(error)),
+        )
         link.send(encode(attach))
 
     async def attached(self) -> None:
@@ -159,6 +162,6 @@ async def status(port: int) -> Status:
     address = Address.parse(f"127.0.0.1:{port}")
     async with await connect(address, Hello("monitor", "test"), Options(kind="control"), deadline_s=PATIENCE_S) as link:
         answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
+        link.deliver(on_message=lambda plain: answer.set_result(decode(plain, Status)))
         link.send(encode(AskStatus()))
         return await asyncio.wait_for(answer, PATIENCE_S)

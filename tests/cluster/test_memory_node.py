@@ -148,7 +148,7 @@ def test_a_compute_node_that_asks_for_what_cannot_be_is_told_so(tmp_path: Path) 
         address = Address.parse(f"127.0.0.1:{port}")
         async with await connect(address, Hello("compute", "odd"), deadline_s=20) as link:
             told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-            link.on_message = lambda plain: told.set_result(plain["reason"])
+            link.deliver(on_message=lambda plain: told.set_result(plain["reason"]))
             outputs = link.expose(Region("outputs", 3))
             types = {"dtype": "float32", "kv_dtype": "float32", "block_tokens": 16, "slots": 1, "max_rows": 1}
             link.send(encode(Attach(tenant="odd", model="odd", layers=[layer], outputs=outputs, **types)))

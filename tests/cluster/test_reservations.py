@@ -96,7 +96,7 @@ async def attached(ports: list[int]) -> AsyncIterator[Ends]:
             address = Address.parse(f"127.0.0.1:{port}")
             link = await stack.enter_async_context(await connect(address, Hello("compute", "c0"), deadline_s=20))
             layout = KVLayout(layers=heads.layers, dtype="float32", block_tokens=BLOCK)
-            link.lane_loop = device.loop
+            link.deliver(lane_loop=device.loop)
             shard = RemoteShard(name, link, heads, layout, device, dtype="float32", slots=1, max_rows=4)
             await shard.attach("m", "m")
             running.append(device.start(shard.run()))
@@ -113,7 +113,7 @@ async def status(port: int) -> Status:
     """What a memory node says of itself."""
     async with await connect(Address.parse(f"127.0.0.1:{port}"), Hello("monitor", "test"), deadline_s=20) as link:
         answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        link.on_message = lambda plain: answer.set_result(decode(plain, Status))
+        link.deliver(on_message=lambda plain: answer.set_result(decode(plain, Status)))
         link.send(encode(AskStatus()))
         return await answer
 

@@ -433,7 +433,7 @@ def test_random_tags_do_no_harm(port: int, seed: int) -> None:
                     odd.plan(0, step_of(0))
                     for _ in range(chance.randrange(1, 40)):
                         kind, slot = chance.choice([0, 1, 1, 2, 2, 2, 3, 4, 5]), chance.randrange(2)
-                        if not odd.link.closed:
+                        if not odd.link.state.closed:
                             odd.tag(kind, slot, chance.randrange(4), chance.randrange(2))
                         if chance.random() < 0.3:
                             await asyncio.sleep(0)

@@ -22,8 +22,7 @@ async def main(address: str, kind: str, secret: str = "", *files: str) -> None:
         tls=TlsFiles(*map(Path, files)) if files else None,
     )
     link = await connect(Address.parse(address), Hello("memory", "m1"), options, deadline_s=30)
-    link.on_message = link.send
-    link.on_lost = lambda error: sys.exit(0)
+    link.deliver(on_message=link.send, on_lost=lambda error: sys.exit(0))
     if kind != "control":
         link.send({"region": link.expose(Region("inbox", INBOX_BYTES))})
     await asyncio.Event().wait()

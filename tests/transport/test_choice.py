@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lamina.errors import ConfigError, HandshakeError, ProtocolError
-from lamina.transport import Lane, Options, Region, RemoteRegion, connect
+from lamina.transport import Lane, LinkState, Options, Region, RemoteRegion, connect
 from tests.transport import wire
 from tests.transport.nodes import COMPUTE, TCP, listening, round_trip, still_welcomes
 
@@ -24,9 +24,9 @@ async def link_of(near, far):
     ):
         other = await keeper.first()
         assert await round_trip(link, other)
-        assert link.choice == other.choice
-        assert link.transport == other.transport
-        return link.transport, link.choice
+        assert link.info.choice == other.info.choice
+        assert link.info.transport == other.info.transport
+        return link.info.transport, link.info.choice
 
 
 def test_auto_takes_shared_memory_on_one_host(run):
@@ -127,7 +127,7 @@ def test_auto_falls_back_to_what_is_possible(run):
             listening(AUTO) as (listener, keeper),
             wire.hand_made_link(listener.address, kind="auto", offers=ELSEWHERE),
         ):
-            return (await keeper.first()).choice
+            return (await keeper.first()).info.choice
 
     assert run(main()) == (
         "asked: auto (stranger), auto (m0); shm: the nodes are not on one host; "
@@ -154,7 +154,7 @@ def test_auto_falls_back_when_a_set_up_fails(run):
                     assert await control.hear() == {"outcome": ""}
                     await control.send(wire.message({"outcome": ""}))
                     link = await keeper.first()
-                    return link.transport, link.choice
+                    return link.info.transport, link.info.choice
 
     transport, choice = run(main())
     assert transport == "tcp"
@@ -172,7 +172,7 @@ def test_words_of_the_peer_are_fit_for_a_log(run):
             listening(AUTO) as (listener, keeper),
             wire.hand_made_link(listener.address, kind="auto", offers=offers),
         ):
-            return (await keeper.first()).choice
+            return (await keeper.first()).info.choice
 
     choice = run(main())
     assert choice.isprintable()
@@ -230,8 +230,8 @@ def test_control_link(run):
             await connect(listener.address, COMPUTE, Options("control", peer_timeout=10.0), deadline_s=10) as link,
         ):
             other = await keeper.first()
-            assert link.transport == other.transport == "control"
-            assert link.choice == other.choice == "asked: control (c0), auto (m0); took control"
+            assert link.info.transport == other.info.transport == "control"
+            assert link.info.choice == other.info.choice == "asked: control (c0), auto (m0); took control"
             assert await round_trip(link, other)
             remote = RemoteRegion(1, "inbox", 100)
             for end in (link, other):
@@ -241,11 +241,11 @@ def test_control_link(run):
                     end.write(Lane.DECODE, remote, 0, [b"data"], 1)
                 with pytest.raises(ProtocolError, match="has exposed no region 'inbox' of 100 bytes"):
                     end.window(remote)
-                assert not end.poll()
-                assert end.bytes_written == end.bytes_received == (0, 0)
-                await end.drain()
+                assert end.state == LinkState(
+                    closed=False, error=None, pending_bytes=0, bytes_written=(0, 0), bytes_received=(0, 0)
+                )
             await link.close()
-            assert link.error is None
+            assert link.state.error is None
 
     run(main())
 
@@ -272,7 +272,7 @@ def test_region_on_a_control_link():
             await wire.introduce(control, kind="control", offers={})
             link = await keeper.first()
             lost = asyncio.get_running_loop().create_future()
-            link.on_lost = lost.set_result
+            link.deliver(on_lost=lost.set_result)
             await control.send(wire.note({"region": [1, 100, {}]}))
             assert "exposed a region on a link without lanes" in str(await lost)
 

@@ -224,8 +224,8 @@ def arena(request):
     yield arena
     assert _resident_bytes() - before < 200 * MIB
     assert arena.stall_s < LONGEST_STALL_S
-    assert arena.witness.error is None
-    assert arena.other.error is None
+    assert arena.witness.state.error is None
+    assert arena.other.state.error is None
     runner.run(round_trip(arena.witness, arena.other))
     runner.run(stack.aclose())
     runner.close()
@@ -309,9 +309,7 @@ def test_link(arena, place, count):
             link = await arena.listened_to_by(hand_made)
             lost = asyncio.get_running_loop().create_future()
             tags, heard = [], []
-            link.on_tag = lambda lane, tag: tags.append(tag)
-            link.on_message = heard.append
-            link.on_lost = lost.set_result
+            link.deliver(on_tag=lambda lane, tag: tags.append(tag), on_message=heard.append, on_lost=lost.set_result)
             one = hand_made.wires[["control", "decode", "bulk"].index(place)]
             with suppress(ConnectionError):
                 await one.send(data)
@@ -322,7 +320,7 @@ def test_link(arena, place, count):
             assert "stranger (compute" in str(error)
             assert not tags or place != "control"
             assert not heard or place == "control"
-            assert link.pending_bytes == 0
+            assert link.state.pending_bytes == 0
 
     check()
 

@@ -36,12 +36,12 @@ def test_both_ends_know_each_other(run, options):
         ):
             other = await keeper.first()
 
-            assert (link.local, link.peer) == (COMPUTE, MEMORY) == (other.peer, other.local)
-            assert link.peer_address == str(listener.address)
+            assert link.info[:2] == (COMPUTE, MEMORY) == (other.info.peer, other.info.local)
+            assert link.info.address == str(listener.address)
             assert str(other).startswith("c0 (compute, tcp://127.0.0.1:")
-            assert link.transport == other.transport == options.kind
-            assert link.choice == other.choice
-            assert link.choice == f"asked: {options.kind} (c0), {options.kind} (m0); took {options.kind}"
+            assert link.info.transport == other.info.transport == options.kind
+            assert link.info.choice == other.info.choice
+            assert link.info.choice == f"asked: {options.kind} (c0), {options.kind} (m0); took {options.kind}"
             assert await round_trip(link, other)
 
     run(main())
@@ -74,7 +74,7 @@ def test_start_order_does_not_matter(run):
         await asyncio.sleep(0.1)
         keeper = LinkKeeper()
         async with await Listener.open(address, MEMORY, keeper), await connecting as link:
-            assert link.peer == MEMORY
+            assert link.info.peer == MEMORY
             await keeper.until(1)
         keeper.links[0].abort("the test is over")
 
@@ -205,7 +205,7 @@ def test_nothing_is_lost_before_the_callbacks_are_set(run, options):
             link = await connect(listener.address, COMPUTE, options, deadline_s=10)
             await asyncio.sleep(0.05)
             got = asyncio.get_running_loop().create_future()
-            link.on_message = got.set_result
+            link.deliver(on_message=got.set_result)
 
             assert await asyncio.wait_for(got, 10) == {"first": 1}
             link.abort("the test is over")
@@ -265,9 +265,9 @@ def test_failing_on_link(run):
         async with asyncio.timeout(20), await Listener.open(LOCAL, MEMORY, fail_once) as listener:
             link = await connect(listener.address, COMPUTE, deadline_s=10)
             lost = asyncio.get_running_loop().create_future()
-            link.on_lost = lost.set_result
+            link.deliver(on_lost=lost.set_result)
             assert isinstance(await lost, PeerLostError)
-            assert calls[0].closed
+            assert calls[0].state.closed
 
             link = await connect(listener.address, COMPUTE, deadline_s=10)
             link.abort("the test is over")
@@ -285,11 +285,11 @@ def test_different_patience():
             await connect(listener.address, COMPUTE, Options("tcp", peer_timeout=0.4), deadline_s=10) as link,
         ):
             other = await keeper.first()
-            link.on_lost = other.on_lost = lambda error: None
+            link.deliver()
             await asyncio.sleep(1.0)
 
-            assert link.error is None
-            assert other.error is None
+            assert link.state.error is None
+            assert other.state.error is None
 
     asyncio.run(main())
 
@@ -586,7 +586,7 @@ def test_bytes_that_make_no_sense_end_the_link(lane, data):
         ):
             await keeper.until(2)
             lost = asyncio.get_running_loop().create_future()
-            keeper.links[1].on_lost = lost.set_result
+            keeper.links[1].deliver(on_lost=lost.set_result)
             await (bad.control if lane is None else bad.lanes[lane]).send(data)
             error = await lost
 
@@ -617,8 +617,7 @@ def test_death_at_every_byte(cut):
                     assert await dying.control.hear() == {"region": [1, 8, {}]}
                     tags = []
                     lost = asyncio.get_running_loop().create_future()
-                    link.on_tag = lambda lane, tag, tags=tags: tags.append((lane, tag))
-                    link.on_lost = lost.set_result
+                    link.deliver(on_tag=lambda lane, tag, tags=tags: tags.append((lane, tag)), on_lost=lost.set_result)
                     for one, part in zip(dying.wires, parts, strict=False):
                         await one.send(part[:nbytes])
                     for one, name in zip(dying.wires, ("control", "decode", "bulk"), strict=True):
@@ -670,7 +669,7 @@ def test_peer_that_never_stops_sending(run):
             link = await keeper.first()
             lost = asyncio.get_running_loop().create_future()
             heard = asyncio.Event()
-            link.on_lost, link.on_tag = lost.set_result, lambda lane, tag: heard.set()
+            link.deliver(on_lost=lost.set_result, on_tag=lambda lane, tag: heard.set())
             link.expose(Region("target", 64))
             lane = made.lanes[0].sock.fileno()
             given = [str(lane), write_header(1, 0, 0, 0).hex()]

@@ -13,6 +13,7 @@ import pytest
 
 from lamina.errors import PeerLostError, TransportError, UsageError
 from lamina.transport import Lane, Region, RemoteRegion
+from lamina.transport.testing import until_sent
 
 MIB = 1 << 20
 TAGS = 5000
@@ -58,10 +59,9 @@ class End:
         self.region = Region("memory", MIB)
         self.remote = RemoteRegion(0, "none yet", 1)
 
-    def listen(self) -> None:
-        self.link.on_tag = self.on_tag
-        self.link.on_message = self.messages.put_nowait
-        self.link.on_lost = self.lost.set_result
+    def listen(self, **more: Any) -> None:
+        callbacks = {"on_tag": self.on_tag, "on_message": self.messages.put_nowait, "on_lost": self.lost.set_result}
+        self.link.deliver(**callbacks | more)
 
     def on_tag(self, lane: Lane, tag: int) -> None:
         self.threads.add(threading.get_ident())
@@ -77,10 +77,9 @@ async def ends(make_pair: Any, worker: Worker) -> Any:
     """Two ends: the lanes of the first belong to the worker, those of the other to the link's own loop."""
     near, far = map(End, await make_pair())
     async with asyncio.timeout(60):
-        near.link.lane_loop = worker.loop
+        near.listen(lane_loop=worker.loop)
+        far.listen()
         for end, other in ((near, far), (far, near)):
-            other.listen()
-            end.listen()
             end.link.send({"region": end.link.expose(end.region)})
             other.remote = RemoteRegion.from_wire((await other.messages.get())["region"])
         try:
@@ -102,7 +101,7 @@ def test_tags_come_and_go_in_the_other_thread(run: Callable[..., Any], make_pair
                     near.link.write(Lane.DECODE, near.remote, 0, [tag.to_bytes(4, "little")], tag)
                     if tag % 16 == 0:
                         await asyncio.sleep(0)
-                await near.link.drain()
+                await until_sent(near.link)
 
             writing = worker.do(write())
             for tag in range(TAGS):
@@ -130,7 +129,8 @@ def test_a_busy_thread_is_no_dead_peer(run: Callable[..., Any], make_pair: Any, 
 
     async def main() -> None:
         async with ends(make_pair, worker) as (near, far):
-            near.link.peer_timeout = far.link.peer_timeout = 0.5
+            for end in (near, far):
+                end.listen(peer_timeout=0.5)
             begun, computing = threading.Event(), threading.Event()
 
             def compute() -> None:
@@ -168,13 +168,13 @@ def test_close_sends_what_is_queued(run: Callable[..., Any], make_pair: Any, wor
             error = await far.lost
             assert isinstance(error, PeerLostError)
             assert [tag for _, tag in far.tags] == list(range(50))
-            assert near.link.error is None
+            assert near.link.state.error is None
 
     run(main())
 
 
 def test_the_end_is_told_in_the_own_thread(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
-    """Of a callback that raises in the other thread too; who waits there for a queue gets the error."""
+    """Of a callback that raises in the other thread too; from then on writes there raise the error."""
 
     async def main() -> None:
         async with ends(make_pair, worker) as (near, far):
@@ -183,16 +183,17 @@ def test_the_end_is_told_in_the_own_thread(run: Callable[..., Any], make_pair: A
                 raise ValueError("not this one")
 
             told: list[int] = []
-            near.link.on_tag = refuse
-            near.link.on_lost = lambda error: (told.append(threading.get_ident()), near.lost.set_result(error))
+            near.listen(
+                on_tag=refuse,
+                on_lost=lambda error: (told.append(threading.get_ident()), near.lost.set_result(error)),
+            )
             far.link.write(Lane.DECODE, far.remote, 0, [], 7)
             error = await near.lost
             assert "not this one" in str(error)
             assert told == [threading.get_ident()]
             with pytest.raises(TransportError, match="not this one"):
                 await worker.call(near.link.write, Lane.DECODE, near.remote, 0, [], 1)
-            with pytest.raises(TransportError, match="not this one"):
-                await worker.do(near.link.drain())
+            assert near.link.state.error is error
             await far.lost
 
     run(main())
@@ -210,11 +211,8 @@ def test_a_peer_that_goes_is_noticed(run: Callable[..., Any], make_pair: Any, wo
                     near.link.write(Lane.BULK, near.remote, 0, [data], tag)
 
             await worker.call(write)
-            drained = worker.do(near.link.drain(Lane.BULK))
             far.link.abort("the test wants it")
             await near.lost
-            await asyncio.wait([drained])  # it may have gone well before
-            drained.exception()
             with pytest.raises(TransportError):
                 await worker.call(near.link.write, Lane.BULK, near.remote, 0, [data], 1)
 
@@ -222,10 +220,15 @@ def test_a_peer_that_goes_is_noticed(run: Callable[..., Any], make_pair: Any, wo
 
 
 def test_too_late(run: Callable[..., Any], make_pair: Any, worker: Worker) -> None:
+    """Lanes that are in use stay where they are; the error says what to do, and the callbacks remain."""
+
     async def main() -> None:
-        async with ends(make_pair, worker) as (near, _):
-            with pytest.raises(UsageError, match="before the first callback"):
-                near.link.lane_loop = asyncio.get_running_loop()
+        async with ends(make_pair, worker) as (near, far):
+            with pytest.raises(UsageError, match="in the first call of deliver"):
+                near.link.deliver(lane_loop=worker.loop)
+            far.link.write(Lane.DECODE, far.remote, 0, [], 7)
+            await near.until(1)
+            assert near.threads == {worker.thread.ident}
 
     run(main())
 
@@ -238,7 +241,7 @@ def test_a_lane_outlives_a_long_operation(run: Callable[..., Any], make_pair: An
     async def main() -> None:
         async with ends(make_pair, worker) as (near, far):
             for end in (near, far):
-                end.link.peer_timeout = 0.2
+                end.listen(peer_timeout=0.2)
             worker.loop.call_soon_threadsafe(time.sleep, 0.8)
             payload = bytes(MIB)
             for tag in range(writes):

@@ -18,6 +18,7 @@ import pytest
 import lamina
 from lamina.errors import PeerLostError
 from lamina.transport import Address, Hello, Lane, Listener, Options, RemoteRegion
+from lamina.transport.testing import until_sent
 
 PEER_TIMEOUT = 0.8
 HEARTBEAT_PERIOD = PEER_TIMEOUT / 4
@@ -32,8 +33,10 @@ class Owner:
         self.link = link
         self.messages = asyncio.Queue()
         self.lost = asyncio.get_running_loop().create_future()
-        link.on_message = self.messages.put_nowait
-        link.on_lost = self.lost.set_result
+        self.listen()
+
+    def listen(self, **more):
+        self.link.deliver(on_message=self.messages.put_nowait, on_lost=self.lost.set_result, **more)
 
 
 @asynccontextmanager
@@ -79,7 +82,7 @@ def test_killed_peer(run, options):
 
     async def main():
         async with peer_process(options) as (owner, _, process):
-            owner.link.peer_timeout = 60.0
+            owner.listen(peer_timeout=60.0)
             process.kill()
             error = await asyncio.wait_for(owner.lost, SLACK)
 
@@ -91,26 +94,24 @@ def test_killed_peer(run, options):
 
 
 def test_peer_killed_in_mid_write(run, options):
-    """So it does while the peer takes a large write, or has taken half of it; who waits for the queue learns of it."""
+    """So it does while the peer takes a large write, or has taken half of it; nothing is pending afterwards."""
 
     async def main():
         async with peer_process(options) as (owner, region, process):
-            owner.link.peer_timeout = 60.0
+            owner.listen(peer_timeout=60.0)
             data = bytes(16 * MIB)
             for lane in Lane:
                 for i in range(16):
                     owner.link.write(lane, region, 0, [data], i)
-            waiting = asyncio.create_task(owner.link.drain(Lane.BULK))
-            queued = owner.link.pending_bytes
-            while owner.link.pending_bytes > queued - 20 * MIB:  # noqa: ASYNC110 - nothing announces it
+            queued = owner.link.state.pending_bytes
+            while owner.link.state.pending_bytes > queued - 20 * MIB:  # noqa: ASYNC110 - nothing announces it
                 await asyncio.sleep(0)
             process.kill()
             error = await asyncio.wait_for(owner.lost, SLACK)
-            await asyncio.wait([waiting])
 
             assert isinstance(error, PeerLostError)
-            assert waiting.exception() is error
-            assert owner.link.pending_bytes == 0
+            assert owner.link.state.error is error
+            assert owner.link.state.pending_bytes == 0
 
     run(main())
 
@@ -133,7 +134,7 @@ def test_stopped_peer(run, options):
 
 
 def test_stopped_peer_with_a_full_queue(run, options):
-    """So is one that stops in the middle of a transfer; who waits for the queue learns of it."""
+    """So is one that stops in the middle of a transfer, when the queue is full."""
 
     async def main():
         async with peer_process(options) as (owner, region, process):
@@ -146,7 +147,7 @@ def test_stopped_peer_with_a_full_queue(run, options):
                 for i in range(2000):
                     owner.link.write(lane, region, 0, [data[:1]], i)
             with pytest.raises(PeerLostError):
-                await asyncio.wait_for(owner.link.drain(Lane.BULK), SLACK)
+                await asyncio.wait_for(until_sent(owner.link), SLACK)
             assert owner.lost.done()
 
     run(main())
@@ -257,16 +258,15 @@ def test_silent_network(run, request, cable, kind, queue):
                     for i in range(16):
                         owner.link.write(lane, region, 0, [bytes(16 * MIB)], i)
                 await asyncio.sleep(0.02)
-                assert owner.link.pending_bytes
+                assert owner.link.state.pending_bytes
             cable.cut()
             cut = loop.time()
-            waiting = asyncio.create_task(owner.link.drain(Lane.BULK))
             error = await asyncio.wait_for(owner.lost, PEER_TIMEOUT + HEARTBEAT_PERIOD + SLACK)
-            await asyncio.wait([waiting])
 
             assert isinstance(error, PeerLostError)
             assert f"m1 (memory, tcp://{cable.far}:" in str(error)
             assert loop.time() - cut > PEER_TIMEOUT - 2 * HEARTBEAT_PERIOD
-            assert queue == "idle" or waiting.exception() is error
+            assert owner.link.state.error is error
+            assert owner.link.state.pending_bytes == 0
 
     run(main())

@@ -368,7 +368,7 @@ def test_lane_is_joined_once(run):
                     for late in (decode, bulk):
                         async with wire.stranger(listener.address, late) as fourth:
                             assert "no link waits" in (await fourth.hear())["refused"]
-                    assert link.error is None
+                    assert link.state.error is None
 
     run(main())
 

@@ -82,9 +82,11 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[Link | None, 
         return None, Finding(item, state, f"{place}: no answer: {_reason(e, node)}", advice)
     except LaminaError as e:
         return None, Finding(item, "fail", f"{place}: {e}")
-    if link.peer.role != node.role:
+    if link.info.peer.role != node.role:
         await link.close()
-        return None, Finding(item, "fail", f"{place}: a {link.peer.role} node answers, {link.peer.name}", "correct it")
+        return None, Finding(
+            item, "fail", f"{place}: a {link.info.peer.role} node answers, {link.info.peer.name}", "correct it"
+        )
     try:
         async with asyncio.timeout(REACH_S):
             status = await _ask(link, AskStatus(), Status)
@@ -112,7 +114,7 @@ async def _ask(link: Link, message: AskStatus | Probe, kind: Any) -> Any:
         if not answer.done():
             answer.set_exception(error)
 
-    link.on_message, link.on_lost = on_message, on_lost
+    link.deliver(on_message=on_message, on_lost=on_lost)
     link.send(encode(message))
     return await answer
 

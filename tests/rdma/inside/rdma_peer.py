@@ -40,9 +40,7 @@ async def main(port: int, queue: int) -> None:
     def on_tag(lane: Lane, tag: int) -> None:
         link.write(lane, remote, 0, [region.buffer[:answer]], tag)
 
-    link.on_message = on_message
-    link.on_tag = on_tag
-    link.on_lost = lambda error: sys.exit(0)
+    link.deliver(on_message=on_message, on_tag=on_tag, on_lost=lambda error: sys.exit(0))
     link.send({"region": link.expose(region)})
     await asyncio.Event().wait()
 

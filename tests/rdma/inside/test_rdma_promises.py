@@ -20,7 +20,7 @@ import uvloop
 from lamina.errors import HandshakeError, ProtocolError
 from lamina.transport import Lane, Options, RdmaOptions, Region, rdma
 from lamina.transport.lanes import UpgradeError
-from lamina.transport.testing import CHECKS, noise, two_ends
+from lamina.transport.testing import CHECKS, noise, two_ends, until_sent
 from tests.rdma.inside import links
 from tests.rdma.inside.cable import disturbed
 
@@ -121,7 +121,7 @@ def test_region_beyond_the_limit_of_locked_memory() -> None:
         "    near, far = await links.make_pair()\n"
         "    try: near.expose(Region('large', 100 << 20))\n"
         "    except Exception as error: print(type(error).__name__, error)\n"
-        "    print(near.closed)\n"
+        "    print(near.state.closed)\n"
         "    near.abort('done'), far.abort('done')\n"
         "uvloop.run(main())",
     )
@@ -141,7 +141,7 @@ def test_no_way_between_the_ports() -> None:
             for link in (near, far):
                 link.abort("the test is over")
         # In one process both ends are on one host, so shm comes before.
-        assert near.transport in ("shm", "tcp")
+        assert near.info.transport in ("shm", "tcp")
 
     uvloop.run(main())
 
@@ -153,7 +153,7 @@ def test_no_way_between_the_ports() -> None:
     "make",
     [
         lambda data: [Region("source", len(data)).buffer],
-        lambda data: [Region.over("source", bytearray(len(data))).buffer],
+        lambda data: [memoryview(bytearray(len(data)))],
         lambda data: [memoryview(mmap.mmap(-1, len(data)))],
         lambda data: [data],
         lambda data: [memoryview(data)[:5], memoryview(bytearray(data))[5:]],
@@ -173,7 +173,7 @@ def test_sources(make: Callable[[bytes], list[memoryview | bytes]], nbytes: int)
                     if len(pieces) == 1 and isinstance(piece, memoryview) and not piece.readonly:
                         piece[:] = data
                 left.link.write(Lane(tag % 2), left.remote, 7, pieces, tag)
-                await left.link.drain(Lane(tag % 2))
+                await until_sent(left.link)
                 await right.until_arrived(tag + 1)
                 assert right.memory[7 : 7 + nbytes] == data
                 del pieces
@@ -194,8 +194,8 @@ def test_many_registered_pieces() -> None:
             await right.until_arrived(1)
             total = sum(piece.nbytes for piece in pieces)
             assert right.memory[1 : 1 + total] == b"".join(pieces)
-            await left.link.drain(Lane.DECODE)
-            assert left.link.bytes_written == (total, 0)
+            await until_sent(left.link)
+            assert left.link.state.bytes_written == (total, 0)
 
     uvloop.run(main())
 
@@ -223,7 +223,7 @@ def test_busy_poll() -> None:
                 left.write(0, noise(8192, tag), tag)
                 await right.until_arrived(tag + 1)
                 assert right.memory[:8192] == noise(8192, tag)
-            await left.link.drain(Lane.DECODE)
+            await until_sent(left.link)
 
     uvloop.run(main())
 
@@ -264,7 +264,7 @@ def test_links_leave_nothing() -> None:
             region = Region("region", MIB)
             near.expose(region)
             lost: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-            far.on_lost = lost.set_result
+            far.deliver(on_lost=lost.set_result)
             if number % 2:
                 await near.close()
             else:
@@ -296,7 +296,7 @@ def test_writes_leave_nothing() -> None:
                 for tag in range(count):
                     left.link.write(Lane.DECODE, left.remote, 0, kinds[tag % 4], tag)
                     if tag % 64 == 63:
-                        await left.link.drain(Lane.DECODE)
+                        await until_sent(left.link)
                 await right.until_arrived(count)
                 right.arrived.clear()
                 return resident()

@@ -16,7 +16,7 @@ import uvloop
 
 from lamina.errors import PeerLostError, TransportError
 from lamina.transport import Address, Hello, Lane, Link, Listener, Region, RemoteRegion
-from lamina.transport.testing import noise
+from lamina.transport.testing import noise, until_sent
 from tests.rdma.inside import links
 from tests.rdma.inside.cable import disturbed
 
@@ -36,9 +36,11 @@ class Owner:
         self.lost: asyncio.Future[TransportError] = asyncio.get_running_loop().create_future()
         self.region = Region("answers", MIB)
         self.remote = RemoteRegion(0, "not described yet", 1)
-        link.on_tag = lambda lane, tag: self.tags.put_nowait((lane, tag))
-        link.on_message = self.messages.put_nowait
-        link.on_lost = self.lost.set_result
+        link.deliver(
+            on_tag=lambda lane, tag: self.tags.put_nowait((lane, tag)),
+            on_message=self.messages.put_nowait,
+            on_lost=self.lost.set_result,
+        )
 
     async def introduce(self) -> None:
         self.remote = RemoteRegion.from_wire((await self.messages.get())["region"])
@@ -88,7 +90,7 @@ def test_round_trips() -> None:
 
     async def main() -> None:
         async with peer_process() as (owner, _):
-            assert owner.link.transport == "rdma"
+            assert owner.link.info.transport == "rdma"
             await owner.ask({"answer": 8192})
             for tag in range(200):
                 data = noise(8192, tag)
@@ -124,8 +126,7 @@ def test_large_write(source: str) -> None:
             staged.buffer[:] = noise(MIB) * 64
             data = staged.buffer if source == "region" else bytes(staged.buffer)
             owner.link.write(Lane.BULK, owner.remote, 0, [data], 1)
-            await owner.link.drain(Lane.BULK)
-            assert owner.link.pending_bytes == 0
+            await until_sent(owner.link)
             assert await owner.next_tag() == (Lane.BULK, 1)
             answer = await owner.ask({"digest": [0, 64 * MIB]})
             assert answer["digest"] == hashlib.sha256(data).digest()
@@ -141,15 +142,13 @@ def test_peer_killed_in_mid_write() -> None:
             staged = Region("staged", 64 * MIB)
             for tag in range(4):
                 owner.link.write(Lane.BULK, owner.remote, 0, [staged.buffer], tag)
-            waiting = asyncio.ensure_future(owner.link.drain(Lane.BULK))
             await asyncio.sleep(0.02)
             process.kill()
             error = await asyncio.wait_for(owner.lost, SLACK)
-            await asyncio.wait([waiting])
 
             assert isinstance(error, PeerLostError)
-            assert waiting.exception() is error
-            assert owner.link.pending_bytes == 0
+            assert owner.link.state.error is error
+            assert owner.link.state.pending_bytes == 0
 
     uvloop.run(main())
 
@@ -161,7 +160,7 @@ def test_stopped_peer() -> None:
         async with peer_process() as (owner, process):
             process.send_signal(signal.SIGSTOP)
             owner.link.write(Lane.BULK, owner.remote, 0, [bytes(16 * MIB)], 1)
-            await owner.link.drain(Lane.BULK)
+            await until_sent(owner.link)
             error = await asyncio.wait_for(owner.lost, PEER_TIMEOUT + SLACK)
 
             assert isinstance(error, PeerLostError)
