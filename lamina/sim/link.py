@@ -57,7 +57,11 @@ class LinkModel:
 
 
 class SimLink(Link):
-    """See ``Link``. Made in pairs by ``SimNetwork``; both ends belong to one loop."""
+    """See ``Link``. Made in pairs by ``SimNetwork``; both ends belong to one loop.
+
+    A write counts as written at once. It is pending until it arrives, because its bytes are copied only then: a sender
+    that changes a buffer too early is found out. Nothing is added to the bytes for framing.
+    """
 
     def __init__(
         self,
@@ -154,8 +158,8 @@ class SimLink(Link):
         self._on_message, self._on_tag, self._on_lost = on_message, on_tag, on_lost
         if peer_timeout is not None:
             self._peer_timeout = peer_timeout
-        if self._lost is not None and on_lost is not None:
-            self._loop.call_soon(self._tell_lost, on_lost, self._lost)
+        if self._lost is not None:
+            self._loop.call_soon(self._tell_lost)
         self._start_reading()
 
     def expose(self, region: Region) -> RemoteRegion:
@@ -199,6 +203,7 @@ class SimLink(Link):
         if not 0 <= tag <= MAX_TAG:
             raise ProtocolError(f"tag {tag} is outside 0..{MAX_TAG}")
         target = self._peer._exposed[remote.key - 1]
+        self._written[lane] += nbytes
         self._send(lane, lane, nbytes, tag=tag, offset=offset, target=target, pieces=pieces)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -293,7 +298,8 @@ class SimLink(Link):
             self._held.append(delivery)
             return
         kind = delivery.kind
-        self._peer._pending -= delivery.nbytes
+        if not self._peer._ended.is_set():
+            self._peer._pending -= delivery.nbytes
         if kind < MESSAGE:
             self._take_write(delivery)
             return
@@ -320,7 +326,6 @@ class SimLink(Link):
             target[position:end] = piece
             position = end
         self._received[lane] += nbytes
-        self._peer._written[lane] += nbytes
         if self._trace is not None:
             self._trace(f"{self._label} {_KINDS[lane]} tag={tag} bytes={nbytes}")
         if self._open and self._on_tag is not None:
@@ -396,14 +401,16 @@ class SimLink(Link):
         log.warning('event=%s transport=%s peer="%s" reason="%s"', event, self._info.transport, self, error)
         if was_open:
             self._lost = error
-            if self._on_lost is not None:
-                self._tell_lost(self._on_lost, error)
+            self._tell_lost()
 
-    def _tell_lost(self, on_lost: Callable[[TransportError], None], error: TransportError) -> None:
-        try:
-            on_lost(error)
-        except Exception:
-            log.exception('event=callback_failed transport=%s peer="%s"', self._info.transport, self)
+    def _tell_lost(self) -> None:
+        """Tell the owner, unless it knows already."""
+        on_lost, self._on_lost = self._on_lost, None
+        if on_lost is not None and self._lost is not None:
+            try:
+                on_lost(self._lost)
+            except Exception:
+                log.exception('event=callback_failed transport=%s peer="%s"', self._info.transport, self)
 
     def _end(self, error: TransportError | None) -> bool:
         """Let go of everything and wake what waits; False if that was done before."""

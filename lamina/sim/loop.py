@@ -87,9 +87,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def create_future(self) -> asyncio.Future[Any]:
         return VirtualFuture(self)
 
-    def run_in_executor(
-        self, executor: Executor | None, function: Callable[[*Ts], T], *args: *Ts
-    ) -> asyncio.Future[T]:
+    def run_in_executor(self, executor: Executor | None, function: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Call ``function`` at once, in this thread."""
         self._check_closed()
         future = self.create_future()
