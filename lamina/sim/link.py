@@ -32,6 +32,7 @@ Trace = Callable[[str], None]
 """Takes one line, without the time."""
 
 _CONTROL = 2
+_LANES = tuple(Lane)
 _KINDS = ("decode", "bulk", "message", "region", "bye", "gone", "lost")
 
 
@@ -318,7 +319,7 @@ class SimLink(Link):
             self._fail(PeerLostError(f"{self} is gone"))
 
     def _take_write(self, delivery: Delivery) -> None:
-        lane, nbytes, tag = Lane(delivery.kind), delivery.nbytes, delivery.tag
+        lane, nbytes, tag = _LANES[delivery.kind], delivery.nbytes, delivery.tag
         position, target = delivery.offset, delivery.target
         assert target is not None, "a write has a region"
         for piece in delivery.pieces:

@@ -47,7 +47,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._cancelled_timers = 0
         self._number = itertools.count(1).__next__
-        self.set_task_factory(_make_task)
 
     # -- the clock
 
@@ -86,6 +85,19 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def create_future(self) -> asyncio.Future[Any]:
         return VirtualFuture(self)
+
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T] | Generator[Any, None, T],
+        *,
+        name: object = None,
+        context: Context | None = None,
+        **options: Any,
+    ) -> asyncio.Task[T]:
+        if self.get_task_factory() is not None:
+            return super().create_task(coro, name=name, context=context, **options)
+        self._check_closed()
+        return VirtualTask(coro, self, name=name, context=context, **options)
 
     def run_in_executor(self, executor: Executor | None, function: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Call ``function`` at once, in this thread."""
@@ -178,21 +190,17 @@ class VirtualTask(asyncio.Task[Any]):
     __slots__ = ("_number",)
 
     def __init__(
-        self, coroutine: Coroutine[Any, Any, Any], loop: VirtualLoop, name: str | None = None, **options: Any
+        self,
+        coroutine: Coroutine[Any, Any, Any] | Generator[Any, None, Any],
+        loop: VirtualLoop,
+        name: object = None,
+        **options: Any,
     ) -> None:
         self._number = loop._number()  # before all else: asyncio puts the task into a set
-        super().__init__(coroutine, loop=loop, name=name or f"task {self._number}", **options)
+        super().__init__(coroutine, loop=loop, name=f"task {self._number}" if name is None else str(name), **options)
 
     def __hash__(self) -> int:
         return self._number
-
-
-def _make_task(
-    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T] | Generator[Any, None, T], **options: Any
-) -> asyncio.Task[T]:
-    assert isinstance(loop, VirtualLoop)
-    assert asyncio.iscoroutine(coroutine)
-    return VirtualTask(coroutine, loop, **options)
 
 
 def _where(task: asyncio.Task[Any]) -> str:
