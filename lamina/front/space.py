@@ -41,7 +41,10 @@ class Space:
             self._held.discard(sequence)
             for shard in self._shards.values():
                 shard.release(sequence)
+        released = set(changes.released)
         for request in changes.reservations:
+            if request.id in released:
+                continue  # admitted or extended, and preempted by another sequence before the step was complete
             if request.is_new:
                 self._held.add(request.id)
             task = asyncio.get_running_loop().create_task(self._reserve(request))
