@@ -81,6 +81,29 @@ def test_writes_take_latency_and_size_by_bandwidth(loop: VirtualLoop) -> None:
     loop.run_until_complete(main())
 
 
+def test_ends_that_answer_each_other_at_once_leave_the_loop_to_others(loop: VirtualLoop) -> None:
+    """Over an instant link, an answer arrives in the next round, and not before other callbacks had their turn."""
+
+    async def main() -> None:
+        async with two_ends(pairs(SimNetwork(loop))) as (left, right):
+            rallies = 0
+
+            def hit(lane: Lane, tag: int) -> None:
+                nonlocal rallies
+                rallies += 1
+                if rallies < 10_000:
+                    (left, right)[rallies % 2].write(0, b"x", tag)
+
+            left.on_tag(hit)
+            right.on_tag(hit)
+            left.write(0, b"x", 1)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert 5 <= rallies <= 15
+
+    loop.run_until_complete(main())
+
+
 def test_a_buffer_that_is_changed_too_early_shows(loop: VirtualLoop) -> None:
     """Bytes are copied when they arrive: until then they are pending, and what the sender does to them is seen."""
 
