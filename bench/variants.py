@@ -15,7 +15,7 @@ from lamina.errors import TransportError
 from lamina.transport import Options, RdmaOptions, TlsFiles
 from lamina.transport.choice import offers
 from lamina.transport.lanes import UpgradeError
-from lamina.transport.verbs import Port, find_port
+from lamina.transport.rdma.ports import RdmaPort, find_port
 
 VARIANTS = ("tcp", "tcp+tls", "shm", "shm+busy_poll", "rdma", "rdma+busy_poll")
 
@@ -86,7 +86,7 @@ def two_processors() -> tuple[int, int]:
     return first, next((cpu for cpu in others if str(cpu) not in twins), others[0])
 
 
-def ports(wanted: Sequence[str] = ()) -> tuple[Port, Port]:
+def ports(wanted: Sequence[str] = ()) -> tuple[RdmaPort, RdmaPort]:
     """For the near and the far end: of the devices wanted, or the first two that can be used; UpgradeError if none."""
     if wanted:
         found = [find_port(RdmaOptions(device=name)) for name in wanted]
@@ -99,7 +99,7 @@ def ports(wanted: Sequence[str] = ()) -> tuple[Port, Port]:
     return found[0], found[min(1, len(found) - 1)]
 
 
-def emulated(port: Port) -> bool:
+def emulated(port: RdmaPort) -> bool:
     """Whether software pretends to be this device, as Soft-RoCE does."""
     return "/virtual/" in os.path.realpath(DEVICES / port.device)
 
