@@ -149,17 +149,6 @@ def test_spans_are_recorded(loop: VirtualLoop) -> None:
     loop.run_until_complete(main())
 
 
-def test_operations_run_in_inference_mode(loop: VirtualLoop) -> None:
-    """As on a real device, and only while they run."""
-
-    async def main() -> None:
-        device = ModelledDevice(loop, lambda name, at: 0.1)
-        assert await device.run(torch.is_inference_mode_enabled) == (True, 0.1)
-        assert not torch.is_inference_mode_enabled()
-
-    loop.run_until_complete(main())
-
-
 @pytest.mark.parametrize("seconds", [{"other": 1.0}, {"len": -1.0}, {"len": float("inf")}, {"len": float("nan")}])
 def test_what_the_model_cannot_say_is_an_error(loop: VirtualLoop, seconds: Mapping[str, float]) -> None:
     """An operation without seconds, or with impossible ones, fails; the device goes on."""

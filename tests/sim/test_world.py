@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from lamina.errors import DeadlockError
 from lamina.sim.link import LinkModel
@@ -100,6 +101,15 @@ def test_a_world_goes_on_between_runs() -> None:
     assert world.loop.is_closed()
     with World(0):
         pass
+
+
+def test_operations_run_in_inference_mode() -> None:
+    """As on the thread of a real device, and only while the world runs."""
+    with World(0) as world:
+        device = world.device("c0", {"is_inference_mode_enabled": 0.1})
+        assert world.run(device.run(torch.is_inference_mode_enabled)) == (True, 0.1)
+        assert not torch.is_inference_mode_enabled()
+        assert world.trace == ["0.100000000 c0 is_inference_mode_enabled start=0.000000000"]
 
 
 def test_a_hang_ends_a_run() -> None:
