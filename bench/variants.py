@@ -1,4 +1,4 @@
-"""The variants of transports that are measured, and how to set each up on this machine."""
+"""The transports that are measured, some of them in several ways, and what each needs to be had on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lamina.errors import TransportError
 from lamina.transport import Options, RdmaOptions, TlsFiles
 from lamina.transport.choice import offers
 from lamina.transport.lanes import UpgradeError
-from lamina.transport.verbs import Port, find_port
+from lamina.transport.rdma.ports import RdmaPort, find_port
 
 VARIANTS = ("tcp", "tcp+tls", "shm", "shm+busy_poll", "rdma", "rdma+busy_poll")
 
@@ -24,19 +24,19 @@ DEVICES = Path("/sys/class/infiniband")
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How both ends make their links, and where they run. It holds plain values, as it travels on command lines."""
+    """How both ends want their links, and where they run. Plain values: it travels on command lines."""
 
     kind: str
     busy_poll: bool = False
     tls: str | None = None
-    """The folder with ``node.key`` and ``node.pem``, a certificate that is its own authority."""
+    """The folder with ``node.pem``, which is its own authority, and ``node.key``."""
     devices: tuple[str, str] | None = None
-    """The RDMA devices of the near and the far end."""
+    """Of RDMA: near, far."""
     cpus: tuple[int, int] = (-1, -1)
-    """The processors of the near and the far end; -1 leaves an end unpinned."""
+    """Near, far; -1: not pinned."""
 
     def options(self, end: int) -> Options:
-        """Return the options of the near end (0) or the far end (1)."""
+        """Of the near end (0) or the far one (1)."""
         tls = None
         if self.tls is not None:
             certificate = Path(self.tls) / "node.pem"
@@ -45,24 +45,24 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Options(kind=self.kind, busy_poll=self.busy_poll, peer_timeout=PEER_TIMEOUT_S, tls=tls, rdma=rdma)
 
     def pin(self, end: int) -> None:
-        """Pin this process to the processor of the near end (0) or the far end (1)."""
+        """Have this process run where that end should."""
         pin(self.cpus[end])
 
 
 def pin(cpu: int) -> None:
-    """Pin this process to one processor; -1 changes nothing."""
+    """Have this process run on one processor; -1: on any."""
     if cpu >= 0:
         os.sched_setaffinity(0, {cpu})
 
 
 def find(variant: str, folder: Path, cpus: tuple[int, int], wanted: Sequence[str] = ()) -> Setting:
-    """Return the setting of one of ``VARIANTS``. TransportError says why the variant cannot be used here.
+    """How to have one of ``VARIANTS``; TransportError says why it cannot be had here.
 
-    Certificates are generated in ``folder``. ``wanted`` names the RDMA device of both ends, or one for each end.
+    Certificates are made in ``folder``. ``wanted``: RDMA devices, of both ends or of each.
     """
     kind, _, way = variant.partition("+")
     if way == "busy_poll" and cpus[0] < 0:
-        raise TransportError("busy polling needs a processor for each end, and this process may use only one")
+        raise TransportError("who polls needs a processor, and there is but one for both ends")
     tls = devices = None
     if way == "tls":
         make_certificate(folder)
@@ -77,7 +77,7 @@ def find(variant: str, folder: Path, cpus: tuple[int, int], wanted: Sequence[str
 
 
 def two_processors() -> tuple[int, int]:
-    """Return a processor for the near and the far end, of two cores if possible; -1 for both if there is only one."""
+    """For the near and the far end: of two cores where there are, -1 where there is only one processor."""
     first, *others = sorted(os.sched_getaffinity(0))
     if not others:
         return -1, -1
@@ -86,11 +86,8 @@ def two_processors() -> tuple[int, int]:
     return first, next((cpu for cpu in others if str(cpu) not in twins), others[0])
 
 
-def ports(wanted: Sequence[str] = ()) -> tuple[Port, Port]:
-    """Return a port for the near and the far end, of the devices ``wanted`` or of the first two that can be used.
-
-    UpgradeError if none can be used.
-    """
+def ports(wanted: Sequence[str] = ()) -> tuple[RdmaPort, RdmaPort]:
+    """For the near and the far end: of the devices wanted, or the first two that can be used; UpgradeError if none."""
     if wanted:
         found = [find_port(RdmaOptions(device=name)) for name in wanted]
     else:
@@ -102,18 +99,18 @@ def ports(wanted: Sequence[str] = ()) -> tuple[Port, Port]:
     return found[0], found[min(1, len(found) - 1)]
 
 
-def emulated(port: Port) -> bool:
-    """Return whether the device is emulated by software, as Soft-RoCE is."""
+def emulated(port: RdmaPort) -> bool:
+    """Whether software pretends to be this device, as Soft-RoCE does."""
     return "/virtual/" in os.path.realpath(DEVICES / port.device)
 
 
 def make_certificate(folder: Path) -> None:
-    """Generate ``node.pem`` and ``node.key`` in ``folder``. TransportError if that fails."""
+    """Make ``node.pem`` and ``node.key`` in ``folder``; TransportError where that cannot be."""
     openssl = shutil.which("openssl")
     if openssl is None:
-        raise TransportError("the command openssl, which generates the certificate, is not installed")
+        raise TransportError("the command openssl, which would make a certificate, is not installed")
     request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     files = ["-subj", "/CN=lamina", "-keyout", str(folder / "node.key"), "-out", str(folder / "node.pem")]
     done = subprocess.run([openssl, *request, *files], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise TransportError(f"openssl could not generate a certificate: {done.stderr.strip()[-300:]}")
+        raise TransportError(f"openssl made no certificate: {done.stderr.strip()[-300:]}")

@@ -28,7 +28,7 @@ class Party:
 
 
 @dataclass
-class Choice:
+class TransportChoice:
     """The transports to try, in order, and why the others are out."""
 
     asked: str
@@ -52,18 +52,18 @@ def offers(options: Options) -> dict[str, dict[str, Any]]:
     return found
 
 
-def choose(connecting: Party, listening: Party) -> Choice:
+def choose(connecting: Party, listening: Party) -> TransportChoice:
     """The same on both ends. Raises HandshakeError where what one of them demands cannot be."""
     asked = f"asked: {connecting.kind} ({connecting.name}), {listening.kind} ({listening.name})"
     if connecting.kind == "control":
-        return Choice(asked, [], [])
+        return TransportChoice(asked, [], [])
     demanded = {party.kind for party in (connecting, listening)} - {"auto"}
     if len(demanded) > 1 or "control" in demanded:
         raise HandshakeError(
             f"{connecting.name} demands transport {connecting.kind}, {listening.name} demands {listening.kind}: "
             "configure one kind, or auto"
         )
-    choice = Choice(asked, [], [])
+    choice = TransportChoice(asked, [], [])
     for name in demanded or TRANSPORTS:
         reason = _obstacle(name, connecting, listening)
         if reason:

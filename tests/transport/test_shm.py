@@ -18,8 +18,9 @@ import pytest
 
 import lamina
 from lamina.errors import PeerLostError, ProtocolError, TransportError
-from lamina.transport import Address, Hello, Lane, Listener, Options, Region, RemoteRegion, connect, ring, shm
+from lamina.transport import Address, Hello, Lane, Listener, Options, Region, RemoteRegion, connect, shm
 from lamina.transport.lanes import UpgradeError
+from lamina.transport.shm import ring
 from lamina.transport.testing import CHECKS, noise, two_ends, until_sent
 
 LOCAL = Address.parse("127.0.0.1:0")

@@ -1,25 +1,13 @@
-"""Lanes over shared memory, for two nodes on one host: a write is one copy into the peer's region, or none.
-
-Each end makes a file in memory with the rings of what it receives, and an eventfd, its doorbell. Both go to the peer
-over a Unix socket without a name in any file system, and so does each region that is exposed. All of it lives as long
-as somebody has it open, so nothing is left behind, however the processes end.
-
-The doorbell is rung only for an end that said it sleeps, in a word beside its rings.
-"""
+"""Both lanes of a link over shared memory, and how they are set up."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hmac
 import mmap
 import os
 import platform
-import secrets
 import socket
-import struct
 import sys
-from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,29 +16,27 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from lamina.errors import CapacityError, ProtocolError, TransportError
-from lamina.transport.base import SEALS, Lane, Region, address_of
+from lamina.transport.base import Lane, Region, address_of
 from lamina.transport.lanes import CHUNK_BYTES, Lanes, Owner, UpgradeError
 from lamina.transport.options import Options
-from lamina.transport.ring import HEAD, NBYTES, RING_BYTES, SLOTS, STARVED, TAIL, Rings, RingWriter, fence, ring
+from lamina.transport.shm.passing import check_memory, make_doorbell, make_memory, meet, receive, region_message, take
+from lamina.transport.shm.ring import HEAD, NBYTES, RING_BYTES, SLOTS, STARVED, TAIL, Rings, RingWriter, fence, ring
 
 if TYPE_CHECKING:
     from lamina.transport.handshake import Session
 
+
 BATCH = 64
 """The most tags of a lane that are delivered in one go."""
-
 LINGER_S = 100e-6
 NAPS = 16
 """Going to sleep and waking again takes some microseconds on either side. After so many naps of less than ``LINGER_S``
 in a row, an end stays awake instead, until nothing has come for that long."""
-
 _WRITE_COST = 4096
 """Bytes that can be copied in the time which a write takes besides."""
 _COMPARE_BYTES = 64 << 10
 """From this size on it costs little to see whether bytes lie where they are meant to be already."""
-_BACKLOG = 16
 _LANES = tuple(Lane)  # iterating over the class is slow
-
 _Window = tuple[memoryview, mmap.mmap, int]
 """A region of the peer: its bytes, the mapping that they belong to, and its address."""
 
@@ -62,8 +48,8 @@ def offer(options: Options) -> dict[str, Any]:
         # See ``ring``. Elsewhere it would need barriers that Python does not have.
         raise UpgradeError(f"shared memory is only implemented for x86-64, this is {machine}")
     try:
-        os.close(_make_memory(RING_BYTES))
-        os.close(_make_doorbell())
+        os.close(make_memory(RING_BYTES))
+        os.close(make_doorbell())
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         network = Path("/proc/self/ns/net")
         namespace = network.stat().st_ino if network.exists() else 0  # a kernel that knows only one
@@ -75,22 +61,22 @@ def offer(options: Options) -> dict[str, Any]:
 async def upgrade(session: Session) -> Lanes:
     """Meet the peer on a Unix socket, prove to each other who is there, and swap rings and doorbells."""
     with ExitStack() as stack:
-        sock = stack.enter_context(await _meet(session))
+        sock = stack.enter_context(await meet(session))
         sock.setblocking(False)
 
         def own(fd: int) -> int:
             stack.callback(os.close, fd)
             return fd
 
-        incoming, doorbell = own(_make_memory(RING_BYTES)), own(_make_doorbell())
+        incoming, doorbell = own(make_memory(RING_BYTES)), own(make_doorbell())
         if session.connecting:
-            theirs = [own(fd) for fd in await _receive(sock, b"rings", 2)]
+            theirs = [own(fd) for fd in await receive(sock, b"rings", 2)]
             socket.send_fds(sock, [b"rings"], [incoming, doorbell])
         else:
             socket.send_fds(sock, [b"rings"], [incoming, doorbell])
-            theirs = [own(fd) for fd in await _receive(sock, b"rings", 2)]
+            theirs = [own(fd) for fd in await receive(sock, b"rings", 2)]
         outgoing, peer_doorbell = theirs
-        _check_memory(outgoing, RING_BYTES, "the peer's rings")
+        check_memory(outgoing, RING_BYTES, "the peer's rings")
         if os.readlink(f"/proc/self/fd/{peer_doorbell}") != "anon_inode:[eventfd]":
             raise ProtocolError("the peer's doorbell is no eventfd")
         os.set_blocking(peer_doorbell, False)
@@ -133,7 +119,7 @@ class ShmLanes(Lanes):
         """Of the tags received, how many the peer has been told, by lane."""
         self._busy_poll = busy_poll
         self._windows: dict[int, _Window] = {}
-        self._queues: tuple[deque[_Queued], deque[_Queued]] = (deque(), deque())
+        self._queues: tuple[deque[_QueuedWrite], deque[_QueuedWrite]] = (deque(), deque())
         self._moving = False
         """Whether ``_move`` is going to be called."""
         self._drained: tuple[list[asyncio.Future[None]], ...] = ([], [])
@@ -151,7 +137,7 @@ class ShmLanes(Lanes):
 
     def expose(self, key: int, region: Region) -> dict[str, Any]:
         try:
-            socket.send_fds(self._socket, [_region_message(key)], [region.fd])
+            socket.send_fds(self._socket, [region_message(key)], [region.fd])
         except ConnectionError:
             pass  # the peer is gone, as the control connection is about to say
         except OSError as error:
@@ -164,11 +150,11 @@ class ShmLanes(Lanes):
     def learn(self, key: int, nbytes: int, details: dict[str, Any]) -> None:
         # The memory was passed before the announcement, and both ends of the socket are in one kernel: it is there.
         try:
-            (fd,) = _take(self._socket, _region_message(key), 1)
+            (fd,) = take(self._socket, region_message(key), 1)
         except BlockingIOError as error:
             raise ProtocolError(f"the peer announced region {key} but did not pass its memory") from error
         try:
-            _check_memory(fd, nbytes, f"region {key}")
+            check_memory(fd, nbytes, f"region {key}")
             memory = mmap.mmap(fd, nbytes)
             memory.madvise(mmap.MADV_DONTFORK)
         except (OSError, OverflowError, ValueError) as error:
@@ -204,7 +190,7 @@ class ShmLanes(Lanes):
                     self._move_soon()
                 return
         pieces.reverse()
-        self._queues[lane].append(_Queued(window, offset, pieces, nbytes, tag))
+        self._queues[lane].append(_QueuedWrite(window, offset, pieces, nbytes, tag))
         self.pending_bytes[lane] += nbytes
         self._move_soon()
 
@@ -364,7 +350,7 @@ class ShmLanes(Lanes):
             _wake(self._drained[lane], lambda waiter: waiter.set_exception(error))
 
 
-class _Queued:
+class _QueuedWrite:
     """A write that is still to be copied, or what is left of it."""
 
     __slots__ = ("nbytes", "offset", "pieces", "tag", "window")
@@ -410,134 +396,3 @@ def _wake(waiters: list[asyncio.Future[None]], tell: Callable[[asyncio.Future[No
             tell(waiter)
             waiter.exception()  # nobody has to look
     waiters.clear()
-
-
-# -- setting up
-
-
-async def _meet(session: Session) -> socket.socket:
-    """A Unix socket to the peer, both ends of which have proved that they know the link's key."""
-    with ExitStack() as stack:
-        own = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
-        # A name in the abstract namespace, which goes with its socket.
-        name = b"\0lamina-" + secrets.token_hex(16).encode()
-        own.bind(name)
-        if not session.connecting:
-            own.listen(_BACKLOG)
-        await session.send({"socket": name})
-        match await session.receive():
-            case {"socket": bytes(peer_name)} if peer_name[:1] == b"\0" and len(peer_name) == len(name):
-                pass
-            case message:
-                raise UpgradeError(f"the peer sent something else than the name of its socket: {message!r:.200}")
-        if session.connecting:
-            own.connect(peer_name)
-            sock, names = own, name + peer_name
-        else:
-            sock, names = stack.enter_context(await _accept(own, peer_name)), peer_name + name
-        _check_user(sock, session)
-        # With both names in the proofs, nobody can stand between and pass them on.
-        proofs = [
-            hmac.digest(session.key, b"shm " + end + session.link_id + names, "sha256")
-            for end in (b"connecting", b"listening")
-        ]
-        if session.connecting:
-            sock.send(proofs[0])
-            await _receive(sock, proofs[1], 0)
-        else:
-            await _receive(sock, proofs[0], 0)
-            sock.send(proofs[1])
-            own.close()
-        stack.pop_all()
-        return sock
-
-
-async def _accept(listening: socket.socket, peer_name: bytes) -> socket.socket:
-    """The peer's connection. Any process of the host may connect, but only the peer has its name."""
-    while True:
-        await _until_readable(listening)
-        sock, name = listening.accept()
-        if name == peer_name:
-            return sock
-        sock.close()
-
-
-def _check_user(sock: socket.socket, session: Session) -> None:
-    """Without a secret, only the user who runs a process proves anything."""
-    credentials = struct.Struct("iII")
-    _, user, _ = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    if session.options.secret is None and user != os.geteuid():
-        raise UpgradeError(
-            f"the peer runs as user {user}, this node as {os.geteuid()}: without a cluster secret they share no memory"
-        )
-
-
-def _make_memory(nbytes: int) -> int:
-    """An anonymous file of zeros whose size nobody can change."""
-    fd = os.memfd_create("lamina-rings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _make_doorbell() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-
-def _check_memory(fd: int, nbytes: int, what: str) -> None:
-    """Raise ProtocolError for memory that is too small or could become so, which would kill this process."""
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError as error:
-        raise ProtocolError(f"{what} lies in something else than a memfd: {error}") from error
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise ProtocolError(f"{what} lies in a memfd that can be shortened")
-    size = os.fstat(fd).st_size
-    if size < nbytes:
-        raise ProtocolError(f"{what} should have {nbytes} bytes, and lies in a memfd of {size}")
-
-
-def _region_message(key: int) -> bytes:
-    return b"region %d" % key
-
-
-async def _receive(sock: socket.socket, expected: bytes, count: int) -> list[int]:
-    await _until_readable(sock)
-    return _take(sock, expected, count)
-
-
-def _take(sock: socket.socket, expected: bytes, count: int) -> list[int]:
-    """Receive the message ``expected`` with ``count`` files, without waiting; anything else is a ProtocolError."""
-    room = socket.CMSG_SPACE(count * array("i").itemsize) if count else 0
-    data, ancillary, flags, _ = sock.recvmsg(len(expected) + 1, room, socket.MSG_CMSG_CLOEXEC)
-    files = array("i")
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            files.frombytes(content[: len(content) - len(content) % files.itemsize])
-    if hmac.compare_digest(data, expected) and len(files) == count and not flags & socket.MSG_CTRUNC:
-        return files.tolist()
-    for fd in files:
-        os.close(fd)
-    if flags & socket.MSG_CTRUNC and data == expected:
-        raise CapacityError(f"no file descriptor is left for {count} files of the peer: raise the limit (ulimit -n)")
-    what = "sent something else than was expected on" if data else "closed"
-    raise ProtocolError(f"the peer {what} the Unix socket")
-
-
-async def _until_readable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-
-    def on_ready() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(sock, on_ready)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(sock)
