@@ -1,4 +1,4 @@
-"""The transports that are measured, some of them in several ways, and what each needs to be had on this machine."""
+"""The variants of transports that are measured, and how to set each up on this machine."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ DEVICES = Path("/sys/class/infiniband")
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How both ends want their links, and where they run. Plain values: it travels on command lines."""
+    """How both ends make their links, and where they run. It holds plain values, as it travels on command lines."""
 
     kind: str
     busy_poll: bool = False
     tls: str | None = None
-    """The folder with ``node.pem``, which is its own authority, and ``node.key``."""
+    """The folder with ``node.key`` and ``node.pem``, a certificate that is its own authority."""
     devices: tuple[str, str] | None = None
-    """Of RDMA: near, far."""
+    """The RDMA devices of the near and the far end."""
     cpus: tuple[int, int] = (-1, -1)
-    """Near, far; -1: not pinned."""
+    """The processors of the near and the far end; -1 leaves an end unpinned."""
 
     def options(self, end: int) -> Options:
-        """Of the near end (0) or the far one (1)."""
+        """Return the options of the near end (0) or the far end (1)."""
         tls = None
         if self.tls is not None:
             certificate = Path(self.tls) / "node.pem"
@@ -45,24 +45,24 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Options(kind=self.kind, busy_poll=self.busy_poll, peer_timeout=PEER_TIMEOUT_S, tls=tls, rdma=rdma)
 
     def pin(self, end: int) -> None:
-        """Have this process run where that end should."""
+        """Pin this process to the processor of the near end (0) or the far end (1)."""
         pin(self.cpus[end])
 
 
 def pin(cpu: int) -> None:
-    """Have this process run on one processor; -1: on any."""
+    """Pin this process to one processor; -1 changes nothing."""
     if cpu >= 0:
         os.sched_setaffinity(0, {cpu})
 
 
 def find(variant: str, folder: Path, cpus: tuple[int, int], wanted: Sequence[str] = ()) -> Setting:
-    """How to have one of ``VARIANTS``; TransportError says why it cannot be had here.
+    """Return the setting of one of ``VARIANTS``. TransportError says why the variant cannot be used here.
 
-    Certificates are made in ``folder``. ``wanted``: RDMA devices, of both ends or of each.
+    Certificates are generated in ``folder``. ``wanted`` names the RDMA device of both ends, or one for each end.
     """
     kind, _, way = variant.partition("+")
     if way == "busy_poll" and cpus[0] < 0:
-        raise TransportError("who polls needs a processor, and there is but one for both ends")
+        raise TransportError("busy polling needs a processor for each end, and this process may use only one")
     tls = devices = None
     if way == "tls":
         make_certificate(folder)
@@ -77,7 +77,7 @@ def find(variant: str, folder: Path, cpus: tuple[int, int], wanted: Sequence[str
 
 
 def two_processors() -> tuple[int, int]:
-    """For the near and the far end: of two cores where there are, -1 where there is only one processor."""
+    """Return a processor for the near and the far end, of two cores if possible; -1 for both if there is only one."""
     first, *others = sorted(os.sched_getaffinity(0))
     if not others:
         return -1, -1
@@ -87,7 +87,10 @@ def two_processors() -> tuple[int, int]:
 
 
 def ports(wanted: Sequence[str] = ()) -> tuple[RdmaPort, RdmaPort]:
-    """For the near and the far end: of the devices wanted, or the first two that can be used; UpgradeError if none."""
+    """Return a port for the near and the far end, of the devices ``wanted`` or of the first two that can be used.
+
+    UpgradeError if none can be used.
+    """
     if wanted:
         found = [find_port(RdmaOptions(device=name)) for name in wanted]
     else:
@@ -100,17 +103,17 @@ def ports(wanted: Sequence[str] = ()) -> tuple[RdmaPort, RdmaPort]:
 
 
 def emulated(port: RdmaPort) -> bool:
-    """Whether software pretends to be this device, as Soft-RoCE does."""
+    """Return whether the device is emulated by software, as Soft-RoCE is."""
     return "/virtual/" in os.path.realpath(DEVICES / port.device)
 
 
 def make_certificate(folder: Path) -> None:
-    """Make ``node.pem`` and ``node.key`` in ``folder``; TransportError where that cannot be."""
+    """Generate ``node.pem`` and ``node.key`` in ``folder``. TransportError if that fails."""
     openssl = shutil.which("openssl")
     if openssl is None:
-        raise TransportError("the command openssl, which would make a certificate, is not installed")
+        raise TransportError("the command openssl, which generates the certificate, is not installed")
     request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     files = ["-subj", "/CN=lamina", "-keyout", str(folder / "node.key"), "-out", str(folder / "node.pem")]
     done = subprocess.run([openssl, *request, *files], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise TransportError(f"openssl made no certificate: {done.stderr.strip()[-300:]}")
+        raise TransportError(f"openssl could not generate a certificate: {done.stderr.strip()[-300:]}")

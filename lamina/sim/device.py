@@ -66,9 +66,6 @@ class ModelledDevice:
             raise operation.error
         return cast("R", operation.result), operation.seconds
 
-    def start(self) -> None:
-        """Nothing: its loop runs already."""
-
     def close(self) -> None:
         """Nothing: there is no thread to end. What was asked for is still carried out."""
 
