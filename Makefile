@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The package's build compiles it.
 KERNEL := $(wildcard attention/native/*.cpp attention/native/*.h) attention/native/build.py hatch_build.py
 
-.PHONY: help setup demo test test-slow test-rdma rdma-packages rdma-kernel check format bench soak checkpoint clean
+.PHONY: help setup demo test test-slow package test-rdma rdma-packages rdma-kernel check format bench soak checkpoint clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 15
@@ -28,6 +28,9 @@ test: setup      ## the fast tests; those over RDMA too, where its kernel has be
 
 test-slow: setup ## the long tests
 	$(BIN)/python -m pytest -rs -m slow
+
+package: setup   ## build sdist and wheel, install them where nothing else is, run the demo and a few tests
+	$(BIN)/python -m pytest -rs -m slow --durations 0 --durations-min 1 tests/packaging
 
 test-rdma: setup rdma-kernel  ## the tests over RDMA, which need Debian but no adapter
 	$(BIN)/python -m pytest -rs tests/rdma

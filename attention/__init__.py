@@ -1,10 +1,11 @@
-"""Attention over a paged KV cache: computes and stores, and knows no network, no event loop and no model.
+"""This package stores keys and values in a paged cache and attends over it. It knows no network, event loop or model.
 
-`Memory` is taken once, lent by `Loans`, and cut into a `Pool`. `KVLayout` says what is stored, `KVCache` keeps account
-of where, and a `Backend` stores it and attends over it: planned once per step, run once per layer. `attend` is the same
-attention over dense tensors, and `merge` joins the `Partial` results of any partition.
+A node takes its `Memory` once. `QuotaPool` divides it among tenants, and an `ExtentPool` cuts a tenant's range into
+extents. `KVLayout` says what is stored, `KVCache` keeps account of where, and a `Backend` stores it and attends over
+it: planned once per step, run once per layer. `attend` is the same attention over dense tensors, and `merge` joins the
+`Partial` results of any partition.
 
-Importing this package is cheap; torch is imported with the first name that needs it.
+The package is cheap to import; torch is imported with the first name that needs it.
 """
 
 from __future__ import annotations
@@ -13,29 +14,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lamina.attention.backend import Backend, Plan, Stored, create_backend, default_backend
+    from lamina.attention.backend import Backend, BackendFactory, Plan, create_backend, default_backend
     from lamina.attention.cache import KVCache
     from lamina.attention.dense import attend
     from lamina.attention.layout import KVLayout, LayerGroup, LayerShape, window_blocks
     from lamina.attention.partial import Partial, add_sinks, merge
-    from lamina.attention.pool import Loans, Memory, Pool, Range
+    from lamina.attention.pool import ExtentPool, Memory, MemoryRange, QuotaPool
     from lamina.attention.rows import Rows, Run
 
 __all__ = [
     "Backend",
+    "BackendFactory",
+    "ExtentPool",
     "KVCache",
     "KVLayout",
     "LayerGroup",
     "LayerShape",
-    "Loans",
     "Memory",
+    "MemoryRange",
     "Partial",
     "Plan",
-    "Pool",
-    "Range",
+    "QuotaPool",
     "Rows",
     "Run",
-    "Stored",
     "add_sinks",
     "attend",
     "create_backend",
@@ -46,19 +47,19 @@ __all__ = [
 
 _MODULES = {
     "Backend": "backend",
+    "BackendFactory": "backend",
     "KVCache": "cache",
     "KVLayout": "layout",
     "LayerGroup": "layout",
     "LayerShape": "layout",
-    "Loans": "pool",
+    "QuotaPool": "pool",
     "Memory": "pool",
     "Partial": "partial",
     "Plan": "backend",
-    "Pool": "pool",
-    "Range": "pool",
+    "ExtentPool": "pool",
+    "MemoryRange": "pool",
     "Rows": "rows",
     "Run": "rows",
-    "Stored": "backend",
     "add_sinks": "partial",
     "attend": "dense",
     "create_backend": "backend",

@@ -1,13 +1,12 @@
-"""The interface that every attention backend implements, and the list of backends."""
+"""Every attention backend implements the interface `Backend`, and `create_backend` makes one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lamina.attention.layout import KVLayout, LayerShape
 from lamina.attention.rows import Rows
@@ -18,52 +17,38 @@ if TYPE_CHECKING:
 
     from lamina.attention.cache import KVCache
     from lamina.attention.partial import Partial
-    from lamina.attention.pool import Pool, Range
+    from lamina.attention.pool import ExtentPool, MemoryRange
 
 log = logging.getLogger("lamina.attention")
 
-BACKENDS = {
+BACKENDS: Mapping[str, tuple[str, str]] = {
     "native": ("lamina.attention.native_backend", "NativeBackend"),
-    "flashinfer": ("lamina.attention.flashinfer_backend", "FlashInferBackend"),
+    "flashinfer": ("lamina.attention.flashinfer.backend", "FlashInferBackend"),
     "torch": ("lamina.attention.torch_backend", "TorchBackend"),
 }
-"""Name, module and class. Beside the class, the module has the `LayerBytes` of its blocks, ``layer_bytes``."""
-
+"""Each name stands for a class in a module."""
 
 INPUTS = ("float32", "bfloat16", "float16")
-"""Types of q, k and v."""
+"""These are the types of q, k and v."""
 
 
 class Plan(Protocol):
-    """What a backend worked out about the rows of one step.
+    """A plan holds what a backend worked out about the rows of one step.
 
-    Valid for the backend that made it, until a sequence of the step is released, or until a later step of it is planned
-    whose windows have left behind what this one's reach; using it then is a `UsageError`.
+    It is valid for the backend that made it, until a sequence of the step is released, or until planning a later step
+    frees blocks that the windows of this one reach. Using it after that raises `UsageError`.
     """
 
     @property
     def rows(self) -> Rows: ...
 
 
-class Stored(NamedTuple):
-    """Keys and values as they are stored, the same bits on every backend.
-
-    k: [n, Hkv, Dk] and v: [n, Hkv, Dv] of the layout's type; their scales are float32 [n, Hkv] where the type has some.
-    """
-
-    k: Tensor
-    v: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-
-
 class Backend(Protocol):
-    """Attention of a step's rows over a `KVCache`: planned once per step, run once per layer.
+    """A backend attends with a step's rows over a `KVCache`: it plans a step once and runs it once per layer.
 
-    `past` needs only q and may run before k and v of the new tokens exist; `finish` then adds what depends on
-    them. A step is idempotent: run again with the same rows, it overwrites what it stored. q, k and v may be
-    float32, bfloat16 or float16, whatever is stored. Made as ``Backend(cache, threads=, cpus=)``: so many threads
-    compute, pinned to these processors where there are some; `ConfigError` names what it cannot do.
+    `past` needs only q, so it may run before k and v of the new tokens exist; `finish` then adds what depends on them.
+    A step is idempotent: run again with the same rows, it overwrites what it stored. q, k and v may be float32,
+    bfloat16 or float16, whichever type is stored. A backend is made by a `BackendFactory`.
     """
 
     name: str
@@ -72,87 +57,104 @@ class Backend(Protocol):
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         """Store keys and values, rounded to the layout's type. k: [T, Hkv, Dk]; v: [T, Hkv, Dv].
 
-        A position below the watermark is overwritten, unless it is in a published block or went back from behind the
-        window; then it is skipped. `CapacityError` beyond a reservation; `UsageError` where positions between
-        the watermark and the start of a run would be left out.
+        A position below the watermark is overwritten; it is skipped if its block is published, or was freed behind a
+        window. `CapacityError` for positions beyond a reservation; `UsageError` where positions between the watermark
+        and the start of a run would be left out.
         """
         ...
 
     def plan(self, rows: Rows, *, store: bool = True) -> Plan:
         """Work out what is the same for all layers. Errors are those of `KVCache.place`.
 
-        Without ``store`` the rows only meet the past: the plan is for `past` alone, and needs no space reserved.
+        Without ``store``, the plan serves `past` alone, and the rows need no reserved space.
         """
         ...
 
     def past(self, plan: Plan, layer: int, q: Tensor) -> Partial:
-        """Attention to the positions before the start of each row's run. q: [T, Hq, Dk].
+        """Attend to the positions before the start of each row's run. q: [T, Hq, Dk].
 
-        `UsageError` where one of these positions is not in the cache yet, or the plan is no longer valid.
+        `UsageError` where one of these positions is not stored yet, or the plan is no longer valid.
         """
         ...
 
     def finish(self, plan: Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Partial) -> Partial:
-        """Store k and v, attend to them (causally within each run) as stored, and merge with ``past``.
+        """Store k and v, attend to them as stored, causally within each run, and merge the result with ``past``.
 
         q: [T, Hq, Dk]; k: [T, Hkv, Dk]; v: [T, Hkv, Dv]. The sinks of the layer, which `past` leaves out, join here.
-        Errors are those of `append`; a plan that is no longer valid is a `UsageError`.
+        Errors are those of `append`; `UsageError` also for a plan that is no longer valid.
         """
         ...
 
-    def export(self, sequence: int, layer: int, start: int, stop: int) -> Stored:
-        """A copy of the positions start..stop-1; `UsageError` unless all are there."""
-        ...
-
-    def restore(self, sequence: int, layer: int, start: int, stored: Stored) -> None:
-        """Store what `export` gave, bit for bit, at the positions from ``start``. Errors are those of `append`."""
-        ...
-
     def close(self) -> None:
-        """End the threads. Nothing else may be called afterwards."""
+        """End the threads. No other method may be called afterwards."""
+        ...
+
+
+class BackendFactory(Protocol):
+    """A factory makes backends of one kind: every backend class is one, and a caller may bring its own."""
+
+    name: str
+
+    def layer_bytes(self, shape: LayerShape, dtype: str, block_tokens: int) -> int:
+        """Return the bytes of one layer in a block of ``block_tokens`` positions, stored as ``dtype``.
+
+        `ConfigError` for a shape that the backend cannot store.
+        """
+        ...
+
+    def __call__(self, cache: KVCache, *, threads: int = 1, cpus: Sequence[int] | None = None) -> Backend:
+        """Make a backend over ``cache`` that computes with ``threads`` threads, pinned to ``cpus`` if given.
+
+        `ConfigError` names what the backend cannot do.
+        """
         ...
 
 
 def create_backend(
-    name: str,
+    backend: str | BackendFactory,
     layout: KVLayout,
-    home: Range | Pool,
+    home: MemoryRange | ExtentPool,
     *,
     threads: int = 1,
     cpus: Sequence[int] | None = None,
 ) -> Backend:
-    """The backend called ``name`` over a new cache in ``home``, whose own that is from now on.
+    """Make a backend over a new cache in ``home``, which belongs to that cache alone from now on.
 
-    Memory becomes a pool with extents that suit the layout. What the backend needs is imported now and
-    not before. `ConfigError` for an unknown name or a missing backend; errors of the cache are those of `KVCache`.
+    ``backend`` is a name in `BACKENDS`, or the caller's own factory. A range of memory becomes a pool with extents that
+    suit the layout. Errors are those of `require_backend`, the factory and `KVCache`.
     """
     from lamina.attention.cache import KVCache
-    from lamina.attention.pool import Pool, fit_extent
+    from lamina.attention.pool import ExtentPool, fit_extent
 
-    module = require_backend(name)
-    if not isinstance(home, Pool):
+    factory = require_backend(backend)
+    if not isinstance(home, ExtentPool):
         sizes = [
-            sum(module.layer_bytes(layout.layers[layer], layout.dtype, layout.block_tokens) for layer in group.layers)
+            sum(factory.layer_bytes(layout.layers[layer], layout.dtype, layout.block_tokens) for layer in group.layers)
             for group in layout.groups
         ]
-        home = Pool(home, extent_bytes=fit_extent(home.nbytes, sizes))
-    cache = KVCache(layout, home, module.layer_bytes)
-    backend: Backend = getattr(module, BACKENDS[name][1])(cache, threads=threads, cpus=cpus)
-    return backend
+        home = ExtentPool(home, extent_bytes=fit_extent(home.nbytes, sizes))
+    return factory(KVCache(layout, home, factory.layer_bytes), threads=threads, cpus=cpus)
 
 
-def require_backend(name: str) -> ModuleType:
-    """The module of the backend called ``name``; `ConfigError` for an unknown name, or where it cannot be imported."""
-    if name not in BACKENDS:
-        raise ConfigError(f"attention backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+def require_backend(backend: str | BackendFactory) -> BackendFactory:
+    """Return the factory with this name, and a factory as it is. What a named backend needs is imported here.
+
+    `ConfigError` for an unknown name, and for a backend that cannot be imported.
+    """
+    if not isinstance(backend, str):
+        return backend
+    if backend not in BACKENDS:
+        raise ConfigError(f"attention backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    module, name = BACKENDS[backend]
     try:
-        return import_module(BACKENDS[name][0])
+        factory: BackendFactory = getattr(import_module(module), name)
     except (ImportError, OSError) as error:
-        raise ConfigError(f"attention backend {name!r} is not available here: {error}") from error
+        raise ConfigError(f"attention backend {backend!r} is not available here: {error}") from error
+    return factory
 
 
 def default_backend(device: str = "cpu") -> str:
-    """The fastest backend that is there for a torch device; a warning is logged where that is only the reference."""
+    """Return the name of the fastest backend for a torch device; log a warning if that is only the reference."""
     fastest = "flashinfer" if device.startswith("cuda") else "native"
     try:
         require_backend(fastest)
@@ -165,19 +167,20 @@ def default_backend(device: str = "cpu") -> str:
 
 
 def check_key_value(layer: int, shape: LayerShape, tokens: int, k: Tensor, v: Tensor, device: str = "cpu") -> None:
-    """`UsageError` unless k is [tokens, Hkv, Dk] and v [tokens, Hkv, Dv], of a type that comes over the wire, on the
-    torch device of the cache."""
+    """Raise `UsageError` unless k is [tokens, Hkv, Dk] and v is [tokens, Hkv, Dv], of a type in `INPUTS`, on the torch
+    device of the cache."""
     _check(layer, "k", k, (tokens, shape.kv_heads, shape.qk_dim), INPUTS, device)
     _check(layer, "v", v, (tokens, shape.kv_heads, shape.v_dim), INPUTS, device)
 
 
 def check_query(layer: int, shape: LayerShape, tokens: int, q: Tensor, device: str = "cpu") -> None:
-    """`UsageError` unless q is [tokens, Hq, Dk], of a type that comes over the wire, on the cache's device."""
+    """Raise `UsageError` unless q is [tokens, Hq, Dk], of a type in `INPUTS`, on the torch device of the cache."""
     _check(layer, "q", q, (tokens, shape.q_heads, shape.qk_dim), INPUTS, device)
 
 
 def check_past(layer: int, shape: LayerShape, tokens: int, past: Partial, device: str = "cpu") -> None:
-    """`UsageError` unless ``past`` is what `Backend.past` gives for so many rows, on the cache's device."""
+    """Raise `UsageError` unless ``past`` has the shapes and types that `Backend.past` returns for this many rows, on
+    the torch device of the cache."""
     _check(layer, "o", past.o, (tokens, shape.q_heads, shape.v_dim), ("float32",), device)
     _check(layer, "lse", past.lse, (tokens, shape.q_heads), ("float32",), device)
 

@@ -1,4 +1,4 @@
-"""The blocks of one layer group: free, held by sequences, or published and waiting to be found again."""
+"""A `BlockPool` keeps account of the blocks of one layer group."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lamina.attention.pool import Pool
+from lamina.attention.pool import ExtentPool
 from lamina.errors import UsageError
 
 
 @dataclass(slots=True, eq=False)
 class _Extent:
-    """An extent cut into blocks. ``free``: offsets of blocks without content; ``used``: blocks that somebody holds."""
+    """An extent is cut into blocks.
+
+    ``free`` are the offsets of the blocks without content; ``used`` counts the blocks that sequences hold.
+    """
 
     index: int
     free: list[int]
     used: int = 0
 
 
-class Blocks:
-    """Blocks of ``block_bytes`` in extents of a pool, named by their offset in bytes within the memory.
+class BlockPool:
+    """The pool allocates blocks of ``block_bytes`` from extents; a block is named by its byte offset in the memory.
 
-    A block is free, or *held* by sequences, or *idle*: published under a key and held by nobody. Idle blocks are found
-    by their keys until they are reused, those first that were let go first. ``promised`` blocks are set aside for
-    reservations. ``share`` is the number of extents up to which more memory is taken rather than idle blocks reused.
-    ``returning``: sequences let go of single blocks, for which they may later take others.
+    A block is *free*, or *held* by sequences, or *idle*: published under a key, and held by no sequence. Idle blocks
+    can be found by their keys until they are reused; the block that became idle first is reused first. ``promised``
+    counts the blocks that are set aside for reservations. The pool takes up to ``share`` extents before it reuses idle
+    blocks. ``returning`` says that sequences free single blocks and may allocate others in their place later.
     """
 
-    def __init__(self, pool: Pool, block_bytes: int, *, share: int, returning: bool) -> None:
+    def __init__(self, pool: ExtentPool, block_bytes: int, *, share: int, returning: bool) -> None:
         self.promised = 0
         self._block_bytes = block_bytes
         self._pool = pool
@@ -38,39 +41,40 @@ class Blocks:
         self._returning = returning
         self._free = 0
         self._doubled = 0
-        """Holders beyond the first of blocks. Where blocks return, each has a right to another block, since letting go
-        of a block that others still hold makes no space."""
+        """This counts the holders of blocks beyond the first. Where blocks are returned, each of these holders has a
+        right to another block, because freeing a block that others still hold makes no space."""
         self._extents: dict[int, _Extent] = {}
         self._open: dict[int, _Extent] = {}
-        """Extents with free blocks."""
+        """These extents have free blocks."""
         self._empty: dict[int, _Extent] = {}
-        """Extents with nothing but free blocks."""
+        """These extents have only free blocks."""
         self._unused: OrderedDict[int, _Extent] = OrderedDict()
-        """Extents of which nobody holds a block, longest first: the empty ones, and those with idle blocks."""
+        """No sequence holds a block of these extents: they are empty, or have idle blocks. The longest unused comes
+        first."""
         self._published: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._holders: dict[int, int] = {}
-        """How many sequences hold each published block."""
+        """This counts the sequences that hold each published block."""
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def spare(self) -> int:
-        """Blocks that can still be promised without another extent."""
+        """The pool can still promise this many blocks without another extent."""
         return self._free + len(self._idle) - self.promised - self._doubled
 
     def extents_for(self, blocks: int) -> int:
-        """How many more extents it takes to promise ``blocks`` blocks."""
+        """Return how many more extents the pool needs to promise ``blocks`` blocks."""
         return -(-max(0, blocks - self.spare) // self._per_extent)
 
     def extents_beyond(self, blocks: int) -> int:
-        """How many extents could be handed back if ``blocks`` more blocks were promised."""
+        """Return how many extents the pool could return if it promised ``blocks`` more blocks."""
         return min(len(self._unused), max(0, self.spare - blocks) // self._per_extent)
 
     # -- extents
 
     def grow(self) -> None:
-        """Take one more extent."""
-        index = self._pool.take()
+        """Take one more extent; `CapacityError` if none is free."""
+        index = self._pool.allocate()
         start = index * self._extent_bytes
         stop = start + self._per_extent * self._block_bytes
         extent = _Extent(index, list(range(start, stop, self._block_bytes)))
@@ -79,17 +83,20 @@ class Blocks:
         self._free += self._per_extent
 
     def keep_idle(self, blocks: int) -> None:
-        """Take extents so that ``blocks`` can be promised and no idle block reused, within the share."""
+        """Take extents, within the share, until ``blocks`` blocks can be promised without the reuse of idle ones."""
         while self.spare - len(self._idle) < blocks and len(self._extents) < self._share and self._pool.available > 0:
             self.grow()
 
     def shrink(self) -> None:
-        """Hand back an extent of which nobody holds a block, whatever is published in it: see `extents_beyond`."""
+        """Return an extent of which no sequence holds a block, even if blocks are published in it.
+
+        There has to be one: see `extents_beyond`.
+        """
         extent = self._empty.popitem()[1] if self._empty else next(iter(self._unused.values()))
         self._drop(extent)
 
     def tidy(self) -> None:
-        """Hand back the empty extents that no promise needs."""
+        """Return the empty extents that no promise needs."""
         while self._empty and self.spare - len(self._idle) >= self._per_extent:
             self._drop(self._empty.popitem()[1])
 
@@ -103,12 +110,12 @@ class Blocks:
         self._free -= len(extent.free)
         for extents in (self._extents, self._open, self._empty, self._unused):
             extents.pop(extent.index, None)
-        self._pool.give(extent.index)
+        self._pool.free(extent.index)
 
     # -- blocks
 
-    def take(self, count: int) -> list[int]:
-        """``count`` of the promised blocks, for a sequence to hold."""
+    def allocate(self, count: int) -> list[int]:
+        """Allocate ``count`` of the promised blocks to a sequence."""
         self.promised -= count
         taken: list[int] = []
         while (missing := count - len(taken)) > 0:
@@ -116,7 +123,7 @@ class Blocks:
                 block, _ = self._idle.popitem(last=False)
                 self._unpublish(block)
                 self._put_back(block)
-            _, extent = self._open.popitem()  # the first would be slow to find behind many that were removed
+            _, extent = self._open.popitem()  # popping the first would search past the many that were removed
             chosen = extent.free[-missing:]
             del extent.free[-missing:]
             self._free -= len(chosen)
@@ -127,8 +134,8 @@ class Blocks:
             taken += chosen
         return taken
 
-    def give(self, blocks: Iterable[int]) -> None:
-        """A sequence lets go of blocks; published ones that nobody else holds stay to be found."""
+    def free(self, blocks: Iterable[int]) -> None:
+        """Let a sequence free its blocks; a published block that no other sequence holds becomes idle."""
         for block in blocks:
             extent = self._extents[block // self._extent_bytes]
             if block in self._keys:
@@ -144,11 +151,11 @@ class Blocks:
                 self._unused[extent.index] = extent
 
     def find(self, key: bytes) -> int | None:
-        """The block published under ``key``."""
+        """Return the block that is published under ``key``, or None."""
         return self._published.get(key)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Another sequence holds these published blocks."""
+        """Let one more sequence hold these published blocks."""
         for block in blocks:
             if self._holders[block]:
                 self._doubled += self._returning
@@ -158,7 +165,10 @@ class Blocks:
             self._holders[block] += 1
 
     def publish(self, block: int, key: bytes) -> None:
-        """Let others find a block that one sequence holds; the first block under a key, and the first key, stay."""
+        """Let others find a block that one sequence holds.
+
+        A key keeps the first block that was published under it, and a block keeps its first key.
+        """
         if key not in self._published and block not in self._keys:
             self._published[key] = block
             self._keys[block] = key
@@ -182,6 +192,6 @@ class Blocks:
 
 
 def check_key(key: bytes) -> None:
-    """`UsageError` for a key that is not 16 bytes."""
+    """Raise `UsageError` for a key that does not have 16 bytes."""
     if len(key) != 16:
         raise UsageError(f"expected a key of 16 bytes for a block, got {len(key)}")

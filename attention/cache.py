@@ -1,95 +1,55 @@
-"""The paged KV cache of one tenant: reservations, block tables and watermarks. Keys and values are the backend's."""
+"""A `KVCache` keeps account of the blocks of one tenant: reservations, block tables and watermarks.
+
+The backend stores the keys and values themselves.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.attention.blocks import Blocks, check_key
+from lamina.attention.blocks import BlockPool, check_key
 from lamina.attention.layout import KVLayout, LayerGroup, LayerShape, window_blocks
-from lamina.attention.pool import ALIGNMENT, Pool, most_blocks
+from lamina.attention.placement import BlockPlacement, BlockReservation, Integers
+from lamina.attention.pool import ALIGNMENT, ExtentPool, most_blocks
 from lamina.attention.rows import Rows
 from lamina.errors import CapacityError, UsageError
 
 T = TypeVar("T", bound=np.generic)
-Integers = NDArray[np.int64]
-Addresses = NDArray[np.uint64]
-
 LayerBytes = Callable[[LayerShape, str, int], int]
-"""Bytes of a block of so many tokens in one layer, from its shape and the type stored: a backend's choice."""
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """What one sequence holds: its column in the arrays of the cache, and by layer group its block table.
-
-    ``ahead`` is what it was reserved with. ``outgrown`` tables are kept, since steps that were placed before an
-    extension have their addresses.
-    """
-
-    slot: int
-    tokens: int
-    ahead: int | None
-    tables: list[Integers]
-    outgrown: list[tuple[int, Integers]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Placement:
-    """Where the rows of a step live: number i in each array belongs to ``rows.runs[i]``.
-
-    starts, counts: its positions; row_starts: its first row; frozen: positions below are in published blocks, which
-    are not to be overwritten; addresses: uint64 [groups, runs], where the block tables lie in memory; attend: whether
-    the rows may attend, and store: whether they may be stored, see `KVCache.place`; sound: by layer, whether
-    `KVCache.require_past` has nothing to find as long as the cache counts so many ``losses``.
-    """
-
-    rows: Rows
-    starts: Integers
-    counts: Integers
-    row_starts: Integers
-    frozen: Integers
-    addresses: Addresses
-    slots: Integers
-    generations: Integers
-    held: tuple[Reservation, ...]
-    attend: bool
-    store: bool
-    sound: list[bool]
-    losses: int
-
-    def tables(self, group: int) -> list[Integers]:
-        """The block table of each run in a layer group: for positions from ``i * block_tokens`` on, the byte offset of
-        their block within the memory; -1 where there is none, because none is assigned yet or it went back."""
-        return [reservation.tables[group] for reservation in self.held]
+"""A backend says with this how many bytes one layer takes in a block: it is called with the shape of the layer, the
+type stored and the tokens of a block."""
 
 
 class KVCache:
-    """The blocks of many sequences, in extents of a pool that is the cache's alone.
+    """The cache keeps account of the blocks of many sequences, in extents of a pool that only this cache uses.
 
     The layers of a `LayerGroup` share blocks: a block holds ``layout.block_tokens`` positions in all layers of its
-    group, one layer behind the other, of ``layer_bytes`` each. A sequence has a block table for each group. What it may
-    come to need is set aside at `reserve`, and assigned when a position is first placed. Where a group has a window,
-    blocks wholly behind it go back. Blocks of prompts may be shared under keys of 16 bytes, which say what they hold.
-    Belongs to one thread. A refused operation changes nothing.
+    group, one layer after the other, with ``layer_bytes`` for each. A sequence has a block table for each group. The
+    blocks that it may need are set aside by `reserve`, and each is assigned when one of its positions is first placed.
+    Where a group has a window, the blocks that lie wholly behind it are freed. Sequences may share the blocks of their
+    prompts under keys of 16 bytes, which say what the blocks hold. The cache belongs to one thread. An operation that
+    is refused changes nothing.
     """
 
-    def __init__(self, layout: KVLayout, pool: Pool, layer_bytes: LayerBytes) -> None:
-        """Take no memory yet. `CapacityError` when not even one block of every group could be had."""
+    def __init__(self, layout: KVLayout, pool: ExtentPool, layer_bytes: LayerBytes) -> None:
+        """Create an empty cache; `CapacityError` if the pool is too small for one block of every group.
+
+        The cache takes extents from the pool when sequences reserve blocks.
+        """
         self._pool = pool
         self.layout = layout
         self.memory = pool.memory
         self.extent_bytes = pool.extent_bytes
-        """Blocks lie at multiples of their size behind multiples of this."""
+        """A block begins at a multiple of its size, counted from a multiple of this."""
         self.groups: tuple[LayerGroup, ...] = layout.groups
         self._group_of = [0] * len(layout.layers)
         self._offsets = [0] * len(layout.layers)
         self.block_bytes: list[int] = []
-        """By layer group: bytes of a block in all its layers."""
+        """Each layer group has blocks of this many bytes, over all its layers."""
         for index, group in enumerate(self.groups):
             size = 0
             for layer in group.layers:
@@ -105,41 +65,41 @@ class KVCache:
                 f"take {sum(self.block_bytes)} bytes, in extents of {pool.extent_bytes}; give it more memory"
             )
         self.capacity_tokens = blocks * layout.block_tokens
-        """Positions that it can hold if no window saves anything."""
+        """The cache can hold this many positions if no window saves space."""
         self._blocks = [
-            Blocks(pool, size, share=-(-blocks // (pool.extent_bytes // size)), returning=bool(group.window))
+            BlockPool(pool, size, share=-(-blocks // (pool.extent_bytes // size)), returning=bool(group.window))
             for group, size in zip(self.groups, self.block_bytes, strict=True)
         ]
         self._windowed = [index for index, group in enumerate(self.groups) if group.window is not None]
-        self._held: dict[int, Reservation] = {}
-        # Of each sequence, in the column of its slot, so that a step's sequences are looked up all at once:
+        self._held: dict[int, BlockReservation] = {}
+        # A sequence has a slot, its column in these arrays, so that all sequences of a step are looked up at once.
         self._free_slots: list[int] = []
         groups, layers = len(self.groups), len(layout.layers)
         self._tokens = np.zeros(0, np.int64)
         self._totals = np.zeros(0, np.int64)
-        """Blocks of each group for all of its tokens."""
+        """All tokens of the sequence need this many blocks in each group."""
         self._frozen = np.zeros(0, np.int64)
-        """Positions below are in published blocks."""
+        """Positions below this one are in published blocks."""
         self._generation = np.zeros(0, np.int64)
-        """How many sequences have left the slot."""
+        """This counts the sequences that have left the slot."""
         self._filled = np.zeros((layers, 0), np.int64)
-        """Watermarks: positions 0..filled-1 have been stored."""
+        """These are the watermarks: positions 0..filled-1 are stored."""
         self._first = np.zeros((groups, 0), np.int64)
-        """Blocks before this one went back, or were never needed; from here to ``_next`` they are assigned."""
+        """Blocks before this one were freed or never needed; from here up to ``_next`` blocks are assigned."""
         self._next = np.zeros((groups, 0), np.int64)
         self._counts = np.zeros((groups, 0), np.int64)
-        """Blocks that it may hold at once."""
+        """The sequence may hold this many blocks at once."""
         self._promised = np.zeros((groups, 0), np.int64)
-        """Blocks set aside for it and not yet assigned."""
+        """This many blocks are set aside for the sequence and not assigned yet."""
         self._addresses = np.zeros((groups, 0), np.uint64)
-        """Where its block tables lie in memory."""
+        """The block tables of the sequence begin at these addresses in memory."""
         self._grow_slots(64)
         self._losses = 0
-        """How often somebody's positions went away: sequences released, and blocks that a window had passed."""
+        """This counts how often stored positions were lost: by a release, or because a window had passed a block."""
 
     @property
     def free_tokens(self) -> int:
-        """Positions that can still be reserved, in whole blocks, if no window saves anything."""
+        """The cache has space for this many more positions, in whole blocks, if no window saves space."""
         low, high = 0, self.capacity_tokens // self.layout.block_tokens
         while low < high:
             middle = (low + high + 1) // 2
@@ -151,18 +111,19 @@ class KVCache:
 
     @property
     def sequences(self) -> Collection[int]:
-        """The sequences that hold a reservation."""
+        """These sequences hold a reservation."""
         return self._held.keys()
 
     # -- reservations
 
     def reserve(self, sequence: int, tokens: int, *, ahead: int | None = None, keys: Sequence[bytes] = ()) -> int:
-        """Hold space for the positions 0..tokens-1; `CapacityError` if there is too little.
+        """Reserve space for the positions 0..tokens-1; `CapacityError` if there is too little.
 
-        ``ahead`` is the most positions by which layers of a group can be apart, a step's own rows included; the less,
-        the fewer blocks a windowed group sets aside. None: any number, so that windows save nothing.
-        ``keys`` name the content of the leading blocks. Returns how many leading positions were found published and
-        are shared, in whole blocks, and where groups have windows never all: the watermark of every layer starts there.
+        The layers of a group may be at most ``ahead`` positions apart, the rows of a step included: the smaller this
+        is, the fewer blocks a windowed group sets aside. None allows any distance, so that windows save no space.
+        ``keys`` name the content of the leading blocks. The result is how many leading positions were found published
+        and are shared now, in whole blocks; every watermark of the sequence starts there. Where groups have windows,
+        the result is below ``tokens``.
         """
         if sequence in self._held:
             raise UsageError(f"sequence {sequence} already holds a reservation; release it first")
@@ -180,7 +141,7 @@ class KVCache:
             blocks.hold(own)
         if not self._fits(needs):
             for blocks, (_, own) in zip(self._blocks, found, strict=True):
-                blocks.give(own)
+                blocks.free(own)
             raise self._missing(sequence, tokens)
         self._make_room(needs)
 
@@ -200,11 +161,11 @@ class KVCache:
         self._tokens[slot] = tokens
         self._frozen[slot] = shared
         self._filled[:, slot] = shared
-        self._held[sequence] = Reservation(slot, tokens, ahead, tables)
+        self._held[sequence] = BlockReservation(slot, tokens, ahead, tables)
         return shared
 
     def extend(self, sequence: int, tokens: int) -> None:
-        """Hold space for more positions than before, 0..tokens-1; `CapacityError` if there is too little."""
+        """Reserve space for more positions than before, 0..tokens-1; `CapacityError` if there is too little."""
         reservation = self._reservation(sequence)
         if tokens <= reservation.tokens:
             raise UsageError(
@@ -218,7 +179,7 @@ class KVCache:
         self._make_room(needs)
         for index, table in enumerate(reservation.tables):
             if total > len(table):
-                # By half, so that a sequence that grows by little is not copied each time.
+                # The table grows by half, so that it is not copied each time that its sequence grows a little.
                 wider = np.full(max(total, 3 * len(table) // 2), -1, dtype=np.int64)
                 wider[: len(table)] = table
                 reservation.outgrown.append((index, table))
@@ -231,13 +192,13 @@ class KVCache:
         self._tokens[slot] = reservation.tokens = tokens
 
     def release(self, sequence: int) -> None:
-        """Give all blocks of a sequence back; `UsageError` if it holds none."""
+        """Free all blocks of a sequence; `UsageError` if it holds no reservation."""
         reservation = self._reservation(sequence)
         slot = reservation.slot
         for index, blocks in enumerate(self._blocks):
             table = reservation.tables[index]
-            # From the end, because without its first blocks a published prompt is of no use.
-            blocks.give(table[table >= 0][::-1].tolist())
+            # The last blocks become idle first, because a published prompt is of no use without its first blocks.
+            blocks.free(table[table >= 0][::-1].tolist())
             blocks.promised -= int(self._promised[index, slot])
             blocks.tidy()
         self._generation[slot] += 1
@@ -246,24 +207,24 @@ class KVCache:
         del self._held[sequence]
 
     def filled(self, sequence: int, layer: int) -> int:
-        """The watermark of a layer: its positions 0..filled-1 have all been stored."""
+        """Return the watermark of a layer: its positions 0..filled-1 are stored."""
         self.shape(layer)
         return int(self._filled[layer, self._reservation(sequence).slot])
 
     def reserved(self, sequence: int) -> int:
-        """Positions that a sequence has space for; `UsageError` if it holds none."""
+        """Return how many positions a sequence has space for; `UsageError` if it holds no reservation."""
         return self._reservation(sequence).tokens
 
     def complete(self, sequence: int) -> int:
-        """How many leading positions have been stored in every layer."""
+        """Return how many leading positions of a sequence are stored in every layer."""
         return int(self._filled[:, self._reservation(sequence).slot].min())
 
     # -- prompts that are shared
 
     def match(self, keys: Sequence[bytes]) -> int:
-        """How many leading positions of a prompt whose blocks have these ``keys`` could be shared now.
+        """Return how many leading positions of a prompt whose blocks have these ``keys`` could be shared now.
 
-        All blocks have to be there, of windowed groups those that the window still reaches.
+        All of these blocks have to be published; in windowed groups only those that the window still reaches.
         """
         size = self.layout.block_tokens
         there = [True] * (len(keys) + 1)
@@ -275,10 +236,10 @@ class KVCache:
         return size * max(usable for usable, every in enumerate(there) if every)
 
     def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
-        """Let others share the leading ``len(keys)`` blocks of a sequence, which have to be complete in every layer.
+        """Let other sequences share the leading ``len(keys)`` blocks of a sequence; `UsageError` for incomplete blocks.
 
-        They are not overwritten from now on. Where a key is taken already, its first block stays; blocks that went
-        back from behind a window are left out.
+        The blocks are not overwritten from now on. A key that is taken already keeps its first block. Blocks that were
+        freed behind a window are left out.
         """
         reservation = self._reservation(sequence)
         stop = len(keys) * self.layout.block_tokens
@@ -296,14 +257,14 @@ class KVCache:
                     blocks.publish(block, key)
         self._frozen[reservation.slot] = max(self._frozen[reservation.slot], stop)
 
-    # -- for backends: place the rows of a step once, use what was found in every layer
+    # -- for backends, which place the rows of a step once and use the placement in every layer
 
-    def place(self, rows: Rows, *, attend: bool = True, store: bool = True) -> Placement:
-        """Find where ``rows`` live, assign the blocks that they are first to use, and let those behind windows go.
-        Without ``store``, rows are not going to be stored, and have no blocks.
+    def place(self, rows: Rows, *, attend: bool = True, store: bool = True) -> BlockPlacement:
+        """Find the blocks of ``rows``, assign those that are used for the first time, and free those behind windows.
 
-        `CapacityError` where they go beyond their reservations. With ``attend``, `UsageError` where a row's window
-        reaches positions that went back already; without, rows at such positions have no block and are not stored.
+        Without ``store``, the rows will not be stored, and no blocks are assigned for them. `CapacityError` where rows
+        lie beyond their reservation. With ``attend``, `UsageError` where the window of a row reaches positions that
+        were freed already; without it, rows at such positions have no block and are not stored.
         """
         held = tuple([self._reservation(run.sequence) for run in rows.runs])
         slots = np.array([reservation.slot for reservation in held], dtype=np.int64)
@@ -325,7 +286,7 @@ class KVCache:
             first[index] = self._new_first(index, rows, slots, starts, last[index], attend=attend)
         for index, i in zip(*np.nonzero((first > self._first[:, slots]) | (last > self._next[:, slots])), strict=True):
             self._move(int(index), held[i], int(first[index, i]), int(last[index, i]))
-        return Placement(
+        return BlockPlacement(
             rows=rows,
             starts=starts,
             counts=counts,
@@ -341,10 +302,10 @@ class KVCache:
             losses=self._losses,
         )
 
-    def require_past(self, layer: int, placement: Placement) -> None:
-        """`UsageError` unless every position before each run is there, in the blocks that were found for it.
+    def require_past(self, layer: int, placement: BlockPlacement) -> None:
+        """Raise `UsageError` unless all positions before each run are stored, in the blocks that were found for them.
 
-        Of rows that attend, no position that a window reaches may have gone back since they were placed.
+        Where rows attend, no position that a window reaches may have been freed since the rows were placed.
         """
         if placement.sound[layer] and placement.losses == self._losses:
             return
@@ -368,67 +329,55 @@ class KVCache:
         if (gone > np.maximum(placement.starts - window + 1, 0)).any():
             i = int((gone > np.maximum(placement.starts - window + 1, 0)).argmax())
             raise UsageError(
-                f"sequence {placement.rows.runs[i].sequence}, layer {layer}: positions before {gone[i]} went back "
+                f"sequence {placement.rows.runs[i].sequence}, layer {layer}: positions before {gone[i]} were freed "
                 f"after the step at {placement.starts[i]} had been planned, and its window reaches them; plan it anew "
                 f"before later steps"
             )
 
-    def advance(self, layer: int, placement: Placement) -> None:
-        """The rows have been stored in ``layer``: raise its watermarks. Errors are those of `require_past`."""
+    def advance(self, layer: int, placement: BlockPlacement) -> None:
+        """Raise the watermarks of ``layer``, in which the rows are stored now. Errors are those of `require_past`."""
         self.require_past(layer, placement)
         filled, slots = self._filled[layer], placement.slots
         filled[slots] = np.maximum(filled[slots], placement.starts + placement.counts)
 
-    def require_space(self, placement: Placement) -> None:
-        """`UsageError` for rows that are not to be stored."""
+    def require_space(self, placement: BlockPlacement) -> None:
+        """Raise `UsageError` for rows that were placed without ``store``."""
         if not placement.store:
             raise UsageError("rows that were planned without store are to be stored; plan them with it")
 
-    def stored(self, sequence: int, layer: int, start: int, stop: int) -> Integers:
-        """The block table for reading the positions start..stop-1 of a layer; `UsageError` unless all are there."""
-        reservation = self._reservation(sequence)
-        filled, group = self.filled(sequence, layer), self.group_of(layer)
-        gone = int(self._first[group, reservation.slot]) * self.layout.block_tokens
-        if not gone <= start < stop <= filled:
-            raise UsageError(
-                f"sequence {sequence}, layer {layer}: the positions {start}..{stop - 1} were asked for, "
-                f"there are {gone}..{filled - 1}"
-            )
-        return reservation.tables[group]
-
     def shape(self, layer: int) -> LayerShape:
-        """The shape of a layer; `UsageError` if there is no such layer."""
+        """Return the shape of a layer; `UsageError` if there is no such layer."""
         if not 0 <= layer < len(self.layout.layers):
             raise UsageError(f"layer {layer}: expected 0 <= layer < {len(self.layout.layers)}")
         return self.layout.layers[layer]
 
     def group_of(self, layer: int) -> int:
-        """The number of the layer group that a layer belongs to."""
+        """Return the number of the layer group to which a layer belongs."""
         return self._group_of[layer]
 
     def layer_offset(self, layer: int) -> int:
-        """Where a layer begins within the blocks of its group, in bytes."""
+        """Return where a layer begins within the blocks of its group, in bytes."""
         return self._offsets[layer]
 
     # -- inside
 
-    def _reservation(self, sequence: int) -> Reservation:
+    def _reservation(self, sequence: int) -> BlockReservation:
         if sequence not in self._held:
             raise UsageError(f"sequence {sequence} holds no reservation in this KV cache")
         return self._held[sequence]
 
     def _count(self, group: LayerGroup, total: int, ahead: int) -> int:
-        """Blocks that a sequence can hold at once in a group."""
+        """Return how many blocks of a group a sequence can hold at once."""
         if group.window is None:
             return total
         return min(total, window_blocks(group.window, ahead, self.layout.block_tokens))
 
     def _behind(self, group: LayerGroup, position: int) -> int:
-        """How many blocks of a group lie wholly behind the window of ``position``."""
+        """Return how many blocks of a group lie wholly behind the window of ``position``."""
         return 0 if group.window is None else max(0, position - group.window + 1) // self.layout.block_tokens
 
     def _find(self, keys: Sequence[bytes]) -> list[tuple[int, list[int]]]:
-        """By group: the first block that ``len(keys)`` shared blocks need, and those from there on."""
+        """Return for each group the first block that ``len(keys)`` shared blocks need, and the blocks from there on."""
         found = []
         for group, blocks in zip(self.groups, self._blocks, strict=True):
             first = self._behind(group, len(keys) * self.layout.block_tokens)
@@ -437,13 +386,13 @@ class KVCache:
         return found
 
     def _fits(self, needs: Sequence[int]) -> bool:
-        """Whether each group could promise so many more blocks."""
+        """Return whether each group could promise this many more blocks."""
         wanted = sum(blocks.extents_for(need) for blocks, need in zip(self._blocks, needs, strict=True))
         beyond = sum(blocks.extents_beyond(need) for blocks, need in zip(self._blocks, needs, strict=True))
         return wanted <= self._pool.available + beyond
 
     def _make_room(self, needs: Sequence[int]) -> None:
-        """Take the extents that the promises need, where there are none left from other groups; see `_fits`."""
+        """Take the extents that the promises need, from other groups if the pool has none left; see `_fits`."""
         for blocks, need in zip(self._blocks, needs, strict=True):
             for _ in range(blocks.extents_for(need)):
                 if self._pool.available < 1:
@@ -455,7 +404,7 @@ class KVCache:
     def _new_first(
         self, group: int, rows: Rows, slots: Integers, starts: Integers, last: Integers, *, attend: bool
     ) -> Integers:
-        """The first block that each run of a step leaves in a windowed group. Changes nothing yet."""
+        """Return the first block that each run of a step keeps in a windowed group, and change nothing yet."""
         window, size = self.groups[group].window or 0, self.layout.block_tokens
         before = self._first[group, slots]
         layers = np.array(self.groups[group].layers)
@@ -465,7 +414,7 @@ class KVCache:
             i = int((reached < before).argmax())
             raise UsageError(
                 f"sequence {rows.runs[i].sequence}: the window of position {starts[i]} reaches back to "
-                f"{reached[i] * size}, but positions before {before[i] * size} went back already"
+                f"{reached[i] * size}, but positions before {before[i] * size} were freed already"
             )
         first: Integers = np.maximum(before, np.maximum(oldest, 0) // size)
         if (last - first > self._counts[group, slots]).any():
@@ -477,20 +426,20 @@ class KVCache:
             )
         return first
 
-    def _move(self, group: int, reservation: Reservation, first: int, last: int) -> None:
-        """Let a sequence hold exactly the blocks first..last-1 of a group."""
+    def _move(self, group: int, reservation: BlockReservation, first: int, last: int) -> None:
+        """Make a sequence hold exactly the blocks first..last-1 of a group."""
         blocks, table, slot = self._blocks[group], reservation.tables[group], reservation.slot
         old_first, old_next = int(self._first[group, slot]), int(self._next[group, slot])
         if first > old_first:
-            blocks.give(table[old_first:first].tolist())
+            blocks.free(table[old_first:first].tolist())
             table[old_first:first] = -1
             self._losses += 1
-            # What was given back can be taken again: this sequence has a right to a number of blocks.
+            # The sequence keeps its right to a number of blocks: it may allocate others for those that it freed.
             blocks.promised += first - old_first
         if last > old_next:
-            table[old_next:last] = blocks.take(last - old_next)
+            table[old_next:last] = blocks.allocate(last - old_next)
             for index, old in reservation.outgrown:
-                if index == group:  # read by steps that only meet what is there when they come to it
+                if index == group:  # steps that were placed before read blocks that are assigned now
                     old[old_next:last] = table[old_next : min(last, len(old))]
         self._first[group, slot], self._next[group, slot] = first, last
         promised = self._unassigned(group, slot, int(self._counts[group, slot]), int(self._totals[slot]))
@@ -500,7 +449,7 @@ class KVCache:
             blocks.tidy()
 
     def _unassigned(self, group: int, slot: int, count: int, total: int) -> int:
-        """Blocks to be set aside for one that may hold ``count`` at once, of ``total`` in the end."""
+        """Return how many blocks to set aside for a sequence that may hold ``count`` at once, ``total`` in the end."""
         first, after = int(self._first[group, slot]), int(self._next[group, slot])
         return min(count - (after - first), total - after)
 
@@ -511,7 +460,7 @@ class KVCache:
         )
 
     def _grow_slots(self, slots: int) -> None:
-        """Room for so many sequences at once."""
+        """Make room for this many sequences at once."""
         before = len(self._tokens)
         self._free_slots += range(slots - 1, before - 1, -1)
 

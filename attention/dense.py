@@ -1,4 +1,4 @@
-"""Attention over dense keys and values: the arithmetic that everything in torch shares."""
+"""All torch code shares this arithmetic of attention over dense keys and values."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from lamina.attention.layout import LayerShape
 from lamina.attention.partial import LOWEST, Partial
 
 TILE_SCORES = 1 << 22
-"""Scores computed at once by `attend`: 16 MiB of float32, however long the context is."""
+"""`attend` computes this many scores at once, 16 MiB of float32, however long the context is."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, shape: LayerShape, q_start: int, k_start: int = 0) -> Partial:
-    """Causal attention of the positions from ``q_start`` over the keys of the positions from ``k_start``.
+    """Attend causally with the positions from ``q_start`` on to the keys of the positions from ``k_start`` on.
 
-    q: [Q, Hq, Dk]; k: [K, Hkv, Dk]; v: [K, Hkv, Dv], of any floating type; computed in float32. K may be 0.
+    q: [Q, Hq, Dk]; k: [K, Hkv, Dk]; v: [K, Hkv, Dv], of any floating type. The arithmetic is float32. K may be 0.
     """
     queries, keys = q.shape[0], k.shape[0]
     out = Partial.empty(queries, shape.q_heads, shape.v_dim, device=q.device)
     tile = max(1, TILE_SCORES // (shape.q_heads * max(1, keys)))
     for begin in range(0, queries, tile):
         end = min(begin + tile, queries)
-        # Only the keys that some query of the tile sees take part: the product is where the time goes.
+        # Only keys that some query of the tile sees take part, because the product takes most of the time.
         first = q_start + begin
         low = 0 if shape.window is None else min(max(0, first - shape.window + 1 - k_start), keys)
         high = min(max(low, q_start + end - k_start), keys)
@@ -40,17 +40,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, shape: LayerShape, q_start: int, 
 
 
 def visible_keys(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Which keys each query may see: bool [..., Q, K] of the positions query: [..., Q] and key: [..., K]."""
+    """Return which keys each query sees, bool [..., Q, K], from the positions query: [..., Q] and key: [..., K]."""
     query, key = query.unsqueeze(-1), key.unsqueeze(-2)
     visible = key <= query
     return visible if window is None else visible & (key > query - window)
 
 
 def attend_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: LayerShape) -> Partial:
-    """Attention of B independent sets of queries, each over its own K >= 1 keys, in float32.
+    """Attend with B independent sets of queries, each over its own K >= 1 keys, in float32.
 
     q: [B, Q, Hq, Dk]; k: [B, K, Hkv, Dk]; v: [B, K, Hkv, Dv]; visible: bool [B, Q, K].
-    Returns o: [B, Q, Hq, Dv] and lse: [B, Q, Hq]. Values that are not visible must be finite all the same: their
+    The result is o: [B, Q, Hq, Dv] and lse: [B, Q, Hq]. Values that are not visible must be finite as well: their
     weight is 0, and 0 times NaN is NaN.
     """
     batch, queries = q.shape[:2]
@@ -77,5 +77,5 @@ def attend_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: Laye
 
 
 def _by_head(stored: Tensor) -> Tensor:
-    """Keys or values [B, K, Hkv, D] as float32 [B, Hkv, K, D], contiguous: what small products are fast on."""
+    """Convert keys or values [B, K, Hkv, D] to float32 [B, Hkv, K, D], contiguous, which makes small products fast."""
     return stored.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""What a KV cache holds: the shape of every layer's attention, the type stored and the size of a block."""
+"""A layout says what a KV cache holds: the attention of every layer, the type stored and the size of a block."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from lamina.errors import ConfigError
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
-"""Bytes per number of the types that a cache can store."""
+"""A cache can store these types, with this many bytes per number."""
 
 SCALED = frozenset({"float8_e4m3fn", "int8"})
-"""Types stored with one float32 scale per token and KV head, for k and for v: a value is number times scale."""
+"""These types have one float32 scale per token and KV head, for k and for v: a value is number times scale."""
 
 SCALE_BYTES = 4
 
 MAX_SIZE = 1 << 16
-"""The most heads of a layer, numbers of a head and tokens of a block: far beyond any model, and kernels may multiply
-two of them."""
+"""A layer has at most this many heads, a head this many numbers and a block this many tokens: far more than any model
+needs, and few enough that kernels may multiply two of them."""
 
 MIN_SOFTCAP = 1e-6
-"""Less would cap every score to the same, and ``score / softcap`` would leave float32."""
+"""A smaller soft cap would make all scores equal, and ``score / softcap`` would overflow float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShape:
-    """The attention of one layer over one shard.
+    """A shape describes the attention of one layer over one shard.
 
     A score is ``scale * q.k``, then, with ``softcap``, ``softcap * tanh(score / softcap)``. With ``window``, a
     token attends to itself and the ``window - 1`` tokens before it (``key position > query position - window``,
@@ -67,7 +67,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers whose blocks live and die together, because window and KV shape are equal: they share a block table."""
+    """The layers of a group share block tables, because their windows and KV shapes are equal."""
 
     layers: tuple[int, ...]
     window: int | None
@@ -78,7 +78,7 @@ class LayerGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVLayout:
-    """What a tenant's cache holds: the ``layers`` of the model in order, stored as ``dtype``."""
+    """A tenant's cache holds the ``layers`` of its model in order, stored as ``dtype``."""
 
     layers: tuple[LayerShape, ...]
     dtype: str
@@ -93,7 +93,7 @@ class KVLayout:
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
-        """The layers by window and KV shape, in order of first appearance."""
+        """The layers form these groups, by window and KV shape, in order of first appearance."""
         found: dict[tuple[int | None, int, int, int], list[int]] = {}
         for index, layer in enumerate(self.layers):
             found.setdefault((layer.window, layer.kv_heads, layer.qk_dim, layer.v_dim), []).append(index)
@@ -101,7 +101,7 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Keys and values of one position in all layers, with their scales."""
+        """The keys and values of one position take this many bytes in all layers, with their scales."""
         scales = 2 * SCALE_BYTES if self.dtype in SCALED else 0
         return sum(
             layer.kv_heads * ((layer.qk_dim + layer.v_dim) * ITEM_BYTES[self.dtype] + scales) for layer in self.layers
@@ -109,7 +109,7 @@ class KVLayout:
 
 
 def window_blocks(window: int, ahead: int, block_tokens: int) -> int:
-    """Blocks that a sequence can hold at once: a window and what lies ``ahead`` of it, at any offset."""
+    """Return how many blocks a window and ``ahead`` positions beyond it can touch at once, at any offset."""
     return -(-(window - 1 + ahead) // block_tokens) + 1
 
 

@@ -1,7 +1,7 @@
-"""The backend of CPU memory nodes: the native kernel, which reads the cache at the speed of its memory.
+"""CPU memory nodes use this backend: its native kernel reads the cache at the speed of the memory.
 
-A block holds the KV heads of a layer one after the other, each in pages of 16 tokens that suit the kernel; how
-a page lies is written in ``native/kernel.h``. Blocks are therefore multiples of 16 tokens.
+A block holds the KV heads of a layer one after the other, each in pages of 16 tokens, whose layout is described in
+``native/kernel.h``. A block has therefore a multiple of 16 tokens.
 """
 
 from __future__ import annotations
@@ -14,52 +14,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.attention.backend import Plan, Stored, check_key_value, check_past, check_query
-from lamina.attention.cache import Addresses, KVCache, Placement
-from lamina.attention.layout import SCALED, LayerShape
-from lamina.attention.native.library import Layer, Step, Workers, load
+from lamina.attention.backend import Plan, check_key_value, check_past, check_query
+from lamina.attention.cache import KVCache
+from lamina.attention.layout import LayerShape
+from lamina.attention.native.library import KernelLayer, KernelStep, Workers, load
 from lamina.attention.partial import Partial
-from lamina.attention.rows import Rows, Run
-from lamina.errors import ConfigError, UsageError
+from lamina.attention.placement import Addresses, BlockPlacement
+from lamina.attention.rows import Rows
+from lamina.errors import ConfigError
 
 PAGE_TOKENS, MAX_DIM, MAX_GROUP = 16, 512, 128
-"""Limits of the kernel: PAGE, MAX_DIM and ROWS of ``native/kernel.h``."""
+"""The kernel has these limits: PAGE, MAX_DIM and ROWS in ``native/kernel.h``."""
 
 MAX_WINDOW = 2**31 - 1
-"""A longer window reaches everything, as this one does."""
+"""A window of this length reaches every position, and so does a longer one."""
 
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "int8": 4}
-"""``Type`` of ``native/kernel.h``."""
+"""These numbers are those of ``Type`` in ``native/kernel.h``."""
 
 _INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_library = load()  # here, so that a missing library is a missing backend
-
-
-def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
-    """Bytes of a block in one layer; `ConfigError` for a shape that the kernel has no place for."""
-    if block_tokens % PAGE_TOKENS:
-        raise ConfigError(f"attention backend native: expected blocks of a multiple of 16 tokens, got {block_tokens}")
-    for name in ("qk_dim", "v_dim"):
-        if getattr(shape, name) > MAX_DIM:
-            raise ConfigError(
-                f"attention backend native: expected {name} <= {MAX_DIM}, got {getattr(shape, name)}; use torch"
-            )
-    if shape.q_heads // shape.kv_heads > MAX_GROUP:
-        raise ConfigError(
-            f"attention backend native: expected at most {MAX_GROUP} query heads for each KV head, "
-            f"got {shape.q_heads // shape.kv_heads}; use torch"
-        )
-    size: int = _library.lamina_layer_bytes(byref(_layer(shape, dtype, block_tokens)))
-    return size
+_library = load()  # on import, so that a missing library makes the backend unavailable
 
 
 @dataclass(frozen=True, slots=True)
 class NativePlan:
-    """By layer group: the step as the kernel takes it, and the arrays that it points to."""
+    """A plan has a step for each layer group in the form that the kernel takes, and the arrays to which it points."""
 
-    placement: Placement
-    steps: list[Step]
+    placement: BlockPlacement
+    steps: list[KernelStep]
     addresses: Addresses
 
     @property
@@ -68,8 +51,11 @@ class NativePlan:
 
 
 class NativeBackend:
-    """Computes with ``threads`` threads of its own, the calling one among them. A run's results are the same bits for
-    any number of threads and any other runs in the step. ``LAMINA_ISA`` in the environment chooses the kernel."""
+    """This backend computes with ``threads`` threads of its own, the calling one among them.
+
+    The result of a run has the same bits for any number of threads and any other runs in the step. ``LAMINA_ISA`` in
+    the environment chooses the kernel.
+    """
 
     name = "native"
 
@@ -95,6 +81,26 @@ class NativeBackend:
             ]
             for dtype, number in _INPUTS.items()
         }
+
+    @staticmethod
+    def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
+        """Return the bytes of a block in one layer; `ConfigError` for a shape that the kernel does not support."""
+        if block_tokens % PAGE_TOKENS:
+            raise ConfigError(
+                f"attention backend native: expected blocks of a multiple of 16 tokens, got {block_tokens}"
+            )
+        for name in ("qk_dim", "v_dim"):
+            if getattr(shape, name) > MAX_DIM:
+                raise ConfigError(
+                    f"attention backend native: expected {name} <= {MAX_DIM}, got {getattr(shape, name)}; use torch"
+                )
+        if shape.q_heads // shape.kv_heads > MAX_GROUP:
+            raise ConfigError(
+                f"attention backend native: expected at most {MAX_GROUP} query heads for each KV head, "
+                f"got {shape.q_heads // shape.kv_heads}; use torch"
+            )
+        size: int = _library.lamina_layer_bytes(byref(_layer(shape, dtype, block_tokens)))
+        return size
 
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         check_key_value(layer, self.cache.shape(layer), rows.tokens, k, v)
@@ -157,54 +163,20 @@ class NativeBackend:
         self.cache.advance(layer, plan.placement)
         return out
 
-    def export(self, sequence: int, layer: int, start: int, stop: int) -> Stored:
-        table = self.cache.stored(sequence, layer, start, stop)
-        stored = self._empty(layer, stop - start)
-        self._copy(layer, table.ctypes.data, start, stored, out=True)
-        return stored
-
-    def restore(self, sequence: int, layer: int, start: int, stored: Stored) -> None:
-        tokens = len(stored.k)
-        expected = self._empty(layer, tokens)
-        for name, got, want in zip(Stored._fields, stored, expected, strict=True):
-            if _like(got) != _like(want):
-                raise UsageError(f"layer {layer}: expected stored {name} like {_like(want)}, got {_like(got)}")
-        placement = self.cache.place(Rows((Run(sequence, start, tokens),)), attend=False)
-        self.cache.require_past(layer, placement)
-        stored = Stored(*(None if part is None else part.contiguous() for part in stored))  # type: ignore[arg-type]
-        table = int(placement.addresses[self.cache.group_of(layer), 0])
-        self._copy(layer, table, start, stored, out=False, frozen=int(placement.frozen[0]))
-        self.cache.advance(layer, placement)
-
     def close(self) -> None:
         self.workers.close()
 
-    def _plan(self, placement: Placement) -> NativePlan:
+    def _plan(self, placement: BlockPlacement) -> NativePlan:
         addresses = np.ascontiguousarray(placement.addresses)
         arrays = (placement.starts, placement.counts, placement.row_starts, placement.frozen)
         pointers = [array.ctypes.data for array in arrays]
         runs = len(placement.starts)
         first, size = addresses.ctypes.data, addresses.itemsize * runs
-        steps = [Step(first + group * size, *pointers, runs) for group in range(len(addresses))]
+        steps = [KernelStep(first + group * size, *pointers, runs) for group in range(len(addresses))]
         return NativePlan(placement, steps, addresses)
 
-    def _layer(self, layer: int, given: Tensor) -> Layer:
+    def _layer(self, layer: int, given: Tensor) -> KernelLayer:
         return self._layers[given.dtype][layer]
-
-    def _empty(self, layer: int, tokens: int) -> Stored:
-        """Uninitialised tensors for what is stored of so many positions."""
-        shape, dtype = self.cache.shape(layer), self.cache.layout.dtype
-        rows = (tokens, shape.kv_heads)
-        scales = [torch.empty(rows), torch.empty(rows)] if dtype in SCALED else [None, None]
-        kind = getattr(torch, dtype)
-        return Stored(
-            torch.empty(*rows, shape.qk_dim, dtype=kind), torch.empty(*rows, shape.v_dim, dtype=kind), *scales
-        )
-
-    def _copy(self, layer: int, table: int, start: int, stored: Stored, *, out: bool, frozen: int = 0) -> None:
-        pointers = [None if part is None else part.data_ptr() for part in stored]
-        description = self._layers[torch.float32][layer]
-        _library.lamina_copy(byref(description), table, start, len(stored.k), *pointers, frozen, out)
 
 
 def _layer(
@@ -215,8 +187,8 @@ def _layer(
     input_type: int = 0,
     memory: int | None = None,
     sinks: int | None = None,
-) -> Layer:
-    return Layer(
+) -> KernelLayer:
+    return KernelLayer(
         memory=memory,
         sinks=sinks,
         kv_heads=shape.kv_heads,
@@ -230,7 +202,3 @@ def _layer(
         scale=shape.scale,
         softcap=shape.softcap or 0,
     )
-
-
-def _like(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

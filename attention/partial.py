@@ -1,4 +1,4 @@
-"""Attention output over one shard with its log-sum-exp, and the exact merge of several."""
+"""A `Partial` is the attention over one shard with its log-sum-exp, and `merge` joins several exactly."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 LOWEST = torch.finfo(torch.float32).min
-"""Stands in for a maximum of -inf, so that an empty shard subtracts something finite: -inf - -inf is NaN."""
+"""This stands in for a maximum of -inf, so that an empty shard subtracts a finite number: -inf - -inf is NaN."""
 
 
 class Partial(NamedTuple):
-    """Attention of T rows over one shard, both tensors in float32.
+    """A partial is the attention of T rows over one shard, both tensors in float32.
 
-    ``o``: [T, Hq, Dv], normalised within the shard. ``lse``: [T, Hq], the natural logarithm of the sum of
+    ``o``, [T, Hq, Dv], is normalised within the shard. ``lse``, [T, Hq], is the natural logarithm of the sum of
     exp(score). Where a row sees nothing of the shard, ``o`` is exactly 0 and ``lse`` is -inf.
     """
 
@@ -24,7 +24,7 @@ class Partial(NamedTuple):
 
     @classmethod
     def empty(cls, tokens: int, heads: int, v_dim: int, *, device: torch.device) -> Self:
-        """The neutral element of `merge`: what attending to nothing gives."""
+        """Return the attention to nothing, which is the neutral element of `merge`."""
         return cls(
             torch.zeros(tokens, heads, v_dim, device=device),
             torch.full((tokens, heads), -torch.inf, device=device),
@@ -32,11 +32,11 @@ class Partial(NamedTuple):
 
 
 def merge(first: Partial, *others: Partial) -> Partial:
-    """Attention over the union of disjoint shards, from the attention over each: exact, in float32.
+    """Compute the attention over a union of disjoint shards from the attention over each, exactly, in float32.
 
-    Equal for every order and grouping up to rounding; a fixed order gives the same bits every time.
-    The formula is that of Lamina (arXiv 2405.01814, section 4.2), ``A = (A1 S1 + A2 S2) / (S1 + S2)`` with ``S`` the
-    softmax denominator, which is kept as its logarithm and shifted by the largest, as in flash-decoding.
+    Every order and grouping gives the same result up to rounding; a fixed order gives the same bits every time. The
+    formula is that of Lamina (arXiv 2405.01814, section 4.2), ``A = (A1 S1 + A2 S2) / (S1 + S2)``. ``S`` is the softmax
+    denominator, which is kept as its logarithm and shifted by the largest, as in flash-decoding.
     """
     partials = (first, *others)
     lses = torch.stack([partial.lse.float() for partial in partials])
@@ -52,7 +52,7 @@ def merge(first: Partial, *others: Partial) -> Partial:
 
 
 def add_sinks(partial: Partial, sinks: Sequence[float] | None) -> Partial:
-    """``partial`` with the sinks of a layer in its denominator: once for each row, after all shards are merged."""
+    """Add the sinks of a layer to the denominator: once for each row, after all shards are merged."""
     if sinks is None:
         return partial
     score = torch.tensor(sinks, dtype=torch.float32, device=partial.o.device)

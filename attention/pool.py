@@ -1,4 +1,4 @@
-"""The memory of a node: taken once, lent to tenants in ranges, each of which is cut into extents for its blocks."""
+"""A node takes its memory once, divides it among tenants under quotas, and cuts each tenant's range into extents."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ import torch
 from lamina.errors import CapacityError, ConfigError, UsageError
 
 ALIGNMENT = 64
-"""Bytes: extents and blocks start at multiples of a cache line."""
+"""Extents and blocks begin at multiples of this many bytes, a cache line."""
 
 EXTENT_BYTES = 2 << 20
-"""The size of extents where memory is plentiful: that of a huge page."""
+"""Extents have this size where memory is plentiful: that of a huge page."""
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE, _MADV_DONTNEED, _MADV_POPULATE_WRITE = 14, 4, 23
 _POPULATE_BYTES = 16 << 20
-"""Taken at once, for some milliseconds: no other thread can map anything meanwhile, so longer would look like death."""
+"""Memory is taken in steps of this size, of some milliseconds each. No other thread of the process can map memory
+during a step, so a longer one would make the node look dead to its peers."""
 _MPOL_BIND = 2
 _MBIND = {"x86_64": 237, "aarch64": 235}
-"""The number of the system call, which is used directly so that no libnuma is needed."""
+"""These are the numbers of the system call mbind, which is called directly so that no libnuma is needed."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """What a `Memory` got: ``huge_bytes`` lie in huge pages; ``numa`` is the NUMA node that it is bound to."""
+    """A `Memory` reports what it got: ``huge_bytes`` lie in huge pages, and it is bound to the NUMA node ``numa``."""
 
     nbytes: int
     huge_bytes: int
     numa: int | None
 
 
-class Range:
-    """Bytes of memory, ``tensor`` (uint8 [nbytes]): all of a `Memory`, or what is lent of one."""
+class MemoryRange:
+    """A range is some bytes of memory, ``tensor`` (uint8 [nbytes]): all of a `Memory`, or one tenant's part of it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -52,12 +53,12 @@ class Range:
         self.device = tensor.device
 
 
-class Memory(Range):
-    """``nbytes`` of memory, all of it there from the start: whatever is missing is missed here and not in a step.
+class Memory(MemoryRange):
+    """A memory has ``nbytes`` that are all there from the start, so that a shortage shows here and not in a step.
 
     On the CPU it is one private anonymous mapping, in huge pages where the system has them, bound to the NUMA node
-    ``numa``, page-aligned, and zero at first; on a CUDA device it is one allocation. `CapacityError` if it cannot be
-    had, `ConfigError` if there is no such NUMA node or the system does not allow binding to it.
+    ``numa``, page-aligned, and zero at first; on a CUDA device it is one allocation. `CapacityError` if the system
+    refuses it, `ConfigError` if there is no such NUMA node or the system does not allow binding to it.
     """
 
     def __init__(self, nbytes: int, *, device: torch.device | str = "cpu", numa: int | None = None) -> None:
@@ -78,13 +79,13 @@ class Memory(Range):
                 raise self._missing(str(error)) from error
 
     def report(self) -> MemoryReport:
-        """What was taken. Reads the list of this process's mappings: not for the hot path."""
+        """Report what was taken. This reads the list of the process's mappings, which is too slow for the hot path."""
         return MemoryReport(self.nbytes, self._huge_bytes(), self.numa)
 
     def close(self) -> None:
-        """Give the memory back, whoever still holds a view of it. Nothing may be read or written afterwards."""
+        """Return the memory to the system, even if views of it are left. No caller may read or write it afterwards."""
         if self._address:
-            # Not unmapped, since a view that somebody kept must not become a wild pointer; its pages are gone.
+            # The range stays mapped, so that a view that is left does not become a wild pointer; its pages are gone.
             _libc.madvise(ctypes.c_void_p(self._address), ctypes.c_size_t(self.nbytes), _MADV_DONTNEED)
             self._address = 0
         self.tensor = torch.empty(0, dtype=torch.uint8)
@@ -102,13 +103,13 @@ class Memory(Range):
         start = -whole.ctypes.data % _HUGE_PAGE if slack else 0
         own = whole[start : start + self.nbytes]
         address, size = ctypes.c_void_p(own.ctypes.data), ctypes.c_size_t(self.nbytes)
-        _libc.madvise(address, size, _MADV_HUGEPAGE)  # a wish; ordinary pages serve as well
+        _libc.madvise(address, size, _MADV_HUGEPAGE)  # this may be refused; ordinary pages serve as well
         if self.numa is not None:
             self._bind(address, self.numa)
         for first in range(0, self.nbytes, _POPULATE_BYTES):
             piece = own[first : first + _POPULATE_BYTES]
             if _libc.madvise(ctypes.c_void_p(piece.ctypes.data), ctypes.c_size_t(len(piece)), _MADV_POPULATE_WRITE):
-                if ctypes.get_errno() != errno.EINVAL:  # a kernel that does not know it
+                if ctypes.get_errno() != errno.EINVAL:  # the error of a kernel that does not know the advice
                     raise self._missing(os.strerror(ctypes.get_errno()))
                 piece[:: mmap.PAGESIZE] = 0
         self._address = own.ctypes.data
@@ -147,102 +148,102 @@ class Memory(Range):
         return CapacityError(f"{self.nbytes} bytes of memory cannot be had on {self.device}: {reason}")
 
 
-class Loans:
-    """A `Memory` lent to tenants: to each of them one range, the first that is free and long enough.
+class QuotaPool:
+    """The pool divides a `Memory` among tenants under quotas: each has one range, the first that was long enough.
 
-    Ranges begin at pages. What a range holds when it is lent is anything. Belongs to one thread.
+    Ranges begin at pages. The content of a new range is undefined. The pool belongs to one thread.
     """
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self._lent: dict[str, tuple[int, int]] = {}
-        """By tenant, where its range begins and ends."""
+        self._ranges: dict[str, tuple[int, int]] = {}
+        """Each tenant's range begins and ends at these bytes."""
 
-    def lend(self, tenant: str, nbytes: int | None = None) -> Range:
-        """A range of ``nbytes``, by default the longest that is free; `CapacityError` says who has how much.
+    def allocate(self, tenant: str, quota: int | None = None) -> MemoryRange:
+        """Allocate a range of ``quota`` bytes to a tenant, by default the longest that is free.
 
-        `UsageError` for a tenant that has one already.
+        `CapacityError` says how much each tenant has. `UsageError` for a tenant that has a range already.
         """
-        if tenant in self._lent:
+        if tenant in self._ranges:
             raise UsageError(f"tenant {tenant} has memory already")
-        free = self._free()
+        free = self._gaps()
         longest = max(stop - start for start, stop in free)
-        size = longest if nbytes is None else nbytes
+        size = longest if quota is None else quota
         if not 0 < size <= longest:
-            raise CapacityError(self._refusal(nbytes, longest, sum(stop - start for start, stop in free)))
+            raise CapacityError(self._refusal(quota, longest, sum(stop - start for start, stop in free)))
         start = next(start for start, stop in free if stop - start >= size)
-        self._lent[tenant] = (start, start + size)
-        return Range(self.memory.tensor[start : start + size])
+        self._ranges[tenant] = (start, start + size)
+        return MemoryRange(self.memory.tensor[start : start + size])
 
-    def give_back(self, tenant: str) -> None:
-        """Nothing of the tenant's range may be read or written afterwards. `UsageError` for one that has none."""
-        if tenant not in self._lent:
-            raise UsageError(f"tenant {tenant} gives memory back, but has none")
-        del self._lent[tenant]
+    def free(self, tenant: str) -> None:
+        """Free the range of a tenant, which it must not read or write afterwards; `UsageError` if it has none."""
+        if tenant not in self._ranges:
+            raise UsageError(f"tenant {tenant} frees memory, but has none")
+        del self._ranges[tenant]
 
-    def _free(self) -> list[tuple[int, int]]:
-        """Beginning and end of what lies before, between and behind the ranges that are lent."""
+    def _gaps(self) -> list[tuple[int, int]]:
+        """Return the beginning and end of each gap before, between and behind the ranges of tenants."""
         free, start = [], 0
-        for first, stop in sorted(self._lent.values()):
+        for first, stop in sorted(self._ranges.values()):
             free.append((start, first))
             start = min(-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, self.memory.nbytes)
         return [*free, (start, self.memory.nbytes)]
 
-    def _refusal(self, asked: int | None, longest: int, free: int) -> str:
+    def _refusal(self, quota: int | None, longest: int, free: int) -> str:
         have = (
-            ", ".join(f"{tenant} has {stop - start}" for tenant, (start, stop) in self._lent.items())
-            or "nobody has any"
+            ", ".join(f"{tenant} has {stop - start}" for tenant, (start, stop) in self._ranges.items())
+            or "no tenant has any"
         )
-        if asked is None:
+        if quota is None:
             return (
                 f"none of the {self.memory.nbytes} bytes of memory is free ({have}); "
-                "give others quotas, or wait until somebody leaves"
+                "give other tenants quotas, or wait until one leaves"
             )
         return (
-            f"a quota of {asked} bytes cannot be had: of {self.memory.nbytes} bytes {free} are free, {longest} of them "
-            f"in one piece ({have}); ask for less, give those a quota that have none, or wait until somebody leaves"
+            f"a quota of {quota} bytes cannot be had: of {self.memory.nbytes} bytes {free} are free, {longest} of them "
+            f"in one piece ({have}); ask for less, give a quota to tenants without one, or wait until one leaves"
         )
 
 
-class Pool:
-    """A range of memory in extents of equal size, which the blocks of a cache take as they need them.
+class ExtentPool:
+    """The pool cuts a range of memory into extents of equal size, which the blocks of one cache take as they need them.
 
-    Extent ``i`` is the bytes from ``i * extent_bytes``. A block never spans extents, so an extent must hold the largest
-    block, and what is left over of each extent is lost: see `fit_extent`. Belongs to one thread.
+    Extent ``i`` begins at byte ``i * extent_bytes``. A block never spans extents, so an extent must hold the largest
+    block, and the rest of each extent is lost: see `fit_extent`. The pool belongs to one thread.
     """
 
-    def __init__(self, memory: Range, *, extent_bytes: int) -> None:
+    def __init__(self, memory: MemoryRange, *, extent_bytes: int) -> None:
         if extent_bytes < ALIGNMENT or extent_bytes % ALIGNMENT:
             raise UsageError(f"extent_bytes: expected a multiple of {ALIGNMENT} above 0, got {extent_bytes}")
         self.memory = memory
         self.extent_bytes = extent_bytes
         self.extents = memory.nbytes // extent_bytes
         self._free = list(range(self.extents))[::-1]
-        self._taken: set[int] = set()
+        self._allocated: set[int] = set()
 
     @property
     def available(self) -> int:
-        """Extents that can be taken now."""
+        """The pool has this many free extents."""
         return len(self._free)
 
-    def take(self) -> int:
-        """An extent; `CapacityError` when there is none left."""
+    def allocate(self) -> int:
+        """Allocate an extent and return its number; `CapacityError` if none is free."""
         if not self._free:
-            raise CapacityError(f"all {self.extents} extents of {self.extent_bytes} bytes are taken")
+            raise CapacityError(f"all {self.extents} extents of {self.extent_bytes} bytes are allocated")
         extent = self._free.pop()
-        self._taken.add(extent)
+        self._allocated.add(extent)
         return extent
 
-    def give(self, extent: int) -> None:
-        """Hand an extent back; `UsageError` for one that is not taken."""
-        if extent not in self._taken:
-            raise UsageError(f"extent {extent} is handed back, but not taken")
-        self._taken.remove(extent)
+    def free(self, extent: int) -> None:
+        """Free an extent; `UsageError` for one that is not allocated."""
+        if extent not in self._allocated:
+            raise UsageError(f"extent {extent} is to be freed, but not allocated")
+        self._allocated.remove(extent)
         self._free.append(extent)
 
 
 def most_blocks(extents: int, extent_bytes: int, block_bytes: Sequence[int]) -> int:
-    """The most blocks n, such that n blocks of each of these sizes fit into so many extents together."""
+    """Return the largest n such that n blocks of each of these sizes fit together into this many extents."""
     per_extent = [extent_bytes // nbytes for nbytes in block_bytes]
     if not all(per_extent):
         return 0
@@ -257,17 +258,18 @@ def most_blocks(extents: int, extent_bytes: int, block_bytes: Sequence[int]) -> 
 
 
 def fit_extent(nbytes: int, block_bytes: Sequence[int]) -> int:
-    """The extent size that lets ``nbytes`` hold the most blocks of these sizes, equally many of each.
+    """Return the extent size with which ``nbytes`` hold the most blocks of these sizes, equally many of each.
 
-    Among sizes that hold as many but for 1 in 200, the largest, since extents are work; at most `EXTENT_BYTES`, or 16
-    of the largest blocks where these are more, so that little is left over of an extent, and hardly more than a 64th
-    of the memory, so that little is lost where the last extent of each size is not full.
+    Among the sizes that hold at least 199 of every 200 of these blocks, the largest is chosen, because each extent
+    costs work. It is at most `EXTENT_BYTES`, or 16 of the largest blocks where these are more, so that little of an
+    extent is lost; and it is hardly more than a 64th of the memory, because the last extent of each block size may stay
+    nearly empty.
     """
     largest = max(block_bytes)
     limit = max(min(max(EXTENT_BYTES, 16 * largest), nbytes // 64), min(4 * largest, nbytes), largest)
     candidates = {largest}
     for size in set(block_bytes):
-        # From the limit downwards; more sizes than these bring nothing.
+        # The 64 sizes below the limit are enough: smaller ones bring nothing.
         candidates |= {size * count for count in range(limit // size, max(0, limit // size - 64), -1)}
     held = {size: most_blocks(nbytes // size, size, block_bytes) for size in candidates if largest <= size <= limit}
     best = max(held.values())
@@ -275,12 +277,12 @@ def fit_extent(nbytes: int, block_bytes: Sequence[int]) -> int:
 
 
 def numa_nodes() -> set[int]:
-    """The NUMA nodes of this machine; {0} where the system does not say."""
+    """Return the NUMA nodes of this machine; {0} where the system does not say."""
     return {int(path.name[4:]) for path in Path("/sys/devices/system/node").glob("node[0-9]*")} or {0}
 
 
 def numa_node_of(cpus: frozenset[int]) -> int | None:
-    """The NUMA node that all of these processors belong to, or None if they have none in common."""
+    """Return the NUMA node to which all of these processors belong, or None if they have none in common."""
     for node in numa_nodes():
         if cpus and all(Path(f"/sys/devices/system/node/node{node}/cpu{cpu}").exists() for cpu in cpus):
             return node
@@ -288,10 +290,11 @@ def numa_node_of(cpus: frozenset[int]) -> int | None:
 
 
 def available_bytes(numa: int | None = None, *, root: Path = Path("/")) -> dict[str, int]:
-    """What could still be had without swapping, by where: on this machine, in the control groups (version 2) of this
-    process, and on the NUMA node ``numa``. Left out is what the system, whose files are below ``root``, does not say.
+    """Return how many bytes are available without swapping, each with the place that limits them.
 
-    Files that are kept in memory count as free: the system drops them when it needs their place.
+    The places are this machine, the control groups (version 2) of this process, and the NUMA node ``numa``. A place is
+    left out if the system, whose files are below ``root``, says nothing about it. Cached files count as available:
+    the system drops them when it needs their memory.
     """
     found = {}
     machine = _numbers(root / "proc/meminfo", r"^(\w+):\s+(\d+) kB$")
@@ -317,12 +320,12 @@ def available_bytes(numa: int | None = None, *, root: Path = Path("/")) -> dict[
 
 
 def _numbers(path: Path, pattern: str) -> dict[str, int]:
-    """Names and numbers in the lines of a file of the system."""
+    """Read names and numbers from the lines of a file of the system."""
     return {name: int(number) for name, number in re.findall(pattern, _text(path), re.MULTILINE)}
 
 
 def _text(path: Path) -> str:
-    """What a file of the system says; nothing where there is none."""
+    """Read a file of the system; return an empty text if there is none."""
     try:
         return path.read_text()
     except OSError:

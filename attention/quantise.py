@@ -1,4 +1,4 @@
-"""The one definition of 8-bit keys and values: what every backend stores, bit for bit."""
+"""Every backend stores 8-bit keys and values exactly as defined here, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
-"""The number that the largest magnitude of a vector becomes."""
+"""The largest magnitude of a vector becomes this number."""
 
 SMALLEST = 1e-30
-"""Vectors with no magnitude above are stored as zeros: their scale would be a subnormal number, or nothing."""
+"""A vector whose magnitudes are all below this is stored as zeros: its scale would be subnormal, or 0."""
 
 
 def quantise(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Numbers of type ``dtype`` and the shape of x [..., D], and a float32 scale for each vector: [...].
+    """Return numbers of type ``dtype`` in the shape of x, [..., D], and a float32 scale for each vector, [...].
 
-    scale = largest magnitude / LARGEST, number = x / scale, rounded to nearest even. A vector of zeros has the
-    scale 0; one with a NaN or an infinity has the scale NaN, so that all of it reads as NaN.
+    scale = largest magnitude / LARGEST, number = x / scale, rounded to nearest even. A vector of zeros has the scale 0.
+    A vector with a NaN or an infinity has the scale NaN, so that all of it reads as NaN.
     """
     x = x.float()
     largest = x.abs().amax(-1)
@@ -30,5 +30,5 @@ def quantise(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(number: Tensor, scale: Tensor) -> Tensor:
-    """The values in float32: number [..., D] times scale [...]."""
+    """Return the values in float32: number [..., D] times scale [...]."""
     return number.float() * scale.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Which token of which sequence each row of a step's tensors belongs to."""
+"""`Rows` says to which position of which sequence each row of a step's tensors belongs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lamina.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``count`` consecutive positions of one sequence, from ``start``: 1 in plain decode, more in prefill."""
+    """A run is ``count`` consecutive positions of one sequence from ``start`` on: 1 in decode, more in prefill."""
 
     sequence: int
     start: int
@@ -22,9 +22,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one step's q, k and v: the rows of ``runs[0]``, then those of ``runs[1]``, and so on.
+    """The rows of one step's q, k and v are those of ``runs[0]``, then those of ``runs[1]``, and so on.
 
-    A sequence has at most one run per step, so that what counts as its past is the same for all of its rows.
+    A sequence has at most one run per step, so that all of its rows have the same past.
     """
 
     runs: tuple[Run, ...]
@@ -42,5 +42,5 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Number of rows, T in the shapes of this package."""
+        """The step has this many rows, T in the shapes of this package."""
         return sum(run.count for run in self.runs)

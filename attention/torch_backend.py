@@ -1,43 +1,46 @@
-"""The reference backend: torch operations in float32, on any device.
+"""The reference backend uses torch operations in float32 and runs on any device.
 
-The runs of a step are cut into pieces of a few queries. Pieces with equally many queries are attended together,
-their contexts gathered from the cache and padded to the longest. Nothing but stored positions is ever read.
+The runs of a step are cut into pieces of a few queries. Pieces with equally many queries attend together: their
+contexts are gathered from the cache and padded to the longest. Only stored positions are ever read.
 
-In a block, a layer has k [block_tokens, Hkv, Dk], then v [block_tokens, Hkv, Dv], then, where the type has scales,
-those of k and of v, float32 [block_tokens, Hkv]; each part starts at a multiple of 64 bytes.
+A layer has four parts in a block: k [block_tokens, Hkv, Dk], v [block_tokens, Hkv, Dv], and, where the type has scales,
+those of k and those of v, float32 [block_tokens, Hkv]. Each part begins at a multiple of 64 bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.attention.backend import Plan, Stored, check_key_value, check_past, check_query
-from lamina.attention.cache import Integers, KVCache, Placement
+from lamina.attention.backend import Plan, check_key_value, check_past, check_query
+from lamina.attention.cache import KVCache
 from lamina.attention.dense import attend_visible, visible_keys
 from lamina.attention.layout import ITEM_BYTES, SCALE_BYTES, SCALED, LayerShape
 from lamina.attention.partial import Partial, add_sinks, merge
+from lamina.attention.placement import BlockPlacement, Integers
 from lamina.attention.pool import ALIGNMENT
 from lamina.attention.quantise import dequantise, quantise
-from lamina.attention.rows import Rows, Run
-from lamina.errors import UsageError
+from lamina.attention.rows import Rows
 
 PIECE_QUERIES = 64
-"""Queries of one run that are attended at once; bounds the scores held in memory."""
+"""At most this many queries of a run attend at once, which bounds the scores in memory."""
 
 GATHER_TOKENS = 1 << 11
-"""Positions gathered at once, padding included, unless one context is longer. Fewer would pay more for calls;
-more would leave the caches of a core, and in the end pad short contexts to long ones."""
+"""At most this many positions are gathered at once, padding included, unless one context is longer. With fewer, calls
+would cost more; more would not fit into the caches of a core, and would pad short contexts to long ones."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Some queries of run number ``run``: the rows from ``row``, at positions from ``position``, attend to
-    first..end-1."""
+class QueryPiece:
+    """A piece has some queries of run number ``run``: the rows from ``row`` on, at the positions from ``position`` on.
+
+    They attend to the positions first..end-1.
+    """
 
     run: int
     row: int
@@ -52,38 +55,50 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Of positions, in any ``shape``: for each part of a layer the int64 index of their rows in its `_Part`, flat."""
+class RowIndices:
+    """Positions in any ``shape`` have these rows: flat int64 indices into each `_LayerPart` of a layer."""
 
     shape: tuple[int, ...]
     rows: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """B pieces attended together. rows: int64 [B, Q]; places: of [B, K] keys; visible: bool [B, Q, K]."""
+class PieceBatch:
+    """B pieces attend together. rows: int64 [B, Q]; places: those of [B, K] keys; visible: bool [B, Q, K]."""
 
     rows: Tensor
-    places: Places
+    places: RowIndices
     visible: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where a step's k and v go in a layer group: ``rows``, int64, lists those to be stored; None is all."""
+class StoreTarget:
+    """The k and v of a step go to these places in a layer group. ``rows``, int64, are those to store; None is all."""
 
-    places: Places
+    places: RowIndices
     rows: Tensor | None
+
+
+class Stored(NamedTuple):
+    """Keys and values as they are stored.
+
+    k: [n, Hkv, Dk] and v: [n, Hkv, Dv] of the layout's type; their scales, if the type has any, are float32 [n, Hkv].
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TorchPlan:
-    """By layer group: what is read of the ``past`` of the runs, and of the ``new`` tokens; where these go."""
+    """A plan has for each layer group batches over the ``past`` and the ``new`` tokens, and targets for the latter."""
 
-    placement: Placement
-    past: list[list[Batch]]
-    new: list[list[Batch]]
-    targets: list[Target]
+    placement: BlockPlacement
+    past: list[list[PieceBatch]]
+    new: list[list[PieceBatch]]
+    targets: list[StoreTarget]
 
     @property
     def rows(self) -> Rows:
@@ -91,7 +106,7 @@ class TorchPlan:
 
 
 class TorchBackend:
-    """Computes with torch's own threads: how many there are and where they run is set for the whole process."""
+    """This backend computes with torch's own threads, whose number and processors are set for the whole process."""
 
     name = "torch"
 
@@ -99,7 +114,12 @@ class TorchBackend:
         self.cache = cache
         self._device = cache.memory.tensor.device
         self._where = str(self._device)
-        self._stores = [_Store(cache, layer) for layer in range(len(cache.layout.layers))]
+        self._stores = [_LayerStore(cache, layer) for layer in range(len(cache.layout.layers))]
+
+    @staticmethod
+    def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
+        """Return the bytes of a block in one layer."""
+        return sum(_part_bytes(shape, dtype, block_tokens))
 
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         shape = self.cache.shape(layer)
@@ -131,21 +151,8 @@ class TorchBackend:
         check_key_value(layer, shape, plan.rows.tokens, k, v, self._where)
         check_past(layer, shape, plan.rows.tokens, past, self._where)
         self._write(layer, plan.placement, plan.targets[group], self._rounded(k, v))
-        # Read back from the cache, so that a token weighs now exactly what it will weigh in later steps.
+        # The new tokens are read back from the cache, so that they weigh exactly what they will weigh in later steps.
         return add_sinks(merge(past, self._attend(plan.new[group], layer, q)), shape.sinks)
-
-    def export(self, sequence: int, layer: int, start: int, stop: int) -> Stored:
-        positions = np.arange(start, stop)
-        table = self.cache.stored(sequence, layer, start, stop)
-        return self._stores[layer].read(
-            self._places(self.cache.group_of(layer), table[positions // self._size], positions)
-        )
-
-    def restore(self, sequence: int, layer: int, start: int, stored: Stored) -> None:
-        tokens = len(stored.k)
-        self._stores[layer].check(layer, tokens, stored)
-        placement = self.cache.place(Rows((Run(sequence, start, tokens),)), attend=False)
-        self._write(layer, placement, self._target(placement, self.cache.group_of(layer)), stored)
 
     def close(self) -> None:
         self._stores.clear()
@@ -163,14 +170,14 @@ class TorchBackend:
             return Stored(k, v, k_scale, v_scale)
         return Stored(k.to(getattr(torch, dtype)), v.to(getattr(torch, dtype)))
 
-    def _write(self, layer: int, placement: Placement, target: Target, stored: Stored) -> None:
+    def _write(self, layer: int, placement: BlockPlacement, target: StoreTarget, stored: Stored) -> None:
         self.cache.require_past(layer, placement)
         if target.rows is not None:
             stored = Stored(*(None if part is None else part[target.rows] for part in stored))  # type: ignore[arg-type]
         self._stores[layer].write(target.places, stored)
         self.cache.advance(layer, placement)
 
-    def _target(self, placement: Placement, group: int) -> Target:
+    def _target(self, placement: BlockPlacement, group: int) -> StoreTarget:
         runs, tables = placement.rows.runs, placement.tables(group)
         positions = np.concatenate([np.arange(run.start, run.stop) for run in runs])
         counts = placement.counts
@@ -179,27 +186,27 @@ class TorchBackend:
         )
         wanted = (positions >= np.repeat(placement.frozen, counts)) & (blocks >= 0)
         if wanted.all():
-            return Target(self._places(group, blocks, positions), None)
+            return StoreTarget(self._places(group, blocks, positions), None)
         rows = np.nonzero(wanted)[0]
-        return Target(self._places(group, blocks[rows], positions[rows]), self._tensor(rows))
+        return StoreTarget(self._places(group, blocks[rows], positions[rows]), self._tensor(rows))
 
-    def _places(self, group: int, blocks: Integers, positions: Integers) -> Places:
-        """``blocks``: the byte offsets of the blocks that hold ``positions``, in the same shape."""
-        # In layers of a group rows have the same sizes, and often k the same as v.
+    def _places(self, group: int, blocks: Integers, positions: Integers) -> RowIndices:
+        """Find the rows of ``positions``, whose blocks have the byte offsets ``blocks``, in the same shape."""
+        # Rows have the same sizes in all layers of a group, and often the same for k and v.
         parts = self._stores[self.cache.groups[group].layers[0]].parts
         within = positions % self._size
         found: dict[tuple[int, int], Tensor] = {}
         for part in parts:
             if (size := (part.item, part.width)) not in found:
                 found[size] = self._tensor((blocks // part.item + within * part.width).ravel())
-        return Places(positions.shape, tuple(found[part.item, part.width] for part in parts))
+        return RowIndices(positions.shape, tuple(found[part.item, part.width] for part in parts))
 
     def _tensor(self, numbers: Integers) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)
 
     # -- attending
 
-    def _attend(self, batches: list[Batch], layer: int, q: Tensor) -> Partial:
+    def _attend(self, batches: list[PieceBatch], layer: int, q: Tensor) -> Partial:
         shape, store = self.cache.shape(layer), self._stores[layer]
         out = Partial.empty(q.shape[0], shape.q_heads, shape.v_dim, device=q.device)
         for batch in batches:
@@ -209,10 +216,10 @@ class TorchBackend:
             out.o[batch.rows], out.lse[batch.rows] = attend_visible(q[batch.rows], k, v, batch.visible, shape)
         return out
 
-    def _batches(self, placement: Placement, group: int, *, new: bool) -> list[Batch]:
-        """Join pieces of equally many queries and similar contexts, up to GATHER_TOKENS padded positions."""
+    def _batches(self, placement: BlockPlacement, group: int, *, new: bool) -> list[PieceBatch]:
+        """Join pieces of equally many queries and similar contexts, up to `GATHER_TOKENS` padded positions."""
         window, tables = self.cache.groups[group].window, placement.tables(group)
-        joined: list[list[Piece]] = []
+        joined: list[list[QueryPiece]] = []
         pieces = _pieces(placement.rows, window, new=new)
         for piece in sorted(pieces, key=lambda piece: (piece.queries, piece.keys)):
             joins = (
@@ -226,25 +233,25 @@ class TorchBackend:
                 joined.append([piece])
         return [self._batch(group, pieces, [tables[piece.run] for piece in pieces]) for pieces in joined]
 
-    def _batch(self, group: int, pieces: list[Piece], tables: list[Integers]) -> Batch:
+    def _batch(self, group: int, pieces: list[QueryPiece], tables: list[Integers]) -> PieceBatch:
         numbers = np.array([(piece.row, piece.position, piece.first, piece.end) for piece in pieces])
         row, position, first, end = (column[:, None] for column in numbers.T)  # each [B, 1]
         key = first + np.arange(pieces[-1].keys)
-        # Padding repeats the last position of the same sequence: stored, hence finite, and never another's.
+        # Padding repeats the last position of the same sequence, which is stored and hence finite.
         read = np.minimum(key, end - 1)
         blocks = np.stack([table[own] for table, own in zip(tables, read // self._size, strict=True)])
         query = np.arange(pieces[0].queries)
         window = self.cache.groups[group].window
         visible = visible_keys(self._tensor(position + query), self._tensor(key), window)
-        return Batch(
+        return PieceBatch(
             self._tensor(row + query),
             self._places(group, blocks, read),
             visible & self._tensor(key < end).unsqueeze(1),
         )
 
 
-class _Store:
-    """The keys and values of one layer, in the blocks of its group."""
+class _LayerStore:
+    """A store reads and writes the keys and values of one layer in the blocks of its group."""
 
     def __init__(self, cache: KVCache, layer: int) -> None:
         shape, name = cache.shape(layer), cache.layout.dtype
@@ -255,39 +262,34 @@ class _Store:
         ]
         if name in SCALED:
             rows += [(torch.float32, (heads,))] * 2
-        self.parts: list[_Part] = []
+        self.parts: list[_LayerPart] = []
         start = cache.layer_offset(layer)
         for row, nbytes in zip(rows, _part_bytes(shape, name, cache.layout.block_tokens), strict=True):
-            self.parts.append(_Part(cache.memory.tensor, start, *row))
+            self.parts.append(_LayerPart(cache.memory.tensor, start, *row))
             start += nbytes
 
-    def read(self, places: Places) -> Stored:
+    def read(self, places: RowIndices) -> Stored:
         parts = zip(self.parts, places.rows, strict=True)
         return Stored(*(part.read(rows).view(*places.shape, *part.row) for part, rows in parts))
 
-    def check(self, layer: int, tokens: int, stored: Stored) -> None:
-        """`UsageError` unless ``stored`` is what `read` gives for so many positions."""
-        wanted = [((tokens, *part.row), part.dtype, str(part.device)) for part in self.parts]
-        found = [(tuple(part.shape), part.dtype, str(part.device)) for part in stored if part is not None]
-        if found != wanted:
-            raise UsageError(f"layer {layer}: expected stored keys, values and scales like {wanted}, got {found}")
-
-    def write(self, places: Places, stored: Stored) -> None:
+    def write(self, places: RowIndices, stored: Stored) -> None:
         for part, rows, values in zip(self.parts, places.rows, stored, strict=False):
             assert values is not None
             part.write(rows, values)
 
 
-class _Part:
-    """One part of a layer, ``start`` bytes behind the beginning of each block: a row of ``width`` numbers for each
-    position, which is called by its distance from ``start``, in numbers of ``item`` bytes."""
+class _LayerPart:
+    """A part of a layer begins ``start`` bytes after the beginning of each block and has a row for each position.
+
+    A row has ``width`` numbers of ``item`` bytes. Its index is its distance from ``start``, in numbers.
+    """
 
     def __init__(self, memory: Tensor, start: int, dtype: torch.dtype, row: tuple[int, ...]) -> None:
         self.dtype, self.row, self.item, self.width = dtype, row, dtype.itemsize, int(np.prod(row))
         self.device = memory.device
-        # Types of 8 bits move as bytes: not every operation knows them.
+        # Types of 8 bits move as bytes, because not every operation supports them.
         flat = memory[start : len(memory) // ALIGNMENT * ALIGNMENT].view(torch.uint8 if self.item == 1 else dtype)
-        # A row may begin at any number, so the view has a row at each of them; they overlap, which only indexing uses.
+        # A row may begin at any number, so the view has a row at each of them. The rows overlap, but are only indexed.
         self._rows = flat.as_strided((max(0, len(flat) - self.width + 1), self.width), (1, 1))
 
     def read(self, rows: Tensor) -> Tensor:
@@ -297,11 +299,6 @@ class _Part:
         self._rows.index_copy_(0, rows, values.reshape(-1, self.width).view(self._rows.dtype))
 
 
-def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
-    """Bytes of a block of ``block_tokens`` positions in one layer."""
-    return sum(_part_bytes(shape, dtype, block_tokens))
-
-
 def _part_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> list[int]:
     rows = [shape.kv_heads * dim * ITEM_BYTES[dtype] for dim in (shape.qk_dim, shape.v_dim)]
     if dtype in SCALED:
@@ -309,8 +306,8 @@ def _part_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> list[int]:
     return [-(-row * block_tokens // ALIGNMENT) * ALIGNMENT for row in rows]
 
 
-def _pieces(rows: Rows, window: int | None, *, new: bool) -> Iterator[Piece]:
-    """Cut the runs. New are the positions of a run itself; a piece that sees no position at all is left out."""
+def _pieces(rows: Rows, window: int | None, *, new: bool) -> Iterator[QueryPiece]:
+    """Cut the runs into pieces over the past, or with ``new`` over the run itself; leave out those that see nothing."""
     row = 0
     for number, run in enumerate(rows.runs):
         for position in range(run.start, run.stop, PIECE_QUERIES):
@@ -318,5 +315,5 @@ def _pieces(rows: Rows, window: int | None, *, new: bool) -> Iterator[Piece]:
             oldest = 0 if window is None else max(0, position - window + 1)
             first, end = (max(oldest, run.start), position + queries) if new else (oldest, run.start)
             if first < end:
-                yield Piece(number, row + position - run.start, position, queries, first, end)
+                yield QueryPiece(number, row + position - run.start, position, queries, first, end)
         row += run.count

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lamina.attention.backend import Backend, create_backend, require_backend
 from lamina.attention.layout import ITEM_BYTES, SCALED, KVLayout, LayerShape
-from lamina.attention.pool import Memory, Pool
+from lamina.attention.pool import ExtentPool, Memory
 from lamina.attention.rows import Rows, Run
 from lamina.errors import ConfigError
 
@@ -140,15 +140,15 @@ def layout_of(point: Point, layers: int) -> KVLayout:
 
 def scattered(name: str, layout: KVLayout, memory: Memory, threads: int) -> Backend:
     """Create a backend that allocates blocks in random order, as on a node that has served for a while."""
-    pool = Pool(memory, extent_bytes=_block_bytes(name, layout))
-    extents = [pool.take() for _ in range(pool.available)]
+    pool = ExtentPool(memory, extent_bytes=_block_bytes(name, layout))
+    extents = [pool.allocate() for _ in range(pool.available)]
     for i in np.random.default_rng(0).permutation(len(extents)):
-        pool.give(extents[i])
+        pool.free(extents[i])
     return create_backend(name, layout, pool, threads=threads)
 
 
 def _block_bytes(name: str, layout: KVLayout) -> int:
-    size: int = require_backend(name).layer_bytes(layout.layers[0], layout.dtype, layout.block_tokens)
+    size = require_backend(name).layer_bytes(layout.layers[0], layout.dtype, layout.block_tokens)
     return size * len(layout.layers)
 
 

@@ -72,7 +72,7 @@ async def _measure(
 ) -> list[report.Row]:
     rows = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder, report.progress(transient=False) as progress:
-        config = local_config(Path(folder), model, memory_nodes=memory_nodes, dtype="float32", memory="1GiB")
+        config = local_config(Path(folder), model, memory_nodes=memory_nodes, dtype="float32", memory=2**30)
         task = progress.add_task("decode", total=len(batches) * repeats)
         with (Path(folder) / "nodes.log").open("wb") as log, _TransformersYardstick(model) as yardstick:
             async with Cluster(config, log_file=log) as cluster:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import closing, suppress
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -33,11 +33,10 @@ from lamina.bench.ends import Task
 from lamina.bench.variants import Setting, two_processors
 from lamina.bench.yardsticks import Program
 from lamina.cluster.local import free_ports
-from lamina.compute.peer_lane import Shape
 from lamina.compute.schedule import Schedule
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import StepRunner
-from lamina.config import NodeConfig
+from lamina.config import MemoryNodeConfig
 from lamina.errors import LaminaError
 from lamina.front.blocks import BlockManager
 from lamina.front.engine import Engine
@@ -45,12 +44,12 @@ from lamina.front.intake import Intake
 from lamina.front.scheduler import Scheduler
 from lamina.front.space import Space
 from lamina.front.team import Team
-from lamina.model.slices import Head, StepConstants, Tail
 from lamina.node.memory import MemoryNode
 from lamina.runtime.cpu import CpuDevice
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.loop import PreciseLoop
 from lamina.runtime.sockets import Sockets
+from lamina.sim.empty import EmptyForward
 from lamina.transport import Address, Hello, Options
 from lamina.wire.geometry import shard_by_heads
 from lamina.wire.requests import Request
@@ -59,7 +58,7 @@ BATCHES, FLIGHTS = (1, 32), (1, 2, 4)
 """Sequences of a batch, and batches in flight."""
 LAYERS, SHAPE = 32, LayerShape(q_heads=32, kv_heads=8, qk_dim=128, v_dim=128, scale=1.0)
 """As of a model with 8 billion parameters."""
-DTYPE, BLOCK_TOKENS, VOCABULARY, MAX_TOKENS, MEMORY = "bfloat16", 16, 16, 8192, "256MiB"
+DTYPE, BLOCK_TOKENS, VOCABULARY, MAX_TOKENS, MEMORY = "bfloat16", 16, 16, 8192, 2**28
 NEAR, FAR = 0, 1
 """Member ids of the compute node and the memory node."""
 WARM_UP_S, MEASURE_S = 0.3, 1.0
@@ -166,6 +165,13 @@ def _near(port: int, cpu: int, batch: int, batches: int, seconds: float) -> dict
 class Accounts(NativeBackend):
     """The native backend with its attention left out. It keeps account of the cache: sequences, blocks, watermarks."""
 
+    name = "accounts"
+
+    @staticmethod
+    def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
+        """Return the bytes of a block in which nothing is stored."""
+        return 64
+
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         self.cache.advance(layer, self.cache.place(rows, attend=False))
 
@@ -179,11 +185,6 @@ class Accounts(NativeBackend):
         return past
 
 
-def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
-    """Of a block in which nothing is stored."""
-    return 64
-
-
 _partials: dict[tuple[int, int, int], Partial] = {}
 
 
@@ -195,53 +196,13 @@ def _partial(rows: int, heads: int, v_dim: int) -> Partial:
 
 
 async def _be_far(port: int, cpu: int) -> None:
-    node = NodeConfig(name="far", role="memory", address=f"tcp://127.0.0.1:{port}", memory=MEMORY)
+    node = MemoryNodeConfig(name="far", address=Address("tcp", "127.0.0.1", port), memory=MEMORY)
     device = CpuDevice(cpus=None if cpu < 0 else frozenset({cpu}), threads=1)
     options = Options(kind="shm", peer_timeout=PEER_TIMEOUT_S)
     await MemoryNode(node, options, device=device, network=Sockets(), backend=Accounts).serve(asyncio.Event())
 
 
 # -- the compute node
-
-
-class _EmptySlice:
-    """Stands for a slice: tensors that were made before, cut to the rows of the step."""
-
-    def __init__(self, shape: LayerShape | None, rows: int) -> None:
-        self.shape = shape
-        dtype = getattr(torch, DTYPE)
-        if shape is None:
-            self._out = torch.zeros(rows, VOCABULARY, dtype=dtype)
-            return
-        self._out = torch.zeros(rows, shape.q_heads, shape.qk_dim, dtype=dtype)
-        self._k = torch.zeros(rows, shape.kv_heads, shape.qk_dim, dtype=dtype)
-        self._v = torch.zeros(rows, shape.kv_heads, shape.v_dim, dtype=dtype)
-
-    def head(self, constants: StepConstants, carry: tuple[Tensor, ...] = (), o: Tensor | None = None) -> Head:
-        return Head(self._out[: constants[self.shape is None]], ())
-
-    def tail(self, constants: StepConstants, kept: tuple[Tensor, ...]) -> Tail:
-        return Tail(self._k[: constants[0]], self._v[: constants[0]], ())
-
-
-class EmptyForward(NamedTuple):
-    """Stands for a model. The constants of a step are the numbers of its rows and of those that are sampled."""
-
-    slices: tuple[_EmptySlice, ...]
-    device: torch.device
-
-    @property
-    def shapes(self) -> list[LayerShape]:
-        return [piece.shape for piece in self.slices if piece.shape]
-
-    def slice(self, index: int) -> _EmptySlice:
-        return self.slices[index]
-
-    def begin(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> StepConstants:
-        return len(token_ids), len(rows)
-
-    def carry_shapes(self, index: int, tokens: int) -> list[Shape]:
-        return []
 
 
 class _FirstToken:
@@ -292,17 +253,10 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
             member=NEAR,
             front=NEAR,
         )
-        rows = batch + 1
-        pieces = (*(_EmptySlice(SHAPE, rows) for _ in range(LAYERS)), _EmptySlice(None, rows))
+        dtype = getattr(torch, DTYPE)
+        forward = EmptyForward([SHAPE] * LAYERS, rows=batch + 1, vocabulary=VOCABULARY, dtype=dtype)
         schedule = Schedule(LAYERS, (NEAR,), batches)
-        runner = StepRunner(
-            EmptyForward(pieces, device.torch_device),
-            device,
-            {FAR: lane},
-            getattr(torch, DTYPE),
-            schedule=schedule,
-            member=NEAR,
-        )
+        runner = StepRunner(forward, device, {FAR: lane}, dtype, schedule=schedule, member=NEAR)
         scheduler = Scheduler(
             batches=batches,
             max_batch=batch,

@@ -25,7 +25,7 @@ from torch import Tensor
 from lamina.attention import LayerShape
 from lamina.compute.prompts import PromptKV
 from lamina.compute.step import StepRunner
-from lamina.config import load as read
+from lamina.config import ComputeNodeConfig, load
 from lamina.node import daemon
 from lamina.node.compute import ComputeNode
 from lamina.node.model import OpenModel, open_checkpoint
@@ -71,9 +71,10 @@ class FilledRunner(StepRunner):
 
 def main(open_model: OpenModel = open_checkpoint) -> int:
     """Run the node that the command line names, with the model that ``open_model`` opens."""
-    config, name = read(Path(sys.argv[1])), sys.argv[2]
+    config, name = load(Path(sys.argv[1])), sys.argv[2]
     node = config.find(name)
-    device = CpuDevice(cpus=node.pinned, threads=node.threads)
+    assert isinstance(node, ComputeNodeConfig), "clusters run memory nodes by ``lamina node``"
+    device = CpuDevice(cpus=node.cpus, threads=node.threads)
     serving = ComputeNode(
         config, node, device=device, network=Sockets(), open_model=open_model, make_runner=FilledRunner
     )

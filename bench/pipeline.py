@@ -29,7 +29,7 @@ from lamina.bench.clusters import FilledCluster, QueryLastCluster
 from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, ModelConfig, PipelineConfig
 from lamina.errors import ConfigError, LaminaError
 from lamina.ops.trace import Trace, record
 from lamina.runtime.spans import Span
@@ -314,8 +314,8 @@ def _write_config(folder: Path, model: Path, batches: int) -> ClusterConfig:
     memory = BATCH * batches * context * MODEL.kv_bytes_per_token
     return write_pinned(
         folder,
-        {"path": str(model), "dtype": "bfloat16", "context": context},
-        {"batches": batches, "max_batch": BATCH, "prefill_tokens": 2048},
+        ModelConfig(path=str(model), dtype="bfloat16", context=context),
+        PipelineConfig(batches=batches, max_batch=BATCH, prefill_tokens=2048),
         memory=min(memory, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2),
         peer_timeout=PATIENCE_S,
     )

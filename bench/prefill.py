@@ -25,7 +25,7 @@ from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
 from lamina.cluster.local import Cluster
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, ModelConfig, PipelineConfig
 from lamina.errors import ConfigError, LaminaError
 
 MODEL = MODELS["S"]
@@ -190,8 +190,8 @@ def _write_config(folder: Path, model: Path, prefill_tokens: int) -> ClusterConf
     context = PROMPT_TOKENS + MAX_TOKENS
     return write_pinned(
         folder,
-        {"path": str(model), "context": context},
-        {"batches": 1, "max_batch": SEQUENCES + 1, "prefill_tokens": prefill_tokens},
+        ModelConfig(path=str(model), context=context),
+        PipelineConfig(max_batch=SEQUENCES + 1, prefill_tokens=prefill_tokens),
         memory=(SEQUENCES + 2) * context * MODEL.kv_bytes_per_token,
         peer_timeout=PATIENCE_S,
     )

@@ -20,17 +20,24 @@ from lamina.bench.checkpoints import RandomLlama
 from lamina.bench.clusters import FilledCluster
 from lamina.bench.installed import Environment, UnavailableError, last_line
 from lamina.client import Client, Stream, connect
-from lamina.cluster.local import Cluster, free_ports
-from lamina.config import ClusterConfig, load
+from lamina.cluster.local import Cluster, free_addresses
+from lamina.config import (
+    ClusterConfig,
+    ComputeNodeConfig,
+    MemoryNodeConfig,
+    ModelConfig,
+    PipelineConfig,
+    TransportConfig,
+    write_cluster,
+)
 from lamina.errors import LaminaError
+from lamina.limits import MAX_PREFILL_TOKENS
 from lamina.ops.figures import between
 
 PEER_TIMEOUT_S = 60.0
 """How long Lamina's links may be silent, as other systems start on the same cores."""
 START_TIMEOUT_S, MEASURE_TIMEOUT_S = 900.0, 900.0
 
-MAX_PREFILL_TOKENS = 2**16
-"""The most prompt tokens in a step. They cost nothing, so all prompts are done in a step or two."""
 SKEW_TOKENS = 64
 """The tokens that the first sequences may generate before the last one begins."""
 BLOCK_TOKENS = 16
@@ -199,7 +206,7 @@ class Wiring:
     """Threads of the memory node."""
     batches: int
     """Batches in flight."""
-    cpus: tuple[str, str] | None = None
+    cpus: tuple[frozenset[int], frozenset[int]] | None = None
     """The processors that each node is pinned to; None lets both use all."""
 
     def __str__(self) -> str:
@@ -213,8 +220,7 @@ def wirings() -> list[Wiring]:
     found = [Wiring(len(cpus), len(cpus), batches) for batches in (1, 2)]
     if len(cpus) > 1:
         half = len(cpus) // 2
-        near, far = (",".join(map(str, part)) for part in (cpus[:half], cpus[half:]))
-        found.append(Wiring(half, len(cpus) - half, 2, (near, far)))
+        found.append(Wiring(half, len(cpus) - half, 2, (frozenset(cpus[:half]), frozenset(cpus[half:]))))
     return found
 
 
@@ -227,7 +233,7 @@ class Lamina:
         self.version = __version__
         self._checkpoint = checkpoint
         self._demand = demand
-        self._memory_mib = int(demand.tokens * model.kv_bytes_per_token * KV_SLACK / 2**20) + 16
+        self._memory = int(demand.tokens * model.kv_bytes_per_token * KV_SLACK) + 2**24
         self._wirings = {str(wiring): wiring for wiring in wirings()}
         self._running = ""
         self._stack = AsyncExitStack()
@@ -273,20 +279,25 @@ class Lamina:
             raise
 
     def _config(self, folder: Path, wiring: Wiring) -> ClusterConfig:
-        compute, memory = (f'address = "tcp://127.0.0.1:{port}"' for port in free_ports(2))
-        near, far = ((f'cpus = "{part}"',) for part in wiring.cpus) if wiring.cpus else ((), ())
-        lines = [
-            *("[model]", f"path = {json.dumps(str(self._checkpoint))}", f"context = {self._demand.room}"),
-            *("[pipeline]", f"batches = {wiring.batches}", f"max_batch = {-(-self._demand.batch // wiring.batches)}"),
-            f'prefill_tokens = {min(MAX_PREFILL_TOKENS, self._demand.tokens)}\nprefill_kv = "1TiB"',
-            *("[transport]", f"peer_timeout = {PEER_TIMEOUT_S}", f"start_timeout = {START_TIMEOUT_S}"),
-            *("[[node]]", 'name = "c0"', 'role = "compute"', compute, f"threads = {wiring.compute}", *near),
-            *("[[node]]", 'name = "m0"', 'role = "memory"', memory, f"threads = {wiring.memory}", *far),
-            f'memory = "{self._memory_mib}MiB"',
-        ]
-        file = folder / "cluster.toml"
-        file.write_text("\n".join(lines) + "\n")
-        return load(file)
+        front, other = free_addresses(2)
+        near, far = wiring.cpus or (None, None)
+        demand = self._demand
+        return write_cluster(
+            folder / "cluster.toml",
+            ModelConfig(path=str(self._checkpoint), context=demand.room),
+            [
+                ComputeNodeConfig(name="c0", address=front, threads=wiring.compute, cpus=near),
+                MemoryNodeConfig(name="m0", address=other, threads=wiring.memory, cpus=far, memory=self._memory),
+            ],
+            pipeline=PipelineConfig(
+                batches=wiring.batches,
+                max_batch=-(-demand.batch // wiring.batches),
+                # Prompts cost nothing here, so all of them are done in a step or two.
+                prefill_tokens=min(MAX_PREFILL_TOKENS, demand.tokens),
+                prefill_kv=2**40,
+            ),
+            transport=TransportConfig(peer_timeout=PEER_TIMEOUT_S, start_timeout=START_TIMEOUT_S),
+        )
 
     async def _decode(self, client: Client, cluster: Cluster, work: Work) -> Sample:
         clock = _Stopwatch(work)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from msgspec.structs import replace
@@ -18,7 +19,7 @@ from lamina.runtime.cpu import let_idle_threads_sleep
 from lamina.transport import Address
 
 if TYPE_CHECKING:
-    from lamina.config import NodeConfig
+    from lamina.config import MemoryNodeConfig
     from lamina.transport import Options
 
 
@@ -31,6 +32,8 @@ class WholeHelp(TyperGroup):
         with formatter.section("Commands"):
             formatter.write_dl([(name, inspect.cleandoc(command.help or "")) for name, command in commands if command])
 
+
+Value = TypeVar("Value")
 
 app = typer.Typer(
     help="LLM decoding split at attention: compute nodes hold the weights, memory nodes the KV cache.",
@@ -89,19 +92,15 @@ def node(
 ) -> None:
     """Run one node of a cluster until it is stopped; SIGTERM lets it finish its requests."""
     let_idle_threads_sleep()
-    from lamina.config import load, parse_cpus
+    from lamina.config import ComputeNodeConfig, load, parse_cpus
     from lamina.node import daemon
     from lamina.runtime.cpu import CpuDevice
     from lamina.runtime.sockets import Sockets
 
     if role not in ("compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
-    if cpus is not None:
-        try:
-            parse_cpus(cpus)
-        except ConfigError as e:
-            raise ConfigError(f"--cpus: {e}") from e
-    overrides = {"cpus": cpus, "numa": numa, "rdma_device": rdma_device}
+    processors = None if cpus is None else _parse("cpus", parse_cpus, cpus)
+    overrides = {"cpus": processors, "numa": numa, "rdma_device": rdma_device}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention}
     links = {"transport": transport, "peer_timeout": peer_timeout, "secret_file": secret_file}
@@ -110,7 +109,6 @@ def node(
         if role == "compute":
             raise ConfigError("--config: missing; a compute node needs the file that wires the cluster")
         chosen, options = _memory_node(name, own, links)
-        chosen = replace(chosen, **overrides)
     else:
         for key, given in (own | links).items():
             if given is not None:
@@ -118,28 +116,29 @@ def node(
         if name is None:
             raise ConfigError("--name: missing; --config needs the name of the node to run")
         cluster = load(config)
-        chosen = cluster.find(name)
-        if chosen.role != role:
-            raise ConfigError(f"{config}: {name!r} is a {chosen.role} node, but --role says {role}")
-        chosen = replace(chosen, **overrides)
-        if role == "compute":
+        found = cluster.find(name)
+        if found.role != role:
+            raise ConfigError(f"{config}: {name!r} is a {found.role} node, but --role says {role}")
+        if isinstance(found, ComputeNodeConfig):
             if numa is not None:
                 raise ConfigError("--numa: not allowed for a compute node, which holds no KV cache")
             from lamina.node.compute import ComputeNode
 
-            device = CpuDevice(chosen.device or "cpu", cpus=chosen.pinned, threads=chosen.threads)
-            raise typer.Exit(daemon.run(name, ComputeNode(cluster, chosen, device=device, network=Sockets()).serve))
-        options = cluster.links
+            compute = replace(found, **overrides)
+            device = CpuDevice(compute.device, cpus=compute.cpus, threads=compute.threads)
+            raise typer.Exit(daemon.run(name, ComputeNode(cluster, compute, device=device, network=Sockets()).serve))
+        chosen, options = found, cluster.links
     from lamina.node.memory import MemoryNode
 
-    device = CpuDevice(cpus=chosen.pinned, threads=chosen.threads)
+    chosen = replace(chosen, **overrides)
+    device = CpuDevice(cpus=chosen.cpus, threads=chosen.threads)
     memory_node = MemoryNode(chosen, chosen.options(options), device=device, network=Sockets())
     raise typer.Exit(daemon.run(chosen.name, memory_node.serve))
 
 
-def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[NodeConfig, Options]:
+def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[MemoryNodeConfig, Options]:
     """Return a memory node without a cluster file, from the options of the command line."""
-    from lamina.config import Attention, NodeConfig, TransportConfig, TransportKind, parse_size
+    from lamina.config import Attention, MemoryNodeConfig, TransportConfig, TransportKind, parse_size
 
     if own["listen"] is None or own["memory"] is None:
         raise ConfigError("--listen and --memory: a memory node needs both, or --config and --name")
@@ -149,12 +148,9 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
     ):
         if value is not None and value not in known:
             raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
-    try:
-        parse_size(own["memory"])
-    except ConfigError as e:
-        raise ConfigError(f"--memory: {e}") from e
-    listen = Address.parse(own.pop("listen"))
-    node = NodeConfig(name=name or f"memory-{listen.port}", role="memory", address=str(listen), **own)
+    listen, memory = Address.parse(own.pop("listen")), _parse("memory", parse_size, own.pop("memory"))
+    given = {key: value for key, value in own.items() if value is not None}
+    node = MemoryNodeConfig(name=name or f"memory-{listen.port}", address=listen, memory=memory, **given)
     if links["peer_timeout"] is None:
         del links["peer_timeout"]
     options = TransportConfig(kind=links.pop("transport") or "auto", **links).options(Path(), _option)
@@ -164,6 +160,14 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
             "`lamina secret` makes one"
         )
     return node, options
+
+
+def _parse(key: str, parse: Callable[[str], Value], text: str) -> Value:
+    """Read the text of an option. A ConfigError names the option."""
+    try:
+        return parse(text)
+    except ConfigError as e:
+        raise ConfigError(f"{_option(key)}: {e}") from e
 
 
 def _option(key: str) -> str:

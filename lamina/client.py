@@ -46,7 +46,7 @@ class Completion:
 
 @asynccontextmanager
 async def connect(
-    address: str,
+    address: str | Address,
     *,
     secret: bytes | Path | None = None,
     tls: TlsFiles | None = None,
@@ -63,7 +63,8 @@ async def connect(
         secret = read_secret(secret)
     options = Options(kind="control", secret=secret, tls=tls, peer_timeout=peer_timeout)
     hello = Hello("client", f"client-{os.getpid()}")
-    link = await connect_link(Address.parse(address), hello, options, deadline_s=deadline_s)
+    front = Address.parse(address) if isinstance(address, str) else address
+    link = await connect_link(front, hello, options, deadline_s=deadline_s)
     client = Client(link)
     try:
         yield client
@@ -160,9 +161,9 @@ class Stream:
     """The tokens of one answer: an asynchronous iterator and context manager.
 
     After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character)
-    are set. ``aclose``, leaving an ``async with`` on it, cancelling the task that waits for a token, or dropping the last
-    reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its KV
-    cache on every node.
+    are set. ``aclose``, leaving an ``async with`` on it, cancelling the task that waits for a token, or dropping the
+    last reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its
+    KV cache on every node.
     """
 
     def __init__(self, client: Client, generate: Generate) -> None:

@@ -12,7 +12,8 @@
     │   ├── HandshakeError        the peer is not what was expected: version, role, model, layout
     │   ├── ProtocolError         the peer sent something that the protocol does not allow
     │   └── PeerLostError         the peer died, closed the connection or fell silent
-    └── NodeError                 a node reports a failure of its own; names the node
+    ├── NodeError                 a node reports a failure of its own; names the node
+    └── DeadlockError             a simulation in which nothing can happen any more
 
 A message says what happened, where, the value seen, the value allowed and what to do, in one sentence or two.
 """
@@ -95,6 +96,10 @@ class NodeError(LaminaError):
     def failed(cls, role: str, name: str, error: BaseException) -> NodeError:
         """The error of a node that has met an error that it did not expect."""
         return cls(f"{role} node {name} failed: {error!r}", node=name)
+
+
+class DeadlockError(LaminaError):
+    """On a virtual clock: tasks wait, and nothing is left that could wake them; the message names the tasks."""
 
 
 def first_error(error: BaseException) -> BaseException:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from msgspec import Struct
 
 _STEP = re.compile(r"(\w+)|\[(\d+)\]")
 
@@ -20,9 +23,11 @@ def explain(error: Exception, value: Any, schema: Any = None) -> str:
     if match := re.fullmatch(r"Object contains unknown field (.+)", message, re.DOTALL):
         return f"{where}unknown key {match[1]!r:.200}"
     if match := re.fullmatch(r"Object missing required field (.+)", message):
-        return f"{where}missing key {match[1]!r}"
+        choices = _choices_at(schema, f"{place}.{match[1]}")
+        expected = f"; expected one of {', '.join(choices)}" if choices else ""
+        return f"{where}missing key {match[1]!r}{expected}"
     found = _value_at(value, place)
-    if choices := _choices_at(schema, place) if schema else ():
+    if choices := _choices_at(schema, place):
         return f"{where}expected one of {', '.join(choices)}; got {found!r:.200}"
     message = re.sub(r", got \w+$", "", message[0].lower() + message[1:])
     return f"{where}{message}, got {found!r:.200}"
@@ -35,7 +40,20 @@ def _value_at(value: Any, place: str) -> Any:
 
 
 def _choices_at(schema: Any, place: str) -> tuple[str, ...]:
-    """The values of the ``Literal``, optional or not, at ``place`` in structs and lists; else none."""
+    """The values of the ``Literal`` types at ``place``, also within unions; none where there is no such type."""
+    kinds = _members(schema)
     for name, _ in _STEP.findall(place):
-        schema = get_type_hints(schema)[name] if name else get_args(schema)[0]
-    return next((get_args(kind) for kind in (schema, *get_args(schema)) if get_origin(kind) is Literal), ())
+        inner = [get_type_hints(k).get(name) if name else get_args(k)[0] for k in kinds if _has_inner(k, name)]
+        kinds = [member for kind in inner for member in _members(kind)]
+    return tuple(choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+
+
+def _has_inner(kind: Any, name: str) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Struct) if name else get_origin(kind) is list
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types that ``kind``, a union, a class variable or another type, may be."""
+    if get_origin(kind) in (Union, UnionType, ClassVar):
+        return [member for part in get_args(kind) for member in _members(part)]
+    return [kind]

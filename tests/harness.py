@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -21,8 +20,20 @@ from typing import Any
 import lamina
 from lamina.admin import AdminClient
 from lamina.cluster.local import free_ports
-from lamina.config import ClusterConfig, NodeConfig, load, write_secret
-from lamina.transport import TlsFiles
+from lamina.config import (
+    ClusterConfig,
+    ComputeNodeConfig,
+    Dtype,
+    MemoryNodeConfig,
+    ModelConfig,
+    NodeConfig,
+    PipelineConfig,
+    TransportConfig,
+    TransportKind,
+    write_cluster,
+    write_secret,
+)
+from lamina.transport import Address, TlsFiles
 from lamina.wire.admin import Status
 
 START_TIMEOUT_S = 60.0
@@ -39,7 +50,7 @@ TRANSPORTS = ("auto", "tcp", "shm", "rdma", "tls")
 class Wiring:
     """How the nodes of a test reach each other."""
 
-    kind: str = "auto"
+    kind: TransportKind = "auto"
     compute: str = "127.0.0.1"
     memory: str = "127.0.0.1"
     """Addresses of compute node and memory nodes."""
@@ -58,8 +69,8 @@ class Wiring:
             keys |= {"tls_authority": self.tls.authority}
         return {key: str(file) for key, file in keys.items() if file}
 
-    def memory_address(self, port: int) -> str:
-        return f"tcp://{self.memory}:{port}"
+    def memory_address(self, port: int) -> Address:
+        return Address("tcp", self.memory, port)
 
 
 def wire(transport: str, folder: Path) -> Wiring:
@@ -147,51 +158,59 @@ def write_config(
     model: Path,
     memory_ports: Sequence[int],
     *,
-    dtype: str = "float32",
-    memory: str = "16MiB",
-    quota: str | None = None,
-    sections: str = "",
-    model_keys: str = "",
-    compiled: bool = False,
-    transport_keys: str = "",
+    memory: int = 16 << 20,
+    quota: int | None = None,
+    pipeline: PipelineConfig | None = None,
     wiring: Wiring | None = None,
-    compute: Sequence[str | None] = (None,),
+    start_timeout: float = 60.0,
+    compute: Sequence[range | None] = (None,),
+    dtype: Dtype = "float32",
+    compiled: bool = False,
+    **model_keys: Any,
 ) -> ClusterConfig:
     """A cluster file with compute nodes ``c0``, ``c1``, ... and memory nodes ``m0``, ``m1``, ... on ``memory_ports``.
 
-    ``compute`` has the layers of each compute node; None: all of them.
+    ``compute`` has the layers of each compute node; None: all of them. ``model_keys`` are more keys of ``[model]``.
 
     The slices are not ``compiled`` by default: a tiny model is ready sooner and hardly slower without.
     """
     wiring = wiring or default
-    lines = [f'[model]\npath = "{model}"\ndtype = "{dtype}"\ncompile = {json.dumps(compiled)}\n{model_keys}']
-    lines.append(sections)
-    lines.append(f'[transport]\nkind = "{wiring.kind}"\npeer_timeout = {wiring.peer_timeout}\n{transport_keys}')
-    lines += [f"{key} = {json.dumps(value)}" for key, value in wiring.keys().items()]
-    for i, (port, layers) in enumerate(zip(free_ports(len(compute)), compute, strict=True)):
-        address = f"tcp://{wiring.compute}:{port}"
-        lines.append(f'[[node]]\nname = "c{i}"\nrole = "compute"\naddress = "{address}"\nthreads = 1')
-        if layers is not None:
-            lines.append(f'layers = "{layers}"')
-        if wiring.compute_device:
-            lines.append(f'rdma_device = "{wiring.compute_device}"')
-    for i, port in enumerate(memory_ports):
-        address = wiring.memory_address(port)
-        lines.append(f'[[node]]\nname = "m{i}"\nrole = "memory"\naddress = "{address}"\nthreads = 1')
-        lines.append(f'memory = "{memory}"')
-        if quota:
-            lines.append(f'quota = "{quota}"')
-        if wiring.memory_device:
-            lines.append(f'rdma_device = "{wiring.memory_device}"')
-    file = folder / "cluster.toml"
-    file.write_text("\n".join(lines) + "\n")
-    return load(file)
+    nodes: list[NodeConfig] = [
+        ComputeNodeConfig(
+            name=f"c{i}",
+            address=Address("tcp", wiring.compute, port),
+            threads=1,
+            layers=layers,
+            rdma_device=wiring.compute_device,
+        )
+        for i, (port, layers) in enumerate(zip(free_ports(len(compute)), compute, strict=True))
+    ]
+    nodes += [
+        MemoryNodeConfig(
+            name=f"m{i}",
+            address=wiring.memory_address(port),
+            threads=1,
+            memory=memory,
+            quota=quota,
+            rdma_device=wiring.memory_device,
+        )
+        for i, port in enumerate(memory_ports)
+    ]
+    return write_cluster(
+        folder / "cluster.toml",
+        ModelConfig(path=str(model), dtype=dtype, compile=compiled, **model_keys),
+        nodes,
+        pipeline=pipeline,
+        transport=TransportConfig(
+            kind=wiring.kind, peer_timeout=wiring.peer_timeout, start_timeout=start_timeout, **wiring.keys()
+        ),
+    )
 
 
 def start_memory(folder: Path, port: int, *, memory: str = "16MiB", wiring: Wiring | None = None) -> Node:
     """A memory node without a configuration."""
     wiring = wiring or default
-    given = {"role": "memory", "listen": wiring.memory_address(port), "memory": memory, "threads": "1"}
+    given = {"role": "memory", "listen": str(wiring.memory_address(port)), "memory": memory, "threads": "1"}
     given |= {"transport": wiring.kind, "peer_timeout": str(wiring.peer_timeout)} | wiring.keys()
     if wiring.memory_device:
         given["rdma_device"] = wiring.memory_device
@@ -229,7 +248,7 @@ def client(config: ClusterConfig, **settings: Any) -> AbstractAsyncContextManage
 
 async def status_of(config: ClusterConfig, node: NodeConfig) -> Status:
     """What a node says of itself."""
-    async with await AdminClient.connect(node.listen, config.options(), name="test", deadline_s=30) as asking:
+    async with await AdminClient.connect(node.address, config.options(), name="test", deadline_s=30) as asking:
         return await asking.status()
 
 

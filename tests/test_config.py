@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.config import load, parse_cpus, parse_size, read_secret, write_secret
+from lamina.config import (
+    ComputeNodeConfig,
+    MemoryNodeConfig,
+    ModelConfig,
+    NodeConfig,
+    PipelineConfig,
+    RdmaConfig,
+    TransportConfig,
+    format_cpus,
+    format_range,
+    format_size,
+    load,
+    parse_cpus,
+    parse_range,
+    parse_size,
+    read_secret,
+    write_cluster,
+    write_secret,
+)
 from lamina.errors import ConfigError
-from lamina.transport import Options, RdmaOptions
+from lamina.transport import Address, Options, RdmaOptions
 
 GOOD = """\
 [model]
@@ -54,26 +74,25 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
     assert config.pipeline.max_batch == 8
     assert config.transport.peer_timeout == 2.0
     (memory,) = config.memory_nodes
-    assert memory.memory_bytes == 3 * 2**29
-    assert memory.quota_bytes == 2**29
-    assert memory.pinned == {0, 1}
+    assert (memory.memory, memory.quota) == (3 * 2**29, 2**29)
+    assert memory.cpus == {0, 1}
     assert (memory.numa, memory.attention) == (1, "torch")
     assert config.model.kv_dtype is None
-    assert (memory.listen.host, memory.listen.port) == ("127.0.0.1", 7071)
+    assert memory.address == Address("tcp", "127.0.0.1", 7071)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ('memory = "1.5GiB"', 'memory = "lots"', "node[1].memory: expected a size like \"16GiB\", got 'lots'"),
-        ('memory = "1.5GiB"', "memory = 16", "node[1].memory: expected str | null, got 16"),
+        ('memory = "1.5GiB"', "memory = 16", 'node[1].memory: expected a size like "16GiB", got 16'),
         ('memory = "1.5GiB"', "", 'node[1].memory: missing; expected a size like "16GiB"'),
         ('memory = "1.5GiB"', 'memory = "0GiB"', "node[1].memory: expected a size like \"16GiB\", got '0GiB'"),
         ('quota = "512MiB"', 'quota = "half"', "node[1].quota: expected a size like \"16GiB\", got 'half'"),
         (
             'quota = "512MiB"',
             'quota = "2GiB"',
-            "node[1].quota: expected no more than the node's memory, 1.5GiB, got '2GiB'",
+            "node[1].quota: expected no more than the node's memory, 1.5GiB, got 2GiB",
         ),
         (
             'role = "compute"',
@@ -126,13 +145,21 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
             "node[1].attention: expected one of auto, native, torch; got 'fast'",
         ),
         ('role = "memory"', 'role = "gpu"', "node[1].role: expected one of compute, memory; got 'gpu'"),
+        ('role = "memory"', "role = [1]", "node[1].role: expected one of compute, memory; got [1]"),
+        ('role = "memory"', "", "node[1]: missing key 'role'; expected one of compute, memory"),
+        ('address = "127.0.0.1:7071"', "", 'node[1].address: missing; expected an address like "tcp://10.0.0.1:7070"'),
+        ('role = "compute"', 'role = "compute"\nlayers = 3', 'node[0].layers: expected layers like "0-15", got 3'),
+        ("max_batch = 8", 'prefill_kv = "all"', "pipeline.prefill_kv: expected a size like \"16GiB\", got 'all'"),
+        ("max_batch = 8", "prefill_kv = true", 'pipeline.prefill_kv: expected a size like "16GiB", got True'),
+        ("[model]", "[pipelines]\n[model]", "unknown key 'pipelines'"),
+        ("[[node]]", "[[nodes]]", "missing key 'node'"),
         ('name = "m0"', 'name = "c0"', "node[1].name: 'c0' is used twice"),
         ('name = "m0"', 'name = "m 0"', "node[1].name: expected str matching regex"),
-        ("127.0.0.1:7071", "127.0.0.1:7070", "node[1].address: '127.0.0.1:7070' is already the address of 'c0'"),
+        ("127.0.0.1:7071", "127.0.0.1:7070", "node[1].address: tcp://127.0.0.1:7070 is already the address of 'c0'"),
         (
             "127.0.0.1:7071",
             "10.0.0.2:7071",
-            "node[1].address: '10.0.0.2:7071' is not a loopback address, which needs a",
+            "node[1].address: tcp://10.0.0.2:7071 is not a loopback address, which needs a",
         ),
         ("127.0.0.1:7071", "10.0.0.2:7071", "make one with `lamina secret cluster.key`"),
         ("127.0.0.1:7071", "0.0.0.0:7071", "node[1].address: expected an address that other nodes can reach"),
@@ -226,8 +253,8 @@ def test_several_compute_nodes_are_replicas_or_have_layers(tmp_path: Path) -> No
 
     assert [n.name for n in replicas.compute_nodes] == ["c0", "d1", "d2"]
     assert replicas.front.name == "c0"
-    assert [n.layer_range for n in replicas.compute_nodes] == [None] * 3
-    assert [n.layer_range for n in ranges.compute_nodes] == [range(3), range(3, 4)]
+    assert [n.layers for n in replicas.compute_nodes] == [None] * 3
+    assert [n.layers for n in ranges.compute_nodes] == [range(3), range(3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -379,3 +406,180 @@ def test_any_text_is_a_size_or_a_clear_error(text: str) -> None:
     except ConfigError:
         return
     assert nbytes >= 1
+
+
+@given(st.one_of(st.integers(1, 2**60), st.integers(1, 2**20).map(lambda count: count << 20)))
+def test_any_size_has_a_text(nbytes: int) -> None:
+    """The text is exact, to the byte."""
+    assert parse_size(format_size(nbytes)) == nbytes
+
+
+def test_sizes_are_written_for_people() -> None:
+    """A fraction of the larger unit reads better than many of the smaller one."""
+    sizes = {
+        3 * 2**29: "1.5GiB",
+        2**30: "1GiB",
+        448 << 10: "448KiB",
+        2**60: "1048576TiB",
+        2**20 + 1: "1024.0009765625KiB",
+    }
+    assert {nbytes: format_size(nbytes) for nbytes in sizes} == sizes
+
+
+@given(st.frozensets(st.integers(0, 99_999), min_size=1), st.integers(0, 99_999), st.integers(1, 99_999))
+def test_processors_and_layers_have_a_text(cpus: frozenset[int], first: int, count: int) -> None:
+    """What is written is read as it was meant."""
+    layers = range(first, min(first + count, 100_000))
+
+    assert parse_cpus(format_cpus(cpus)) == cpus
+    assert parse_range(format_range(layers)) == layers
+    assert format_cpus({0, 1, 2, 3, 8}) == "0-3,8"
+
+
+# -- writing
+
+
+def _some(*kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(st.none(), *kinds)
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
+SIZES = st.integers(1, 2**60)
+MODELS = st.builds(
+    ModelConfig,
+    path=TEXTS.map(lambda text: text.replace("\0", "") or "m"),
+    dtype=_some(st.sampled_from(["float32", "bfloat16", "float16"])),
+    kv_dtype=_some(st.sampled_from(["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"])),
+    context=_some(st.integers(1, 2**62)),
+    compile=st.booleans(),
+)
+PIPELINES = st.builds(
+    PipelineConfig,
+    batches=st.integers(1, 32),
+    max_batch=st.integers(1, 4096),
+    prefill_tokens=st.integers(1, 65536),
+    prefill_kv=SIZES,
+    max_waiting=st.integers(1, 2**62),
+    partition=st.sampled_from(["heads", "requests", "tokens"]),
+)
+TRANSPORTS = st.builds(
+    TransportConfig,
+    kind=st.sampled_from(["auto", "rdma", "shm", "tcp"]),
+    busy_poll=st.booleans(),
+    peer_timeout=st.floats(0.05, 3600),
+    start_timeout=st.floats(0, 86400, exclude_min=True),
+    rdma=st.builds(
+        RdmaConfig,
+        device=_some(TEXTS),
+        port=_some(st.integers(1, 255)),
+        gid_index=_some(st.integers(0, 65535)),
+        mtu=_some(st.sampled_from([256, 512, 1024, 2048, 4096])),
+        queue=st.integers(16, 16384),
+    ),
+)
+SHARED = {
+    "cpus": _some(st.frozensets(st.integers(0, 99_999), min_size=1)),
+    "threads": _some(st.integers(1, 1024)),
+    "rdma_device": _some(TEXTS),
+}
+
+
+@st.composite
+def node_lists(draw: st.DrawFn) -> list[NodeConfig]:
+    """Some nodes of both roles, in any order, that fit together."""
+    names = draw(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", fullmatch=True), min_size=2, unique=True))
+    hosts = st.sampled_from(["127.0.0.1", "::1", "localhost", "127.3.2.1"])
+    addresses = [Address("tcp", draw(hosts), draw(st.integers(100 * i + 1, 100 * i + 100))) for i in range(len(names))]
+    bounds = draw(_some(st.lists(st.integers(1, 9), min_size=len(names), max_size=len(names))))
+    nodes: list[NodeConfig] = []
+    layer = 0
+    for i, (name, address) in enumerate(zip(names, addresses, strict=True)):
+        given = {"name": name, "address": address, **{key: draw(value) for key, value in SHARED.items()}}
+        if i == 0 or (i > 1 and draw(st.booleans())):
+            layers = range(layer, layer := layer + bounds[i]) if bounds else None
+            device = draw(st.sampled_from(["cpu", "cuda:0", "cuda:12"]))
+            nodes.append(ComputeNodeConfig(**given, device=device, layers=layers))
+        else:
+            memory = draw(SIZES)
+            nodes.append(
+                MemoryNodeConfig(
+                    **given,
+                    memory=memory,
+                    quota=draw(_some(st.integers(1, memory))),
+                    numa=draw(_some(st.integers(0, 4095))),
+                    attention=draw(st.sampled_from(["auto", "native", "torch"])),
+                )
+            )
+    return nodes
+
+
+@given(MODELS, node_lists(), PIPELINES, TRANSPORTS)
+def test_what_is_written_is_read(
+    model: ModelConfig, nodes: list[NodeConfig], pipeline: PipelineConfig, transport: TransportConfig
+) -> None:
+    """Every value, whatever characters and numbers are in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cluster.toml"
+        config = write_cluster(file, model, nodes, pipeline=pipeline, transport=transport)
+        assert (config.model, config.node, config.pipeline, config.transport) == (model, nodes, pipeline, transport)
+        assert config == load(file)
+
+
+C0 = ComputeNodeConfig(name="c0", address=Address("tcp", "127.0.0.1", 7070))
+M0 = MemoryNodeConfig(name="m0", address=Address("tcp", "127.0.0.1", 7071), memory=2**30)
+
+
+def test_a_written_file_says_what_differs(tmp_path: Path) -> None:
+    """Defaults are left out, so that people find what was chosen."""
+    file = tmp_path / "cluster.toml"
+    write_cluster(file, ModelConfig(path="models/tiny"), [C0, M0], pipeline=PipelineConfig(max_batch=8))
+
+    assert (
+        file.read_text()
+        == """\
+[model]
+path = "models/tiny"
+
+[pipeline]
+max_batch = 8
+
+[[node]]
+role = "compute"
+name = "c0"
+address = "tcp://127.0.0.1:7070"
+
+[[node]]
+role = "memory"
+name = "m0"
+address = "tcp://127.0.0.1:7071"
+memory = "1GiB"
+"""
+    )
+
+
+def test_secret_and_certificates_are_written(tmp_path: Path) -> None:
+    """The files are named as they were given, and read at once."""
+    write_secret(tmp_path / "cluster.key")
+    far = MemoryNodeConfig(name="m1", address=Address("tcp", "10.0.0.2", 7071), memory=2**30)
+    transport = TransportConfig(secret_file="cluster.key")  # noqa: S106 - a file
+    config = write_cluster(tmp_path / "cluster.toml", ModelConfig(path="m"), [C0, far], transport=transport)
+
+    assert config.transport == transport
+    assert config.links.secret == read_secret(tmp_path / "cluster.key")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "nodes", "message"),
+    [
+        ("none/cluster.toml", "m", [C0, M0], "cannot be written: No such file"),
+        ("cluster.toml", "m\ud800", [C0, M0], r"cannot be written: '\\ud800' is not Unicode"),
+        ("cluster.toml", "m", [C0], "node: expected at least one memory node, got none"),
+        ("cluster.toml", "m", [C0, M0, M0], r"node\[2\].name: 'm0' is used twice"),
+    ],
+)
+def test_what_cannot_be_written_is_named(
+    name: str, path: str, nodes: list[NodeConfig], message: str, tmp_path: Path
+) -> None:
+    """The file, and what is wrong with it or with its parts."""
+    with pytest.raises(ConfigError, match=f"{name}: {message}"):
+        write_cluster(tmp_path / name, ModelConfig(path=path), nodes)

@@ -20,6 +20,7 @@ from lamina.demo.run import CHECKPOINT
 from lamina.node.probe import MAX_ECHOES, ROLE, measure
 from lamina.ops.doctor import machine
 from lamina.ops.doctor.finding import Finding, guarded
+from lamina.runtime.sockets import Sockets
 from lamina.transport import Hello, Link, Options, Region, connect
 from lamina.wire.admin import Echo, Probe, Probed
 from lamina.wire.codec import decode, encode
@@ -248,9 +249,9 @@ def test_strangers_and_others(tmp_path: Path) -> None:
     for key in keys:
         write_secret(key)
     config = write_config(tmp_path / "cluster", 4, wiring=Wiring("tcp", secret=keys[0]))
-    port = {n.name: n.listen.port for n in config.node}
+    port = {n.name: n.address.port for n in config.node}
     other = write_config(tmp_path / "other", wiring=Wiring("tcp", secret=keys[0]))
-    text = other.file.read_text().replace(other.front.address, config.find("m2").address)
+    text = other.file.read_text().replace(str(other.front.address), str(config.find("m2").address))
     other.file.write_text(text)
     nodes = [
         harness.start_memory(tmp_path, port["m0"], wiring=Wiring(secret=keys[1], kind="tcp")),
@@ -279,7 +280,7 @@ def test_strangers_and_others(tmp_path: Path) -> None:
 async def _until_listening(*nodes: Any) -> None:
     for node in nodes:
 
-        async def listening(port: int = node.listen.port) -> bool:
+        async def listening(port: int = node.address.port) -> bool:
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
             except OSError:
@@ -300,7 +301,8 @@ def test_only_nodes_of_the_file_are_probed(tmp_path: Path) -> None:
 
     async def main() -> None:
         await harness.ready(config, nodes[0])
-        async with await connect(config.front.listen, Hello("doctor", "test"), config.options(), deadline_s=10) as link:
+        hello, options = Hello("doctor", "test"), config.options()
+        async with await connect(config.front.address, hello, options, deadline_s=10) as link:
             answers: asyncio.Queue[Probed] = asyncio.Queue()
             link.deliver(on_message=lambda plain: answers.put_nowait(decode(plain, Probed)))
             for name in ("m9", "c0", "tcp://127.0.0.1:22"):
@@ -321,12 +323,12 @@ def test_a_memory_node_bounds_what_it_echoes(tmp_path: Path) -> None:
     options = Options(kind="tcp")
 
     async def open_link() -> tuple[Link, asyncio.Event]:
-        link, lost = await connect(memory.listen, Hello(ROLE, "test"), options, deadline_s=30), asyncio.Event()
+        link, lost = await connect(memory.address, Hello(ROLE, "test"), options, deadline_s=30), asyncio.Event()
         link.deliver(on_lost=lambda _: lost.set())
         return link, lost
 
     async def main() -> None:
-        assert (await measure(memory.listen, "test", options)).bytes_per_s > 0
+        assert (await measure(Sockets(), memory.address, "test", options)).bytes_per_s > 0
         links, lost = zip(*[await open_link() for _ in range(MAX_ECHOES + 1)], strict=True)
         async with asyncio.timeout(20):
             await lost[-1].wait()
@@ -338,7 +340,7 @@ def test_a_memory_node_bounds_what_it_echoes(tmp_path: Path) -> None:
             await lost[1].wait()
             assert not links[2].state.closed
             await lost[2].wait()  # after the time that a measurement may take
-        assert (await measure(memory.listen, "test", options)).bytes_per_s > 0
+        assert (await measure(Sockets(), memory.address, "test", options)).bytes_per_s > 0
 
     with harness.running(node):
         asyncio.run(main())

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lamina.attention import KVCache, KVLayout, LayerShape, Memory, Pool, Rows, Run, window_blocks
+from lamina.attention import ExtentPool, KVCache, KVLayout, LayerShape, Memory, Rows, Run, window_blocks
 from lamina.errors import CapacityError
 from lamina.front.blocks import BlockManager
 from lamina.front.cost import CostModel
@@ -93,7 +93,7 @@ class WindowedNodes(Nodes):
         super().__init__(blocks)
         shape = LayerShape(q_heads=1, kv_heads=1, qk_dim=1, v_dim=1, scale=1.0, window=window)
         layout = KVLayout(layers=(shape, shape), dtype="float32", block_tokens=BLOCK)
-        pool = Pool(Memory(128 * blocks), extent_bytes=256 if blocks % 2 == 0 else 128)
+        pool = ExtentPool(Memory(128 * blocks), extent_bytes=256 if blocks % 2 == 0 else 128)
         self.cache = KVCache(layout, pool, lambda *_: 64)
         assert self.cache.capacity_tokens == blocks * BLOCK
         self.coming: list[tuple[int, Run]] = []

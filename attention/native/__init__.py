@@ -1,1 +1,1 @@
-"""The native kernel of a CPU memory node: its C++ sources, how they are built, and the library that comes of it."""
+"""This package has the native kernel of a CPU memory node: its C++ sources, their build, and the built library."""

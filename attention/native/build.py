@@ -1,6 +1,6 @@
-"""Compile the native library with the machine's C++ compiler. Nothing but the standard library is needed.
+"""Compile the native library with the machine's C++ compiler, which needs only the standard library.
 
-Run by the package's build; by hand: ``python -m lamina.attention.native.build``.
+The package's build runs this; to run it by hand: ``python -m lamina.attention.native.build``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLAGS = [
     "-O3",
     "-fPIC",
     "-fno-math-errno",
-    "-fno-strict-aliasing",  # buffers hold numbers of one type after the other
+    "-fno-strict-aliasing",  # buffers hold numbers of different types in turn
     "-ffp-contract=fast",
     "-fvisibility=hidden",
     "-Wall",
@@ -39,11 +39,11 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 class BuildError(Exception):
-    """There is no compiler, or it failed; the text says which and what to do."""
+    """There is no compiler, or it failed: the text says which of these, and what to do."""
 
 
 def compiler() -> str:
-    """The C++ compiler: ``$CXX``, or else c++, g++ or clang++. BuildError if there is none."""
+    """Return the C++ compiler: ``$CXX``, or else c++, g++ or clang++. `BuildError` if there is none."""
     chosen = os.environ.get("CXX")
     if chosen and not shutil.which(chosen):
         raise BuildError(f"$CXX names {chosen!r}, which is not there; set it to a C++ compiler, or not at all")
@@ -54,7 +54,7 @@ def compiler() -> str:
 
 
 def build(output: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False) -> Path:
-    """Compile into ``output``; BuildError if that fails.
+    """Compile into ``output``; `BuildError` if that fails.
 
     ``sanitize`` adds AddressSanitizer and UndefinedBehaviorSanitizer. ``emulate`` compiles the AVX-512 kernels for
     AVX2, so that their logic can be tested where the instructions are missing.
@@ -74,7 +74,7 @@ def build(output: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = Fal
         made = Path(folder) / output.name
         _run([cxx, "-shared", "-pthread", *(SANITIZE if sanitize else []), *objects, "-o", str(made)])
         shutil.copyfile(made, _beside(output))
-    os.replace(_beside(output), output)  # whoever has the old one mapped keeps it
+    os.replace(_beside(output), output)  # processes that have the old one mapped keep it
     return output
 
 

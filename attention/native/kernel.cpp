@@ -1,4 +1,4 @@
-// The kernel: attention of the rows of one KV head over pages, and storing into them. Compiled once for every
+// The kernel attends with the rows of one KV head over pages, and stores into pages. It is compiled once for every
 // instruction set, with LAMINA_ISA for its name.
 //
 // Attention reads each page once for all rows that share its KV head, a tile of four pages at a time: scores, one
@@ -19,7 +19,7 @@
 #include "simd.h"
 
 namespace lamina {
-namespace {  // or the linker would keep one instruction set's version of a function for all of them
+namespace {  // without a name, or the linker would keep one instruction set's version of a function for all
 
 constexpr int VECTORS = PAGE / W;  // of one page's tokens, or of one chunk of 16 dimensions
 #if LAMINA_WIDE
@@ -30,8 +30,8 @@ constexpr int BLOCK_ROWS = 4;
 constexpr int groups_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-// -- how numbers of each type meet: a policy names the operand (two numbers of a row: q of two dimensions or the
-//    weights of two tokens) and the sum, and adds the products of an operand with vector `v` of a line to a sum.
+// -- products by type: a policy names the operand (two numbers of a row: q of two dimensions or the weights of two
+//    tokens) and the sum, and adds the products of an operand with vector `v` of a line to a sum.
 
 struct Float32Line {
     static constexpr int type = FLOAT32;
@@ -95,7 +95,7 @@ struct FloatProducts {
         for (int n = 0; n < N; ++n) sums[n] = values.b[n] * b + sums[n];
     }
     static F rounded(F x) { return x; }
-    // A row of `pairs` pairs as operands. Sums of products with them are to be multiplied by what is returned.
+    // Turn a row of `pairs` pairs into operands. Sums of products with them have to be multiplied by the result.
     static float pack(const float *row, int pairs, Operand *to) {
         for (int i = 0; i < 2 * pairs; i += W) store((float *)to + i, load<F>(row + i) * up);
         return up;
@@ -126,7 +126,8 @@ struct BFloat16Products {
     }
 };
 
-// int8 by 16-bit integer products, which are exact: only the operand is rounded, to 15 bits of its largest number.
+// int8 is multiplied by 16-bit integer products, which are exact: only the operand is rounded, to 15 bits of its
+// largest number.
 struct Int8Products {
     using Sum = I;
     using Operand = uint32_t;
@@ -165,7 +166,7 @@ struct Int8Products {
 // -- the two products
 
 // sums[r][n] += over `steps` lines, an even number: operand (r, i) . line i of group n, where a group is a page
-// (scores) or a chunk of 16 dimensions (values). `ahead[n]` is what will be read next in the place of `lines[n]`.
+// (scores) or a chunk of 16 dimensions (values). `ahead[n]` will be read next in the place of `lines[n]`.
 template <class P, int R, int N>
 inline void panel(typename P::Sum (&sums)[R][N * VECTORS], const uint8_t *const (&lines)[N],
                   const uint8_t *const (&ahead)[N], int steps, const typename P::Operand *operands,
@@ -296,7 +297,7 @@ inline float number(const void *from, int type, size_t i) {
     return from_float16(padded)[0];
 }
 
-// `n` numbers from index `at` as float32, followed by zeros up to a multiple of 16.
+// Read `n` numbers from index `at` on as float32, followed by zeros up to a multiple of 16.
 inline void read_row(const void *from, int type, size_t at, int n, float *to) {
     int i = 0;
     for (; i + W <= n; i += W) {
@@ -315,8 +316,8 @@ inline void read_row(const void *from, int type, size_t at, int n, float *to) {
 
 // -- attention
 
-// Copies of the pages in which some tokens are not to be read, because nobody has written them or a window has passed
-// them: the weight of such a token is 0, but 0 times NaN is NaN. Zeros take their place.
+// Copy a page in which some tokens must not be read, because they were never written or a window has passed them. The
+// weight of such a token is 0, but 0 times NaN is NaN, so zeros take their place.
 inline const uint8_t *clean_page(const uint8_t *v, int type, int chunks, int from, int to, uint8_t *copy) {
     const int item = item_bytes(type), line_bytes = LINE * item;
     for (int line = 0; line < chunks * (PAGE / 2); ++line, v += line_bytes) {
@@ -338,7 +339,7 @@ inline const uint8_t *clean_page(const uint8_t *v, int type, int chunks, int fro
     return copy;
 }
 
-// What becomes of the rows of a chunk: output, or a part that the last one to be done merges, in the order of parts.
+// Write the rows of a chunk: as output, or as a part; the chunk that is done last merges all parts in their order.
 inline void leave(const Layer &layer, const Step &step, const Call &call, const Chunk &chunk, float up, Scratch &s) {
     const int rows = chunk.rows(layer.group), dim = padded(layer.v_dim);
     if (chunk.parts > 1) {
@@ -381,9 +382,9 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
     }
 }
 
-// From the products of a row with a tile to its weights, as operands; what the row has so far is scaled to its new
-// peak. Scores and peaks are logarithms to base 2. Tokens before `from` and from `to` on are not seen. Returns what
-// products with the weights are to be multiplied by.
+// Turn the products of a row with a tile into weights, as operands, and scale what the row has so far to its new peak.
+// Scores and peaks are logarithms to base 2. The row does not see tokens before `from` and from `to` on. Products with
+// the weights have to be multiplied by the result.
 template <class P, int Tokens, bool Masked>
 __attribute__((noinline)) float weigh(const Layer &layer, int tokens, int from, int to, const float *const *k_scales,
                                       const float *const *v_scales, int r, int dim, float *scores,
@@ -411,10 +412,10 @@ __attribute__((noinline)) float weigh(const Layer &layer, int tokens, int from, 
         if constexpr (scaled(P::type)) {
             total = total + x;
             x = x * load<F>(v_scales[n / PAGE] + n % PAGE);
-            // A scale that is not to be read may be NaN, which a weight of 0 does not undo.
+            // The scale of a token that is not seen may be NaN, which a weight of 0 does not undo.
             if (Masked) x = select((lanes + float(n) >= float(from)) & (lanes + float(n) < float(to)), x, F{});
         } else {
-            x = P::rounded(x);  // the weights that are summed are those that the values get
+            x = P::rounded(x);  // the sum is of the weights by which values are multiplied
             total = total + x;
         }
         store(scores + n, x);
@@ -440,7 +441,7 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
     Operand *q = (Operand *)s.q, *weights = (Operand *)s.weights;
     constexpr int weight_stride = TILE / 2;
 
-    // bfloat16 products round q, unless it is bfloat16 already: what is lost goes into a second product.
+    // bfloat16 products round q, unless it is bfloat16 already: the rest of q goes into a second product.
     constexpr bool rounds = std::is_same_v<Operand, uint32_t> && type != INT8;
     const int terms = rounds && layer.input_type != BFLOAT16 ? 2 : 1;
     for (int r = 0; r < rows; ++r) {
@@ -481,14 +482,14 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
         return count;
     };
 
-    // A tile of one head after the other, because they lie behind one another in a block.
+    // The heads take turns tile by tile, because their pages lie one after the other in a block.
     int64_t page = chunk.low / PAGE;
     int head = 0, now = 0, count = locate(page, head, now);
     while (count) {
         const int next = 1 - now, next_head = head + 1 < chunk.heads ? head + 1 : 0;
         const int64_t next_page = next_head ? page : page + count;
         const int next_count = locate(next_page, next_head, next);
-        // What to fetch meanwhile: the next tile, if it has something for every page; else nothing that is not here.
+        // The next tile is prefetched if it has as many pages; else the current one, which is in the cache already.
         const int ahead = next_count >= count ? next : now;
         const int64_t first = page * PAGE;
         const int tokens = count * PAGE, base = head * head_rows;
@@ -501,7 +502,7 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
                                      term > 0);
             });
 
-        // Positions that nobody may read: before the first and behind the last of the chunk.
+        // Positions before `low` and from `high` on are outside of the chunk and must not be read.
         const int low = chunk.low > first ? int(chunk.low - first) : 0;
         const int high = chunk.high < first + tokens ? int(chunk.high - first) : tokens;
         const uint8_t *v_read[TILE_PAGES];
@@ -552,7 +553,7 @@ void attend(const Layer &layer, const Step &step, const Call &call, const Chunk 
 
 // -- storing
 
-// A row of n numbers (a multiple of 16) in the type stored; `scale` is set where that type has one.
+// Round a row of n numbers (a multiple of 16) to the type stored; `scale` is set if that type has one.
 inline void round_row(const float *row, int n, int type, void *to, float &scale) {
     if (type == FLOAT32) {
         std::memcpy(to, row, n * sizeof(float));
@@ -593,7 +594,7 @@ inline void round_row(const float *row, int n, int type, void *to, float &scale)
     }
 }
 
-// 16 pairs of numbers, one of each row.
+// Write 16 pairs of numbers, one of each row.
 inline void interleave(const uint16_t *a, const uint16_t *b, uint16_t *to) {
     for (int d = 0; d < 16; d += W) {
         const U low = __builtin_convertvector(load<H>(a + d), U), high = __builtin_convertvector(load<H>(b + d), U);
@@ -605,7 +606,7 @@ inline void interleave(const uint8_t *a, const uint8_t *b, uint8_t *to) {
 }
 inline void interleave(const uint32_t *, const uint32_t *, uint32_t *) {}  // no type of 32 bits is stored in pairs
 
-// to[i * PAGE + t] = from[t * n + i], for so many tokens t and n numbers or pairs i, a multiple of 8.
+// to[i * PAGE + t] = from[t * n + i], for `tokens` tokens t and n numbers or pairs i, a multiple of 8.
 template <class T>
 inline void transpose(const T *from, int tokens, int n, T *to) {
     for (int i = 0; i < n; ++i)
@@ -638,7 +639,7 @@ inline void transpose(const uint32_t *from, int tokens, int n, uint32_t *to) {
 }
 #endif
 
-// Two neighbouring numbers.
+// A pair holds two neighbouring numbers.
 template <class T>
 using Pair = std::conditional_t<sizeof(T) == 1, uint16_t, std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>>;
 
@@ -654,7 +655,7 @@ void append_as(const Layer &layer, const Step &step, const void *k, const void *
         int tokens = PAGE - at;
         if (tokens > end - token) tokens = int(end - token);
         if (position < frozen || table[position / layer.block_tokens] < 0) {
-            token += tokens;  // in a published block, which is final, or behind a window already
+            token += tokens;  // in a published block, which is final, or freed behind a window
             continue;
         }
         const Place to = place(layer, table, head, position / PAGE);

@@ -1,4 +1,4 @@
-// What the kernel of every instruction set offers, and what it is told. No state, no threads: see workers.cpp.
+// The kernel of every instruction set has this interface. It has no state and no threads: see workers.cpp.
 #pragma once
 
 #include <cstddef>
@@ -6,12 +6,12 @@
 
 namespace lamina {
 
-// How a layer lies in a block. A block of `block_tokens` positions holds, for each KV head, the pages of K, the pages
-// of V and, for 8-bit types, the scales of K and of V. A page is 16 tokens in lines of 32 numbers:
+// A block of `block_tokens` positions holds for each KV head of a layer the pages of K, the pages of V and, for 8-bit
+// types, the scales of K and of V. A page is 16 tokens in lines of 32 numbers:
 //   K: line i holds the dimensions 2i and 2i+1 of the 16 tokens;
 //   V: line 8c+j holds the dimensions 16c .. 16c+15 of the tokens 2j and 2j+1.
-// In a line of bfloat16, fp8 or int8 the two belong together, [16][2], as dot-product instructions want them;
-// float32 and float16 keep them apart, [2][16]. Head sizes are padded with zeros to multiples of 16.
+// In a line of bfloat16, fp8 or int8 the two alternate, [16][2], as dot-product instructions want them; in a line of
+// float32 or float16 they are apart, [2][16]. Head sizes are padded with zeros to multiples of 16.
 constexpr int PAGE = 16;
 constexpr int LINE = 32;
 constexpr int TILE_PAGES = 4;
@@ -26,13 +26,13 @@ inline constexpr bool scaled(int type) { return type == FLOAT8 || type == INT8; 
 inline constexpr bool paired(int type) { return type == BFLOAT16 || scaled(type); }
 inline constexpr int padded(int dim) { return (dim + 15) / 16 * 16; }
 
-// One layer of a cache and its attention. Mirrored in library.py.
+// This describes one layer of a cache and its attention. library.py mirrors it.
 struct Layer {
     uint8_t *memory;     // of the cache, at the layer's offset within a block
     const float *sinks;  // [q_heads] or null
     int32_t kv_heads, group, qk_dim, v_dim;
     int32_t block_tokens;
-    int32_t kv_type, input_type;  // of what is stored; of q, k and v
+    int32_t kv_type, input_type;  // the type stored; the type of q, k and v
     int32_t window;               // 0: none
     float scale, softcap;         // softcap 0: none
 
@@ -45,14 +45,14 @@ struct Layer {
     int q_heads() const { return kv_heads * group; }
 };
 
-// The runs of a step. Mirrored in library.py.
+// This describes the runs of a step. library.py mirrors it.
 struct Step {
     const int64_t *const *tables;                    // [runs]: byte offsets of blocks
     const int64_t *starts, *counts, *rows, *frozen;  // [runs]; rows: of q, k and v; frozen: positions that are final
     int64_t runs;
 };
 
-// The bytes of one KV head in one page.
+// A place is the bytes of one KV head in one page.
 struct Place {
     uint8_t *k, *v;
     float *k_scales, *v_scales;  // of the page's 16 tokens; null unless scaled
@@ -71,10 +71,10 @@ inline Place place(const Layer &layer, const int64_t *table, int head, int64_t p
     return p;
 }
 
-// The queries first .. first+queries-1 of a run, in the heads of the KV heads head .. head+heads-1, over the positions
-// low .. high-1. A row is one of these queries in one of these heads, the rows of a KV head one behind the other.
-// `parts` > 1: there are chunks of the same rows over other positions, to be merged; their states lie side by side in
-// Call.states from `state` on, and Call.ready[ready] counts those that are done.
+// A chunk has the queries first .. first+queries-1 of a run, in the heads of the KV heads head .. head+heads-1, over
+// the positions low .. high-1. A row is one of these queries in one of these heads; the rows of a KV head follow one
+// another. If `parts` > 1, other chunks have the same rows over other positions, and all of them are merged: their
+// states lie side by side in Call.states from `state` on, and Call.ready[ready] counts the chunks that are done.
 struct Chunk {
     int32_t run, head, heads, first, queries;
     int64_t low, high;
@@ -87,24 +87,24 @@ struct Chunk {
     int q_head(int group, int row) const { return (head + row / (queries * group)) * group + row % group; }
 };
 
-// The tokens first .. first+count-1 of a run, to be stored in one KV head.
+// A piece has the tokens first .. first+count-1 of a run, which are stored in one KV head.
 struct Piece {
     static constexpr int64_t MOST = 256;
     int32_t run, head;
     int64_t first, count;
 };
 
-// What an attention call reads and writes. o: [T, Hq, Dv]; lse: [T, Hq].
+// An attention call reads and writes this. o: [T, Hq, Dv]; lse: [T, Hq].
 struct Call {
     const void *q;
-    const float *past_o, *past_lse;  // null, or to be merged with
-    float *states;                   // of a part: for each row its output, padded, and then all peaks and all sums
+    const float *past_o, *past_lse;  // null, or merged with the result
+    float *states;                   // for each part the padded output of each row, and then all peaks and all sums
     int32_t *ready;
     float *o, *lse;
-    bool present;  // over the new tokens, which ends the step: sinks join now
+    bool present;  // the call is over the new tokens, which ends the step: sinks join now
 };
 
-// Memory of one worker.
+// Each worker has this memory.
 struct Scratch {
     float q[2 * ROWS * MAX_DIM];
     float o[ROWS * MAX_DIM];

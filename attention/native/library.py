@@ -1,4 +1,4 @@
-"""The native library: found, loaded and described to ctypes. Calls release the GIL."""
+"""This module finds the native library, loads it and describes it to ctypes. Calls into it release the GIL."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lamina.attention.native.build import LIBRARY
 from lamina.errors import CapacityError, ConfigError, UsageError
 
 ABI = 2
-"""``ABI`` of workers.cpp."""
+"""This number has to equal ``ABI`` in workers.cpp."""
 
 REBUILD = "install g++ and run: python -m lamina.attention.native.build"
 
 MAX_THREADS = 1024
 
 
-class Layer(Structure):
-    """``Layer`` of kernel.h."""
+class KernelLayer(Structure):
+    """This mirrors the struct ``Layer`` in kernel.h."""
 
     _fields_ = (
         ("memory", c_void_p),
@@ -41,8 +41,8 @@ class Layer(Structure):
     )
 
 
-class Step(Structure):
-    """``Step`` of kernel.h: addresses of int64 arrays, one number per run."""
+class KernelStep(Structure):
+    """This mirrors the struct ``Step`` in kernel.h: addresses of int64 arrays with one number per run."""
 
     _fields_ = (
         ("tables", c_void_p),
@@ -56,7 +56,10 @@ class Step(Structure):
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library, from ``LAMINA_NATIVE_LIBRARY`` or where the package's build put it; ConfigError without it."""
+    """Load the library from ``LAMINA_NATIVE_LIBRARY``, or from where the package's build put it.
+
+    `ConfigError` if it cannot be loaded, or was built from other sources.
+    """
     path = Path(os.environ.get("LAMINA_NATIVE_LIBRARY") or LIBRARY)
     try:
         library = ctypes.CDLL(str(path))
@@ -70,11 +73,13 @@ def load() -> ctypes.CDLL:
         "lamina_isas": (c_char_p, ()),
         "lamina_workers": (c_void_p, (c_char_p, c_int, POINTER(c_int), c_int)),
         "lamina_close": (None, (c_void_p,)),
-        "lamina_layer_bytes": (c_int64, (POINTER(Layer),)),
-        "lamina_past": (c_int, (c_void_p, POINTER(Layer), POINTER(Step), *(c_void_p,) * 3)),
-        "lamina_finish": (c_int, (c_void_p, POINTER(Layer), POINTER(Layer), POINTER(Step), *(c_void_p,) * 7)),
-        "lamina_append": (c_int, (c_void_p, POINTER(Layer), POINTER(Step), c_void_p, c_void_p)),
-        "lamina_copy": (None, (POINTER(Layer), c_void_p, c_int64, c_int64, *(c_void_p,) * 4, c_int64, c_int)),
+        "lamina_layer_bytes": (c_int64, (POINTER(KernelLayer),)),
+        "lamina_past": (c_int, (c_void_p, POINTER(KernelLayer), POINTER(KernelStep), *(c_void_p,) * 3)),
+        "lamina_finish": (
+            c_int,
+            (c_void_p, POINTER(KernelLayer), POINTER(KernelLayer), POINTER(KernelStep), *(c_void_p,) * 7),
+        ),
+        "lamina_append": (c_int, (c_void_p, POINTER(KernelLayer), POINTER(KernelStep), c_void_p, c_void_p)),
         "lamina_read": (c_int, (c_void_p, c_void_p, c_int64)),
     }
     try:
@@ -86,7 +91,7 @@ def load() -> ctypes.CDLL:
         found = library.lamina_abi()
     except AttributeError as e:
         raise ConfigError(f"attention backend native: {path} is not a library of this kernel ({e}); {REBUILD}") from e
-    if found != ABI << 32 | sizeof(Layer) << 16 | sizeof(Step):
+    if found != ABI << 32 | sizeof(KernelLayer) << 16 | sizeof(KernelStep):
         raise ConfigError(f"attention backend native: {path} was built from other sources than these; {REBUILD}")
     return library
 
@@ -98,13 +103,13 @@ def _status(status: int, function: object, arguments: tuple[object, ...]) -> int
 
 
 def available_isas() -> list[str]:
-    """Names of the kernels that this machine can run, best first."""
+    """Return the names of the kernels that this machine can run, best first."""
     names: bytes = load().lamina_isas()
     return names.decode().split(",")
 
 
 def choose_isa() -> str:
-    """``LAMINA_ISA``, or the best that the machine has; ConfigError for one that it has not."""
+    """Return ``LAMINA_ISA``, or the best kernel that this machine can run; `ConfigError` for one that it cannot run."""
     isas = available_isas()
     name = os.environ.get("LAMINA_ISA") or isas[0]
     if name not in isas:
@@ -113,10 +118,10 @@ def choose_isa() -> str:
 
 
 class Workers:
-    """``threads`` threads that attend: the calling one, and others pinned to ``cpus`` in turn if these are given.
+    """The workers are ``threads`` threads: the calling one, and others, which are pinned to ``cpus`` in turn if given.
 
-    Belongs to the thread that calls it. `ConfigError` for processors or an instruction set that the machine has not,
-    `CapacityError` where a thread cannot be had.
+    They belong to the thread that calls. `ConfigError` for processors or an instruction set that the machine does not
+    have, `CapacityError` if the machine refuses to start a thread.
     """
 
     def __init__(self, threads: int, cpus: Sequence[int] | None = None) -> None:
@@ -135,7 +140,10 @@ class Workers:
 
     @property
     def handle(self) -> int:
-        """What the library's calls take; `UsageError` after `close`, and in a forked process, which has no threads."""
+        """The calls of the library take this handle.
+
+        `UsageError` after `close`, and in a forked process, which has no threads.
+        """
         if self._handle is None:
             raise UsageError("the attention threads were closed; make a new backend")
         if os.getpid() != self._process:
@@ -143,16 +151,16 @@ class Workers:
         return self._handle
 
     def read(self, tensor: Tensor) -> None:
-        """Read every byte of a contiguous tensor once, an equal part in each thread: what memory can deliver.
+        """Read every byte of a contiguous tensor once, an equal part in each thread, to measure the memory.
 
-        `UsageError` unless these are whole pages of 4 KiB.
+        `UsageError` unless the tensor has whole pages of 4 KiB.
         """
         if tensor.nbytes % 4096 or not tensor.is_contiguous():
             raise UsageError(f"expected a contiguous tensor of a multiple of 4096 bytes, got {tensor.nbytes}")
         load().lamina_read(self.handle, tensor.data_ptr(), tensor.nbytes)
 
     def close(self) -> None:
-        """End the threads. May be called twice."""
+        """End the threads. A second call does nothing."""
         if self._handle is not None and os.getpid() == self._process:
             load().lamina_close(self._handle)
         self._handle = None

@@ -1,6 +1,6 @@
-// Vectors of W 32-bit lanes, by the compiler's vector extensions: the same source serves every instruction set, from
-// 16 lanes of AVX-512 to whatever the compiler makes of 8 lanes on another architecture. Only what the extensions
-// cannot say is written with intrinsics, each with a portable form beside it.
+// Vectors have W 32-bit lanes and use the compiler's vector extensions, so that one source serves every instruction
+// set, from 16 lanes of AVX-512 to what the compiler makes of 8 lanes on another architecture. Intrinsics appear only
+// where the extensions do not suffice, each with a portable form beside it.
 #pragma once
 
 #include <cstdint>
@@ -73,14 +73,14 @@ inline float horizontal_sum(F v) {
 inline F exp2_negative(F x) {
     const F magic = all(TO_INTEGER);
     F t = x + magic;
-    F r = x - (t - magic);  // -0.5 .. 0.5, where a polynomial of least relative error takes over
+    F r = x - (t - magic);  // -0.5 .. 0.5, for a polynomial of least relative error
     F p = all(0.0013276457f);
     p = p * r + 0.009675541f;
     p = p * r + 0.055507135f;
     p = p * r + 0.2402212f;
     p = p * r + 0.69314694f;
     p = p * r + 1.0f;
-    // A product, not an addition to the exponent's bits, which could turn a NaN into a number.
+    // This is a product, because an addition to the exponent's bits could turn a NaN into a number.
     F two_n = as_float((as_bits(t) - as_bits(magic) + 127u) << 23);
     return select(x < -126.0f, F{}, p * two_n);
 }
@@ -91,7 +91,7 @@ inline F tanh(F x) {
     F e = exp2_negative(a * (-2 * LOG2_E));
     F far = (1.0f - e) / (1.0f + e);
     far = select(x < 0.0f, -far, far);
-    // The odd series of tanh, which |x| < 0.25 makes short.
+    // This is the odd series of tanh, which is short for |x| < 0.25.
     F z = x * x;
     F p = all(-1382.0f / 155925);
     p = p * z + all(62.0f / 2835);
@@ -181,7 +181,7 @@ inline F dot_bfloat16(F acc, U a, U b) {
 #if defined(__AVX512BF16__) && LAMINA_WIDE
     return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
-    // The instruction's stand-in, for tests. Like it, this takes subnormals for 0.
+    // This stands in for the instruction in tests. Like the instruction, it takes subnormals for 0.
     auto normal = [](F x) { return select((max(x, -x) >= 0x1p-126f) | (x != x), x, F{}); };
     acc = acc + normal(from_bfloat16_low(a)) * normal(from_bfloat16_low(b));
     return acc + normal(from_bfloat16_high(a)) * normal(from_bfloat16_high(b));
@@ -202,7 +202,7 @@ inline I dot_int16(I acc, I16 a, I16 b) {
 #endif
 }
 
-// Into the second-level cache, which has room for far more lines on their way than the first.
+// Prefetch into the second-level cache, which can have far more lines on their way than the first.
 inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace lamina

@@ -1,4 +1,4 @@
-// The workers of a memory node, how work is cut for them, and the C interface that library.py calls.
+// This file has the workers of a memory node, the code that cuts work for them, and the C interface for library.py.
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <new>
@@ -18,12 +17,12 @@
 namespace lamina {
 namespace {
 
-constexpr int ABI = 2;                // counted up when a call changes its meaning; see library.py
-constexpr int SPINS = 4000;           // tens of us: the next layer of a step comes soon; after that a worker sleeps
-constexpr int64_t PART_TILES = 32;    // of a long context: merging a part costs less than one of its tiles
-constexpr int ROWS_AT_ONCE = 64;      // of several queries: more would leave the second-level cache
-constexpr int CHUNKS_PER_WORKER = 8;  // at least, so that all end together
-constexpr int64_t PAGES_ALONE = 32;   // done before others would be awake
+constexpr int ABI = 2;              // to be counted up when a call changes its meaning; see library.py
+constexpr int SPINS = 4000;         // tens of us, in which the next layer of a step usually comes; then a worker sleeps
+constexpr int64_t PART_TILES = 32;  // per part of a long context: merging a part costs less than one of its tiles
+constexpr int ROWS_AT_ONCE = 64;    // of several queries: more would not fit into the second-level cache
+constexpr int CHUNKS_PER_WORKER = 8;  // at least, so that all workers end at about the same time
+constexpr int64_t PAGES_ALONE = 32;   // one worker does these before the others would be awake
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -61,8 +60,8 @@ bool supported(const Kernel &kernel) {
     return name == "portable";
 }
 
-// N - 1 threads, each pinned to a processor if some are given, and the one that calls, which stays where its owner put
-// it. Work is numbered, and taken in the order of the numbers.
+// The workers are N - 1 threads, each pinned to a processor if some are given, and the calling thread, whose affinity
+// stays as it is. Work is numbered, and the workers take it in the order of the numbers.
 class Workers {
   public:
     Workers(const Kernel &kernel, int threads, const int *cpus, int cpu_count) : kernel(kernel), scratch_(threads) {
@@ -96,9 +95,9 @@ class Workers {
     bool complete() const { return threads_.size() + 1 == scratch_.size(); }
     int threads() const { return int(scratch_.size()); }
 
-    // Call f(number, scratch) for every number below `count`; returns when all are done. The others help, unless this
-    // thread is to do it `alone`; it does not wait for one that has not come by the time that nothing is left to take,
-    // because its processor may be busy with something else.
+    // Call f(number, scratch) for every number below `count`, and return when all calls are done. The other threads
+    // help unless `alone` is set. A thread that has not begun when all work is taken is not waited for, because its
+    // processor may be busy with something else.
     template <class Function>
     void run(int64_t count, bool alone, Function f) {
         if (!count) return;
@@ -175,19 +174,19 @@ class Workers {
     std::vector<pthread_t> threads_;
     std::function<void(int64_t, Scratch &)> work_;
     static constexpr uint32_t CLOSED = 1u << 31;
-    std::atomic<uint32_t> helpers_{CLOSED};  // how many are taking work, and whether nobody may begin to
+    std::atomic<uint32_t> helpers_{CLOSED};  // how many threads take work, and whether more may begin
     std::atomic<uint32_t> generation_{0}, sleepers_{0};
     std::atomic<int64_t> next_{0};
     int64_t count_ = 0;
     std::atomic<bool> stopping_{false};
 };
 
-// So many queries of a run go together.
+// A chunk has at most this many queries of a run.
 int queries_at_once(const Layer &layer) { return ROWS_AT_ONCE > layer.group ? ROWS_AT_ONCE / layer.group : 1; }
 
-// What the queries from `first` on of a run see, in every KV head. Where they are all that the run has, as in decode, a
-// long context goes in parts. This depends on nothing but the run itself, and so does every bit of its result, whatever
-// else is in the step and however many workers there are.
+// A span says what the queries from `first` on of a run see, in every KV head. If the run has no other queries, as in
+// decode, a long context is cut into parts. The cut depends on nothing but the run itself. So every bit of the run's
+// result does too, whatever else is in the step and however many workers there are.
 struct Span {
     static constexpr int64_t PART_PAGES = PART_TILES * TILE_PAGES;
     int32_t queries, parts;
@@ -207,8 +206,8 @@ struct Span {
     int64_t end(int part) const { return part + 1 < parts ? begin(part + 1) : high; }
 };
 
-// Cut a step into chunks, and return its pages. KV heads lie behind one another in a block, so a chunk has all of them,
-// or as many as leave enough chunks for the workers.
+// Cut a step into chunks, and return the number of its pages. The KV heads of a block lie one after the other, so a
+// chunk has all of them, or as many as leave enough chunks for the workers.
 int64_t cut(Workers &workers, const Layer &layer, const Step &step, bool present) {
     auto &chunks = workers.chunks;
     chunks.clear();
@@ -262,56 +261,12 @@ void append(Workers &workers, const Layer &layer, const Step &step, const void *
                 [&](int64_t i, Scratch &scratch) { workers.kernel.append(layer, step, k, v, pieces[i], scratch); });
 }
 
-// Call f(memory of a token's number, canonical place or -1 for padding) for the positions first .. first+count-1 of one
-// table, but those below `frozen` and those in blocks that are not there.
-template <class Function>
-void each_number(const Layer &layer, const int64_t *table, int64_t first, int64_t count, int64_t frozen, bool values,
-                 Function f) {
-    const int dim = values ? layer.v_dim : layer.qk_dim, item = item_bytes(layer.kv_type);
-    const bool pairs = paired(layer.kv_type);
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t position = first + i, t = position % PAGE;
-        if (position < frozen || table[position / layer.block_tokens] < 0) continue;
-        for (int head = 0; head < layer.kv_heads; ++head) {
-            const Place at = place(layer, table, head, position / PAGE);
-            const int64_t row = i * layer.kv_heads + head;
-            for (int d = 0; d < padded(dim); ++d) {
-                const int64_t line = values ? d / 16 * (PAGE / 2) + t / 2 : d / 2;
-                const int64_t x = values ? d % 16 : t, parity = values ? t % 2 : d % 2;
-                const int64_t number = line * LINE + (pairs ? 2 * x + parity : PAGE * parity + x);
-                f((values ? at.v : at.k) + number * item, d < dim ? (row * dim + d) * item : -1, item);
-            }
-            if (scaled(layer.kv_type)) f(nullptr, row, 0, (values ? at.v_scales : at.k_scales) + t);
-        }
-    }
-}
-
-struct Canonical {
-    uint8_t *numbers;
-    float *scales;
-    bool out;
-    void operator()(uint8_t *stored, int64_t at, int item) const {
-        if (!out && at < 0)
-            std::memset(stored, 0, item);
-        else if (!out)
-            std::memcpy(stored, numbers + at, item);
-        else if (at >= 0)
-            std::memcpy(numbers + at, stored, item);
-    }
-    void operator()(std::nullptr_t, int64_t row, int, float *scale) const {
-        if (out)
-            scales[row] = *scale;
-        else
-            *scale = scales[row];
-    }
-};
-
 }  // namespace
 }  // namespace lamina
 
 using namespace lamina;
 
-// Nothing may be thrown into Python: 0, or -1 where memory ran out.
+// Return 0, or -1 if memory ran out: no exception may reach Python.
 template <class Function>
 static int guarded(Function f) {
     try {
@@ -325,10 +280,10 @@ static int guarded(Function f) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Which library this is: its version and the sizes of what it shares with library.py.
+// Identify the library by its version and the sizes of the structs that it shares with library.py.
 int64_t lamina_abi() { return int64_t(ABI) << 32 | sizeof(Layer) << 16 | sizeof(Step); }
 
-// Comma-separated names of the kernels that this machine can run, best first.
+// Return the names of the kernels that this machine can run, best first, separated by commas.
 const char *lamina_isas() {
     static const std::string names = [] {
         std::string all;
@@ -339,7 +294,7 @@ const char *lamina_isas() {
     return names.c_str();
 }
 
-// Null where memory or a thread cannot be had, or `isa` is not one of lamina_isas().
+// Return null if memory or a thread is refused, or `isa` is not one of lamina_isas().
 void *lamina_workers(const char *isa, int threads, const int *cpus, int cpu_count) {
     void *handle = nullptr;
     guarded([&] {
@@ -368,13 +323,13 @@ int lamina_past(void *handle, const Layer *layer, const Step *step, const void *
     });
 }
 
-// Store the new tokens, of the input type of `stores`, and attend to them with `layer`, which differs only in that
-// type.
+// Store the new tokens, whose type is the input type of `stores`, and attend to them. `layer` has the input type of q,
+// and differs from `stores` only in that.
 int lamina_finish(void *handle, const Layer *layer, const Layer *stores, const Step *step, const void *q, const void *k,
                   const void *v, const float *past_o, const float *past_lse, float *o, float *lse) {
     return guarded([&] {
         Workers &workers = *static_cast<Workers *>(handle);
-        // What the queries of several chunks need is stored first; else a chunk stores what it needs.
+        // Tokens that several chunks need are stored first; a chunk stores those that it alone needs.
         append(workers, *stores, *step, k, v, queries_at_once(*layer));
         const int64_t pages = cut(workers, *layer, *step, true);
         const Call call = {q, past_o, past_lse, workers.states.data(), workers.ready.data(), o, lse, true};
@@ -390,15 +345,6 @@ int lamina_finish(void *handle, const Layer *layer, const Layer *stores, const S
 
 int lamina_append(void *handle, const Layer *layer, const Step *step, const void *k, const void *v) {
     return guarded([&] { append(*static_cast<Workers *>(handle), *layer, *step, k, v, 0); });
-}
-
-// Copy positions between a cache and canonical tensors: k [count, Hkv, Dk], v [count, Hkv, Dv], scales [count, Hkv].
-void lamina_copy(const Layer *layer, const int64_t *table, int64_t first, int64_t count, void *k, void *v,
-                 float *k_scales, float *v_scales, int64_t frozen, int out) {
-    const Canonical keys = {static_cast<uint8_t *>(k), k_scales, out != 0};
-    const Canonical values = {static_cast<uint8_t *>(v), v_scales, out != 0};
-    each_number(*layer, table, first, count, frozen, false, keys);
-    each_number(*layer, table, first, count, frozen, true, values);
 }
 
 // Read `count` bytes, a multiple of 4096.

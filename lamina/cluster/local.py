@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -17,9 +16,18 @@ from pathlib import Path
 from typing import IO
 
 from lamina.admin import AdminClient
-from lamina.config import ClusterConfig, NodeConfig, load
+from lamina.config import (
+    ClusterConfig,
+    ComputeNodeConfig,
+    Dtype,
+    MemoryNodeConfig,
+    ModelConfig,
+    NodeConfig,
+    write_cluster,
+)
 from lamina.errors import ConnectError, LaminaError, NodeError
 from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.transport import Address
 from lamina.wire.admin import Status
 
 log = logging.getLogger("lamina.cluster")
@@ -32,27 +40,27 @@ KILL_AFTER_S = 5.0
 
 
 def local_config(
-    folder: Path, model: Path, *, memory_nodes: int, dtype: str, memory: str, compiled: bool = True
+    folder: Path, model: Path, *, memory_nodes: int, dtype: Dtype, memory: int, compiled: bool = True
 ) -> ClusterConfig:
     """Write ``folder``/cluster.toml: one compute node and ``memory_nodes`` memory nodes on free ports of this machine.
 
-    Each node computes with one thread, as the nodes share the machine's cores.
+    Each memory node has ``memory`` bytes of KV cache. Each node computes with one thread, as the nodes share the
+    machine's cores.
     """
-    front, *ports = free_ports(1 + memory_nodes)
-    address = "tcp://127.0.0.1:{}".format
-    lines = [
-        "[model]",
-        f"path = {json.dumps(str(model.resolve()))}",
-        f'dtype = "{dtype}"',
-        f"compile = {json.dumps(compiled)}",
-    ]
-    lines += ["[[node]]", 'name = "c0"', 'role = "compute"', f'address = "{address(front)}"', "threads = 1"]
-    for i, port in enumerate(ports):
-        lines += ["[[node]]", f'name = "m{i}"', 'role = "memory"', f'address = "{address(port)}"', "threads = 1"]
-        lines.append(f'memory = "{memory}"')
-    file = folder / "cluster.toml"
-    file.write_text("\n".join(lines) + "\n")
-    return load(file)
+    front, *others = free_addresses(1 + memory_nodes)
+    return write_cluster(
+        folder / "cluster.toml",
+        ModelConfig(path=str(model.resolve()), dtype=dtype, compile=compiled),
+        [
+            ComputeNodeConfig(name="c0", address=front, threads=1),
+            *(MemoryNodeConfig(name=f"m{i}", address=a, threads=1, memory=memory) for i, a in enumerate(others)),
+        ],
+    )
+
+
+def free_addresses(count: int) -> list[Address]:
+    """Return loopback addresses of this machine, with ports on which no process listens."""
+    return [Address("tcp", "127.0.0.1", port) for port in free_ports(count)]
 
 
 def free_ports(count: int) -> list[int]:
@@ -155,7 +163,7 @@ class Cluster:
         deadline_s = self._config.transport.start_timeout
         try:
             monitor = self._monitors[node.name] = await AdminClient.connect(
-                node.listen, self._config.options(), name="up", deadline_s=deadline_s
+                node.address, self._config.options(), name="up", deadline_s=deadline_s
             )
             while True:
                 status = await monitor.status()

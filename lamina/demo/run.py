@@ -47,7 +47,7 @@ def run(*, as_json: bool) -> int:
     """Run the demo. Return the exit status, which is 0 only if the tokens equal those of ``transformers``."""
     with tempfile.TemporaryDirectory(prefix="lamina-demo-") as folder:
         config = local_config(
-            Path(folder), CHECKPOINT, memory_nodes=MEMORY_NODES, dtype="float32", memory="64MiB", compiled=False
+            Path(folder), CHECKPOINT, memory_nodes=MEMORY_NODES, dtype="float32", memory=2**26, compiled=False
         )
         log_path = Path(folder) / "nodes.log"
         console = Console(stderr=as_json, highlight=False)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lamina.attention import KVLayout, Range, Rows, Run, create_backend
-from lamina.attention.backend import Backend
+from lamina.attention import BackendFactory, KVLayout, MemoryRange, Rows, Run, create_backend
 from lamina.errors import ProtocolError
 from lamina.memory.fair_queue import FairQueue, Share
 from lamina.runtime.device import Device
@@ -19,9 +17,6 @@ from lamina.wire.tenants import KEY_BYTES, Attach, Publish, Release, Reserve
 
 if TYPE_CHECKING:
     from lamina.memory.serving import ServingLane
-
-MakeBackend = Callable[..., Backend]
-"""Makes the attention backend over a tenant's memory, as `create_backend` does."""
 
 
 class Tenant:
@@ -33,7 +28,7 @@ class Tenant:
     cache are operations of the device.
     """
 
-    def __init__(self, attach: Attach, backend: str | MakeBackend, memory: Range, queue: FairQueue) -> None:
+    def __init__(self, attach: Attach, backend: str | BackendFactory, memory: MemoryRange, queue: FairQueue) -> None:
         """Errors are those of `create_backend`, for ``backend`` over ``memory``."""
         layout = KVLayout(layers=tuple(attach.layers), dtype=attach.kv_dtype, block_tokens=attach.block_tokens)
         device: Device = queue.device

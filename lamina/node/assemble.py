@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.shard_lane import ShardLane
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig, ComputeNodeConfig, NodeConfig, format_range, format_size
 from lamina.errors import ConfigError, ConnectError, HandshakeError
 from lamina.front.members import Members
 from lamina.node.model import ServedModel
@@ -43,7 +43,7 @@ class Rendezvous:
     """
 
     def __init__(
-        self, config: ClusterConfig, node: NodeConfig, members: Members, device: Device, network: Network
+        self, config: ClusterConfig, node: ComputeNodeConfig, members: Members, device: Device, network: Network
     ) -> None:
         self.links: list[Link] = []
         self.peers: dict[int, PeerControl] = {}
@@ -85,7 +85,7 @@ class Rendezvous:
         deadline_s = self._config.transport.start_timeout
         log.info("event=waiting peer=%s address=%s deadline_s=%g", node.name, node.address, deadline_s)
         try:
-            link = await self._network.connect(node.listen, self._hello, self._options, deadline_s=deadline_s)
+            link = await self._network.connect(node.address, self._hello, self._options, deadline_s=deadline_s)
         except ConnectError as e:
             raise ConnectError(f"{role} node {node.name} was not there within {deadline_s:g} s: {e}") from e
         peer = link.info.peer
@@ -184,7 +184,7 @@ async def attach(
             max_rows=pipeline.max_batch + REMOTE_TOKENS,
             member=member,
             front=members.id_of(config.front.name),
-            quota=node.quota_bytes,
+            quota=node.quota,
         )
     return lanes
 
@@ -196,8 +196,8 @@ def _terms(config: ClusterConfig, served: ServedModel) -> dict[str, str]:
         "model.dtype": served.facts.dtype,
         "model.kv_dtype": served.kv_dtype,
         "model.context": served.context,
-        "compute nodes": [(n.name, n.layers) for n in config.compute_nodes],
-        "memory nodes": [(n.name, n.quota) for n in config.memory_nodes],
+        "compute nodes": [(n.name, n.layers and format_range(n.layers)) for n in config.compute_nodes],
+        "memory nodes": [(n.name, n.quota and format_size(n.quota)) for n in config.memory_nodes],
     }
     for key in ("batches", "max_batch", "prefill_tokens", "partition"):
         terms[f"pipeline.{key}"] = getattr(config.pipeline, key)

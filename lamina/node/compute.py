@@ -17,7 +17,7 @@ from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.shard_lane import ShardLane
 from lamina.compute.step import StepRunner, Steps
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig, ComputeNodeConfig
 from lamina.errors import LaminaError, NodeError, TransportError
 from lamina.front.intake import Intake
 from lamina.front.members import Change, Members, State
@@ -61,7 +61,7 @@ class ComputeNode:
     def __init__(
         self,
         config: ClusterConfig,
-        node: NodeConfig,
+        node: ComputeNodeConfig,
         *,
         device: Device,
         network: Network,
@@ -82,7 +82,7 @@ class ComputeNode:
         self._member = self._members.id_of(node.name)
         self._is_front = node.name == config.front.name
         self._monitor = Monitor(
-            node.name, device, network, self._options, self._status, {n.name: n.listen for n in config.memory_nodes}
+            node.name, device, network, self._options, self._status, {n.name: n.address for n in config.memory_nodes}
         )
         self._rendezvous: Rendezvous
         self._shards: dict[int, ShardControl] = {}
@@ -101,7 +101,7 @@ class ComputeNode:
         self._home = Crossing(asyncio.get_running_loop())
         self._rendezvous = Rendezvous(self._config, self._node, self._members, self._device, self._network)
         hello = Hello("compute", self._name)
-        listening = await self._network.listen(self._node.listen, hello, self._on_link, self._options)
+        listening = await self._network.listen(self._node.address, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         try:
             worker = await _unless(stopping, self._start())

@@ -74,7 +74,7 @@ def make_scheduler(config: ClusterConfig, served: ServedModel, blocks: BlockMana
             block_tokens=BLOCK_TOKENS,
         ),
         remote_tokens=REMOTE_TOKENS,
-        prefill_kv_tokens=pipeline.prefill_kv_bytes // kept.bytes_per_token,
+        prefill_kv_tokens=pipeline.prefill_kv // kept.bytes_per_token,
         keep_chunks=served.schedule.is_settled,
         max_waiting=pipeline.max_waiting,
         cost=CostModel(compute_nodes=len(served.schedule.members)),

@@ -8,15 +8,15 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamina.attention import Loans, Memory, Range, default_backend
+from lamina.attention import BackendFactory, Memory, MemoryRange, QuotaPool, default_backend
 from lamina.attention.backend import require_backend
 from lamina.attention.native.library import choose_isa
 from lamina.attention.pool import numa_node_of, numa_nodes
-from lamina.config import NodeConfig
+from lamina.config import MemoryNodeConfig
 from lamina.errors import ConfigError, LaminaError, ProtocolError, first_error
 from lamina.memory.control import ServingControl
 from lamina.memory.fair_queue import FairQueue
-from lamina.memory.tenant import MakeBackend, Tenant, check_same
+from lamina.memory.tenant import Tenant, check_same
 from lamina.node import probe
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.monitor import Asked, Monitor
@@ -38,7 +38,7 @@ class _Tenancy:
 
     attach: Attach
     tenant: Tenant
-    memory: Range
+    memory: MemoryRange
     links: dict[int, ServingControl] = field(default_factory=dict)
 
 
@@ -51,12 +51,12 @@ class MemoryNode:
 
     def __init__(
         self,
-        node: NodeConfig,
+        node: MemoryNodeConfig,
         options: Options,
         *,
         device: Device,
         network: Network,
-        backend: MakeBackend | None = None,
+        backend: BackendFactory | None = None,
     ) -> None:
         self._node = node
         self._name = node.name
@@ -64,9 +64,8 @@ class MemoryNode:
         self._device = device
         self._there = Crossing(device.loop)
         self._network = network
-        self._attention: str = node.attention or "auto"
-        self._backend = backend
-        self._taken: asyncio.Future[tuple[Loans, float]] | None = None
+        self._attention: str | BackendFactory = backend or node.attention
+        self._taken: asyncio.Future[tuple[QuotaPool, float]] | None = None
         self._queue = FairQueue(device)
         self._tenancies: dict[str, _Tenancy] = {}
         self._changing = asyncio.Lock()
@@ -85,7 +84,7 @@ class MemoryNode:
         # A compute node may attach at once; that is answered when the memory is there.
         self._taken = self._there.start(self._device.run(self._take))
         hello = Hello("memory", self._name)
-        listening = await self._network.listen(self._node.listen, hello, self._on_link, self._options)
+        listening = await self._network.listen(self._node.address, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         stopped = asyncio.ensure_future(stopping.wait())
         try:
@@ -110,14 +109,12 @@ class MemoryNode:
 
     # -- memory
 
-    def _take(self) -> Loans:
+    def _take(self) -> QuotaPool:
         """Choose the backend and take the memory; for much memory that takes seconds."""
-        isa = "any"
-        if self._backend is None:
-            if self._attention == "auto":
-                self._attention = default_backend()
-            require_backend(self._attention)
-            isa = choose_isa() if self._attention == "native" else "any"
+        if self._attention == "auto":
+            self._attention = default_backend()
+        attention = require_backend(self._attention).name
+        isa = choose_isa() if attention == "native" else "any"
         memory = self._bound_memory()
         report = memory.report()
         log.info(
@@ -125,14 +122,14 @@ class MemoryNode:
             report.nbytes,
             report.huge_bytes,
             "any" if report.numa is None else report.numa,
-            self._attention if self._backend is None else "given",
+            attention,
             isa,
             self._device.threads,
         )
-        return Loans(memory)
+        return QuotaPool(memory)
 
     def _bound_memory(self) -> Memory:
-        nbytes = self._node.memory_bytes
+        nbytes = self._node.memory
         if self._node.numa is not None:
             return Memory(nbytes, numa=self._node.numa)
         near = numa_node_of(frozenset(self._device.cpus)) if self._device.cpus and len(numa_nodes()) > 1 else None
@@ -186,9 +183,9 @@ class MemoryNode:
         reason = f"memory node {self._name} was told to stop"
         try:
             assert self._taken is not None
-            loans, _ = await asyncio.shield(self._taken)
+            quotas, _ = await asyncio.shield(self._taken)
             async with self._changing:
-                tenancy = await self._admit(attach, loans)
+                tenancy = await self._admit(attach, quotas)
                 control = ServingControl(link, attach, tenancy.tenant, self._device)
                 tenancy.links[attach.member] = control
             self._log_attached(link, attach, tenancy)
@@ -214,7 +211,7 @@ class MemoryNode:
 
     # -- tenants
 
-    async def _admit(self, attach: Attach, loans: Loans) -> _Tenancy:
+    async def _admit(self, attach: Attach, quotas: QuotaPool) -> _Tenancy:
         """The tenant of a compute node; that of a front is made. LaminaError says why it cannot be."""
         name = attach.tenant
         tenancy = self._tenancies.get(name)
@@ -233,12 +230,11 @@ class MemoryNode:
             return tenancy
         if tenancy is not None:
             raise ProtocolError(f"tenant {name} is here already; tenants' names must differ")
-        memory = loans.lend(name, attach.quota)
-        backend = self._backend or self._attention
+        memory = quotas.allocate(name, attach.quota)
         try:
-            tenant, _ = await self._there.start(self._device.run(Tenant, attach, backend, memory, self._queue))
+            tenant, _ = await self._there.start(self._device.run(Tenant, attach, self._attention, memory, self._queue))
         except BaseException:
-            loans.give_back(name)
+            quotas.free(name)
             raise
         self._tenancies[name] = tenancy = _Tenancy(attach, tenant, memory)
         return tenancy
@@ -254,7 +250,7 @@ class MemoryNode:
                 other.end(reason)
             await asyncio.gather(*(other.ended.wait() for other in others))
             await self._there.start(self._device.run(tenant.close))
-            self._taken.result()[0].give_back(tenant.name)
+            self._taken.result()[0].free(tenant.name)
             self._layers += tenant.layers
             self._stale_tags += tenant.stale_tags
 

@@ -141,7 +141,7 @@ class ServedModel:
 def serve_model(config: ClusterConfig, members: Members, source: ModelSource) -> ServedModel:
     """See that file and model fit each other; ConfigError says where they do not."""
     facts, pipeline = source.facts, config.pipeline
-    ranges = [node.layer_range for node in config.compute_nodes]
+    ranges = [node.layers for node in config.compute_nodes]
     given = [r for r in ranges if r is not None]
     if given and given[-1].stop != len(facts.layers):
         raise ConfigError(

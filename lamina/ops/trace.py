@@ -89,7 +89,7 @@ def _row(span: Span) -> int:
 
 async def _reach(config: ClusterConfig, node: NodeConfig) -> AdminClient:
     try:
-        return await AdminClient.connect(node.listen, config.options(), name="trace", deadline_s=REACH_S)
+        return await AdminClient.connect(node.address, config.options(), name="trace", deadline_s=REACH_S)
     except TransportError as e:
         raise NodeError(f"node {node.name} cannot be reached: {e}", node=node.name) from e
 

@@ -16,9 +16,6 @@ Positive = Annotated[int, Meta(ge=1, le=2**31)]
 MemberId = Annotated[int, Meta(ge=0, le=2**16 - 1)]
 """The id of a node in its cluster. It stays with the node's name and is never given to another."""
 
-MAX_COMPUTE = 32
-"""The most compute nodes of a tenant."""
-
 
 class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):
     """Base of the control messages; the class name travels as ``type``."""

@@ -7,13 +7,13 @@ from typing import Annotated, Literal, NamedTuple
 from msgspec import Meta, Struct
 
 from lamina.errors import ProtocolError
+from lamina.limits import MAX_BATCHES, MAX_COMPUTE, MAX_STEP_TOKENS
 from lamina.transport import RemoteRegion
-from lamina.wire.codec import MAX_COMPUTE, Count, MemberId, Message
+from lamina.wire.codec import Count, MemberId, Message
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling
 
-Slot = Annotated[int, Meta(ge=0, lt=32)]
-MAX_STEP_TOKENS = 4096 + 65536
+Slot = Annotated[int, Meta(ge=0, lt=MAX_BATCHES)]
 
 
 class Greeting(Message):

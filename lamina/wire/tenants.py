@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from lamina.attention import LayerShape
+from lamina.limits import MAX_BATCH, MAX_BATCHES, MAX_BYTES, MAX_REMOTE_TOKENS
 from lamina.transport import RemoteRegion
 from lamina.wire.codec import Count, MemberId, Message, Positive
 
@@ -34,9 +35,9 @@ class Attach(Message):
     block_tokens: Annotated[int, Meta(ge=1, le=1024)]
     layers: Annotated[list[LayerShape], Meta(min_length=1, max_length=1024)]
     """The attention of every layer over this node's heads."""
-    slots: Annotated[int, Meta(ge=1, le=32)]
+    slots: Annotated[int, Meta(ge=1, le=MAX_BATCHES)]
     """Batches in flight."""
-    max_rows: Annotated[int, Meta(ge=1, le=4096 + 256)]
+    max_rows: Annotated[int, Meta(ge=1, le=MAX_BATCH + MAX_REMOTE_TOKENS)]
     """The most rows of one step."""
     outputs: RemoteRegion
     """Where the attention output is written."""
@@ -44,7 +45,7 @@ class Attach(Message):
     """The member id of this compute node."""
     front: MemberId = 0
     """The member id of the tenant's front."""
-    quota: Annotated[int, Meta(ge=1, le=2**60)] | None = None
+    quota: Annotated[int, Meta(ge=1, le=MAX_BYTES)] | None = None
     """The most bytes that the tenant may take here. None: all that no other tenant has."""
 
     def __post_init__(self) -> None:

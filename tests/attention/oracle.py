@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lamina.attention import LayerShape, Partial
-from lamina.attention.backend import Stored
+from tests.attention.readback import Stored
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3, "float8_e4m3fn": 5e-3, "int8": 5e-3}
 """By the type stored: the error of attention over what is stored, see `assert_close`."""

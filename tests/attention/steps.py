@@ -15,6 +15,7 @@ from torch import Tensor
 from lamina.attention import Backend, KVLayout, LayerShape, Partial, Plan, Rows, Run
 from tests.attention.backends import Target
 from tests.attention.oracle import dequantised, exact_rows, join
+from tests.attention.readback import read
 
 FILLERS = 24
 """At most so many blocks are held by others, and as many were given back by others, before a step's sequences come."""
@@ -124,7 +125,7 @@ class Step:
             first = 0 if shape.window is None else max(0, run.start - shape.window + 1)
             k = torch.zeros(run.stop, shape.kv_heads, shape.qk_dim, dtype=torch.float64)
             v = torch.zeros(run.stop, shape.kv_heads, shape.v_dim, dtype=torch.float64)
-            k[first:], v[first:] = dequantised(backend.export(run.sequence, layer, first, run.stop))
+            k[first:], v[first:] = dequantised(read(backend, run.sequence, layer, first, run.stop))
             found.append((k, v))
         return found
 

@@ -26,9 +26,12 @@ from lamina.attention import (
     create_backend,
     merge,
 )
+from lamina.attention.backend import require_backend
+from lamina.attention.torch_backend import TorchBackend, TorchPlan
 from lamina.errors import CapacityError, ConfigError, LaminaError, UsageError
 from tests.attention.backends import Target, every_target, every_type, examples
 from tests.attention.oracle import TOLERANCE, assert_close, assert_same_bits, dequantised, exact_rows, join
+from tests.attention.readback import read
 from tests.attention.steps import Step, layer_shapes, steps
 
 PLAIN = LayerShape(q_heads=6, kv_heads=2, qk_dim=64, v_dim=64, scale=0.125)
@@ -235,7 +238,7 @@ def test_an_old_step_comes_again(target: Target) -> None:
 
 @every_target
 def test_windows_let_long_sequences_live_in_little_memory(target: Target) -> None:
-    """A sequence of 2,000 tokens slides through a few blocks; what went back is poisoned and never read."""
+    """A sequence of 2,000 tokens slides through a few blocks; what was freed is poisoned and never read."""
     dtype, tokens = any_type(target), 2000
     layout = KVLayout(layers=(replace(SLIDING, window=20), replace(SLIDING, window=50)), dtype=dtype)
     whole = Step(layout, (0,), (tokens,), q_dtype=dtype, kv_dtype=dtype, device=target.device)
@@ -303,7 +306,7 @@ def test_any_split_of_a_context_merges_to_the_whole(target: Target, data: st.Dat
             backend.cache.reserve(sequence, length + count)
             if length:
                 backend.append(0, Rows((Run(sequence, 0, length),)), k[low:high], v[low:high])
-                stored.append(dequantised(backend.export(sequence, 0, 0, length)))
+                stored.append(dequantised(read(backend, sequence, 0, 0, length)))
             if sequence == newest or shape.window is None:
                 plan = backend.plan(Rows((Run(sequence, length, count),)))
                 partials.append(backend.past(plan, 0, q))
@@ -314,7 +317,7 @@ def test_any_split_of_a_context_merges_to_the_whole(target: Target, data: st.Dat
         done = backend.finish(plan, 0, q, k[past:], v[past:], merge(*partials))
         nothing = Partial.empty(count, shape.q_heads, shape.v_dim, device=q.device)
         apart = merge(backend.finish(plan, 0, q, k[past:], v[past:], nothing), *partials)
-        stored.append(dequantised(backend.export(newest, 0, length, length + count)))
+        stored.append(dequantised(read(backend, newest, 0, length, length + count)))
 
     expected = whole.expected(0, [(torch.cat([k for k, _ in stored]), torch.cat([v for _, v in stored]))])
     assert_close(done, expected, target.tolerance(dtype, shape.v_dim))
@@ -326,7 +329,7 @@ def test_any_split_of_a_context_merges_to_the_whole(target: Target, data: st.Dat
 
 @every_type
 def test_batch_mates_do_not_change_a_sequence(target: Target, dtype: str) -> None:
-    """A sequence whose keys or values are NaN spoils nobody else's output, though it shares the batch."""
+    """A sequence whose keys or values are NaN spoils no other output, though it shares the batch."""
     step = Step(KVLayout(layers=(PLAIN,), dtype=dtype), (5, 40, 40, 0, 300), (1, 1, 7, 1, 1), device=target.device)
     healthy = [0, *range(2, 11)]
     with step.prepared(target) as backend:
@@ -424,19 +427,19 @@ def test_a_plan_does_not_outlive_what_its_windows_reach(target: Target) -> None:
         for layer, (_, k, v) in enumerate(inputs):
             backend.append(layer, Rows((Run(0, 100, 100),)), k[100:200], v[100:200])
         late = backend.plan(Rows((Run(0, 200, 1),)))
-        before = [backend.export(0, 0, 190, 200), backend.export(0, 1, 0, 200)]
+        before = [read(backend, 0, 0, 190, 200), read(backend, 0, 1, 0, 200)]
 
         q, k, v = (one[100:101] for one in inputs[0])
         with pytest.raises(
-            UsageError, match=r"sequence 0, layer 0: positions before \d+ went back after the step at 100"
+            UsageError, match=r"sequence 0, layer 0: positions before \d+ were freed after the step at 100"
         ):
             backend.past(early, 0, q)
         with pytest.raises(
-            UsageError, match=r"sequence 0, layer 0: positions before \d+ went back after the step at 100"
+            UsageError, match=r"sequence 0, layer 0: positions before \d+ were freed after the step at 100"
         ):
             backend.finish(early, 0, q, k, v, pasts[0])
         assert_same_bits(backend.past(early, 1, inputs[1][0][100:101]), pasts[1])
-        for old, new in zip(before, [backend.export(0, 0, 190, 200), backend.export(0, 1, 0, 200)], strict=True):
+        for old, new in zip(before, [read(backend, 0, 0, 190, 200), read(backend, 0, 1, 0, 200)], strict=True):
             assert torch.equal(old.k.view(torch.uint8), new.k.view(torch.uint8))
             assert torch.equal(old.v.view(torch.uint8), new.v.view(torch.uint8))
         for layer, (q, k, v) in enumerate(inputs):
@@ -457,23 +460,29 @@ def test_what_windows_have_left_behind_may_be_appended_again(target: Target) -> 
         backend.cache.reserve(0, 201)
         backend.append(0, Rows((Run(0, 0, 200),)), k, v)
         backend.plan(Rows((Run(0, 200, 1),)))
-        before = backend.export(0, 0, 185, 200)
+        before = read(backend, 0, 0, 185, 200)
 
         backend.append(0, Rows((Run(0, 20, 30),)), k[60:90], v[60:90])
 
-        after = backend.export(0, 0, 185, 200)
+        after = read(backend, 0, 0, 185, 200)
         assert torch.equal(before.k.view(torch.uint8), after.k.view(torch.uint8))
         assert torch.equal(before.v.view(torch.uint8), after.v.view(torch.uint8))
         assert backend.cache.filled(0, 0) == 200
 
 
 @every_target
-def test_a_plan_stays_within_reservations(target: Target) -> None:
-    with target.open(KVLayout(layers=(PLAIN,), dtype=any_type(target)), 3) as backend:
+def test_a_step_stays_within_reservations(target: Target) -> None:
+    """Planned or appended, rows beyond a reservation are refused, and nothing is stored."""
+    step = Step(KVLayout(layers=(PLAIN,), dtype=any_type(target)), (0,), (4,), device=target.device)
+    _, (k,), (v,) = step.inputs(0)
+    with target.open(step.layout, 3) as backend:
         backend.cache.reserve(0, 3)
 
         with pytest.raises(CapacityError, match=r"sequence 0 .* 3 tokens, position 3 needs 4"):
-            backend.plan(Rows((Run(0, 0, 4),)))
+            backend.plan(step.rows)
+        with pytest.raises(CapacityError, match=r"sequence 0 .* 3 tokens, position 3 needs 4"):
+            backend.append(0, step.rows, k, v)
+        assert backend.cache.filled(0, 0) == 0
 
 
 @every_target
@@ -506,6 +515,37 @@ def test_tensors_of_the_wrong_shape_are_refused(target: Target, wrong: str) -> N
         with pytest.raises(LaminaError, match="expected"):
             backend.finish(plan, 0, q, k, v, Partial(o, lse))
         assert backend.cache.filled(0, 0) == 3
+
+
+class Counting(TorchBackend):
+    """The reference, with blocks twice as large, that counts its plans."""
+
+    name = "counting"
+    plans = 0
+
+    @staticmethod
+    def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
+        return 2 * TorchBackend.layer_bytes(shape, dtype, block_tokens)
+
+    def plan(self, rows: Rows, *, store: bool = True) -> TorchPlan:
+        self.plans += 1
+        return super().plan(rows, store=store)
+
+
+def test_a_caller_hands_in_its_own_backend() -> None:
+    """A factory makes the backend, and says how large blocks are, with the arguments that a named one gets."""
+    layout, memory = KVLayout(layers=(PLAIN,), dtype="float32"), Memory(1 << 20)
+    named = create_backend("torch", layout, memory)
+
+    backend = create_backend(Counting, layout, memory, threads=2, cpus=None)
+
+    assert isinstance(backend, Counting)
+    assert backend.cache.block_bytes == [2 * size for size in named.cache.block_bytes]
+    backend.cache.reserve(0, 1)
+    backend.plan(Rows((Run(0, 0, 1),)))
+    assert backend.plans == 1
+    assert require_backend(Counting) is Counting
+    assert require_backend("torch") is TorchBackend
 
 
 def test_an_unknown_backend_lists_the_known_ones() -> None:

@@ -18,13 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lamina.attention import KVLayout, LayerShape, Partial, Rows, Run, create_backend, flashinfer_backend
+from lamina.attention import KVLayout, LayerShape, Partial, Rows, Run, create_backend
 from lamina.attention.backend import Backend
-from lamina.attention.flashinfer_backend import find_pages, first_visible, page_views
-from lamina.attention.pool import Memory, Pool
+from lamina.attention.flashinfer import backend as flashinfer_backend
+from lamina.attention.flashinfer import parts
+from lamina.attention.flashinfer.pages import find_pages, first_visible, page_views
+from lamina.attention.pool import ExtentPool, Memory
 from lamina.attention.torch_backend import TorchBackend
 from lamina.errors import ConfigError, UsageError
 from tests.attention.oracle import TOLERANCE, assert_close
+from tests.attention.readback import read
 
 PLAIN = LayerShape(q_heads=6, kv_heads=2, qk_dim=64, v_dim=64, scale=0.125)
 SLIDING = replace(PLAIN, window=7)
@@ -252,7 +255,7 @@ class BatchPrefillWithRaggedKVCacheWrapper:
 
 
 class Host:
-    """`flashinfer_backend.Cuda`, without a device. A capture launches once more than is wanted, as the real one."""
+    """`Cuda`, without a device. A capture launches once more than is wanted, as the real one."""
 
     def __init__(self, device: torch.device) -> None:
         pass
@@ -296,7 +299,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "cpu":
             patch.setitem(sys.modules, "flashinfer", EMULATION)
             patch.setattr(flashinfer_backend, "Cuda", Host)
-            patch.setattr(flashinfer_backend, "WORKSPACE_BYTES", 1 << 10)
+            patch.setattr(parts, "WORKSPACE_BYTES", 1 << 10)
             patch.setattr(flashinfer_backend, "PAGES_PER_ROW", 1)
             patch.setattr(flashinfer_backend, "DECODE_ROWS", 3)
         yield request.param
@@ -370,7 +373,7 @@ class Pair:
 
 
 def poisoned(nbytes: int, device: str) -> Memory:
-    """Memory that shows whoever reads what was never written: all ones is NaN in 16 bits."""
+    """Memory that shows a read of what was never written: all ones is NaN in 16 bits."""
     memory = Memory(nbytes, device=device)
     memory.tensor.fill_(255)
     return memory
@@ -507,27 +510,28 @@ def test_published_blocks_keep_what_they_hold(device: str) -> None:
     pair.append(Rows((Run(0, 0, 7),)), seed=0)
     for backend in pair.backends:
         backend.cache.publish(0, [bytes(16)])
-    before = pair.backends[0].export(0, 0, 0, 4)
+    before = read(pair.backends[0], 0, 0, 0, 4)
 
     pair.step(rows, seed=1)
 
-    after = pair.backends[0].export(0, 0, 0, 4)
+    after = read(pair.backends[0], 0, 0, 0, 4)
     assert torch.equal(before.k, after.k)
     assert torch.equal(before.v, after.v)
 
 
-def test_what_one_backend_exports_the_other_restores(device: str) -> None:
-    """The blocks are laid out as those of the reference: positions that it has stored are attended to."""
+def test_blocks_are_laid_out_as_those_of_the_reference(device: str) -> None:
+    """Appended or stored by a step, the same bits are found by the layout of the reference, and attended to."""
     pair = Pair(LAYOUT, [40], device)
-    ours, reference = pair.backends
-    rows = Rows((Run(0, 0, 33),))
-    for layer in range(len(LAYOUT.layers)):
-        _, k, v = pair.values(0, layer, 33)
-        reference.append(layer, rows, k, v)
-        stored = reference.export(0, layer, 0, 33)
-        ours.restore(0, layer, 0, stored._replace(k=stored.k.to(device), v=stored.v.to(device)))
+    pair.append(Rows((Run(0, 0, 33),)), seed=0)
 
-    pair.step(Rows((Run(0, 33, 1),)), seed=1)
+    for rows in (Rows((Run(0, 33, 1),)), Rows((Run(0, 34, 6),))):
+        pair.step(rows, seed=1)
+
+    for layer, shape in enumerate(LAYOUT.layers):
+        start = 0 if shape.window is None else 34
+        ours, reference = (read(backend, 0, layer, start, 40) for backend in pair.backends)
+        assert torch.equal(ours.k, reference.k)
+        assert torch.equal(ours.v, reference.v)
 
 
 def test_a_released_sequence_ends_its_plans(device: str) -> None:
@@ -556,9 +560,9 @@ def test_a_plan_does_not_outlive_what_its_windows_reach(device: str) -> None:
     pair.append(Rows((Run(0, 20, 40),)), seed=1)
     pair.plan(Rows((Run(0, 60, 1),)))
 
-    with pytest.raises(UsageError, match="went back after the step at 20 had been planned"):
+    with pytest.raises(UsageError, match="were freed after the step at 20 had been planned"):
         backend.past(early, 1, q)
-    with pytest.raises(UsageError, match="went back after the step at 20 had been planned"):
+    with pytest.raises(UsageError, match="were freed after the step at 20 had been planned"):
         backend.finish(early, 1, q, k, v, past)
     backend.past(early, 0, q)
 
@@ -593,9 +597,9 @@ def test_wrong_tensors_are_refused_before_anything_is_stored(device: str, wrong:
 def test_pages_are_the_positions_that_the_reference_reads(
     block_tokens: int, contexts: list[tuple[int, int | None]], seed: int
 ) -> None:
-    """Gathered as FlashInfer documents its page tables, they are what `export` gives, from a window's first page on."""
+    """Gathered as FlashInfer documents its page tables, they hold what was stored, from a window's first page on."""
     layout = KVLayout(layers=(PLAIN, replace(PLAIN, kv_heads=1)), dtype="bfloat16", block_tokens=block_tokens)
-    backend = create_backend("torch", layout, Pool(poisoned(8 << 20, "cpu"), extent_bytes=64 * 2048))
+    backend = create_backend("torch", layout, ExtentPool(poisoned(8 << 20, "cpu"), extent_bytes=64 * 2048))
     cache, generator = backend.cache, torch.Generator().manual_seed(seed)
     assert isinstance(backend, TorchBackend)
     for sequence in range(len(contexts)):
@@ -620,7 +624,7 @@ def test_pages_are_the_positions_that_the_reference_reads(
                 assert (indices.tolist(), pages.last_page_len[i]) == ([0], 1)
                 continue
             k, v = gather(views, indices, int(pages.last_page_len[i]))
-            stored = backend.export(i, layer, first // block_tokens * block_tokens, stop)
+            stored = read(backend, i, layer, first // block_tokens * block_tokens, stop)
             assert torch.equal(k, stored.k)
             assert torch.equal(v, stored.v)
 
@@ -647,7 +651,7 @@ def test_every_call_fits_the_installed_package() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flashinfer", EMULATION)
         patch.setattr(flashinfer_backend, "Cuda", Host)
-        patch.setattr(flashinfer_backend, "WORKSPACE_BYTES", 1 << 10)
+        patch.setattr(parts, "WORKSPACE_BYTES", 1 << 10)
         CALLS.clear()
         pair = Pair(LAYOUT, [40, 40], "cpu")
         pair.step(Rows((Run(0, 0, 12), Run(1, 0, 1))), seed=0)

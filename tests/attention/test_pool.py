@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lamina.attention import Loans, Memory, Pool, Range
+from lamina.attention import ExtentPool, Memory, MemoryRange, QuotaPool
 from lamina.attention.pool import available_bytes, fit_extent, most_blocks, numa_node_of, numa_nodes
 from lamina.errors import CapacityError, ConfigError, UsageError
 
@@ -25,7 +25,7 @@ def resident_bytes() -> int:
 
 
 def test_memory_is_there_from_the_start_and_gone_when_closed() -> None:
-    """Every page is touched at once; closing gives them back although somebody still has a view."""
+    """Every page is touched at once; closing gives them back although a view is left."""
     before = resident_bytes()
     memory = Memory(64 * MIB)
     view = memory.tensor[MIB:]
@@ -129,28 +129,28 @@ def test_what_can_be_had_is_the_least_of_all_limits(tmp_path: Path) -> None:
     assert available_bytes(root=tmp_path)["in its control group"] == 0
 
 
-class LoansMachine(RuleBasedStateMachine):
-    """Tenants that borrow and give back, beside what each of them has written into its range."""
+class QuotaPoolMachine(RuleBasedStateMachine):
+    """Tenants that allocate and free, beside what each of them has written into its range."""
 
     @initialize(nbytes=st.integers(64, 12 * PAGE))
     def start(self, nbytes: int) -> None:
         self.memory = Memory(nbytes)
-        self.loans = Loans(self.memory)
-        self.lent: dict[str, Range] = {}
+        self.pool = QuotaPool(self.memory)
+        self.ranges: dict[str, MemoryRange] = {}
 
     @rule(number=st.integers(0, 5), nbytes=st.none() | st.integers(0, 13 * PAGE) | st.just(PAGE))
-    def lend(self, number: int, nbytes: int | None) -> None:
-        """Whatever fits between the others is lent, and nothing else."""
+    def allocate(self, number: int, nbytes: int | None) -> None:
+        """What fits between the others is allocated, and nothing else."""
         tenant = f"t{number}"
-        if tenant in self.lent:
+        if tenant in self.ranges:
             with pytest.raises(UsageError, match=f"tenant {tenant} has memory already"):
-                self.loans.lend(tenant, nbytes)
+                self.pool.allocate(tenant, nbytes)
             return
-        longest = max(stop - start for start, stop in self.free())
+        longest = max(stop - start for start, stop in self.gaps())
         if not longest or nbytes == 0 or (nbytes or 0) > longest:
-            have = [f"{other} has {lent.nbytes}" for other, lent in self.lent.items()]
+            have = [f"{other} has {own.nbytes}" for other, own in self.ranges.items()]
             with pytest.raises(CapacityError) as refused:
-                self.loans.lend(tenant, nbytes)
+                self.pool.allocate(tenant, nbytes)
             expected = [
                 str(self.memory.nbytes),
                 *have,
@@ -158,20 +158,20 @@ class LoansMachine(RuleBasedStateMachine):
             ]
             assert all(text in str(refused.value) for text in expected)
             return
-        lent = self.loans.lend(tenant, nbytes)
-        assert lent.nbytes == len(lent.tensor) == nbytes or (nbytes is None and lent.nbytes == longest)
-        assert lent.tensor.data_ptr() % PAGE == 0
-        lent.tensor.fill_(number + 1)
-        self.lent[tenant] = lent
+        own = self.pool.allocate(tenant, nbytes)
+        assert own.nbytes == len(own.tensor) == nbytes or (nbytes is None and own.nbytes == longest)
+        assert own.tensor.data_ptr() % PAGE == 0
+        own.tensor.fill_(number + 1)
+        self.ranges[tenant] = own
 
-    def free(self) -> list[tuple[int, int]]:
-        """Runs of pages of which nobody has anything."""
+    def gaps(self) -> list[tuple[int, int]]:
+        """Runs of pages that no tenant has any part of."""
         base = self.memory.tensor.data_ptr()
-        starts = [lent.tensor.data_ptr() - base for lent in self.lent.values()]
+        starts = [own.tensor.data_ptr() - base for own in self.ranges.values()]
         taken = {
             page
-            for start, lent in zip(starts, self.lent.values(), strict=True)
-            for page in range(start // PAGE, -(-(start + lent.nbytes) // PAGE))
+            for start, own in zip(starts, self.ranges.values(), strict=True)
+            for page in range(start // PAGE, -(-(start + own.nbytes) // PAGE))
         }
         runs, first = [(0, 0)], 0
         for page in range(-(-self.memory.nbytes // PAGE) + 1):
@@ -182,50 +182,50 @@ class LoansMachine(RuleBasedStateMachine):
         return runs
 
     @rule(number=st.integers(0, 5))
-    def give_back(self, number: int) -> None:
+    def free(self, number: int) -> None:
         tenant = f"t{number}"
-        if tenant in self.lent:
-            self.loans.give_back(tenant)
-            del self.lent[tenant]
+        if tenant in self.ranges:
+            self.pool.free(tenant)
+            del self.ranges[tenant]
         else:
-            with pytest.raises(UsageError, match=f"tenant {tenant} gives memory back, but has none"):
-                self.loans.give_back(tenant)
+            with pytest.raises(UsageError, match=f"tenant {tenant} frees memory, but has none"):
+                self.pool.free(tenant)
 
     @invariant()
-    def nobody_writes_where_others_have_something(self) -> None:
-        for tenant, lent in self.lent.items():
-            assert (lent.tensor == int(tenant[1:]) + 1).all()
+    def no_tenant_writes_where_another_has_memory(self) -> None:
+        for tenant, own in self.ranges.items():
+            assert (own.tensor == int(tenant[1:]) + 1).all()
 
 
-LoansMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
-TestLoans = LoansMachine.TestCase
+QuotaPoolMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestQuotaPool = QuotaPoolMachine.TestCase
 
 
 @given(extents=st.integers(0, 12), uses=st.lists(st.none() | st.integers(0, 11), max_size=40))
-def test_extents_are_taken_and_handed_back(extents: int, uses: list[int | None]) -> None:
+def test_extents_are_allocated_and_freed(extents: int, uses: list[int | None]) -> None:
     """Beside a set: each once, and never one that is not there."""
-    pool, taken = Pool(Memory(extents * 128 + 127), extent_bytes=128), set[int]()
+    pool, taken = ExtentPool(Memory(extents * 128 + 127), extent_bytes=128), set[int]()
     for extent in uses:
         assert pool.available == extents - len(taken)
         if extent is None and len(taken) < extents:
-            new = pool.take()
+            new = pool.allocate()
             assert new in set(range(extents)) - taken
             taken.add(new)
         elif extent is None:
-            with pytest.raises(CapacityError, match=f"all {extents} extents of 128 bytes are taken"):
-                pool.take()
+            with pytest.raises(CapacityError, match=f"all {extents} extents of 128 bytes are allocated"):
+                pool.allocate()
         elif extent in taken:
-            pool.give(extent)
+            pool.free(extent)
             taken.remove(extent)
         else:
-            with pytest.raises(UsageError, match=f"extent {extent} is handed back, but not taken"):
-                pool.give(extent)
+            with pytest.raises(UsageError, match=f"extent {extent} is to be freed, but not allocated"):
+                pool.free(extent)
 
 
 @pytest.mark.parametrize("extent_bytes", [0, 100, -64])
 def test_extents_are_whole_cache_lines(extent_bytes: int) -> None:
     with pytest.raises(UsageError, match=f"expected a multiple of 64 above 0, got {extent_bytes}"):
-        Pool(Memory(PAGE), extent_bytes=extent_bytes)
+        ExtentPool(Memory(PAGE), extent_bytes=extent_bytes)
 
 
 @settings(max_examples=200, deadline=None)

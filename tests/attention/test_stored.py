@@ -1,4 +1,4 @@
-"""What every backend promises of keys and values: how they are rounded, copied, shared and kept."""
+"""What every backend promises of keys and values: how they are rounded, shared and kept."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lamina.attention import KVLayout, LayerShape, Partial, Rows, Run, Stored
-from lamina.errors import CapacityError, UsageError
+from lamina.attention import KVLayout, LayerShape, Rows, Run
 from tests.attention.backends import TORCH, Target, every_target, every_type, examples
 from tests.attention.oracle import (
     TOLERANCE,
     assert_close,
     assert_rounded,
-    assert_same_bits,
     assert_same_numbers,
     dequantised,
     exact_rows,
 )
+from tests.attention.readback import Stored, read
 from tests.attention.steps import Step, steps
 
 PLAIN = LayerShape(q_heads=6, kv_heads=2, qk_dim=64, v_dim=64, scale=0.125)
@@ -46,7 +45,7 @@ def store(target: Target, layout: KVLayout, k: Tensor, v: Tensor) -> Stored:
     with target.open(layout, len(k)) as backend:
         backend.cache.reserve(0, len(k))
         backend.append(0, Rows((Run(0, 0, len(k)),)), k.to(target.device), v.to(target.device))
-        return part(backend.export(0, 0, 0, len(k)))
+        return read(backend, 0, 0, 0, len(k))
 
 
 @every_type
@@ -63,7 +62,7 @@ def test_what_was_appended_comes_out_rounded(target: Target, dtype: str, data: s
             for run in step.rows.runs:
                 start = data.draw(st.integers(0, run.stop - 1))
                 stop = data.draw(st.integers(start + 1, run.stop))
-                stored = backend.export(run.sequence, layer, start, stop)
+                stored = read(backend, run.sequence, layer, start, stop)
                 for number, scale, given_ in (
                     (stored.k, stored.k_scale, k[run.sequence]),
                     (stored.v, stored.v_scale, v[run.sequence]),
@@ -111,7 +110,7 @@ def awkward(dtype: str, dim: int) -> Tensor:
 def test_awkward_numbers_are_rounded_to_the_same_bits_everywhere(
     target: Target, dtype: str, given_as: str, dim: int
 ) -> None:
-    """A cache may move from one backend to another, and a prompt be computed by either: what they store is the same."""
+    """What a backend stores of a number does not depend on the backend."""
     if dim not in target.dims:
         pytest.skip(f"{target} does not take heads of {dim}")
     layout = KVLayout(layers=(replace(PLAIN, qk_dim=dim, v_dim=dim),), dtype=dtype)
@@ -137,85 +136,29 @@ def test_a_vector_that_is_not_finite_is_stored_as_such(target: Target, dtype: st
         assert torch.equal(stored.v_scale.isnan(), v.isnan().any(-1))
 
 
-# -- moving
-
-
-def attention(
-    step: Step, target: Target, given_: list[list[Stored]] | None, cut: int
-) -> tuple[list[list[Stored]], list[Partial]]:
-    """By layer: what the sequences hold before the step, and the step's attention.
-
-    The past is appended, or restored from ``given_`` in two parts, the first of ``cut`` positions.
-    """
-    with step.prepared(target) as backend:
-        if given_ is not None:
-            for run in step.rows.runs:
-                backend.cache.release(run.sequence)
-                backend.cache.reserve(run.sequence, run.stop)
-            for layer in step.layers:
-                for run, stored in zip(step.rows.runs, given_[layer], strict=True):
-                    for begin, end in ((0, min(cut, run.start)), (min(cut, run.start), run.start)):
-                        if begin < end:
-                            backend.restore(run.sequence, layer, begin, part(stored, slice(begin, end), target.device))
-                    assert backend.cache.filled(run.sequence, layer) == run.start
-        held = [
-            [part(backend.export(run.sequence, layer, 0, run.start)) for run in step.rows.runs] for layer in step.layers
-        ]
-        plan = backend.plan(step.rows)
-        return held, [step.run(backend, plan, layer)[1] for layer in step.layers]
-
-
-def part(stored: Stored, rows: slice = slice(None), device: str = "cpu") -> Stored:
-    return Stored(*(None if one is None else one[rows].to(device) for one in stored))  # type: ignore[arg-type]
-
-
 @every_type
 @settings(max_examples=examples(5), deadline=None)
 @given(data=st.data())
-def test_a_cache_moves_between_backends(target: Target, dtype: str, data: st.DataObject) -> None:
-    """Exported by the reference, restored here, exported again and restored there: the same bits, hence the same
-    attention as over what was there from the start."""
+def test_every_backend_stores_the_same_bits(target: Target, dtype: str, data: st.DataObject) -> None:
+    """After a step, past and new tokens are the same numbers and scales in every layer as those of the reference."""
     step = unwindowed(data.draw(steps(target, dtype, work=4e6, longest=400)))
-    step = replace(step, pasts=tuple(max(1, past) for past in step.pasts), tight=False)
-    there = replace(step, device="cpu")
-    cut = data.draw(st.integers(1, max(step.pasts)))
 
-    first, first_attention = attention(there, TORCH, None, cut)
-    _, own_attention = attention(step, target, None, cut)
-    here, here_attention = attention(step, target, first, cut)
-    back, back_attention = attention(there, TORCH, here, cut)
+    def held(step: Step, target: Target) -> list[Stored]:
+        with step.prepared(target) as backend:
+            plan = backend.plan(step.rows)
+            for layer in step.layers:
+                step.run(backend, plan, layer)
+            return [read(backend, run.sequence, layer, 0, run.stop) for layer in step.layers for run in step.rows.runs]
 
-    for layer in step.layers:
-        for moved in (*zip(here[layer], first[layer], strict=True), *zip(back[layer], first[layer], strict=True)):
-            assert_same_stored(*moved)
-        assert_same_bits(here_attention[layer], own_attention[layer])
-        assert_same_bits(back_attention[layer], first_attention[layer])
-
-
-@every_target
-def test_what_cannot_be_moved_is_refused(target: Target) -> None:
-    """Positions that are not there, gaps, other types and other shapes; nothing is changed."""
-    layout = KVLayout(layers=(PLAIN,), dtype="bfloat16")
-    step = Step(layout, (5,), (3,), device=target.device)
-    with step.prepared(target) as backend:
-        for start, stop in ((0, 6), (5, 6), (3, 3), (-1, 2), (4, 2)):
-            with pytest.raises(UsageError):
-                backend.export(0, 0, start, stop)
-        stored = backend.export(0, 0, 0, 2)
-        with pytest.raises(UsageError, match="missing"):
-            backend.restore(0, 0, 6, stored)
-        with pytest.raises(CapacityError):
-            backend.restore(0, 0, 7, stored)
-        with pytest.raises(UsageError, match="expected"):
-            backend.restore(0, 0, 5, stored._replace(k=stored.k[:1]))
-        with pytest.raises(UsageError, match="expected"):
-            backend.restore(0, 0, 5, stored._replace(v=stored.v.half()))
-        with pytest.raises(UsageError, match="expected"):
-            backend.restore(0, 0, 5, stored._replace(k_scale=torch.ones(2, 2), v_scale=torch.ones(2, 2)))
-        assert backend.cache.filled(0, 0) == 5
+    for ours, reference in zip(held(step, target), held(replace(step, device="cpu"), TORCH), strict=True):
+        assert_same_stored(ours, reference)
 
 
 # -- sharing
+
+
+def part(stored: Stored, rows: slice) -> Stored:
+    return Stored(*(None if one is None else one[rows] for one in stored))  # type: ignore[arg-type]
 
 
 @every_type
@@ -231,7 +174,7 @@ def test_a_published_block_is_never_overwritten(target: Target, dtype: str) -> N
         for layer in first.layers:
             _, (k,), (v,) = first.inputs(layer)
             backend.append(layer, first.rows, k, v)
-        held = [part(backend.export(0, layer, 0, tokens)) for layer in first.layers]
+        held = [read(backend, 0, layer, 0, tokens) for layer in first.layers]
         backend.cache.publish(0, keys)
         assert backend.cache.reserve(1, tokens, keys=keys) == 3 * size
 
@@ -245,7 +188,7 @@ def test_a_published_block_is_never_overwritten(target: Target, dtype: str) -> N
                 k, v, q = k[start:], v[start:], q[start:]
                 whole = backend.finish(plan, layer, q, k, v, backend.past(plan, layer, q))
                 low = 0 if shape.window is None else start - shape.window + 1
-                now = part(backend.export(sequence, layer, low, tokens))
+                now = read(backend, sequence, layer, low, tokens)
                 assert_same_stored(part(now, slice(0, 3 * size - low)), part(held[layer], slice(low, 3 * size)))
                 assert_rounded(now.k[3 * size - low :], _rows(now.k_scale, 3 * size - low), k[5:].cpu())
                 context_k, context_v = (torch.zeros(tokens, 2, 64, dtype=torch.float64) for _ in range(2))
@@ -258,7 +201,7 @@ def test_a_published_block_is_never_overwritten(target: Target, dtype: str) -> N
         for layer in first.layers:
             if layout.layers[layer].window is None:
                 for sequence in (0, 1):
-                    now = part(backend.export(sequence, layer, 0, 3 * size))
+                    now = read(backend, sequence, layer, 0, 3 * size)
                     assert_same_stored(now, part(held[layer], slice(0, 3 * size)))
 
 
@@ -267,8 +210,8 @@ def _rows(scale: Tensor | None, start: int) -> Tensor | None:
 
 
 @every_target
-def test_what_went_back_is_not_stored_again(target: Target) -> None:
-    """Appends to positions behind a window are skipped: nobody could see them, and the block may be another's."""
+def test_what_was_freed_is_not_stored_again(target: Target) -> None:
+    """Appends to positions behind a window are skipped: no row could see them, and their blocks may be others'."""
     layout = KVLayout(layers=(replace(PLAIN, window=10),), dtype=target.dtypes[0])
     step = Step(layout, (100,), (1,), chunk=20, tight=True, device=target.device)
     with step.prepared(target) as backend:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamina.admin import AdminClient
 from lamina.attention import LayerShape
 from lamina.transport import Address, Hello, Lane, Link, Options, Region, connect
 from lamina.wire import views
-from lamina.wire.admin import AskStatus, Status
+from lamina.wire.admin import Status
 from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
 from lamina.wire.plan import StepPlan, pack_plan
@@ -118,7 +119,7 @@ def asking(
     layers: Sequence[LayerShape],
     *,
     tenant: str = "t",
-    compute: int = 0,
+    member: int = 0,
     model: str = "m",
     dtype: str = "float32",
     slots: int = 1,
@@ -130,7 +131,8 @@ def asking(
     return {
         "layers": list(layers),
         "tenant": tenant,
-        "compute": compute,
+        "member": member,
+        "front": 0,
         "model": model,
         "dtype": dtype,
         "kv_dtype": dtype,
@@ -147,7 +149,7 @@ async def raw_compute(
 ) -> AsyncIterator[RawCompute]:
     """A compute node that is attached. AssertionError with the reason if the memory node refuses."""
     said = asking(layers, **told)
-    name = f"{said['tenant']}{said['compute']}"
+    name = f"{said['tenant']}{said['member']}"
     address, options = Address.parse(f"127.0.0.1:{port}"), Options(kind=transport)
     async with await connect(address, Hello("compute", name), options, deadline_s=PATIENCE_S) as link:
         geometry = Geometry(tuple(layers), said["dtype"], said["slots"], said["max_rows"])
@@ -160,8 +162,7 @@ async def raw_compute(
 async def status(port: int) -> Status:
     """What the memory node says of itself."""
     address = Address.parse(f"127.0.0.1:{port}")
-    async with await connect(address, Hello("monitor", "test"), Options(kind="control"), deadline_s=PATIENCE_S) as link:
-        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        link.deliver(on_message=lambda plain: answer.set_result(decode(plain, Status)))
-        link.send(encode(AskStatus()))
-        return await asyncio.wait_for(answer, PATIENCE_S)
+    async with await AdminClient.connect(
+        address, Options(kind="control"), name="test", deadline_s=PATIENCE_S
+    ) as asking_node:
+        return await asyncio.wait_for(asking_node.status(), PATIENCE_S)

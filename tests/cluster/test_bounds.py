@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lamina
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import CapacityError, LaminaError, TransportError
 from lamina.transport import Hello, Link, Options
@@ -33,10 +33,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.asynccontextmanager
 async def cluster(
-    folder: Path, checkpoint: Path, ports: list[int], pipeline: str
+    folder: Path, checkpoint: Path, ports: list[int], pipeline: PipelineConfig
 ) -> AsyncIterator[tuple[ClusterConfig, harness.Node, lamina.Client]]:
     """A cluster and a client of it; afterwards no memory node may hold anything."""
-    config = harness.write_config(folder, checkpoint, ports, sections=f"[pipeline]\n{pipeline}", memory="2MiB")
+    config = harness.write_config(folder, checkpoint, ports, pipeline=pipeline, memory=2 << 20)
     node = harness.start_node(config, "c0")
     with harness.running(node):
         await harness.ready(config, node)
@@ -72,7 +72,7 @@ def test_ten_thousand_requests_are_refused_beyond_the_limit(
     """At once, each with a hint when to ask again; who is being answered goes on, and a later one is taken."""
 
     async def main() -> None:
-        pipeline = "batches = 2\nmax_batch = 4\nmax_waiting = 64"
+        pipeline = PipelineConfig(batches=2, max_batch=4, max_waiting=64)
         async with cluster(tmp_path, checkpoint, memory_ports[:1], pipeline) as (config, node, client):
             before = resident_bytes(node)
             stream = client.stream([1, 2, 3], max_tokens=200)
@@ -95,7 +95,7 @@ def test_texts_that_become_tokens_count_as_waiting(memory_ports: list[int], tmp_
     """They are refused before that, beyond the limit; those that were taken are answered."""
 
     async def main() -> None:
-        pipeline = "batches = 2\nmax_batch = 4\nmax_waiting = 16"
+        pipeline = PipelineConfig(batches=2, max_batch=4, max_waiting=16)
         async with cluster(tmp_path, DEMO, memory_ports[:1], pipeline) as (_, _, client):
             ends = Counter(await asyncio.gather(*(ask_for_one(client, i, "Once upon a time") for i in range(500))))
             assert set(ends) == {"length", "16 requests are waiting already, the limit is 16"}
@@ -109,7 +109,7 @@ def test_ten_thousand_requests_wait_where_they_may(checkpoint: Path, memory_port
     """Meanwhile the node goes on to answer others; when their client goes, nothing is left of them."""
 
     async def main() -> None:
-        pipeline = f"batches = 2\nmax_batch = 8\nmax_waiting = {REQUESTS}"
+        pipeline = PipelineConfig(batches=2, max_batch=8, max_waiting=REQUESTS)
         async with cluster(tmp_path, checkpoint, memory_ports[:1], pipeline) as (config, node, client):
             before = resident_bytes(node)
             async with harness.client(config, peer_timeout=30.0) as leaving:
@@ -133,7 +133,7 @@ def test_ten_thousand_requests_are_answered(checkpoint: Path, memory_ports: list
     """All that came at once."""
 
     async def main() -> None:
-        pipeline = f"batches = 2\nmax_batch = 64\nmax_waiting = {REQUESTS}"
+        pipeline = PipelineConfig(batches=2, max_waiting=REQUESTS)
         async with cluster(tmp_path, checkpoint, memory_ports[:1], pipeline) as (_, node, client):
             before = resident_bytes(node)
             ends = Counter(await asyncio.gather(*(ask_for_one(client, i) for i in range(REQUESTS))))
@@ -148,7 +148,7 @@ async def raw(config: ClusterConfig) -> AsyncIterator[Link]:
     """A client's link that nobody reads from."""
     links = config.links
     options = Options(kind="control", secret=links.secret, tls=links.tls, peer_timeout=30.0)
-    link = await connect_link(config.front.listen, Hello("client", "deaf"), options, deadline_s=20)
+    link = await connect_link(config.front.address, Hello("client", "deaf"), options, deadline_s=20)
     try:
         yield link
     finally:
@@ -159,7 +159,7 @@ def test_a_client_that_stops_reading_is_left(checkpoint: Path, memory_ports: lis
     """When it has left some megabytes unread: its requests are cancelled, and another client's go on."""
 
     async def main() -> None:
-        pipeline = "batches = 2\nmax_batch = 8"
+        pipeline = PipelineConfig(batches=2, max_batch=8)
         async with cluster(tmp_path, checkpoint, memory_ports[:2], pipeline) as (config, node, client):
             before = resident_bytes(node)
             stream = client.stream([1, 2, 3], max_tokens=400)
@@ -201,7 +201,7 @@ def test_cancelling_in_the_middle_of_a_prompt_frees_every_block(
     prompt = [i % 250 for i in range(MAX_CONTEXT - 10)]
 
     async def main() -> None:
-        pipeline = f'batches = 2\nmax_batch = 4\nprefill_tokens = 1\npartition = "{partition}"'
+        pipeline = PipelineConfig(batches=2, max_batch=4, prefill_tokens=1, partition=partition)
         async with cluster(tmp_path, checkpoint, memory_ports[:2], pipeline) as (config, _, client):
             async with harness.client(config) as leaving:
                 asked = [asyncio.create_task(leaving.generate(prompt, max_tokens=8)) for _ in range(2)]

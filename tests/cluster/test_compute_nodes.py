@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, PipelineConfig
 from lamina.errors import NodeError, RequestError
 from tests import harness
 from tests.cluster.test_failures import strike
@@ -17,7 +17,7 @@ from tests.families import FAMILIES
 from tests.oracle import Agreement, Oracle
 
 LAYERS = 4
-RANGES = ("0-1", "2-3")
+RANGES = (range(2), range(2, 4))
 REPLICAS = (None, None)
 
 
@@ -31,11 +31,11 @@ def start(config: ClusterConfig) -> dict[str, harness.Node]:
 
 
 def write_config(
-    folder: Path, checkpoint: Path, compute: tuple[str | None, ...], *, batches: int = 2, memory_nodes: int = 1
+    folder: Path, checkpoint: Path, compute: tuple[range | None, ...], *, batches: int = 2, memory_nodes: int = 1
 ) -> ClusterConfig:
-    sections = f"[pipeline]\nbatches = {batches}\nmax_batch = 4\nprefill_tokens = 32"
+    pipeline = PipelineConfig(batches=batches, max_batch=4, prefill_tokens=32)
     ports = harness.free_ports(memory_nodes)
-    return harness.write_config(folder, checkpoint, ports, sections=sections, compute=compute)
+    return harness.write_config(folder, checkpoint, ports, pipeline=pipeline, compute=compute)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def write_config(
     ids=["ranges", "replicas in rotation", "replicas"],
 )
 def test_each_node_runs_its_part(
-    compute: tuple[str | None, ...], batches: int, checkpoint: Path, agreement: Agreement, tmp_path: Path
+    compute: tuple[range | None, ...], batches: int, checkpoint: Path, agreement: Agreement, tmp_path: Path
 ) -> None:
     """Which their counters show; seeded answers are those of a single node, and greedy ones of ``transformers``."""
     prompts = [[token, *range(10, 80)] for token in range(8)]
@@ -57,7 +57,7 @@ def test_each_node_runs_its_part(
             )
         return [answer.tokens for answer in answers]
 
-    def run(folder: str, compute: tuple[str | None, ...], temperature: float) -> tuple[list[list[int]], list[int]]:
+    def run(folder: str, compute: tuple[range | None, ...], temperature: float) -> tuple[list[list[int]], list[int]]:
         (tmp_path / folder).mkdir()
         config = write_config(tmp_path / folder, checkpoint, compute, batches=batches)
         nodes = start(config)
@@ -108,7 +108,7 @@ def test_clients_are_told_where_the_front_is(checkpoint: Path, tmp_path: Path) -
 @pytest.mark.parametrize("compute", [RANGES, REPLICAS], ids=["ranges", "replicas"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_lost_compute_node_is_named(
-    compute: tuple[str | None, ...], number: signal.Signals, checkpoint: Path, tmp_path: Path
+    compute: tuple[range | None, ...], number: signal.Signals, checkpoint: Path, tmp_path: Path
 ) -> None:
     """To the clients of the front, which ends. The memory node takes the next cluster."""
     config = write_config(tmp_path, checkpoint, compute, batches=3)  # of which each needs both nodes
@@ -170,7 +170,7 @@ def test_files_that_differ_are_refused(checkpoint: Path, tmp_path: Path) -> None
 
 def test_layers_that_the_model_has_not_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     """Or that nobody would run."""
-    for ranges, end in ((("0-1", "2-4"), 4), (("0-1", "2"), 2)):
+    for ranges, end in (((range(2), range(2, 5)), 4), ((range(2), range(2, 3)), 2)):
         config = write_config(tmp_path, checkpoint, ranges)
         nodes = start(config)
         with harness.running(*nodes.values()):
@@ -183,9 +183,7 @@ def test_layers_that_the_model_has_not_are_refused(checkpoint: Path, tmp_path: P
 def test_a_compute_node_that_does_not_come_is_named(checkpoint: Path, tmp_path: Path) -> None:
     """After ``start_timeout``; meanwhile the status says who is waited for."""
     for missing, there in (("c1", "c0"), ("c0", "c1")):
-        config = harness.write_config(
-            tmp_path, checkpoint, harness.free_ports(1), compute=REPLICAS, transport_keys="start_timeout = 2"
-        )
+        config = harness.write_config(tmp_path, checkpoint, harness.free_ports(1), compute=REPLICAS, start_timeout=2.0)
         nodes = [harness.start_node(config, "m0"), harness.start_node(config, there)]
 
         async def waiting_for(config: ClusterConfig = config, there: str = there, missing: str = missing) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lamina.cluster.local import Cluster
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, PipelineConfig
 from lamina.errors import LaminaError, NodeError
 from tests import harness
 from tests.families import FAMILIES
@@ -25,9 +25,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return FAMILIES["llama"].save(tmp_path_factory.mktemp("llama") / "checkpoint")
 
 
-def write_config(folder: Path, checkpoint: Path, sections: str = "") -> ClusterConfig:
+def write_config(folder: Path, checkpoint: Path, pipeline: PipelineConfig | None = None) -> ClusterConfig:
     """One compute and two memory nodes."""
-    return harness.write_config(folder, checkpoint, harness.free_ports(2), sections=sections)
+    return harness.write_config(folder, checkpoint, harness.free_ports(2), pipeline=pipeline)
 
 
 async def interrupt(config: ClusterConfig, victim: harness.Node, number: signal.Signals) -> tuple[LaminaError, float]:
@@ -131,7 +131,7 @@ def test_up_stops_on_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_up_does_not_drain_after_a_second_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     """Answers that would take longer than the nodes' patience are given up, and no process is left."""
-    config = write_config(tmp_path, checkpoint, "[pipeline]\nmax_batch = 1")
+    config = write_config(tmp_path, checkpoint, PipelineConfig(max_batch=1))
     up = start_up(config)
 
     async def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lamina.client import Client
+from lamina.config import PipelineConfig
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY
 from tests.oracle import Agreement, Oracle
@@ -21,12 +22,12 @@ COMMON = [_random.randrange(VOCABULARY) for _ in range(300)]
 MOST_TOKENS = 40
 REQUESTS = 14
 
-COMPUTE: dict[str, tuple[str | None, ...]] = {
+COMPUTE: dict[str, tuple[range | None, ...]] = {
     "one": (None,),
     "two replicas": (None, None),
     "three replicas": (None, None, None),
-    "two ranges": ("0-1", "2-3"),
-    "three ranges": ("0", "1-2", "3"),
+    "two ranges": (range(2), range(2, 4)),
+    "three ranges": (range(1), range(1, 3), range(3, 4)),
 }
 """By name, the layers of each compute node."""
 
@@ -76,8 +77,8 @@ def test_tokens_are_right_and_space_comes_back(
     ports = harness.free_ports(nodes)
     wiring = replace(harness.default, kind=transport_kind)
     memory = [harness.start_memory(tmp_path, port, memory="1MiB", wiring=wiring) for port in ports]
-    sections = f'[pipeline]\nbatches = {batches}\nmax_batch = 4\nprefill_tokens = 64\npartition = "{partition}"'
-    config = harness.write_config(tmp_path, path, ports, sections=sections, wiring=wiring, compute=COMPUTE[compute])
+    pipeline = PipelineConfig(batches=batches, max_batch=4, prefill_tokens=64, partition=partition)
+    config = harness.write_config(tmp_path, path, ports, pipeline=pipeline, wiring=wiring, compute=COMPUTE[compute])
     node, *others = [harness.start_node(config, one.name) for one in config.compute_nodes]
     prompts = [
         COMMON[: random_.choice((0, 48, 200, 256))]

@@ -14,7 +14,7 @@ import pytest
 import lamina
 from lamina.attention import LayerShape
 from lamina.attention.backend import require_backend
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, PipelineConfig
 from lamina.errors import CapacityError, ConfigError
 from lamina.transport import Address, Hello, Region, connect
 from lamina.wire.codec import encode
@@ -126,8 +126,8 @@ def test_keys_and_values_of_8_bits(kv_dtype: str, memory_ports: list[int], tmp_p
         return status.kv_tokens_total, [a.tokens for a in answers]
 
     tokens = []
-    for keys in ("", f'kv_dtype = "{kv_dtype}"'):
-        config = harness.write_config(tmp_path, path, memory_ports[:2], model_keys=keys)
+    for stored in (None, kv_dtype):
+        config = harness.write_config(tmp_path, path, memory_ports[:2], kv_dtype=stored)
         node = harness.start_node(config, "c0")
         with harness.running(node):
             total, answers = asyncio.run(decode(config, node))
@@ -182,7 +182,7 @@ def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path, prompt: l
     """At once or when it goes on, with the memory node's sentence; the others are answered, and no node holds anything
     for it."""
     path = FAMILIES["llama"].save(tmp_path / "checkpoint")
-    config = harness.write_config(tmp_path, path, harness.free_ports(2), sections="[pipeline]\nbatches = 2")
+    config = harness.write_config(tmp_path, path, harness.free_ports(2), pipeline=PipelineConfig(batches=2))
     nodes = [harness.start_node(config, "m0"), harness.start_node(config, "c0")]
     choosy = ["node", "--role", "memory", "--config", str(config.file), "--name", "m1"]
     other = subprocess.Popen([sys.executable, "-c", CHOOSY, *choosy], stderr=subprocess.DEVNULL)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lamina.config import PipelineConfig
 from lamina.wire.admin import Status
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY
@@ -38,8 +39,8 @@ def test_tokens_are_those_of_transformers(
 ) -> None:
     """Of prompts that begin alike and prompts that do not, in two batches; the second time they find the first's."""
     path, oracle = llama
-    sections = f'[pipeline]\nbatches = 2\nprefill_tokens = 200\npartition = "{partition}"'
-    config = harness.write_config(tmp_path, path, memory_ports[:memory_nodes], sections=sections)
+    pipeline = PipelineConfig(batches=2, prefill_tokens=200, partition=partition)
+    config = harness.write_config(tmp_path, path, memory_ports[:memory_nodes], pipeline=pipeline)
     node = harness.start_node(config, "c0")
 
     async def decode() -> tuple[list[list[int]], list[Status]]:
@@ -75,8 +76,8 @@ def test_a_context_larger_than_any_node(
     ports = harness.free_ports(3)
     # 4 layers of 4 KV heads of 16 numbers in float32 take 2 KiB a token: a node holds 256.
     nodes = [harness.start_memory(tmp_path, port, memory="512KiB") for port in ports]
-    sections = f'[pipeline]\npartition = "{partition}"'
-    config = harness.write_config(tmp_path, path, ports, sections=sections, model_keys="context = 512")
+    pipeline = PipelineConfig(partition=partition)
+    config = harness.write_config(tmp_path, path, ports, pipeline=pipeline, context=512)
     node = harness.start_node(config, "c0")
 
     async def decode() -> list[list[int]]:
@@ -99,8 +100,8 @@ def test_prompts_beyond_what_the_compute_node_keeps(
     """They go on over the memory nodes, which have all that came before."""
     path, oracle = llama
     # Room for 100 tokens: one prompt begins here, others do not even that.
-    sections = f'[pipeline]\npartition = "{partition}"\nprefill_tokens = 70\nprefill_kv = "200KiB"'
-    config = harness.write_config(tmp_path, path, memory_ports[:2], sections=sections)
+    pipeline = PipelineConfig(partition=partition, prefill_tokens=70, prefill_kv=200 << 10)
+    config = harness.write_config(tmp_path, path, memory_ports[:2], pipeline=pipeline)
     node = harness.start_node(config, "c0")
 
     async def decode() -> list[list[int]]:
@@ -119,7 +120,7 @@ def test_prompts_beyond_what_the_compute_node_keeps(
 def test_windows_are_not_cut_into_stretches(memory_ports: list[int], tmp_path: Path) -> None:
     """A model with sliding windows is refused under "tokens", by name and with what to do."""
     path = FAMILIES["gemma2"].save(tmp_path / "checkpoint")
-    config = harness.write_config(tmp_path, path, memory_ports[:2], sections='[pipeline]\npartition = "tokens"')
+    config = harness.write_config(tmp_path, path, memory_ports[:2], pipeline=PipelineConfig(partition="tokens"))
     node = harness.start_node(config, "c0")
     with harness.running(node):
         assert node.wait(60) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lamina
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, PipelineConfig
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY
 from tests.oracle import Agreement, Oracle
@@ -30,9 +30,9 @@ def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         tmp_path_factory.mktemp("cluster"),
         checkpoint,
         harness.free_ports(2),
-        memory="448KiB",
-        model_keys=f"context = {CONTEXT}",
-        sections="[pipeline]\nbatches = 2\nmax_batch = 8\nprefill_tokens = 24",
+        memory=448 << 10,
+        context=CONTEXT,
+        pipeline=PipelineConfig(batches=2, max_batch=8, prefill_tokens=24),
     )
     nodes = [harness.start_node(config, name) for name in ("m0", "m1", "c0")]
     with harness.running(*nodes):
@@ -85,7 +85,7 @@ def test_memory_nodes_that_forget_at_different_times_share_what_all_still_have(
     chosen, oracle = random.Random(6), Oracle(checkpoint)
     prompts = [[chosen.randrange(VOCABULARY) for _ in range(100)] for _ in range(6)]
     ports = harness.free_ports(2)
-    config = harness.write_config(tmp_path, checkpoint, ports, model_keys=f"context = {CONTEXT}")
+    config = harness.write_config(tmp_path, checkpoint, ports, context=CONTEXT)
     sizes = zip(ports, ("320KiB", "640KiB"), strict=True)
     nodes = [harness.start_memory(tmp_path, port, memory=memory) for port, memory in sizes]
     nodes.append(harness.start_node(config, "c0"))

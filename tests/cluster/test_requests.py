@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lamina
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, PipelineConfig
 from lamina.errors import CapacityError, LaminaError, RequestError
 from tests import harness
 from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
@@ -37,9 +37,9 @@ def cluster(
     checkpoint: Path, memory_ports: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ClusterConfig]:
     """Two batches in flight, and prompts in chunks shorter than they are."""
-    sections = "[pipeline]\nbatches = 2\nmax_batch = 4\nprefill_tokens = 24\nmax_waiting = 16"
+    pipeline = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, max_waiting=16)
     config = harness.write_config(
-        tmp_path_factory.mktemp("cluster"), checkpoint, memory_ports[:2], sections=sections, memory="2MiB"
+        tmp_path_factory.mktemp("cluster"), checkpoint, memory_ports[:2], pipeline=pipeline, memory=2 << 20
     )
     node = harness.start_node(config, "c0")
     with harness.running(node):

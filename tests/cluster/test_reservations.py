@@ -10,18 +10,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lamina.compute.shard import RemoteShard
 
+from lamina.admin import AdminClient
 from lamina.attention import KVLayout, LayerShape
 from lamina.compute.prompts import PromptKV
+from lamina.compute.shard_control import ShardControl
 from lamina.errors import CapacityError, NodeError
 from lamina.front.prefix import PrefixKeys
-from lamina.front.sequence import ReservationRequest, Sequence
-from lamina.front.space import reserve
+from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence
+from lamina.front.space import Space
+from lamina.runtime.cpu import CpuDevice
+from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
-from lamina.transport import Address, Hello, connect
-from lamina.wire.admin import AskStatus, Status
-from lamina.wire.codec import decode, encode
+from lamina.transport import Address, Hello, Options, connect
+from lamina.wire.admin import Status
 from lamina.wire.geometry import shard_by_heads
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Request
@@ -45,10 +47,11 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
 class Ends:
     """The compute node's ends of the ways to all memory nodes."""
 
-    def __init__(self, shards: list[RemoteShard], device: Device) -> None:
+    def __init__(self, shards: dict[int, ShardControl], device: Device) -> None:
         self.shards = shards
-        self.everywhere = Placement(tuple(range(len(shards))))
-        self._device = device
+        self.everywhere = Placement(tuple(shards))
+        self._space = Space(shards, BLOCK, lambda request, answer: None)
+        self._there = Crossing(device.loop)
         self._id = 0
 
     def ask(self, tokens: int, keys: list[bytes] | None = None) -> ReservationRequest:
@@ -58,15 +61,17 @@ class Ends:
         return ReservationRequest(sequence, self._id, self.everywhere, tokens, keys=tuple(keys or ()))
 
     async def reserve(self, ask: ReservationRequest, nodes: slice = slice(None)) -> int:
-        return await reserve(self.shards, replace(ask, placement=Placement(self.everywhere.members[nodes])), BLOCK)
+        return await self._space.hold(replace(ask, placement=Placement(self.everywhere.members[nodes])))
+
+    def decide(self, changes: CacheChanges) -> None:
+        self._space.apply(changes)
 
     def release(self, ask: ReservationRequest, nodes: slice = slice(None)) -> None:
-        for shard in self.shards[nodes]:
-            shard.release(ask.id)
+        self._space.apply(CacheChanges(released=[ask.id]))
 
     def publish(self, ask: ReservationRequest, keys: list[bytes], nodes: slice = slice(None)) -> None:
-        for shard in self.shards[nodes]:
-            shard.publish(ask.id, keys)
+        for member in self.everywhere.members[nodes]:
+            self.shards[member].publish(ask.id, keys)
 
     def ship(self, ask: ReservationRequest, tokens: int, nodes: slice = slice(None)) -> None:
         """Send keys and values of the first positions, layer by layer."""
@@ -74,9 +79,9 @@ class Ends:
         zeros = torch.zeros(tokens, LAYERS[0].kv_heads, LAYERS[0].qk_dim)
         for layer in range(len(LAYERS)):
             kept.store(layer, 0, zeros, zeros)
-        for shard in self.shards[nodes]:
+        for member in self.everywhere.members[nodes]:
             for layer in range(len(LAYERS)):
-                self._device.loop.call_soon_threadsafe(shard.ship, kept, layer, 0, tokens, 0)
+                self._there.post(self.shards[member].lane.ship, kept, layer, 0, tokens, 0)
 
     async def share(self, keys: list[bytes], nodes: slice = slice(None)) -> int:
         """How much another prompt with these keys finds now."""
@@ -88,20 +93,29 @@ class Ends:
 
 @contextlib.asynccontextmanager
 async def attached(ports: list[int]) -> AsyncIterator[Ends]:
-    names, device = ["m0", "m1"], Device(threads=1)
+    device = CpuDevice(threads=1)
+    device.start()
+    there, names = Crossing(device.loop), ["m0", "m1"]
     await harness.eventually(lambda: unattached(ports))
     async with contextlib.AsyncExitStack() as stack:
-        shards = []
-        running = []
-        for name, port, heads in zip(names, ports, shard_by_heads(LAYERS, names), strict=True):
+        shards, running = {}, []
+        for member, (name, port, heads) in enumerate(zip(names, ports, shard_by_heads(LAYERS, names), strict=True), 1):
             address = Address.parse(f"127.0.0.1:{port}")
             link = await stack.enter_async_context(await connect(address, Hello("compute", "c0"), deadline_s=20))
             layout = KVLayout(layers=heads.layers, dtype="float32", block_tokens=BLOCK)
-            link.deliver(lane_loop=device.loop)
-            shard = RemoteShard(name, link, heads, layout, device, dtype="float32", slots=1, max_rows=4)
-            await shard.attach("m", "m")
-            running.append(device.start(shard.run()))
-            shards.append(shard)
+            shards[member] = shard = ShardControl(member, name, link, device, lambda member, error: None)
+            lane = await shard.attach(
+                heads,
+                layout,
+                tenant="m",
+                model="m",
+                dtype="float32",
+                slots=1,
+                max_rows=4,
+                member=0,
+                front=0,
+            )
+            running.append(there.start(lane.run(device)))
         try:
             yield Ends(shards, device)
         finally:
@@ -112,11 +126,9 @@ async def attached(ports: list[int]) -> AsyncIterator[Ends]:
 
 async def status(port: int) -> Status:
     """What a memory node says of itself."""
-    async with await connect(Address.parse(f"127.0.0.1:{port}"), Hello("monitor", "test"), deadline_s=20) as link:
-        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
-        link.deliver(on_message=lambda plain: answer.set_result(decode(plain, Status)))
-        link.send(encode(AskStatus()))
-        return await answer
+    address, options = Address.parse(f"127.0.0.1:{port}"), Options(kind="control")
+    async with await AdminClient.connect(address, options, name="test", deadline_s=20) as asking:
+        return await asking.status()
 
 
 async def unattached(ports: list[int]) -> bool:
@@ -138,7 +150,7 @@ def test_a_sequence_takes_more_space_as_it_goes_on(ports: list[int]) -> None:
 
     async def main() -> None:
         async with attached(ports) as ends:
-            capacity = min(shard.capacity_tokens for shard in ends.shards)
+            capacity = min(shard.capacity_tokens for shard in ends.shards.values())
             first = ends.ask(16)
             await ends.reserve(first)
             for tokens in range(32, capacity + 1, 16):
@@ -227,14 +239,15 @@ def test_all_memory_nodes_share_equally_much(ports: list[int]) -> None:
     asyncio.run(main())
 
 
-def test_what_nobody_waits_for_is_not_asked(ports: list[int]) -> None:
-    """A request that left before its turn to be asked for has no space anywhere."""
+def test_a_sequence_that_is_over_before_it_is_asked_for_takes_no_space(ports: list[int]) -> None:
+    """It leaves between the decision to reserve and the first message."""
 
     async def main() -> None:
         async with attached(ports) as ends:
             ask = ends.ask(16)
-            ask.sequence.id = -1
-            assert await ends.reserve(ask) == 0
+            ends.decide(CacheChanges(reservations=[ask]))
+            ends.release(ask)
+            await asyncio.sleep(0)
             await settled(ports)
 
     asyncio.run(main())

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import lamina
+from lamina.config import PipelineConfig
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY
 
@@ -37,15 +38,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def cluster(folder: Path, checkpoint: Path, memory: str, pipeline: str) -> AsyncIterator[lamina.Client]:
+async def cluster(
+    folder: Path, checkpoint: Path, memory: int, pipeline: PipelineConfig
+) -> AsyncIterator[lamina.Client]:
     """A client of a cluster with two memory nodes."""
     config = harness.write_config(
         folder,
         checkpoint,
         harness.free_ports(2),
         memory=memory,
-        model_keys=f"context = {CONTEXT}",
-        sections=f"[pipeline]\n{pipeline}",
+        context=CONTEXT,
+        pipeline=pipeline,
     )
     nodes = [harness.start_node(config, name) for name in ("m0", "m1", "c0")]
     with harness.running(*nodes):
@@ -60,8 +63,8 @@ def test_a_full_batch_changes_no_token(batches: int, checkpoint: Path, tmp_path:
     """Alone, one after the other, and then all together among greedy ones, prompts in chunks."""
 
     async def main() -> None:
-        pipeline = f"batches = {batches}\nmax_batch = 8\nprefill_tokens = 24"
-        async with cluster(tmp_path, checkpoint, "8MiB", pipeline) as client:
+        pipeline = PipelineConfig(batches=batches, max_batch=8, prefill_tokens=24)
+        async with cluster(tmp_path, checkpoint, 8 << 20, pipeline) as client:
             alone = [(await client.generate(prompt, **settings(i))).tokens for i, prompt in enumerate(ASKED)]
             mates = [asyncio.create_task(client.generate([i], max_tokens=60)) for i in range(8 * batches - PROMPTS)]
             answers = await asyncio.gather(*(client.generate(p, **settings(i)) for i, p in enumerate(ASKED)))
@@ -78,8 +81,8 @@ def test_preemption_changes_no_token(partition: str, checkpoint: Path, tmp_path:
     """Of a request that loses its space to those of a higher priority, and goes on when they are answered."""
 
     async def main() -> None:
-        pipeline = f'batches = 2\nmax_batch = 8\npartition = "{partition}"'
-        async with cluster(tmp_path, checkpoint, "448KiB", pipeline) as client:
+        pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition)
+        async with cluster(tmp_path, checkpoint, 448 << 10, pipeline) as client:
             for i in range(len(SETTINGS)):
                 own = {**settings(i), "max_tokens": 150}
                 alone = await client.generate(ASKED[i], **own)

@@ -95,7 +95,7 @@ def test_answers_go_where_the_next_layer_runs(port: int, transport: str, layers_
         await free(port)
         async with (
             raw_compute(port, LAYERS, transport=transport, slots=2) as front,
-            raw_compute(port, LAYERS, transport=transport, slots=2, compute=1) as other,
+            raw_compute(port, LAYERS, transport=transport, slots=2, member=1) as other,
         ):
             nodes = [front, other]
             assert isinstance(await front.reserve(1, 20), Reserved)
@@ -126,14 +126,14 @@ async def refusal(port: int, layers: list[LayerShape] = LAYERS, **told: Any) -> 
 
 def test_a_compute_node_that_does_not_fit_its_tenant_is_refused(port: int) -> None:
     """With both values; the tenant goes on."""
-    one, rows = {"compute": 1}, Rows(2)
+    one, rows = {"member": 1}, Rows(2)
 
     async def main() -> None:
         await free(port)
         assert "wants to join tenant t, and there is none of this name (there are none)" in await refusal(port, **one)
-        async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, compute=2):
+        async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, member=2):
             assert "tenant t is here already; tenants' names must differ" in await refusal(port)
-            assert "compute node 2 of tenant t is attached already, as t2" in await refusal(port, compute=2)
+            assert "compute node 2 of tenant t is attached already, as t2" in await refusal(port, member=2)
             assert "there is none of this name (t)" in await refusal(port, tenant="u", **one)
             differing = {
                 "model": ("n", "model n, its front asked for m"),
@@ -162,7 +162,7 @@ def test_only_the_front_says_what_is_kept(port: int, message: Any) -> None:
         await free(port)
         async with raw_compute(port, LAYERS) as front:
             await front.reserve(1, 2)
-            async with raw_compute(port, LAYERS, compute=1) as other:
+            async with raw_compute(port, LAYERS, member=1) as other:
                 await rows.decode(other, 0)
                 if message == "reserve":
                     with pytest.raises(TimeoutError):
@@ -185,7 +185,7 @@ def test_with_its_front_a_tenant_ends(port: int) -> None:
         await free(port)
         async with raw_compute(port, LAYERS) as front:
             assert (await status(port)).tenants[0].quota == MEMORY
-            async with raw_compute(port, LAYERS, compute=1) as one, raw_compute(port, LAYERS, compute=7) as seven:
+            async with raw_compute(port, LAYERS, member=1) as one, raw_compute(port, LAYERS, member=7) as seven:
                 await front.link.close()
                 for other in (one, seven):
                     assert "tenant t has ended, as its front t0 is gone: " in await other.end()
@@ -203,7 +203,7 @@ def test_what_a_lost_link_should_get_is_dropped(port: int) -> None:
         await free(port)
         async with raw_compute(port, LAYERS) as front:
             await front.reserve(1, 3)
-            async with raw_compute(port, LAYERS, compute=1):
+            async with raw_compute(port, LAYERS, member=1):
                 await rows.decode(front, 0)
             before = (await status(port)).layers
             front.plan(1, step_of(1, bytes([1, 0, 0])))
@@ -217,7 +217,7 @@ def test_what_a_lost_link_should_get_is_dropped(port: int) -> None:
                 rows.ask(front, layer, 1)
                 assert (await front.answer()).layer == layer
                 rows.check(front, layer, 1)
-            async with raw_compute(port, LAYERS, compute=1) as again:
+            async with raw_compute(port, LAYERS, member=1) as again:
                 await rows.decode(again, 2)
 
     asyncio.run(main())
@@ -226,7 +226,7 @@ def test_what_a_lost_link_should_get_is_dropped(port: int) -> None:
 def test_answers_to_nobody_are_refused(port: int) -> None:
     async def main() -> None:
         await free(port)
-        async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, compute=3) as other:
+        async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, member=3) as other:
             await front.reserve(1, 2)
             other.plan(0, step_of(0, bytes([3, 2, 0])))
             assert await other.end() == "step plan lets answers go to compute node 2; tenant t has [0, 3]"
@@ -373,7 +373,7 @@ def test_what_may_not_arrive_ends_its_link_alone(node: tuple[int, harness.Node],
         await free(port)
         async with (
             raw_compute(port, LAYERS, quota=MEMORY // 2) as front,
-            raw_compute(port, LAYERS, quota=MEMORY // 2, compute=1) as other,
+            raw_compute(port, LAYERS, quota=MEMORY // 2, member=1) as other,
             raw_compute(port, LAYERS, tenant="innocent", quota=MEMORY // 2) as innocent,
         ):
             odd = (front, other)[number]
@@ -522,7 +522,7 @@ def test_a_node_that_drains_takes_nobody(tmp_path_factory: pytest.TempPathFactor
             rows = Rows(2)
             await rows.decode(front, 0)
             await eventually(draining)
-            for told in ({"compute": 1}, {"tenant": "u"}):
+            for told in ({"member": 1}, {"tenant": "u"}):
                 assert "is draining and takes no compute node" in await refusal(port, **told)
             await rows.decode(front, 1)
 

@@ -37,7 +37,7 @@ def memory(tmp_path: Path) -> Iterator[tuple[int, harness.Node]]:
         assert node.stop() == 0
 
 
-def cluster(folder: Path, name: str, checkpoint: Path, port: int, quota: str | None, **more: str) -> ClusterConfig:
+def cluster(folder: Path, name: str, checkpoint: Path, port: int, quota: int | None, **more: int) -> ClusterConfig:
     """A cluster with a file of its own, whose memory node is the one that they share."""
     (folder / name).mkdir()
     return harness.write_config(folder / name, checkpoint, [port], quota=quota, **more)
@@ -67,7 +67,7 @@ def test_two_models_share_a_memory_node(
     """Both at the same time, with quotas of their own. One is killed in the middle of its answers: the other goes on,
     and a third has what the dead one had."""
     oracles = {name: Oracle(path) for name, path in checkpoints.items()}
-    configs = {name: cluster(tmp_path, name, checkpoints[name], memory[0], "6MiB") for name in MODELS}
+    configs = {name: cluster(tmp_path, name, checkpoints[name], memory[0], 6 << 20) for name in MODELS}
     nodes = {name: harness.start_node(config, "c0") for name, config in configs.items()}
     one, other = MODELS
 
@@ -100,7 +100,7 @@ def test_two_models_share_a_memory_node(
         await eventually(gone, 20)
 
     async def third() -> None:
-        config = cluster(tmp_path, "third", checkpoints[other], memory[0], "6MiB")
+        config = cluster(tmp_path, "third", checkpoints[other], memory[0], 6 << 20)
         nodes["third"] = harness.start_node(config, "c0")
         with harness.running(nodes["third"]):
             await harness.ready(config, nodes["third"])
@@ -118,9 +118,9 @@ def test_a_quota_that_cannot_be_had_is_refused_with_the_numbers(
     checkpoints: dict[str, Path], memory: tuple[int, harness.Node], tmp_path: Path
 ) -> None:
     """The one that is there goes on; when it has left, the other can have what it asked for."""
-    first = cluster(tmp_path, "first", checkpoints["llama"], memory[0], "12MiB", model_keys="context = 64")
-    second = cluster(tmp_path, "second", checkpoints["gemma2"], memory[0], "6MiB", model_keys="context = 64")
-    greedy = cluster(tmp_path, "greedy", checkpoints["gemma2"], memory[0], None, model_keys="context = 64")
+    first = cluster(tmp_path, "first", checkpoints["llama"], memory[0], 12 << 20, context=64)
+    second = cluster(tmp_path, "second", checkpoints["gemma2"], memory[0], 6 << 20, context=64)
+    greedy = cluster(tmp_path, "greedy", checkpoints["gemma2"], memory[0], None, context=64)
 
     async def main() -> None:
         node = harness.start_node(first, "c0")

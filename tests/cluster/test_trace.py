@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, PipelineConfig
 from lamina.errors import NodeError
 from lamina.ops.trace import record
 from tests import harness
@@ -20,8 +20,8 @@ from tests.families import FAMILIES
 def test_trace(memory_ports: list[int], tmp_path: Path) -> None:
     """While requests are answered, every layer of every batch is in the trace: computed here and attended there."""
     checkpoint = FAMILIES["llama"].save(tmp_path / "checkpoint")
-    sections = "[pipeline]\nbatches = 2\nmax_batch = 1"
-    config = harness.write_config(tmp_path, checkpoint, memory_ports[:1], sections=sections, memory="2MiB")
+    pipeline = PipelineConfig(batches=2, max_batch=1)
+    config = harness.write_config(tmp_path, checkpoint, memory_ports[:1], pipeline=pipeline, memory=2 << 20)
     node = harness.start_node(config, "c0")
     with harness.running(node):
         asyncio.run(_trace(config, node, tmp_path / "trace.json"))

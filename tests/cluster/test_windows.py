@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lamina.config import PipelineConfig
 from tests import harness
 from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
@@ -24,16 +25,16 @@ REQUESTS, NEW_TOKENS = 6, 400
     ],
 )
 def test_long_answers_hold_a_window_each(
-    partition: str, compute: list[str | None], agreement: Agreement, tmp_path: Path
+    partition: str, compute: list[None], agreement: Agreement, tmp_path: Path
 ) -> None:
     """All layers have a window of 16 tokens: nobody has to give way, though all answers together would not fit."""
     checkpoint = FAMILIES["mistral"].save(tmp_path / "checkpoint")
     oracle, chosen = Oracle(checkpoint), random.Random(3)
     prompts = [[chosen.randrange(VOCABULARY) for _ in range(chosen.randint(1, 40))] for _ in range(REQUESTS)]
-    sections = f'[pipeline]\nbatches = 2\nmax_batch = 4\nprefill_tokens = 24\npartition = "{partition}"'
-    memory = "288KiB" if partition == "heads" else "576KiB"
+    pipeline = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, partition=partition)
+    memory = (288 if partition == "heads" else 576) << 10
     ports = harness.free_ports(2)
-    config = harness.write_config(tmp_path, checkpoint, ports, sections=sections, memory=memory, compute=compute)
+    config = harness.write_config(tmp_path, checkpoint, ports, pipeline=pipeline, memory=memory, compute=compute)
     nodes = {node.name: harness.start_node(config, node.name) for node in config.node}
 
     async def main() -> None:

@@ -67,7 +67,7 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[AdminClient |
     item = f"node {node.name}"
     place = f"{node.role} node at {node.address}"
     try:
-        client = await AdminClient.connect(node.listen, config.options(), name="doctor", deadline_s=REACH_S)
+        client = await AdminClient.connect(node.address, config.options(), name="doctor", deadline_s=REACH_S)
     except HandshakeError as e:
         hint = next((hint for word, hint in _HINTS.items() if word in str(e)), "something else listens there")
         return None, Finding(item, "fail", f"{place}: reached by TCP, but {_reason(e, node)}", hint)
@@ -99,7 +99,7 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[AdminClient |
 
 
 def _reason(error: LaminaError, node: NodeConfig) -> str:
-    return str(error).removeprefix(f"{node.listen}: ")
+    return str(error).removeprefix(f"{node.address}: ")
 
 
 # -- how fast
@@ -123,7 +123,7 @@ async def _measure(config: ClusterConfig, name: str, client: AdminClient | None,
         async with asyncio.timeout(CONNECT_S + 2 * MEASURE_S):
             if client is None:
                 probed = await measure(
-                    Sockets(), node.listen, "doctor", replace(config.options(config.front), kind=kind)
+                    Sockets(), node.address, "doctor", replace(config.options(config.front), kind=kind)
                 )
             else:
                 probed = await client.probe(node.name, kind)
@@ -140,7 +140,7 @@ async def _measure(config: ClusterConfig, name: str, client: AdminClient | None,
         p50_us=probed.p50_s * 1e6,
         p99_us=probed.p99_s * 1e6,
         gb_per_s=probed.bytes_per_s / 1e9,
-        error=probed.error.removeprefix(f"{node.listen}: "),
+        error=probed.error.removeprefix(f"{node.address}: "),
     )
 
 
@@ -165,7 +165,7 @@ def _enough(config: ClusterConfig, pairs: list[Pair], step_ms: float) -> Iterato
         model = report(config.model_path, config.model.dtype, batch, step_ms)
         shares = _shares(Checkpoint.open(config.model_path, config.model.dtype), config)
     except CheckpointError as e:
-        state: State = "fail" if is_here(config.front.listen) else "warn"
+        state: State = "fail" if is_here(config.front.address) else "warn"
         yield Finding("minimum bandwidth", state, str(e), "run the doctor on a machine that has the model")
         return
     needed = model.bandwidth / 1e9

@@ -115,7 +115,7 @@ def numa(config: ClusterConfig | None) -> Iterator[Finding]:
         return
     state: State = "ok"
     advice = "run one memory node per NUMA node, each with numa = N (or --numa) and the cpus of that node"
-    if config and any(is_here(n.listen) and n.numa is None and n.cpus is None for n in config.memory_nodes):
+    if config and any(is_here(n.address) and n.numa is None and n.cpus is None for n in config.memory_nodes):
         state = "warn"
     yield Finding("NUMA", state, f"{len(nodes)} NUMA nodes: {', '.join(map(str, nodes))}", advice)
 
@@ -171,10 +171,10 @@ def _limit(value: int) -> str:
 
 
 def gpus(config: ClusterConfig | None) -> Iterator[Finding]:
-    wanted = config is not None and (config.front.device or "cpu").startswith("cuda")
+    wanted = config is not None and config.front.device.startswith("cuda")
     devices = sorted(p.name for p in Path("/dev").glob("nvidia[0-9]*"))
     if not devices:
-        if wanted and config and is_here(config.front.listen):
+        if wanted and config and is_here(config.front.address):
             found = f"none, but {config.front.name} asks for {config.front.device}"
             yield Finding("GPU", "fail", found, "install the driver, or choose another device")
         else:

@@ -1,0 +1,1 @@
+"""This package has the backend for CUDA devices, over FlashInfer's kernels."""

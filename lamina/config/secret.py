@@ -1,0 +1,51 @@
+"""The cluster secret, in a file that only its owner may read."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from lamina.errors import ConfigError
+from lamina.transport.options import MAX_SECRET_BYTES, MIN_SECRET_BYTES
+
+
+def read_secret(path: Path) -> bytes:
+    """The cluster secret in a file that only its owner may read; one newline at its end does not count."""
+    try:
+        # Opening a pipe would wait for a writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise ConfigError(f"{path} is not a regular file")
+            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise ConfigError(
+                    f"{path} is open to others (mode {stat.S_IMODE(mode):04o}); let its owner alone read it: "
+                    f"chmod 600 {path}"
+                )
+            secret = file.read(MAX_SECRET_BYTES + 2)
+    except OSError as e:
+        hint = f"; `lamina secret {path}` makes a new one" if isinstance(e, FileNotFoundError) else ""
+        raise ConfigError(f"{path} cannot be read: {e.strerror}{hint}") from e
+    except ValueError as e:  # a name that no file can have
+        raise ConfigError(f"{str(path)!r} cannot be read: {e}") from e
+    secret = secret.removesuffix(b"\n")
+    if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
+        size = f"{len(secret)} bytes" if len(secret) <= MAX_SECRET_BYTES else "more"
+        raise ConfigError(f"{path}: expected a secret of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes, got {size}")
+    return secret
+
+
+def write_secret(path: Path) -> None:
+    """Make a file with a new random secret that only its owner may read. ConfigError if there is one already."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as e:
+        raise ConfigError(
+            f"{path} exists already and is not overwritten: nodes that know the old secret need it"
+        ) from e
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")

@@ -1,0 +1,149 @@
+"""A whole cluster on one virtual clock: the real nodes, with devices and a network that are modelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+
+from lamina.admin import AdminClient
+from lamina.attention import BackendFactory
+from lamina.client import Client
+from lamina.config import ClusterConfig, NodeConfig
+from lamina.errors import LaminaError, NodeError
+from lamina.node.compute import ComputeNode
+from lamina.node.memory import MemoryNode
+from lamina.node.model import OpenModel
+from lamina.runtime.spans import Place
+from lamina.sim.world import World
+from lamina.transport import Hello
+from lamina.wire.admin import Status
+
+ASK_EVERY_S = 0.05
+"""Virtual seconds between two questions whether the cluster is ready."""
+REACH_S = 60.0
+"""Virtual seconds that a node may take to listen."""
+
+NodeSeconds = Callable[[NodeConfig], Callable[[str, Place | None], float]]
+"""How long the operations of a node's device take, by the node: then by the operation's name and place."""
+
+
+def instant(node: NodeConfig) -> Callable[[str, Place | None], float]:
+    """Operations that take no time."""
+    return lambda name, at: 0.0
+
+
+class SimCluster:
+    """All nodes of a cluster file in one process. They are those that real clusters run, on the loop of ``world``.
+
+    ``open_model`` gives every compute node its model, ``backend`` every memory node its attention, and ``seconds`` says
+    how long operations take. ``ended`` says of the nodes that have ended how they did: with None, or an error.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        config: ClusterConfig,
+        *,
+        open_model: OpenModel,
+        backend: BackendFactory | None = None,
+        seconds: NodeSeconds = instant,
+    ) -> None:
+        self.world = world
+        self.config = config
+        self.ended: dict[str, BaseException | None] = {}
+        self._open_model = open_model
+        self._backend = backend
+        self._seconds = seconds
+        self._running: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
+
+    async def start(self, name: str) -> None:
+        """Start one node, also one that has ended before."""
+        node = self.config.find(name)
+        device = self.world.device(name, self._seconds(node))
+        network = self.world.network
+        serving: ComputeNode | MemoryNode
+        if node.role == "compute":
+            serving = ComputeNode(self.config, node, device=device, network=network, open_model=self._open_model)
+        else:
+            options = self.config.options(node)
+            serving = MemoryNode(node, options, device=device, network=network, backend=self._backend)
+        stopping = asyncio.Event()
+        task = asyncio.get_running_loop().create_task(serving.serve(stopping), name=name)
+        self.ended.pop(name, None)
+        self._running[name] = task, stopping
+        task.add_done_callback(lambda done: self._note_end(name, done))
+
+    def _note_end(self, name: str, task: asyncio.Task[None]) -> None:
+        self.ended[name] = asyncio.CancelledError() if task.cancelled() else task.exception()
+
+    async def ready(self) -> Status:
+        """Wait until the front takes requests; its status. NodeError if a node ends before."""
+        async with await self.admin(self.config.front.name) as front:
+            while (status := await front.status()).state != "ready":
+                self.check()
+                await asyncio.sleep(ASK_EVERY_S)
+            return status
+
+    def check(self) -> None:
+        """Raise the error of a node that has ended with one."""
+        for name, error in self.ended.items():
+            if error is not None:
+                raise error if isinstance(error, LaminaError) else NodeError.failed("", name, error)
+
+    async def admin(self, name: str) -> AdminClient:
+        """Ask a node."""
+        return await AdminClient.connect(
+            self.config.find(name).address,
+            self.config.options(),
+            name="sim",
+            deadline_s=REACH_S,
+            network=self.world.network,
+        )
+
+    async def status(self, name: str) -> Status:
+        """What a node says of itself now."""
+        async with await self.admin(name) as node:
+            return await node.status()
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
+        """A client of the front."""
+        hello = Hello("client", "client")
+        link = await self.world.network.connect(
+            self.config.front.address, hello, self.config.options(), deadline_s=REACH_S
+        )
+        client = Client(link)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    def kill(self, name: str) -> None:
+        """The node's process is gone, as by a signal that it cannot catch."""
+        task, _ = self._running.pop(name)
+        self.world.network.kill(name)
+        task.cancel()
+
+    async def stop(self, name: str) -> None:
+        """Tell a node to stop, and wait until it has."""
+        task, stopping = self._running.pop(name)
+        stopping.set()
+        await asyncio.wait((task,))
+
+    async def stop_all(self) -> Mapping[str, BaseException | None]:
+        """Stop all nodes that run, compute nodes first; how each one ended."""
+        for role in ("compute", "memory"):
+            names = [n.name for n in self.config.node if n.role == role and n.name in self._running]
+            await asyncio.gather(*(self.stop(name) for name in names))
+        return self.ended
+
+    async def __aenter__(self) -> SimCluster:
+        for node in self.config.node:
+            await self.start(node.name)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task, _stopping in self._running.values():
+            task.cancel()
+        await asyncio.gather(*(task for task, _ in self._running.values()), return_exceptions=True)

@@ -1,0 +1,117 @@
+"""What is under way between the ends of links, in the order in which it arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple, Protocol
+
+from lamina.sim.loop import VirtualLoop
+
+# Plain integers: comparing members of an enum takes longer than all else that is done with them. The first two are the
+# numbers of the lanes.
+DECODE, BULK, MESSAGE, REGION, BYE, GONE, LOST = range(7)
+"""A write on either lane; a control message; a region that was exposed; the goodbye of an end that closes, and the
+answer to it; the word that the other end is there no more."""
+
+
+class Receiver(Protocol):
+    """The end of a link at which something arrives."""
+
+    def arrive(self, delivery: Delivery) -> None:
+        """Take what is due now. Never raises."""
+
+
+class Delivery(NamedTuple):
+    """Something that is under way. Deliveries sort by the moment they are due, then by the order of sending."""
+
+    due_s: float
+    number: int
+    receiver: Receiver
+    kind: int
+    left_s: float
+    """When the last byte leaves the sender, which may end from then on without harm to this delivery."""
+    nbytes: int
+    tag: int = 0
+    """Of a write; the key of a region."""
+    offset: int = 0
+    target: memoryview | None = None
+    """The region that a write is for."""
+    pieces: Sequence[memoryview] = ()
+    """What is written. The bytes are the sender's until they arrive: what it does to them meanwhile is what arrives."""
+    body: bytes = b""
+    """A control message, encoded."""
+
+
+class Deliveries:
+    """All that is under way in a network: one heap, and one timer of the loop for the next moment something is due.
+
+    Whatever is due at one moment is delivered in one callback, so a write costs the loop much less than one.
+    """
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        self.loop = loop
+        self.next_number = itertools.count(1).__next__
+        self._heap: list[Delivery] = []
+        self._timer: asyncio.Handle | None = None
+        self._timer_s = math.inf
+
+    def push(self, delivery: Delivery) -> None:
+        """Have ``delivery`` arrive when it is due, never from within this call."""
+        heappush(self._heap, delivery)
+        if delivery.due_s < self._timer_s:
+            self._set_timer(delivery.due_s)
+
+    def push_again(self, held: Iterable[Delivery]) -> None:
+        """Have deliveries that could not be taken when they were due arrive in the next round, in their order."""
+        now = self.loop.time()
+        for delivery in held:
+            self.push(delivery._replace(due_s=now))
+
+    def sender_ended(self, receiver: Receiver) -> float:
+        """The end that sends to ``receiver`` is there no more: what has not left it never arrives.
+
+        All else does, with the bytes that are there now. Returns when the last of it does.
+        """
+        now = self.loop.time()
+        kept = []
+        last_s = now
+        for delivery in self._heap:
+            if delivery.receiver is receiver:
+                if delivery.left_s > now:
+                    continue
+                last_s = max(last_s, delivery.due_s)
+                delivery = copied(delivery)
+            kept.append(delivery)
+        self._heap[:] = kept  # in place: this may be called from within a delivery
+        heapify(self._heap)
+        return last_s
+
+    def _set_timer(self, due_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(due_s, self._deliver)
+        self._timer_s = due_s
+
+    def _deliver(self) -> None:
+        self._timer, self._timer_s = None, math.inf
+        heap = self._heap
+        now = self.loop.time()
+        # What is sent from within waits for the next round, so that two ends that answer each other at once leave the
+        # loop to others as well.
+        behind = self.next_number()
+        while heap and heap[0].due_s <= now and heap[0].number < behind:
+            delivery = heappop(heap)
+            delivery.receiver.arrive(delivery)
+        if heap and heap[0].due_s < self._timer_s:
+            self._set_timer(heap[0].due_s)
+
+
+def copied(delivery: Delivery) -> Delivery:
+    """The same, with bytes of its own."""
+    if not delivery.pieces:
+        return delivery
+    return delivery._replace(pieces=[memoryview(b"".join(delivery.pieces))])
