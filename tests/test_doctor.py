@@ -133,7 +133,7 @@ def test_ports_are_told_as_the_kernel_knows_them(
 def test_rdma_that_is_demanded_must_be_there(tmp_path: Path) -> None:
     """Red, and not only a remark."""
     (none,) = machine.rdma_devices(demanded=True, root=tmp_path)
-    assert (none.state, none.found) == ("fail", "the kernel knows none")
+    assert (none.state, none.found) == ("fail", "the kernel lists none")
     root = put(tmp_path, {**ROCE, f"{PORT}/state": "1: DOWN"})
     (root / "dev/infiniband/uverbs0").unlink()
     findings = {f.item: f for f in machine.rdma_devices(demanded=True, root=root)}
@@ -184,10 +184,10 @@ def test_nothing_runs_yet(tmp_path: Path) -> None:
     for name, role, state in (("c0", "compute", "warn"), ("m0", "memory", "fail"), ("m1", "memory", "fail")):
         found = line(facts, f"node {name}")
         assert found["state"] == state
-        assert f"{role} node at {config.find(name).address}: nobody listens there" in found["found"]
+        assert f"{role} node at {config.find(name).address}: no process listens there" in found["found"]
         assert f"lamina node --role {role} --config {config.file} --name {name}" in found["do"]
     assert facts["pairs"] == []
-    assert re.search(r"[\d.]+ GB/s over all memory nodes, for batch 64", line(facts, "least bandwidth")["found"])
+    assert re.search(r"[\d.]+ GB/s over all memory nodes, for batch 64", line(facts, "minimum bandwidth")["found"])
 
 
 def test_memory_nodes_alone_are_measured_from_here(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_memory_nodes_alone_are_measured_from_here(tmp_path: Path) -> None:
         assert 1 < pair["p50_us"] <= pair["p99_us"] < 1e6
         assert 0.01 < pair["gb_per_s"] < 1000
     assert line(facts, "bandwidth to m0")["state"] == "fail"
-    assert "its share of the least is" in line(facts, "bandwidth to m0")["found"]
+    assert "its share of the minimum is" in line(facts, "bandwidth to m0")["found"]
 
 
 def test_a_running_cluster_is_measured_by_its_compute_node(tmp_path: Path) -> None:
@@ -271,10 +271,10 @@ def test_strangers_and_others(tmp_path: Path) -> None:
     assert line(facts, "node m1")["state"] == "fail"
     assert line(facts, "node m2")["state"] == "fail"
     assert "a compute node answers, c0" in line(facts, "node m2")["found"]
-    assert "nobody listens there" in line(facts, "node m3")["found"]
+    assert "no process listens there" in line(facts, "node m3")["found"]
     assert facts["pairs"] == []
     # One memory node per KV head at most, of which this model has four.
-    assert line(facts, "least bandwidth")["state"] == "ok"
+    assert line(facts, "minimum bandwidth")["state"] == "ok"
 
 
 async def _until_listening(*nodes: Any) -> None:

@@ -34,9 +34,9 @@ log = logging.getLogger("lamina.cluster")
 
 ASK_EVERY_S = 0.25
 BLAME_AFTER_S = 1.0
-"""How long a node that has failed by itself must wait for a better explanation: one that was killed or fell silent."""
+"""How long the exit of a node waits for a better explanation, such as another node that was killed or fell silent."""
 KILL_AFTER_S = 5.0
-"""How long a process may take to end once it has drained, or once it need not."""
+"""How long a process may take to end after it has drained, or if it need not drain."""
 
 
 def local_config(
@@ -44,8 +44,8 @@ def local_config(
 ) -> ClusterConfig:
     """Write ``folder``/cluster.toml: one compute node and ``memory_nodes`` memory nodes on free ports of this machine.
 
-    Each memory node has ``memory`` bytes of KV cache. Each node computes with one thread, as all share the machine's
-    cores.
+    Each memory node has ``memory`` bytes of KV cache. Each node computes with one thread, as the nodes share the
+    machine's cores.
     """
     front, *others = free_addresses(1 + memory_nodes)
     return write_cluster(
@@ -59,23 +59,23 @@ def local_config(
 
 
 def free_addresses(count: int) -> list[Address]:
-    """Addresses of this machine, out of reach of others, on ports that no process listens on."""
+    """Return loopback addresses of this machine, with ports on which no process listens."""
     return [Address("tcp", "127.0.0.1", port) for port in free_ports(count)]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that no process listens on."""
+    """Return ports of the loopback address on which no process listens."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [s.getsockname()[1] for s in sockets]
 
 
 class Cluster:
-    """The processes of a cluster, as a context manager: leaving it leaves none behind.
+    """The processes of a cluster, as a context manager that ends all of them.
 
-    Nodes whose file does not say how many ``threads`` they use get an equal share of this machine's cores.
-    ``log_file`` takes the nodes' logs, by default this process's standard error. ``on_change`` is called whenever a
-    node's state has changed. ``failed`` gets a NodeError when a node dies or falls silent.
+    Nodes without ``threads`` in the file get an equal share of this machine's cores. ``log_file`` receives the logs of
+    the nodes, by default this process's standard error. ``on_change`` is called after a node's state has changed.
+    ``failed`` gets a NodeError when a node dies or falls silent.
     """
 
     def __init__(
@@ -106,18 +106,18 @@ class Cluster:
         await self.stop(drain=False)
 
     async def ready(self) -> None:
-        """Wait until every node is ready. NodeError if one fails first; bounded by the nodes' own deadlines."""
+        """Wait until every node is ready, within the nodes' own deadlines. NodeError if a node fails first."""
         while any(state != "ready" for state in self.states.values()):
             done, _ = await asyncio.wait({self.failed}, timeout=ASK_EVERY_S / 4)
             if done:
                 self.failed.result()
 
     async def statuses(self) -> dict[str, Status]:
-        """What every node says of itself now, by name."""
+        """Ask all nodes for their status, and return the answers by name."""
         return {name: await monitor.status() for name, monitor in self._monitors.items()}
 
     async def stop(self, *, drain: bool) -> None:
-        """End all processes: compute nodes first, and with ``drain`` after they have answered what they were asked."""
+        """End all processes, compute nodes first; with ``drain`` they finish their requests before."""
         self._stopping = True
         patience = DRAIN_TIMEOUT_S if drain else 0.0
         for role in ("compute", "memory"):
@@ -132,11 +132,11 @@ class Cluster:
             monitor.abort("the cluster is stopped")
 
     def command(self, node: NodeConfig) -> list[str]:
-        """The arguments that make this Python run ``node``."""
+        """Return the arguments with which this Python runs ``node``."""
         return ["-m", "lamina", "node", "--role", node.role, "--config", str(self._config.file), "--name", node.name]
 
     async def _spawn(self, node: NodeConfig) -> Process:
-        # Nodes that share a machine share its cores: given all of them each, their threads wait for each other.
+        # Nodes on one machine share its cores; with all cores each, their threads would wait for each other.
         share = max(1, len(os.sched_getaffinity(0)) // len(self._config.node))
         environment = {"OMP_NUM_THREADS": str(share), **os.environ}
         return await asyncio.create_subprocess_exec(
@@ -145,7 +145,7 @@ class Cluster:
             stdin=asyncio.subprocess.DEVNULL,
             stderr=self._log_file,
             env=environment,
-            # A session of its own keeps Ctrl-C of the terminal from it: it is stopped in order, not all at once.
+            # In a session of its own the node does not get Ctrl-C of the terminal, so that nodes stop in order.
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
@@ -155,7 +155,7 @@ class Cluster:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         self._set(node.name, how)
         if status > 0:
-            # It may have ended because another one is silent, which is found here as fast as there, but not faster.
+            # It may have ended because another node is silent, which this process notices no sooner than the node.
             await asyncio.sleep(BLAME_AFTER_S)
         self._fail(NodeError(f"node {node.name} {how}", node=node.name))
 
@@ -172,7 +172,7 @@ class Cluster:
         except ConnectError as e:
             self._fail(NodeError(f"node {node.name} does not answer: {e}", node=node.name))
         except LaminaError as e:
-            # A process that has ended says more than its broken link: give its exit status time to come.
+            # The exit status of a process says more than its broken link, so wait for it.
             await asyncio.sleep(ASK_EVERY_S)
             self._set(node.name, "lost")
             self._fail(NodeError(f"node {node.name} was lost: {e}", node=node.name))
@@ -185,12 +185,12 @@ class Cluster:
     def _fail(self, error: NodeError) -> None:
         if not self.failed.done() and not self._stopping:
             self.failed.set_exception(error)
-            self.failed.exception()  # whoever waits is told; nobody has to
+            self.failed.exception()  # mark the error as seen, as no task may be waiting for it
 
 
 async def _end(process: Process, patience_s: float) -> None:
-    """Ask a process to stop, and kill it if it does not within ``patience_s``."""
-    for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process takes the first with the second
+    """Ask a process to stop, and kill it if it has not stopped within ``patience_s``."""
+    for number in (signal.SIGTERM, signal.SIGCONT):  # a suspended process gets the first signal after the second
         if process.returncode is None:
             process.send_signal(number)
     try:
@@ -203,6 +203,6 @@ async def _end(process: Process, patience_s: float) -> None:
 
 
 def _die_with_parent() -> None:
-    """In the child: be told to stop when the parent dies, however it dies (Linux)."""
+    """Make the kernel stop this child process when its parent dies (Linux)."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

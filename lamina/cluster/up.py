@@ -1,6 +1,6 @@
-"""``lamina up``: all nodes of a cluster file on this machine, until Ctrl-C or until one of them dies.
+"""``lamina up``: all nodes of a cluster file on this machine, until Ctrl-C or until a node dies.
 
-The first Ctrl-C lets the nodes finish their answers, a second one does not.
+The first Ctrl-C lets the nodes finish their answers; the second one stops them at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger("lamina.up")
 
 
 def run(config: ClusterConfig) -> int:
-    """Start, show states, stop; the exit status of the command. NodeError names the node that ended it."""
+    """Start the nodes, show their states, and stop them. Return the exit status. NodeError names a node that died."""
     logs.configure("up")
     return int(uvloop.run(_main(config)))
 

@@ -1,1 +1,1 @@
-"""A small trained checkpoint that ships with the package, the stories it learned from, and the script that made it."""
+"""A small trained checkpoint that ships with the package, the stories it is trained on, and its training script."""

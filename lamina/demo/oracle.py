@@ -1,7 +1,7 @@
-"""The same checkpoint and prompt in ``transformers`` alone, in this process: what the cluster must reproduce.
+"""The same checkpoint and prompt in ``transformers`` alone, in this process, which the cluster must reproduce.
 
 ``python -m lamina.demo.oracle CHECKPOINT PROMPT TOKENS`` prints the ids of at most TOKENS generated tokens as
-a JSON list, with the end-of-sequence token if the model ends its answer before.
+a JSON list, including the end-of-sequence token if the model ends its answer earlier.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Turn the module of a checkpoint into one graph of operators, without its weights.
 
-The module is built and traced on the meta device, so that capturing takes a second and no memory, whatever the
-size of the model. Tokens T and sampled rows S stay symbolic: one graph serves every batch.
+The module is built and traced on the meta device, so that capturing takes a second and no memory for a model of any
+size. The numbers of tokens T and of sampled rows S stay symbolic, so that one graph serves every batch.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 class Capture:
     """A captured model.
 
-    ``graph`` computes logits [1, S, vocabulary] from ``inputs`` (token ids [1, T], positions [1, T], sampled
+    ``graph`` computes the logits [1, S, vocabulary] from ``inputs`` (token ids [1, T], positions [1, T], sampled
     rows [S]) and ``tensors`` (its other placeholders, with the names of parameters or buffers). ``attentions``
-    are the attention nodes, one per layer, and ``shapes`` says what each of them computes. ``module`` is the
-    meta module, which the weights are loaded by.
+    holds the attention nodes, one per layer, and ``shapes`` the shape of each. ``module`` is the module on the meta
+    device, which determines how the weights are loaded.
     """
 
     checkpoint: Checkpoint
@@ -51,7 +51,7 @@ class Capture:
 
 
 def capture(checkpoint: Checkpoint) -> Capture:
-    """Capture the decoder of ``checkpoint``; UnsupportedModelError names what Lamina cannot represent."""
+    """Capture the decoder of ``checkpoint``. UnsupportedModelError names what Lamina cannot represent."""
     path, kind = checkpoint.path, checkpoint.config.model_type
     with refusing(path, f"{kind} cannot be built by the transformers library"):
         _check_config(checkpoint.config)
@@ -77,17 +77,17 @@ def capture(checkpoint: Checkpoint) -> Capture:
 
 
 def _check_config(config: Any) -> None:
-    """Refuse by name what would otherwise fail with an obscure message, deep inside the library."""
+    """Refuse, by name, models that would otherwise fail deep inside the library with an obscure message."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; Lamina decodes decoders only")
+        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; Lamina supports decoders only")
     text = config.get_text_config()
     if others := set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise UnsupportedModelError(f"layers of type {', '.join(sorted(others))} cannot be represented")
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if architecture is None:
-        raise UnsupportedModelError(f"{config.model_type} is no causal language model of the transformers library")
+        raise UnsupportedModelError(f"{config.model_type} is not a causal language model of the transformers library")
     if not architecture._supports_attention_backend:
         raise UnsupportedModelError(
             f"{architecture.__name__} does not route attention through the attention interface of the transformers "
@@ -121,7 +121,7 @@ def _meta_module(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 class _Logits(nn.Module):
-    """The part of the library's call that decoding uses: token ids, positions and rows in, logits out."""
+    """The part of the library's interface that decoding uses: from token ids, positions and rows to logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def _export(module: PreTrainedModel) -> torch.export.ExportedProgram:
     ids = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device="meta")
     sampled = torch.zeros(_TRACED_ROWS, dtype=torch.long, device="meta")
     with torch.no_grad(), warnings.catch_warnings():
-        # torch's own deprecated calls; nothing that a caller could change.
+        # Torch warns about deprecated calls of its own, which a caller cannot change.
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.export.export(
             _Logits(module),
@@ -147,7 +147,7 @@ def _export(module: PreTrainedModel) -> torch.export.ExportedProgram:
             strict=False,
         )
         if any(_is_mutable(node) for node in program.graph.nodes):
-            # Operators that write in place would tie nodes together in ways which no edge shows.
+            # Operators that write in place would tie nodes together without an edge.
             program = program.run_decompositions({})
     return program
 
@@ -157,18 +157,18 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 def _normalise(graph: fx.Graph) -> None:
-    """Drop what changes nothing and what nobody uses, and compute once what is computed alike."""
+    """Remove nodes that change nothing or are unused, and merge nodes that compute the same value."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
     same: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         if node.target is torch.ops.aten.view.default:
-            # A view holds for the strides of the traced values; what crosses a cut may be laid out otherwise.
+            # A view depends on the strides of the traced values, and a value that crosses a cut may have others.
             node.target = torch.ops.aten.reshape.default
         if _changes_nothing(node):
             _replace(node, node.args[0])
         elif node.op == "call_function":
-            # Every layer asks again for the mask or the rotary angles in its own type.
+            # Every layer computes the mask and the rotary angles again.
             original = same.setdefault((node.target, str(node.args), str(node.kwargs)), node)
             if original is not node:
                 _replace(node, original)
@@ -185,7 +185,7 @@ def _normalise(graph: fx.Graph) -> None:
 
 
 def _changes_nothing(node: fx.Node) -> bool:
-    """Whether a node is a conversion to the type that its input has already, or a dropout (of training)."""
+    """Return whether a node is a dropout, or a conversion to the type that its input already has."""
     if node.target is torch.ops.aten.to.dtype and len(node.args) == 2:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -199,7 +199,7 @@ def _replace(node: fx.Node, other: Any) -> None:
 
 
 def _check_layers(config: Any, layers: list[Any]) -> None:
-    """Every layer must be attention: other token mixers keep a state that nobody would hold."""
+    """Check that every layer is attention, as Lamina cannot hold the state of other token mixers."""
     expected = config.get_text_config().num_hidden_layers
     if layers != list(range(expected)):
         raise UnsupportedModelError(f"expected one attention in each of {expected} layers, found it in layers {layers}")
@@ -208,7 +208,7 @@ def _check_layers(config: Any, layers: list[Any]) -> None:
 def _placeholders(
     graph: fx.Graph, signature: torch.export.ExportGraphSignature
 ) -> tuple[tuple[fx.Node, ...], dict[fx.Node, str]]:
-    """The inputs of a step, and the names of the parameters and buffers."""
+    """Return the inputs of a step, and the names of the parameters and buffers."""
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     inputs, tensors = [], {}
     for node in graph.find_nodes(op="placeholder"):

@@ -16,15 +16,15 @@ from lamina.model.library import refusing
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Numbers of each tensor that the fingerprint reads: within one page of the file.
+# How many numbers of each tensor the fingerprint reads; they lie within one page of the file.
 _SAMPLED = 64
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint directory, opened and checked but with no tensor read.
+    """One checkpoint directory, opened and checked, before any tensor is read.
 
-    ``config`` is the library's configuration object, ``dtype`` the type the model runs in.
+    ``config`` is the library's configuration object, and ``dtype`` the data type that the model runs in.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path, dtype: str | None = None) -> Checkpoint:
-        """Read config.json of ``path``. ``dtype`` None takes the type in which the checkpoint was stored."""
+        """Read config.json in ``path``. ``dtype`` None selects the type in which the checkpoint is stored."""
         from transformers import AutoConfig
 
         path = Path(path)
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @cached_property
     def tensor_files(self) -> dict[str, Path]:
-        """Tensor name -> safetensors file, from the file itself or from the index of a sharded checkpoint."""
+        """The safetensors file of each tensor, from the file itself or from the index of a sharded checkpoint."""
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             weight_map = _read_json(index).get("weight_map")
@@ -71,7 +71,7 @@ class Checkpoint:
         single = self.path / "model.safetensors"
         if not single.is_file():
             other = min((p.name for p in self.path.glob("*.bin")), default=None)
-            hint = f"; {other} is a pickle and never read, convert it to safetensors" if other else ""
+            hint = f"; {other} is a pickle, which Lamina never reads; convert it to safetensors" if other else ""
             raise CheckpointError(
                 f"{self.path}: neither model.safetensors nor model.safetensors.index.json found{hint}"
             )
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @contextmanager
     def tensors(self) -> Iterator[dict[str, Any]]:
-        """Tensor name -> lazily read slice of its file; valid inside the ``with`` block."""
+        """Yield for each tensor a slice of its file, which is read lazily; it is valid inside the ``with`` block."""
         from safetensors import SafetensorError
 
         with ExitStack() as stack:
@@ -97,10 +97,10 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the configuration and of every tensor's name, type, shape and first numbers.
+        """A hash of the configuration and of every tensor's name, type, shape and first numbers.
 
-        Equal for copies of a model, sharded alike or not, and different for its fine-tunes; reading all weights would
-        take as long as loading them.
+        It is equal for copies of a model, also if they are sharded differently, and differs for fine-tuned models. It
+        does not cover all weights, because reading them takes as long as loading them.
         """
         import torch
 
@@ -115,7 +115,7 @@ class Checkpoint:
 
     @cached_property
     def max_context(self) -> int:
-        """The longest context, in tokens, that the model was made for."""
+        """The longest context, in tokens, that the model supports."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int) or limit < 1:
             raise UnsupportedModelError(f"{self.path / 'config.json'}: max_position_embeddings is missing")
@@ -123,13 +123,13 @@ class Checkpoint:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Token ids are below this."""
+        """The size of the vocabulary; all token ids are smaller."""
         size: int = self.config.get_text_config().vocab_size
         return size
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
-        """Token ids that end a sequence: of generation_config.json if there is one, else of config.json."""
+        """The token ids that end a sequence, from generation_config.json if it exists, else from config.json."""
         generation = self.path / "generation_config.json"
         raw = _read_json(generation) if generation.exists() else {}
         ids = raw.get("eos_token_id", getattr(self.config.get_text_config(), "eos_token_id", None))

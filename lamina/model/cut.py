@@ -1,10 +1,10 @@
-"""Cut a graph at its attention nodes into slices, with as little to carry between them as possible.
+"""Cut a graph at its attention nodes into slices that hand each other as few bytes as possible.
 
 This follows section 4.2 of "Efficient Heterogeneous Large Language Model Decoding with Model-Attention
 Disaggregation" (arXiv 2405.01814): without an attention operator the graph stays connected through the residual,
-and the minimum weighted cut of what remains says what the next slice must be given. Nodes that no attention input
-needs before the cut may fall on either side of it; the cheapest side wins, and on a tie the earlier one, because
-work before the cut runs while the memory nodes attend.
+and the minimum weighted cut of the rest determines what the next slice must receive. Nodes that no attention input
+needs before the cut may run on either side of it. The cheaper side wins, and on a tie the earlier one, because work
+before the cut runs while the memory nodes attend.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ N = TypeVar("N", bound=Hashable)
 class SlicePlan(Generic[N]):
     """The nodes of one slice in order of execution.
 
-    ``head`` is what q needs (in the last slice: all of it), ``tail`` the rest. ``carry`` are the nodes whose
-    values the next slice is given; empty in the last slice.
+    ``head`` holds the nodes that q needs (all nodes in the last slice), and ``tail`` the others. ``carry`` holds the
+    nodes whose values the next slice receives; it is empty in the last slice.
     """
 
     head: tuple[N, ...]
@@ -32,7 +32,7 @@ class SlicePlan(Generic[N]):
 
 @dataclass(frozen=True)
 class Boundary(Generic[N]):
-    """One attention: the nodes of its inputs and the node of its output."""
+    """One attention operator: the nodes of its inputs and the node of its output."""
 
     q: N
     k: N
@@ -49,9 +49,9 @@ def cut(
 ) -> list[SlicePlan[N]]:
     """Divide a graph into ``len(boundaries) + 1`` slices.
 
-    ``order`` lists all nodes, attention outputs among them, in a topological order; ``inputs_of`` gives the nodes that
-    a node reads; ``nbytes`` what carrying a node's value costs per token, None for one that cannot be carried;
-    ``boundaries`` are in the order of ``order``; ``result`` is the node of the logits.
+    ``order`` lists all nodes in a topological order, including attention outputs. ``inputs_of`` holds the nodes that a
+    node reads, and ``nbytes`` the size of a node's value per token, or None if the value cannot be carried.
+    ``boundaries`` are in the order of ``order``, and ``result`` is the node of the logits.
     """
     attention_of = {boundary.o: level for level, boundary in enumerate(boundaries)}
     # The first slice in which a node can run: one after the last attention that it depends on.
@@ -113,11 +113,11 @@ def _minimum_cut(
     inputs_of: Mapping[N, Sequence[N]],
     nbytes: Mapping[N, int | None],
 ) -> tuple[set[N], set[N]]:
-    """Choose which of ``nodes`` run before the cut: (all nodes before it, those whose values cross it).
+    """Choose which of ``nodes`` run before the cut. Return all nodes before it, and those whose values cross it.
 
-    Maximum flow from the ``fixed`` nodes, which must run before it, to the readers that can only run after it, which
-    the ``exposed`` nodes have. A value is paid for once, however many nodes read it, hence every node is two vertices
-    with its bytes between them; edges without bound keep a node's inputs on its own side or earlier.
+    The cut comes from the maximum flow from the ``fixed`` nodes, which must run before it, to the readers of the
+    ``exposed`` nodes, which can only run after it. A value counts once, even if many nodes read it; hence every node is
+    two vertices with its bytes between them. Unbounded edges keep a node's inputs on its own side or earlier.
     """
     inside = set(nodes)
     flow = _Flow()
@@ -139,7 +139,7 @@ def _minimum_cut(
 
 
 class _Flow:
-    """Maximum flow by shortest augmenting paths (Edmonds and Karp); a capacity of None is without bound."""
+    """Maximum flow by shortest augmenting paths (Edmonds and Karp); a capacity of None is unbounded."""
 
     def __init__(self) -> None:
         self._left: dict[Hashable, dict[Hashable, float]] = {"source": {}, "sink": {}}
@@ -172,7 +172,7 @@ class _Flow:
                 self._left[b][a] += amount
 
     def reaching(self, sink: Hashable) -> set[Hashable]:
-        """All vertices from which more could still flow to ``sink``."""
+        """Return all vertices from which more could still flow to ``sink``."""
         found: set[Hashable] = {sink}
         queue = deque([sink])
         while queue:

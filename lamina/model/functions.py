@@ -1,8 +1,8 @@
-"""Make the graph of a part run on a device: with packed products on the CPU, and compiled where that is possible.
+"""Turn the graph of a part into a function of a device, with packed products on the CPU, and compiled if possible.
 
-Compiling is done by Inductor, directly on the graph: its symbolic sizes are those of the capture, so that one function
-serves any number of tokens, and no guards are checked when it is called. What Inductor makes of a graph it keeps in the
-user's cache, by the text of the graph.
+Inductor compiles the graph directly. The symbolic sizes are those of the capture, so that one function serves any
+number of tokens, and a call checks no guards. Inductor keeps its results in the user's cache, by the text of the
+graph.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ log = logging.getLogger("lamina.model")
 _linear = torch.ops.aten.linear.default
 _product = torch.ops.lamina.product.default
 
-Run = Callable[[list[Any]], Sequence[Any]]
-"""From a list of inputs, which it empties, to the outputs."""
+RunFunction = Callable[[list[Any]], Sequence[Any]]
+"""A function from a list of inputs, which it empties, to the outputs."""
 
 
 @dataclass(frozen=True)
 class Function:
-    """A part on a device. Its inputs begin with weights: of each, the places among the part's own, and if it is packed.
+    """A part on a device. Its inputs begin with weights.
 
-    Several places mean weights that were put together because they are multiplied with the same values.
+    ``weights`` holds, for each of them, its places among the weights of the part, and whether it is packed. Several
+    places mean weights that are concatenated because they are multiplied with the same values.
     """
 
-    run: Run
+    run: RunFunction
     weights: tuple[tuple[tuple[int, ...], bool], ...]
 
     def arrange(
         self, names: Sequence[str], weights: Mapping[str, Tensor], packs: dict[tuple[str, ...], Tensor]
     ) -> tuple[Tensor, ...]:
-        """The part's weights ``names`` as inputs; what ``packs`` has packed already is used again, the rest added."""
+        """Return the weights ``names`` of a part as inputs; ``packs`` holds weights to reuse, and gets the new ones."""
         inputs = []
         for places, packed in self.weights:
             chosen = tuple(names[place] for place in places)
@@ -59,9 +60,9 @@ class Function:
 
 
 def make(graph: fx.Graph, weights: int, device: torch.device, *, name: str, compiled: bool) -> Function:
-    """The function of ``graph``, whose first ``weights`` inputs are weights; ``name`` is for the log.
+    """Return the function of ``graph``, whose first ``weights`` inputs are weights; ``name`` is for the log.
 
-    All tensors that come in lie in row-major order, and so do those that go out.
+    All inputs and outputs that are tensors are in row-major order.
     """
     graph = _placed(graph, device)
     order: list[tuple[tuple[int, ...], bool]] = [((place,), False) for place in range(weights)]
@@ -74,7 +75,7 @@ def make(graph: fx.Graph, weights: int, device: torch.device, *, name: str, comp
 
 
 def _placed(traced: fx.Graph, device: torch.device) -> fx.Graph:
-    """A copy of a graph that was traced on the meta device, to run on ``device``."""
+    """Return a copy, to run on ``device``, of a graph that was traced on the meta device."""
 
     def placed(argument: Any) -> Any:
         return device if isinstance(argument, torch.device) and argument.type == "meta" else argument
@@ -87,9 +88,9 @@ def _placed(traced: fx.Graph, device: torch.device) -> fx.Graph:
 
 
 def _pack(graph: fx.Graph, weights: int) -> list[tuple[tuple[int, ...], bool]]:
-    """Let products of weights that nothing else reads take them packed; returns the new order of the weights.
+    """Make products use packed weights where nothing else reads them, and return the new order of the weights.
 
-    Products of the same values become one, which reads all of their weights, where none has a bias.
+    Products of the same values become one product with all of their weights, unless one of them has a bias.
     """
     placeholders = graph.find_nodes(op="placeholder")
     own = placeholders[:weights]
@@ -143,7 +144,7 @@ def _bias(product: fx.Node) -> fx.Node | None:
 
 
 def _multiply(graph: fx.Graph, members: Sequence[fx.Node], weight: fx.Node) -> None:
-    """Replace the products ``members`` of one value by one with ``weight``."""
+    """Replace the products ``members`` of one value with a single product by ``weight``."""
     first = members[0]
     with graph.inserting_before(first):
         product = graph.call_function(_product, (first.args[0], weight, _bias(first)))
@@ -164,7 +165,7 @@ def _multiply(graph: fx.Graph, members: Sequence[fx.Node], weight: fx.Node) -> N
 
 
 def _reorder(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> None:
-    """Put ``placeholders`` first, in this order."""
+    """Move ``placeholders`` to the front, in this order."""
     first = next(iter(graph.nodes))
     for node in placeholders:
         if node is not first:
@@ -187,7 +188,7 @@ def _make_contiguous(graph: fx.Graph) -> None:
         )
 
 
-def _eager(module: fx.GraphModule) -> Run:
+def _eager(module: fx.GraphModule) -> RunFunction:
     forward = module.forward
 
     def run(inputs: list[Any]) -> Sequence[Any]:
@@ -197,12 +198,12 @@ def _eager(module: fx.GraphModule) -> Run:
     return run
 
 
-def _compile(module: fx.GraphModule, name: str) -> Run | None:
-    """``module`` compiled, or None, with a warning, where that fails."""
+def _compile(module: fx.GraphModule, name: str) -> RunFunction | None:
+    """Compile ``module``; if that fails, log a warning and return None."""
     started = time.perf_counter()
     try:
         run = _inductor(module)
-    except Exception as e:  # whatever goes wrong there: everything can still be computed
+    except Exception as e:  # a failure only costs speed, as the graph runs uncompiled
         reason = str(e).strip().splitlines()
         log.warning(
             "event=not_compiled part=%r reason=%r; it runs uncompiled, which is slower",
@@ -214,19 +215,19 @@ def _compile(module: fx.GraphModule, name: str) -> Run | None:
     return run
 
 
-def _inductor(module: fx.GraphModule) -> Run:
-    # Where Inductor would keep it by default, a folder of /tmp with a known name, others could put something first.
+def _inductor(module: fx.GraphModule) -> RunFunction:
+    # By default Inductor uses a folder of /tmp with a known name, where another user could place files first.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
     import torch._inductor.config
 
     settings: dict[str, Any] = {
-        "compile_threads": 1,  # more would be processes, which import torch again
+        "compile_threads": 1,  # more threads would be processes that import torch again
         "cpp.threads": torch.get_num_threads(),
         "fx_graph_cache": True,
         "size_asserts": False,  # packed weights have no strides
     }
     with torch._inductor.config.patch(settings), warnings.catch_warnings():
-        # torch's own deprecated calls; nothing that a caller could change.
+        # Torch warns about deprecated calls of its own, which a caller cannot change.
         warnings.simplefilter("ignore")
         from torch._guards import TracingContext, tracing
         from torch._inductor.compile_fx import compile_fx_inner
@@ -240,10 +241,10 @@ def _inductor(module: fx.GraphModule) -> Run:
                 torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
                 for value in values
             ]
-            # Inductor wants a graph of elementary operators, without what torch composes of them.
+            # Inductor takes a graph of elementary operators, so composite ones are decomposed.
             interpreter = fx.Interpreter(module)
             lowered = make_fx(lambda *given: interpreter.run(*given), select_decomp_table())(*inputs)
         with tracing(TracingContext(fake_mode)), torch.no_grad():
             compiled: Any = compile_fx_inner(lowered, inputs, is_inference=True)
-    run: Run = compiled.current_callable
+    run: RunFunction = compiled.current_callable
     return run

@@ -1,4 +1,4 @@
-"""How the ``transformers`` library is called: quietly, and with whatever it raises turned into one sentence."""
+"""Calls of the ``transformers`` library, without its output, and with its errors turned into one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LONGEST_REASON = 300
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the library's progress bars and log lines: a node logs one line per event, and checks for itself."""
+    """Silence the library's progress bars and log lines, as a node logs one line per event of its own."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -29,9 +29,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def refusing(path: Path, what: str) -> Iterator[None]:
-    """Call the library quietly; what it raises becomes an UnsupportedModelError "``path``: ``what``: its reason".
+    """Call the library quietly, and turn its errors into an UnsupportedModelError "``path``: ``what``: reason".
 
-    Our own operators, which the library calls back, know no path: their refusals get it here.
+    Lamina's own operators, which the library calls back, do not know the path; it is added to their errors here.
     """
     with quiet():
         try:

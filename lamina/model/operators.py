@@ -1,8 +1,8 @@
 """The two opaque operators of a captured graph: attention and mixture-of-experts.
 
-``transformers`` lets attention, its mask, and the experts of a model be replaced by name. ``install`` registers
-replacements under the name ``lamina``. Attention becomes an operator without an implementation, because it is
-where the graph is cut; experts become an operator that reads only the experts which the tokens hit.
+``transformers`` can replace attention, its mask, and the experts of a model by name. ``install`` registers
+replacements under the name ``lamina``. Attention becomes an operator without an implementation, because the graph is
+cut there. Experts become an operator that reads only the experts to which tokens are routed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lamina.errors import UnsupportedModelError
 
 NAME = "lamina"
 
-# Arguments that models hand to attention functions and that do not change what is computed in evaluation.
+# Arguments of attention functions that do not change the result in evaluation.
 _HARMLESS = frozenset(
     {
         "dropout",
@@ -33,9 +33,9 @@ _HARMLESS = frozenset(
 
 @torch.library.custom_op("lamina::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int, softcap: float) -> Tensor:
-    """Causal attention of one layer: q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv] -> o [T, Hq, Dv].
+    """Compute causal attention in one layer: q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv] -> o [T, Hq, Dv].
 
-    ``window`` and ``softcap`` are 0 where the layer has none.
+    ``window`` and ``softcap`` are 0 in a layer that has none.
     """
     raise AssertionError("the attention operator marks where the graph is cut and is never executed")
 
@@ -57,12 +57,12 @@ def experts(
     activation: str,
     transposed: bool,
 ) -> Tensor:
-    """Mixture of experts that reads only the experts hit.
+    """Compute a mixture of experts, reading only the experts to which tokens are routed.
 
     hidden [T, d]; chosen [T, K] expert numbers; weights [T, K]; up [E, 2i, d] or [E, i, d]; down [E, d, i]
     (both with the last two dimensions swapped when ``transposed``); biases [E, rows of the product] or None.
-    ``activation`` names an entry made by ``_activation``. Returns [T, d]. Experts are visited in ascending
-    order, which is the order of the library's own loop, so that sums round alike.
+    ``activation`` names an entry made by ``_activation``. The result is [T, d]. Experts are visited in ascending
+    order, like in the library's own loop, so that sums round equally.
     """
     act = _activations[activation]
     out = torch.zeros_like(hidden)
@@ -93,7 +93,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, transpo
     return nn.functional.linear(x, weight.T if transposed else weight, None if bias is None else bias[expert])
 
 
-# What a model's experts do between their two products. A graph can hold only strings, so it names the entry.
+# The activations of experts, between their two products. A graph can hold only strings, so it names the entry.
 _activations: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
@@ -109,7 +109,7 @@ def _activation(module: nn.Module) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _CausalMask:
-    """What the mask interface hands to attention in place of a tensor: causal, perhaps within a window."""
+    """A causal mask, perhaps limited to a window; the mask interface hands it to attention instead of a tensor."""
 
     window: int | None
 
@@ -121,7 +121,7 @@ def _mask(
     use_vmap: bool = False,
     **_: object,
 ) -> _CausalMask:
-    # Of the library's mask functions, the bidirectional ones alone hand over this argument.
+    # Only the library's bidirectional mask functions pass this argument.
     if allow_is_bidirectional_skip is not None:
         raise UnsupportedModelError("the model uses bidirectional attention; Lamina decodes causal models only")
     if use_vmap:
@@ -143,7 +143,7 @@ def _attention(
     softcap: float | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """The library's attention interface: query [1, Hq, T, Dk], key [1, Hkv, T, Dk], value [1, Hkv, T, Dv]."""
+    """Replace the library's attention: query [1, Hq, T, Dk], key [1, Hkv, T, Dk], value [1, Hkv, T, Dv]."""
     where = f"attention {type(module).__name__}"
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
@@ -152,11 +152,11 @@ def _attention(
         raise UnsupportedModelError(f"{where} in layer {layer} uses a mask that is not the library's causal mask")
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{where} in layer {layer} is not causal; Lamina decodes causal models only")
-    # The mask decides what attention sees; the argument only repeats it. Chunked attention has the mask alone.
+    # The mask determines what attention sees, and the argument only repeats it. Chunked attention has only the mask.
     if attention_mask.window not in (None, sliding_window):
         raise UnsupportedModelError(
             f"{where} in layer {layer} is masked to {attention_mask.window} tokens but names {sliding_window} as its "
-            "sliding window; of local masks only sliding windows can be represented, not chunks"
+            "sliding window; Lamina can represent sliding windows, but no other local masks such as chunks"
         )
     for name, setting in others.items():
         if setting is not None and name not in _HARMLESS:
@@ -175,7 +175,7 @@ def _attention(
 
 
 def _token_major(x: Tensor) -> Tensor:
-    """[1, H, T, D] -> [T, H, D]"""
+    """Convert [1, H, T, D] to [T, H, D]."""
     return x.transpose(1, 2)[0]
 
 

@@ -1,9 +1,9 @@
 """Matrix products with weights that are packed once, for the CPU: the operator ``lamina::product``.
 
 oneDNN packs bfloat16 weights into panels, and ``products.cpp`` multiplies with them: as fast as oneDNN's own kernels
-with many rows and up to twice as fast with few. A row's result is the same to the bit whatever rows are beside it. The
-kernel is compiled when it is first needed and kept in the user's cache. oneDNN multiplies itself where the processor
-lacks AVX-512's instructions for bfloat16, and more than 16 rows where it has the faster ones of AMX.
+for many rows, and up to twice as fast for few. The result of a row does not depend on the other rows, to the bit. The
+kernel is compiled when it is first needed and kept in the user's cache. oneDNN itself multiplies if the processor lacks
+the bfloat16 instructions of AVX-512, and for more than 16 rows if the processor has AMX, which is faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SOURCE = Path(__file__).with_name("products.cpp")
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp"]
 
 _PANEL = 64
-"""Outputs of a panel."""
+"""The number of outputs in a panel."""
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _HUGE_PAGE = 2 << 20
 
@@ -39,7 +39,7 @@ _onednn = torch.ops.mkldnn
 
 
 class _Panels:
-    """Where ``products.cpp`` finds a packed weight, and its kernel."""
+    """The address and the layout of a packed weight, and the kernel for it."""
 
     __slots__ = ("address", "function", "inputs", "max_rows", "outputs", "stored")
 
@@ -54,13 +54,13 @@ _Kernel = tuple[Callable[..., None], int]
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether weights of this type are worth packing: bfloat16, where the processor has instructions for it."""
+    """Return whether packing pays for this type: for bfloat16, if the processor has instructions for it."""
     there = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
     return there and bool(_onednn._is_mkldnn_bf16_supported())
 
 
 def pack(weight: Tensor) -> Tensor:
-    """``weight`` [outputs, inputs] as ``lamina::product`` wants it: an opaque tensor, a copy of the same size."""
+    """Pack ``weight`` [outputs, inputs] for ``lamina::product``, into an opaque tensor of the same size."""
     packed: Tensor = _onednn._reorder_linear_weight(weight.contiguous(), 1)
     address, nbytes = int(_onednn.data_ptr(packed)), int(_onednn._nbytes(packed))
     _into_huge_pages(address, nbytes)
@@ -71,10 +71,10 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def _stored_inputs(weight: Tensor, address: int, nbytes: int) -> int | None:
-    """Inputs of a panel with padding, if oneDNN has packed ``weight`` in the layout of ``products.cpp``; else None.
+    """Return the padded inputs of a panel if oneDNN used the layout of ``products.cpp`` for ``weight``, else None.
 
-    oneDNN promises no layout, so the first panel and the last are compared. If the inputs are odd, the kernel reads one
-    number more, which must be 0.
+    oneDNN does not guarantee a layout, so the first and the last panel are compared. If the number of inputs is odd,
+    the kernel reads one more number, which must be 0.
     """
     outputs, inputs = weight.shape
     odd = inputs % 2
@@ -98,7 +98,7 @@ def _stored_inputs(weight: Tensor, address: int, nbytes: int) -> int | None:
 
 
 def _into_huge_pages(address: int, nbytes: int) -> None:
-    """Ask for huge pages, where the system has them: few rows are then read from memory a third faster."""
+    """Ask the system for huge pages, with which products of few rows are a third faster."""
     start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
     if length > 0:
@@ -108,7 +108,7 @@ def _into_huge_pages(address: int, nbytes: int) -> None:
 
 @functools.cache
 def _kernel() -> _Kernel | None:
-    """``products.cpp``, compiled, and the most rows for which oneDNN is not faster; None where it cannot be had."""
+    """Return the compiled kernel and the most rows for which it is the fastest; None if it cannot be used."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     try:
@@ -129,7 +129,7 @@ def _built() -> Path:
     library = cache_folder("products") / f"{name}.so"
     if not library.exists():
         made = library.with_name(f".{name}.{os.getpid()}")
-        # OpenMP is torch's own, which is there already: its threads are the ones that compute everything else.
+        # The OpenMP library is the one that torch has loaded, so that both use the same threads.
         done = subprocess.run([compiler(), *_FLAGS, str(_SOURCE), "-o", str(made)], capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"the C++ compiler failed on {_SOURCE}: {done.stderr.strip()[:2000]}")
@@ -142,7 +142,7 @@ _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-    """x [..., inputs] times a weight that `pack` made, plus bias [outputs] -> [..., outputs]."""
+    """Multiply x [..., inputs] by a weight from `pack` and add bias [outputs]; the result is [..., outputs]."""
     panels: _Panels | None = weight.panels
     out: Tensor
     if panels is None or (rows := x.numel() // panels.inputs) > panels.max_rows:
@@ -164,7 +164,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     return out
 
 
-# Packed tensors are of another kind than x, so that this is for all of them.
+# Packed tensors have another dispatch key than x, so the operator is registered for all keys.
 _library.impl("product", _product, "CompositeExplicitAutograd")
 
 

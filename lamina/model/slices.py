@@ -1,13 +1,13 @@
-"""The slices of a captured model: what runs between two attention operators.
+"""The slices of a captured model; a slice is what runs between two attention operators.
 
-A model of L layers has L + 1 slices. Every slice but the last is two pure functions, so that q can be sent before
-k and v are computed:
+A model of L layers has L + 1 slices. Every slice except the last consists of two pure functions, so that q can be sent
+before k and v are computed:
 
-    head: (carry of the slice before, o of the attention before) -> q, kept
+    head: (carry of the previous slice, o of the previous attention) -> q, kept
     tail: kept -> k, v, carry
 
-The last slice is a head alone and gives the logits of the sampled rows. What depends on nothing but the token ids,
-positions and rows of a step (rotary angles, sizes) is computed once per step, by ``SlicedModel.begin``.
+The last slice has only a head, which returns the logits of the sampled rows. Values that depend only on the token ids,
+positions and rows of a step (rotary angles, sizes) are computed once per step, by ``SlicedModel.begin``.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from torch import Tensor, fx, nn
 from lamina.attention import LayerShape
 from lamina.model.capture import TRACED_TOKENS, Capture
 from lamina.model.cut import Boundary, SlicePlan, cut
-from lamina.model.functions import Function, Run, make
+from lamina.model.functions import Function, RunFunction, make
 
 log = logging.getLogger("lamina.model")
 
-# A step's values that depend on its token ids, positions and rows alone; tensors and sizes, in a fixed order.
+# The values of a step that depend only on its token ids, positions and rows: tensors and sizes, in a fixed order.
 StepConstants = tuple[Any, ...]
 
 
 class Head(NamedTuple):
-    """``out``: q [T, Hq, Dk], or in the last slice the logits [S, vocabulary]. ``kept`` goes to the tail."""
+    """The result of a head: q [T, Hq, Dk], or in the last slice the logits [S, vocabulary], and values for the tail."""
 
     out: Tensor
     kept: tuple[Tensor, ...]
 
 
 class Tail(NamedTuple):
-    """k [T, Hkv, Dk], v [T, Hkv, Dv] and the carry, each [1, T, ...]."""
+    """The result of a tail: k [T, Hkv, Dk], v [T, Hkv, Dv] and the tensors of the carry, each [1, T, ...]."""
 
     k: Tensor
     v: Tensor
@@ -51,7 +51,7 @@ class Tail(NamedTuple):
 
 @dataclass(frozen=True)
 class SliceSizes:
-    """What a slice holds and moves; bytes are per token. The attention fields are 0 in the last slice."""
+    """What a slice holds, and the bytes per token that it moves. The attention fields are 0 in the last slice."""
 
     parameters: int
     parameter_bytes: int
@@ -63,8 +63,8 @@ class SliceSizes:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One function of a slice and where its arguments come from."""
+class _SlicePart:
+    """One function of a slice, and where its arguments come from."""
 
     key: str
     graph: fx.Graph
@@ -74,18 +74,18 @@ class _Part:
 
 @dataclass(frozen=True)
 class SliceBlueprint:
-    """A slice before its weights are there."""
+    """A slice without its weights."""
 
     index: int
     shape: LayerShape | None
-    head: _Part
-    tail: _Part | None
+    head: _SlicePart
+    tail: _SlicePart | None
     carry: tuple[fx.Node, ...]
     sizes: SliceSizes
 
     @property
     def weights(self) -> frozenset[str]:
-        """Names of all parameters and buffers that the slice reads."""
+        """The names of all parameters and buffers that the slice reads."""
         return frozenset(self.head.weights + (self.tail.weights if self.tail else ()))
 
 
@@ -94,16 +94,16 @@ class Blueprint:
     """A captured model, cut into slices; ``begin`` computes the constants of a step."""
 
     capture: Capture
-    begin: _Part
+    begin: _SlicePart
     slices: tuple[SliceBlueprint, ...]
 
     @property
     def kinds(self) -> int:
-        """How many different functions the slices consist of."""
+        """The number of different functions in the slices."""
         return len({part.key for s in self.slices for part in (s.head, s.tail) if part})
 
     def weights_of(self, first: int = 0, last: int | None = None) -> frozenset[str]:
-        """Names of the tensors that the slices ``first..last`` (inclusive, default all) read."""
+        """Return the names of the tensors that the slices ``first..last`` (inclusive, by default all) read."""
         chosen = self.slices[first : None if last is None else last + 1]
         return frozenset(self.begin.weights).union(*(s.weights for s in chosen))
 
@@ -118,7 +118,7 @@ def cut_into_slices(captured: Capture) -> Blueprint:
     boundaries = [_boundary(n) for n in captured.attentions]
     plans = cut(order, inputs_of, nbytes, boundaries, captured.logits)
 
-    # The constants that some slice reads, in graph order.
+    # The constants that a slice reads, in graph order.
     read = {i for n in order for i in n.all_input_nodes if i in constant}
     outputs = [n for n in captured.graph.nodes if n in read]
     place = {n: i for i, n in enumerate(outputs)}
@@ -140,7 +140,7 @@ def _boundary(attention: fx.Node) -> Boundary[fx.Node]:
 
 
 def _step_constants(captured: Capture) -> set[fx.Node]:
-    """Nodes that depend on the step's inputs and on buffers, but on no parameter."""
+    """Return the nodes that depend on the step's inputs and on buffers, but on no parameter."""
     parameters = {name for name, _ in captured.module.named_parameters(remove_duplicate=False)}
     buffers = {n for n, name in captured.tensors.items() if name not in parameters}
     constant: set[fx.Node] = {*captured.inputs, *buffers}
@@ -164,7 +164,7 @@ def _slice(
         head, tail, shape = _part(captured, plan.head, entering, [captured.logits], place), None, None
     else:
         leaving = [boundary.k, boundary.v, *plan.carry]
-        # What a split returns is a tuple. Its members are kept for the tail, never the tuple.
+        # A split returns a tuple. The tail gets its members, never the tuple itself.
         members = [n for n in plan.tail if n.target is operator.getitem and n.args[0] in plan.head]
         head_nodes, tail_nodes = [*plan.head, *members], [n for n in plan.tail if n not in members]
         in_tail = set(tail_nodes)
@@ -200,7 +200,7 @@ def _known(nbytes: int | None) -> int:
 
 
 def _bytes_per_token(node: fx.Node) -> int | None:
-    """Bytes of a value per token of the step; None for what is no tensor (the tuple of a split)."""
+    """Return the bytes of a value per token of the step; None if it is no tensor (the tuple of a split)."""
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return None
@@ -216,18 +216,18 @@ def _part(
     entering: Sequence[fx.Node],
     leaving: Sequence[fx.Node],
     place: Mapping[fx.Node, int],
-) -> _Part:
-    """Make ``nodes`` a function of (weights, step constants, ``entering``) that returns the tuple ``leaving``.
+) -> _SlicePart:
+    """Turn ``nodes`` into a function of (weights, step constants, ``entering``) that returns the tuple ``leaving``.
 
-    The key spells the whole function out, with what enters by shape and type alone: parts with equal keys are the same
-    function of different weights.
+    The key is the text of the whole function, with only the shapes and types of its inputs, so that parts with equal
+    keys are the same function of different weights.
     """
     nodes = list(nodes)
     inside = set(nodes) | set(entering)
     outside = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside)
     weights = [n for n in outside if n in captured.tensors]
     constants = [n for n in outside if n in place]
-    assert len(weights) + len(constants) == len(outside), "a part reads a value that nobody hands it"
+    assert len(weights) + len(constants) == len(outside), "a part reads a value that is none of its inputs"
 
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -243,7 +243,7 @@ def _part(
         text.append(f"{copies[n].name} = {n.target} {copies[n].args} {copies[n].kwargs}")
     out = graph.output(tuple(copies[n] for n in leaving))
     text.append(str(out.args))
-    return _Part(
+    return _SlicePart(
         "\n".join(text),
         graph,
         tuple(captured.tensors[n] for n in weights),
@@ -261,12 +261,12 @@ class Slice:
         self._tail = tail
 
     def head(self, constants: StepConstants, carry: tuple[Tensor, ...] = (), o: Tensor | None = None) -> Head:
-        """Run up to q, or in the last slice to the logits. ``o`` [T, Hq, Dv] is None for the first slice."""
+        """Run the slice up to q, or the last slice up to the logits. ``o`` [T, Hq, Dv] is None for the first slice."""
         out, *kept = self._head(constants, carry if o is None else (*carry, o.contiguous()))
         return Head(out if self._tail else out[0], tuple(kept))
 
     def tail(self, constants: StepConstants, kept: tuple[Tensor, ...]) -> Tail:
-        """Run the rest of the slice, from what the head kept."""
+        """Run the rest of the slice, from the values that the head kept."""
         assert self._tail is not None, "the last slice has no tail"
         k, v, *carry = self._tail(constants, kept)
         return Tail(k, v, tuple(carry))
@@ -275,8 +275,8 @@ class Slice:
 class SlicedModel:
     """The slices ``first..last`` of a model, ready to run on one device.
 
-    What is read of ``weights`` is taken out of it: what is packed for the CPU does not stay in memory twice.
-    ``compiled`` compiles each kind of part once, which takes some seconds unless the user's cache has it already.
+    Tensors that the slices read are removed from ``weights``, so that weights packed for the CPU are not in memory
+    twice. ``compiled`` compiles each kind of part once, which takes some seconds unless the user's cache has it.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class SlicedModel:
                 parts[f"tail of slice {piece.index}"] = piece.tail
         self.device = device
         self.shapes = blueprint.capture.shapes
-        """The attention of every layer, also of those that run elsewhere."""
+        """The attention of every layer, including layers on other nodes."""
         self._carries = [piece.carry for piece in blueprint.slices]
         self._first = first
         functions = _functions(parts, device, compiled=compiled)
@@ -306,20 +306,20 @@ class SlicedModel:
         self.slices = tuple(Slice(s, next(bound), next(bound) if s.tail else None) for s in chosen)
 
     def begin(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> StepConstants:
-        """Start a step: token ids [T], positions [T] and the rows [S] whose logits are wanted, all int64."""
+        """Start a step with token ids [T], positions [T] and the rows [S] whose logits are wanted, all int64."""
         return tuple(self._begin((), (token_ids.unsqueeze(0), positions.unsqueeze(0), rows)))
 
     def slice(self, index: int) -> Slice:
-        """The slice of that number in the whole model."""
+        """Return the slice with the number ``index`` in the whole model."""
         return self.slices[index - self._first]
 
     def carry_shapes(self, index: int, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and types of the carry of a slice, of so many tokens."""
+        """Return the shapes and types of a slice's carry for ``tokens`` tokens."""
         return carry_shapes(self._carries[index], tokens)
 
 
 def carry_shapes(carry: Iterable[fx.Node], tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of a carry, of so many tokens."""
+    """Return the shapes and types of a carry for ``tokens`` tokens."""
     found = []
     for node in carry:
         value = node.meta["val"]
@@ -328,8 +328,8 @@ def carry_shapes(carry: Iterable[fx.Node], tokens: int) -> list[tuple[tuple[int,
     return found
 
 
-def _functions(parts: Mapping[str, _Part], device: torch.device, *, compiled: bool) -> dict[str, Function]:
-    """One function for each kind of part, by key; a kind is named after its first part."""
+def _functions(parts: Mapping[str, _SlicePart], device: torch.device, *, compiled: bool) -> dict[str, Function]:
+    """Return the function of each kind of part, by key; a kind is named after its first part."""
     kinds = len({part.key for part in parts.values()})
     functions: dict[str, Function] = {}
     for name, part in parts.items():
@@ -342,9 +342,9 @@ def _functions(parts: Mapping[str, _Part], device: torch.device, *, compiled: bo
 
 
 def _bind_all(
-    parts: Iterable[_Part], functions: Mapping[str, Function], weights: dict[str, Tensor]
+    parts: Iterable[_SlicePart], functions: Mapping[str, Function], weights: dict[str, Tensor]
 ) -> Iterator[_Bound]:
-    """Give each part its weights, and drop from ``weights`` what no later part reads."""
+    """Give each part its weights, and remove from ``weights`` those that no later part reads."""
     parts = list(parts)
     readers = Counter(name for part in parts for name in part.weights)
     packs: dict[tuple[str, ...], Tensor] = {}
@@ -359,11 +359,11 @@ def _bind_all(
 
 
 class _Bound:
-    """A function with its weights and the places of the step constants that it reads."""
+    """A function with its weights, and with the places of the step constants that it reads."""
 
     __slots__ = ("_constants", "_run", "_weights")
 
-    def __init__(self, run: Run, weights: tuple[Tensor, ...], constants: tuple[int, ...]) -> None:
+    def __init__(self, run: RunFunction, weights: tuple[Tensor, ...], constants: tuple[int, ...]) -> None:
         self._run, self._weights, self._constants = run, weights, constants
 
     def __call__(self, constants: StepConstants, values: tuple[Any, ...]) -> Sequence[Any]:

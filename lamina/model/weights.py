@@ -1,8 +1,8 @@
-"""Load the tensors that a range of slices reads, by the library's own names and conversions.
+"""Load the tensors that a range of slices reads, with the library's own names and conversions.
 
-Checkpoints name and lay out their tensors in the way of their time: experts one by one, or fused projections. The
-``transformers`` library knows how each becomes what its module wants; that knowledge is used here, limited to the
-tensors which are needed. Buffers that no checkpoint holds, such as rotary frequencies, are computed on a real device.
+Checkpoints differ in how they name and lay out their tensors, for example with separate experts or fused projections.
+The ``transformers`` library converts them into the tensors of its modules. This module uses its conversions, but only
+for the tensors that are needed. Buffers that no checkpoint holds, such as rotary frequencies, are computed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def load_weights(captured: Capture, names: Collection[str], device: torch.device) -> dict[str, Tensor]:
-    """Read the parameters and buffers ``names`` of ``captured`` to ``device``.
+    """Load the parameters and buffers ``names`` of ``captured`` to ``device``.
 
-    CheckpointError names a tensor that is missing, of the wrong shape, or that nothing in the model uses.
+    CheckpointError names a tensor that is missing, has the wrong shape, or is not used by the model.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -41,7 +41,7 @@ def load_weights(captured: Capture, names: Collection[str], device: torch.device
         raise CheckpointError(f"{path}: {_some(unused)} in the checkpoint but not used by {type(module).__name__}")
 
     stored = {name for made in targets.values() for name in made}
-    # A tied tensor is stored under any of its names; all of them are read, as they may contradict each other.
+    # A tied tensor may be stored under any of its names; all are read, because they may contradict each other.
     holders = {n: [t for t in _tied(module, n) if t in stored] or [n] for n in names if n not in computed}
     read = _read(captured, {h for some in holders.values() for h in some}, targets, mapping, device)
     weights = {name: _computed_buffer(module, name, path).to(device) for name in names if name in computed}
@@ -58,13 +58,13 @@ def load_weights(captured: Capture, names: Collection[str], device: torch.device
 def _read(
     captured: Capture, wanted: set[str], targets: dict[str, set[str]], mapping: list[Any], device: torch.device
 ) -> dict[str, Tensor]:
-    """Read and convert the checkpoint tensors from which those of the module named ``wanted`` are made."""
+    """Read and convert the checkpoint tensors from which the module's tensors ``wanted`` are made."""
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
     module, checkpoint = captured.module, captured.checkpoint
     path, dtype = checkpoint.path, getattr(torch, checkpoint.dtype)
-    # The library puts what it loads into the module; a copy keeps the captured one on the meta device.
+    # The library loads into the module; a copy keeps the captured module on the meta device.
     loaded = copy.deepcopy(module)
     settings = LoadStateDictConfig(
         dtype=dtype, dtype_plan=module._get_dtype_plan(dtype), device_map={"": device}, weight_mapping=mapping
@@ -88,13 +88,13 @@ def _read(
 
 
 def _tied(module: PreTrainedModel, name: str) -> list[str]:
-    """``name`` and all names of the same tensor."""
+    """Return all names of the tensor ``name``, including ``name``."""
     source = module.all_tied_weights_keys.get(name, name)
     return [source, *(target for target, other in module.all_tied_weights_keys.items() if other == source)]
 
 
 def _targets(module: PreTrainedModel, names: Iterable[str], mapping: list[Any]) -> dict[str, set[str]]:
-    """Checkpoint tensor -> names in the module that are made from it; none for an unused one."""
+    """Return for each checkpoint tensor the names of the module's tensors that are made from it, if any."""
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     renamings = [m for m in mapping if not isinstance(m, WeightConverter)]
@@ -115,7 +115,7 @@ def _targets(module: PreTrainedModel, names: Iterable[str], mapping: list[Any]) 
 
 
 def _ignored(module: PreTrainedModel, name: str) -> bool:
-    """Whether the library itself passes over this tensor of old checkpoints."""
+    """Return whether the library itself ignores this tensor, as it does for some of old checkpoints."""
     patterns = [
         *(module._keys_to_ignore_on_load_unexpected or ()),
         r"rotary_emb\.inv_freq",
@@ -125,10 +125,10 @@ def _ignored(module: PreTrainedModel, name: str) -> bool:
 
 
 def _computed_buffer(module: PreTrainedModel, name: str, path: Path) -> Tensor:
-    """Compute a buffer that is not in checkpoints, by the library's own initialisation of its owner."""
+    """Compute a buffer that is not in checkpoints, with the library's initialisation of its owner."""
     owner_name, _, leaf = name.rpartition(".")
     owner = copy.copy(module.get_submodule(owner_name))
-    # Only floating point has a value that marks what nobody computed.
+    # Only floating-point numbers have a value, NaN, that marks what was not computed.
     owner._buffers = {
         k: None if b is None else torch.full(b.shape, torch.nan if b.is_floating_point() else 0, dtype=b.dtype)
         for k, b in owner._buffers.items()
@@ -137,7 +137,7 @@ def _computed_buffer(module: PreTrainedModel, name: str, path: Path) -> Tensor:
     value: Tensor | None = owner._buffers[leaf]
     if value is None or not value.is_floating_point() or value.isnan().any():
         raise UnsupportedModelError(
-            f"{path}: the buffer {name} is in no checkpoint and the library does not say how to compute it"
+            f"{path}: the buffer {name} is in no checkpoint, and the library does not say how to compute it"
         )
     return value
 

@@ -1,4 +1,4 @@
-"""What a cluster did between two moments, from the counters of its nodes."""
+"""The work of a cluster between two moments, from the counters of its nodes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lamina.wire.admin import Status
 
 @dataclass(frozen=True)
 class Figures:
-    """Work of a cluster over ``seconds``.
+    """The work of a cluster over ``seconds``.
 
-    ``layer_us`` divides the time of a layer, in microseconds: ``whole`` is wall time; ``compute`` the time in which
-    the busiest compute node's device was busy; ``attention`` that of the busiest memory node; ``wire`` the rest: the
-    wire, the event loops, and waiting. Where attention overlaps with compute, their sum may exceed the whole.
+    ``layer_us`` divides the time of a layer, in microseconds: ``whole`` is the wall time, ``compute`` the busy time of
+    the busiest compute node's device, ``attention`` that of the busiest memory node, and ``wire`` the rest: the wire,
+    the event loops, and waiting. If attention overlaps with computing, the parts may add up to more than the whole.
     """
 
     seconds: float
@@ -35,9 +35,10 @@ class Figures:
 
 
 def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: float) -> Figures:
-    """Differences of the counters of all nodes, by name. Each is taken on one node, so no clocks are compared.
+    """Return the figures from two sets of statuses by node name, taken ``seconds`` apart.
 
-    LaminaError if no token was generated between the two moments: then there is nothing to divide by.
+    Every difference is between counters of the same node, so no clocks are compared. LaminaError if no token was
+    generated in between.
     """
     compute_nodes = [name for name, status in after.items() if status.role == "compute"]
     layers = sum(after[n].layers - before[n].layers for n in compute_nodes)
@@ -56,7 +57,7 @@ def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: 
     }
     return Figures(
         seconds=seconds,
-        steps=max(after[n].steps - before[n].steps for n in compute_nodes),  # the front's, who counts all
+        steps=max(after[n].steps - before[n].steps for n in compute_nodes),  # the front counts all steps
         tokens=tokens,
         layers=layers,
         wire_bytes=sum(_wire_bytes(after[n]) - _wire_bytes(before[n]) for n in compute_nodes),
@@ -65,5 +66,5 @@ def between(before: Mapping[str, Status], after: Mapping[str, Status], seconds: 
 
 
 def _wire_bytes(status: Status) -> int:
-    """Of the way between two compute nodes both tell; each counts what it sends."""
+    """Count the bytes on a node's links; of a link between two compute nodes, each counts what it sends."""
     return sum(peer.bytes_sent + (peer.bytes_received if peer.kv_heads else 0) for peer in status.peers)

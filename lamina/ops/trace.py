@@ -1,4 +1,4 @@
-"""A trace of a running cluster: what the device of each node did and when, as a file for Perfetto or Chrome."""
+"""A trace of a running cluster: what each node's device did and when, as a file for Perfetto or Chrome."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ R = TypeVar("R")
 REACH_S = 5.0
 """How long a node may take to be reached."""
 ROUND_TRIPS = 8
-"""Of which the shortest tells most about the other clock."""
+"""How many round trips compare two clocks; the shortest gives the best estimate."""
 OTHER_ROW = 1000
-"""The row of what belongs to no batch."""
+"""The row of the spans that belong to no batch."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Spans of one node, by the clock of whoever asked; ``round_trip_s``: as uncertain it is where hosts differ."""
+    """The spans of one node on the caller's clock, which may be off by up to ``round_trip_s`` between hosts."""
 
     spans: list[Span]
     round_trip_s: float
 
 
 async def record(config: ClusterConfig, seconds: float) -> dict[str, Trace]:
-    """What every node of ``config`` did in the next ``seconds``, by name. NodeError if one cannot be asked."""
+    """Record every node of ``config`` for ``seconds``; return the traces by name. NodeError if a node fails."""
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(await _reach(config, node)) for node in config.node]
 
@@ -50,7 +50,7 @@ async def record(config: ClusterConfig, seconds: float) -> dict[str, Trace]:
 
 
 def chrome(traces: Mapping[str, Trace]) -> dict[str, Any]:
-    """In the format of Chrome's trace viewer: a process for each node, a row for each batch, microseconds."""
+    """Convert to the format of Chrome's trace viewer: a process for each node, and a row for each batch."""
     first = min((span.start_s for trace in traces.values() for span in trace.spans), default=0.0)
     events: list[dict[str, Any]] = []
     for process, (name, trace) in enumerate(traces.items(), 1):
@@ -63,7 +63,7 @@ def chrome(traces: Mapping[str, Trace]) -> dict[str, Any]:
 
 
 def run(config: ClusterConfig, seconds: float, out: Path) -> None:
-    """Record and write ``out``."""
+    """Record a trace and write it to ``out``."""
     traces = asyncio.run(record(config, seconds))
     try:
         out.write_text(json.dumps(chrome(traces)))
@@ -95,11 +95,11 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> AdminClient:
 
 
 async def _fetch(client: AdminClient) -> Trace:
-    """What a node recorded, by this process's clock."""
+    """Return what a node recorded, on this process's clock."""
     trips = [await _compare_clocks(client) for _ in range(ROUND_TRIPS)]
     round_trip, ahead = min(trips)
     if abs(ahead) <= round_trip:
-        ahead = 0.0  # one host, one clock: the estimate is worse than that
+        ahead = 0.0  # the estimate cannot be told from zero, as on one host with one clock
     spans: list[Span] = []
     while more := (await client.spans(MAX_SPANS)).spans:
         spans += more
@@ -107,7 +107,7 @@ async def _fetch(client: AdminClient) -> Trace:
 
 
 async def _compare_clocks(client: AdminClient) -> tuple[float, float]:
-    """The time of a round trip, and by how much the node's clock is ahead if both ways take as long."""
+    """Return the time of a round trip, and how far ahead the node's clock is if both directions take as long."""
     before = time.perf_counter()
     clock = (await client.spans(0)).clock_s
     after = time.perf_counter()
@@ -115,7 +115,7 @@ async def _compare_clocks(client: AdminClient) -> tuple[float, float]:
 
 
 async def _named(node: NodeConfig, work: Coroutine[Any, Any, R]) -> R:
-    """What ``work`` gives; NodeError with the node's name if it is lost."""
+    """Return the result of ``work``. NodeError with the node's name if the node is lost."""
     try:
         return await work
     except TransportError as e:

@@ -190,7 +190,10 @@ FILE_FAULTS = {
         r"model-00002-of-00002\.safetensors: tensor 'lm_head\.weight' is in the index but not in the file",
     ),
     "no file": (lambda p: (p / FILE).unlink(), r"neither model\.safetensors nor model\.safetensors\.index\.json"),
-    "pickle": (lambda p: (p / FILE).rename(p / "pytorch_model.bin"), r"pytorch_model\.bin is a pickle and never read"),
+    "pickle": (
+        lambda p: (p / FILE).rename(p / "pytorch_model.bin"),
+        r"pytorch_model\.bin is a pickle, which Lamina never reads",
+    ),
     "damaged index": (
         lambda p: (p / "model.safetensors.index.json").write_text("{"),
         r"index\.json: not readable as JSON",

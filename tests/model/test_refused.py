@@ -36,7 +36,7 @@ REFUSED = {
     "encoder-decoder": ("t5", {}, r"t5 is an encoder-decoder"),
     "bidirectional": ("bert", {"is_decoder": False}, r"not causal|bidirectional attention"),
     "no attention interface": ("bloom", {}, r"BloomForCausalLM does not route attention"),
-    "no language model": ("vit", {}, r"vit is no causal language model"),
+    "no language model": ("vit", {}, r"vit is not a causal language model"),
     "two attentions per layer": ("diffllama", {}, r"one attention in each of 4 layers, found it in layers \[0, 0,"),
     "sparse attention": ("deepseek_v32", {"num_key_value_heads": 4}, r"layers of type indexed_attention"),
     "long rope": ("phi3", {**FAMILIES["phi3"].settings, "rope_parameters": LONG_ROPE}, r"rope type 'longrope'"),

@@ -1,5 +1,5 @@
-"""``lamina doctor``: what a cluster needs and whether it is there, before the first run or beside a running one.
+"""``lamina doctor``: checks of what a cluster needs, before its first run or while it runs.
 
-``machine`` looks at this machine, ``cluster`` at the nodes of a file and the ways between them, and ``report`` prints
-both. Nothing here raises: what cannot be found out is a line like any other.
+``machine`` checks this machine, ``cluster`` the nodes of a file and the links between them, and ``report`` prints both.
+No check raises an error: what cannot be determined is a finding like any other.
 """

@@ -1,4 +1,4 @@
-"""The nodes of a cluster file: who answers, how fast the ways between them are, and how fast they must be."""
+"""Checks of the nodes of a cluster file: which answer, how fast the links are, and how fast they must be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lamina.transport.choice import TRANSPORTS
 from lamina.wire.admin import Probed
 
 REACH_S = 2.0
-"""How long a node may take to answer, or to begin to listen."""
+"""How long a node may take to listen, and to answer."""
 
 _HINTS = {
     "secret": "give all nodes and this machine a copy of the same secret file",
@@ -27,12 +27,12 @@ _HINTS = {
     "TLS": "give all nodes and this machine certificates of the same authority, or none of them",
     "certificate": "give all nodes and this machine certificates of the same authority, or none of them",
 }
-"""What helps against a refused handshake, by a word of the refusal."""
+"""The advice for a refused handshake, by a word of the refusal."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The way from a compute node to a memory node by one transport, as it was measured."""
+    """The measured link from a compute node to a memory node by one transport."""
 
     compute: str
     memory: str
@@ -47,7 +47,7 @@ class Pair:
 
 
 async def look(config: ClusterConfig, step_ms: float) -> tuple[list[Finding], list[Pair]]:
-    """Ask every node of the file, measure every pair of compute and memory node, compare with what the model needs."""
+    """Ask every node, measure every pair of a compute and a memory node, and compare with what is needed."""
     reached = await asyncio.gather(*(_reach(config, node) for node in config.node))
     findings = [finding for _, finding in reached]
     links = {node.name: link for node, (link, _) in zip(config.node, reached, strict=True) if link}
@@ -56,11 +56,11 @@ async def look(config: ClusterConfig, step_ms: float) -> tuple[list[Finding], li
     finally:
         await asyncio.gather(*(link.close() for link in links.values()))
     findings += [_told(config, pair) for pair in pairs]
-    findings += guarded("least bandwidth", partial(_enough, config, pairs, step_ms))
+    findings += guarded("minimum bandwidth", partial(_enough, config, pairs, step_ms))
     return findings, pairs
 
 
-# -- who answers
+# -- which nodes answer
 
 
 async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[AdminClient | None, Finding]:
@@ -72,13 +72,13 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[AdminClient |
         hint = next((hint for word, hint in _HINTS.items() if word in str(e)), "something else listens there")
         return None, Finding(item, "fail", f"{place}: reached by TCP, but {_reason(e, node)}", hint)
     except ConnectError as e:
-        # Whoever comes before the first run may well have the memory nodes alone.
+        # Before the first run, it is normal that only the memory nodes are running.
         state: State = "fail" if node.role == "memory" else "warn"
         if isinstance(e.__cause__, ConnectionRefusedError):
             start = f"lamina node --role {node.role} --config {config.file} --name {node.name}"
             advice = f"start it with `{start}`; if it runs, correct the address"
-            return None, Finding(item, state, f"{place}: nobody listens there", advice)
-        advice = "look for a firewall, a wrong address, or a process that hangs"
+            return None, Finding(item, state, f"{place}: no process listens there", advice)
+        advice = "check for a firewall, a wrong address, or a process that hangs"
         return None, Finding(item, state, f"{place}: no answer: {_reason(e, node)}", advice)
     except LaminaError as e:
         return None, Finding(item, "fail", f"{place}: {e}")
@@ -91,8 +91,8 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[AdminClient |
         async with asyncio.timeout(REACH_S):
             status = await client.status()
     except (LaminaError, TimeoutError) as e:
-        client.abort("it gave no status")
-        return None, Finding(item, "fail", f"{place}: gives no status: {e or 'no answer'}", "look into its log")
+        client.abort("it did not report its status")
+        return None, Finding(item, "fail", f"{place}: does not report its status: {e or 'no answer'}", "read its log")
     waiting = f" for {status.waiting_for}" if status.waiting_for else ""
     known_as = "" if status.name == node.name else f", calls itself {status.name}"
     return client, Finding(item, "ok", f"{place}: {status.state}{waiting}{known_as}")
@@ -106,7 +106,7 @@ def _reason(error: LaminaError, node: NodeConfig) -> str:
 
 
 async def _measure_all(config: ClusterConfig, links: dict[str, AdminClient]) -> list[Pair]:
-    """One after the other, so that measurements do not disturb each other."""
+    """Measure one pair after the other, so that measurements do not disturb each other."""
     kinds = TRANSPORTS if config.links.kind == "auto" else (config.links.kind,)
     compute = {n.name: links[n.name] for n in config.compute_nodes if n.name in links}
     pairs = []
@@ -118,7 +118,7 @@ async def _measure_all(config: ClusterConfig, links: dict[str, AdminClient]) -> 
 
 
 async def _measure(config: ClusterConfig, name: str, client: AdminClient | None, node: NodeConfig, kind: Any) -> Pair:
-    """By the compute node of that name; from here where none runs."""
+    """Measure from the compute node ``name``, or from this process if no compute node runs."""
     try:
         async with asyncio.timeout(CONNECT_S + 2 * MEASURE_S):
             if client is None:
@@ -156,7 +156,7 @@ def _told(config: ClusterConfig, pair: Pair) -> Finding:
 
 
 def _enough(config: ClusterConfig, pairs: list[Pair], step_ms: float) -> Iterator[Finding]:
-    """Whether each memory node's share of the least bandwidth is there, by the transport that links take."""
+    """Check that the link to each memory node has its share of the minimum bandwidth, by the transport that is used."""
     from lamina.model.checkpoint import Checkpoint
     from lamina.model.report import SLOWDOWN, report
 
@@ -166,11 +166,11 @@ def _enough(config: ClusterConfig, pairs: list[Pair], step_ms: float) -> Iterato
         shares = _shares(Checkpoint.open(config.model_path, config.model.dtype), config)
     except CheckpointError as e:
         state: State = "fail" if is_here(config.front.address) else "warn"
-        yield Finding("least bandwidth", state, str(e), "look from a machine that has the model")
+        yield Finding("minimum bandwidth", state, str(e), "run the doctor on a machine that has the model")
         return
     needed = model.bandwidth / 1e9
     yield Finding(
-        "least bandwidth",
+        "minimum bandwidth",
         "ok",
         f"{needed:.3g} GB/s over all memory nodes, for batch {batch}, steps of {step_ms:g} ms (--step-ms) and a "
         f"slowdown of {SLOWDOWN:g}",
@@ -178,23 +178,25 @@ def _enough(config: ClusterConfig, pairs: list[Pair], step_ms: float) -> Iterato
     ways: dict[tuple[str, str], Pair] = {}
     for pair in pairs:
         if not pair.error:
-            ways.setdefault((pair.compute, pair.memory), pair)  # measured in the order in which links choose
+            ways.setdefault(
+                (pair.compute, pair.memory), pair
+            )  # pairs are in the order in which links choose their transport
     for node in config.memory_nodes:
         own = [taken for taken in ways.values() if taken.memory == node.name]
         if not own:
             continue
         taken = min(own, key=lambda pair: pair.gb_per_s)
         share = needed * shares[node.name] / len(own)
-        found = f"{taken.gb_per_s:.3g} GB/s by {taken.transport}, its share of the least is {share:.3g} GB/s"
+        found = f"{taken.gb_per_s:.3g} GB/s by {taken.transport}, its share of the minimum is {share:.3g} GB/s"
         if taken.gb_per_s < share:
-            advice = "a faster network, a smaller max_batch, or more memory nodes over more network cards"
+            advice = "use a faster network, a smaller max_batch, or more memory nodes on more network cards"
             yield Finding(f"bandwidth to {node.name}", "fail", found, advice)
         else:
             yield Finding(f"bandwidth to {node.name}", "ok", found)
 
 
 def _shares(checkpoint: Any, config: ClusterConfig) -> dict[str, float]:
-    """Of each memory node in what is sent: as its KV heads, where the model's configuration tells their number."""
+    """Return each memory node's share of the traffic: that of its KV heads, if the model's configuration has them."""
     from lamina.wire.geometry import split_heads
 
     names = [n.name for n in config.memory_nodes]

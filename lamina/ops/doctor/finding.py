@@ -1,4 +1,4 @@
-"""One line of ``lamina doctor``."""
+"""One finding of ``lamina doctor``."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ State = Literal["ok", "none", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: ``none`` is what is not there and not needed either, ``fail`` what will not work."""
+    """The result of one check: ``none`` means absent and not needed, ``fail`` that something will not work."""
 
     item: str
     state: State
     found: str
     do: str = ""
-    """What to do about it."""
+    """What the user should do."""
 
 
 def guarded(item: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What ``check`` finds; a line about its error if it fails, as it may on systems that nobody thought of."""
+    """Return the findings of ``check``; if it fails, as it may on an unusual system, a finding about its error."""
     try:
         return list(check())
     except LaminaError as e:
         return [Finding(item, "fail", str(e))]
     except Exception as e:
-        return [Finding(item, "warn", f"could not be found out: {type(e).__name__}: {e}")]
+        return [Finding(item, "warn", f"could not be determined: {type(e).__name__}: {e}")]

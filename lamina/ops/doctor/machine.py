@@ -1,4 +1,4 @@
-"""This machine: what Lamina can use of it, and what keeps it from more."""
+"""Checks of this machine: what Lamina can use, and what slows it down."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lamina.transport.rdma.bindings import pyverbs
 from lamina.transport.rdma.device import MIN_MEMLOCK
 
 PATH_MTU = 4096
-"""The largest that RDMA knows, in bytes."""
+"""The largest path MTU of RDMA, in bytes."""
 _FRAME_OVERHEAD = 104
-"""What RoCE v2 over IPv6 needs of a network interface's MTU beside the path MTU, at least."""
+"""How much larger than the path MTU the MTU of a network interface must be for RoCE v2 over IPv6."""
 _DESCRIPTORS = 1024
 _CAP_IPC_LOCK = 14
 _CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED = 124
@@ -35,7 +35,7 @@ _MAX_GPUS = 64
 
 
 def look(config: ClusterConfig | None) -> list[Finding]:
-    """Everything about this machine that concerns a node; ``config`` says what its cluster asks for."""
+    """Return all findings about this machine; ``config`` holds the demands of its cluster."""
     links = config.links if config else Options()
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("software", software),
@@ -53,7 +53,7 @@ def look(config: ClusterConfig | None) -> list[Finding]:
 
 
 def is_here(address: Address) -> bool:
-    """Whether it is an address of this machine."""
+    """Return whether ``address`` belongs to this machine."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as s:
         s.bind((address.host, 0))
         return True
@@ -67,7 +67,7 @@ def software() -> Iterator[Finding]:
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in ("lamina", "torch"))]
     yield Finding("software", "ok", f"{', '.join(versions)}; {platform.system()} {platform.release()}")
     if _version("uvloop") == "missing":
-        yield Finding("uvloop", "fail", "missing", "install lamina again: nodes run on it")
+        yield Finding("uvloop", "fail", "missing", "install lamina again; nodes need uvloop")
 
 
 def _version(package: str) -> str:
@@ -79,15 +79,15 @@ def _version(package: str) -> str:
 
 def processors(sys: Path = Path("/sys")) -> Iterator[Finding]:
     usable, total = len(os.sched_getaffinity(0)), os.cpu_count() or 0
-    yield Finding("processors", "ok", f"{platform.machine()}, {usable} of {total} may be used")
+    yield Finding("processors", "ok", f"{platform.machine()}, {usable} of {total} are usable")
     governors = {_text(file) for file in sys.glob("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor")}
     if not governors:
-        yield Finding("CPU frequency", "none", "not governed by this system")
+        yield Finding("CPU frequency", "none", "this system has no frequency governor")
     elif governors == {"performance"}:
         yield Finding("CPU frequency", "ok", "governor performance")
     else:
         found = f"governor {', '.join(sorted(governors))}"
-        advice = "cpupower frequency-set -g performance: processors that doze between messages answer late"
+        advice = "cpupower frequency-set -g performance; idle processors otherwise wake up late for messages"
         yield Finding("CPU frequency", "warn", found, advice)
 
 
@@ -97,10 +97,12 @@ def kernel() -> Iterator[Finding]:
     try:
         isa = choose_isa()
     except ConfigError as e:
-        # Memory nodes then attend by torch.
-        yield Finding("attention kernel", "warn", str(e), "compile it: memory nodes are several times slower without")
+        # Memory nodes then use torch for attention.
+        yield Finding(
+            "attention kernel", "warn", str(e), "compile it; memory nodes are several times slower without it"
+        )
         return
-    yield Finding("attention kernel", "ok", f"compiled; takes {isa} of {', '.join(available_isas())}")
+    yield Finding("attention kernel", "ok", f"compiled; uses {isa}, out of {', '.join(available_isas())}")
 
 
 # -- memory
@@ -128,11 +130,9 @@ def huge_pages(root: Path = Path("/")) -> Iterator[Finding]:
     if chosen in ("always", "madvise"):
         yield Finding("huge pages", "ok", found)
     elif not chosen:
-        yield Finding("huge pages", "warn", found, "use a kernel that has them, for faster attention")
+        yield Finding("huge pages", "warn", found, "use a kernel with huge pages, for faster attention")
     else:
-        advice = (
-            "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled: attention reads memory faster through them"
-        )
+        advice = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled; attention reads huge pages faster"
         yield Finding("huge pages", "warn", found, advice)
 
 
@@ -143,9 +143,9 @@ def _meminfo(root: Path, key: str) -> int:
 
 def descriptors() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f"{_limit(soft)} files may be open, {_limit(hard)} at most"
+    found = f"{_limit(soft)} open files allowed, can be raised to {_limit(hard)}"
     if 0 <= soft < _DESCRIPTORS:
-        yield Finding("file descriptors", "warn", found, f"ulimit -n {_DESCRIPTORS}, or LimitNOFILE= of a service")
+        yield Finding("file descriptors", "warn", found, f"ulimit -n {_DESCRIPTORS}, or LimitNOFILE= in a service")
     else:
         yield Finding("file descriptors", "ok", found)
 
@@ -160,7 +160,7 @@ def locked_memory() -> Iterator[Finding]:
     elif soft == resource.RLIM_INFINITY:
         yield Finding("locked memory", "ok", "no limit")
     else:
-        advice = "ulimit -l unlimited, or LimitMEMLOCK=infinity of a service: RDMA locks the memory that it moves"
+        advice = "ulimit -l unlimited, or LimitMEMLOCK=infinity in a service; RDMA locks the memory that it uses"
         state: State = "none" if not needed else "fail" if soft < MIN_MEMLOCK else "warn"
         yield Finding("locked memory", state, f"at most {soft >> 10} KiB", advice if needed else "")
 
@@ -188,18 +188,20 @@ def gpus(config: ClusterConfig | None) -> Iterator[Finding]:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         yield Finding("GPU", "ok", f"{names}; CUDA {torch.version.cuda}")
     else:
-        advice = "install the driver that torch needs, or torch for CUDA"
+        advice = "install the driver that torch needs, or a torch with CUDA"
         yield Finding("GPU", "warn", f"{', '.join(devices)}, which torch {_version('torch')} cannot use", advice)
     yield from _gpu_memory()
 
 
 def _gpu_memory() -> Iterator[Finding]:
-    """Whether a network card can reach the memory of a GPU: by dmabuf, or by the older module."""
+    """Check whether a network card can access the memory of a GPU: by dmabuf, or by the older nvidia_peermem."""
     exported = _dmabuf_support()
     if exported and all(exported):
         yield Finding("GPU memory by RDMA", "ok", f"dmabuf on {len(exported)} of {len(exported)} devices")
     elif Path("/sys/module/nvidia_peermem").exists():
-        yield Finding("GPU memory by RDMA", "warn", "by nvidia_peermem only", "use the open kernel modules, for dmabuf")
+        yield Finding(
+            "GPU memory by RDMA", "warn", "only by nvidia_peermem", "use the open kernel modules, which support dmabuf"
+        )
     else:
         found = f"dmabuf on {sum(exported)} of {len(exported)} devices; no nvidia_peermem"
         advice = "use the open kernel modules of the driver and Linux 5.12 or newer"
@@ -207,7 +209,7 @@ def _gpu_memory() -> Iterator[Finding]:
 
 
 def _dmabuf_support() -> list[bool]:
-    """Of each GPU, from the driver; empty where it does not answer."""
+    """Ask the driver whether each GPU supports dmabuf; empty if there is no driver."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -225,15 +227,19 @@ def _dmabuf_support() -> list[bool]:
 
 
 def rdma_devices(*, demanded: bool, root: Path = Path("/")) -> Iterator[Finding]:
-    """Each port, by what the kernel says of it: no library is needed to see why there is none."""
+    """Report each port from the kernel's files, so that no library is needed to see what is missing."""
     devices = sorted((root / "sys/class/infiniband").glob("*"))
     if not devices:
-        advice = "install the card's driver (or, to try: rdma link add rxe0 type rxe netdev NAME)" if demanded else ""
-        yield Finding("RDMA devices", "fail" if demanded else "none", "the kernel knows none", advice)
+        advice = (
+            "install the driver of the card (or, for a trial: rdma link add rxe0 type rxe netdev NAME)"
+            if demanded
+            else ""
+        )
+        yield Finding("RDMA devices", "fail" if demanded else "none", "the kernel lists none", advice)
         return
     closed = [p for p in (root / "dev/infiniband").glob("uverbs*") if not os.access(p, os.R_OK | os.W_OK)]
     if closed:
-        yield Finding("RDMA access", "fail", f"{closed[0]} may not be opened", "join the group of that file")
+        yield Finding("RDMA access", "fail", f"no permission to open {closed[0]}", "join the group of that file")
     elif not any((root / "dev/infiniband").glob("uverbs*")):
         yield Finding("RDMA access", "fail", "/dev/infiniband has no uverbs files", "modprobe ib_uverbs")
     try:
@@ -242,7 +248,7 @@ def rdma_devices(*, demanded: bool, root: Path = Path("/")) -> Iterator[Finding]
         found, _, advice = str(e).partition(": ")
         yield Finding("pyverbs", "fail" if demanded else "warn", f"{found}, so RDMA cannot be used", advice)
     else:
-        yield Finding("pyverbs", "ok", "installed, and fits the system's libibverbs")
+        yield Finding("pyverbs", "ok", "installed, and matches the system's libibverbs")
     ports = [port for device in devices for port in sorted((device / "ports").glob("*"))]
     findings = [_port(root, port) for port in ports]
     if demanded and not any(f.state == "ok" for f in findings):
@@ -256,7 +262,11 @@ def _port(root: Path, port: Path) -> Finding:
     state = _text(port / "state").partition(": ")[2]
     rate = _text(port / "rate")
     if state != "ACTIVE":
-        hint = "bring its network interface up" if layer == "Ethernet" else "is the cable in, and does opensm run?"
+        hint = (
+            "bring its network interface up"
+            if layer == "Ethernet"
+            else "check that the cable is plugged in and that opensm runs"
+        )
         return Finding(item, "warn", f"{state or 'unknown state'}, {layer}", hint)
     if layer != "Ethernet":
         return Finding(item, "ok", f"ACTIVE, {layer}, {rate}, LID {_text(port / 'lid')}")
@@ -271,29 +281,29 @@ def _port(root: Path, port: Path) -> Finding:
     found = f"ACTIVE, {layer}, {rate}, {interface or 'no interface'} with MTU {mtu}"
     if not routable:
         return Finding(
-            item, "warn", f"{found}, no GID of RoCE v2 with an IPv4 address", f"ip address add … dev {interface}"
+            item, "warn", f"{found}, no GID of RoCE v2 with an IPv4 address", f"ip address add ADDRESS dev {interface}"
         )
     index, address = routable[0]
     found += f", GID {index} is {address} (RoCE v2)"
     if mtu < PATH_MTU + _FRAME_OVERHEAD:
-        advice = f"ip link set {interface} mtu 4200 or more, on switches too: RDMA then sends {PATH_MTU} bytes at once"
+        advice = f"ip link set {interface} mtu 4200 or more, also on switches; RDMA then sends {PATH_MTU} bytes at once"
         return Finding(item, "warn", found, advice)
     return Finding(item, "ok", found)
 
 
 def transports(links: Options) -> Iterator[Finding]:
-    """What nodes here would offer to each other, from the transports themselves."""
+    """Report the transports that nodes on this machine would offer, as the transports themselves state."""
     for name, offer in offers(links).items():
         missing = offer.get("missing")
         if missing is None:
             port = f" by {offer['device']} port {offer['port']}, MTU {offer['mtu']}" if name == "rdma" else ""
-            yield Finding(f"transport {name}", "ok", f"can be used{port}")
+            yield Finding(f"transport {name}", "ok", f"usable{port}")
         else:
             yield Finding(f"transport {name}", "none" if links.kind == "auto" else "fail", missing)
 
 
 def _text(file: Path) -> str:
-    """What a file of the kernel's says; empty where there is none, or it refuses, as it does for GIDs not in use."""
+    """Return the text of a kernel file; empty if it is missing or unreadable, as files of unused GIDs are."""
     try:
         return file.read_text(errors="replace").strip()
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -9,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from rich.text import Text
 
 from lamina.config import load
 from lamina.errors import ConfigError
 from lamina.ops.doctor import cluster, machine
 from lamina.ops.doctor.finding import Finding
+from lamina.runtime.loop import PreciseLoop
 from lamina.table import print_table, print_text
 
 _COLOURS = {"ok": "green", "none": "bright_black", "warn": "yellow", "fail": "bold red"}
@@ -34,7 +35,8 @@ def run(file: Path | None, *, step_ms: float, as_json: bool) -> int:
     if config is not None:
         # The table reports a peer that refuses; its log lines would only repeat that.
         logging.getLogger("lamina").setLevel(logging.CRITICAL)
-        more, pairs = uvloop.run(cluster.look(config, step_ms))
+        with asyncio.Runner(loop_factory=PreciseLoop) as runner:
+            more, pairs = runner.run(cluster.look(config, step_ms))
         findings += more
     healthy = all(f.state != "fail" for f in findings)
     if as_json:
