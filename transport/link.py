@@ -33,8 +33,8 @@ class NodeLink(Link):
     """The implementation of ``Link``. ``connect`` and ``Listener`` make it when both ends have agreed.
 
     The lanes may have a loop of their own, in another thread. ``_in_lane_loop`` calls a function in that thread,
-    ``_in_own_loop`` calls one back in the link's. The lanes call the methods under "what the lanes report" in their
-    thread; all other methods are called in the link's.
+    ``_in_own_loop`` calls one in the link's. ``write`` and the methods under "what the lanes report" are called in the
+    thread of the lanes, all other methods in the link's.
     """
 
     def __init__(
