@@ -1,13 +1,15 @@
-"""Lanes over RDMA: a queue pair each. The device writes from memory into the peer's memory; nothing is copied.
+"""Lanes over RDMA: one queue pair for each lane. The device writes from memory into the peer's memory, without a copy.
 
-A write is an RDMA WRITE WITH IMMEDIATE, whose immediate is the tag; if it has more pieces or bytes than a request may,
-plain RDMA WRITEs go before. Every tag takes a receive at the peer, of which the sender knows how many are posted: the
-peer tells by notes when it has posted more. Sources are sent from where they lie if that is registered: regions that
-are exposed, and regions that are only sources from their first write on. Of other memory, tiny and small pieces are
-copied, and large ones are registered for the time of the write.
+A write is an RDMA WRITE WITH IMMEDIATE, whose immediate is the tag. If it has more pieces or bytes than a work request
+may have, plain RDMA WRITEs precede it. Every tag consumes a receive at the peer. The sender counts the receives that
+are posted there, and the peer sends notes when it has posted more.
 
-Completions of writes wake nobody, and only some writes have one, unless somebody waits for them: ``drain``, or a write
-for which there is no room yet.
+The device reads a source where it lies if that memory is registered. Exposed regions are registered, and other regions
+are from their first write on. Of other memory, small pieces are copied to registered memory, and large ones are
+registered for the time of the write.
+
+Only some writes ask for a completion, and completions of writes do not wake the loop, unless something waits for them:
+``drain``, or a write for which there is no room yet.
 """
 
 from lamina.transport.rdma.lanes import offer, upgrade

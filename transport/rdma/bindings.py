@@ -1,4 +1,4 @@
-"""pyverbs, which is optional, and comes in versions that differ: 44 is Debian 12's, 59 the newest known."""
+"""What is used of pyverbs, which is optional. Its versions differ: 44 is Debian 12's, 59 the newest known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamina.transport.lanes import UpgradeError
 
 @functools.cache
 def pyverbs() -> Any:
-    """Those names of pyverbs that are used here. UpgradeError where it cannot be had."""
+    """Import pyverbs and return the names that are used. Raises UpgradeError where it cannot be imported."""
     try:
         from pyverbs import addr, cq, device, mr, pd, pyverbs_error, qp, wr
 
@@ -71,7 +71,7 @@ STATUSES = {
 
 
 def status_in_words(status: int) -> str:
-    """What a completion's status means."""
+    """The meaning of a completion's status, for messages."""
     e = pyverbs().e
     for name, words in STATUSES.items():
         if getattr(e, f"IBV_WC_{name}") == status:

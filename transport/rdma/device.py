@@ -1,4 +1,4 @@
-"""An RDMA device, opened once in a process, and memory registered with it."""
+"""An RDMA device, which a process opens once, and the memory that is registered with it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lamina.transport.lanes import UpgradeError
 from lamina.transport.rdma.bindings import pyverbs
 
 MAX_GATHER = 30
-"""Pieces of memory that one request may gather; more does not fit into a request of common devices."""
+"""One work request gathers at most this many pieces of memory; more do not fit into those of common devices."""
 COPY_BYTES = 16 << 10
-"""Up to here a source from anywhere is copied to memory that is registered; registering a larger one costs less."""
+"""A source of up to this size is copied to registered memory; registering a larger one costs less than copying it."""
 MIN_MEMLOCK = 64 << 20
-"""Bytes. A node whose limit of locked memory is lower could not register what it exposes."""
+"""In bytes. A node with a lower limit of locked memory could not register what it exposes."""
 _CAP_IPC_LOCK = 14
 MemoryKey = tuple[int, int, bool]
-"""Address, bytes, and whether peers may write there."""
+"""The address, the bytes, and whether peers may write there."""
 
 
 class RegisteredMemory:
-    """Registered memory of this process. Whoever acquired it releases it."""
+    """Registered memory of this process, with a count of its users. Each user releases it once."""
 
     __slots__ = ("_keep", "_key", "_mr", "address", "end", "lkey", "owner", "rkey", "users")
 
@@ -38,9 +38,9 @@ class RegisteredMemory:
         self._mr = mr
         self._key = key
         self._keep = keep
-        """What must not be unmapped meanwhile."""
+        """The object that keeps the memory mapped."""
         self.owner = owner
-        """The mapping with whose end the registration ends too; None if it is kept."""
+        """The mapping whose end also ends the registration; None if the registration keeps its memory."""
         self.address = key[0]
         self.end = key[0] + key[1]
         self.lkey: int = mr.lkey
@@ -52,7 +52,7 @@ class RegisteredMemory:
         return self._mr is not None
 
     def holds(self, owner: object) -> bool:
-        """Whether what lies at these addresses and belongs to ``owner`` is what was registered."""
+        """Whether the memory of ``owner`` at these addresses is the memory that was registered."""
         return self._mr is not None and (self.owner is None or self.owner() is owner)
 
     def close(self) -> None:
@@ -63,10 +63,11 @@ class RegisteredMemory:
 
 
 class RdmaDevice:
-    """An open device: one context and one protection domain in a process, and all memory registered with them.
+    """An open device: one context, one protection domain, and all memory that is registered with them.
 
-    Links share registrations, so memory is pinned once however many peers may write it. A peer that learns the key of a
-    region that is exposed to another peer could write it too: the nodes of a cluster trust each other that far.
+    Links share registrations, so memory is pinned once, whatever the number of peers that may write it. A peer that
+    learns the key of a region that is exposed to another peer could write it too; the nodes of a cluster trust each
+    other that far.
     """
 
     def __init__(self, name: str) -> None:
@@ -86,10 +87,10 @@ class RdmaDevice:
         self.max_queue = min(attributes.max_qp_wr, attributes.max_cqe // 2 - 1)
         self._memories: dict[MemoryKey, RegisteredMemory] = {}
         self.lock = threading.RLock()
-        """Held while registrations change: regions are exposed in one thread and written from in another."""
+        """Held while registrations change: one thread exposes regions, and another writes from them."""
 
     def register(self, address: int, nbytes: int, access: int = 0) -> Any:
-        """A memory region of verbs, which the caller closes. Raises CapacityError where the memory cannot be locked."""
+        """Register memory; the caller closes the result. Raises CapacityError where the memory cannot be locked."""
         verbs = pyverbs()
         try:
             return verbs.MR(self.pd, nbytes, access, address=address)
@@ -100,7 +101,7 @@ class RdmaDevice:
             raise TransportError(f"{what}: {error}") from error
 
     def expose(self, view: memoryview) -> RegisteredMemory:
-        """Register memory that peers may write, and keep it."""
+        """Register memory that peers may write, and keep the memory mapped."""
         e = pyverbs().e
         key = (address_of(view), view.nbytes, True)
         if memory := self._memories.get(key):
@@ -111,9 +112,9 @@ class RdmaDevice:
         return memory
 
     def source(self, owner: object, address: int, end: int) -> RegisteredMemory | None:
-        """The registration of memory in which a source lies: one that exists, or of the mapping ``owner`` if it is one.
+        """Find the registration of a source's memory: an existing one, or a new one of the mapping ``owner``.
 
-        The latter ends with the mapping. None: memory from elsewhere, which may be gone and reused at any time.
+        A new one ends with the mapping. None for other memory, which may be freed and reused at any time.
         """
         for memory in list(self._memories.values()):
             if memory.address <= address and end <= memory.end and memory.holds(owner):
@@ -128,10 +129,10 @@ class RdmaDevice:
         return memory
 
     def close(self) -> None:
-        """At the end of the process: pyverbs fails when it is left to the interpreter."""
-        if os.getpid() == self._pid:  # what a child has by fork is still the parent's
+        """Close the device at the end of the process, because pyverbs fails if the interpreter does so."""
+        if os.getpid() == self._pid:  # a device that a child inherited by fork is still the parent's
             with contextlib.suppress(pyverbs().Error):
-                self.context.close()  # and all that belongs to it
+                self.context.close()  # closes all that belongs to it too
 
     def release(self, memory: RegisteredMemory) -> None:
         memory.users -= 1
@@ -149,7 +150,7 @@ _devices: dict[tuple[int, str], RdmaDevice] = {}
 
 
 def open_device(name: str) -> RdmaDevice:
-    """The device, opened once in a process: what a child inherits by fork cannot be used. Raises UpgradeError."""
+    """Open a device, or return the open one. A child cannot use one inherited by fork. Raises UpgradeError."""
     key = (os.getpid(), name)
     if key not in _devices:
         device = _devices[key] = RdmaDevice(name)
@@ -158,7 +159,7 @@ def open_device(name: str) -> RdmaDevice:
 
 
 def check_memlock() -> None:
-    """Raise UpgradeError where the limit of locked memory is too low for any node."""
+    """Raise UpgradeError where the limit of locked memory is too low for a node."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if limit != resource.RLIM_INFINITY and limit < MIN_MEMLOCK and not _may_lock():
         raise UpgradeError(f"too little memory may be registered for RDMA. {_memlock_advice()}")
@@ -174,7 +175,7 @@ def _memlock_advice() -> str:
 
 
 def _may_lock() -> bool:
-    """Whether this process has CAP_IPC_LOCK, for which the limit does not count."""
+    """Whether this process has CAP_IPC_LOCK, to which the limit does not apply."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)

@@ -1,4 +1,4 @@
-"""One lane over RDMA: a queue pair, and the account of what is under way on it."""
+"""One lane over RDMA: a queue pair, and the account of what is in flight on it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 STAGING_BYTES = 256 << 10
-"""Registered memory of each lane to which small sources are copied."""
+"""The size of the registered memory of each lane to which small sources are copied."""
 SIGNAL_WRITES, SIGNAL_BYTES = 16, 1 << 20
-"""At the latest after so many requests, or bytes, one asks for a completion."""
+"""A request asks for a completion at the latest after so many requests or bytes."""
 MAX_COMPLETIONS = 64
-"""Of a lane, taken at once."""
+"""The most completions of a lane that are taken at once."""
 
 
 class RdmaWrite:
-    """A write, and how much of it the device has."""
+    """A write, and how much of it was given to the device."""
 
     __slots__ = ("address", "at", "index", "nbytes", "registered", "rkey", "tag", "views")
 
@@ -40,14 +40,14 @@ class RdmaWrite:
         self.views = [view for buffer in buffers if (view := memoryview(buffer)).nbytes]
         self.nbytes = nbytes
         self.address = address
-        """At the peer, of the next request."""
+        """The address at the peer of the next request."""
         self.rkey = rkey
         self.tag = socket.htonl(tag)
         self.index = 0
         self.at = 0
-        """Of view number ``index``, the next byte."""
+        """The next byte of view number ``index``."""
         self.registered: list[Any] = []
-        """For this write only; its end is the last one's."""
+        """Registrations for this write alone; they end with its last request."""
 
     def release(self) -> None:
         for mr in self.registered:
@@ -56,7 +56,7 @@ class RdmaWrite:
 
 
 class WorkRequest:
-    """What is given back when a request is complete."""
+    """A request that the device has, and what it gives back when it is complete."""
 
     __slots__ = ("nbytes", "serial", "staged", "write")
 
@@ -64,13 +64,13 @@ class WorkRequest:
         self.serial = serial
         self.nbytes = nbytes
         self.staged = staged
-        """Bytes of the staging memory."""
+        """The bytes of staging memory that it takes."""
         self.write = write
-        """That of which this was the last request."""
+        """The write whose last request this is."""
 
 
 class RdmaLane:
-    """A lane's queue pair, and the account of what is under way on it."""
+    """A lane's queue pair, and the account of what is in flight on it."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class RdmaLane:
         self.pair = pair
         self.psn = secrets.randbits(24)
         self.credits = self.max_credits = 0
-        """Receives that the peer has posted, as far as is known here; and how many it can have."""
+        """The receives that the peer is known to have posted, and how many it can have."""
         self.more = False
         """Whether the device may have more completions than were taken last."""
         self._lanes = lanes
@@ -95,35 +95,35 @@ class RdmaLane:
         self._arrival_opcode = pyverbs().e.IBV_WC_RECV_RDMA_WITH_IMM
 
         self._waiting: deque[RdmaWrite] = deque()
-        """Writes for which there is no room yet; the first one may be under way in part."""
+        """Writes for which there is no room yet; part of the first one may be in flight."""
         self._sent: deque[WorkRequest] = deque()
-        """Requests that the device has, and that are not known to be complete."""
+        """Requests that the device has and that are not known to be complete."""
         self.pending_bytes = 0
         self._room = pair.queue
         self._serial = self._signalled = 0
-        """Of the last request, and of the last one that asks for a completion."""
+        """The serial of the last request, and of the last one that asks for a completion."""
         self._signal_writes = min(SIGNAL_WRITES, pair.queue // 4)
         self._unsignalled_bytes = 0
         self._unseen_bytes = 0
-        """Of requests without a tag, of which the peer is told otherwise."""
+        """The bytes of requests without a tag, which the peer learns from a note."""
         self._watched = self._stuck_periods = 0
 
-        # A request that carries its bytes in itself takes them from here.
+        # A request that carries its bytes inline takes them from here.
         self._inline = memoryview(bytearray(max(1, pair.inline_bytes)))
         self._inline_address = address_of(self._inline)
-        # A ring, which is given back in the order in which it was taken.
+        # Staging memory is a ring, which is given back in the order in which it was taken.
         self._staging = staging
         self._staging_address = address_of(staging)
         self._staging_key = staging_key
         self._staging_at = self._staging_used = 0
 
         self._arrived: deque[tuple[int, int]] = deque()
-        """Tags that are not delivered yet, and their bytes."""
+        """Tags that are not delivered yet, and the bytes of their writes."""
         self._heard_probe = False
         self._taken = 0
-        """Receives that arrivals took since ``batch`` were last posted."""
+        """The number of receives that arrivals took since ``batch`` were last posted."""
         self._returned = 0
-        """Receives that were posted and that the peer does not know of."""
+        """The number of receives that were posted and of which the peer does not know."""
 
     # -- sending
 
@@ -141,7 +141,7 @@ class RdmaLane:
         self._await_completions()
 
     def mark(self) -> None:
-        """See to it that there will be a completion after all requests so far."""
+        """Make sure that a completion will come after all requests so far."""
         if self._serial != self._signalled and not self._closed:
             try:
                 self._hand_over([], 0, 0, None, None, 0, signal=True, inline=False)
@@ -149,7 +149,7 @@ class RdmaLane:
                 self._fail(f"the device takes no more: {error}")
 
     def give_credits(self, count: int) -> bool:
-        """The peer posted ``count`` receives; False if it cannot have that many."""
+        """Take ``count`` receives that the peer has posted; False if it cannot have that many."""
         if self.credits + count > self.max_credits:
             return False
         self.credits += count
@@ -157,7 +157,7 @@ class RdmaLane:
         return True
 
     def look_pending(self) -> int:
-        """Bytes of writes that the device or the peer does not have."""
+        """Ask the device, and return the bytes of writes that are not known to be complete."""
         if self.pending_bytes and not self._closed:
             self.mark()
             self._reap_aside()
@@ -178,12 +178,12 @@ class RdmaLane:
                 self._drainers.remove(done)
 
     def arm(self) -> None:
-        """Be woken by arrivals; by completions of writes only if somebody waits for them."""
+        """Ask to be woken by arrivals, and by completions of writes only if something waits for them."""
         if not self._lanes.busy_poll:
             self.pair.arm(not (self._waiting or self._drainers))
 
     def stuck_periods(self) -> int:
-        """For how many calls the device has not completed what it had at the first one."""
+        """The number of calls since the device last completed a request of those that it has."""
         oldest = self._sent[0].serial if self._sent else 0
         self._stuck_periods = self._stuck_periods + 1 if oldest and oldest == self._watched else 0
         self._watched = oldest
@@ -206,8 +206,8 @@ class RdmaLane:
             self._fail(f"a write could not be sent: {error}")
 
     def _post(self, write: RdmaWrite) -> bool:
-        """Give ``write`` to the device as far as there is room; True if that was all."""
-        # One more would be left for a mark.
+        """Give ``write`` to the device as far as there is room; True if all of it was given."""
+        # One place is kept for a mark.
         while self._room > 1 and self.credits:
             if write.nbytes <= self.pair.inline_bytes:
                 at = 0
@@ -219,7 +219,7 @@ class RdmaLane:
                 return True
             pieces, nbytes, staged = self._gather(write)
             if not pieces:
-                self.mark()  # what takes the staging memory may not have asked for a completion
+                self.mark()  # the requests that take the staging memory may not have asked for a completion
                 return False
             last = write.index == len(write.views)
             self._hand_over(
@@ -238,7 +238,7 @@ class RdmaLane:
         return False
 
     def _gather(self, write: RdmaWrite) -> tuple[list[Piece], int, int]:
-        """The next pieces of ``write`` for one request, their bytes, and how much staging memory they take."""
+        """Gather pieces of ``write`` for one request; returns them, their bytes, and the staging memory taken."""
         pieces: list[Piece] = []
         total = used = 0
         while write.index < len(write.views) and len(pieces) < self.pair.max_gather and total < self.pair.max_bytes:
@@ -272,7 +272,7 @@ class RdmaLane:
         return pieces, total, used
 
     def _stage(self, nbytes: int) -> int:
-        """Take ``nbytes`` in one piece, up to ``_staging_at``; how many were taken for it, 0 if there are none."""
+        """Take ``nbytes`` in one piece, which ends at ``_staging_at``; returns the bytes taken, 0 without room."""
         start, taken = self._staging_at, nbytes
         if start + nbytes > STAGING_BYTES:
             start, taken = 0, STAGING_BYTES - start + nbytes
@@ -294,7 +294,7 @@ class RdmaLane:
         signal: bool,
         inline: bool,
     ) -> None:
-        """Post a request, and account for it. ``write`` is what it is the last of."""
+        """Post a request and account for it. ``write`` is the write whose last request it is, if any."""
         nbytes = sum(piece[1] for piece in pieces)
         serial = self._serial + 1
         self._unsignalled_bytes += nbytes
@@ -318,7 +318,7 @@ class RdmaLane:
     # -- what the device tells
 
     def reap(self) -> None:
-        """Take completions: of writes, which are accounted for at once, and of arrivals, for ``deliver``."""
+        """Take completions: account for those of writes, and keep those of arrivals for ``deliver``."""
         if self._closed:
             return
         count, completions = self.pair.poll(MAX_COMPLETIONS)
@@ -333,7 +333,7 @@ class RdmaLane:
                 sent = serial
                 continue
             if completion.opcode != self._arrival_opcode:
-                self._fail("the peer sent something else than a write")
+                self._fail("the peer sent something that is not a write")
                 return
             self._taken += 1
             if self._heard_probe:
@@ -345,7 +345,7 @@ class RdmaLane:
             self.return_receives()
 
     def deliver(self) -> bool:
-        """Tell the owner what arrived; whether there was anything."""
+        """Deliver what arrived to the owner; True if there was anything."""
         lanes, lane, arrived = self._lanes, self._lane, self._arrived
         if not arrived or lanes.owner is None:
             return False
@@ -357,12 +357,12 @@ class RdmaLane:
         return True
 
     def probed(self) -> bool:
-        """Whether the first write of either end has arrived."""
+        """Whether the first writes of both ends have arrived."""
         self.reap()
         return self._heard_probe and not self._sent
 
     def return_receives(self) -> None:
-        """Post receives for those that were taken, and tell the peer."""
+        """Post receives in place of those that were taken, and tell the peer."""
         while self._taken >= self.pair.batch:
             self.pair.post_receives()
             self._taken -= self.pair.batch
@@ -372,7 +372,7 @@ class RdmaLane:
             self._returned = 0
 
     def _reap_aside(self) -> None:
-        """``reap`` where nothing may be delivered."""
+        """Call ``reap`` where nothing may be delivered, and have it delivered soon."""
         self.reap()
         if self._arrived or self.more:
             self._lanes.deliver_soon()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.errors import CapacityError, PeerLostError, ProtocolError, TransportError
 from lamina.transport.base import Lane, Region, address_of
-from lamina.transport.lanes import Lanes, Owner, UpgradeError
+from lamina.transport.lanes import Lanes, LanesOwner, UpgradeError
 from lamina.transport.options import Options
 from lamina.transport.rdma.bindings import pyverbs
 from lamina.transport.rdma.device import RdmaDevice, check_memlock, open_device
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 
 PROBE_TIMEOUT_S = 1.5
-"""For a first write in both directions of both lanes."""
+"""The time for a first write in both directions of both lanes."""
 PROBE_PERIOD_S = 0.001
 WATCH_PERIODS = 4
-"""Looks at what is under way in ``peer_timeout``."""
+"""The lanes look for progress so many times in ``peer_timeout``."""
 
 
 def offer(options: Options) -> dict[str, Any]:
-    """The port that this end would use."""
+    """Describe the port that this end would use."""
     port = find_port(options.rdma)
     check_memlock()
     return vars(port).copy()
 
 
 async def upgrade(session: Session) -> Lanes:
-    """Connect a queue pair for each lane, and see that writes arrive in both directions."""
+    """Connect a queue pair for each lane, and check that writes arrive in both directions."""
     local, remote = RdmaPort.from_offer(session.local_offer), RdmaPort.from_offer(session.peer_offer)
     if local.link_layer != remote.link_layer:
         raise UpgradeError(
@@ -51,7 +51,7 @@ async def upgrade(session: Session) -> Lanes:
     try:
         await session.send({"lanes": lanes.describe()})
         lanes.connect(local, remote, (await session.receive()).get("lanes"))
-        # A packet that comes before the peer's queue pair expects it is lost.
+        # A packet is lost if it comes before the peer's queue pair expects it.
         await session.send({"expecting": True})
         await session.receive()
         await lanes.probe(local, remote)
@@ -62,13 +62,13 @@ async def upgrade(session: Session) -> Lanes:
 
 
 class RdmaLanes(Lanes):
-    """See ``Lanes``."""
+    """Both lanes of a link over RDMA."""
 
     bytes_written: list[int]
     bytes_received: list[int]
 
     def __init__(self, device: RdmaDevice, port: RdmaPort, options: Options) -> None:
-        """Raises UpgradeError; has freed everything then."""
+        """Raises UpgradeError, after it has freed everything."""
         super().__init__()
         self.bytes_written = [0, 0]
         self.bytes_received = [0, 0]
@@ -80,8 +80,8 @@ class RdmaLanes(Lanes):
         self._timer: asyncio.TimerHandle | None = None
         self.registrations = Registrations(device)
         self._remote: dict[int, tuple[int, int]] = {}
-        """Address and key of the peer's regions."""
-        self.owner: Owner | None = None
+        """The address and the remote key of each region of the peer."""
+        self.owner: LanesOwner | None = None
         self._error: TransportError | None = None
         self.closed = False
         self._lanes: list[RdmaLane] = []
@@ -102,11 +102,11 @@ class RdmaLanes(Lanes):
     # -- set-up
 
     def describe(self) -> list[list[int]]:
-        """What the peer needs to know of each lane: number, first packet number, receives that are posted."""
+        """Describe each lane to the peer: queue pair number, first packet number, receives that are posted."""
         return [[lane.pair.number, lane.psn, lane.pair.queue] for lane in self._lanes]
 
     def connect(self, local: RdmaPort, remote: RdmaPort, described: Any) -> None:
-        """To the lanes that the peer described; raises UpgradeError."""
+        """Connect to the lanes that the peer described. Raises UpgradeError."""
         match described:
             case [[int(), int(), int()], [int(), int(), int()]]:
                 pass
@@ -121,7 +121,7 @@ class RdmaLanes(Lanes):
             lane.pair.connect(local, remote, number, lane.psn, psn, self._peer_timeout)
 
     async def probe(self, local: RdmaPort, remote: RdmaPort) -> None:
-        """Write nothing over both lanes, and wait until that arrived here and there. Raises UpgradeError."""
+        """Send an empty write over both lanes, and wait until those of both ends arrived. Raises UpgradeError."""
         for lane in self._lanes:
             lane.write(RdmaWrite([], 0, 0, 0, 0))
             lane.mark()
@@ -138,7 +138,7 @@ class RdmaLanes(Lanes):
 
     # -- Lanes
 
-    def start(self, owner: Owner) -> None:
+    def start(self, owner: LanesOwner) -> None:
         self.owner = owner
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -179,7 +179,7 @@ class RdmaLanes(Lanes):
             case {"lane": int(lane), "bytes": int(nbytes)} if lane in (0, 1) and nbytes > 0:
                 self.bytes_received[lane] += nbytes
             case _:
-                raise ProtocolError(f"the peer sent a note that is none of RDMA's: {note!r:.200}")
+                raise ProtocolError(f"the peer sent a note that RDMA does not know: {note!r:.200}")
 
     def poll(self) -> bool:
         heard = False
@@ -192,7 +192,7 @@ class RdmaLanes(Lanes):
 
     @property
     def pending_bytes(self) -> list[int]:  # type: ignore[override]
-        # The device is asked only where the lanes live: another thread could take completions at the same time.
+        # Only the thread of the lanes asks the device: two threads must not take completions at the same time.
         own = threading.get_ident() == self._thread
         return [lane.look_pending() if own else lane.pending_bytes for lane in self._lanes]
 
@@ -214,7 +214,7 @@ class RdmaLanes(Lanes):
     # -- what happens
 
     def fail(self, error: TransportError) -> None:
-        """Report the first of all failures, in the next round of the loop."""
+        """Report the first failure, in the next round of the loop."""
         if self._error is None and not self.closed:
             self._error = error
             if self.owner is not None:
@@ -227,9 +227,9 @@ class RdmaLanes(Lanes):
             self.owner.lanes_failed(self._error)
 
     def _watch(self) -> None:
-        """Find a peer whose device does not answer: those of some makers retry for ever, or longer than is wanted.
+        """Find a peer whose device does not answer. Some devices retry for ever, or for too long.
 
-        Periods are counted rather than seconds: a loop that was held up blames nobody.
+        Periods are counted rather than seconds, so that a loop that was blocked does not blame the peer.
         """
         self._timer = self._loop.call_later(self._peer_timeout / WATCH_PERIODS, self._watch)
         self._look()
@@ -247,7 +247,7 @@ class RdmaLanes(Lanes):
         self._look()
 
     def _look(self) -> None:
-        """Deliver what there is; in pieces, so that others have their turn."""
+        """Deliver what has arrived, in bounded pieces, so that the loop can do other work between them."""
         if not self.closed:
             self.poll()
             if not self.closed and any(lane.more for lane in self._lanes):

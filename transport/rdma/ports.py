@@ -1,4 +1,4 @@
-"""Ports of RDMA devices: which can be used, and how the peer addresses one."""
+"""The ports of RDMA devices: which can be used, and how the peer addresses one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lamina.transport.rdma.device import RdmaDevice, open_device
 
 @dataclass(frozen=True)
 class RdmaPort:
-    """A port that can be used, and how the peer addresses it: what an end says of itself."""
+    """A usable port, and how the peer addresses it: an end's offer."""
 
     device: str
     port: int
@@ -25,11 +25,11 @@ class RdmaPort:
     gid_index: int
     lid: int
     mtu: int
-    """Bytes."""
+    """In bytes."""
 
     @classmethod
     def from_offer(cls, offer: dict[str, Any]) -> RdmaPort:
-        """Check what the peer offered; raises UpgradeError."""
+        """Check the peer's offer. Raises UpgradeError."""
         match offer:
             case {
                 "device": str(device),
@@ -42,17 +42,17 @@ class RdmaPort:
             } if 0 < port < 256 and 0 <= gid_index < 2**16 and 0 <= lid < 2**16 and mtu in MTUS:
                 with contextlib.suppress(ValueError):
                     return cls(device, port, link_layer, ipaddress.IPv6Address(gid).exploded, gid_index, lid, mtu)
-        raise UpgradeError(f"the peer offered something else than a port: {offer!r:.200}")
+        raise UpgradeError(f"the peer's offer does not describe a port: {offer!r:.200}")
 
     @property
     def place(self) -> str:
-        """The GID as people know it, for messages: an IPv4 address where it is one."""
+        """The GID for messages: the IPv4 address where it contains one."""
         address = ipaddress.IPv6Address(self.gid)
         return str(address.ipv4_mapped or address)
 
 
 def find_port(wanted: RdmaOptions) -> RdmaPort:
-    """The first port that fits; UpgradeError says what is wrong with those that there are."""
+    """Find the first port that fits. UpgradeError says why the existing ports do not."""
     verbs = pyverbs()
     try:
         names = [device.name.decode() for device in verbs.get_device_list()]
@@ -78,7 +78,7 @@ def find_port(wanted: RdmaOptions) -> RdmaPort:
 
 
 def _usable(device: RdmaDevice, number: int, wanted: RdmaOptions) -> RdmaPort:
-    """The port if it can be used; UpgradeError if not."""
+    """Describe a port. Raises UpgradeError if it cannot be used."""
     e = pyverbs().e
     where = f"RDMA device {device.name}"
     if not 1 <= number <= device.ports:

@@ -1,7 +1,7 @@
 """A queue pair: a thin layer over pyverbs.
 
-pyverbs frees no work request by itself, so they are made once and used again where that is possible, and closed where
-it is not.
+pyverbs frees no work request by itself. So work requests are made once and used again where that is possible, and
+closed where it is not.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from lamina.transport.rdma.device import RdmaDevice
 from lamina.transport.rdma.ports import RdmaPort
 
 MAX_REQUEST_BYTES = 1 << 20
-"""Of one request: so progress shows on a slow network too."""
+"""One work request carries at most this many bytes, so that progress shows on a slow network too."""
 INLINE_BYTES = (256, 64, 0)
-"""Bytes that a request may carry in itself: the first that the device grants."""
+"""The bytes that a work request may carry inline: the first size that the device grants is used."""
 RETRIES = 7
-"""After a packet that is not acknowledged. Soft-RoCE takes it for no limit, and with any other gives up where a few
-percent are lost; so whoever uses a queue pair has to watch for progress."""
+"""Retries after a packet that is not acknowledged. Soft-RoCE takes 7 for no limit, and with a smaller number gives up
+where a few percent of the packets are lost. So the user of a queue pair must watch for progress."""
 ACK_TIMEOUT_UNIT_S = 4.096e-6
 MAX_ACK_TIMEOUT = 17
-"""0.54 s. Some losses cost as much, so it does not grow with ``peer_timeout`` for ever."""
+"""The exponent of 0.54 s. Some losses cost as much time, so it does not grow with ``peer_timeout`` without bound."""
 RNR_RETRIES = 7
-"""Without end: credits see to it that a receive is posted."""
+"""Retries without end, because credits guarantee that a receive is posted."""
 MIN_RNR_TIMER = 1
-"""0.01 ms."""
+"""The code of 0.01 ms."""
 HOP_LIMIT = 64
 Piece = tuple[int, int, int]
-"""Registered memory to gather from: address, bytes, local key."""
+"""Registered memory from which a request gathers: address, bytes, local key."""
 
 
 class QueuePair:
-    """A reliable connection: a queue pair, its completion queue, and a descriptor that tells of completions."""
+    """A reliable connection: a queue pair, its completion queue, and a descriptor that announces completions."""
 
     def __init__(self, device: RdmaDevice, port: RdmaPort, queue: int) -> None:
-        """Raises UpgradeError; has freed everything then."""
+        """Raises UpgradeError, after it has freed everything."""
         verbs = pyverbs()
         e = verbs.e
         self.batch = min(queue, device.max_queue) // 4
-        """Receives that are posted at once."""
+        """The number of receives that are posted at once."""
         self.queue = 4 * self.batch
-        """Requests that may be under way, and receives that are posted."""
+        """The number of requests that may be in flight, and of receives that are posted."""
         self.max_gather = device.max_gather
         self.max_bytes = min(device.context.query_port(port.port).max_msg_sz, MAX_REQUEST_BYTES)
-        """Of a request."""
+        """The most bytes of a request."""
         access = e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_WRITE
         with contextlib.ExitStack() as made:
             try:
@@ -82,10 +82,10 @@ class QueuePair:
         self._write, self._write_immediate = e.IBV_WR_RDMA_WRITE, e.IBV_WR_RDMA_WRITE_WITH_IMM
         self._signaled, self._inline, self._solicited = e.IBV_SEND_SIGNALED, e.IBV_SEND_INLINE, e.IBV_SEND_SOLICITED
         self.poll = self._cq.poll
-        """Take up to so many completions: their number, and a list."""
+        """Take up to so many completions; returns their number and a list."""
         self.arm = self._cq.req_notify
-        """Have the descriptor tell of the next completion; with True, only of an arrival."""
-        # Most requests gather from one place: these two are used for all of them.
+        """Have the descriptor announce the next completion; with True, only that of an arrival."""
+        # Most requests gather from one place, and these two objects are used for all of those.
         self._sge = verbs.SGE(0, 0, 0)
         self._request = verbs.SendWR(num_sge=1, sg=[self._sge])
         self._request.close()  # of its own copy
@@ -95,7 +95,7 @@ class QueuePair:
     def connect(
         self, local: RdmaPort, remote: RdmaPort, number: int, psn: int, remote_psn: int, timeout_s: float
     ) -> None:
-        """To the peer's queue pair ``number``; retries take at most ``timeout_s``, where they end."""
+        """Connect to queue pair ``number`` of the peer. Retries take at most ``timeout_s`` where they end."""
         verbs = pyverbs()
         attr = verbs.QPAttr(port_num=local.port)
         infiniband = local.link_layer == "infiniband"
@@ -118,18 +118,18 @@ class QueuePair:
             self._qp.to_rts(attr)
         except verbs.Error as error:
             raise UpgradeError(
-                f"no way from {local.place} ({local.device}) to {remote.place} over RDMA: {error}; check that both "
+                f"no route from {local.place} ({local.device}) to {remote.place} over RDMA: {error}; check that both "
                 "ports are on one network"
             ) from error
 
     def post_receives(self) -> None:
-        """Take ``batch`` more arrivals."""
+        """Post ``batch`` more receives."""
         self._qp.post_recv(_receives(self.batch))
 
     def post(
         self, serial: int, pieces: list[Piece], address: int, rkey: int, tag: int | None, *, signal: bool, inline: bool
     ) -> None:
-        """Write ``pieces`` at ``address`` of the peer, and tell it if there is a tag, in the order of the network.
+        """Write ``pieces`` at ``address`` of the peer; a ``tag``, in network byte order, is delivered there.
 
         ``serial``, which is not 0, names the completion.
         """
@@ -180,7 +180,7 @@ class QueuePair:
                 made.close()
 
     def take_event(self) -> bool:
-        """Take what made the descriptor readable; False if somebody did before."""
+        """Take the event that made the descriptor readable; False if it was taken before."""
         try:
             self._channel.get_cq_event(self._cq)
         except pyverbs().Error:
@@ -189,13 +189,13 @@ class QueuePair:
         return True
 
     def close(self) -> None:
-        """Nothing arrives or leaves afterwards. May be called twice."""
+        """Close the queue pair: nothing arrives or leaves afterwards. May be called twice."""
         with contextlib.suppress(pyverbs().Error):
             self._closing.close()
 
 
 def ack_timeout(seconds: float) -> int:
-    """The exponent of verbs with which all retries together take at most ``seconds``."""
+    """The exponent of the time-out with which all retries together take at most ``seconds``."""
     exponent = 1
     while exponent < MAX_ACK_TIMEOUT and (RETRIES + 1) * ACK_TIMEOUT_UNIT_S * 2 ** (exponent + 1) <= seconds:
         exponent += 1
@@ -204,13 +204,13 @@ def ack_timeout(seconds: float) -> int:
 
 @functools.cache
 def _receives(count: int) -> Any:
-    """A chain of receives without memory: what arrives lands by address. It can be posted any number of times."""
+    """Make a chain of receives without memory, as writes carry their address. It can be posted any number of times."""
     verbs = pyverbs()
     sge = verbs.SGE(0, 0, 0)
     following = None
     for _ in range(count):
         request = verbs.RecvWR(wr_id=0, num_sge=1, sg=[sge], next_wr=following)
-        request.num_sge = 0  # none at all is refused above
+        request.num_sge = 0  # the constructor refuses 0
         _chained.append(request)
         following = request
     sge.close()
@@ -218,11 +218,11 @@ def _receives(count: int) -> Any:
 
 
 _chained: list[Any] = []
-"""All receives in chains: pyverbs links them by address only."""
+"""Keeps the receives of all chains alive, because pyverbs links them by address only."""
 
 
 def _channel(context: Any) -> tuple[Any, int]:
-    """A completion channel and its descriptor, which pyverbs tells from version 59 on."""
+    """Make a completion channel and find its descriptor, which pyverbs tells from version 59 on."""
     before = set(_event_fds())
     channel = pyverbs().CompChannel(context)
     if hasattr(channel, "fd"):

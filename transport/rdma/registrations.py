@@ -1,4 +1,4 @@
-"""The registrations that one link uses, and the addresses of memory that need none for long."""
+"""The registrations that one link uses, found by the addresses of its sources."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Registrations:
         self.device = device
         self._held: list[RegisteredMemory] = []
         self._index: tuple[list[int], list[RegisteredMemory]] = [], []
-        """Those that lie in no other one, by ascending address, so that their ends ascend too; and these addresses."""
+        """The addresses of the registrations that lie in no other one, ascending, and these registrations."""
 
     def expose(self, view: memoryview) -> RegisteredMemory:
-        """See ``RdmaDevice.expose``."""
+        """Register memory as ``RdmaDevice.expose`` does, and hold it for this link."""
         with self.device.lock:
             memory = self.device.expose(view)
             self._hold(memory)
         return memory
 
     def find(self, owner: object, address: int, nbytes: int) -> int | None:
-        """The local key of the memory in which these bytes lie. None if it is not registered, and need not be."""
+        """The local key of the memory in which these bytes lie. None if it is not registered and need not be."""
         end = address + nbytes
         starts, found = self._index
         i = bisect_right(starts, address) - 1
@@ -77,7 +77,7 @@ class _PyBuffer(ctypes.Structure):
 
 
 def address_of_readonly(view: memoryview) -> int:
-    """Where the first byte of any contiguous view lies, also one that may not be written."""
+    """The address of the first byte of a contiguous view, which may be read-only."""
     buffer = _PyBuffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(buffer), 0)
     try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.errors import CapacityError, ProtocolError, TransportError
 from lamina.transport.base import Lane, Region, address_of
-from lamina.transport.lanes import CHUNK_BYTES, Lanes, Owner, UpgradeError
+from lamina.transport.lanes import CHUNK_BYTES, Lanes, LanesOwner, UpgradeError
 from lamina.transport.options import Options
 from lamina.transport.shm.passing import check_memory, make_doorbell, make_memory, meet, receive, region_message, take
 from lamina.transport.shm.ring import HEAD, NBYTES, RING_BYTES, SLOTS, STARVED, TAIL, Rings, RingWriter, fence, ring
@@ -27,39 +27,39 @@ if TYPE_CHECKING:
 
 
 BATCH = 64
-"""The most tags of a lane that are delivered in one go."""
+"""The most tags of a lane that are delivered at once."""
 LINGER_S = 100e-6
 NAPS = 16
-"""Going to sleep and waking again takes some microseconds on either side. After so many naps of less than ``LINGER_S``
+"""Falling asleep and being woken takes some microseconds on either side. After so many naps of less than ``LINGER_S``
 in a row, an end stays awake instead, until nothing has come for that long."""
 _WRITE_COST = 4096
-"""Bytes that can be copied in the time which a write takes besides."""
+"""The bytes that can be copied in the time that a write takes beside its copy."""
 _COMPARE_BYTES = 64 << 10
-"""From this size on it costs little to see whether bytes lie where they are meant to be already."""
+"""From this size on, checking whether bytes already lie at their destination costs little."""
 _LANES = tuple(Lane)  # iterating over the class is slow
 _Window = tuple[memoryview, mmap.mmap, int]
-"""A region of the peer: its bytes, the mapping that they belong to, and its address."""
+"""A region of the peer: its bytes, its mapping, and its address."""
 
 
 def offer(options: Options) -> dict[str, Any]:
-    """Which host this is: shared memory needs one kernel, and one network namespace for the socket."""
+    """Name this host: shared memory needs one kernel, and one network namespace for the socket."""
     machine = platform.machine()
     if machine != "x86_64" or sys.maxsize < 2**32:
-        # See ``ring``. Elsewhere it would need barriers that Python does not have.
+        # See ``ring``: other processors need barriers that Python does not have.
         raise UpgradeError(f"shared memory is only implemented for x86-64, this is {machine}")
     try:
         os.close(make_memory(RING_BYTES))
         os.close(make_doorbell())
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         network = Path("/proc/self/ns/net")
-        namespace = network.stat().st_ino if network.exists() else 0  # a kernel that knows only one
+        namespace = network.stat().st_ino if network.exists() else 0  # a kernel without namespaces
     except OSError as error:
         raise UpgradeError(f"this system has no memfd, eventfd or /proc to share memory with: {error}") from error
     return {"host": f"{boot}:{namespace}"}
 
 
 async def upgrade(session: Session) -> Lanes:
-    """Meet the peer on a Unix socket, prove to each other who is there, and swap rings and doorbells."""
+    """Connect a Unix socket to the peer, with proofs, and exchange rings and doorbells."""
     with ExitStack() as stack:
         sock = stack.enter_context(await meet(session))
         sock.setblocking(False)
@@ -78,7 +78,7 @@ async def upgrade(session: Session) -> Lanes:
         outgoing, peer_doorbell = theirs
         check_memory(outgoing, RING_BYTES, "the peer's rings")
         if os.readlink(f"/proc/self/fd/{peer_doorbell}") != "anon_inode:[eventfd]":
-            raise ProtocolError("the peer's doorbell is no eventfd")
+            raise ProtocolError("the peer's doorbell is not an eventfd")
         os.set_blocking(peer_doorbell, False)
         lanes = ShmLanes(
             sock, Rings(incoming), Rings(outgoing), doorbell, peer_doorbell, busy_poll=session.options.busy_poll
@@ -90,7 +90,10 @@ async def upgrade(session: Session) -> Lanes:
 
 
 class ShmLanes(Lanes):
-    """See ``Lanes``. After ``close`` this end writes nothing more; the peer stops when it learns of the end."""
+    """Both lanes of a link over shared memory.
+
+    After ``close`` this end writes nothing more; the peer stops when it learns of the end.
+    """
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class ShmLanes(Lanes):
         *,
         busy_poll: bool,
     ) -> None:
-        """Takes over the socket and both doorbells."""
+        """The lanes own the socket and both doorbells from now on."""
         super().__init__()
         self.bytes_written: list[int] = [0, 0]
         self.bytes_received: list[int] = [0, 0]
@@ -116,21 +119,21 @@ class ShmLanes(Lanes):
         self._asleep = incoming.asleep
         self._writers = [RingWriter(outgoing, lane, peer_doorbell) for lane in _LANES]
         self._published = [0, 0]
-        """Of the tags received, how many the peer has been told, by lane."""
+        """The number of received tags that the peer has been told, by lane."""
         self._busy_poll = busy_poll
         self._windows: dict[int, _Window] = {}
         self._queues: tuple[deque[_QueuedWrite], deque[_QueuedWrite]] = (deque(), deque())
         self._moving = False
-        """Whether ``_move`` is going to be called."""
+        """Whether ``_move`` is scheduled."""
         self._drained: tuple[list[asyncio.Future[None]], ...] = ([], [])
-        self._owner: Owner | None = None
+        self._owner: LanesOwner | None = None
         self._awake = False
-        """Whether ``_look`` is called in every round."""
+        """Whether ``_look`` is called in every round of the loop."""
         self._since = monotonic()
-        """When this end fell asleep, or when it last heard something while it stays awake."""
+        """The time when this end fell asleep, or when it last heard something while it stays awake."""
         self._naps = 0
-        """How often in a row it slept for less than LINGER_S."""
-        # What comes before ``start`` rings, and the bell is heard then.
+        """How often in a row this end slept for less than LINGER_S."""
+        # A write that comes before ``start`` rings, and ``start`` finds the doorbell rung.
         self._asleep[0] = 1
 
     # -- regions
@@ -139,16 +142,16 @@ class ShmLanes(Lanes):
         try:
             socket.send_fds(self._socket, [region_message(key)], [region.fd])
         except ConnectionError:
-            pass  # the peer is gone, as the control connection is about to say
+            pass  # the peer is gone, which the control connection is about to report
         except OSError as error:
             raise CapacityError(
-                f"region {region.name!r} cannot be passed on, after {key - 1} others: {error}; "
+                f"region {region.name!r} cannot be passed to the peer, after {key - 1} others: {error}; "
                 "wait until the peer has taken some"
             ) from error
         return {}
 
     def learn(self, key: int, nbytes: int, details: dict[str, Any]) -> None:
-        # The memory was passed before the announcement, and both ends of the socket are in one kernel: it is there.
+        # The memory was passed before the announcement, and one kernel has both ends of the socket: it is there.
         try:
             (fd,) = take(self._socket, region_message(key), 1)
         except BlockingIOError as error:
@@ -172,7 +175,7 @@ class ShmLanes(Lanes):
     def write(self, lane: Lane, key: int, offset: int, pieces: list[memoryview], nbytes: int, tag: int) -> None:
         self.tags_written[lane] += 1
         window = self._windows[key]
-        # Of bulk, only the first chunk in a round of the loop is copied at once.
+        # Only the first bulk chunk in a round of the loop is copied at once.
         if nbytes <= CHUNK_BYTES and not self._queues[lane] and not (lane and self._moving):
             writer = self._writers[lane]
             try:
@@ -206,7 +209,7 @@ class ShmLanes(Lanes):
             self._loop.call_soon(self._move)
 
     def _move(self) -> None:
-        """Copy a chunk of what is queued: of decode, unless that has to wait for the peer; else of bulk."""
+        """Copy a chunk of the decode queue, or of bulk if decode has nothing or must wait for the peer."""
         self._moving = False
         try:
             if any(self._move_lane(lane) for lane in _LANES if self._queues[lane]):
@@ -215,7 +218,7 @@ class ShmLanes(Lanes):
             self._fail(error)
 
     def _move_lane(self, lane: Lane) -> bool:
-        """Copy a chunk of the lane's queue; False if the peer has to read tags first."""
+        """Copy a chunk of the lane's queue; False if the peer must read tags first."""
         queue, writer = self._queues[lane], self._writers[lane]
         budget = CHUNK_BYTES
         while queue and budget > 0:
@@ -234,7 +237,7 @@ class ShmLanes(Lanes):
 
     # -- what arrives
 
-    def start(self, owner: Owner) -> None:
+    def start(self, owner: LanesOwner) -> None:
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._doorbell, self._rung)
@@ -244,31 +247,31 @@ class ShmLanes(Lanes):
     def poll(self) -> bool:
         heard = False
         for lane in _LANES:
-            owner = self._owner  # None as soon as the link has ended
+            owner = self._owner  # None once the link has ended
             if owner is not None and self._words[lane][HEAD] != self.tags_received[lane]:
                 self._deliver(lane, owner)
                 heard = True
         return heard
 
-    def _deliver(self, lane: Lane, owner: Owner) -> None:
+    def _deliver(self, lane: Lane, owner: LanesOwner) -> None:
         words, slots = self._words[lane], self._slots[lane]
         received = self.tags_received
         head, tail = words[HEAD], received[lane]
         if not tail < head <= tail + SLOTS:
-            # TAIL may have been told late, so more than SLOTS can never be right.
+            # The peer writes at most SLOTS tags beyond the TAIL that it knows, which is never ahead of the real one.
             self._fail(
                 ProtocolError(f"the peer says that it wrote {head} tags, where {tail} to {tail + SLOTS} are possible")
             )
             return
         self.bytes_received[lane] = words[NBYTES]
         head = min(head, tail + BATCH)
-        # Whoever is told of a tag may call ``poll`` again, or end the link.
+        # The owner may end the link when it is told of a tag.
         while (tail := received[lane]) < head:
             received[lane] = tail + 1
             owner.delivered(lane, slots[tail % SLOTS])
             if self._owner is None:
                 return
-        # The writer needs to know only when it sees the ring full, and then there is much left to receive.
+        # The writer needs TAIL only when the ring looks full to it, so a quarter of the ring is told at a time.
         tail = received[lane]
         if tail - self._published[lane] >= SLOTS // 4:
             self._published[lane] = words[TAIL] = tail
@@ -338,7 +341,7 @@ class ShmLanes(Lanes):
         os.close(self._doorbell)
         os.close(self._peer_doorbell)
         self._socket.close()
-        # Memory is unmapped with the last view of it, and the owner may have views of the windows.
+        # Memory is unmapped with its last view, and the owner of the link may have views of the windows.
         self._windows.clear()
         self._words.clear()
         self._slots.clear()
@@ -351,12 +354,12 @@ class ShmLanes(Lanes):
 
 
 class _QueuedWrite:
-    """A write that is still to be copied, or what is left of it."""
+    """A write, or the rest of one, that is still to be copied."""
 
     __slots__ = ("nbytes", "offset", "pieces", "tag", "window")
 
     def __init__(self, window: _Window, offset: int, pieces: list[memoryview], nbytes: int, tag: int) -> None:
-        """``pieces`` begin with the last one."""
+        """``pieces`` are in reverse order."""
         self.window = window
         self.offset = offset
         self.pieces = pieces
@@ -379,7 +382,7 @@ class _QueuedWrite:
 
 
 def _place(window: _Window, offset: int, piece: memoryview) -> None:
-    """Copy ``piece`` into the window, unless it is that very part of it."""
+    """Copy ``piece`` into the window, unless it is that part of the window itself."""
     view, memory, address = window
     if (piece.obj is memory or len(piece) >= _COMPARE_BYTES) and _lies_at(piece, address + offset):
         return
@@ -394,5 +397,5 @@ def _wake(waiters: list[asyncio.Future[None]], tell: Callable[[asyncio.Future[No
     for waiter in waiters:
         if not waiter.done():
             tell(waiter)
-            waiter.exception()  # nobody has to look
+            waiter.exception()  # the coroutine may have been cancelled
     waiters.clear()

@@ -1,4 +1,4 @@
-"""Memory that one process passes to another: files without a name, and the Unix socket over which they go."""
+"""How one process passes memory to another: files without a name, and a Unix socket."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _BACKLOG = 16
 
 
 async def meet(session: Session) -> socket.socket:
-    """A Unix socket to the peer, both ends of which have proved that they know the link's key."""
+    """Connect a Unix socket to the peer, both ends of which prove that they know the link's key."""
     with ExitStack() as stack:
         own = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
-        # A name in the abstract namespace, which goes with its socket.
+        # The name is in the abstract namespace, so it ends with its socket.
         name = b"\0lamina-" + secrets.token_hex(16).encode()
         own.bind(name)
         if not session.connecting:
@@ -38,14 +38,14 @@ async def meet(session: Session) -> socket.socket:
             case {"socket": bytes(peer_name)} if peer_name[:1] == b"\0" and len(peer_name) == len(name):
                 pass
             case message:
-                raise UpgradeError(f"the peer sent something else than the name of its socket: {message!r:.200}")
+                raise UpgradeError(f"the peer did not send the name of its socket: {message!r:.200}")
         if session.connecting:
             own.connect(peer_name)
             sock, names = own, name + peer_name
         else:
             sock, names = stack.enter_context(await _accept(own, peer_name)), peer_name + name
         _check_user(sock, session)
-        # With both names in the proofs, nobody can stand between and pass them on.
+        # The proofs cover both names, so a process in between cannot pass them on.
         proofs = [
             hmac.digest(session.key, b"shm " + end + session.link_id + names, "sha256")
             for end in (b"connecting", b"listening")
@@ -62,7 +62,7 @@ async def meet(session: Session) -> socket.socket:
 
 
 async def _accept(listening: socket.socket, peer_name: bytes) -> socket.socket:
-    """The peer's connection. Any process of the host may connect, but only the peer has its name."""
+    """Accept the peer's connection. Any process of the host may connect, but only the peer has the peer's name."""
     while True:
         await _until_readable(listening)
         sock, name = listening.accept()
@@ -72,7 +72,7 @@ async def _accept(listening: socket.socket, peer_name: bytes) -> socket.socket:
 
 
 def _check_user(sock: socket.socket, session: Session) -> None:
-    """Without a secret, only the user who runs a process proves anything."""
+    """Check the peer's user where there is no secret, which would prove more."""
     credentials = struct.Struct("iII")
     _, user, _ = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
     if session.options.secret is None and user != os.geteuid():
@@ -82,7 +82,7 @@ def _check_user(sock: socket.socket, session: Session) -> None:
 
 
 def make_memory(nbytes: int) -> int:
-    """An anonymous file of zeros whose size nobody can change."""
+    """Make an anonymous file of zeros whose size cannot be changed."""
     fd = os.memfd_create("lamina-rings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, nbytes)
@@ -98,11 +98,11 @@ def make_doorbell() -> int:
 
 
 def check_memory(fd: int, nbytes: int, what: str) -> None:
-    """Raise ProtocolError for memory that is too small or could become so, which would kill this process."""
+    """Raise ProtocolError for memory that is too small or could become so: touching it would kill this process."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
-        raise ProtocolError(f"{what} lies in something else than a memfd: {error}") from error
+        raise ProtocolError(f"{what} does not lie in a memfd: {error}") from error
     if not seals & fcntl.F_SEAL_SHRINK:
         raise ProtocolError(f"{what} lies in a memfd that can be shortened")
     size = os.fstat(fd).st_size
@@ -120,7 +120,7 @@ async def receive(sock: socket.socket, expected: bytes, count: int) -> list[int]
 
 
 def take(sock: socket.socket, expected: bytes, count: int) -> list[int]:
-    """Receive the message ``expected`` with ``count`` files, without waiting; anything else is a ProtocolError."""
+    """Receive the message ``expected`` with ``count`` files, without waiting. Raises ProtocolError for another."""
     room = socket.CMSG_SPACE(count * array("i").itemsize) if count else 0
     data, ancillary, flags, _ = sock.recvmsg(len(expected) + 1, room, socket.MSG_CMSG_CLOEXEC)
     files = array("i")
@@ -133,7 +133,7 @@ def take(sock: socket.socket, expected: bytes, count: int) -> list[int]:
         os.close(fd)
     if flags & socket.MSG_CTRUNC and data == expected:
         raise CapacityError(f"no file descriptor is left for {count} files of the peer: raise the limit (ulimit -n)")
-    what = "sent something else than was expected on" if data else "closed"
+    what = "sent an unexpected message on" if data else "closed"
     raise ProtocolError(f"the peer {what} the Unix socket")
 
 
