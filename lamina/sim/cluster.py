@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from random import Random
 
 from lamina.admin import AdminClient
 from lamina.attention import BackendFactory
@@ -14,6 +15,7 @@ from lamina.errors import LaminaError, NodeError
 from lamina.node.compute import ComputeNode
 from lamina.node.memory import MemoryNode
 from lamina.node.model import OpenModel
+from lamina.runtime.host import Host
 from lamina.runtime.spans import Place
 from lamina.sim.world import World
 from lamina.transport import Hello
@@ -52,6 +54,7 @@ class SimCluster:
         self.world = world
         self.config = config
         self.ended: dict[str, BaseException | None] = {}
+        self._random = Random(world.random.getrandbits(64))  # noqa: S311 - no secret depends on it
         self._open_model = open_model
         self._backend = backend
         self._seconds = seconds
@@ -62,12 +65,15 @@ class SimCluster:
         node = self.config.find(name)
         device = self.world.device(name, self._seconds(node))
         network = self.world.network
+        host = Host(self._random, pid=0)
         serving: ComputeNode | MemoryNode
         if node.role == "compute":
-            serving = ComputeNode(self.config, node, device=device, network=network, open_model=self._open_model)
+            serving = ComputeNode(
+                self.config, node, device=device, network=network, open_model=self._open_model, host=host
+            )
         else:
             options = self.config.options(node)
-            serving = MemoryNode(node, options, device=device, network=network, backend=self._backend)
+            serving = MemoryNode(node, options, device=device, network=network, backend=self._backend, host=host)
         stopping = asyncio.Event()
         task = asyncio.get_running_loop().create_task(serving.serve(stopping), name=name)
         self.ended.pop(name, None)
