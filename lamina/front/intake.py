@@ -168,6 +168,9 @@ class Intake:
             raise self._tell_all(NodeError.failed("compute", self._name, first_error(group))) from group
         finally:
             engine.cancel()
+            await asyncio.wait((engine,))
+            if not engine.cancelled():
+                engine.exception()  # it may have failed of the same loss
 
     def fail(self, error: NodeError) -> None:
         """Another node is lost: `run` tells all clients and raises ``error``."""

@@ -28,7 +28,7 @@ from tests.sim.clusters import (
 )
 
 LAYERS = 3
-CONTEXT = 96
+CONTEXT = 192
 COMPUTE: tuple[tuple[range | None, ...], ...] = (
     (None,),
     (None, None),
@@ -36,16 +36,18 @@ COMPUTE: tuple[tuple[range | None, ...], ...] = (
     (range(1), range(1, 3)),
     (range(1), range(1, 2), range(2, 3)),
 )
+READY_S = 0.06
+"""Virtual seconds until a random cluster is ready, or a little more."""
 NEVER_S = 600.0
 """Longer than any run of a random cluster takes after its last event, in virtual seconds."""
 
 
-def random_config(chance: Random, model: Path | str = "empty", *, node_tokens: int = 2 * CONTEXT) -> ClusterConfig:
+def random_config(chance: Random, model: Path | str = "empty", *, node_tokens: int = CONTEXT + BLOCK_TOKENS) -> ClusterConfig:
     """A small cluster of any kind; a memory node of the empty model holds ``node_tokens`` or somewhat more."""
     compute = chance.choice(COMPUTE)
     pipeline = PipelineConfig(
         batches=chance.randint(1, 3),
-        max_batch=chance.choice((1, 3, 8)),
+        max_batch=chance.choice((1, 4, 8)),
         prefill_tokens=chance.choice((1, 8, 32)),
         prefill_kv=chance.choice((2**30, 2**12)),
         partition=chance.choice(("heads", "requests", "tokens")),
@@ -76,9 +78,9 @@ class Asked:
 async def ask(client: Client, chance: Random, vocabulary: int, within_s: float) -> Asked:
     """A random request within so many seconds, which its client may give up."""
     await asyncio.sleep(within_s * chance.random())
-    shared = [i % vocabulary for i in range(chance.choice((0, 20, 40)))]
-    prompt = shared + [chance.randrange(vocabulary) for _ in range(chance.choice((1, 7, 30)))]
-    asked = Asked(asyncio.get_running_loop().time(), prompt, chance.choice((1, 5, CONTEXT - len(prompt))))
+    shared = [i % vocabulary for i in range(chance.choice((0, 0, 20, 40)))]
+    prompt = shared + [chance.randrange(vocabulary) for _ in range(chance.choice((1, 1, 7, 30)))]
+    asked = Asked(asyncio.get_running_loop().time(), prompt, chance.choice((5, CONTEXT - len(prompt), CONTEXT - len(prompt))))
     stop = chance.choice((None, None, None, 0, 3))
     sharing, priority = chance.random() < 0.8, chance.choice((0, 0, 5))
     temperature = chance.choice((0.0, 1.0))
@@ -116,6 +118,7 @@ class Traffic:
     config: ClusterConfig
     asked: list[Asked]
     steps: int
+    kv_tokens: int
     preemptions: int
     trace: list[str]
 
@@ -135,7 +138,7 @@ def run_traffic(seed: int, model: Path | str = "empty", *, requests: int = 16, t
             front = (await statuses(cluster))[0]
             assert front.requests_waiting == front.requests_running == 0
             assert all(error is None for error in (await cluster.stop_all()).values()), cluster.ended
-            return Traffic(config, asked, front.steps, front.preemptions, world.trace)
+            return Traffic(config, asked, front.steps, front.kv_tokens_total, front.preemptions, world.trace)
 
     with World(seed, model=chance.choice((LINK, JITTER)), tracing=tracing) as world:
         return world.run(main(world))
@@ -169,7 +172,8 @@ def run_loss(seed: int, *, requests: int = 8) -> Loss:
     """
     chance = Random(f"loss {seed}")
     config = random_config(chance)
-    what, at_s = chance.choice(EVENTS), 0.1 * chance.random() ** 2
+    what = chance.choice(EVENTS)
+    at_s = chance.choice((READY_S, 0.2, 0.6)) * chance.random()
     victim = chance.choice([node.name for node in config.node])
     front = config.front.name
     # What is cut off loses the front; the front itself loses a node that it needs.
