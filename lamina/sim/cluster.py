@@ -84,12 +84,17 @@ class SimCluster:
         self.ended[name] = asyncio.CancelledError() if task.cancelled() else task.exception()
 
     async def ready(self) -> Status:
-        """Wait until the front takes requests; its status. NodeError if a node ends before."""
-        async with await self.admin(self.config.front.name) as front:
-            while (status := await front.status()).state != "ready":
-                self.check()
-                await asyncio.sleep(ASK_EVERY_S)
-            return status
+        """Wait until the front takes requests; its status. The error of a node that ends before with one."""
+        try:
+            async with await self.admin(self.config.front.name) as front:
+                while (status := await front.status()).state != "ready":
+                    self.check()
+                    await asyncio.sleep(ASK_EVERY_S)
+                return status
+        except LaminaError:
+            await asyncio.sleep(ASK_EVERY_S)  # a node closes its links before it ends
+            self.check()
+            raise
 
     def check(self) -> None:
         """Raise the error of a node that has ended with one."""

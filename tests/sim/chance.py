@@ -42,7 +42,9 @@ NEVER_S = 600.0
 """Longer than any run of a random cluster takes after its last event, in virtual seconds."""
 
 
-def random_config(chance: Random, model: Path | str = "empty", *, node_tokens: int = CONTEXT + BLOCK_TOKENS) -> ClusterConfig:
+def random_config(
+    chance: Random, model: Path | str = "empty", *, node_tokens: int = CONTEXT + BLOCK_TOKENS
+) -> ClusterConfig:
     """A small cluster of any kind; a memory node of the empty model holds ``node_tokens`` or somewhat more."""
     compute = chance.choice(COMPUTE)
     pipeline = PipelineConfig(
@@ -80,7 +82,9 @@ async def ask(client: Client, chance: Random, vocabulary: int, within_s: float) 
     await asyncio.sleep(within_s * chance.random())
     shared = [i % vocabulary for i in range(chance.choice((0, 0, 20, 40)))]
     prompt = shared + [chance.randrange(vocabulary) for _ in range(chance.choice((1, 1, 7, 30)))]
-    asked = Asked(asyncio.get_running_loop().time(), prompt, chance.choice((5, CONTEXT - len(prompt), CONTEXT - len(prompt))))
+    asked = Asked(
+        asyncio.get_running_loop().time(), prompt, chance.choice((5, CONTEXT - len(prompt), CONTEXT - len(prompt)))
+    )
     stop = chance.choice((None, None, None, 0, 3))
     sharing, priority = chance.random() < 0.8, chance.choice((0, 0, 5))
     temperature = chance.choice((0.0, 1.0))
@@ -106,7 +110,9 @@ async def ask_all(
     async def one_client() -> list[Asked]:
         async with cluster.client() as client:
             own = Random(chance.getrandbits(64))
-            return list(await asyncio.gather(*(ask(client, own, vocabulary, within_s) for _ in range(count // clients))))
+            return list(
+                await asyncio.gather(*(ask(client, own, vocabulary, within_s) for _ in range(count // clients)))
+            )
 
     return [asked for client in await asyncio.gather(*(one_client() for _ in range(clients))) for asked in client]
 

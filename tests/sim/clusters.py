@@ -86,7 +86,9 @@ def make_config(
     )
 
 
-def empty_model(config: ClusterConfig, *, layers: int = 4, kv_heads: int | None = None, context: int = 512) -> OpenModel:
+def empty_model(
+    config: ClusterConfig, *, layers: int = 4, kv_heads: int | None = None, context: int = 512
+) -> OpenModel:
     """A model that computes nothing, for a cluster of this file. Its answers consist of token 0."""
     heads = kv_heads or len(config.memory_nodes)
     shape = LayerShape(q_heads=heads, kv_heads=heads, qk_dim=8, v_dim=8, scale=1.0)

@@ -23,9 +23,7 @@ REQUESTS, TOKENS = 64, 3
     ],
     ids=["heads", "requests", "tokens", "requests-ranges", "heads-ranges"],
 )
-def test_eight_compute_and_sixty_four_memory_nodes(
-    partition: str, layers: int, compute: list[range | None]
-) -> None:
+def test_eight_compute_and_sixty_four_memory_nodes(partition: str, layers: int, compute: list[range | None]) -> None:
     """All of them take part, all requests are answered, and all blocks come back."""
     pipeline = PipelineConfig(batches=COMPUTE, max_batch=8, prefill_tokens=4, max_waiting=REQUESTS, partition=partition)
     config = make_config(compute=compute, memory_nodes=MEMORY, memory=1 << 18, pipeline=pipeline)

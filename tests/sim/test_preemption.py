@@ -13,7 +13,7 @@ from lamina.config import PipelineConfig
 from lamina.sim.cluster import SimCluster
 from tests.families import VOCABULARY
 from tests.oracle import Agreement, Oracle
-from tests.sim.clusters import generate, make_config, settled, simulate
+from tests.sim.clusters import generate, make_config, simulate
 
 CONTEXT = 192
 
@@ -66,23 +66,5 @@ def test_memory_nodes_that_forget_at_different_times_share_what_all_still_have(
                 agreement.check(oracle, prompts[i], answer, f"prompt {i}")
             status = await client.status()
             assert 0 < status.shared_tokens < status.prompt_tokens
-
-    simulate(config, work)
-
-
-# Settled accounts are seen by every simulation in the end; here in the middle too.
-
-
-def test_space_comes_back_between_waves(llama: Path) -> None:
-    """Wave after wave of requests that preempt each other leaves nothing behind."""
-    config = make_config(llama, memory=448 << 10, context=CONTEXT, pipeline=PipelineConfig(batches=2, max_batch=8))
-
-    async def work(cluster: SimCluster) -> None:
-        async with cluster.client() as client:
-            for wave in range(3):
-                answers = await generate(client, [[wave, i] for i in range(6)], max_tokens=120)
-                assert [len(tokens) for tokens in answers] == [120] * 6
-                await settled(cluster)
-            assert (await client.status()).preemptions > 0
 
     simulate(config, work)
