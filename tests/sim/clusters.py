@@ -22,7 +22,7 @@ from lamina.config import (
 )
 from lamina.node.model import ModelFacts, OpenModel, open_checkpoint
 from lamina.runtime.spans import Place
-from lamina.sim.cluster import SimCluster
+from lamina.sim.cluster import NodeSeconds, SimCluster
 from lamina.sim.empty import EmptyBackend, EmptyModel
 from lamina.sim.link import LinkModel
 from lamina.sim.world import World
@@ -139,6 +139,30 @@ def simulate(
 
     with World(seed, model=link, tracing=False) as world:
         return world.run(main(world))
+
+
+def simulate_memory(
+    work: Work[T], *, memory: int = 1 << 20, link: LinkModel = LINK, seconds: NodeSeconds = seconds
+) -> T:
+    """Start the memory node m0, do ``work``, see that no tenant is left, and stop it in order."""
+    config = make_config(memory_nodes=1, memory=memory)
+
+    async def main(world: World) -> T:
+        cluster = SimCluster(world, config, open_model=open_checkpoint, seconds=seconds)
+        await cluster.start("m0")
+        result = await work(cluster)
+        if "m0" not in cluster.ended:
+            await eventually(lambda: has_no_tenant(cluster))
+        assert await cluster.stop_all() == {"m0": None}
+        return result
+
+    with World(1, model=link, tracing=False) as world:
+        return world.run(main(world))
+
+
+async def has_no_tenant(cluster: SimCluster) -> bool:
+    """Whether no compute node is attached to the memory node m0."""
+    return not (await cluster.status("m0")).tenants
 
 
 async def statuses(cluster: SimCluster, names: Iterable[str] | None = None) -> list[Status]:
