@@ -30,7 +30,7 @@ _POPULATE_BYTES = 16 << 20
 during a step, so a longer one would make the node look dead to its peers."""
 _MPOL_BIND = 2
 _MBIND = {"x86_64": 237, "aarch64": 235}
-"""These are the numbers of the system call mbind, which is called directly so that no libnuma is needed."""
+"""On each architecture the system call mbind has this number. It is called directly, so that no libnuma is needed."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -80,7 +80,7 @@ class StoreTarget:
 
 
 class Stored(NamedTuple):
-    """Keys and values as they are stored.
+    """This holds keys and values as they are stored.
 
     k: [n, Hkv, Dk] and v: [n, Hkv, Dv] of the layout's type; their scales, if the type has any, are float32 [n, Hkv].
     """

@@ -15,7 +15,7 @@ from lamina.errors import TransportError
 from lamina.transport import Options, RdmaOptions, TlsFiles
 from lamina.transport.choice import offers
 from lamina.transport.lanes import UpgradeError
-from lamina.transport.verbs import Port, find_port
+from lamina.transport.rdma.ports import RdmaPort, find_port
 
 VARIANTS = ("tcp", "tcp+tls", "shm", "shm+busy_poll", "rdma", "rdma+busy_poll")
 
@@ -86,7 +86,7 @@ def two_processors() -> tuple[int, int]:
     return first, next((cpu for cpu in others if str(cpu) not in twins), others[0])
 
 
-def ports(wanted: Sequence[str] = ()) -> tuple[Port, Port]:
+def ports(wanted: Sequence[str] = ()) -> tuple[RdmaPort, RdmaPort]:
     """Return a port for the near and the far end, of the devices ``wanted`` or of the first two that can be used.
 
     UpgradeError if none can be used.
@@ -102,7 +102,7 @@ def ports(wanted: Sequence[str] = ()) -> tuple[Port, Port]:
     return found[0], found[min(1, len(found) - 1)]
 
 
-def emulated(port: Port) -> bool:
+def emulated(port: RdmaPort) -> bool:
     """Return whether the device is emulated by software, as Soft-RoCE is."""
     return "/virtual/" in os.path.realpath(DEVICES / port.device)
 

@@ -148,7 +148,8 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
     ):
         if value is not None and value not in known:
             raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
-    listen, memory = Address.parse(own.pop("listen")), _parse("memory", parse_size, own.pop("memory"))
+    listen = _parse("listen", Address.parse, own.pop("listen"))
+    memory = _parse("memory", parse_size, own.pop("memory"))
     given = {key: value for key, value in own.items() if value is not None}
     node = MemoryNodeConfig(name=name or f"memory-{listen.port}", address=listen, memory=memory, **given)
     if links["peer_timeout"] is None:

@@ -152,7 +152,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ("max_batch = 8", 'prefill_kv = "all"', "pipeline.prefill_kv: expected a size like \"16GiB\", got 'all'"),
         ("max_batch = 8", "prefill_kv = true", 'pipeline.prefill_kv: expected a size like "16GiB", got True'),
         ("[model]", "[pipelines]\n[model]", "unknown key 'pipelines'"),
-        ("[[node]]", "[[nodes]]", "missing key 'node'"),
+        ("[[node]]", "[[nodes]]", "unknown key 'nodes'"),
         ('name = "m0"', 'name = "c0"', "node[1].name: 'c0' is used twice"),
         ('name = "m0"', 'name = "m 0"', "node[1].name: expected str matching regex"),
         ("127.0.0.1:7071", "127.0.0.1:7070", "node[1].address: tcp://127.0.0.1:7070 is already the address of 'c0'"),
@@ -561,7 +561,7 @@ def test_secret_and_certificates_are_written(tmp_path: Path) -> None:
     """The files are named as they were given, and read at once."""
     write_secret(tmp_path / "cluster.key")
     far = MemoryNodeConfig(name="m1", address=Address("tcp", "10.0.0.2", 7071), memory=2**30)
-    transport = TransportConfig(secret_file="cluster.key")  # noqa: S106 - a file
+    transport = TransportConfig(secret_file="cluster.key")  # noqa: S106 - the name of a file
     config = write_cluster(tmp_path / "cluster.toml", ModelConfig(path="m"), [C0, far], transport=transport)
 
     assert config.transport == transport

@@ -1,10 +1,10 @@
-"""Moving bytes between two nodes: one-sided writes into the peer's memory, and small control messages.
+"""Links between nodes: one-sided writes into the peer's memory, and small control messages.
 
-The way through this package, in the order of use: ``address`` names a place, ``endpoints`` connects two nodes there by
-the rules of ``options``, ``handshake`` is what they say first and ``choice`` what they agree on, and ``base`` is the
-contract of what they then hold: a ``Link``. ``link`` implements it over a control ``connection`` and ``lanes``, those
-of ``tcp``, ``shm`` or ``rdma``. ``frames`` and ``messages`` are the bytes without any socket, and ``testing`` holds the
-checks that every transport passes.
+Read the modules in the order in which a link comes to be. ``address`` names a place and ``options`` says how an end
+wants its links. ``endpoints`` connects two nodes; ``handshake`` is what they exchange first, and ``choice`` selects the
+transport. ``base`` is the contract of the ``Link`` that both ends then hold. ``link`` implements it over a control
+``connection`` and the ``lanes`` of ``tcp``, ``shm`` or ``rdma``. ``frames`` and ``messages`` define the bytes, without
+any socket. ``testing`` contains the checks that every transport must pass.
 """
 
 from lamina.transport.address import Address

@@ -1,4 +1,4 @@
-"""Where a node listens: ``tcp://host:port``."""
+"""The address at which a node listens: ``tcp://host:port``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?")
 
 @dataclass(frozen=True)
 class Address:
-    """A scheme, a host and a port; port 0 lets a listener take any free one. ``str`` gives the text back.
+    """A scheme, a host and a port. Port 0 lets a listener take any free one. ``str`` gives the text back.
 
     >>> str(Address.parse("127.0.0.1:7101"))
     'tcp://127.0.0.1:7101'
@@ -68,7 +68,7 @@ class Address:
 
 
 def check_reach(address: Address, *, secret: bool) -> None:
-    """Raise ConfigError for an address that other machines can reach where nothing would authenticate them."""
+    """Raise ConfigError for an address that other machines can reach although no secret authenticates them."""
     if not (secret or address.is_loopback):
         raise ConfigError(
             f"{address} is not a loopback address: without a cluster secret only loopback addresses are allowed; "

@@ -1,4 +1,4 @@
-"""Which transport two nodes take, from what both asked for and what both can do."""
+"""The choice of a transport, from what both nodes asked for and what both can do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamina.transport.lanes import UpgradeError
 from lamina.transport.options import Options
 
 TRANSPORTS = ("shm", "rdma", "tcp")
-"""Modules of this package, in the order in which ``auto`` prefers them."""
+"""Modules and packages of this package, in the order in which ``auto`` prefers them."""
 
 Offers = Mapping[str, Mapping[str, Any]]
 """What an end can do, by transport: plain values, or ``{"missing": reason}``."""
@@ -20,7 +20,7 @@ Offers = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Party:
-    """One end, as the choice sees it."""
+    """What the choice has to know about one end."""
 
     name: str
     kind: str
@@ -28,20 +28,20 @@ class Party:
 
 
 @dataclass
-class Choice:
-    """The transports to try, in order, and why the others are out."""
+class TransportChoice:
+    """The transports to try, in order, and why the others are impossible."""
 
     asked: str
     candidates: list[str]
     reasons: list[str]
 
     def told(self, taken: str) -> str:
-        """Everything in words, for the log."""
+        """A sentence for the log about the whole choice."""
         return "; ".join([self.asked, *self.reasons, f"took {taken}"])
 
 
 def offers(options: Options) -> dict[str, dict[str, Any]]:
-    """What this end can do. A transport that it did not ask for is not even looked at."""
+    """What this end can do. Transports for which it did not ask are not examined."""
     found: dict[str, dict[str, Any]] = {}
     for name in TRANSPORTS:
         if options.kind in ("auto", name):
@@ -52,18 +52,18 @@ def offers(options: Options) -> dict[str, dict[str, Any]]:
     return found
 
 
-def choose(connecting: Party, listening: Party) -> Choice:
-    """The same on both ends. Raises HandshakeError where what one of them demands cannot be."""
+def choose(connecting: Party, listening: Party) -> TransportChoice:
+    """Choose, with the same result on both ends. Raises HandshakeError where a demand cannot be met."""
     asked = f"asked: {connecting.kind} ({connecting.name}), {listening.kind} ({listening.name})"
     if connecting.kind == "control":
-        return Choice(asked, [], [])
+        return TransportChoice(asked, [], [])
     demanded = {party.kind for party in (connecting, listening)} - {"auto"}
     if len(demanded) > 1 or "control" in demanded:
         raise HandshakeError(
             f"{connecting.name} demands transport {connecting.kind}, {listening.name} demands {listening.kind}: "
             "configure one kind, or auto"
         )
-    choice = Choice(asked, [], [])
+    choice = TransportChoice(asked, [], [])
     for name in demanded or TRANSPORTS:
         reason = _obstacle(name, connecting, listening)
         if reason:
@@ -76,7 +76,7 @@ def choose(connecting: Party, listening: Party) -> Choice:
 
 
 def _obstacle(name: str, connecting: Party, listening: Party) -> str:
-    """Why ``name`` cannot be; empty if it may be possible."""
+    """The reason why transport ``name`` is impossible; empty if it may be possible."""
     for party in (connecting, listening):
         offer = party.offers.get(name, {"missing": "not offered"})
         if "missing" in offer:

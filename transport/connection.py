@@ -1,6 +1,6 @@
-"""Frames in both directions over one stream, driven by the loop: a queue of what is to be sent, and a receiver.
+"""Frames in both directions over one stream, driven by the loop: a send queue and a receiver.
 
-The control connection of every link is one, and so is each lane of tcp.
+The control connection of every link is such a connection, and so is each lane of tcp.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from lamina.transport.lanes import CHUNK_BYTES
 from lamina.transport.stream import TcpStream
 
 SEND_BYTES = CHUNK_BYTES + HEADER_BYTES
-"""The most that one system call sends: a chunk with its header needs no second one."""
+"""The most that one system call sends: a chunk and its header fit into one call."""
 LAST_WORDS_S = 0.1
-"""How long an end is kept from everything else by what a peer sent before it was gone; kernels hold some megabytes."""
+"""The time that an end spends on reading what a lost peer had sent before; kernels buffer some megabytes."""
 MAX_GATHER = 1024
-"""Linux's IOV_MAX: the most buffers that one sendmsg takes."""
+"""The most buffers that one sendmsg takes: IOV_MAX of Linux."""
 
 
 class Connection:
-    """Sends at once what the stream takes, and queues the rest, without a copy.
+    """Sends at once what the stream takes, and queues the rest without a copy.
 
-    ``on_event`` is called with each complete frame, ``on_failed`` once, with the error that ended it: never from
-    within ``push``. An end that the peer announced is an error here too: its link knows better.
+    ``on_event`` is called with each complete frame. ``on_failed`` is called once, with the error that ended the
+    connection, and never from within ``push``. An end that the peer announced is an error here too; the link can tell
+    the difference.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class Connection:
         self.bytes_received = 0
 
     def adopt(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to ``loop`` from now on. Called in it, before ``start_reading``, with nothing queued."""
+        """Move to ``loop``. Called in that loop, before ``start_reading``, while the queue is empty."""
         self._loop = loop
 
     # -- sending
 
     def push(self, pieces: list[memoryview], nbytes: int) -> None:
-        """Send ``pieces``, none of them empty: at once if nothing is queued before them."""
+        """Send ``pieces``, none of which is empty: at once if the queue is empty."""
         if self._ended:
             return
         queue = self._queue
@@ -75,11 +76,11 @@ class Connection:
             try:
                 self._loop.add_writer(self._stream.fileno(), self._send_rest)
             except RuntimeError:
-                # uvloop lets go of a connection that the peer has reset before anybody else learns of it.
+                # uvloop drops a connection that the peer has reset before it reports the reset.
                 self._fail_later(ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
 
     async def drain(self) -> None:
-        """Wait until the queue is empty; raises the error with which this is closed, if that comes first."""
+        """Wait until the queue is empty; raises the error of ``close`` if that comes first."""
         if self._queue:
             waiter = self._loop.create_future()
             self._drained.append(waiter)
@@ -96,7 +97,7 @@ class Connection:
         self._drained.clear()
 
     def _send(self, chunk: list[memoryview]) -> int:
-        """Make one system call; the bytes that it took."""
+        """Make one system call; returns the number of bytes that it took."""
         try:
             sent = self._stream.send(chunk)
         except (BlockingIOError, InterruptedError):
@@ -126,7 +127,7 @@ class Connection:
             self._loop.call_soon(self.receive)
 
     def receive(self) -> bool:
-        """Receive about one chunk and deliver what it completes, without waiting; True if anything arrived."""
+        """Receive about one chunk and deliver the frame that it completes; True if anything arrived. It never waits."""
         taken = 0
         receiver, recv_into = self._receiver, self._stream.recv_into
         while taken < CHUNK_BYTES and not self._ended:
@@ -149,7 +150,7 @@ class Connection:
                 break
             if event is not None:
                 self._on_event(event)
-                break  # usually nothing follows: the loop says so more cheaply than a system call that fails
+                break  # usually nothing follows, and the loop finds that out more cheaply than a system call that fails
         if not self._ended and self._stream.buffered():
             self._loop.call_soon(self.receive)
         return taken > 0
@@ -157,7 +158,7 @@ class Connection:
     # -- the end
 
     def _fail_later(self, error: OSError) -> None:
-        """What the peer sent before, perhaps its goodbye, counts first; and never from within ``push``."""
+        """Fail after reading what the peer sent before, perhaps its goodbye; not from within ``push``."""
         self._loop.call_soon(self._fail_when_read, PeerLostError(f"is gone: {_words(error)}"))
 
     def _fail_when_read(self, error: TransportError) -> None:
@@ -175,7 +176,7 @@ class Connection:
         self._loop.remove_writer(self._stream.fileno())
 
     def close(self, error: TransportError) -> None:
-        """Close the stream; who waits for the queue gets ``error``. Called once."""
+        """Close the stream. Coroutines that wait in ``drain`` get ``error``. Called once."""
         if not self._ended:
             self._stop()
         self._stream.close()
@@ -184,19 +185,19 @@ class Connection:
         for waiter in self._drained:
             if not waiter.done():
                 waiter.set_exception(error)
-                waiter.exception()  # nobody has to look
+                waiter.exception()  # the coroutine may have been cancelled
         self._drained.clear()
 
 
 def hear_out(hear: Callable[[], bool]) -> None:
-    """Let ``hear`` take what has arrived already: for a bounded time, as some peers never stop sending."""
+    """Call ``hear`` until nothing is left that had arrived; for a bounded time, as some peers never stop sending."""
     until = monotonic() + LAST_WORDS_S
     while hear() and monotonic() < until:
         pass
 
 
 def _chunk(pieces: Iterable[memoryview]) -> list[memoryview]:
-    """As much of the beginning of ``pieces`` as is sent at once."""
+    """The first pieces, as many as one system call sends."""
     chunk: list[memoryview] = []
     room = SEND_BYTES
     for piece in islice(pieces, MAX_GATHER):
@@ -208,7 +209,7 @@ def _chunk(pieces: Iterable[memoryview]) -> list[memoryview]:
 
 
 def _words(error: OSError) -> str:
-    """In the words of the operating system where it has any; loops add words of their own."""
+    """The operating system's text for an error, where it has one; loops add text of their own."""
     with suppress(TypeError, ValueError):
         if error.errno and not type(error).__module__.startswith("ssl"):
             return os.strerror(error.errno)

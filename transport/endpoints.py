@@ -1,4 +1,4 @@
-"""How two nodes find each other: one listens, the other connects, and both hold a ``Link``."""
+"""How two nodes get a link: one listens, the other connects, and then both hold a ``Link``."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ from lamina.transport.stream import TcpStream, secure, send_all, starts_tls
 
 HANDSHAKE_TIMEOUT = 5.0
 UPGRADE_TIMEOUT = 4.0
-LANE_IDLE_S = 60
 """Seconds that setting up one transport may take."""
+LANE_IDLE_S = 60
+"""Seconds after which the kernel probes a lane that carries nothing."""
 MAX_HANDSHAKES = 64
-"""Connections that may be in their handshake at once, and as many links that are being set up."""
+"""This many connections may be in their handshake at once, and as many links may be being set up."""
 
 _BACKLOG = 128
 _FIRST_PAUSE = 0.02
@@ -53,28 +54,28 @@ _ACCEPT_PAUSE = 0.5
 async def connect(address: Address, hello: Hello, options: Options | None = None, *, deadline_s: float) -> Link:
     """Connect to the node that listens at ``address``, trying again until ``deadline_s`` seconds have passed.
 
-    So nodes may start in any order. A peer that speaks another protocol version, does not know the secret, refuses, has
-    no transport in common, or is no Lamina node at all is not tried again: HandshakeError. Otherwise ConnectError says
-    what the last attempt met.
+    Nodes may therefore start in any order. HandshakeError ends the attempts at once: the peer speaks another protocol
+    version, does not know the secret, refuses, has no transport in common, or is not a Lamina node. ConnectError after
+    the deadline says how the last attempt failed.
     """
     options = options or Options()
     check_introduction(hello, options)
-    entrance = _Entrance(address, options, connecting=True)
+    endpoint = _Endpoint(address, options, connecting=True)
     failure: Exception | None = None
     pause = _FIRST_PAUSE
     try:
         async with asyncio.timeout(deadline_s):
             while True:
                 try:
-                    return await _connect_once(entrance, hello)
+                    return await _connect_once(endpoint, hello)
                 except (HandshakeError, ProtocolError) as error:
                     raise HandshakeError(f"{address}: {error}") from error
                 except ssl.SSLError as error:
-                    # The listening end looks at our certificate when TLS is complete for us.
+                    # The listening end checks the certificate of this one when TLS is complete here.
                     raise HandshakeError(f"{address}: {_tls_failed(error)}") from error
                 except (OSError, ConnectError) as error:
                     failure = error
-                # Many nodes may wait for the same one: they should not all come back at the same moment.
+                # Many nodes may wait for the same one, and should not all come back at the same moment.
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - no secret depends on it
                 pause = min(2 * pause, _LONGEST_PAUSE)
     except TimeoutError:
@@ -82,16 +83,16 @@ async def connect(address: Address, hello: Hello, options: Options | None = None
         raise ConnectError(f"{address}: no link within {deadline_s:g} s, last attempt: {reason}") from failure
 
 
-async def _connect_once(entrance: _Entrance, hello: Hello) -> Link:
+async def _connect_once(endpoint: _Endpoint, hello: Hello) -> Link:
     with ExitStack() as stack:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-            stream = await entrance.open()
+            stream = await endpoint.open()
             stack.callback(stream.close)
-            session = Session(stream, entrance.options, True, str(entrance.address), entrance.introduce(hello))
+            session = Session(stream, endpoint.options, True, str(endpoint.address), endpoint.introduce(hello))
             await session.introduce()
 
         async def open_lane(lane: Lane) -> TcpStream:
-            own = await entrance.open()
+            own = await endpoint.open()
             try:
                 await send_all(own, join_frame(session, lane))
                 _, answer = await receive_frame(own)
@@ -109,31 +110,31 @@ async def _connect_once(entrance: _Entrance, hello: Hello) -> Link:
 
 
 class Listener:
-    """Accepts links at an address: ``on_link`` gets each one after its handshake and sets its callbacks.
+    """Accepts links at an address. ``on_link`` receives each one after its handshake and calls ``deliver``.
 
-    An ``on_link`` that raises costs that link only.
+    If ``on_link`` raises, only that link is lost.
     """
 
     def __init__(
         self,
-        entrance: _Entrance,
+        endpoint: _Endpoint,
         sock: socket.socket,
         hello: Hello,
         on_link: Callable[[Link], None],
         handshake_timeout: float,
     ) -> None:
-        """Use ``open``."""
-        self.address = entrance.address
-        self._entrance = entrance
+        """Called by ``open`` alone."""
+        self.address = endpoint.address
+        self._endpoint = endpoint
         self._socket = sock
         self._hello = hello
         self._on_link = on_link
         self._handshake_timeout = handshake_timeout
         self._loop = asyncio.get_running_loop()
-        self._strangers: set[asyncio.Task[None]] = set()
-        """Connections that have not proved themselves."""
-        self._guests: dict[asyncio.Task[None], _Guest] = {}
-        """Links that are being set up."""
+        self._handshakes: set[asyncio.Task[None]] = set()
+        """The tasks of connections whose peer has not proved itself."""
+        self._pending: dict[asyncio.Task[None], _PendingLink] = {}
+        """The tasks of links that are being set up."""
         self._closed = False
         self._resume()
 
@@ -147,14 +148,13 @@ class Listener:
         *,
         handshake_timeout: float = HANDSHAKE_TIMEOUT,
     ) -> Listener:
-        """Listen at ``address``; with port 0 the attribute ``address`` has the port that was found free.
+        """Listen at ``address``. With port 0, a free port is taken, and the attribute ``address`` has it.
 
-        ``handshake_timeout``, in seconds, is what a stranger has to prove itself. Raises ConnectError if the address
-        cannot be had.
+        A peer has ``handshake_timeout`` seconds to prove itself. Raises ConnectError if the address cannot be used.
         """
         options = options or Options()
         check_introduction(hello, options)
-        entrance = _Entrance(address, options, connecting=False)
+        endpoint = _Endpoint(address, options, connecting=False)
         try:
             family, place = (await _resolve(address))[0]
             sock = socket.create_server(place, family=family, backlog=_BACKLOG)  # with SO_REUSEADDR
@@ -163,20 +163,20 @@ class Listener:
                 raise ConnectError(f"cannot listen at {address}: another process uses the port") from error
             raise ConnectError(f"cannot listen at {address}: {_reason(error)}") from error
         sock.setblocking(False)
-        entrance.address = Address(address.scheme, address.host, sock.getsockname()[1])
-        log.info('event=listening address=%s node="%s"', entrance.address, hello.name)
-        missing = entrance.introduce(hello).offers.get(options.kind, {}).get("missing")
-        if missing:  # it may come yet, such as a port that is still down
-            log.error('event=transport_missing address=%s kind=%s reason="%s"', entrance.address, options.kind, missing)
-        return cls(entrance, sock, hello, on_link, handshake_timeout)
+        endpoint.address = Address(address.scheme, address.host, sock.getsockname()[1])
+        log.info('event=listening address=%s node="%s"', endpoint.address, hello.name)
+        missing = endpoint.introduce(hello).offers.get(options.kind, {}).get("missing")
+        if missing:  # not an error yet: a port that is down now may come up
+            log.error('event=transport_missing address=%s kind=%s reason="%s"', endpoint.address, options.kind, missing)
+        return cls(endpoint, sock, hello, on_link, handshake_timeout)
 
     async def close(self) -> None:
-        """Stop listening and drop what is still in its handshake; links that exist live on. May be called twice."""
+        """Stop listening, and drop connections that are in their handshake. Links live on. May be called twice."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
-        tasks = {*self._strangers, *self._guests}
+        tasks = {*self._handshakes, *self._pending}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -188,7 +188,7 @@ class Listener:
         await self.close()
 
     def _resume(self) -> None:
-        if not self._closed and len(self._strangers) < MAX_HANDSHAKES:
+        if not self._closed and len(self._handshakes) < MAX_HANDSHAKES:
             self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -197,26 +197,26 @@ class Listener:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
-            # Out of file descriptors, mostly: the connection stays in the backlog, so trying at once would spin.
+            # Mostly, no file descriptor is left. The connection stays in the backlog, so trying at once would spin.
             log.error('event=accept_failed address=%s reason="%s"', self.address, _reason(error))
             self._loop.remove_reader(self._socket.fileno())
             self._loop.call_later(_ACCEPT_PAUSE, self._resume)
             return
-        task = self._loop.create_task(self._welcome(sock))
-        self._strangers.add(task)
-        task.add_done_callback(self._known)
-        if len(self._strangers) == MAX_HANDSHAKES:
+        task = self._loop.create_task(self._shake_hands(sock))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshake_over)
+        if len(self._handshakes) == MAX_HANDSHAKES:
             log.warning("event=listener_full address=%s handshakes=%d", self.address, MAX_HANDSHAKES)
             self._loop.remove_reader(self._socket.fileno())
 
-    def _known(self, task: asyncio.Task[None]) -> None:
-        """``task`` is over, or its peer is no stranger any more: somebody else may come in."""
-        if task in self._strangers:
-            self._strangers.discard(task)
+    def _handshake_over(self, task: asyncio.Task[None]) -> None:
+        """End the handshake of ``task``, whose peer has failed or proved itself; another connection may come."""
+        if task in self._handshakes:
+            self._handshakes.discard(task)
             self._resume()
 
-    async def _welcome(self, sock: socket.socket) -> None:
-        """Shake hands on one connection; never raises, as nobody waits for it."""
+    async def _shake_hands(self, sock: socket.socket) -> None:
+        """Shake hands on one connection. It never raises, because nothing awaits its task."""
         peer = "unknown"
         with ExitStack() as stack:
             stack.callback(sock.close)
@@ -224,7 +224,7 @@ class Listener:
                 sock.setblocking(False)
                 peer = _place_text(sock.getpeername())
                 async with asyncio.timeout(self._handshake_timeout):
-                    stream = await self._entrance.dress(sock)
+                    stream = await self._endpoint.prepare(sock)
                     stack.callback(stream.close)
                     try:
                         first = await receive_frame(stream)
@@ -232,10 +232,10 @@ class Listener:
                             await self._join(stream, first[1])
                             stack.pop_all()
                             return
-                        introduction = self._entrance.introduce(self._hello)
-                        session = Session(stream, self._entrance.options, False, peer, introduction)
+                        introduction = self._endpoint.introduce(self._hello)
+                        session = Session(stream, self._endpoint.options, False, peer, introduction)
                         await session.introduce(first)
-                        if len(self._guests) >= MAX_HANDSHAKES:
+                        if len(self._pending) >= MAX_HANDSHAKES:
                             raise ConnectError(f"{MAX_HANDSHAKES} links are being set up already")
                     except (HandshakeError, ProtocolError) as error:
                         await refuse(stream, str(error))
@@ -257,9 +257,9 @@ class Listener:
     async def _set_up(self, session: Session) -> Link:
         task = asyncio.current_task()
         assert task is not None
-        guest = self._guests[task] = _Guest(session)
-        self._known(task)
-        session.open_lane = guest.lane
+        pending = self._pending[task] = _PendingLink(session)
+        self._handshake_over(task)
+        session.open_lane = pending.lane
         try:
             return await _make_link(session)
         except HandshakeError as error:
@@ -267,21 +267,21 @@ class Listener:
                 await cancelled_after(self._handshake_timeout, refuse(session.stream, str(error)), "refusing")
             raise
         finally:
-            del self._guests[task]
-            guest.close()
+            del self._pending[task]
+            pending.close()
 
     async def _join(self, stream: TcpStream, message: dict[str, Any]) -> None:
-        """Hand a further connection of a link to the handshake that waits for it."""
+        """Hand a further connection of a link to the set-up that waits for it."""
         match message:
             case {"join": bytes(link_id), "lane": int(lane), "proof": bytes(proof)} if lane in (0, 1):
                 pass
             case _:
-                raise HandshakeError(f"the peer joined with something else than a link and a lane: {message!r:.200}")
-        for guest in self._guests.values():
-            # No early end of a comparison may tell anybody about ids or proofs.
-            known = hmac.compare_digest(guest.session.link_id, link_id)
-            if known and hmac.compare_digest(join_proof(guest.session, Lane(lane)), proof):
-                waiting = guest.lanes[lane]
+                raise HandshakeError(f"the peer joined without naming a link and a lane: {message!r:.200}")
+        for pending in self._pending.values():
+            # A comparison that ended early would tell a stranger something about ids or proofs.
+            known = hmac.compare_digest(pending.session.link_id, link_id)
+            if known and hmac.compare_digest(join_proof(pending.session, Lane(lane)), proof):
+                waiting = pending.lanes[lane]
                 if waiting.done():
                     raise HandshakeError(f"lane {lane} of this link has its connection already")
                 await send_all(stream, message_frame({"joined": lane}, MAX_HELLO))
@@ -292,8 +292,8 @@ class Listener:
 
 
 @dataclass
-class _Guest:
-    """A link that is being set up, and its further connections."""
+class _PendingLink:
+    """A link that is being set up, and the further connections that came for it."""
 
     session: Session
     lanes: list[asyncio.Future[TcpStream]] = field(init=False)
@@ -316,11 +316,11 @@ class _Guest:
                 waiting.result().close()
 
 
-class _Entrance:
-    """How sockets to or from an address are made, and what this end offers."""
+class _Endpoint:
+    """Makes sockets to or from an address, and introduces this end."""
 
     def __init__(self, address: Address, options: Options, *, connecting: bool) -> None:
-        """ConfigError for an address without protection, or TLS files that do not fit."""
+        """Raises ConfigError for an address that needs a secret, and for TLS files that do not fit."""
         check_reach(address, secret=options.secret is not None)
         self.address = address
         self.options = options
@@ -329,14 +329,14 @@ class _Entrance:
         if options.tls is not None:
             self._tls = options.tls.context(connecting=connecting), options.tls.certificate_bytes()
         elif not address.is_loopback:
-            log.warning('event=unprotected address=%s reason="no TLS: whoever is on the way can read"', address)
+            log.warning('event=unprotected address=%s reason="no TLS: others on the network can read"', address)
 
     def introduce(self, hello: Hello) -> Introduction:
-        """What this end says of itself; what it can do may have changed since it said so last."""
+        """This end's introduction, made anew each time: what it offers may have changed."""
         return Introduction.of(hello, self.options, offers(self.options))
 
     async def open(self) -> TcpStream:
-        """A new connection; raises OSError, or HandshakeError for TLS that fails."""
+        """Open a new connection. Raises OSError, or HandshakeError where TLS fails."""
         failure = OSError(f"{self.address.host} has no address")
         for family, place in await _resolve(self.address):
             with ExitStack() as stack:
@@ -345,9 +345,9 @@ class _Entrance:
                 try:
                     await asyncio.get_running_loop().sock_connect(sock, place)
                     if sock.getsockname() == sock.getpeername():
-                        # A port of the ephemeral range on which nobody listens may be picked as our own.
+                        # Where no process listens on a port of the ephemeral range, the kernel may pick it as our own.
                         raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-                    stream = await self.dress(sock)
+                    stream = await self.prepare(sock)
                 except OSError as error:
                     failure = error
                     continue
@@ -355,12 +355,12 @@ class _Entrance:
                 return stream
         raise failure
 
-    async def dress(self, sock: socket.socket) -> TcpStream:
-        """``sock`` with its options set, and inside TLS if that is wanted."""
-        # Small writes leave at once. Of a dead peer the heartbeats tell, not the kernel: that would end a lane, too,
-        # whose peer is busy with a long operation and does not read (TCP_USER_TIMEOUT in tcp(7)).
+    async def prepare(self, sock: socket.socket) -> TcpStream:
+        """Set the options of ``sock``, and put it inside TLS if that is wanted."""
+        # Small writes leave at once. Heartbeats detect a dead peer, not the kernel, which would also end a lane whose
+        # peer does not read because it is busy with a long operation (TCP_USER_TIMEOUT in tcp(7)).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A lane that rests carries no heartbeats of its own: whoever is in between must not forget it.
+        # An idle lane carries no heartbeats, and a firewall on the path must not forget its connection.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LANE_IDLE_S)
         if self._tls is None:
@@ -379,7 +379,7 @@ class _Entrance:
 
 
 async def _make_link(session: Session) -> Link:
-    """Set up the best transport that both ends have."""
+    """Set up the first transport that works for both ends."""
     sides = (session.local.party, session.peer.party)
     choice = choose(*(sides if session.connecting else sides[::-1]))
     taken, lanes = "control", None
@@ -422,7 +422,7 @@ async def _make_link(session: Session) -> Link:
 
 
 async def _agree(session: Session, failure: str, lanes: Lanes | None) -> str:
-    """Compare how the set-up went; lanes of which the other end knows nothing are closed."""
+    """Tell each other how the set-up went. Close lanes that the other end does not have."""
     told = "the handshake was broken off"
     try:
         told = str(await cancelled_after(2 * UPGRADE_TIMEOUT, session.agree(failure), "agreeing"))
@@ -433,7 +433,7 @@ async def _agree(session: Session, failure: str, lanes: Lanes | None) -> str:
 
 
 async def _resolve(address: Address) -> list[tuple[int, Any]]:
-    """Address families and socket addresses of ``address``; asks the resolver, on a thread, only for names."""
+    """The address families and socket addresses of ``address``. Only a name is given to the resolver, in a thread."""
     try:
         family = socket.AF_INET6 if ip_address(address.host).version == 6 else socket.AF_INET
         return [(family, (address.host, address.port))]
@@ -448,7 +448,7 @@ def _tls_failed(error: ssl.SSLError) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in the words of the operating system where it has any; loops add words of their own."""
+    """The operating system's text for an error, where it has one; loops add text of their own."""
     if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
         return os.strerror(error.errno)
     if isinstance(error, TimeoutError):

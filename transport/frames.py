@@ -34,18 +34,18 @@ MAX_NOTE = 4 << 10
 
 
 class Note(dict[str, Any]):
-    """What one end of a link tells the other one itself, rather than their owners."""
+    """A message from one end of a link to the other end itself, which their owners do not see."""
 
 
 class Sign(enum.Enum):
-    """A frame that says everything by being there."""
+    """A frame without contents."""
 
     HEARTBEAT = HEARTBEAT
     """The peer is alive."""
 
 
 Event = int | dict[str, Any] | Note | Sign
-"""What became complete: a write, by its tag, when all its bytes are in the region; a message; a note; a sign."""
+"""A complete frame: the tag of a write whose bytes are all in the region, a message, a note, or a sign."""
 
 
 def _header(kind: int, length: int = 0, key: int = 0, tag: int = 0, offset: int = 0) -> bytes:
@@ -56,31 +56,31 @@ HEARTBEAT_FRAME = _header(HEARTBEAT)
 
 
 def write_header(key: int, offset: int, nbytes: int, tag: int) -> bytes:
-    """Header of a WRITE; the ``nbytes`` bytes themselves follow it from wherever they are."""
+    """Make the header of a WRITE. The ``nbytes`` bytes follow it, from where they lie."""
     return _HEADER.pack(MAGIC, PROTOCOL_VERSION, WRITE, key, tag, offset, nbytes)
 
 
 def message_frame(message: dict[str, Any], limit: int) -> bytes:
-    """A whole MESSAGE frame. Raises ProtocolError if the encoded message is longer than ``limit`` bytes."""
+    """Make a whole MESSAGE frame. Raises ProtocolError if the encoded message is longer than ``limit`` bytes."""
     body = encode_message(message, limit)
     return _header(MESSAGE, len(body)) + body
 
 
 def note_frame(note: dict[str, Any]) -> bytes:
-    """A whole NOTE frame."""
+    """Make a whole NOTE frame."""
     body = encode_message(note, MAX_NOTE)
     return _header(NOTE, len(body)) + body
 
 
 class FrameReceiver:
-    """Puts arriving bytes where they belong and says what became complete.
+    """Puts arriving bytes where they belong and tells which frames are complete.
 
-    Fill ``next_buffer()`` with what the network has, say how much it was to ``received()``, and repeat. The buffer is
-    the region itself while the payload of a write arrives, so nothing is copied twice. It never reaches beyond the
-    frame, hence one call completes at most one frame, and between frames nothing of the next one was taken.
+    The caller fills ``next_buffer()`` from the network, gives the number of bytes to ``received()``, and repeats. While
+    the payload of a write arrives, the buffer is the region itself, so nothing is copied twice. The buffer never
+    reaches beyond the frame. So one call completes at most one frame, and takes nothing of the next one.
 
-    ``regions`` maps the key to the memory that the peer may write; the owner may add to it at any time. A receiver
-    that raised is of no further use.
+    ``regions`` maps keys to the memory that the peer may write; its owner may add to it at any time. A receiver that
+    has raised must not be used again.
     """
 
     def __init__(self, regions: Mapping[int, memoryview], max_message: int) -> None:
@@ -93,13 +93,13 @@ class FrameReceiver:
         self._tag = 0
 
     def next_buffer(self) -> memoryview:
-        """Where the next bytes go: never empty, and never more than CHUNK_BYTES."""
+        """The buffer for the next bytes: never empty, and never larger than CHUNK_BYTES."""
         if not self._filled and len(self._target) <= CHUNK_BYTES:
             return self._target
         return self._target[self._filled : self._filled + CHUNK_BYTES]
 
     def received(self, nbytes: int) -> Event | None:
-        """The first ``nbytes`` bytes of ``next_buffer()`` were filled; returns what this completed.
+        """Take the first ``nbytes`` bytes of ``next_buffer()``; returns the frame that they complete.
 
         Raises ProtocolError, or HandshakeError if the peer speaks another protocol version.
         """
@@ -117,10 +117,10 @@ class FrameReceiver:
         return event
 
     def _payload_of_header(self) -> memoryview | None:
-        """Check the header that just became complete; returns where its payload goes, None if it has none."""
+        """Check the complete header; returns the buffer for its payload, None if it has none."""
         magic, version, self._kind, key, self._tag, offset, length = _HEADER.unpack(self._header)
         if magic != MAGIC:
-            who = "the peer uses TLS and this end does not" if magic[1] == 3 else "the peer is no Lamina node"
+            who = "the peer uses TLS and this end does not" if magic[1] == 3 else "the peer is not a Lamina node"
             raise ProtocolError(f"expected a frame that starts with {MAGIC!r}, got {magic!r}: {who}")
         if version != PROTOCOL_VERSION:
             raise HandshakeError(

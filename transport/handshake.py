@@ -1,20 +1,21 @@
-"""What two ends say before they are linked: who they are, that they know the secret, and how bytes will travel.
+"""What two ends exchange before they are linked: who they are, that they know the secret, and how bytes will travel.
 
-All of it travels as MESSAGE frames on the connection that becomes the link's control connection, the connecting end
-first::
+The handshake consists of MESSAGE frames on the connection that becomes the link's control connection. The connecting
+end begins::
 
-    hello      both   role, name, details, a nonce, what it asks for and what it can do
+    hello      both   role, name, details, a nonce, what this end asks for and what it can do
     proof      both   HMAC-SHA256 with the cluster's secret over which end this is and both hellos, byte for byte
-    setup ...  both   whatever the transport needs
-    outcome    both   whether it worked; if not, and another one is possible, it is tried next
+    setup ...  both   what the transport needs
+    outcome    both   whether the set-up worked; if not, the next possible transport is tried
 
-The proof covers both nonces, so nothing can be replayed; which end it is from, so nothing can be reflected; and all
-that was said before, so nobody in between can make one end look as if it could less than it can. Whoever is in between
-can always make a set-up fail, though, and ``auto`` then takes the next transport; TLS, whose certificates the proof
-covers too, keeps everybody out. The connecting end proves itself first: a stranger who connects learns nothing but a
-hello. One who listens in a node's place gets its proof, with which a weak secret could be guessed: make it at random.
+The proof covers both nonces, so nothing can be replayed. It covers which end made it, so nothing can be reflected. It
+covers all that was said before, so an attacker on the path cannot make an end look less capable than it is. An attacker
+on the path can still make a set-up fail, and ``auto`` then takes the next transport; TLS, whose certificates the proof
+covers too, keeps attackers out. The connecting end proves itself first, so a stranger that connects learns nothing but
+a hello. A stranger that listens in a node's place gets a proof, from which a weak secret could be guessed: a secret
+must be random.
 
-A further connection of the same link, such as a lane of tcp, begins with a ``join`` frame, which shows the link's id
+A further connection of the same link, such as a lane of tcp, begins with a ``join`` frame, which contains the link's id
 and a proof with the link's own key.
 """
 
@@ -43,15 +44,15 @@ LINK_ID_BYTES = 16
 
 @dataclass(frozen=True)
 class Introduction:
-    """What an end says about itself."""
+    """The contents of a hello."""
 
     hello: Hello
     kind: str
     offers: Offers
     peer_timeout: float
-    """Seconds of silence this end tolerates; the other end paces its heartbeats by it."""
+    """Seconds of silence that this end tolerates; the other end sends its heartbeats accordingly."""
     secret: bool
-    """Whether it has a cluster secret."""
+    """Whether this end has a cluster secret."""
     nonce: bytes = field(default_factory=lambda: secrets.token_bytes(NONCE_BYTES))
 
     @classmethod
@@ -72,7 +73,7 @@ class Introduction:
 
     @classmethod
     def from_map(cls, message: dict[str, Any]) -> Introduction:
-        """Check what the peer said; raises HandshakeError."""
+        """Check the peer's hello. Raises HandshakeError."""
         match message:
             case {
                 "role": str(role),
@@ -98,7 +99,7 @@ class Introduction:
                 except ConfigError as error:
                     raise HandshakeError(f"the peer introduced itself wrongly: {error}") from error
             case _:
-                raise HandshakeError(f"the peer introduced itself with something else than a hello: {message!r:.200}")
+                raise HandshakeError(f"the peer did not introduce itself with a hello: {message!r:.200}")
 
     @property
     def party(self) -> Party:
@@ -106,7 +107,7 @@ class Introduction:
 
 
 def check_introduction(hello: Hello, options: Options) -> None:
-    """Raise ConfigError, before any connection, for what the other end would not accept."""
+    """Raise ConfigError, before any connection, for details that the other end would not accept."""
     try:
         message_frame(Introduction.of(hello, options, {}).to_map(), MAX_HELLO // 2)
     except ProtocolError as error:
@@ -115,26 +116,26 @@ def check_introduction(hello: Hello, options: Options) -> None:
 
 @dataclass
 class Session:
-    """A handshake on one connection; once both ends have proved themselves, what a transport needs to set itself up."""
+    """A handshake on one connection, and what a transport needs for its set-up after the proofs."""
 
     stream: TcpStream
     options: Options
     connecting: bool
     peer_place: str
-    """Where the peer is, for messages."""
+    """The peer's address, for messages."""
     local: Introduction
     peer: Introduction = field(init=False)
     key: bytes = field(init=False, repr=False)
-    """Of this link: with a cluster secret, known to both ends only."""
+    """The key of this link. With a cluster secret, only its two ends know it."""
     link_id: bytes = field(init=False)
     open_lane: Callable[[Lane], Awaitable[TcpStream]] = field(init=False)
-    """How this end gets a further connection of the link."""
+    """Gets a further connection of the link."""
     local_offer: dict[str, Any] = field(default_factory=dict)
     peer_offer: dict[str, Any] = field(default_factory=dict)
     _outcome: str | None = field(default=None, init=False)
 
     async def introduce(self, first: tuple[bytes, dict[str, Any]] | None = None) -> None:
-        """Swap hellos and proofs. ``first`` is what the peer has sent already."""
+        """Exchange hellos and proofs. ``first`` is the frame that the peer has sent already."""
         mine = message_frame(self.local.to_map(), MAX_HELLO)
         if self.connecting:
             await send_all(self.stream, mine)
@@ -176,21 +177,21 @@ class Session:
             raise HandshakeError(
                 "the peer does not know the cluster secret: both ends need the same secret file"
                 if self.options.secret
-                else "the peer's proof does not fit what was said: something in between changes the connection"
+                else "the peer's proof does not match what was said: something on the path changes the connection"
             )
 
     # -- for transports
 
     async def lane(self, lane: Lane) -> TcpStream:
-        """A further connection of this link, both ends of which have proved that they belong to it."""
+        """Get a further connection of this link, whose two ends have proved that they belong to it."""
         return await self.open_lane(lane)
 
     async def send(self, setup: dict[str, Any]) -> None:
-        """Send a message to ``upgrade`` at the other end, of up to 16 KiB."""
+        """Send a message of up to 16 KiB to ``upgrade`` at the other end."""
         await send_all(self.stream, message_frame(setup, MAX_HELLO))
 
     async def receive(self) -> dict[str, Any]:
-        """The next message of the other end's ``upgrade``; UpgradeError if that failed."""
+        """Receive the next message of the other end's ``upgrade``. Raises UpgradeError if that has failed."""
         message = _unrefused((await receive_frame(self.stream))[1])
         if "outcome" in message:
             self._outcome = _one_line(message["outcome"])
@@ -198,7 +199,7 @@ class Session:
         return message
 
     async def agree(self, failure: str) -> str:
-        """Say how the upgrade went here, "" for well; returns how it went there."""
+        """Tell the other end why the upgrade failed here, "" for success; returns the same of the other end."""
         told = self._outcome
         self._outcome = None
         await self.send({"outcome": failure})
@@ -212,7 +213,7 @@ class Session:
 
 
 def join_frame(session: Session, lane: Lane) -> bytes:
-    """The first frame of a further connection of the link."""
+    """Make the first frame of a further connection of the link."""
     return message_frame({"join": session.link_id, "lane": int(lane), "proof": join_proof(session, lane)}, MAX_HELLO)
 
 
@@ -221,10 +222,10 @@ def join_proof(session: Session, lane: Lane) -> bytes:
 
 
 async def receive_frame(stream: TcpStream) -> tuple[bytes, dict[str, Any]]:
-    """Read exactly one MESSAGE frame of the peer: its bytes, and what it says.
+    """Read exactly one MESSAGE frame of the peer; returns its bytes and its contents.
 
-    Raises ConnectError if the peer closes instead, HandshakeError if it speaks another version, ProtocolError if it
-    sends anything else.
+    Raises ConnectError if the peer closes the connection, HandshakeError if it speaks another version, and
+    ProtocolError if it sends anything else.
     """
     receiver = FrameReceiver({}, MAX_HELLO)
     event = None
@@ -243,12 +244,12 @@ async def receive_frame(stream: TcpStream) -> tuple[bytes, dict[str, Any]]:
 
 
 def _one_line(words: object) -> str:
-    """What the peer says, fit for a log."""
+    """A text of the peer, made fit for a log."""
     return "".join(letter if letter.isprintable() else " " for letter in str(words)[:500])
 
 
 def _unrefused(message: dict[str, Any]) -> dict[str, Any]:
-    """``message``, unless it is a refusal: that is raised as HandshakeError."""
+    """Return ``message``, or raise HandshakeError if it is a refusal."""
     match message:
         case {"refused": str(reason)}:
             raise HandshakeError(f"the peer refused: {reason!r:.500}")
@@ -256,13 +257,13 @@ def _unrefused(message: dict[str, Any]) -> dict[str, Any]:
 
 
 async def refuse(stream: TcpStream, reason: str) -> None:
-    """Tell the peer why; the frame also carries our protocol version. Returns when the peer has closed."""
+    """Tell the peer why it is refused, and wait until it has closed. The frame also carries the protocol version."""
     await send_all(stream, message_frame({"refused": reason[:500]}, MAX_HELLO))
     await hang_up(stream)
 
 
 async def cancelled_after(seconds: float, work: Awaitable[Any], what: str) -> Any:
-    """The result of ``work``; UpgradeError when it takes longer."""
+    """Return the result of ``work``, or raise UpgradeError when it takes longer than ``seconds``."""
     try:
         async with asyncio.timeout(seconds):
             return await work

@@ -1,7 +1,7 @@
-"""The link between two nodes: a control connection, and the lanes of whatever transport they agreed on.
+"""The link between two nodes: a control connection, and the lanes of the transport on which they agreed.
 
-Everything that transports have in common is here: messages, heartbeats, the peer's death, regions and their numbers,
-callbacks, and the order in which a link ends.
+This module contains what all transports have in common: messages, heartbeats, the peer's death, regions and their
+numbers, callbacks, and the order in which a link ends.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ Ts = TypeVarTuple("Ts")
 
 
 class NodeLink(Link):
-    """See ``Link``. Made by ``connect`` and ``Listener``, when both ends have agreed on everything.
+    """The implementation of ``Link``. ``connect`` and ``Listener`` make it when both ends have agreed.
 
-    Where the lanes have a loop of their own, it is another thread's: ``_there`` hands something over to it, ``_here``
-    brings something back. What is written under "what the lanes report" is called there, all else here.
+    The lanes may have a loop of their own, in another thread. ``_in_lane_loop`` calls a function in that thread,
+    ``_in_own_loop`` calls one in the link's. ``write`` and the methods under "what the lanes report" are called in the
+    thread of the lanes, all other methods in the link's.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class NodeLink(Link):
         peer_timeout: float,
         heartbeat_timeout: float,
     ) -> None:
-        """``heartbeat_timeout`` is the silence in seconds that the peer tolerates, ``peer_timeout`` what we do."""
+        """The peer tolerates ``heartbeat_timeout`` seconds of silence, this end ``peer_timeout`` seconds."""
         self._info = info
         self._open = True
-        """Whether anything can be sent; cleared when the link begins to end."""
+        """Whether anything can be sent. It is cleared when the link begins to end."""
         self._error: TransportError | None = None
         self._lost: TransportError | None = None
-        """Of what the owner is told."""
+        """The error that ``on_lost`` is told."""
         self._on_message: Callable[[dict[str, Any]], None] | None = None
         self._on_tag: Callable[[Lane, int], None] | None = None
         self._on_lost: Callable[[TransportError], None] | None = None
@@ -60,16 +61,16 @@ class NodeLink(Link):
         self._lanes = lanes
         self._exposed = 0
         self._known: dict[int, int] = {}
-        """Sizes of the peer's regions."""
+        """The size of each region of the peer, by key."""
         self._reading = False
         self._lanes_closed = asyncio.Event()
         self._said_bye = False
         self._peer_bye: tuple[int, int] | None = None
-        """How many writes of each lane the peer sent, once it has said that there will be no more."""
+        """The number of writes that the peer sent on each lane, once it has said that no more will come."""
         self._ended = asyncio.Event()
 
-        # Silence is counted in periods rather than seconds: while this process is stopped or its loop is blocked no
-        # period passes, so the peer is not blamed for what it could not be heard saying.
+        # Silence is counted in periods rather than seconds. No period passes while this process is stopped or its loop
+        # is blocked, so the peer is not blamed for what this end could not hear.
         self._peer_timeout = peer_timeout
         self._period = min(peer_timeout, heartbeat_timeout) / HEARTBEATS_PER_TIMEOUT
         self._silent_periods = 0
@@ -171,7 +172,7 @@ class NodeLink(Link):
                 if self._lanes is not None:
                     await self._lanes_closed.wait()
         except TransportError:
-            pass  # it ended in another way meanwhile
+            pass  # the link ended in another way meanwhile
         except TimeoutError:
             self._fail(TransportError(f"{self} did not close the link within {CLOSE_DEADLINE_S:g} s"))
         finally:
@@ -190,31 +191,31 @@ class NodeLink(Link):
                 on_tag(lane, tag)
             except Exception as error:
                 self._on_tag = None
-                self._here(self._callback_failed, error)
+                self._in_own_loop(self._callback_failed, error)
         if self._peer_bye is not None:
             self._count_received()
 
     def _count_received(self) -> None:
         received = tuple(self._lanes.tags_received) if self._lanes else (0, 0)
-        self._here(self._received_of_bye, received)
+        self._in_own_loop(self._received_of_bye, received)
 
     def lanes_failed(self, error: TransportError) -> None:
-        self._here(self._lanes_failed, error)
+        self._in_own_loop(self._lanes_failed, error)
 
     def send_note(self, note: dict[str, Any]) -> None:
-        self._here(self._note, {"lanes": note})
+        self._in_own_loop(self._note, {"lanes": note})
 
     def _take_note(self, note: dict[str, Any]) -> None:
         assert self._lanes is not None
         try:
             self._lanes.take_note(note)
         except ProtocolError as error:
-            self._here(self._fail, ProtocolError(f"{self}: {error}"))
+            self._in_own_loop(self._fail, ProtocolError(f"{self}: {error}"))
 
     def _close_lanes(self, reason: TransportError) -> None:
         assert self._lanes is not None
         self._lanes.close(reason)
-        self._here(self._lanes_closed.set)
+        self._in_own_loop(self._lanes_closed.set)
 
     # -- what arrives on the control connection
 
@@ -243,28 +244,28 @@ class NodeLink(Link):
                 self._lanes.learn(key, nbytes, details)
                 self._known[key] = nbytes
             case {"lanes": dict(details)} if self._lanes is not None:
-                self._there(self._take_note, details)
+                self._in_lane_loop(self._take_note, details)
             case {"bye": [int(decode), int(bulk)]} if decode >= 0 and bulk >= 0:
                 self._peer_bye = (decode, bulk)
-                self._there(self._count_received)
+                self._in_lane_loop(self._count_received)
             case {"gone": True} if not self._open:
                 self._end(None)
             case _:
-                raise ProtocolError(f"the peer sent a note that is none: {dict(note)!r:.200}")
+                raise ProtocolError(f"the peer sent a note of an unknown kind: {dict(note)!r:.200}")
 
     def _received_of_bye(self, received: tuple[int, ...]) -> None:
-        """The peer has said goodbye: has everything arrived that it sent before?"""
+        """End the link if all has arrived that the peer sent before its goodbye."""
         if received != self._peer_bye:
             return
         if self._open:
-            # Answered, so that the peer need not take our silence for a death. What is queued here goes nowhere.
+            # Without an answer the peer would take the silence of this end for a death. What is queued here is lost.
             self._note({"gone": True})
             self._fail(PeerLostError(f"{self} closed the link"))
         elif self._said_bye:
             self._end(None)
 
     def _lanes_failed(self, error: TransportError) -> None:
-        """A lane's connection may end before the goodbye on the other connection was read, and its bytes with it."""
+        """A lane may end before the goodbye has been read from the control connection: read that first."""
         if not self._said_bye and self._peer_bye is None:
             hear_out(self._control.receive)
         if not self._said_bye:
@@ -275,12 +276,12 @@ class NodeLink(Link):
             self._fail(self._of_peer(error))
             return
         if not self._apart:
-            # Whatever the peer wrote before it died may still lie in the lanes; its owner gets it first.
+            # What the peer wrote before it died may still lie in the lanes; the owner gets it first.
             hear_out(self._poll)
         self._fail(self._of_peer(error))
 
     def _of_peer(self, error: TransportError) -> TransportError:
-        """The same, with the peer's name: "m0 ... is gone", or "m0 ...: it sent nonsense"."""
+        """The same error with the peer's name: "m0 ... is gone", or "m0 ...: it sent nonsense"."""
         return type(error)(f"{self} {error}" if isinstance(error, PeerLostError) else f"{self}: {error}")
 
     # -- the end
@@ -295,7 +296,7 @@ class NodeLink(Link):
         await self._control.drain()
         self._said_bye = True
         if self._peer_bye is not None:
-            self._there(self._count_received)
+            self._in_lane_loop(self._count_received)
 
     async def _drain_all(self) -> None:
         if self._lanes is not None:
@@ -309,7 +310,7 @@ class NodeLink(Link):
         self._fail(lost)
 
     def _fail(self, error: TransportError) -> None:
-        """End the link for a reason that the owner does not know yet."""
+        """End the link for a reason that its owner does not know yet."""
         was_open = self._open
         if not self._end(error):
             return
@@ -321,7 +322,7 @@ class NodeLink(Link):
         self._tell_lost()
 
     def _tell_lost(self) -> None:
-        """Tell the owner, unless it knows already."""
+        """Tell the owner of the loss, once."""
         on_lost, self._on_lost = self._on_lost, None
         if on_lost is not None and self._lost is not None:
             try:
@@ -330,7 +331,7 @@ class NodeLink(Link):
                 log.exception('event=callback_failed transport=%s peer="%s"', self._info.transport, self)
 
     def _end(self, error: TransportError | None) -> bool:
-        """Close everything and wake everybody who waits; False if that was done before."""
+        """Close everything and wake the coroutines that wait; False if that was done before."""
         if self._ended.is_set():
             return False
         self._open = False
@@ -340,7 +341,7 @@ class NodeLink(Link):
         reason = error or TransportError(f"the link to {self} is closed")
         self._control.close(reason)
         if self._lanes is not None:
-            (self._there if self._reading else self._here)(self._close_lanes, reason)
+            (self._in_lane_loop if self._reading else self._in_own_loop)(self._close_lanes, reason)
         return True
 
     # -- inside
@@ -350,11 +351,11 @@ class NodeLink(Link):
             return
         self._reading = True
         if self._lanes is not None:
-            self._there(self._lanes.start, self)
+            self._in_lane_loop(self._lanes.start, self)
         self._control.start_reading()
 
     def _poll(self) -> bool:
-        """Receive and deliver what has arrived on the lanes, without waiting; True if there was anything."""
+        """Receive and deliver what has arrived on the lanes, without waiting; True if anything had."""
         lanes = self._lanes
         return lanes is not None and self._reading and not self._ended.is_set() and lanes.poll()
 
@@ -362,15 +363,15 @@ class NodeLink(Link):
     def _apart(self) -> bool:
         return self._lane_loop is not self._loop
 
-    def _there(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
-        """Call ``function`` where the lanes live; at once, if that is here."""
+    def _in_lane_loop(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
+        """Call ``function`` in the loop of the lanes; at once, if that is the link's own."""
         if self._apart:
             _hand_over(self._lane_loop, function, *arguments)
         else:
             function(*arguments)
 
-    def _here(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
-        """Call ``function`` where the link lives; at once, if the lanes do so too."""
+    def _in_own_loop(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
+        """Call ``function`` in the link's own loop; at once, if the lanes share it."""
         if self._apart:
             _hand_over(self._loop, function, *arguments)
         else:
@@ -379,7 +380,7 @@ class NodeLink(Link):
     def _each_period(self) -> None:
         self._timer = self._loop.call_later(self._period, self._each_period)
         if self._reading:
-            # On some loops timers run before sockets: look before judging.
+            # Some loops run timers before sockets, so bytes may have arrived that were not read: read before judging.
             self._control.receive()
             if not self._apart:
                 self._poll()
@@ -413,5 +414,5 @@ class NodeLink(Link):
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: Any) -> None:
-    with suppress(RuntimeError):  # the loop is closed: nothing lives there any more
+    with suppress(RuntimeError):  # the loop is closed, and with it all that it would have told
         loop.call_soon_threadsafe(function, *arguments)

@@ -32,8 +32,8 @@ def decode_message(body: Buffer) -> dict[str, Any]:
     """Decode a message of the peer, whose length the caller has bounded; raises ProtocolError.
 
     Text and byte strings cannot be longer than the message. Containers could claim to be: a few bytes announce an
-    array of millions, and a thousand of them nest. A first pass, which builds nothing, makes sure that the elements
-    are all there; from then on the memory taken is in proportion to the length of the message.
+    array of millions, and a thousand of them nest. So a first pass, which builds nothing, checks that all elements are
+    there. The memory that the second pass takes is then proportional to the length of the message.
     """
     nbytes = memoryview(body).nbytes
     try:

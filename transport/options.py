@@ -1,4 +1,4 @@
-"""How one end wants its links."""
+"""The options of one end for its links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from lamina.errors import ConfigError
 
 KINDS = ("auto", "rdma", "shm", "tcp", "control")
-"""``auto`` takes shm on one host, else rdma, else tcp; ``control`` is for links that only carry messages."""
+"""``auto`` takes shm on one host, else rdma, else tcp. ``control`` is for links that only carry messages."""
 
 DEFAULT_PEER_TIMEOUT = 2.0
 MIN_PEER_TIMEOUT = 0.05
@@ -30,10 +30,10 @@ class TlsFiles:
     authority: Path
 
     def context(self, *, connecting: bool) -> ssl.SSLContext:
-        """For either side of a connection, each of which must show a certificate. ConfigError names what does not fit.
+        """Make the context for one side of a connection; both sides must show a certificate.
 
         Names in certificates are not compared with addresses: the authority is the cluster's own, and the proof of
-        the secret covers both certificates.
+        the secret covers both certificates. Raises ConfigError for a file that does not fit.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if connecting else ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -52,14 +52,14 @@ class TlsFiles:
         return context
 
     def _no_password(self) -> str:
-        """Instead of OpenSSL's question on the terminal, which a node in the background could not answer."""
+        """Refuse an encrypted key: OpenSSL would ask on the terminal, where a node in the background has no answer."""
         raise ConfigError(
             f"TLS key {self.key} is encrypted; decrypt it (openssl pkey -in KEY -out NEW), for its owner alone to read"
         )
 
     def certificate_bytes(self) -> bytes:
-        """This node's own certificate in DER, as its peers see it."""
-        text = self.certificate.read_text(errors="replace")  # what stands around it may be in any encoding
+        """Read this node's own certificate, in DER, as its peers see it."""
+        text = self.certificate.read_text(errors="replace")  # the text around it may be in any encoding
         first, last = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
         if first not in text:
             raise ConfigError(f"TLS certificate {self.certificate} has no line {first!r}; write it in PEM again")
@@ -72,15 +72,15 @@ def _words(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class RdmaOptions:
-    """Which port to use and how. None: the first that is active; the GID of RoCE v2 with an IPv4 address, if any."""
+    """Which port to use, and how. None takes the first active port, and on RoCE v2 the GID of an IPv4 address."""
 
     device: str | None = None
     port: int | None = None
     gid_index: int | None = None
     mtu: int | None = None
-    """Bytes, one of ``MTUS``. None: the smaller of both ports' active MTU."""
+    """In bytes, one of ``MTUS``. None takes the smaller of both ports' active MTU."""
     queue: int = 1024
-    """Writes that may be under way on a lane, and receives that are posted for the peer's."""
+    """The number of writes that may be in flight on a lane, and of receives posted for the peer's writes."""
 
     def __post_init__(self) -> None:
         if self.mtu is not None and self.mtu not in MTUS:
@@ -91,18 +91,18 @@ class RdmaOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """Of ``connect`` and ``Listener.open``; both ends must agree on secret and TLS."""
+    """The options of ``connect`` and ``Listener.open``. Both ends must agree on secret and TLS."""
 
     kind: str = "auto"
-    """One of ``KINDS``. A kind that cannot be had is an error, but for ``auto``."""
+    """One of ``KINDS``. A kind that is not possible is an error; ``auto`` takes one that is."""
     peer_timeout: float = DEFAULT_PEER_TIMEOUT
-    """Silence of the peer, in seconds, that ends a link."""
+    """The silence of the peer, in seconds, that ends a link."""
     secret: bytes | None = field(default=None, repr=False)
-    """What all nodes of a cluster know and nobody else does. Without it only loopback addresses are allowed."""
+    """The cluster's secret, which only its nodes and clients know. Without one, only loopback addresses are allowed."""
     tls: TlsFiles | None = None
     """Encrypt the control connection, and lanes over tcp."""
     busy_poll: bool = False
-    """Let the loop look for arrivals all the time instead of sleeping: faster answers for a whole processor."""
+    """Let the loop look for arrivals all the time instead of sleeping. Answers are faster, for a whole processor."""
     rdma: RdmaOptions = RdmaOptions()
 
     def __post_init__(self) -> None:

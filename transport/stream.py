@@ -1,6 +1,6 @@
 """A connected TCP socket that never blocks: plain, or inside TLS.
 
-Both raise BlockingIOError where they would have to wait, and OSError when the connection is broken.
+Its methods raise BlockingIOError where they would have to wait, and OSError when the connection is broken.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ _TLS_HANDSHAKE = b"\x16"
 
 
 class TcpStream:
-    """Plain TCP: received straight into memory of the caller, gathered from it by the kernel."""
+    """Plain TCP. The kernel receives straight into memory of the caller, and gathers from it."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.recv_into = sock.recv_into
         """Receive into a buffer; 0 at the end of the connection."""
         self.send = sock.sendmsg
-        """Send a piece of the buffers, which are not empty; returns how many bytes."""
+        """Send some of the bytes of the buffers, none of which is empty; returns how many."""
         self.fileno = sock.fileno
 
     binding = b""
-    """What both ends know of the encryption and nobody in between can fake."""
+    """What both ends know about the encryption and an attacker on the path cannot forge."""
 
     def buffered(self) -> bool:
-        """Whether bytes wait in this process: no readiness of the socket will announce them."""
+        """Whether bytes wait in this process, which the readiness of the socket does not announce."""
         return False
 
     def peek(self, nbytes: int) -> bytes:
-        """The next bytes, which stay there; empty at the end of the connection."""
+        """The next bytes, which stay in the socket; empty at the end of the connection."""
         return self._sock.recv(nbytes, socket.MSG_PEEK)
 
     def shut_down(self) -> None:
-        """Say that nothing more will be sent."""
+        """Tell the peer that nothing more will be sent."""
         self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ class TcpStream:
 
 
 class TlsStream(TcpStream):
-    """TLS 1.3. Decrypted straight into memory of the caller; small pieces that are sent are gathered to a record."""
+    """TLS 1.3. It decrypts straight into memory of the caller, and gathers small pieces into one record."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         super().__init__(sock)
@@ -56,7 +56,7 @@ class TlsStream(TcpStream):
         self.send = self._send  # type: ignore[assignment]
 
     async def shake_hands(self) -> None:
-        """Raises OSError, which SSLError is."""
+        """Complete the TLS handshake. Raises OSError, which includes SSLError."""
         while True:
             try:
                 self._tls.do_handshake()
@@ -78,7 +78,7 @@ class TlsStream(TcpStream):
             return 0
 
     def _send(self, pieces: Sequence[memoryview]) -> int:
-        # After "try again" OpenSSL wants the same bytes again, or more: the queue they come from only grows.
+        # After "try again" OpenSSL wants the same bytes again, or more; the send queue only grows, so it gets them.
         first = pieces[0]
         if len(first) < _TLS_RECORD and len(pieces) > 1:
             record = bytearray()
@@ -117,7 +117,7 @@ async def secure(sock: socket.socket, context: ssl.SSLContext, certificate: byte
 
 
 async def wait_until_ready(stream: TcpStream, *, reading: bool) -> None:
-    """Wait until the socket can be read, or written."""
+    """Wait until the socket can be read or written."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
     fd = stream.fileno()
@@ -135,7 +135,7 @@ async def wait_until_ready(stream: TcpStream, *, reading: bool) -> None:
 
 
 async def send_all(stream: TcpStream, data: bytes) -> None:
-    """Send everything, waiting as needed."""
+    """Send all of ``data``, waiting as needed."""
     rest = memoryview(data)
     while rest:
         try:
@@ -145,7 +145,7 @@ async def send_all(stream: TcpStream, data: bytes) -> None:
 
 
 async def recv_into(stream: TcpStream, buffer: memoryview) -> int:
-    """Receive something into ``buffer``, waiting for it; 0 at the end of the connection."""
+    """Wait until something can be received into ``buffer``; returns how many bytes, 0 at the end of the connection."""
     while True:
         try:
             return stream.recv_into(buffer)
@@ -154,18 +154,18 @@ async def recv_into(stream: TcpStream, buffer: memoryview) -> int:
 
 
 async def starts_tls(stream: TcpStream) -> bool:
-    """Whether the peer, which speaks first, uses TLS. Its bytes are left where they are."""
+    """Whether the peer, which speaks first, uses TLS. Its bytes stay in the socket."""
     while True:
         await wait_until_ready(stream, reading=True)
         with suppress(BlockingIOError):
-            # A connection that ends at once has said nothing else.
+            # A connection that ends without a byte counts as TLS, because it did not speak plain text.
             return stream.peek(1) in (b"", _TLS_HANDSHAKE)
 
 
 async def hang_up(stream: TcpStream) -> None:
-    """Send nothing more, and wait until the peer has closed: it should hear what was said last.
+    """Send nothing more, and wait until the peer has closed, so that it reads what was sent last.
 
-    Closing with unread bytes would reset the connection, and could destroy that on its way.
+    Closing with unread bytes would reset the connection and could destroy what was sent last.
     """
     buffer = memoryview(bytearray(4096))
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Lanes over TCP: a connection each, and no copy between a region and the kernel."""
+"""Lanes over TCP: one connection for each lane, and no copy between a region and the kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lamina.errors import ProtocolError, TransportError
 from lamina.transport.base import Lane, Region
 from lamina.transport.connection import Connection
 from lamina.transport.frames import HEADER_BYTES, Event, FrameReceiver, write_header
-from lamina.transport.lanes import Lanes, Owner
+from lamina.transport.lanes import Lanes, LanesOwner
 from lamina.transport.options import Options
 from lamina.transport.stream import TcpStream
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def offer(options: Options) -> dict[str, Any]:
-    """Always possible."""
+    """Offer TCP, which is always possible."""
     return {}
 
 
@@ -34,7 +34,7 @@ async def upgrade(session: Session) -> Lanes:
 
 
 class TcpLanes(Lanes):
-    """See ``Lanes``."""
+    """Both lanes of a link over TCP."""
 
     def __init__(self, streams: tuple[TcpStream, TcpStream], *, busy_poll: bool) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ class TcpLanes(Lanes):
             Connection(stream, FrameReceiver(self._regions, 0), self._arrival(lane), self._failed)
             for lane, stream in zip(Lane, streams, strict=True)
         )
-        self._owner: Owner | None = None
+        self._owner: LanesOwner | None = None
         self._closed = False
 
-    def start(self, owner: Owner) -> None:
+    def start(self, owner: LanesOwner) -> None:
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         for connection in self._connections:
@@ -64,7 +64,7 @@ class TcpLanes(Lanes):
         return {}
 
     def learn(self, key: int, nbytes: int, details: dict[str, Any]) -> None:
-        """Nothing: what is written is addressed by number, and checked where it arrives."""
+        """Keep nothing: a write names its region by key, and the receiving end checks it."""
 
     def window(self, key: int) -> memoryview | None:
         return None

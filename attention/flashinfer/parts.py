@@ -115,7 +115,7 @@ class DecodePart:
         self._tensors = {kind: GraphTensors(rows, kind, shared.dtype, device) for kind in self._wrappers}
 
     def plan(self, contexts: Sequence[PageTables], empty: Sequence[NDArray[np.bool_]]) -> None:
-        """Plan a step from the pages that each row reads, and from which rows read nothing, both for each group."""
+        """Plan a step from the pages that each row reads, and the rows that read nothing, both for each group."""
         shared = self._shared
         if self._planned is not None:
             self._planned.synchronize()  # the last plan may still be copied from the buffers that are written now

@@ -21,7 +21,8 @@ from lamina.bench.ends import Task
 from lamina.bench.variants import pin
 from lamina.transport import RdmaOptions
 from lamina.transport.base import address_of
-from lamina.transport.verbs import Port, find_port, pyverbs
+from lamina.transport.rdma.bindings import pyverbs
+from lamina.transport.rdma.ports import RdmaPort, find_port
 
 SPAN_BYTES = 64 << 20
 QUEUE = 1024
@@ -64,12 +65,12 @@ class VerbsEnd:
         self._writes = 0
         self._connect(attr, port, talk)
 
-    def _connect(self, attr: Any, local: Port, talk: socket.socket) -> None:
+    def _connect(self, attr: Any, local: RdmaPort, talk: socket.socket) -> None:
         verbs = pyverbs()
         mine = [vars(local), self._pair.qp_num, self._source + SPAN_BYTES, self._region.rkey]
         talk.sendall(json.dumps(mine).encode() + b"\n")
         theirs, number, self._target, self._key = json.loads(talk.makefile("rb", buffering=0).readline())
-        remote = Port.from_offer(theirs)
+        remote = RdmaPort.from_offer(theirs)
         routed = local.link_layer == "ethernet"
         route = {}
         if routed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from lamina.attention import KVLayout
@@ -104,15 +105,16 @@ class ShardControl:
 
     # -- the space of sequences
 
-    async def reserve(self, sequence: int, tokens: int, keys: Sequence[bytes] = (), ahead: int | None = None) -> int:
-        """Have space set aside before any of it is used, or more than before. CapacityError if there is none.
+    def reserve(
+        self, sequence: int, tokens: int, keys: Sequence[bytes] = (), ahead: int | None = None
+    ) -> asyncio.Future[Reserved]:
+        """Have space set aside before any of it is used, or more than before; the answer says what is shared.
 
         ``keys`` name leading blocks that a new sequence may share, ``ahead`` says how far its layers can be apart (see
-        `lamina.wire.tenants.Reserve`); returns how many positions of it were found.
+        `lamina.wire.tenants.Reserve`). The future raises CapacityError if there is no space. The question is sent
+        before this returns, so that a later `release` cannot overtake it.
         """
-        asked = Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys), ahead=ahead)
-        reserved: Reserved = await self._questions.ask(asked, sequence)
-        return reserved.shared
+        return self._questions.ask(Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys), ahead=ahead), sequence)
 
     def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
         """Let others share the leading blocks of a sequence, when all has arrived that they are to hold."""

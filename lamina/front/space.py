@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from lamina.compute.shard_control import ShardControl
 from lamina.errors import CapacityError, LaminaError
 from lamina.front.sequence import CacheChanges, ReservationRequest
+from lamina.wire.tenants import Reserved
 
 
 class Space:
@@ -41,7 +42,10 @@ class Space:
             self._held.discard(sequence)
             for shard in self._shards.values():
                 shard.release(sequence)
+        released = set(changes.released)
         for request in changes.reservations:
+            if request.id in released:
+                continue  # admitted or extended, and preempted by another sequence before the step was complete
             if request.is_new:
                 self._held.add(request.id)
             task = asyncio.get_running_loop().create_task(self._reserve(request))
@@ -77,7 +81,7 @@ class Space:
             if (tokens := place.held(member, request.tokens)) > place.held(member, request.reserved)
         }
         while request.id in self._held:
-            # Nothing may come between this and the sending: a Release would be overtaken.
+            # Sent at once, so that a Release that is decided meanwhile comes after it.
             asked = [
                 self._shards[member].reserve(
                     request.id, tokens, place.keys_on(member, keys, self._block_tokens), request.ahead
@@ -88,7 +92,11 @@ class Space:
             for answer in answers:
                 if isinstance(answer, BaseException):
                     raise answer
-            found = {member: answer for member, answer in zip(held, answers, strict=True) if isinstance(answer, int)}
+            found = {
+                member: answer.shared
+                for member, answer in zip(held, answers, strict=True)
+                if isinstance(answer, Reserved)
+            }
             shared = place.usable(len(keys) * self._block_tokens, found)
             if all(tokens == place.held(member, shared) for member, tokens in found.items()):
                 return shared

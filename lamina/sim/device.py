@@ -48,6 +48,9 @@ class ModelledDevice:
         self._queue: deque[_Operation] = deque()
         self._busy = False
 
+    def start(self) -> None:
+        """Nothing: the loop is the world's, which runs it."""
+
     async def run(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
         """Run an operation; its result, and the seconds from its start to its completion."""
         operation = _Operation(function, args, at)
@@ -63,9 +66,6 @@ class ModelledDevice:
             raise operation.error
         return cast("R", operation.result), operation.seconds
 
-    def start(self) -> None:
-        """Nothing: its loop runs already."""
-
     def close(self) -> None:
         """Nothing: there is no thread to end. What was asked for is still carried out."""
 
@@ -80,8 +80,7 @@ class ModelledDevice:
             if not 0 <= seconds < math.inf:
                 raise UsageError(f"device {self._name}: operation {name} would take {seconds} s; 0 or more are allowed")
             operation.seconds = seconds
-            with torch.inference_mode():  # as on the thread of a real device
-                operation.result = operation.function(*operation.args)
+            operation.result = operation.function(*operation.args)
         except Exception as error:
             operation.error = error
         if not operation.seconds:

@@ -8,6 +8,8 @@ from random import Random
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import torch
+
 from lamina.sim.device import ModelledDevice, Seconds
 from lamina.sim.link import LinkModel
 from lamina.sim.loop import VirtualLoop
@@ -47,7 +49,8 @@ class World:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end on the virtual clock. DeadlockError when it would wait for ever."""
-        return self._runner.run(coroutine)
+        with torch.inference_mode():  # as on the thread of a real device
+            return self._runner.run(coroutine)
 
     def close(self) -> None:
         """Cancel all tasks that are left, and close the loop."""

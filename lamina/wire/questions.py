@@ -27,19 +27,20 @@ class Questions:
         self._waiting: dict[Hashable, deque[asyncio.Future[Any]]] = {}
         self._error: LaminaError | None = None
 
-    async def ask(self, message: Message, key: Hashable = None) -> Any:
-        """Send ``message`` and wait for the answer. Raises the error of `refuse` or `fail`.
+    def ask(self, message: Message, key: Hashable = None) -> asyncio.Future[Any]:
+        """Send ``message`` now; the future gets the answer, or raises the error of `refuse` or `fail`.
 
-        An answer to a question whose asker was cancelled is dropped when it comes.
+        What is sent after this call comes after the question. An answer to a question whose asker gave up is dropped
+        when it comes. ProtocolError, and no question, if the message cannot be sent.
         """
         waiting = self.expect(key)
         if not waiting.done():
             try:
                 self._link.send(encode(message))
-            except ProtocolError:  # it was not sent, so it will not be answered
+            except ProtocolError:
                 self._waiting[key].remove(waiting)
                 raise
-        return await waiting
+        return waiting
 
     def expect(self, key: Hashable = None) -> asyncio.Future[Any]:
         """The answer that the peer gives unasked, or will be asked for by other means."""

@@ -53,7 +53,7 @@ class Target:
 
     @contextmanager
     def open(self, layout: KVLayout, tokens: int, *, threads: int = 1) -> Iterator[Backend]:
-        """A backend with room for ``tokens`` positions, all in whole blocks. Whoever reads what was never written gets
+        """A backend with room for ``tokens`` positions, all in whole blocks. A read of what was never written gives
         NaN: every byte is 0xFF, which is that in all floating types and in all scales."""
         layer_bytes = require_backend(self.backend).layer_bytes
         block = sum(layer_bytes(shape, layout.dtype, layout.block_tokens) for shape in layout.layers)

@@ -261,7 +261,7 @@ def test_windows_let_long_sequences_live_in_little_memory(target: Target) -> Non
 
 
 def poison_what_goes(backend: Backend, run: Run) -> None:
-    """Place a run, and fill with NaN the blocks that its sequence lets go of and takes no more."""
+    """Place a run, and fill with NaN the blocks that its sequence frees and does not take again."""
     cache = backend.cache
     if not run.start:
         return

@@ -523,7 +523,7 @@ def test_a_prompt_stays_to_be_found_until_its_space_is_needed() -> None:
 
 
 def test_all_of_a_reservation_can_be_shared() -> None:
-    """Of a sequence that lies on several nodes, one may have no more to store."""
+    """A node may have nothing more to store when a sequence lies on several nodes."""
     cache = make(4, layers=(FULL,))
     cache.reserve(0, 8)
     fill(cache, 0, 0, 8)

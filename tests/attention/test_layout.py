@@ -101,7 +101,7 @@ def test_impossible_rows_are_refused(runs: tuple[Run, ...]) -> None:
 
 
 def test_the_package_is_cheap_to_import() -> None:
-    """Whoever needs only shapes and layouts, the command line for one, does not load torch."""
+    """A process that needs only shapes and layouts, such as the command line, does not load torch."""
     code = "import sys; from lamina.attention import KVLayout, Rows, create_backend; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -239,15 +239,17 @@ def test_all_memory_nodes_share_equally_much(ports: list[int]) -> None:
     asyncio.run(main())
 
 
-def test_a_sequence_that_is_over_before_it_is_asked_for_takes_no_space(ports: list[int]) -> None:
-    """It leaves between the decision to reserve and the first message."""
+@pytest.mark.parametrize("rounds", range(6))
+def test_a_sequence_that_is_over_at_once_leaves_nothing(ports: list[int], rounds: int) -> None:
+    """Whether its release is decided before the reservation is sent, right after, or while it is answered."""
 
     async def main() -> None:
         async with attached(ports) as ends:
             ask = ends.ask(16)
             ends.decide(CacheChanges(reservations=[ask]))
+            for _ in range(rounds):
+                await asyncio.sleep(0)
             ends.release(ask)
-            await asyncio.sleep(0)
             await settled(ports)
 
     asyncio.run(main())

@@ -205,8 +205,8 @@ def test_other_version():
 
 
 def test_not_lamina():
-    """What does not start with the magic is named as no Lamina node."""
-    with pytest.raises(ProtocolError, match="no Lamina node"):
+    """What does not start with the magic is named as not a Lamina node."""
+    with pytest.raises(ProtocolError, match="not a Lamina node"):
         feed(new_receiver()[0], b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
 

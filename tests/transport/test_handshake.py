@@ -527,7 +527,7 @@ def test_no_node_listens(run):
     async def main():
         answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
         async with wire.server(lambda peer: peer.send(answer)) as (port, _):
-            with pytest.raises(HandshakeError, match=r"no Lamina node"):
+            with pytest.raises(HandshakeError, match=r"not a Lamina node"):
                 await connect(Address("tcp", "127.0.0.1", port), COMPUTE, deadline_s=20)
 
     run(main())

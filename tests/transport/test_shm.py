@@ -18,8 +18,9 @@ import pytest
 
 import lamina
 from lamina.errors import PeerLostError, ProtocolError, TransportError
-from lamina.transport import Address, Hello, Lane, Listener, Options, Region, RemoteRegion, connect, ring, shm
+from lamina.transport import Address, Hello, Lane, Listener, Options, Region, RemoteRegion, connect, shm
 from lamina.transport.lanes import UpgradeError
+from lamina.transport.shm import ring
 from lamina.transport.testing import CHECKS, noise, two_ends, until_sent
 
 LOCAL = Address.parse("127.0.0.1:0")
@@ -265,7 +266,7 @@ def test_garbage_in_the_rings(run):
     [
         (lambda region: setattr(region, "fd", os.memfd_create("open", os.MFD_ALLOW_SEALING)), "can be shortened"),
         (lambda region: setattr(region, "nbytes", 1 << 30), "should have 1073741824 bytes"),
-        (lambda region: setattr(region, "fd", os.open("/dev/null", os.O_RDWR)), "something else than a memfd"),
+        (lambda region: setattr(region, "fd", os.open("/dev/null", os.O_RDWR)), "does not lie in a memfd"),
     ],
     ids=["not sealed", "too small", "no memory"],
 )
@@ -331,7 +332,7 @@ def test_wrong_proof(run, what):
         results = await asyncio.gather(*map(shm.upgrade, sides), return_exceptions=True)
 
         assert [type(result) for result in results] == [ProtocolError] * 2
-        assert "sent something else than was expected" in str(results[1])
+        assert "sent an unexpected message" in str(results[1])
         assert open_files() == before
 
     run(main())
@@ -388,7 +389,7 @@ def test_nonsense_instead_of_a_name(run, message):
     async def main():
         side = both_sides()[0]
         side.inbox.put_nowait(message)
-        with pytest.raises(UpgradeError, match="something else than the name of its socket"):
+        with pytest.raises(UpgradeError, match="did not send the name of its socket"):
             await shm.upgrade(side)
 
     run(main())

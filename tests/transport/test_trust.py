@@ -268,7 +268,7 @@ def test_changed_hello_without_a_secret():
     async def main():
         async with listening(TCP) as (listener, keeper):
             async with Between(changed(name="another")).to(listener.address) as between:
-                with pytest.raises(HandshakeError, match="something in between changes the connection"):
+                with pytest.raises(HandshakeError, match="something on the path changes the connection"):
                     await connect(between.address, COMPUTE, TCP, deadline_s=20)
             assert not keeper.links
 

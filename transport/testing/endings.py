@@ -17,7 +17,7 @@ from lamina.transport.testing.ends import (
 
 
 async def check_close_flushes(make_pair: MakePair) -> None:
-    """``close`` sends everything queued on both lanes first; the peer gets it all, then learns of the end, once."""
+    """``close`` sends what is queued on both lanes; the peer gets it all and then learns of the end, once."""
     async with two_ends(make_pair, nbytes=16 * MIB) as (left, right):
         data = noise(MIB) * 8
         for lane in Lane:
@@ -36,7 +36,7 @@ async def check_close_flushes(make_pair: MakePair) -> None:
 
 
 async def check_close_while_the_peer_writes(make_pair: MakePair) -> None:
-    """What this end wrote is complete, and closing it succeeds, although the peer had more to say than was heard."""
+    """``close`` succeeds, and what this end wrote arrives, although not all that the peer wrote has been read."""
     for mine, theirs in ((1, 4), (4, 4), (4, 1)):
         async with two_ends(make_pair, nbytes=16 * MIB) as (left, right):
             data = noise(MIB) * 16
@@ -60,7 +60,7 @@ async def check_close_while_the_peer_writes(make_pair: MakePair) -> None:
 
 
 async def check_close_twice(make_pair: MakePair) -> None:
-    """Closing again, also at the same time, and aborting what is closed are fine."""
+    """A link may be closed twice, also at the same time, and aborted after that."""
     async with two_ends(make_pair) as (left, right):
         await asyncio.gather(left.link.close(), left.link.close())
         await left.link.close()
@@ -74,7 +74,7 @@ async def check_close_twice(make_pair: MakePair) -> None:
 
 
 async def check_both_close_at_once(make_pair: MakePair) -> None:
-    """When both ends close, neither hears of a loss."""
+    """When both ends close, neither is told of a loss."""
     async with two_ends(make_pair) as (left, right):
         await asyncio.gather(left.link.close(), right.link.close())
 
@@ -98,7 +98,7 @@ async def check_cancelled_close_still_closes(make_pair: MakePair) -> None:
 
 
 async def check_nothing_goes_out_after_close(make_pair: MakePair) -> None:
-    """After ``close`` every way to send raises."""
+    """After ``close`` every method that sends raises."""
     async with two_ends(make_pair) as (left, _):
         await left.link.close()
 
@@ -108,7 +108,7 @@ async def check_nothing_goes_out_after_close(make_pair: MakePair) -> None:
 
 
 async def check_abort_in_mid_write(make_pair: MakePair) -> None:
-    """When the peer dies in the middle of a write its tag never comes; both sides are at their end at once."""
+    """When an end dies in the middle of a write, its tag never arrives, and both ends end at once."""
     async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
         left.write(0, left.memory, 1, Lane.BULK)
         await asyncio.sleep(0)
@@ -124,7 +124,7 @@ async def check_abort_in_mid_write(make_pair: MakePair) -> None:
 
 
 async def check_death_at_any_point(make_pair: MakePair) -> None:
-    """Whenever an end dies: the other one heard of a beginning of what was written, complete, and then of the death."""
+    """Whenever an end dies, the other one receives complete writes, a prefix of all, and then learns of the death."""
     size = 300_000
     data = noise(size)
     for rounds in range(16):

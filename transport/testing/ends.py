@@ -1,4 +1,4 @@
-"""Two ends of a link, each with a region that the other may write, for checks."""
+"""The two ends of a link in a check, each with a region that the other end may write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 class LinkEnd:
-    """One end of a link and a region that the other end may write; records what arrives, in order."""
+    """One end of a link, with a region that the other end may write. It records what arrives, in order."""
 
     def __init__(self, link: Link, region: Region) -> None:
         self.link = link
@@ -31,7 +31,7 @@ class LinkEnd:
         self.on_tag(lambda lane, tag: self.record((lane, tag)))
 
     def on_tag(self, callback: Callable[[Lane, int], None]) -> None:
-        """Hand tags to ``callback`` instead of recording them."""
+        """Give tags to ``callback`` instead of recording them."""
         self.link.deliver(on_tag=callback, on_message=self.record, on_lost=self._lose)
 
     @property
@@ -54,7 +54,7 @@ class LinkEnd:
         return self.lost[0]
 
     def tags(self, lane: Lane) -> list[int]:
-        """What arrived on ``lane``."""
+        """The tags that arrived on ``lane``."""
         return [entry[1] for entry in self.arrived if not isinstance(entry, dict) and entry[0] is lane]
 
     def record(self, entry: tuple[Lane, int] | dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ class LinkEnd:
 
 @asynccontextmanager
 async def two_ends(make_pair: MakePair, nbytes: int = MIB) -> AsyncIterator[tuple[LinkEnd, LinkEnd]]:
-    """Two ends that exposed a region of ``nbytes`` each and described it to the other, as nodes do at set-up."""
+    """Make two ends that have exposed a region of ``nbytes`` to each other, as nodes do at set-up."""
     links = await make_pair()
     left, right = (LinkEnd(link, Region(name, nbytes)) for link, name in zip(links, ("left", "right"), strict=True))
     try:
@@ -84,7 +84,7 @@ async def two_ends(make_pair: MakePair, nbytes: int = MIB) -> AsyncIterator[tupl
 
 
 async def announce(link: Link, region: Region, other: LinkEnd) -> RemoteRegion:
-    """Expose ``region`` to ``other``, which has nothing else to hear; returns what that was told."""
+    """Expose ``region`` to ``other``, to which nothing else is sent; returns the description that arrived there."""
     before = len(other.arrived)
     link.send({"region": link.expose(region)})
     await other.until_arrived(before + 1)

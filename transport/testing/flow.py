@@ -1,4 +1,4 @@
-"""Checks of what flows when: both lanes at once, a peer that does not read, and buffers that are free again."""
+"""Checks of the flow of bytes: both lanes at once, a peer that does not read, and buffers that are free again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lamina.transport.testing.ends import (
 
 
 async def check_bulk_does_not_hold_up_decode(make_pair: MakePair) -> None:
-    """While 64 MiB of bulk flow, decode writes go to and fro; few chunks pass between an answer and the next."""
+    """While 64 MiB of bulk flow, decode writes go back and forth, and few chunks pass between two answers."""
     chunks = 128
     async with two_ends(make_pair, nbytes=MIB) as (left, right):
         done = False
@@ -56,13 +56,13 @@ async def check_bulk_does_not_hold_up_decode(make_pair: MakePair) -> None:
 
         steps = sorted(after - before for before, after in zip([0, *passed], [*passed, 2 * chunks], strict=True))
         # Each of the two writes may meet a chunk in the hands of its sender and one in those of its receiver, in both
-        # directions of bulk. Now and then a busy machine, or a device that tells late, holds up somebody for longer.
+        # directions of bulk. Now and then a busy machine, or a device that reports late, delays a write for longer.
         assert steps[len(steps) * 3 // 4] <= 8, steps
         assert steps[-1] <= chunks, steps
 
 
 async def check_decode_overtakes_bulk(make_pair: MakePair) -> None:
-    """While a single bulk write of 64 MiB flows, decode writes go to and fro many times."""
+    """While a single bulk write of 64 MiB flows, decode writes go back and forth many times."""
     async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
         answers = 0
 
@@ -87,7 +87,7 @@ async def check_decode_overtakes_bulk(make_pair: MakePair) -> None:
 
 
 async def check_back_pressure(make_pair: MakePair) -> None:
-    """For a peer that does not read, writes wait in the queue, which holds no copy of them; none is lost."""
+    """Writes to a peer that does not read wait in the queue, without a copy, and none is lost."""
     count, nbytes = 5000, 8192
     source = noise(2 * nbytes)
     part = [memoryview(source)[i % nbytes :][:nbytes] for i in range(count)]
@@ -122,7 +122,7 @@ async def check_back_pressure(make_pair: MakePair) -> None:
 
 
 async def _settled(link: Link) -> int:
-    """``pending_bytes``, when the medium takes no more."""
+    """Wait until the medium takes no more; returns the pending bytes."""
     before = -1
     while (pending := link.state.pending_bytes) != before:
         before = pending
@@ -131,7 +131,7 @@ async def _settled(link: Link) -> int:
 
 
 async def check_buffers_are_free_when_nothing_is_pending(make_pair: MakePair) -> None:
-    """When nothing is pending, the memory that was written from may be changed: the peer gets what was there."""
+    """When nothing is pending, the sources of writes may be changed, and the peer still gets what they held."""
     size = 2 * MIB
     async with two_ends(make_pair, nbytes=12 * size) as (left, right):
         elsewhere = bytearray(size)
@@ -152,7 +152,7 @@ async def check_buffers_are_free_when_nothing_is_pending(make_pair: MakePair) ->
 
 
 async def check_callbacks_may_write(make_pair: MakePair) -> None:
-    """Ends that answer each other from within their callbacks do so for as long as they like."""
+    """Two ends can answer each other from within their callbacks any number of times."""
     async with two_ends(make_pair) as (left, right):
 
         def play(end: LinkEnd) -> Callable[[Lane, int], None]:

@@ -1,4 +1,4 @@
-"""Checks of ``deliver``: who gets what arrives."""
+"""Checks of ``deliver``: which owner receives what arrives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lamina.transport.testing.ends import (
 
 
 async def check_a_new_owner_gets_what_arrives(make_pair: MakePair) -> None:
-    """A later ``deliver`` replaces all callbacks; what comes for one that is not given is dropped."""
+    """A later ``deliver`` replaces all callbacks, and the link drops what arrives for one that is not given."""
     async with two_ends(make_pair) as (left, right):
         left.write(0, b"first", 1)
         await right.until_arrived(1)
@@ -47,7 +47,7 @@ async def until_received(receiver: Link, sender: Link) -> None:
 
 
 async def check_lane_loop_comes_first(make_pair: MakePair) -> None:
-    """Once the link reads, its lanes stay with their loop: another one is refused, and the callbacks remain."""
+    """Once the link reads, its lanes stay in their loop: another one is refused, and the callbacks remain."""
     async with two_ends(make_pair) as (left, right):
         loop = asyncio.get_running_loop()
         expect_error(UsageError, lambda: right.link.deliver(lane_loop=loop))
@@ -58,7 +58,7 @@ async def check_lane_loop_comes_first(make_pair: MakePair) -> None:
 
 
 async def check_a_late_owner_learns_of_the_loss(make_pair: MakePair) -> None:
-    """Who takes over a link that is lost is told so once, in the next round of the loop, not within ``deliver``."""
+    """The new owner of a lost link is told of the loss once, in the next round of the loop, not within ``deliver``."""
     async with two_ends(make_pair) as (left, right):
         left.link.abort("dies here")
         error = await right.until_lost()
@@ -76,7 +76,7 @@ async def check_a_late_owner_learns_of_the_loss(make_pair: MakePair) -> None:
 
 
 async def check_own_end_is_no_loss(make_pair: MakePair) -> None:
-    """Who takes over a link that this end closed or aborted is told nothing."""
+    """The new owner of a link that this end closed or aborted is told nothing."""
     for aborts in (False, True):
         async with two_ends(make_pair) as (left, right):
             if aborts:
@@ -93,7 +93,7 @@ async def check_own_end_is_no_loss(make_pair: MakePair) -> None:
 
 
 async def check_callback_may_end_the_link(make_pair: MakePair) -> None:
-    """An owner may abort from within a callback, even with more already received; nothing more is delivered."""
+    """An owner may abort within a callback, even when more has been received; nothing more is delivered."""
     async with two_ends(make_pair) as (left, right):
         tags: list[int] = []
 
@@ -111,7 +111,7 @@ async def check_callback_may_end_the_link(make_pair: MakePair) -> None:
 
 
 async def check_failing_callback_ends_the_link(make_pair: MakePair) -> None:
-    """A callback that raises ends the link, with its error as the cause; nobody is left waiting."""
+    """A callback that raises ends the link with its error as the cause, and both ends are told."""
     async with two_ends(make_pair) as (left, right):
         failure = RuntimeError("a bug in the owner")
 

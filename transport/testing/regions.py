@@ -1,4 +1,4 @@
-"""Checks of regions: which may be written, by whom, and for how long."""
+"""Checks of regions: which regions may be written, over which links, and for how long."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lamina.transport.testing.ends import (
 
 
 async def check_unknown_region_is_refused_here(make_pair: MakePair) -> None:
-    """Nobody writes to a region that the peer did not expose, or not with this size; the link lives on."""
+    """A write to a region that the peer did not expose, or not with this size, raises; the link lives on."""
     async with two_ends(make_pair, nbytes=4096) as (left, right):
         for remote in (
             left.remote._replace(key=left.remote.key + 1),
@@ -33,7 +33,7 @@ async def check_unknown_region_is_refused_here(make_pair: MakePair) -> None:
 
 
 async def check_many_regions(make_pair: MakePair) -> None:
-    """An end may expose MAX_REGIONS regions and no more; each is the one that was described."""
+    """An end may expose MAX_REGIONS regions and no more, and each write reaches the region that was described."""
     async with two_ends(make_pair, nbytes=4096) as (left, right):
         regions, remotes = [right.region], [left.remote]
         while len(regions) < 20:
@@ -72,12 +72,12 @@ async def check_window(make_pair: MakePair) -> None:
         assert bytes(right.memory[600_000:600_006]) == b"he, re"
         await left.link.close()
         expect_error(TransportError, lambda: left.link.window(left.remote))
-        window[100:104] = b"mine"  # it stays mapped for whoever still has it
+        window[100:104] = b"mine"  # it stays mapped as long as there is a view of it
         assert bytes(window[100:104]) == b"mine"
 
 
 async def check_two_links_share_a_region(make_pair: MakePair) -> None:
-    """One region may be written over several links, and the end of one of them does not concern the others."""
+    """One region may be written over several links, and the end of one link does not affect the others."""
     async with two_ends(make_pair) as (left, right), two_ends(make_pair) as (other_left, other_right):
         right.link.send({"region": right.link.expose(other_right.region)})
         await left.until_arrived(1)
@@ -99,7 +99,7 @@ async def check_two_links_share_a_region(make_pair: MakePair) -> None:
 
 
 async def check_region_outlives_the_link(make_pair: MakePair) -> None:
-    """What was written stays readable after the link, and a view of it even after the region."""
+    """The bytes of a write stay readable after the link, and through a view even after the region."""
     async with two_ends(make_pair) as (left, right):
         left.write(0, b"still here", 1)
         await right.until_arrived(1)

@@ -17,7 +17,7 @@ from lamina.transport.testing.ends import (
 
 
 async def check_bytes_are_there_when_the_tag_is(make_pair: MakePair) -> None:
-    """Whatever the size and the lane, at the moment of the tag all bytes are in their place, the others untouched."""
+    """For any size and lane, all bytes are in place when the tag comes, and no other byte has changed."""
     sizes = (1, 2, 31, 32, 33, 4095, 4096, 8192, 100_000, CHUNK_BYTES, CHUNK_BYTES + 1, 500_001)
     async with two_ends(make_pair, nbytes=4 * MIB) as (left, right):
         data = noise(2 * sum(sizes))
@@ -62,7 +62,7 @@ async def check_scattered_buffers(make_pair: MakePair) -> None:
 
 
 async def check_scattered_over_many_pages(make_pair: MakePair) -> None:
-    """So do more buffers than any system call or queue takes at once, on both lanes, from several memories."""
+    """More buffers than a system call or queue takes at once arrive so too, on both lanes, from different memory."""
     async with two_ends(make_pair, nbytes=8 * MIB) as (left, right):
         data = noise(3 * MIB)
         left.memory[: len(data)] = data
@@ -91,7 +91,7 @@ async def check_tag_alone(make_pair: MakePair) -> None:
 
 
 async def check_order_within_each_lane(make_pair: MakePair) -> None:
-    """Each lane is ordered in itself, whatever the other one does."""
+    """Each lane is ordered, whatever the other one carries."""
     async with two_ends(make_pair) as (left, right):
         data = noise(20_000)
         for tag in range(200):
@@ -103,7 +103,7 @@ async def check_order_within_each_lane(make_pair: MakePair) -> None:
 
 
 async def check_many_tags(make_pair: MakePair) -> None:
-    """Ten thousand small writes arrive: none is lost, none twice."""
+    """Ten thousand small writes arrive: none is lost, and none comes twice."""
     async with two_ends(make_pair) as (left, right):
         for tag in range(10_000):
             left.write(8 * tag, tag.to_bytes(8, "little"), tag)
@@ -114,7 +114,7 @@ async def check_many_tags(make_pair: MakePair) -> None:
 
 
 async def check_large_writes(make_pair: MakePair) -> None:
-    """64 MiB pass in pieces of 16, and nothing is pending when the network has them."""
+    """64 MiB arrive in pieces of 16, and nothing is pending when the network has them."""
     async with two_ends(make_pair, nbytes=64 * MIB) as (left, right):
         left.memory[:] = noise(MIB) * 64
         for piece in range(4):
@@ -143,7 +143,7 @@ async def check_both_directions_at_once(make_pair: MakePair) -> None:
 
 
 async def check_messages_keep_their_order(make_pair: MakePair) -> None:
-    """Messages arrive as they were sent and in their order, whatever is written meanwhile."""
+    """Messages arrive as they were sent and in order, whatever is written meanwhile."""
     async with two_ends(make_pair) as (left, right):
         data = noise(200_000)
         sent = [{"i": i, "nested": {"list": [1, 2.5, None, True, "text", data[:i]]}} for i in range(50)]
@@ -159,7 +159,7 @@ async def check_messages_keep_their_order(make_pair: MakePair) -> None:
 
 
 async def check_message_limit(make_pair: MakePair) -> None:
-    """A message of MAX_MESSAGE bytes passes; a longer one, or one that is not plain, is refused by the sender."""
+    """A message of MAX_MESSAGE bytes arrives; the sender refuses a longer one, and one that is not plain."""
     async with two_ends(make_pair) as (left, right):
         overhead = 1 + 2 + 5  # a map of one entry, its key, the head of a long byte string
         largest = {"x": bytes(MAX_MESSAGE - overhead)}
@@ -172,7 +172,7 @@ async def check_message_limit(make_pair: MakePair) -> None:
 
 
 async def check_out_of_range_is_refused_here(make_pair: MakePair) -> None:
-    """A write that cannot be right raises at the sender; nothing is sent and the link lives on."""
+    """An impossible write raises at the sender; nothing is sent, and the link lives on."""
     async with two_ends(make_pair, nbytes=4096) as (left, right):
         size = left.remote.nbytes
         for offset, nbytes, tag in (

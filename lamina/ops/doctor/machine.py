@@ -18,9 +18,11 @@ from pathlib import Path
 from lamina.config import ClusterConfig
 from lamina.errors import ConfigError
 from lamina.ops.doctor.finding import Finding, State, guarded
-from lamina.transport import Address, Options, verbs
+from lamina.transport import Address, Options
 from lamina.transport.choice import offers
 from lamina.transport.lanes import UpgradeError
+from lamina.transport.rdma.bindings import pyverbs
+from lamina.transport.rdma.device import MIN_MEMLOCK
 
 PATH_MTU = 4096
 """The largest path MTU of RDMA, in bytes."""
@@ -159,7 +161,7 @@ def locked_memory() -> Iterator[Finding]:
         yield Finding("locked memory", "ok", "no limit")
     else:
         advice = "ulimit -l unlimited, or LimitMEMLOCK=infinity in a service; RDMA locks the memory that it uses"
-        state: State = "none" if not needed else "fail" if soft < verbs.MIN_MEMLOCK else "warn"
+        state: State = "none" if not needed else "fail" if soft < MIN_MEMLOCK else "warn"
         yield Finding("locked memory", state, f"at most {soft >> 10} KiB", advice if needed else "")
 
 
@@ -241,7 +243,7 @@ def rdma_devices(*, demanded: bool, root: Path = Path("/")) -> Iterator[Finding]
     elif not any((root / "dev/infiniband").glob("uverbs*")):
         yield Finding("RDMA access", "fail", "/dev/infiniband has no uverbs files", "modprobe ib_uverbs")
     try:
-        verbs.pyverbs()
+        pyverbs()
     except UpgradeError as e:
         found, _, advice = str(e).partition(": ")
         yield Finding("pyverbs", "fail" if demanded else "warn", f"{found}, so RDMA cannot be used", advice)

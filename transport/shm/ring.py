@@ -1,11 +1,11 @@
 """A ring of tags in memory that two processes share: one writes it, the other reads it, and neither ever waits.
 
-One file holds the rings of both lanes in one direction. Each side advances a counter of its own and looks at the
-other's, so there is nothing to lock, but it relies on a processor that shows stores to others in the order in which
-they were made, as x86-64 does: first the bytes of a write, then its tag, then the counter. A counter is eight aligned
-bytes, which ``memoryview`` reads and writes in one go.
+One file contains the rings of both lanes in one direction. Each side advances a counter of its own and reads the
+other's, so nothing is locked. This relies on a processor that shows stores to others in the order in which they were
+made, as x86-64 does: first the bytes of a write, then its tag, then the counter. A counter has eight aligned bytes,
+which ``memoryview`` reads and writes with one access.
 
-Nothing in the file is believed: the other side may be broken, or worse.
+Nothing in the file is trusted, because the other side may be broken or hostile.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import threading
 from lamina.errors import ProtocolError
 
 SLOTS = 1024
-"""Tags that may be under way on a lane. A power of two."""
+"""The number of tags that may be in flight on a lane, a power of two."""
 
 _LINE = 64
-"""Bytes of a cache line: words that different sides write lie on lines of their own."""
+"""The bytes of a cache line. Words that different sides write lie on different lines."""
 _LANE_BYTES = 3 * _LINE + 4 * SLOTS
 RING_BYTES = _LINE + 2 * _LANE_BYTES
-"""Size of the file: a line for both lanes, whose first word says that the reader sleeps; then each lane."""
+"""The size of the file: a line for both lanes, whose first word says that the reader sleeps, and then each lane."""
 
-# Words of eight bytes in a lane.
+# The index of each word in a lane; words have eight bytes.
 HEAD = 0
-"""Tags written so far, by the writer."""
+"""The number of tags written so far. The writer sets it."""
 NBYTES = 1
-"""Bytes of the writes that they belong to, by the writer."""
+"""The bytes of their writes. The writer sets it."""
 TAIL = 8
-"""Tags read so far, by the reader, who need not say it at once."""
+"""The number of tags read so far. The reader sets it, perhaps late."""
 STARVED = 16
-"""Set by the writer when it waits for TAIL, cleared by the reader when it wakes the writer."""
+"""The writer sets it when it waits for TAIL, and the reader clears it when it wakes the writer."""
 
 _fence = threading.Lock()
 _take, _give = _fence.acquire, _fence.release
 
 
 def fence() -> None:
-    """Let no load that follows happen before a store that precedes, which is the one thing x86-64 may swap.
+    """Prevent that a later load happens before an earlier store, the one reordering that x86-64 may do.
 
-    Whoever is about to sleep says so, and then looks again; whoever wrote looks whether the other sleeps. If either
-    looked before its store was visible, both could miss what the other did. Python offers no barrier, but taking a free
-    lock is an atomic read-modify-write in every version of CPython, which is a full barrier on x86-64.
+    A side that is about to sleep says so and then looks again; a side that has written looks whether the other sleeps.
+    If either looked before its store was visible, both could miss what the other did. Python offers no barrier. But
+    taking a free lock is an atomic read-modify-write in every version of CPython, which is a full barrier on x86-64.
     """
     _take()
     _give()
@@ -59,7 +59,7 @@ class Rings:
         memory.madvise(mmap.MADV_DONTFORK)
         view = memoryview(memory)
         self.asleep = view[:_LINE].cast("Q")
-        """Word 0 is set by the reader before it sleeps, and cleared by the writer when it wakes the reader."""
+        """The reader sets word 0 before it sleeps, and the writer clears it when it wakes the reader."""
         lanes = [view[start : start + _LANE_BYTES] for start in (_LINE, _LINE + _LANE_BYTES)]
         self.words = [lane[: 3 * _LINE].cast("Q") for lane in lanes]
         self.slots = [lane[3 * _LINE :].cast("I") for lane in lanes]
@@ -79,9 +79,9 @@ class RingWriter:
         self._nbytes = 0
 
     def has_room(self) -> bool:
-        """Whether ``put`` may be called. If not, the reader wakes this side when it has read some.
+        """Whether ``put`` may be called. If not, the reader wakes this side when it has read some tags.
 
-        Raises ProtocolError when the reader says what cannot be.
+        Raises ProtocolError when the reader's counter is impossible.
         """
         if self._head - self._tail < SLOTS:
             return True
@@ -101,13 +101,13 @@ class RingWriter:
         return self._head - tail < SLOTS
 
     def put(self, tag: int, nbytes: int) -> None:
-        """Show the reader the tag of a write of ``nbytes``, all of which have been stored, and wake it if it sleeps."""
+        """Show the reader the tag of a write whose ``nbytes`` have been stored, and wake the reader if it sleeps."""
         head = self._head
         words = self._words
         self._slots[head % SLOTS] = tag
         self._nbytes = words[NBYTES] = self._nbytes + nbytes
         self._head = words[HEAD] = head + 1
-        _take(), _give()  # as ``fence``, which would take as long again to call
+        _take(), _give()  # like ``fence``, a call of which would double the time
         if self._asleep[0]:
             self._asleep[0] = 0
             ring(self._doorbell)
@@ -117,4 +117,4 @@ def ring(doorbell: int) -> None:
     try:  # noqa: SIM105 - a fifth of the time of ``suppress``
         os.eventfd_write(doorbell, 1)
     except BlockingIOError:
-        pass  # 2**64 rings are waiting to be heard: one more makes no difference
+        pass  # the counter is full, so the doorbell is rung already

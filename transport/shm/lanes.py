@@ -1,25 +1,13 @@
-"""Lanes over shared memory, for two nodes on one host: a write is one copy into the peer's region, or none.
-
-Each end makes a file in memory with the rings of what it receives, and an eventfd, its doorbell. Both go to the peer
-over a Unix socket without a name in any file system, and so does each region that is exposed. All of it lives as long
-as somebody has it open, so nothing is left behind, however the processes end.
-
-The doorbell is rung only for an end that said it sleeps, in a word beside its rings.
-"""
+"""Both lanes of a link over shared memory, and how they are set up."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hmac
 import mmap
 import os
 import platform
-import secrets
 import socket
-import struct
 import sys
-from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,71 +16,69 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from lamina.errors import CapacityError, ProtocolError, TransportError
-from lamina.transport.base import SEALS, Lane, Region, address_of
-from lamina.transport.lanes import CHUNK_BYTES, Lanes, Owner, UpgradeError
+from lamina.transport.base import Lane, Region, address_of
+from lamina.transport.lanes import CHUNK_BYTES, Lanes, LanesOwner, UpgradeError
 from lamina.transport.options import Options
-from lamina.transport.ring import HEAD, NBYTES, RING_BYTES, SLOTS, STARVED, TAIL, Rings, RingWriter, fence, ring
+from lamina.transport.shm.passing import check_memory, make_doorbell, make_memory, meet, receive, region_message, take
+from lamina.transport.shm.ring import HEAD, NBYTES, RING_BYTES, SLOTS, STARVED, TAIL, Rings, RingWriter, fence, ring
 
 if TYPE_CHECKING:
     from lamina.transport.handshake import Session
 
-BATCH = 64
-"""The most tags of a lane that are delivered in one go."""
 
+BATCH = 64
+"""The most tags of a lane that are delivered at once."""
 LINGER_S = 100e-6
 NAPS = 16
-"""Going to sleep and waking again takes some microseconds on either side. After so many naps of less than ``LINGER_S``
+"""Falling asleep and being woken takes some microseconds on either side. After so many naps of less than ``LINGER_S``
 in a row, an end stays awake instead, until nothing has come for that long."""
-
 _WRITE_COST = 4096
-"""Bytes that can be copied in the time which a write takes besides."""
+"""The bytes that can be copied in the time that a write takes beside its copy."""
 _COMPARE_BYTES = 64 << 10
-"""From this size on it costs little to see whether bytes lie where they are meant to be already."""
-_BACKLOG = 16
+"""From this size on, checking whether bytes already lie at their destination costs little."""
 _LANES = tuple(Lane)  # iterating over the class is slow
-
 _Window = tuple[memoryview, mmap.mmap, int]
-"""A region of the peer: its bytes, the mapping that they belong to, and its address."""
+"""A region of the peer: its bytes, its mapping, and its address."""
 
 
 def offer(options: Options) -> dict[str, Any]:
-    """Which host this is: shared memory needs one kernel, and one network namespace for the socket."""
+    """Name this host: shared memory needs one kernel, and one network namespace for the socket."""
     machine = platform.machine()
     if machine != "x86_64" or sys.maxsize < 2**32:
-        # See ``ring``. Elsewhere it would need barriers that Python does not have.
+        # See ``ring``: other processors need barriers that Python does not have.
         raise UpgradeError(f"shared memory is only implemented for x86-64, this is {machine}")
     try:
-        os.close(_make_memory(RING_BYTES))
-        os.close(_make_doorbell())
+        os.close(make_memory(RING_BYTES))
+        os.close(make_doorbell())
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         network = Path("/proc/self/ns/net")
-        namespace = network.stat().st_ino if network.exists() else 0  # a kernel that knows only one
+        namespace = network.stat().st_ino if network.exists() else 0  # a kernel without namespaces
     except OSError as error:
         raise UpgradeError(f"this system has no memfd, eventfd or /proc to share memory with: {error}") from error
     return {"host": f"{boot}:{namespace}"}
 
 
 async def upgrade(session: Session) -> Lanes:
-    """Meet the peer on a Unix socket, prove to each other who is there, and swap rings and doorbells."""
+    """Connect a Unix socket to the peer, with proofs, and exchange rings and doorbells."""
     with ExitStack() as stack:
-        sock = stack.enter_context(await _meet(session))
+        sock = stack.enter_context(await meet(session))
         sock.setblocking(False)
 
         def own(fd: int) -> int:
             stack.callback(os.close, fd)
             return fd
 
-        incoming, doorbell = own(_make_memory(RING_BYTES)), own(_make_doorbell())
+        incoming, doorbell = own(make_memory(RING_BYTES)), own(make_doorbell())
         if session.connecting:
-            theirs = [own(fd) for fd in await _receive(sock, b"rings", 2)]
+            theirs = [own(fd) for fd in await receive(sock, b"rings", 2)]
             socket.send_fds(sock, [b"rings"], [incoming, doorbell])
         else:
             socket.send_fds(sock, [b"rings"], [incoming, doorbell])
-            theirs = [own(fd) for fd in await _receive(sock, b"rings", 2)]
+            theirs = [own(fd) for fd in await receive(sock, b"rings", 2)]
         outgoing, peer_doorbell = theirs
-        _check_memory(outgoing, RING_BYTES, "the peer's rings")
+        check_memory(outgoing, RING_BYTES, "the peer's rings")
         if os.readlink(f"/proc/self/fd/{peer_doorbell}") != "anon_inode:[eventfd]":
-            raise ProtocolError("the peer's doorbell is no eventfd")
+            raise ProtocolError("the peer's doorbell is not an eventfd")
         os.set_blocking(peer_doorbell, False)
         lanes = ShmLanes(
             sock, Rings(incoming), Rings(outgoing), doorbell, peer_doorbell, busy_poll=session.options.busy_poll
@@ -104,7 +90,10 @@ async def upgrade(session: Session) -> Lanes:
 
 
 class ShmLanes(Lanes):
-    """See ``Lanes``. After ``close`` this end writes nothing more; the peer stops when it learns of the end."""
+    """Both lanes of a link over shared memory.
+
+    After ``close`` this end writes nothing more; the peer stops when it learns of the end.
+    """
 
     def __init__(
         self,
@@ -116,7 +105,7 @@ class ShmLanes(Lanes):
         *,
         busy_poll: bool,
     ) -> None:
-        """Takes over the socket and both doorbells."""
+        """The lanes own the socket and both doorbells from now on."""
         super().__init__()
         self.bytes_written: list[int] = [0, 0]
         self.bytes_received: list[int] = [0, 0]
@@ -130,45 +119,45 @@ class ShmLanes(Lanes):
         self._asleep = incoming.asleep
         self._writers = [RingWriter(outgoing, lane, peer_doorbell) for lane in _LANES]
         self._published = [0, 0]
-        """Of the tags received, how many the peer has been told, by lane."""
+        """The number of received tags that the peer has been told, by lane."""
         self._busy_poll = busy_poll
         self._windows: dict[int, _Window] = {}
-        self._queues: tuple[deque[_Queued], deque[_Queued]] = (deque(), deque())
+        self._queues: tuple[deque[_QueuedWrite], deque[_QueuedWrite]] = (deque(), deque())
         self._moving = False
-        """Whether ``_move`` is going to be called."""
+        """Whether ``_move`` is scheduled."""
         self._drained: tuple[list[asyncio.Future[None]], ...] = ([], [])
-        self._owner: Owner | None = None
+        self._owner: LanesOwner | None = None
         self._awake = False
-        """Whether ``_look`` is called in every round."""
+        """Whether ``_look`` is called in every round of the loop."""
         self._since = monotonic()
-        """When this end fell asleep, or when it last heard something while it stays awake."""
+        """The time when this end fell asleep, or when it last heard something while it stays awake."""
         self._naps = 0
-        """How often in a row it slept for less than LINGER_S."""
-        # What comes before ``start`` rings, and the bell is heard then.
+        """How often in a row this end slept for less than LINGER_S."""
+        # A write that comes before ``start`` rings, and ``start`` finds the doorbell rung.
         self._asleep[0] = 1
 
     # -- regions
 
     def expose(self, key: int, region: Region) -> dict[str, Any]:
         try:
-            socket.send_fds(self._socket, [_region_message(key)], [region.fd])
+            socket.send_fds(self._socket, [region_message(key)], [region.fd])
         except ConnectionError:
-            pass  # the peer is gone, as the control connection is about to say
+            pass  # the peer is gone, which the control connection is about to report
         except OSError as error:
             raise CapacityError(
-                f"region {region.name!r} cannot be passed on, after {key - 1} others: {error}; "
+                f"region {region.name!r} cannot be passed to the peer, after {key - 1} others: {error}; "
                 "wait until the peer has taken some"
             ) from error
         return {}
 
     def learn(self, key: int, nbytes: int, details: dict[str, Any]) -> None:
-        # The memory was passed before the announcement, and both ends of the socket are in one kernel: it is there.
+        # The memory was passed before the announcement, and one kernel has both ends of the socket: it is there.
         try:
-            (fd,) = _take(self._socket, _region_message(key), 1)
+            (fd,) = take(self._socket, region_message(key), 1)
         except BlockingIOError as error:
             raise ProtocolError(f"the peer announced region {key} but did not pass its memory") from error
         try:
-            _check_memory(fd, nbytes, f"region {key}")
+            check_memory(fd, nbytes, f"region {key}")
             memory = mmap.mmap(fd, nbytes)
             memory.madvise(mmap.MADV_DONTFORK)
         except (OSError, OverflowError, ValueError) as error:
@@ -186,7 +175,7 @@ class ShmLanes(Lanes):
     def write(self, lane: Lane, key: int, offset: int, pieces: list[memoryview], nbytes: int, tag: int) -> None:
         self.tags_written[lane] += 1
         window = self._windows[key]
-        # Of bulk, only the first chunk in a round of the loop is copied at once.
+        # Only the first bulk chunk in a round of the loop is copied at once.
         if nbytes <= CHUNK_BYTES and not self._queues[lane] and not (lane and self._moving):
             writer = self._writers[lane]
             try:
@@ -204,7 +193,7 @@ class ShmLanes(Lanes):
                     self._move_soon()
                 return
         pieces.reverse()
-        self._queues[lane].append(_Queued(window, offset, pieces, nbytes, tag))
+        self._queues[lane].append(_QueuedWrite(window, offset, pieces, nbytes, tag))
         self.pending_bytes[lane] += nbytes
         self._move_soon()
 
@@ -220,7 +209,7 @@ class ShmLanes(Lanes):
             self._loop.call_soon(self._move)
 
     def _move(self) -> None:
-        """Copy a chunk of what is queued: of decode, unless that has to wait for the peer; else of bulk."""
+        """Copy a chunk of the decode queue, or of bulk if decode has nothing or must wait for the peer."""
         self._moving = False
         try:
             if any(self._move_lane(lane) for lane in _LANES if self._queues[lane]):
@@ -229,7 +218,7 @@ class ShmLanes(Lanes):
             self._fail(error)
 
     def _move_lane(self, lane: Lane) -> bool:
-        """Copy a chunk of the lane's queue; False if the peer has to read tags first."""
+        """Copy a chunk of the lane's queue; False if the peer must read tags first."""
         queue, writer = self._queues[lane], self._writers[lane]
         budget = CHUNK_BYTES
         while queue and budget > 0:
@@ -248,7 +237,7 @@ class ShmLanes(Lanes):
 
     # -- what arrives
 
-    def start(self, owner: Owner) -> None:
+    def start(self, owner: LanesOwner) -> None:
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._doorbell, self._rung)
@@ -258,31 +247,31 @@ class ShmLanes(Lanes):
     def poll(self) -> bool:
         heard = False
         for lane in _LANES:
-            owner = self._owner  # None as soon as the link has ended
+            owner = self._owner  # None once the link has ended
             if owner is not None and self._words[lane][HEAD] != self.tags_received[lane]:
                 self._deliver(lane, owner)
                 heard = True
         return heard
 
-    def _deliver(self, lane: Lane, owner: Owner) -> None:
+    def _deliver(self, lane: Lane, owner: LanesOwner) -> None:
         words, slots = self._words[lane], self._slots[lane]
         received = self.tags_received
         head, tail = words[HEAD], received[lane]
         if not tail < head <= tail + SLOTS:
-            # TAIL may have been told late, so more than SLOTS can never be right.
+            # The peer writes at most SLOTS tags beyond the TAIL that it knows, which is never ahead of the real one.
             self._fail(
                 ProtocolError(f"the peer says that it wrote {head} tags, where {tail} to {tail + SLOTS} are possible")
             )
             return
         self.bytes_received[lane] = words[NBYTES]
         head = min(head, tail + BATCH)
-        # Whoever is told of a tag may call ``poll`` again, or end the link.
+        # The owner may end the link when it is told of a tag.
         while (tail := received[lane]) < head:
             received[lane] = tail + 1
             owner.delivered(lane, slots[tail % SLOTS])
             if self._owner is None:
                 return
-        # The writer needs to know only when it sees the ring full, and then there is much left to receive.
+        # The writer needs TAIL only when the ring looks full to it, so a quarter of the ring is told at a time.
         tail = received[lane]
         if tail - self._published[lane] >= SLOTS // 4:
             self._published[lane] = words[TAIL] = tail
@@ -352,7 +341,7 @@ class ShmLanes(Lanes):
         os.close(self._doorbell)
         os.close(self._peer_doorbell)
         self._socket.close()
-        # Memory is unmapped with the last view of it, and the owner may have views of the windows.
+        # Memory is unmapped with its last view, and the owner of the link may have views of the windows.
         self._windows.clear()
         self._words.clear()
         self._slots.clear()
@@ -364,13 +353,13 @@ class ShmLanes(Lanes):
             _wake(self._drained[lane], lambda waiter: waiter.set_exception(error))
 
 
-class _Queued:
-    """A write that is still to be copied, or what is left of it."""
+class _QueuedWrite:
+    """A write, or the rest of one, that is still to be copied."""
 
     __slots__ = ("nbytes", "offset", "pieces", "tag", "window")
 
     def __init__(self, window: _Window, offset: int, pieces: list[memoryview], nbytes: int, tag: int) -> None:
-        """``pieces`` begin with the last one."""
+        """``pieces`` are in reverse order."""
         self.window = window
         self.offset = offset
         self.pieces = pieces
@@ -393,7 +382,7 @@ class _Queued:
 
 
 def _place(window: _Window, offset: int, piece: memoryview) -> None:
-    """Copy ``piece`` into the window, unless it is that very part of it."""
+    """Copy ``piece`` into the window, unless it is that part of the window itself."""
     view, memory, address = window
     if (piece.obj is memory or len(piece) >= _COMPARE_BYTES) and _lies_at(piece, address + offset):
         return
@@ -408,136 +397,5 @@ def _wake(waiters: list[asyncio.Future[None]], tell: Callable[[asyncio.Future[No
     for waiter in waiters:
         if not waiter.done():
             tell(waiter)
-            waiter.exception()  # nobody has to look
+            waiter.exception()  # the coroutine may have been cancelled
     waiters.clear()
-
-
-# -- setting up
-
-
-async def _meet(session: Session) -> socket.socket:
-    """A Unix socket to the peer, both ends of which have proved that they know the link's key."""
-    with ExitStack() as stack:
-        own = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
-        # A name in the abstract namespace, which goes with its socket.
-        name = b"\0lamina-" + secrets.token_hex(16).encode()
-        own.bind(name)
-        if not session.connecting:
-            own.listen(_BACKLOG)
-        await session.send({"socket": name})
-        match await session.receive():
-            case {"socket": bytes(peer_name)} if peer_name[:1] == b"\0" and len(peer_name) == len(name):
-                pass
-            case message:
-                raise UpgradeError(f"the peer sent something else than the name of its socket: {message!r:.200}")
-        if session.connecting:
-            own.connect(peer_name)
-            sock, names = own, name + peer_name
-        else:
-            sock, names = stack.enter_context(await _accept(own, peer_name)), peer_name + name
-        _check_user(sock, session)
-        # With both names in the proofs, nobody can stand between and pass them on.
-        proofs = [
-            hmac.digest(session.key, b"shm " + end + session.link_id + names, "sha256")
-            for end in (b"connecting", b"listening")
-        ]
-        if session.connecting:
-            sock.send(proofs[0])
-            await _receive(sock, proofs[1], 0)
-        else:
-            await _receive(sock, proofs[0], 0)
-            sock.send(proofs[1])
-            own.close()
-        stack.pop_all()
-        return sock
-
-
-async def _accept(listening: socket.socket, peer_name: bytes) -> socket.socket:
-    """The peer's connection. Any process of the host may connect, but only the peer has its name."""
-    while True:
-        await _until_readable(listening)
-        sock, name = listening.accept()
-        if name == peer_name:
-            return sock
-        sock.close()
-
-
-def _check_user(sock: socket.socket, session: Session) -> None:
-    """Without a secret, only the user who runs a process proves anything."""
-    credentials = struct.Struct("iII")
-    _, user, _ = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    if session.options.secret is None and user != os.geteuid():
-        raise UpgradeError(
-            f"the peer runs as user {user}, this node as {os.geteuid()}: without a cluster secret they share no memory"
-        )
-
-
-def _make_memory(nbytes: int) -> int:
-    """An anonymous file of zeros whose size nobody can change."""
-    fd = os.memfd_create("lamina-rings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _make_doorbell() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-
-def _check_memory(fd: int, nbytes: int, what: str) -> None:
-    """Raise ProtocolError for memory that is too small or could become so, which would kill this process."""
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError as error:
-        raise ProtocolError(f"{what} lies in something else than a memfd: {error}") from error
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise ProtocolError(f"{what} lies in a memfd that can be shortened")
-    size = os.fstat(fd).st_size
-    if size < nbytes:
-        raise ProtocolError(f"{what} should have {nbytes} bytes, and lies in a memfd of {size}")
-
-
-def _region_message(key: int) -> bytes:
-    return b"region %d" % key
-
-
-async def _receive(sock: socket.socket, expected: bytes, count: int) -> list[int]:
-    await _until_readable(sock)
-    return _take(sock, expected, count)
-
-
-def _take(sock: socket.socket, expected: bytes, count: int) -> list[int]:
-    """Receive the message ``expected`` with ``count`` files, without waiting; anything else is a ProtocolError."""
-    room = socket.CMSG_SPACE(count * array("i").itemsize) if count else 0
-    data, ancillary, flags, _ = sock.recvmsg(len(expected) + 1, room, socket.MSG_CMSG_CLOEXEC)
-    files = array("i")
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            files.frombytes(content[: len(content) - len(content) % files.itemsize])
-    if hmac.compare_digest(data, expected) and len(files) == count and not flags & socket.MSG_CTRUNC:
-        return files.tolist()
-    for fd in files:
-        os.close(fd)
-    if flags & socket.MSG_CTRUNC and data == expected:
-        raise CapacityError(f"no file descriptor is left for {count} files of the peer: raise the limit (ulimit -n)")
-    what = "sent something else than was expected on" if data else "closed"
-    raise ProtocolError(f"the peer {what} the Unix socket")
-
-
-async def _until_readable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-
-    def on_ready() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(sock, on_ready)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(sock)
