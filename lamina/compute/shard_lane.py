@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from lamina.compute.arrivals import Arrivals
 from lamina.compute.prompts import PromptKV
 from lamina.errors import NodeError, ProtocolError, TransportError
 from lamina.runtime.device import Device
+from lamina.runtime.mailbox import Mailbox
 from lamina.transport import Lane, Link, Region, RemoteRegion
 from lamina.wire import views
 from lamina.wire.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
@@ -51,10 +50,10 @@ class ShardLane:
         self._views: dict[int, dict[int, StepViews]] = {}
         """By slot and kind of layer, those of the present step."""
         self._arrivals = Arrivals()
-        self._idle_chunks: asyncio.Queue[int] = asyncio.Queue()
+        self._idle_chunks: Mailbox[int] = Mailbox()
         for i in range(CHUNKS):
-            self._idle_chunks.put_nowait(i)
-        self._to_ship: asyncio.Queue[tuple[PromptKV, int, int, int, int]] = asyncio.Queue()
+            self._idle_chunks.put(i)
+        self._to_ship: Mailbox[tuple[PromptKV, int, int, int, int]] = Mailbox()
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -146,7 +145,7 @@ class ShardLane:
     def ship(self, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> None:
         """Queue keys and values of a prompt, for position ``at`` there; `run` sends them as buffers come free."""
         for done in range(0, count, CHUNK_TOKENS):
-            self._to_ship.put_nowait((prompt, layer, start + done, min(CHUNK_TOKENS, count - done), at + done))
+            self._to_ship.put((prompt, layer, start + done, min(CHUNK_TOKENS, count - done), at + done))
 
     async def run(self, device: Device) -> None:
         """Send what `ship` queued, until cancelled."""
@@ -177,7 +176,7 @@ class ShardLane:
         if tag.kind is Kind.CREDIT:
             if tag.step >= CHUNKS:
                 raise ProtocolError(f"credit for bulk buffer {tag.step}; there are {CHUNKS}")
-            self._idle_chunks.put_nowait(tag.step)
+            self._idle_chunks.put(tag.step)
             return
         self._arrivals.arrive(tag.slot, packed)
 

@@ -10,6 +10,7 @@ import torch
 from lamina.attention import Partial, Plan, Rows, Run
 from lamina.errors import ProtocolError, TransportError
 from lamina.memory.tenant import Tenant
+from lamina.runtime.mailbox import Mailbox
 from lamina.runtime.spans import Place
 from lamina.transport import Lane, Link, Region
 from lamina.wire import views
@@ -61,9 +62,9 @@ class ServingLane:
         self._output_parts = views.parts(self._outputs, n, g.output_bytes, torch.uint8)
         self._chunk_parts = views.parts(self._chunks.buffer, CHUNKS, g.chunk_bytes, dtype)
         self._slots = [MemorySlot(number, len(g.layers)) for number in range(n)]
-        self._arrived: list[asyncio.Queue[Tag]] = [asyncio.Queue() for _ in range(n)]
+        self._arrived: list[Mailbox[Tag]] = [Mailbox() for _ in range(n)]
         """By slot, what has arrived and was not looked at."""
-        self._chunks_arrived: asyncio.Queue[int] = asyncio.Queue()
+        self._chunks_arrived: Mailbox[int] = Mailbox()
 
     def attached(self) -> Attached:
         """The answer to the Attach: where the compute node may write from now on."""
@@ -109,7 +110,9 @@ class ServingLane:
             self._tenant.layers += 1
             slot.answered()
             if receiver is not None:
-                receiver._answer(tag._replace(kind=Kind.OUTPUT), view.answer_bytes, spent_s, own=receiver is self)
+                receiver._answer(
+                    Tag(Kind.OUTPUT, number, layer, tag.step), view.answer_bytes, spent_s, own=receiver is self
+                )
 
     def _receiver(self, step: _PlannedStep, layer: int) -> ServingLane | None:
         """The link that gets the answer to a layer; None if it has ended."""
@@ -234,11 +237,11 @@ class ServingLane:
         if tag.kind is Kind.CHUNK:
             if tag.step >= CHUNKS:
                 raise ProtocolError(f"bulk chunk in buffer {tag.step}; there are {CHUNKS}")
-            self._chunks_arrived.put_nowait(tag.step)
+            self._chunks_arrived.put(tag.step)
             return
         if tag.slot >= len(self._slots):
             raise ProtocolError(f"tag for batch slot {tag.slot}; this link has {len(self._slots)}")
         if self._slots[tag.slot].receive(tag):
-            self._arrived[tag.slot].put_nowait(tag)
+            self._arrived[tag.slot].put(tag)
         else:
             self._tenant.stale_tags += 1

@@ -184,8 +184,8 @@ class SimLink(Link):
         nbytes = 0
         pieces = []
         for buffer in buffers:
-            piece = memoryview(buffer)
-            if piece.nbytes:
+            piece = buffer if type(buffer) is memoryview else memoryview(buffer)
+            if size := piece.nbytes:
                 if not piece.c_contiguous:
                     raise ProtocolError(
                         f"a write to region {remote.name!r} of {self} from memory that is not contiguous"
@@ -193,19 +193,18 @@ class SimLink(Link):
                 if piece.ndim != 1 or piece.format != "B":
                     piece = piece.cast("B")
                 pieces.append(piece)
-                nbytes += piece.nbytes
-        if self._known.get(remote.key) != remote.nbytes:
+                nbytes += size
+        key, _, length = remote
+        if self._known.get(key) != length:
             self._check_known(remote)
-        if not 0 <= offset <= offset + nbytes <= remote.nbytes:
+        if not 0 <= offset <= offset + nbytes <= length:
             raise ProtocolError(
-                f"bytes {offset}..{offset + nbytes} are outside region {remote.name!r} of {self}, "
-                f"which has {remote.nbytes}"
+                f"bytes {offset}..{offset + nbytes} are outside region {remote.name!r} of {self}, which has {length}"
             )
         if not 0 <= tag <= MAX_TAG:
             raise ProtocolError(f"tag {tag} is outside 0..{MAX_TAG}")
-        target = self._peer._exposed[remote.key - 1]
         self._written[lane] += nbytes
-        self._send(lane, lane, nbytes, tag=tag, offset=offset, target=target, pieces=pieces)
+        self._send(int(lane), int(lane), nbytes, tag, offset, self._peer._exposed[key - 1], pieces)
 
     def send(self, message: dict[str, Any]) -> None:
         self._check_open()
@@ -255,15 +254,15 @@ class SimLink(Link):
         pipe: int,
         kind: int,
         nbytes: int,
-        *,
         tag: int = 0,
         offset: int = 0,
         target: memoryview | None = None,
         pieces: Sequence[memoryview] = (),
         body: bytes = b"",
     ) -> None:
-        model = self._model
-        left_s = max(self._loop.time(), self._free_s[pipe])
+        model, left_s = self._model, self._loop.time()
+        if left_s < self._free_s[pipe]:
+            left_s = self._free_s[pipe]
         if nbytes:
             left_s += nbytes / model.bytes_per_s
             self._pending += nbytes
@@ -271,7 +270,9 @@ class SimLink(Link):
         due_s = left_s + model.latency_s
         if model.jitter_s:
             due_s += model.jitter_s * self._random.random()
-        self._last_due_s[pipe] = due_s = max(due_s, self._last_due_s[pipe])
+        if due_s < self._last_due_s[pipe]:
+            due_s = self._last_due_s[pipe]
+        self._last_due_s[pipe] = due_s
         deliveries = self._deliveries
         deliveries.push(
             Delivery(
