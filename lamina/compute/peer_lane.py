@@ -86,7 +86,7 @@ class PeerLane:
         """Take in the tag of a write by the peer."""
         tag = Tag.unpack(packed)
         if tag.kind is not Kind.CARRY:
-            raise ProtocolError(f"a tag of kind {tag.kind.name} from a compute node")
+            raise ProtocolError(f"a tag of kind {tag.kind.name} from a compute node; expected {Kind.CARRY.name}")
         self._arrivals.arrive(tag.slot, packed)
 
     def fail(self, error: NodeError) -> None:

@@ -82,8 +82,8 @@ class ServingControl:
             raise ProtocolError("a second Attach on a link that is attached already")
         if not self._attach.from_front:
             raise ProtocolError(
-                f"a {plain['type']} from compute node {self._attach.member} of tenant {self._tenant.name}; "
-                f"only its front, number {self._attach.front}, says what is kept"
+                f"a {plain['type']} from compute node {self._attach.member} of tenant {self._tenant.name}; expected it "
+                f"only from the tenant's front, compute node {self._attach.front}"
             )
         self._messages.put_nowait(message)
 

@@ -136,8 +136,8 @@ class ServingLane:
         told = unpack_plan(self._plans.buffer[start : start + g.plan_bytes], g.max_rows, len(g.layers))
         if unknown := set(told.answers) - self._tenant.members:
             raise ProtocolError(
-                f"step plan lets answers go to compute node {min(unknown)}; "
-                f"tenant {self._tenant.name} has {sorted(self._tenant.members)}"
+                f"step plan sends answers to compute node {min(unknown)}; tenant {self._tenant.name} has compute nodes "
+                f"{sorted(self._tenant.members)}"
             )
         runs = (*told.storing, *told.reading)
         for run in runs:

@@ -87,7 +87,7 @@ class Rendezvous:
         try:
             link = await self._network.connect(node.address, self._hello, self._options, deadline_s=deadline_s)
         except ConnectError as e:
-            raise ConnectError(f"{role} node {node.name} was not there within {deadline_s:g} s: {e}") from e
+            raise ConnectError(f"{role} node {node.name} could not be reached within {deadline_s:g} s: {e}") from e
         peer = link.info.peer
         if peer.role != role or (role == "compute" and peer.name != node.name):
             await link.close()
@@ -109,7 +109,7 @@ class Rendezvous:
         try:
             link: Link = await asyncio.wait_for(self._greeted[node.name], deadline_s)
         except TimeoutError as e:
-            raise ConnectError(f"compute node {node.name} did not come within {deadline_s:g} s") from e
+            raise ConnectError(f"compute node {node.name} did not connect within {deadline_s:g} s") from e
         self._arrived(node.name, link)
 
     def _take_peer(self, link: Link) -> None:

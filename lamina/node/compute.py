@@ -225,7 +225,7 @@ class ComputeNode:
         role = link.info.peer.role
         if role == "compute":
             if not self._rendezvous.greet(link):
-                link.abort(f"compute node {link.info.peer.name} was not expected")
+                link.abort(f"no link was expected from compute node {link.info.peer.name}")
             return
         self._clients = {known: None for known in (*self._clients, link) if not known.state.closed}
         if role == "client" and not self._is_front:

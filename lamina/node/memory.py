@@ -166,7 +166,7 @@ class MemoryNode:
 
     def _attach(self, link: Link, attach: Attach) -> None:
         if link.info.peer.role != "compute":
-            link.abort(f"a {link.info.peer.role} must not attach")
+            link.abort(f"a {link.info.peer.role} cannot attach; only compute nodes can")
             return
         if self._draining:
             link.send(encode(Refused(reason="is draining and takes no compute node")))
@@ -218,13 +218,13 @@ class MemoryNode:
         if not attach.from_front:
             if tenancy is None:
                 raise ProtocolError(
-                    f"compute node {attach.member} wants to join tenant {name}, and there is none of this name "
-                    f"({', '.join(self._tenancies) or 'there are none'}); its front has to attach first"
+                    f"compute node {attach.member} wants to join tenant {name}, which is not here (tenants: "
+                    f"{', '.join(self._tenancies) or 'none'}); its front has to attach first"
                 )
             if (known := tenancy.links.get(attach.member)) is not None:
                 raise ProtocolError(
                     f"compute node {attach.member} of tenant {name} is attached already, as {known.peer}; "
-                    f"numbers must differ"
+                    f"member ids must differ"
                 )
             check_same(attach, tenancy.attach)
             return tenancy

@@ -27,10 +27,10 @@ log = logging.getLogger("lamina.compute")
 BLOCK_TOKENS = 16
 """Tokens of a block of the KV cache."""
 
-_IDLE = "each batch runs on one of them; set pipeline.batches to twice the number of replicas"
+_IDLE = "each batch runs on one replica, so some are idle; set pipeline.batches to twice the number of replicas"
 _ROTATION = (
     "layers change nodes from step to step, so long prompts are slow: all but their first chunks attend on the memory "
-    "nodes; a multiple of the replicas as pipeline.batches avoids that"
+    "nodes; set pipeline.batches to a multiple of the number of replicas to avoid that"
 )
 
 
@@ -151,7 +151,7 @@ def serve_model(config: ClusterConfig, members: Members, source: ModelSource) ->
     firsts = tuple(r.start for r in given) if given else None
     asked, most = config.model.context, facts.max_context
     if asked is not None and asked > most:
-        raise ConfigError(f"{config.file}: model.context: {asked} is more than the model's {most}")
+        raise ConfigError(f"{config.file}: model.context: {asked} is more than the context of the model, {most}")
     served = ServedModel(
         source,
         Schedule(len(facts.layers), members.of_role("compute"), pipeline.batches, firsts),
@@ -160,7 +160,7 @@ def serve_model(config: ClusterConfig, members: Members, source: ModelSource) ->
     )
     if pipeline.partition == "tokens" and served.has_windows:
         raise ConfigError(
-            f'{config.file}: pipeline.partition: "tokens" cannot be had for a model with sliding windows; '
+            f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows; '
             'use "heads" or "requests"'
         )
     if firsts is None and len(ranges) > pipeline.batches:

@@ -162,7 +162,7 @@ class Echoes:
         """Answer whoever measures at the other end of ``link``, for a bounded time."""
         self._links = {known for known in self._links if not known.state.closed}
         if len(self._links) >= MAX_ECHOES:
-            link.abort(f"{MAX_ECHOES} measurements are answered already")
+            link.abort(f"{MAX_ECHOES} measurements are in progress already; try again later")
             return
         self._links.add(link)
         _Echo(link)
@@ -179,14 +179,14 @@ class _Echo:
     def _on_message(self, plain: dict[str, Any]) -> None:
         remote: RemoteRegion = decode(plain, Echo).region
         if self._remote is not None or remote.nbytes < CHUNK_BYTES:
-            raise ProtocolError(f"expected one region of {CHUNK_BYTES} bytes, got another one of {remote.nbytes}")
+            raise ProtocolError(f"expected one region of at least {CHUNK_BYTES} bytes, got one of {remote.nbytes} bytes")
         self._remote = remote
         self._link.send(encode(Echo(region=self._link.expose(self._region))))
 
     def _on_tag(self, lane: Lane, tag: int) -> None:
         assert self._remote is not None, "else nothing is exposed"
         if self._link.state.pending_bytes > MAX_PENDING_BYTES:
-            self._link.abort("it does not read what comes back")
+            self._link.abort("the peer does not read the answers")
             return
         pieces = [self._region.buffer[:PING_BYTES]] if lane is Lane.DECODE else []
         self._link.write(lane, self._remote, 0, pieces, tag)

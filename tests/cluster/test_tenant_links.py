@@ -130,7 +130,7 @@ def test_a_compute_node_that_does_not_fit_its_tenant_is_refused(port: int) -> No
 
     async def main() -> None:
         await free(port)
-        assert "wants to join tenant t, and there is none of this name (there are none)" in await refusal(port, **one)
+        assert "wants to join tenant t, which is not here (tenants: none)" in await refusal(port, **one)
         async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, member=2):
             assert "tenant t is here already; tenants' names must differ" in await refusal(port)
             assert "compute node 2 of tenant t is attached already, as t2" in await refusal(port, member=2)
@@ -229,7 +229,7 @@ def test_answers_to_nobody_are_refused(port: int) -> None:
         async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, member=3) as other:
             await front.reserve(1, 2)
             other.plan(0, step_of(0, bytes([3, 2, 0])))
-            assert await other.end() == "step plan lets answers go to compute node 2; tenant t has [0, 3]"
+            assert await other.end() == "step plan sends answers to compute node 2; tenant t has compute nodes [0, 3]"
             await Rows(1).decode(front, 0)
 
     asyncio.run(main())
