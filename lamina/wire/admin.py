@@ -127,7 +127,7 @@ class Probed(Message):
     error: str = ""
 
 
-class Echo(Message):
+class EchoRegion(Message):
     """Where the end that says so may be written while the way to it is measured."""
 
     region: RemoteRegion
