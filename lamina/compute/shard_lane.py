@@ -49,6 +49,8 @@ class ShardLane:
         self._plans: dict[int, StepPlan] = {}
         self._views: dict[int, dict[int, StepViews]] = {}
         """The views of the present step, by slot and kind of layer."""
+        self._current: dict[int, StepViews] = {}
+        """The views of the layer whose query was staged last, by slot."""
         self._arrivals = Arrivals()
         self._idle_chunks: Mailbox[int] = Mailbox()
         for i in range(CHUNKS):
@@ -81,24 +83,25 @@ class ShardLane:
 
     def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
         """Copy this node's heads of q [rows, Hq, Dk], of its rows in the order of its plan."""
-        self._view(slot, layer).q.copy_(q[:, self._q_heads[layer]])
+        view = self._current[slot] = self._view(slot, layer)
+        view.q.copy_(q[:, self._q_heads[layer]])
 
     def send_query(self, slot: int, layer: int, step: int) -> None:
         """Send the query that was staged."""
         offset = slot * self._geometry.query_bytes
-        source = self._queries[offset : offset + self._view(slot, layer).q_bytes]
+        source = self._queries[offset : offset + self._current[slot].q_bytes]
         self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
 
     def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
         """Copy this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of the rows that it stores."""
-        own, heads = self._view(slot, layer), self._kv_heads[layer]
+        own, heads = self._current[slot], self._kv_heads[layer]
         own.k.copy_(k[:, heads])
         own.v.copy_(v[:, heads])
 
     def send_key_value(self, slot: int, layer: int, step: int) -> None:
         """Send the keys and values that were staged."""
         offset = slot * self._geometry.key_value_bytes
-        source = self._keys_values[offset : offset + self._view(slot, layer).key_value_bytes]
+        source = self._keys_values[offset : offset + self._current[slot].key_value_bytes]
         self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
 
     async def answered(self, slot: int, layer: int, step: int) -> None:

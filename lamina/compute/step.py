@@ -43,7 +43,7 @@ class Steps(Protocol):
 
 
 class StepRunner:
-    """Runs this compute node's slices of steps. Steps of different batch slots may run at the same time.
+    """Runs this compute node's slices of steps. Steps of different batch slots may overlap.
 
     Where the slices before and after run on other nodes, the carry comes from there and goes there. The answers of the
     memory nodes always go to the node that needs them.

@@ -62,7 +62,7 @@ class CostModel:
 
     A larger load never gets a smaller estimate. Before the first observation (see `lamina.front.fit`) the cost is the
     number of rows, plus a little for context, in an arbitrary unit. The ``compute_nodes`` share the work of all batches
-    in flight; each of them works on one batch at a time.
+    in flight; each of them works on one batch after the other.
     """
 
     def __init__(self, compute_nodes: int = 1) -> None:

@@ -11,7 +11,7 @@ def divide_prefill(sequences: Iterable[Sequence], budget: int) -> list[PromptChu
     """Divide ``budget`` tokens over prompts.
 
     The oldest prompt gets half of them, the next one half of the rest, and so on; what short prompts leave over goes to
-    the oldest again. So a short prompt does not wait for a long one, and few prompts are unfinished at the same time.
+    the oldest again. So a short prompt does not wait for a long one, and few prompts are unfinished at once.
     """
     ordered = sorted(sequences, key=lambda s: s.arrival)
     limits = [_max_chunk(s) for s in ordered]

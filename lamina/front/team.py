@@ -68,7 +68,7 @@ class Team:
         compute_s = math.fsum(part.compute_s for part in parts)
         attention_s = _attention_s(parts)
         wire_s = max(0.0, now() - begun_s - compute_s - attention_s)
-        # With other batches in flight, what is neither compute nor attention is their time.
+        # With other batches in flight, what is neither compute nor attention belongs to them.
         undisturbed = alone and self._begun == begun
         tokens = next((part.tokens for part in parts if part.tokens), [])
         return StepResult(tokens, compute_s, attention_s, wire_s if undisturbed else math.nan)

@@ -140,9 +140,9 @@ class ServingLane:
                 f"step plan sends answers to compute node {min(unknown)}; tenant {self._tenant.name} has compute nodes "
                 f"{sorted(self._tenant.members)}"
             )
-        runs = (*told.storing, *told.reading)
+        runs, held = (*told.storing, *told.reading), cache.sequences
         for run in runs:
-            if run.sequence not in cache.sequences:
+            if run.sequence not in held:
                 raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
             if run.start > cache.reserved(run.sequence):
                 raise ProtocolError(
@@ -154,7 +154,7 @@ class ServingLane:
             told,
             plan(Rows(told.storing)) if told.storing else None,
             plan(Rows(told.reading), store=False) if told.reading else None,
-            tuple(run for run in runs if cache.complete(run.sequence) < run.start),
+            cache.behind(runs),
         )
 
     async def _filled(self, step: _PlannedStep, layer: int) -> None:

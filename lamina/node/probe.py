@@ -10,7 +10,7 @@ from typing import Any
 from lamina.errors import PeerLostError, ProtocolError, TransportError
 from lamina.runtime.network import Network
 from lamina.transport import Address, Hello, Lane, Link, Options, Region, RemoteRegion
-from lamina.wire.admin import Echo, Probed
+from lamina.wire.admin import EchoRegion, Probed
 from lamina.wire.codec import decode, encode
 
 ROLE = "probe"
@@ -63,7 +63,7 @@ class _Measurement:
         link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     async def run(self) -> Probed:
-        self._link.send(encode(Echo(region=self._link.expose(self._region))))
+        self._link.send(encode(EchoRegion(region=self._link.expose(self._region))))
         remote = await self._answer
         trips = await self._pings(remote)
         percentiles = statistics.quantiles(trips, n=100, method="inclusive")
@@ -139,7 +139,7 @@ class _Measurement:
         self._arrived()
 
     def _on_message(self, plain: dict[str, Any]) -> None:
-        remote: RemoteRegion = decode(plain, Echo).region
+        remote: RemoteRegion = decode(plain, EchoRegion).region
         if remote.nbytes < CHUNK_BYTES:
             raise ProtocolError(f"expected a region of {CHUNK_BYTES} bytes to write to, got {remote.nbytes}")
         if not self._answer.done():
@@ -177,13 +177,13 @@ class _Echo:
         link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     def _on_message(self, plain: dict[str, Any]) -> None:
-        remote: RemoteRegion = decode(plain, Echo).region
+        remote: RemoteRegion = decode(plain, EchoRegion).region
         if self._remote is not None or remote.nbytes < CHUNK_BYTES:
             raise ProtocolError(
                 f"expected one region of at least {CHUNK_BYTES} bytes, got one of {remote.nbytes} bytes"
             )
         self._remote = remote
-        self._link.send(encode(Echo(region=self._link.expose(self._region))))
+        self._link.send(encode(EchoRegion(region=self._link.expose(self._region))))
 
     def _on_tag(self, lane: Lane, tag: int) -> None:
         assert self._remote is not None, "else nothing is exposed"

@@ -110,6 +110,8 @@ class SimLink(Link):
         """The same, where this end did not end the link itself."""
         self._bye_arrived = False
         self._ended = asyncio.Event()
+        self._is_over = False
+        """Whether it is set, which is asked for everything that arrives."""
 
         self._peer_timeout = peer_timeout
         self._silent_since: float | None = None
@@ -294,13 +296,13 @@ class SimLink(Link):
 
     def arrive(self, delivery: Delivery) -> None:
         """See ``Receiver``."""
-        if self._ended.is_set():
+        if self._is_over:
             return
         if not self._reading or self._silent_since is not None:
             self._held.append(delivery)
             return
         kind = delivery.kind
-        if not self._peer._ended.is_set():
+        if not self._peer._is_over:
             self._peer._pending -= delivery.nbytes
         if kind < MESSAGE:
             self._take_write(delivery)
@@ -374,7 +376,7 @@ class SimLink(Link):
         if self._silence is not None:
             self._silence.cancel()
             self._silence = None
-        if self._ended.is_set() or not self._reading:
+        if self._is_over or not self._reading:
             return
         if self._silent_since is None:
             if self._held:
@@ -416,11 +418,12 @@ class SimLink(Link):
 
     def _end(self, error: TransportError | None) -> bool:
         """Let go of everything and wake what waits; False if that was done before."""
-        if self._ended.is_set():
+        if self._is_over:
             return False
         self._open = False
         self._error = error
         self._ended.set()
+        self._is_over = True
         self._held.clear()
         self._pending = 0
         if self._silence is not None:
@@ -434,7 +437,7 @@ class SimLink(Link):
     def _part(self) -> None:
         """The peer gets what has left this end, then hears of the end."""
         peer = self._peer
-        if peer._ended.is_set():
+        if peer._is_over:
             return
         peer._held = [copied(delivery) for delivery in peer._held]
         last_s = max(self._deliveries.sender_ended(peer), self._loop.time() + self._model.latency_s)

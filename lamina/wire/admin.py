@@ -127,7 +127,7 @@ class Probed(Message):
     error: str = ""
 
 
-class Echo(Message):
+class EchoRegion(Message):
     """Names the region of the sender that the peer may write while the link is measured."""
 
     region: RemoteRegion
