@@ -1,4 +1,4 @@
-"""Collect the tags of finished writes; each batch slot waits for one at a time."""
+"""Collect the tags of finished writes; each batch slot waits for one tag after the other."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _Heap = list[tuple[Any, int, T]]
 
 
 class WaitingQueue(Generic[T]):
-    """Orders items by rank, the smallest first, without starvation. Every operation takes logarithmic time."""
+    """Orders items by rank, the smallest first, without starvation. All operations are logarithmic."""
 
     def __init__(self) -> None:
         self._tickets: dict[T, int] = {}
