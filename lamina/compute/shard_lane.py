@@ -82,8 +82,9 @@ class ShardLane:
 
     def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
         """Copy this node's heads of q [rows, Hq, Dk], of its rows in the order of its plan."""
-        view = self._current[slot] = self._view(slot, layer)
-        view.q.copy_(q[:, self._q_heads[layer]])
+        view, heads = self._view(slot, layer), self._q_heads[layer]
+        self._current[slot] = view
+        view.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])
 
     def send_query(self, slot: int, layer: int, step: int) -> None:
         """Send the query that was staged."""
@@ -94,8 +95,10 @@ class ShardLane:
     def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
         """Copy this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of the rows that it stores."""
         own, heads = self._current[slot], self._kv_heads[layer]
-        own.k.copy_(k[:, heads])
-        own.v.copy_(v[:, heads])
+        if k.shape[1] != heads.stop - heads.start:
+            k, v = k[:, heads], v[:, heads]
+        own.k.copy_(k)
+        own.v.copy_(v)
 
     def send_key_value(self, slot: int, layer: int, step: int) -> None:
         """Send the keys and values that were staged."""

@@ -234,7 +234,7 @@ class ComputeNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
             link.deliver()
         elif role == "client":
-            session = ClientSession(link, self._there, self._ready_intake, self._ready_tokenizer, self._status_now)
+            session = ClientSession(link, self._there, self.intake, self._ready_tokenizer, self._status_now)
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)
@@ -244,7 +244,8 @@ class ComputeNode:
         else:
             self._monitor.take(link)
 
-    def _ready_intake(self) -> Intake:
+    def intake(self) -> Intake:
+        """Where requests go in this process; NodeError while the node is starting, or if it is not the front."""
         if self._front is None:
             waiting = sorted(self._rendezvous.waiting_for)
             missing = f"; it waits for {', '.join(waiting)}" if waiting else ""
