@@ -320,7 +320,7 @@ class _StepForward:
 def _index(rows: Sequence[int], step_rows: int = -1) -> Index:
     """A slice where the rows are consecutive, which costs no copy; ALL for all ``step_rows`` rows of the step."""
     first = rows[0] if rows else 0
-    if list(rows) == list(range(first, first + len(rows))):
+    if isinstance(rows, range) or list(rows) == list(range(first, first + len(rows))):
         return ALL if len(rows) == step_rows else slice(first, first + len(rows))
     return torch.tensor(rows)
 
