@@ -1,4 +1,4 @@
-"""The way from a compute node to one memory node, on the device's loop: steps, layer by layer, and prompts."""
+"""Send steps, layer by layer, and prompts to one memory node, on the device's loop of a compute node."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lamina.wire.views import StepViews
 
 
 class ShardLane:
-    """The shard of the KV cache on one memory node, as steps use it.
+    """Gives steps access to the shard of the KV cache on one memory node.
 
     The methods named ``stage_...`` copy into what will be sent; they are called within operations of the device. The
     buffers of a batch slot are written again only after the answer to their contents has come back.
@@ -48,9 +48,9 @@ class ShardLane:
         self._output_parts = views.parts(outputs.buffer, g.slots, g.output_bytes, torch.uint8)
         self._plans: dict[int, StepPlan] = {}
         self._views: dict[int, dict[int, StepViews]] = {}
-        """By slot and kind of layer, those of the present step."""
+        """The views of the present step, by slot and kind of layer."""
         self._current: dict[int, StepViews] = {}
-        """By slot, that of the layer whose query was staged last."""
+        """The views of the layer whose query was staged last, by slot."""
         self._arrivals = Arrivals()
         self._idle_chunks: Mailbox[int] = Mailbox()
         for i in range(CHUNKS):
@@ -59,12 +59,12 @@ class ShardLane:
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
-        """The attention of each layer, over the heads that this memory node has."""
+        """Return the attention of each layer, over the heads that this memory node has."""
         return self._heads.layers
 
     @property
     def stale_tags(self) -> int:
-        """Answers for which no step waited."""
+        """Return the number of answers for which no step waited."""
         return self._arrivals.stale
 
     # -- a step, layer by layer
@@ -72,7 +72,8 @@ class ShardLane:
     def plan(self, slot: int, step: int, plan: StepPlan, *, asks: bool = True) -> None:
         """Begin a step of ``slot`` with these rows.
 
-        The memory node is told if this node ``asks`` it anything in the step, and does not only get an answer.
+        The memory node gets the plan only if this node ``asks`` it anything in the step; a node that only receives
+        answers sends no plan.
         """
         self._plans[slot] = plan
         self._views[slot] = {}
@@ -109,28 +110,28 @@ class ShardLane:
     async def answered(self, slot: int, layer: int, step: int) -> None:
         """Wait until the output of a layer has arrived, to a query of this node or of another compute node.
 
-        NodeError if the memory node is lost.
+        Raises NodeError if the memory node is lost.
         """
         await self._arrivals.wait(slot, Tag(Kind.OUTPUT, slot, layer, step).pack())
 
     def output(self, slot: int, layer: int) -> Tensor:
-        """The attention that has arrived for the rows that are whole: o [rows, own Hq, Dv].
+        """Return the attention that has arrived for the rows that are whole: o [rows, own Hq, Dv].
 
-        It lies where it arrived, and is good until the slot's next query is sent.
+        It lies where it arrived, and stays valid until the slot's next query is sent.
         """
         return self._view(slot, layer).whole
 
     def partials(self, slot: int, layer: int) -> Partial:
-        """The partials that have arrived for the other rows; they are good for as long."""
+        """Return the partials that have arrived for the other rows; they stay valid as long as `output`."""
         return self._view(slot, layer).partial
 
     def attention_s(self, slot: int) -> float:
-        """Seconds that the attention of the slot's step has taken so far, as its last answer says."""
+        """Return the seconds that the attention of the slot's step has taken so far, as its last answer says."""
         (seconds,) = SECONDS.unpack_from(self._outputs.buffer, slot * self._geometry.output_bytes)
         return float(seconds)
 
     def heads(self, layer: int) -> slice:
-        """The query heads of a layer that this node has."""
+        """Return the query heads of a layer that this node has."""
         return self._q_heads[layer]
 
     def _view(self, slot: int, layer: int) -> StepViews:

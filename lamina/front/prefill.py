@@ -1,4 +1,4 @@
-"""How the prompt tokens of a step are divided over the prompts that are being prefilled. Pure functions."""
+"""Pure functions divide the prompt tokens of a step over the prompts that are being prefilled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def divide_prefill(sequences: Iterable[Sequence], budget: int) -> list[PromptChu
 
 
 def _max_chunk(sequence: Sequence) -> int:
-    """The longest next chunk of a sequence: local tokens only, or only positions that the same memory nodes store."""
+    """Return the longest next chunk of a sequence: local tokens only, or only positions that the same memory nodes
+    store."""
     if sequence.prefilled < sequence.local_tokens:
         return sequence.local_tokens - sequence.prefilled
     rest, same = len(sequence.tokens) - sequence.prefilled, sequence.placement.until_next(sequence.prefilled)

@@ -1,4 +1,4 @@
-"""A memory node's end of a link, on the device's loop: the steps and prompts of one compute node."""
+"""Serve the steps and prompts of one compute node, on the device's loop of a memory node."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from lamina.wire.views import StepViews
 
 @dataclass(frozen=True, slots=True)
 class _PlannedStep:
-    """A step's plan, as the backend has it: for the rows that are stored, and for those that are not."""
+    """Holds a step's plan as the backend needs it: one for the rows that are stored, and one for the others."""
 
     plan: StepPlan
     storing: Plan | None
     reading: Plan | None
     behind: tuple[Run, ...]
-    """Runs of which something may still be on its way on the other lane."""
+    """The runs of which some keys and values may still be on their way on the other lane."""
     views: dict[tuple[ServingLane, int], StepViews] = field(default_factory=dict)
-    """By the receiver of the answer, and the kind of layer."""
+    """The views by the receiver of the answer and the kind of layer."""
 
 
 _Parts = tuple[Partial | None, Partial | None]
@@ -63,11 +63,11 @@ class ServingLane:
         self._chunk_parts = views.parts(self._chunks.buffer, CHUNKS, g.chunk_bytes, dtype)
         self._slots = [MemorySlot(number, len(g.layers)) for number in range(n)]
         self._arrived: list[Mailbox[Tag]] = [Mailbox() for _ in range(n)]
-        """By slot, what has arrived and was not looked at."""
+        """What has arrived and was not looked at yet, by slot."""
         self._chunks_arrived: Mailbox[int] = Mailbox()
 
     def attached(self) -> Attached:
-        """The answer to the Attach: where the compute node may write from now on."""
+        """Return the answer to the Attach: where the compute node may write from now on."""
         expose = self._link.expose
         return Attached(
             capacity_tokens=self._tenant.cache.capacity_tokens,
@@ -78,7 +78,7 @@ class ServingLane:
         )
 
     async def run(self) -> None:
-        """Serve until cancelled; ProtocolError for what the compute node must not send."""
+        """Serve until cancelled; raise ProtocolError for what the compute node must not send."""
         async with asyncio.TaskGroup() as tasks:
             for number in range(len(self._slots)):
                 tasks.create_task(self._attend(number))
@@ -87,7 +87,7 @@ class ServingLane:
     # -- decode
 
     async def _attend(self, number: int) -> None:
-        """Answer the steps of one batch: q meets the past as it comes, k and v finish it, o goes back.
+        """Answer the steps of one batch: q attends to the past when it comes, k and v complete the result, o goes back.
 
         Only the layers that the compute node runs come, in their order.
         """
@@ -115,12 +115,13 @@ class ServingLane:
                 )
 
     def _receiver(self, step: _PlannedStep, layer: int) -> ServingLane | None:
-        """The link that gets the answer to a layer; None if it has ended."""
+        """Return the link that gets the answer to a layer, or None if it has ended."""
         answers = step.plan.answers
         return self._tenant.lanes.get(answers[layer]) if answers else self
 
     def _answer(self, tag: Tag, nbytes: int, spent_s: float, *, own: bool) -> None:
-        """Send an answer that has been laid out. One to a query of another link is dropped if this link has ended."""
+        """Send an answer that has been laid out. An answer to a query of another link is dropped if this link has
+        ended."""
         start = tag.slot * self._geometry.output_bytes
         SECONDS.pack_into(self._outputs, start, spent_s)
         try:
@@ -136,8 +137,8 @@ class ServingLane:
         told = unpack_plan(self._plans.buffer[start : start + g.plan_bytes], g.max_rows, len(g.layers))
         if unknown := set(told.answers) - self._tenant.members:
             raise ProtocolError(
-                f"step plan lets answers go to compute node {min(unknown)}; "
-                f"tenant {self._tenant.name} has {sorted(self._tenant.members)}"
+                f"step plan sends answers to compute node {min(unknown)}; tenant {self._tenant.name} has compute nodes "
+                f"{sorted(self._tenant.members)}"
             )
         runs, held = (*told.storing, *told.reading), cache.sequences
         for run in runs:
@@ -164,7 +165,7 @@ class ServingLane:
             await tenant.grown.wait()
 
     def _past(self, step: _PlannedStep, layer: int, view: StepViews) -> _Parts:
-        """What q sees of the past: for the rows whose k and v are still to come, and for those that have none here."""
+        """Attend to the past: for the rows whose k and v are still to come, and for those that have none here."""
         past = self._tenant.backend.past
         return (
             past(step.storing, layer, view.stored_q) if step.storing else None,
@@ -192,7 +193,8 @@ class ServingLane:
                 row = stop
 
     def _view(self, step: _PlannedStep, number: int, layer: int, receiver: ServingLane) -> StepViews:
-        """Where a layer's rows lie: what came on this link, and the answer on the one of ``receiver``."""
+        """Return the views of a layer's rows: of what came on this link, and of the answer on the link of
+        ``receiver``."""
         key = (receiver, self._geometry.kinds[layer])
         if key not in step.views:
             step.views[key] = StepViews.of(
@@ -223,7 +225,8 @@ class ServingLane:
             self._link.write(Lane.BULK, self._outputs_remote, 0, [], Tag(Kind.CREDIT, 0, 0, i).pack())
 
     def _append(self, i: int, header: ChunkHeader) -> bool:
-        """False for a sequence that is over: releases come on another connection, and overtake chunks."""
+        """Store a chunk; return False for a sequence that is over, as releases come on another connection and overtake
+        chunks."""
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._layers[header.layer], header.tokens, first)
         return self._tenant.append(header.layer, Run(header.sequence, header.start, header.tokens), k, v)

@@ -164,7 +164,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 "something runs for ever, or limit_s is too small"
             )
         else:
-            what = "no callback and no timer is left: find out who should have woken them"
+            what = "no callback and no timer is left: find out what should have woken them"
         return DeadlockError(
             f"nothing can happen any more at {self._now:g} virtual seconds: {len(tasks)} tasks wait, and {what}. "
             f"Waiting: {waiting or 'none'}"

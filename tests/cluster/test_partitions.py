@@ -124,4 +124,4 @@ def test_windows_are_not_cut_into_stretches(memory_ports: list[int], tmp_path: P
     node = harness.start_node(config, "c0")
     with harness.running(node):
         assert node.wait(60) == 2
-        assert 'pipeline.partition: "tokens" cannot be had for a model with sliding windows' in node.log.read_text()
+        assert 'pipeline.partition: "tokens" is not possible for a model with sliding windows' in node.log.read_text()

@@ -39,7 +39,7 @@ def port(node: tuple[int, harness.Node]) -> int:
     return node[0]
 
 
-def step_of(position: int, answers: bytes = b"") -> StepPlan:
+def step_of(position: int, answers: tuple[int, ...] = ()) -> StepPlan:
     """A step with one row, of sequence 1."""
     return StepPlan((Run(1, position, 1),), (), 1, answers)
 
@@ -89,7 +89,7 @@ def test_answers_go_where_the_next_layer_runs(port: int, transport: str, layers_
     if transport not in ("tcp", "shm"):
         pytest.skip("raw links go over tcp and shm")
     rows, runs = Rows(20), [int(layer not in layers_of_front) for layer in range(3)]
-    answers = bytes([*runs[1:], runs[0]])
+    answers = (*runs[1:], runs[0])
 
     async def main() -> None:
         await free(port)
@@ -130,11 +130,11 @@ def test_a_compute_node_that_does_not_fit_its_tenant_is_refused(port: int) -> No
 
     async def main() -> None:
         await free(port)
-        assert "wants to join tenant t, and there is none of this name (there are none)" in await refusal(port, **one)
+        assert "wants to join tenant t, which is not here (tenants: none)" in await refusal(port, **one)
         async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, member=2):
             assert "tenant t is here already; tenants' names must differ" in await refusal(port)
             assert "compute node 2 of tenant t is attached already, as t2" in await refusal(port, member=2)
-            assert "there is none of this name (t)" in await refusal(port, tenant="u", **one)
+            assert "which is not here (tenants: t)" in await refusal(port, tenant="u", **one)
             differing = {
                 "model": ("n", "model n, its front asked for m"),
                 "dtype": ("bfloat16", "dtype bfloat16, its front asked for float32"),
@@ -206,7 +206,7 @@ def test_what_a_lost_link_should_get_is_dropped(port: int) -> None:
             async with raw_compute(port, LAYERS, member=1):
                 await rows.decode(front, 0)
             before = (await status(port)).layers
-            front.plan(1, step_of(1, bytes([1, 0, 0])))
+            front.plan(1, step_of(1, (1, 0, 0)))
             rows.ask(front, 0, 1)
 
             async def stored() -> bool:
@@ -228,8 +228,8 @@ def test_answers_to_nobody_are_refused(port: int) -> None:
         await free(port)
         async with raw_compute(port, LAYERS) as front, raw_compute(port, LAYERS, member=3) as other:
             await front.reserve(1, 2)
-            other.plan(0, step_of(0, bytes([3, 2, 0])))
-            assert await other.end() == "step plan lets answers go to compute node 2; tenant t has [0, 3]"
+            other.plan(0, step_of(0, (3, 2, 0)))
+            assert await other.end() == "step plan sends answers to compute node 2; tenant t has compute nodes [0, 3]"
             await Rows(1).decode(front, 0)
 
     asyncio.run(main())
