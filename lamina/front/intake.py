@@ -50,8 +50,10 @@ class Intake:
         max_waiting: int,
         random: Random,
     ) -> None:
-        """``name`` is that of the node; ``context`` and ``vocabulary`` bound what a prompt may be. The seeds of requests
-        that have none come from ``random``."""
+        """``name`` is that of the node; ``context`` and ``vocabulary`` bound what a prompt may be.
+
+        The seeds of requests that have none come from ``random``.
+        """
         self.draining = False
         self._name = name
         self._device = device
