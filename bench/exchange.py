@@ -16,6 +16,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import closing, suppress
 from itertools import product
+from random import SystemRandom
 from typing import Any
 
 import msgspec
@@ -235,6 +236,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
         vocabulary=VOCABULARY,
         stop_tokens=frozenset(),
         max_waiting=batch * batches,
+        random=SystemRandom(),
     )
     async with await Sockets().connect(address, hello, options, deadline_s=CONNECT_S) as link:
         shard = ShardControl(FAR, "far", link, device, lambda member, error: intake.fail(error))

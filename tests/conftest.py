@@ -3,6 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.oracle import Agreement
 
 # Test runners and nodes share few cores: one computing thread each. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def agreement(request: pytest.FixtureRequest) -> Iterator[Agreement]:
+    """Ties of all comparisons together, which are reported: more than one in a thousand tokens is no coincidence."""
+    from tests.oracle import Agreement
+
+    agreement = Agreement()
+    yield agreement
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        sys.stderr.write(f"\n{agreement.tokens} tokens compared with transformers, {len(agreement.ties)} ties\n")
+    assert len(agreement.ties) * 1000 <= agreement.tokens, agreement.ties

@@ -14,8 +14,8 @@ from lamina.runtime.mailbox import Mailbox
 from lamina.transport import Lane, Link, Region, RemoteRegion
 from lamina.wire import views
 from lamina.wire.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
-from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan, pack_plan
-from lamina.wire.tags import Kind, Tag
+from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan
+from lamina.wire.tags import Kind, Tag, slot_of
 from lamina.wire.tenants import Attached
 from lamina.wire.views import StepViews
 
@@ -79,12 +79,13 @@ class ShardLane:
         self._views[slot] = {}
         if asks:
             tag = Tag(Kind.PLAN, slot, 0, step)
-            self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(plan), tag)
+            self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, plan.packed, tag)
 
     def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
         """Copy this node's heads of q [rows, Hq, Dk], of its rows in the order of its plan."""
-        view = self._current[slot] = self._view(slot, layer)
-        view.q.copy_(q[:, self._q_heads[layer]])
+        view, heads = self._view(slot, layer), self._q_heads[layer]
+        self._current[slot] = view
+        view.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])
 
     def send_query(self, slot: int, layer: int, step: int) -> None:
         """Send the query that was staged."""
@@ -95,8 +96,10 @@ class ShardLane:
     def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
         """Copy this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of the rows that it stores."""
         own, heads = self._current[slot], self._kv_heads[layer]
-        own.k.copy_(k[:, heads])
-        own.v.copy_(v[:, heads])
+        if k.shape[1] != heads.stop - heads.start:
+            k, v = k[:, heads], v[:, heads]
+        own.k.copy_(k)
+        own.v.copy_(v)
 
     def send_key_value(self, slot: int, layer: int, step: int) -> None:
         """Send the keys and values that were staged."""
@@ -176,13 +179,13 @@ class ShardLane:
 
     def on_tag(self, lane: Lane, packed: int) -> None:
         """Take in the tag of a write by the memory node."""
-        tag = Tag.unpack(packed)
-        if tag.kind is Kind.CREDIT:
-            if tag.step >= CHUNKS:
-                raise ProtocolError(f"credit for bulk buffer {tag.step}; there are {CHUNKS}")
-            self._idle_chunks.put(tag.step)
+        if lane is Lane.DECODE:  # the answer to a layer: nothing of it is unpacked but the slot
+            self._arrivals.arrive(slot_of(packed), packed)
             return
-        self._arrivals.arrive(tag.slot, packed)
+        tag = Tag.unpack(packed)
+        if tag.kind is not Kind.CREDIT or tag.step >= CHUNKS:
+            raise ProtocolError(f"{tag} on the bulk lane; expected a credit for a buffer below {CHUNKS}")
+        self._idle_chunks.put(tag.step)
 
     def fail(self, error: NodeError) -> None:
         """The memory node is lost: every step that waits for it, or writes to it, raises ``error``."""

@@ -150,7 +150,9 @@ class StepRunner:
 
 
 Index = slice | Tensor
-"""Some rows of a step."""
+"""Some rows of a step; ``slice(None)`` is all of them."""
+
+ALL = slice(None)
 
 
 class _MemberPart:
@@ -158,12 +160,13 @@ class _MemberPart:
 
     __slots__ = ("partial", "plan", "rows", "shard", "stored", "whole")
 
-    def __init__(self, shard: ShardLane, own: MemberRows, places: dict[int, int]) -> None:
-        """``places`` says, of each row that several nodes answer, its place among all such rows."""
+    def __init__(self, shard: ShardLane, own: MemberRows, places: dict[int, int], step_rows: int) -> None:
+        """``places`` says, of each row that several nodes answer, its place among all such rows; ``step_rows`` is the
+        number of the step's rows."""
         self.shard = shard
         self.plan = plan = own.plan
-        self.rows = _index(own.rows)
-        self.stored = _index(own.rows[: plan.stored_rows])
+        self.rows = _index(own.rows, step_rows)
+        self.stored = _index(own.rows[: plan.stored_rows], step_rows)
         self.whole = _index(own.rows[: plan.whole])
         self.partial = _index([places[row] for row in own.rows[plan.whole :]])
 
@@ -185,7 +188,8 @@ class _StepForward:
         routes = route([RemoteRun(run.sequence, run.placement, run.start, len(run.tokens)) for run in remote])
         self._merged = sorted({row for own in routes.values() for row in own.rows[own.plan.whole :]})
         places = {row: place for place, row in enumerate(self._merged)}
-        self.parts = [_MemberPart(runner.shards[member], own, places) for member, own in routes.items()]
+        rows = self._remote_rows + self._local_count
+        self.parts = [_MemberPart(runner.shards[member], own, places, rows) for member, own in routes.items()]
         self._constants: tuple[Any, ...] = ()
         self._carry: tuple[Tensor, ...] = ()
         self._kept: tuple[Tensor, ...] = ()
@@ -242,7 +246,7 @@ class _StepForward:
         and heads."""
         q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
         for part in self.parts:
-            part.shard.stage_query(self._slot, layer, q[part.rows])
+            part.shard.stage_query(self._slot, layer, _rows_of(q, part.rows))
         self._q = q
 
     def tail(self, layer: int) -> None:
@@ -251,7 +255,8 @@ class _StepForward:
         k, v, self._carry = self._model.slice(layer).tail(self._constants, self._kept)
         for part in self.parts:
             if part.plan.stored_rows:
-                part.shard.stage_key_value(self._slot, layer, k[part.stored], v[part.stored])
+                k_rows, v_rows = _rows_of(k, part.stored), _rows_of(v, part.stored)
+                part.shard.stage_key_value(self._slot, layer, k_rows, v_rows)
         for run, rows in self._local_rows():
             self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
 
@@ -314,9 +319,15 @@ class _StepForward:
             row += len(run.tokens)
 
 
-def _index(rows: Sequence[int]) -> Index:
-    """Return an index of the rows: a slice if they are consecutive, which costs no copy, else a tensor."""
+def _index(rows: Sequence[int], step_rows: int = -1) -> Index:
+    """Return an index of the rows: a slice if they are consecutive, which costs no copy, ALL if they are all
+    ``step_rows`` rows of the step, else a tensor."""
     first = rows[0] if rows else 0
-    if list(rows) == list(range(first, first + len(rows))):
-        return slice(first, first + len(rows))
+    if isinstance(rows, range) or list(rows) == list(range(first, first + len(rows))):
+        return ALL if len(rows) == step_rows else slice(first, first + len(rows))
     return torch.tensor(rows)
+
+
+def _rows_of(values: Tensor, index: Index) -> Tensor:
+    """Some rows of a tensor. All of them are the tensor itself: a view costs a microsecond in every layer."""
+    return values if index is ALL else values[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+from random import Random
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -48,8 +48,12 @@ class Intake:
         vocabulary: int,
         stop_tokens: frozenset[int],
         max_waiting: int,
+        random: Random,
     ) -> None:
-        """``name`` is that of the node; ``context`` and ``vocabulary`` bound what a prompt may be."""
+        """``name`` is that of the node; ``context`` and ``vocabulary`` bound what a prompt may be.
+
+        The seeds of requests that have none come from ``random``.
+        """
         self.draining = False
         self._name = name
         self._device = device
@@ -57,6 +61,7 @@ class Intake:
         self._vocabulary = vocabulary
         self._stop_tokens = stop_tokens
         self._max_waiting = max_waiting
+        self._random = random
         self._engine: Engine
         self._space: Space
         self._answers: dict[Sequence, Answer] = {}
@@ -90,7 +95,7 @@ class Intake:
             raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
         max_tokens = self._check(prompt, request.max_tokens)
         self.require_place(0)
-        sequence = Sequence(_with_seed(request), prompt, max_tokens, self._stop_tokens)
+        sequence = Sequence(self._with_seed(request), prompt, max_tokens, self._stop_tokens)
         self._answers[sequence] = answer
         self._idle.clear()
         self._coming += 1
@@ -166,6 +171,9 @@ class Intake:
             raise self._tell_all(NodeError.failed("compute", self._name, first_error(group))) from group
         finally:
             engine.cancel()
+            await asyncio.wait((engine,))
+            if not engine.cancelled():
+                engine.exception()  # it may have failed of the same loss
 
     def fail(self, error: NodeError) -> None:
         """Another node is lost: `run` tells all clients and raises ``error``."""
@@ -214,6 +222,13 @@ class Intake:
 
     # -- inside
 
+    def _with_seed(self, request: Request) -> Request:
+        """The request with a seed: its own, else a random one, which a greedy answer does not need."""
+        if request.sampling.seed is not None:
+            return request
+        seed = self._random.getrandbits(63) if request.sampling.temperature else 0
+        return replace(request, sampling=replace(request.sampling, seed=seed))
+
     def _retry_after_s(self) -> float:
         return self._estimate.retry_after_s(self.counters.waiting)
 
@@ -235,11 +250,3 @@ class Intake:
         self._answers.clear()
         self._idle.set()
         return error
-
-
-def _with_seed(request: Request) -> Request:
-    """Return the request with a seed: its own, else a random one, which a greedy answer does not need."""
-    if request.sampling.seed is not None:
-        return request
-    seed = secrets.randbits(63) if request.sampling.temperature else 0
-    return replace(request, sampling=replace(request.sampling, seed=seed))

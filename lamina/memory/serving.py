@@ -166,10 +166,10 @@ class ServingLane:
 
     def _past(self, step: _PlannedStep, layer: int, view: StepViews) -> _Parts:
         """Attend to the past: for the rows whose k and v are still to come, and for those that have none here."""
-        q, stored, past = view.q, step.plan.stored_rows, self._tenant.backend.past
+        past = self._tenant.backend.past
         return (
-            past(step.storing, layer, q[:stored]) if step.storing else None,
-            past(step.reading, layer, q[stored:]) if step.reading else None,
+            past(step.storing, layer, view.stored_q) if step.storing else None,
+            past(step.reading, layer, view.read_q) if step.reading else None,
         )
 
     def _finish(self, step: _PlannedStep, layer: int, view: StepViews, parts: _Parts, answer: bool) -> None:
@@ -177,13 +177,12 @@ class ServingLane:
         told, (past, read) = step.plan, parts
         if step.storing:
             assert past is not None
-            q = view.q[: told.stored_rows]
-            past = self._tenant.backend.finish(step.storing, layer, q, view.k, view.v, past)
+            past = self._tenant.backend.finish(step.storing, layer, view.stored_q, view.k, view.v, past)
         if not answer:
             return
         if told.whole:
             assert past is not None
-            view.whole.copy_(past.o[: told.whole])
+            view.whole.copy_(past.o if told.whole == told.stored_rows else past.o[: told.whole])
         if told.rows == told.whole:
             return
         row = 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +33,7 @@ from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpo
 from lamina.node.monitor import Monitor
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
+from lamina.runtime.host import Host
 from lamina.runtime.network import Network
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Status
@@ -55,7 +54,8 @@ class ComputeNode:
     """Runs the compute node ``node`` of a cluster. The first one in the file is the front: it serves clients, and
     orders the others to run steps.
 
-    It computes on ``device`` and reaches other nodes over ``network``; ``open_model`` opens its model.
+    It computes on ``device`` and reaches other nodes over ``network``; ``open_model`` opens its model. ``host`` is the
+    process that it lives in, by default this one.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class ComputeNode:
         network: Network,
         open_model: OpenModel = open_checkpoint,
         make_runner: MakeRunner = StepRunner,
+        host: Host | None = None,
     ) -> None:
         self._config = config
         self._node = node
@@ -77,6 +78,7 @@ class ComputeNode:
         self._network = network
         self._open_model = open_model
         self._make_runner = make_runner
+        self._host = host or Host.own()
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._member_changed)
         self._member = self._members.id_of(node.name)
@@ -182,7 +184,7 @@ class ComputeNode:
 
     async def _start_front(self, served: ServedModel) -> Intake:
         config, members = self._config, self._members
-        tenant = f"{self._name}-{secrets.token_hex(8)}"
+        tenant = f"{self._name}-{self._host.random.getrandbits(64):016x}"
         lanes = await attach(config, served, members, self._member, tenant, self._shards)
         enlisted = [peer.enlist(tenant) for peer in self._peers.values()]
         blocks = make_blocks(config, served, self._shards)
@@ -192,7 +194,16 @@ class ComputeNode:
         for entry in members.entries:
             members.serve(entry.id)
         self._front = await open_front(
-            config, served, members, blocks, runner, self._device, self._shards, self._peers, self._home
+            config,
+            served,
+            members,
+            blocks,
+            runner,
+            self._device,
+            self._shards,
+            self._peers,
+            self._home,
+            self._host.random,
         )
         return self._front.intake
 
@@ -234,7 +245,7 @@ class ComputeNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
             link.deliver()
         elif role == "client":
-            session = ClientSession(link, self._there, self._ready_intake, self._ready_tokenizer, self._status_now)
+            session = ClientSession(link, self._there, self.intake, self._ready_tokenizer, self._status_now)
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)
@@ -244,7 +255,8 @@ class ComputeNode:
         else:
             self._monitor.take(link)
 
-    def _ready_intake(self) -> Intake:
+    def intake(self) -> Intake:
+        """Where requests go in this process; NodeError while the node is starting, or if it is not the front."""
         if self._front is None:
             waiting = sorted(self._rendezvous.waiting_for)
             missing = f"; it waits for {', '.join(waiting)}" if waiting else ""
@@ -262,7 +274,8 @@ class ComputeNode:
         return self._status_now()
 
     def _status_now(self) -> Status:
-        status = Status(name=self._name, role="compute", state="starting", pid=os.getpid(), busy_s=self._device.busy_s)
+        pid = self._host.pid
+        status = Status(name=self._name, role="compute", state="starting", pid=pid, busy_s=self._device.busy_s)
         runner, worker = self._runner, self._front.intake if self._front else self._follower
         if worker is None or runner is None:
             if waiting := sorted(self._rendezvous.waiting_for):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from random import Random
 from typing import NamedTuple
 
 from lamina.attention import KVLayout
@@ -91,8 +92,9 @@ async def open_front(
     shards: Mapping[int, ShardControl],
     peers: Mapping[int, PeerControl],
     home: Crossing,
+    random: Random,
 ) -> Front:
-    """Make the engine and fit its cost model, while no request uses the nodes."""
+    """Make the engine and fit its cost model, while no request uses the nodes. Seeds come from ``random``."""
     name, pipeline, there = config.front.name, config.pipeline, Crossing(device.loop)
     scheduler = make_scheduler(config, served, blocks)
     team = Team(runner, device, home, served.schedule, member=members.id_of(name), epoch=members.epoch, peers=peers)
@@ -103,6 +105,7 @@ async def open_front(
         vocabulary=served.facts.vocabulary,
         stop_tokens=served.facts.stop_tokens,
         max_waiting=pipeline.max_waiting,
+        random=random,
     )
     space = Space(shards, BLOCK_TOKENS, intake.reserved)
     if served.context > ANSWER_TOKENS:

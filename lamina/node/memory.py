@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.monitor import Asked, Monitor
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
+from lamina.runtime.host import Host
 from lamina.runtime.network import Network
 from lamina.transport import Hello, Link, Options
 from lamina.wire.admin import Status, TenantStatus
@@ -48,6 +48,7 @@ class MemoryNode:
 
     The node takes the memory for KV cache when it starts, and divides it among tenants under quotas. It computes on
     ``device`` and is reached over ``network``; ``backend`` makes what attends, by default what ``node`` names.
+    ``host`` is the process that it lives in, by default this one.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class MemoryNode:
         device: Device,
         network: Network,
         backend: BackendFactory | None = None,
+        host: Host | None = None,
     ) -> None:
         self._node = node
         self._name = node.name
@@ -65,6 +67,7 @@ class MemoryNode:
         self._device = device
         self._there = Crossing(device.loop)
         self._network = network
+        self._host = host or Host.own()
         self._attention: str | BackendFactory = backend or node.attention
         self._taken: asyncio.Future[tuple[QuotaPool, float]] | None = None
         self._queue = FairQueue(device)
@@ -286,7 +289,7 @@ class MemoryNode:
             role="memory",
             state=state,  # type: ignore[arg-type]
             waiting_for="a compute node" if state == "waiting" else "",
-            pid=os.getpid(),
+            pid=self._host.pid,
             busy_s=self._device.busy_s,
             layers=self._layers + sum(tenancy.tenant.layers for tenancy in tenancies),
             sequences=sum(tenant.sequences for tenant in told),

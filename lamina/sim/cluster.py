@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from random import Random
 
 from lamina.admin import AdminClient
 from lamina.attention import BackendFactory
@@ -14,6 +15,7 @@ from lamina.errors import LaminaError, NodeError
 from lamina.node.compute import ComputeNode
 from lamina.node.memory import MemoryNode
 from lamina.node.model import OpenModel
+from lamina.runtime.host import Host
 from lamina.runtime.spans import Place
 from lamina.sim.world import World
 from lamina.transport import Hello
@@ -52,6 +54,9 @@ class SimCluster:
         self.world = world
         self.config = config
         self.ended: dict[str, BaseException | None] = {}
+        self.nodes: dict[str, ComputeNode | MemoryNode] = {}
+        """Those that were started, by name."""
+        self._random = Random(world.random.getrandbits(64))  # noqa: S311 - no secret depends on it
         self._open_model = open_model
         self._backend = backend
         self._seconds = seconds
@@ -62,15 +67,19 @@ class SimCluster:
         node = self.config.find(name)
         device = self.world.device(name, self._seconds(node))
         network = self.world.network
+        host = Host(self._random, pid=0)
         serving: ComputeNode | MemoryNode
         if node.role == "compute":
-            serving = ComputeNode(self.config, node, device=device, network=network, open_model=self._open_model)
+            serving = ComputeNode(
+                self.config, node, device=device, network=network, open_model=self._open_model, host=host
+            )
         else:
             options = self.config.options(node)
-            serving = MemoryNode(node, options, device=device, network=network, backend=self._backend)
+            serving = MemoryNode(node, options, device=device, network=network, backend=self._backend, host=host)
         stopping = asyncio.Event()
         task = asyncio.get_running_loop().create_task(serving.serve(stopping), name=name)
         self.ended.pop(name, None)
+        self.nodes[name] = serving
         self._running[name] = task, stopping
         task.add_done_callback(lambda done: self._note_end(name, done))
 
@@ -78,12 +87,17 @@ class SimCluster:
         self.ended[name] = asyncio.CancelledError() if task.cancelled() else task.exception()
 
     async def ready(self) -> Status:
-        """Wait until the front takes requests; its status. NodeError if a node ends before."""
-        async with await self.admin(self.config.front.name) as front:
-            while (status := await front.status()).state != "ready":
-                self.check()
-                await asyncio.sleep(ASK_EVERY_S)
-            return status
+        """Wait until the front takes requests; its status. The error of a node that ends before with one."""
+        try:
+            async with await self.admin(self.config.front.name) as front:
+                while (status := await front.status()).state != "ready":
+                    self.check()
+                    await asyncio.sleep(ASK_EVERY_S)
+                return status
+        except LaminaError:
+            await asyncio.sleep(ASK_EVERY_S)  # a node closes its links before it ends
+            self.check()
+            raise
 
     def check(self) -> None:
         """Raise the error of a node that has ended with one."""

@@ -33,6 +33,7 @@ Trace = Callable[[str], None]
 
 _CONTROL = 2
 _LANES = tuple(Lane)
+_new = tuple.__new__  # a named tuple without the call of its own constructor, for each write
 _KINDS = ("decode", "bulk", "message", "region", "bye", "gone", "lost")
 
 
@@ -206,7 +207,8 @@ class SimLink(Link):
         if not 0 <= tag <= MAX_TAG:
             raise ProtocolError(f"tag {tag} is outside 0..{MAX_TAG}")
         self._written[lane] += nbytes
-        self._send(int(lane), int(lane), nbytes, tag, offset, self._peer._exposed[key - 1], pieces)
+        pipe = int(lane)
+        self._send(pipe, pipe, nbytes, tag, offset, self._peer._exposed[key - 1], pieces)
 
     def send(self, message: dict[str, Any]) -> None:
         self._check_open()
@@ -276,20 +278,9 @@ class SimLink(Link):
             due_s = self._last_due_s[pipe]
         self._last_due_s[pipe] = due_s
         deliveries = self._deliveries
+        number = deliveries.next_number()
         deliveries.push(
-            Delivery(
-                due_s,
-                deliveries.next_number(),
-                self._peer,
-                kind,
-                left_s,
-                nbytes,
-                tag,
-                offset,
-                target,
-                pieces,
-                body,
-            )
+            _new(Delivery, (due_s, number, self._peer, kind, left_s, nbytes, tag, offset, target, pieces, body))
         )
 
     # -- what arrives
@@ -301,12 +292,28 @@ class SimLink(Link):
         if not self._reading or self._silent_since is not None:
             self._held.append(delivery)
             return
-        kind = delivery.kind
+        _, _, _, kind, _, nbytes, tag, position, target, pieces, _ = delivery
         if not self._peer._is_over:
-            self._peer._pending -= delivery.nbytes
-        if kind < MESSAGE:
-            self._take_write(delivery)
+            self._peer._pending -= nbytes
+        if kind >= MESSAGE:
+            self._take_control(delivery)
             return
+        assert target is not None, "a write has a region"
+        for piece in pieces:
+            end = position + len(piece)
+            target[position:end] = piece
+            position = end
+        self._received[kind] += nbytes
+        if self._trace is not None:
+            self._trace(f"{self._label} {_KINDS[kind]} tag={tag} bytes={nbytes}")
+        if self._open and self._on_tag is not None:
+            try:
+                self._on_tag(_LANES[kind], tag)
+            except Exception as error:
+                self._callback_failed(error)
+
+    def _take_control(self, delivery: Delivery) -> None:
+        kind = delivery.kind
         if kind == MESSAGE:
             self._take_message(delivery)
             return
@@ -320,23 +327,6 @@ class SimLink(Link):
             self._end(None)
         else:
             self._fail(PeerLostError(f"{self} is gone"))
-
-    def _take_write(self, delivery: Delivery) -> None:
-        lane, nbytes, tag = _LANES[delivery.kind], delivery.nbytes, delivery.tag
-        position, target = delivery.offset, delivery.target
-        assert target is not None, "a write has a region"
-        for piece in delivery.pieces:
-            end = position + len(piece)
-            target[position:end] = piece
-            position = end
-        self._received[lane] += nbytes
-        if self._trace is not None:
-            self._trace(f"{self._label} {_KINDS[lane]} tag={tag} bytes={nbytes}")
-        if self._open and self._on_tag is not None:
-            try:
-                self._on_tag(lane, tag)
-            except Exception as error:
-                self._callback_failed(error)
 
     def _take_message(self, delivery: Delivery) -> None:
         try:

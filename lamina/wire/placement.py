@@ -91,11 +91,17 @@ class MemberRows:
     """
 
     plan: StepPlan
-    rows: list[int]
+    rows: Sequence[int]
 
 
 def route(runs: Sequence[RemoteRun]) -> dict[int, MemberRows]:
     """Divide the rows of a step over the memory nodes that take part in it: by member id, in ascending order."""
+    if runs and all(run.placement.stripe is None for run in runs):
+        members = runs[0].placement.members
+        if all(run.placement.members == members for run in runs):  # as where heads are divided: all have the same rows
+            storing = tuple([Run(run.sequence, run.start, run.count) for run in runs])
+            count = sum(run.count for run in runs)
+            return dict.fromkeys(sorted(members), MemberRows(StepPlan(storing, (), count), range(count)))
     parts: dict[int, _Parts] = {}
     row = 0
     for run in runs:

@@ -42,6 +42,14 @@ class StepPlan:
         return sum(run.count for run in self.storing)
 
     @cached_property
+    def packed(self) -> bytes:
+        """Return the plan as it is sent: a header, the runs, and the member ids of ``answers``."""
+        runs = (*self.storing, *self.reading)
+        head = _PLAN.pack(len(self.storing), len(self.reading), self.whole, len(self.answers))
+        packed = b"".join([_RUN.pack(run.sequence, run.start, run.count) for run in runs])
+        return head + packed + array(_MEMBER, self.answers).tobytes()
+
+    @cached_property
     def rows(self) -> int:
         """Return the number of all rows."""
         return self.stored_rows + sum(run.count for run in self.reading)
@@ -50,14 +58,6 @@ class StepPlan:
 def plan_bytes(max_rows: int, layers: int) -> int:
     """Return the bytes of the largest step plan."""
     return _PLAN.size + layers * array(_MEMBER).itemsize + max_rows * _RUN.size
-
-
-def pack_plan(plan: StepPlan) -> bytes:
-    """Return the bytes of a step plan: a header, the runs, and the member ids of ``answers``."""
-    runs = (*plan.storing, *plan.reading)
-    head = _PLAN.pack(len(plan.storing), len(plan.reading), plan.whole, len(plan.answers))
-    packed = b"".join(_RUN.pack(run.sequence, run.start, run.count) for run in runs)
-    return head + packed + array(_MEMBER, plan.answers).tobytes()
 
 
 def unpack_plan(buffer: memoryview, max_rows: int, layers: int) -> StepPlan:

@@ -47,4 +47,9 @@ class Tag(NamedTuple):
         return cls(kind, tag >> 24 & 31, tag >> 14 & 1023, tag & STEP_MASK)
 
 
+def slot_of(tag: int) -> int:
+    """The batch slot of a packed tag."""
+    return tag >> 24 & 31
+
+
 STEP_MASK = 2**14 - 1

@@ -52,11 +52,14 @@ def key_value(part: Tensor, layer: LayerShape, tokens: int, start: int = 0) -> t
 class StepViews:
     """Holds the rows of a step in the regions between a compute node and a memory node, for layers of one shape.
 
-    ``q`` [rows, Hq, Dk]; of those that are stored ``k`` [rows, Hkv, Dk] and ``v`` [rows, Hkv, Dv]; ``whole`` [rows, Hq,
-    Dv] and ``partial`` of the answer; and the bytes of each write.
+    ``q`` [rows, Hq, Dk] consists of ``stored_q`` and ``read_q``, of the rows that are stored and of the others. The
+    rows that are stored have ``k`` [rows, Hkv, Dk] and ``v`` [rows, Hkv, Dv]. The answer has ``whole`` [rows, Hq, Dv]
+    and ``partial``. The other fields are the bytes of each write.
     """
 
     q: Tensor
+    stored_q: Tensor
+    read_q: Tensor
     q_bytes: int
     k: Tensor
     v: Tensor
@@ -81,4 +84,6 @@ class StepViews:
         numbers = output[start : max(start, stop)].view(torch.float32)
         o = shaped(numbers, (partials, layer.q_heads, layer.v_dim))
         partial = Partial(o, shaped(numbers, (partials, layer.q_heads), o.numel()))
-        return cls(q, q.nbytes, k, v, k.nbytes + v.nbytes, whole, partial, stop)
+        return cls(
+            q, q[: told.stored_rows], q[told.stored_rows :], q.nbytes, k, v, k.nbytes + v.nbytes, whole, partial, stop
+        )

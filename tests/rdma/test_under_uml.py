@@ -52,7 +52,7 @@ def test_inside(file: Path) -> None:
 @pytest.mark.parametrize(
     "tests",
     [
-        ("tests/cluster/test_requests.py", "-k", "batch_holds or position or aborts or cancelling or dies"),
+        ("tests/cluster/test_requests.py",),
         ("tests/cluster/test_families.py", "-k", "llama-2 or llama-3"),
     ],
     ids=["requests", "tokens"],

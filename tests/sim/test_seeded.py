@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import lamina
 from lamina.config import PipelineConfig
-from tests import harness
-from tests.families import FAMILIES, VOCABULARY
+from lamina.sim.cluster import SimCluster
+from tests.families import VOCABULARY
+from tests.sim.clusters import make_config, simulate
 
 CONTEXT = 192
 PROMPTS = 7
@@ -32,39 +30,14 @@ def settings(i: int) -> dict[str, Any]:
     return {**SETTINGS[i % len(SETTINGS)], "seed": i // 2, "max_tokens": 60}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return FAMILIES["llama"].save(tmp_path_factory.mktemp("llama") / "checkpoint")
-
-
-@contextlib.asynccontextmanager
-async def cluster(
-    folder: Path, checkpoint: Path, memory: int, pipeline: PipelineConfig
-) -> AsyncIterator[lamina.Client]:
-    """A client of a cluster with two memory nodes."""
-    config = harness.write_config(
-        folder,
-        checkpoint,
-        harness.free_ports(2),
-        memory=memory,
-        context=CONTEXT,
-        pipeline=pipeline,
-    )
-    nodes = [harness.start_node(config, name) for name in ("m0", "m1", "c0")]
-    with harness.running(*nodes):
-        await harness.ready(config, nodes[-1])
-        async with harness.client(config) as client:
-            yield client
-        assert nodes[-1].stop() == 0
-
-
-@pytest.mark.parametrize("batches", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_full_batch_changes_no_token(batches: int, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_full_batch_changes_no_token(batches: int, llama: Path) -> None:
     """Alone, one after the other, and then all together among greedy ones, prompts in chunks."""
+    pipeline = PipelineConfig(batches=batches, max_batch=8, prefill_tokens=24)
+    config = make_config(llama, memory=8 << 20, context=CONTEXT, pipeline=pipeline)
 
-    async def main() -> None:
-        pipeline = PipelineConfig(batches=batches, max_batch=8, prefill_tokens=24)
-        async with cluster(tmp_path, checkpoint, 8 << 20, pipeline) as client:
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
             alone = [(await client.generate(prompt, **settings(i))).tokens for i, prompt in enumerate(ASKED)]
             mates = [asyncio.create_task(client.generate([i], max_tokens=60)) for i in range(8 * batches - PROMPTS)]
             answers = await asyncio.gather(*(client.generate(p, **settings(i)) for i, p in enumerate(ASKED)))
@@ -73,16 +46,17 @@ def test_a_full_batch_changes_no_token(batches: int, checkpoint: Path, tmp_path:
             other = await client.generate(ASKED[0], **{**settings(0), "seed": 99})
             assert other.tokens != alone[0]
 
-    asyncio.run(main())
+    simulate(config, work)
 
 
-@pytest.mark.parametrize("partition", ["heads", pytest.param("requests", marks=pytest.mark.slow)])
-def test_preemption_changes_no_token(partition: str, checkpoint: Path, tmp_path: Path) -> None:
-    """Of a request that loses its space to those of a higher priority, and goes on when they are answered."""
+@pytest.mark.parametrize("partition", ["heads", "requests"])
+def test_preemption_changes_no_token(partition: str, llama: Path) -> None:
+    """A request loses its space to those of a higher priority, and goes on when they are answered."""
+    pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition)
+    config = make_config(llama, memory=448 << 10, context=CONTEXT, pipeline=pipeline)
 
-    async def main() -> None:
-        pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition)
-        async with cluster(tmp_path, checkpoint, 448 << 10, pipeline) as client:
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
             for i in range(len(SETTINGS)):
                 own = {**settings(i), "max_tokens": 150}
                 alone = await client.generate(ASKED[i], **own)
@@ -92,4 +66,18 @@ def test_preemption_changes_no_token(partition: str, checkpoint: Path, tmp_path:
                 assert (await client.status()).preemptions > before
                 assert together.tokens == alone.tokens
 
-    asyncio.run(main())
+    simulate(config, work)
+
+
+def test_without_a_seed_chance_is_the_hosts(llama: Path) -> None:
+    """Two requests without a seed differ, and a second run of the same world gives both again."""
+    config = make_config(llama, context=CONTEXT)
+
+    async def work(cluster: SimCluster) -> list[list[int]]:
+        async with cluster.client() as client:
+            return [(await client.generate([1, 2], max_tokens=20, temperature=1.0)).tokens for _ in range(2)]
+
+    first, again, other = (simulate(config, work, seed=seed) for seed in (1, 1, 2))
+    assert first[0] != first[1]
+    assert first == again
+    assert first != other

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cluster.raw import RawCompute, raw_compute, status
 
 from lamina.attention import LayerShape, Run, attend
 from lamina.wire.plan import StepPlan
 from lamina.wire.tags import Kind
 from lamina.wire.tenants import Publish, Refused, Reserved
 from tests import harness
-from tests.cluster.raw import RawCompute, raw_compute, status
 from tests.harness import eventually
 
 SHAPE = LayerShape(q_heads=4, kv_heads=2, qk_dim=16, v_dim=16, scale=0.25)

@@ -1,0 +1,105 @@
+"""Random runs of random clusters: accounts are exact in the end, losses are named, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.families import FAMILIES
+from tests.sim import chance
+from tests.sim.chance import CONTEXT, Loss, digest, run_loss, run_traffic
+
+SEEDS_OF_TRAFFIC, SEEDS_OF_LOSSES = 24, 120
+SLOW_SEEDS_OF_TRAFFIC, SLOW_SEEDS_OF_LOSSES = 400, 4000
+GROUPS = 6
+"""Tests that share the seeds, so that several processes can."""
+
+
+def shared(start: int, seeds: int) -> list[range]:
+    """``seeds`` seeds from ``start`` on, divided among ``GROUPS`` tests."""
+    ends = [start + seeds * group // GROUPS for group in range(GROUPS + 1)]
+    return [range(*ends) for ends in pairwise(ends)]
+
+
+def with_slow(default: int, slow: int) -> list[object]:
+    return [*shared(0, default), *(pytest.param(seeds, marks=pytest.mark.slow) for seeds in shared(default, slow))]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama") / "checkpoint"
+    return FAMILIES["llama"].save(path, num_hidden_layers=3, max_position_embeddings=CONTEXT)
+
+
+@pytest.mark.parametrize("seeds", with_slow(SEEDS_OF_TRAFFIC, SLOW_SEEDS_OF_TRAFFIC), ids=str)
+def test_every_request_is_answered_and_every_block_comes_back(seeds: range) -> None:
+    """Whatever the cluster, with requests that come at random, are given up, and preempt each other."""
+    steps = preemptions = 0
+    for seed in seeds:
+        traffic = run_traffic(seed)
+        for asked in traffic.asked:
+            assert asked.error is None, f"seed {seed}: {asked.error}"
+            assert asked.is_answered or asked.cancelled, f"seed {seed}: {asked}"
+        steps += traffic.steps
+        preemptions += traffic.preemptions
+    assert steps > 100 * len(seeds)
+    assert preemptions > 0
+
+
+@pytest.mark.parametrize("seeds", with_slow(SEEDS_OF_LOSSES, SLOW_SEEDS_OF_LOSSES), ids=str)
+def test_whatever_is_lost_and_whenever(seeds: range) -> None:
+    """Every request ends, with its tokens or with an error that names the lost node; every node ends."""
+    struck = 0
+    for seed in seeds:
+        loss = run_loss(seed)
+        for asked in loss.asked:
+            if asked.error is None:
+                assert asked.is_answered or asked.cancelled, f"{loss}: {asked}"
+            else:
+                assert names(loss, str(asked.error), asked.at_s), f"{loss}: {asked}"
+                struck += 1
+        front = loss.ended["c0"]
+        if loss.ready and loss.victim != "c0":
+            assert names(loss, str(front), 0.0), f"{loss}: the front ended with {front!r}"
+    assert struck > len(seeds)
+
+
+def names(loss: Loss, message: str, asked_s: float) -> bool:
+    """Whether an error says which node was lost. The front leaves then, so later requests may find it gone."""
+    role = "compute" if loss.victim.startswith("c") else "memory"
+    if f"{role} node {loss.victim} was lost: " in message:
+        return True
+    return asked_s > loss.at_s and "compute node c0 was lost: " in message
+
+
+@pytest.mark.parametrize("model", ["empty", "llama"])
+def test_one_seed_one_trace(model: str, checkpoint: Path) -> None:
+    """Two runs with one seed have the same trace, to the byte: with models that compute nothing and with real ones."""
+    path = checkpoint if model == "llama" else model
+    first, again, other = (run_traffic(seed, path, requests=8, tracing=True) for seed in (3, 3, 4))
+
+    assert len(first.trace) > 2000
+    assert first.trace == again.trace
+    assert [asked.tokens for asked in first.asked] == [asked.tokens for asked in again.asked]
+    assert first.trace != other.trace
+
+
+@pytest.mark.parametrize("model", ["empty", "llama"])
+def test_one_seed_one_trace_in_every_process(model: str, checkpoint: Path) -> None:
+    """Neither the hashes of strings nor addresses of objects nor numbers of processes have any effect."""
+    path = str(checkpoint) if model == "llama" else model
+    here = digest(run_traffic(5, path, tracing=True).trace)
+    for hash_seed in ("1", "2"):
+        answer = subprocess.run(
+            [sys.executable, chance.__file__, "5", path],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert answer.stdout.strip() == here

@@ -1,0 +1,356 @@
+"""What clients can ask of a cluster, and what happens when they leave or ask for the impossible."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lamina.client import Client, Completion
+from lamina.config import PipelineConfig
+from lamina.demo.run import CHECKPOINT as DEMO
+from lamina.errors import CapacityError, LaminaError, RequestError
+from lamina.sim.cluster import SimCluster
+from lamina.transport import Hello
+from lamina.wire.admin import AskStatus
+from lamina.wire.codec import encode
+from lamina.wire.requests import Generate, Request
+from tests.families import MAX_CONTEXT, VOCABULARY
+from tests.oracle import Agreement, Oracle
+from tests.sim.clusters import (
+    eventually,
+    is_idle,
+    make_config,
+    settled,
+    simulate,
+    statuses,
+    whole_blocks,
+)
+
+SEED = 11
+MANY = 10_000
+
+
+def ask(llama: Path | str, work: Callable[[Client], Awaitable[None]]) -> None:
+    """Run ``work`` with a client of a cluster with two batches in flight, and prompts in chunks shorter than they are.
+    Then no KV cache may be left in use on any node."""
+    pipeline = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, max_waiting=16)
+
+    async def with_client(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            await work(client)
+
+    simulate(make_config(llama, memory=2 << 20, pipeline=pipeline), with_client)
+
+
+def prompts(count: int, longest: int = 120) -> list[list[int]]:
+    chosen = random.Random(SEED)
+    return [[chosen.randrange(VOCABULARY) for _ in range(chosen.randint(1, longest))] for _ in range(count)]
+
+
+def test_more_requests_than_a_batch_holds(llama: Path, oracle: Oracle, agreement: Agreement) -> None:
+    """Continuous admission over two batches in flight, prompts in chunks among decoding: all answers are right."""
+
+    async def work(client: Client) -> None:
+        asked = prompts(12)
+        answers = await asyncio.gather(*(client.generate(p, max_tokens=5 + i) for i, p in enumerate(asked)))
+        for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+            assert (len(answer.tokens), answer.finish_reason) == (5 + i, "length")
+            assert answer.prompt_tokens == len(prompt)
+            agreement.check(oracle, prompt, answer.tokens, f"request {i}")
+
+    ask(llama, work)
+
+
+def test_sampling_depends_on_seed_and_position_alone(llama: Path) -> None:
+    """Alone or among others, a seeded request gets the same tokens; another seed gives others."""
+
+    async def work(client: Client) -> None:
+        settings = {"max_tokens": 20, "temperature": 1.2, "top_k": 50, "top_p": 0.95}
+        prompt, *others = prompts(7, longest=30)
+        alone = await client.generate(prompt, seed=3, **settings)
+        together, other, *_ = await asyncio.gather(
+            client.generate(prompt, seed=3, **settings),
+            client.generate(prompt, seed=4, **settings),
+            *(client.generate(p, seed=5, **settings) for p in others),
+        )
+        assert together.tokens == alone.tokens
+        assert other.tokens != alone.tokens
+        greedy = await client.generate(prompt, max_tokens=20)
+        first_only = await client.generate(prompt, seed=9, **{**settings, "top_k": 1})
+        assert first_only.tokens == greedy.tokens
+
+    ask(llama, work)
+
+
+def test_leaving_the_iterator_aborts() -> None:
+    """By break, by closing and by cancellation; the KV cache is free again on every node."""
+
+    async def work(client: Client) -> None:
+        prompt = [1, 2, 3]
+        async for _ in client.stream(prompt, max_tokens=300):
+            break
+        async with client.stream(prompt, max_tokens=300) as stream:
+            await anext(stream)
+        task = asyncio.create_task(client.generate(prompt, max_tokens=300))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.01)
+        assert (await client.status()).requests_running == 0
+
+    ask("empty", work)
+
+
+def test_giving_up_on_a_status_harms_no_request() -> None:
+    """Its answer comes when it is not awaited any more."""
+
+    async def work(client: Client) -> None:
+        stream = client.stream([1, 2, 3], max_tokens=20)
+        await anext(stream)
+        asked = asyncio.create_task(client.status())
+        await asyncio.sleep(0)
+        asked.cancel()
+        assert len([token async for token in stream]) == 19
+
+    ask("empty", work)
+
+
+def test_cancelling_at_any_moment_harms_no_other(llama: Path, oracle: Oracle, agreement: Agreement) -> None:
+    """While waiting, in mid-prompt and in mid-answer; the others' tokens stay right."""
+
+    async def work(client: Client) -> None:
+        chosen = random.Random(SEED)
+        asked = prompts(14)
+
+        async def one(i: int) -> None:
+            if i % 2:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(client.generate(asked[i], max_tokens=300), 0.05 * chosen.random())
+            else:
+                answer = await client.generate(asked[i], max_tokens=12)
+                agreement.check(oracle, asked[i], answer.tokens, f"request {i}")
+
+        await asyncio.gather(*(one(i) for i in range(len(asked))))
+
+    ask(llama, work)
+
+
+@pytest.mark.parametrize("leaves", ["killed", "cut off", "frozen"])
+def test_a_client_that_is_lost_frees_its_requests(leaves: str) -> None:
+    """No goodbye is needed; one that is silent is forgiven for a while."""
+
+    async def work(cluster: SimCluster) -> None:
+        network = cluster.world.network
+        async with cluster.client() as client:
+            asked = [asyncio.create_task(client.generate([i], max_tokens=400)) for i in range(6)]
+            await asyncio.sleep(0.02)
+            assert (await client.status()).requests_running == 6
+            if leaves == "killed":
+                network.kill("client")
+            elif leaves == "frozen":
+                network.freeze("client")
+            else:
+                network.cut("client", "c0")
+            await eventually(lambda: is_idle(cluster), 60)
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+            network.thaw("client")
+            network.mend("client", "c0")
+        async with cluster.client() as client:
+            assert len((await client.generate([1], max_tokens=2)).tokens) == 2
+
+    simulate(make_config(pipeline=PipelineConfig(batches=2, prefill_tokens=24)), work)
+
+
+IMPOSSIBLE: list[tuple[list[int] | str, dict[str, Any], str]] = [
+    ([], {}, "the prompt is empty"),
+    ([1] * MAX_CONTEXT, {}, f"the prompt has {MAX_CONTEXT} tokens, the context is {MAX_CONTEXT}"),
+    ([1, 2], {"max_tokens": MAX_CONTEXT}, f"ask for at most {MAX_CONTEXT - 2}"),
+    ([1, VOCABULARY], {}, f"token {VOCABULARY} at position 1"),
+    ("text", {}, "no tokenizer.json"),
+    ("a" * 2**21, {}, "the prompt is too long to be sent"),
+    ([1], {"temperature": -1.0}, "temperature: expected float >= 0"),
+    ([1], {"top_p": 1.5}, "top_p: expected float <= 1"),
+    ([1], {"max_tokens": 0}, "max_tokens: expected int >= 1"),
+    ([1], {"seed": -1}, "seed: expected int >= 0"),
+    ([-1], {}, "prompt[0]: expected int >= 0, got -1"),
+]
+
+
+def test_an_impossible_request_is_refused_alone(llama: Path) -> None:
+    """A sentence says what is wrong, while another request on the same connection goes on."""
+
+    async def work(client: Client) -> None:
+        for prompt, settings, message in IMPOSSIBLE:
+            good = asyncio.create_task(client.generate([1, 2, 3], max_tokens=10))
+            with pytest.raises(RequestError) as caught:
+                await client.generate(prompt, **settings)
+            assert message in str(caught.value)
+            assert len((await good).tokens) == 10
+
+    ask(llama, work)
+
+
+def test_a_client_after_its_end() -> None:
+    """Says so, and does not wait."""
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            pass
+        with pytest.raises(LaminaError, match="closed"):
+            await client.generate([1])
+
+    simulate(make_config(), work)
+
+
+def test_other_nodes_send_clients_away() -> None:
+    """A memory node, and a compute node that is not the front; both instead of leaving them to wait."""
+    config = make_config(compute=(None, None))
+
+    async def refusal(cluster: SimCluster, name: str) -> str:
+        address, hello = config.find(name).address, Hello("client", "astray")
+        client = Client(await cluster.world.network.connect(address, hello, config.options(), deadline_s=1))
+        with pytest.raises(RequestError) as refused:
+            await client.generate([1])
+        await client.close()
+        return str(refused.value)
+
+    async def work(cluster: SimCluster) -> None:
+        assert await refusal(cluster, "m0") == "m0 is a memory node; clients talk to the compute node"
+        assert await refusal(cluster, "c1") == f"c1 is not the front; clients talk to c0 at {config.front.address}"
+
+    simulate(config, work)
+
+
+# -- what is kept for clients is bounded
+
+
+async def ask_for_one(client: Client, i: int, text: str = "") -> str:
+    """How one of many small requests ends."""
+    try:
+        return (await client.generate(text or [1 + i % 50], max_tokens=1)).finish_reason
+    except CapacityError as e:
+        hint = "" if (e.retry_after_s or 0) >= 1 else ", and no hint"
+        return str(e).split(";")[0] + hint
+
+
+def test_ten_thousand_requests_are_refused_beyond_the_limit() -> None:
+    """At once, each with a hint when to ask again; a request that is being answered goes on, and a later one is
+    taken."""
+    config = make_config(pipeline=PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, max_waiting=64))
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client, cluster.client() as flooding:
+            stream = client.stream([1, 2, 3], max_tokens=200)
+            await anext(stream)
+            asked = [asyncio.create_task(ask_for_one(flooding, i)) for i in range(MANY)]
+            await asyncio.sleep(0.01)
+            assert (await client.status()).requests_waiting <= 64
+            ends = Counter(await asyncio.gather(*asked))
+            assert set(ends) == {"length", "64 requests are waiting already, the limit is 64"}
+            assert 64 <= ends["length"] < MANY
+            assert len([token async for token in stream]) == 199
+            assert await ask_for_one(client, 0) == "length"
+
+    simulate(config, work)
+
+
+def test_texts_that_become_tokens_count_as_waiting() -> None:
+    """They are refused before that, beyond the limit; those that were taken are answered."""
+    pipeline = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, max_waiting=16)
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            ends = Counter(await asyncio.gather(*(ask_for_one(client, i, "Once upon a time") for i in range(500))))
+            assert set(ends) == {"length", "16 requests are waiting already, the limit is 16"}
+            assert ends["length"] >= 16
+            assert await ask_for_one(client, 0, "The end") == "length"
+
+    simulate(make_config(DEMO, pipeline=pipeline), work)
+
+
+def test_a_full_queue_refuses() -> None:
+    """The limit is told; what was taken is answered."""
+
+    async def work(client: Client) -> None:
+        asked = [asyncio.create_task(client.generate([1, 2], max_tokens=30)) for _ in range(40)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [a for a in answers if isinstance(a, CapacityError)]
+        assert refused
+        assert "the limit is 16; retry in " in str(refused[0])
+        assert (refused[0].retry_after_s or 0) >= 1
+        assert all(len(a.tokens) == 30 for a in answers if isinstance(a, Completion))
+        assert len(refused) < len(answers)
+
+    ask("empty", work)
+
+
+def test_a_client_that_stops_reading_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    """When it has left some megabytes unread: its requests are cancelled, and another client's go on."""
+    config = make_config(pipeline=PipelineConfig(batches=2, max_batch=8, prefill_tokens=24))
+
+    async def work(cluster: SimCluster) -> None:
+        network = cluster.world.network
+        async with cluster.client() as client:
+            stream = client.stream([1, 2, 3], max_tokens=400)
+            await anext(stream)
+            deaf = await network.connect(config.front.address, Hello("client", "deaf"), config.options(), deadline_s=1)
+            for i in range(4):
+                deaf.send(encode(Generate(id=i, request=Request([i + 1], 500))))
+            await asyncio.sleep(0.02)
+            assert (await client.status()).requests_running == 5
+            # Its answers would fill the buffers in a while; what else it asks for does so at once. A client that
+            # stands still takes nothing that was sent to it.
+            for _ in range(40_000):
+                deaf.send(encode(AskStatus()))
+            await asyncio.sleep(0.001)
+            network.freeze("deaf")
+
+            async def cancelled() -> bool:
+                return (await client.status()).requests_running <= 1
+
+            await eventually(cancelled, 2.0)
+            assert "bytes are left unread" in caplog.text
+            assert len([token async for token in stream]) == 399
+            network.kill("deaf")
+
+    simulate(config, work)
+
+
+@pytest.mark.parametrize("partition", ["heads", "requests"])
+def test_cancelling_in_the_middle_of_a_prompt_frees_every_block(partition: str) -> None:
+    """The account of every node is exact while the prompt goes through the slices, and afterwards."""
+    prompt = [i % 50 for i in range(MAX_CONTEXT - 10)]
+    pipeline = PipelineConfig(batches=2, max_batch=4, prefill_tokens=1, partition=partition)
+    config = make_config(pipeline=pipeline)
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            async with cluster.client() as leaving:
+                asked = [asyncio.create_task(leaving.generate(prompt, max_tokens=8)) for _ in range(2)]
+                stream = client.stream([1, 2, 3], max_tokens=60)
+                await anext(stream)  # a step or more after the others have begun
+                states = await statuses(cluster, ["m0", "m1"])
+                holding = [s.kv_tokens_total - s.kv_tokens_free for s in states]
+                assert sum(holding) >= 2 * whole_blocks(len(prompt) + 8)
+                assert sum(s.sequences for s in states) == (6 if partition == "heads" else 3)
+                tokens = (await client.status()).tokens_generated
+                assert not any(task.done() for task in asked)
+                asked[0].cancel()
+                await asyncio.gather(asked[0], return_exceptions=True)
+            # The client that left cancelled the other one.
+            assert len([token async for token in stream]) == 59
+            await settled(cluster)
+            assert (await client.status()).tokens_generated - tokens <= 60
+            # All of it can be had again.
+            assert (await client.generate([1], max_tokens=MAX_CONTEXT - 1)).finish_reason == "length"
+
+    simulate(config, work)
