@@ -329,5 +329,5 @@ def _index(rows: Sequence[int], step_rows: int = -1) -> Index:
 
 
 def _rows_of(values: Tensor, index: Index) -> Tensor:
-    """Some rows of a tensor. All of them are the tensor itself: a view costs a microsecond in every layer."""
+    """Return some rows of a tensor. All of them are the tensor itself: a view costs a microsecond in every layer."""
     return values if index is ALL else values[index]

@@ -223,7 +223,7 @@ class Intake:
     # -- inside
 
     def _with_seed(self, request: Request) -> Request:
-        """The request with a seed: its own, else a random one, which a greedy answer does not need."""
+        """Return the request with a seed: its own, else a random one, which a greedy answer does not need."""
         if request.sampling.seed is not None:
             return request
         seed = self._random.getrandbits(63) if request.sampling.temperature else 0

@@ -256,7 +256,7 @@ class ComputeNode:
             self._monitor.take(link)
 
     def intake(self) -> Intake:
-        """Where requests go in this process; NodeError while the node is starting, or if it is not the front."""
+        """Return the intake of this node; raise NodeError while the node is starting, or if it is not the front."""
         if self._front is None:
             waiting = sorted(self._rendezvous.waiting_for)
             missing = f"; it waits for {', '.join(waiting)}" if waiting else ""

@@ -48,7 +48,7 @@ class Tag(NamedTuple):
 
 
 def slot_of(tag: int) -> int:
-    """The batch slot of a packed tag."""
+    """Return the batch slot of a packed tag."""
     return tag >> 24 & 31
 
 
