@@ -15,7 +15,7 @@ from lamina.attention.blocks import BlockPool, check_key
 from lamina.attention.layout import KVLayout, LayerGroup, LayerShape, window_blocks
 from lamina.attention.placement import BlockPlacement, BlockReservation, Integers
 from lamina.attention.pool import ALIGNMENT, ExtentPool, most_blocks
-from lamina.attention.rows import Rows
+from lamina.attention.rows import Rows, Run
 from lamina.errors import CapacityError, UsageError
 
 T = TypeVar("T", bound=np.generic)
@@ -218,6 +218,12 @@ class KVCache:
     def complete(self, sequence: int) -> int:
         """Return how many leading positions of a sequence are stored in every layer."""
         return int(self._filled[:, self._reservation(sequence).slot].min())
+
+    def behind(self, runs: Sequence[Run]) -> tuple[Run, ...]:
+        """Return the runs before whose start some position is not stored yet in some layer."""
+        slots = np.array([self._reservation(run.sequence).slot for run in runs], dtype=np.int64)
+        late = self._filled[:, slots].min(axis=0) < np.array([run.start for run in runs], dtype=np.int64)
+        return tuple(run for run, is_late in zip(runs, late.tolist(), strict=True) if is_late) if late.any() else ()
 
     # -- prompts that are shared
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lamina.errors import UsageError
 
@@ -28,6 +28,8 @@ class Rows:
     """
 
     runs: tuple[Run, ...]
+    tokens: int = field(init=False, compare=False, repr=False)
+    """The step has this many rows, T in the shapes of this package."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -39,8 +41,4 @@ class Rows:
             if run.sequence in seen:
                 raise UsageError(f"sequence {run.sequence} has two runs in one step; expected one")
             seen.add(run.sequence)
-
-    @property
-    def tokens(self) -> int:
-        """The step has this many rows, T in the shapes of this package."""
-        return sum(run.count for run in self.runs)
+        object.__setattr__(self, "tokens", sum(run.count for run in self.runs))  # read in every layer

@@ -99,6 +99,17 @@ def exchange(
 
 
 @app.command()
+def simulate(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option(help="Measure fewer steps of the smaller clusters.")] = False,
+) -> None:
+    """Measure how many steps a second a simulated cluster makes when nothing is computed."""
+    from lamina.bench.simulate import run
+
+    run(as_json=as_json, quick=quick)
+
+
+@app.command()
 def pipeline(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[

@@ -21,8 +21,6 @@ from typing import Any
 
 import msgspec
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from lamina.admin import AdminClient
@@ -68,13 +66,13 @@ PEER_TIMEOUT_S, CONNECT_S = 20.0, 30.0
 COLUMNS = {
     "cores": "cores",
     "batch": "batch",
-    "batches": "in flight",
-    "exchange_us": "µs per exchange",
-    "per_s": "exchanges/s",
+    "batches": "flight",
+    "exchange_us": "µs",
+    "per_s": "per s",
     "compute_us": "compute",
-    "attention_us": "attention",
+    "attention_us": "attend",
     "outside_us": "outside",
-    "round_trip_us": "round trip",
+    "round_trip_us": "bare µs",
     "ratio": "ratio",
 }
 
@@ -94,7 +92,7 @@ def _measure(*, quick: bool) -> list[report.Row]:
     places = [(near, far)] if quick or near < 0 else [(near, near), (near, far)]
     seconds = MEASURE_S / 4 if quick else MEASURE_S
     points = list(product(BATCHES, FLIGHTS))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with report.progress() as progress:
         task = progress.add_task("exchange", total=len(places) * len(points))
         for cpus in places:
             trips = {batch: _round_trip_us(batch, cpus) for batch in BATCHES}

@@ -1,4 +1,4 @@
-"""Asks a running node for its status, traces and measurements, as `lamina up`, `doctor`, `trace` and benchmarks do."""
+"""Ask a running node for its status, traces and measurements, as `lamina up`, `doctor`, `trace` and benchmarks do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lamina.wire.questions import Questions
 
 
 class AdminClient:
-    """A link to one node, over which it is asked. Every method raises TransportError if the node is lost."""
+    """Asks one node over a link. Every method raises TransportError if the node is lost."""
 
     def __init__(self, link: Link) -> None:
         """Nothing may be delivered from ``link`` yet."""
@@ -27,20 +27,20 @@ class AdminClient:
     async def connect(
         cls, address: Address, options: Options, *, name: str, deadline_s: float, network: Network | None = None
     ) -> AdminClient:
-        """Reach the node at ``address`` within ``deadline_s`` seconds; ConnectError if it does not answer.
+        """Reach the node at ``address`` within ``deadline_s`` seconds; raise ConnectError if it does not answer.
 
-        ``name`` stands in the node's log, and ``options`` have the kind "control".
+        ``name`` appears in the node's log, and ``options`` have the kind "control".
         """
         network = network or Sockets()
         return cls(await network.connect(address, Hello("monitor", name), options, deadline_s=deadline_s))
 
     @property
     def peer(self) -> Hello:
-        """What the node said about itself when the link was made."""
+        """Return what the node said about itself when the link was made."""
         return self._link.info.peer
 
     async def status(self) -> Status:
-        """The node's state and counters."""
+        """Return the node's state and counters."""
         status: Status = await self._questions.ask(AskStatus(), Status)
         return status
 
@@ -49,17 +49,17 @@ class AdminClient:
         await self._questions.ask(Record(seconds=seconds), Spans)
 
     async def spans(self, count: int) -> Spans:
-        """The oldest ``count`` spans that were recorded and not given out yet. The recording ends."""
+        """Stop the recording, and return the oldest ``count`` spans that were not given out yet."""
         spans: Spans = await self._questions.ask(AskSpans(count=count), Spans)
         return spans
 
     async def probe(self, node: str, kind: Literal["rdma", "shm", "tcp"]) -> Probed:
-        """Have a compute node measure the way to a memory node of its file, by one transport."""
+        """Have a compute node measure its link to a memory node of its file, over one transport."""
         probed: Probed = await self._questions.ask(Probe(node=node, kind=kind), Probed)
         return probed
 
     async def close(self) -> None:
-        """Leave."""
+        """Close the link."""
         await self._link.close()
 
     def abort(self, reason: str) -> None:

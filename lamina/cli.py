@@ -1,4 +1,4 @@
-"""The ``lamina`` command."""
+"""Run the ``lamina`` command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class WholeHelp(TyperGroup):
-    """A group whose help lists every command with its whole description, where Typer would shorten it."""
+    """Lists every command in the help with its whole description, which Typer would shorten."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the list of commands."""

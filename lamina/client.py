@@ -1,4 +1,4 @@
-"""The Python client: ``async with lamina.connect("tcp://127.0.0.1:7070") as client``."""
+"""Python programs use this client: ``async with lamina.connect("tcp://127.0.0.1:7070") as client``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Token(NamedTuple):
-    """One generated token. ``text`` is what it completes; it may be empty."""
+    """Holds one generated token. ``text`` is what the token completes, and may be empty."""
 
     id: int
     text: str
@@ -36,7 +36,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer. ``finish_reason`` is "stop" (an end-of-sequence token) or "length"."""
+    """Holds a whole answer. ``finish_reason`` is "stop" (an end-of-sequence token) or "length"."""
 
     text: str
     tokens: list[int]
@@ -53,11 +53,11 @@ async def connect(
     deadline_s: float = 10.0,
     peer_timeout: float = 2.0,
 ) -> AsyncIterator[Client]:
-    """A client of the front at ``address``, such as ``tcp://127.0.0.1:7070``.
+    """Connect to the front at ``address``, such as ``tcp://127.0.0.1:7070``.
 
     ``secret`` is the cluster's secret, or the file that holds it, and ``tls`` (from ``lamina.transport``) names this
-    client's certificate, where the cluster has these. ConnectError if there is no answer within ``deadline_s`` seconds;
-    after ``peer_timeout`` seconds of silence the front is lost. Leaving the block cancels what still runs.
+    client's certificate, if the cluster has these. Raises ConnectError if there is no answer within ``deadline_s``
+    seconds; after ``peer_timeout`` seconds of silence the front is lost. Leaving the block cancels what still runs.
     """
     if isinstance(secret, Path):
         secret = read_secret(secret)
@@ -73,7 +73,7 @@ async def connect(
 
 
 class Client:
-    """A connection to the front. Any number of requests may run on it at the same time."""
+    """A client holds a connection to the front. Any number of requests may run on it at the same time."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -96,7 +96,7 @@ class Client:
         share_prefix: bool = True,
         salt: str = "",
     ) -> Stream:
-        """Tokens of the answer as they come: ``async for token in client.stream(...)``.
+        """Stream the tokens of an answer: ``async for token in client.stream(...)``.
 
         ``prompt`` is text or token ids. With ``max_tokens`` None the answer may fill the context. Temperature 0 is
         greedy; with a ``seed`` the same request gets the same tokens. The waiting request with the highest ``priority``
@@ -109,14 +109,14 @@ class Client:
         return Stream(self, Generate(id=next(self._ids), request=request))
 
     async def generate(self, prompt: str | Sequence[int], **settings: Any) -> Completion:
-        """The whole answer. ``settings`` are those of ``stream``."""
+        """Return the whole answer. ``settings`` are those of ``stream``."""
         async with self.stream(prompt, **settings) as stream:
             tokens = [token async for token in stream]
             text = "".join(token.text for token in tokens) + stream.held_back
             return Completion(text, [t.id for t in tokens], stream.finish_reason, stream.prompt_tokens)
 
     async def status(self) -> Status:
-        """State and counters of the front."""
+        """Return the state and the counters of the front."""
         status: Status = await self._questions.ask(AskStatus())
         return status
 
@@ -158,12 +158,12 @@ class Client:
 
 
 class Stream:
-    """The tokens of one answer: an asynchronous iterator and context manager.
+    """A stream gives the tokens of one answer. It is an asynchronous iterator and context manager.
 
-    After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character)
-    are set. ``aclose``, leaving an ``async with`` on it, cancelling the task that waits for a token, or dropping the
-    last reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its
-    KV cache on every node.
+    After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character) are
+    set. ``aclose``, leaving an ``async with`` on it, cancelling the task that waits for a token, or dropping the last
+    reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its KV
+    cache on every node.
     """
 
     def __init__(self, client: Client, generate: Generate) -> None:
@@ -231,7 +231,7 @@ class Stream:
 
 
 def _checked(value: S) -> S:
-    """The value, if it fits its own type; RequestError names the field that does not."""
+    """Return the value if it fits its own type. A RequestError names the field that does not."""
     plain = msgspec.to_builtins(value)
     try:
         msgspec.convert(plain, type(value))
@@ -246,7 +246,7 @@ def _abort(client: Client, id_: int) -> None:
 
 
 def _error(failure: Failed) -> LaminaError:
-    """The error that a node reported, as the class that it raised."""
+    """Return the error that a node reported, in the class that it raised."""
     kind = getattr(errors, failure.kind, LaminaError)
     if kind is NodeError:
         return NodeError(failure.message, node=failure.node or "")

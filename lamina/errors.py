@@ -22,7 +22,7 @@ from __future__ import annotations
 
 
 class LaminaError(Exception):
-    """Base of all errors of Lamina. ``exit_status`` is what the command line ends with."""
+    """All errors of Lamina derive from this class. The command line ends with ``exit_status``."""
 
     exit_status = 1
 
@@ -50,9 +50,9 @@ class UnsupportedModelError(CheckpointError):
 
 
 class CapacityError(LaminaError):
-    """There is not enough KV cache, queue or region for what was asked; the message gives both numbers.
+    """There is not enough KV cache, queue or region for a request; the message gives both numbers.
 
-    ``retry_after_s``: after so many seconds there may be, where that can be said.
+    ``retry_after_s`` says after how many seconds there may be enough, if that is known.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
@@ -89,21 +89,21 @@ class NodeError(LaminaError):
 
     @classmethod
     def lost(cls, role: str, name: str, reason: object) -> NodeError:
-        """The error of a node of a role, ``memory`` or ``compute``, that is gone for ``reason``."""
+        """Return the error for a node of a role, ``memory`` or ``compute``, that is gone for ``reason``."""
         return cls(f"{role} node {name} was lost: {reason}", node=name)
 
     @classmethod
     def failed(cls, role: str, name: str, error: BaseException) -> NodeError:
-        """The error of a node that has met an error that it did not expect."""
+        """Return the error for a node that has met an error that it did not expect."""
         return cls(f"{role} node {name} failed: {error!r}", node=name)
 
 
 class DeadlockError(LaminaError):
-    """On a virtual clock: tasks wait, and nothing is left that could wake them; the message names the tasks."""
+    """On a virtual clock, tasks wait and nothing is left that could wake them; the message names the tasks."""
 
 
 def first_error(error: BaseException) -> BaseException:
-    """The first one of a group of groups."""
+    """Return the first error in a group of groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -1,16 +1,16 @@
-"""The bounds that the cluster file and the messages between nodes share."""
+"""The cluster file and the messages between nodes share these bounds."""
 
 MAX_COMPUTE = 32
-"""Compute nodes of one cluster."""
+"""The most compute nodes of one cluster."""
 MAX_BATCHES = 32
-"""Batches in flight."""
+"""The most batches in flight."""
 MAX_BATCH = 4096
-"""Sequences of one batch."""
+"""The most sequences of one batch."""
 MAX_PREFILL_TOKENS = 65536
-"""Prompt tokens that go through the slices together with one step of a batch."""
+"""The most prompt tokens that go through the slices together with one step of a batch."""
 MAX_REMOTE_TOKENS = 256
-"""Prompt tokens of one step whose past lies on memory nodes."""
+"""The most prompt tokens of one step whose past lies on memory nodes."""
 MAX_STEP_TOKENS = MAX_BATCH + MAX_REMOTE_TOKENS + MAX_PREFILL_TOKENS
-"""Tokens of one step: decoding sequences and both kinds of prompt tokens."""
+"""The most tokens of one step: decoding sequences and both kinds of prompt tokens."""
 MAX_BYTES = 2**60
-"""What a size may say, far beyond the memory of any machine."""
+"""The largest size that a file or message may name, far beyond the memory of any machine."""

@@ -1,4 +1,4 @@
-"""Structured logs: one line per event, in logfmt, on standard error."""
+"""Write structured logs: one line per event, in logfmt, on standard error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 
 class _Line(logging.Formatter):
-    """``ts=… level=… node=… logger=… event=… key=value …``; whatever the message, it stays on one line."""
+    """Formats a record as ``ts=… level=… node=… logger=… event=… key=value …``, always on one line."""
 
     def __init__(self, node: str) -> None:
         super().__init__()

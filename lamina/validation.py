@@ -1,4 +1,4 @@
-"""One wording for values that do not fit a schema: the place, what was expected, what was found."""
+"""Word all messages about values that do not fit a schema alike: the place, what was expected, what was found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STEP = re.compile(r"(\w+)|\[(\d+)\]")
 
 
 def explain(error: Exception, value: Any, schema: Any = None) -> str:
-    """What a validation error of msgspec says about ``value``: ``node[1].memory: expected str, got 3``.
+    """Reword what a validation error of msgspec says about ``value``: ``node[1].memory: expected str, got 3``.
 
     With ``schema``, the type that ``value`` does not fit, the message also lists the choices where there are some.
     """
@@ -40,7 +40,7 @@ def _value_at(value: Any, place: str) -> Any:
 
 
 def _choices_at(schema: Any, place: str) -> tuple[str, ...]:
-    """The values of the ``Literal`` types at ``place``, also within unions; none where there is no such type."""
+    """Return the values of the ``Literal`` types at ``place``, also within unions; none if there is no such type."""
     kinds = _members(schema)
     for name, _ in _STEP.findall(place):
         inner = [get_type_hints(k).get(name) if name else get_args(k)[0] for k in kinds if _has_inner(k, name)]
@@ -53,7 +53,7 @@ def _has_inner(kind: Any, name: str) -> bool:
 
 
 def _members(kind: Any) -> list[Any]:
-    """The types that ``kind``, a union, a class variable or another type, may be."""
+    """Return the types that ``kind`` may be: a union, a class variable or another type."""
     if get_origin(kind) in (Union, UnionType, ClassVar):
         return [member for part in get_args(kind) for member in _members(part)]
     return [kind]

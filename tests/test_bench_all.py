@@ -19,7 +19,17 @@ def test_every_benchmark_can_be_run_with_its_defaults() -> None:
         assert "quick" in parameters
         assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
         names.add(command.name or command.callback.__name__)
-    benchmarks = {"transport", "exchange", "attention", "slices", "pipeline", "prefill", "decode", "throughput"}
+    benchmarks = {
+        "transport",
+        "exchange",
+        "simulate",
+        "attention",
+        "slices",
+        "pipeline",
+        "prefill",
+        "decode",
+        "throughput",
+    }
     assert names == benchmarks | {"all"}
 
 

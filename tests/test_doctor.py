@@ -22,7 +22,7 @@ from lamina.ops.doctor import machine
 from lamina.ops.doctor.finding import Finding, guarded
 from lamina.runtime.sockets import Sockets
 from lamina.transport import Hello, Link, Options, Region, connect
-from lamina.wire.admin import Echo, Probe, Probed
+from lamina.wire.admin import EchoRegion, Probe, Probed
 from lamina.wire.codec import decode, encode
 from tests import harness
 from tests.harness import Wiring
@@ -332,11 +332,11 @@ def test_a_memory_node_bounds_what_it_echoes(tmp_path: Path) -> None:
         links, lost = zip(*[await open_link() for _ in range(MAX_ECHOES + 1)], strict=True)
         async with asyncio.timeout(20):
             await lost[-1].wait()
-            links[0].send(encode(Echo(region=links[0].expose(Region("small", 4096)))))
+            links[0].send(encode(EchoRegion(region=links[0].expose(Region("small", 4096)))))
             await lost[0].wait()
             region = Region("twice", 1 << 20)
             for _ in range(2):
-                links[1].send(encode(Echo(region=links[1].expose(region))))
+                links[1].send(encode(EchoRegion(region=links[1].expose(region))))
             await lost[1].wait()
             assert not links[2].state.closed
             await lost[2].wait()  # after the time that a measurement may take

@@ -13,7 +13,7 @@ from lamina.errors import ConfigError, ProtocolError
 from lamina.transport import RemoteRegion
 from lamina.wire.codec import decode, encode
 from lamina.wire.geometry import Geometry, shard_by_heads, split_heads
-from lamina.wire.plan import ChunkHeader, StepPlan, pack_plan, plan_bytes, unpack_plan
+from lamina.wire.plan import ChunkHeader, StepPlan, plan_bytes, unpack_plan
 from lamina.wire.tags import Kind, Tag
 from lamina.wire.tenants import Attach
 
@@ -72,7 +72,7 @@ def test_plans_come_back(runs: tuple[Run, ...], data: st.DataObject) -> None:
     whole = data.draw(st.integers(0, sum(run.count for run in storing)))
     answers = data.draw(st.sampled_from([(), (1, 0, 65535)]))
     plan = StepPlan(storing, reading, whole, answers)
-    packed = memoryview(pack_plan(plan).ljust(plan_bytes(30, 3), b"\0"))
+    packed = memoryview(plan.packed.ljust(plan_bytes(30, 3), b"\0"))
 
     assert len(packed) == plan_bytes(30, 3)
     if runs:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import typer
 
-from lamina.bench import attention, decode, pipeline, prefill, report, slices, throughput, transport
+from lamina.bench import attention, decode, exchange, pipeline, prefill, report, simulate, slices, throughput, transport
 from lamina.bench.cli import app as bench_app
 from lamina.cli import app
 from lamina.demo.run import CHECKPOINT
@@ -228,6 +228,8 @@ BENCHMARKS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         )
         for phase, columns in attention.COLUMNS.items()
     ),
+    ("simulate", simulate.COLUMNS, {"clock": "timed", "compute": 8, "memory": 64}),
+    ("exchange", exchange.COLUMNS, {"per_s": 12345.6, "round_trip_us": 123.4}),
     ("decode", decode.COLUMNS, {"tokens_per_s": 12345.6, "wire_bytes_per_token": 24576.0}),
     *(
         (f"pipeline-{i}", columns, {"load": "balanced, equal total", "batches": 4, "batch": 8.0, "context": 1024})

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from lamina.ops.trace import Trace, chrome
-from lamina.runtime.device import Device
+from lamina.runtime.cpu import CpuDevice
+from lamina.runtime.crossing import Crossing
 from lamina.runtime.spans import MAX_SPANS, Place, Recorder, Span
 
 
@@ -35,14 +36,16 @@ def test_a_device_records_when_it_is_asked() -> None:
         return 1 // number
 
     async def main() -> list[Span]:
-        device = Device(threads=1)
-        await device.run(work, 1)
+        device = CpuDevice(threads=1)
+        device.start()
+        there = Crossing(device.loop)
+        await there.start(device.run(work, 1))
         device.recorder = recorder = Recorder()
-        await device.start(device.compute(work, 2, at=Place(1, 5)))
+        await there.start(device.run(work, 2, at=Place(1, 5)))
         with pytest.raises(ZeroDivisionError):
-            await device.run(work, 0)
+            await there.start(device.run(work, 0))
         device.recorder = None
-        await device.run(work, 3)
+        await there.start(device.run(work, 3))
         device.close()
         return list(recorder)
 

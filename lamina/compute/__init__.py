@@ -1,1 +1,1 @@
-"""A compute node: takes batches through its slices, and speaks to memory nodes and other compute nodes."""
+"""A compute node takes batches through its slices, and exchanges data with memory nodes and other compute nodes."""

@@ -1,4 +1,4 @@
-"""Tags of finished writes, of which one at a time is awaited in each batch slot."""
+"""Collect the tags of finished writes; each batch slot waits for one tag after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from lamina.errors import LaminaError
 
 
 class Arrivals:
-    """The tags that have arrived, by slot, and the steps that wait for them. Belongs to the device's loop.
+    """Keeps the tags that have arrived, by slot, and wakes the steps that wait for them. It belongs to the device's
+    loop.
 
     A tag may come before it is awaited. One that is not what is awaited next belongs to an older step: it is dropped,
     and counted in ``stale``.
@@ -17,7 +18,7 @@ class Arrivals:
     def __init__(self) -> None:
         self.stale = 0
         self.error: LaminaError | None = None
-        """Why nothing will arrive any more."""
+        """The reason why nothing will arrive any more."""
         self._early: dict[int, int] = {}
         self._awaited: dict[int, tuple[int, asyncio.Future[None]]] = {}
 
@@ -33,7 +34,7 @@ class Arrivals:
             self._early[slot] = tag
 
     async def wait(self, slot: int, tag: int) -> None:
-        """Wait until the tag has come; raises the error of `fail`."""
+        """Wait until the tag has come; raise the error of `fail`."""
         early = self._early.pop(slot, None)
         if early == tag:
             return

@@ -1,4 +1,4 @@
-"""The engine of a compute node that is not the front: runs what the front orders."""
+"""A compute node that is not the front has this engine, which runs what the front orders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lamina.wire.orders import Forget, Limits, Order
 
 
 class Follower:
-    """Runs this node's slices of the steps that the front orders, until the front leaves; on the node's loop."""
+    """Runs this node's slices of the steps that the front orders, until the front leaves. It belongs to the node's
+    loop."""
 
     def __init__(
         self,
@@ -23,7 +24,7 @@ class Follower:
         limits: Limits,
         epoch: Callable[[], int],
     ) -> None:
-        """``epoch`` gives that of the members of which the front has told this node."""
+        """``epoch`` returns the latest epoch of the members that the front has announced."""
         self.steps = 0
         self.draining = False
         self._runner = runner

@@ -1,4 +1,4 @@
-"""The way from a compute node to another one, on the node's loop: how they meet, and the front's orders."""
+"""Talk to another compute node, on the node's loop: the meeting at the start, then the front's orders."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lamina.wire.questions import Questions
 
 
 class PeerControl:
-    """Another compute node of the same model, member ``member`` of the cluster, as the node's loop sees it.
+    """Represents another compute node of the same model, member ``member`` of the cluster, on the node's loop.
 
     Its counterpart on the device's loop is ``lane``. When the link is lost, every question fails, the lane fails, and
-    ``on_lost`` is told. ``on_order`` takes what the front orders, and
-    ``on_members`` what it says about members; until they are set, such a message is an error.
+    ``on_lost`` is called. ``on_order`` takes the orders of the front, and ``on_members`` its news of members; until
+    they are set, such a message is an error.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class PeerControl:
     # -- meeting
 
     async def greet(self, terms: dict[str, str], slots: int, carry_bytes: int) -> dict[str, str]:
-        """Exchange terms and where carries go, of at most ``carry_bytes`` in each of ``slots``; the peer's terms."""
+        """Exchange terms and the regions for carries, of ``carry_bytes`` for each of ``slots``; return the peer's
+        terms."""
         own = Region(f"carries from {self.name}", slots * carry_bytes)
         self.send(Greeting(carries=self.link.expose(own), terms=terms))
         greeting: Greeting = await self._greeting
@@ -58,7 +59,7 @@ class PeerControl:
         self.lane.open(*self._carries)
 
     def enlist(self, tenant: str) -> asyncio.Future[Enlisted]:
-        """As the front: tell the peer which tenant it belongs to. The result is done when the peer is ready."""
+        """Tell the peer, as the front, which tenant it belongs to. The future is done when the peer is ready."""
         self.send(Enlist(tenant=tenant))
         return self._enlisted
 
@@ -70,7 +71,8 @@ class PeerControl:
     # -- steps
 
     async def order(self, order: Order) -> Done:
-        """As the front: have the peer run its slices of a step. NodeError if it is lost or cannot be told."""
+        """Have the peer run its slices of a step; only the front does that. Raises NodeError if it is lost or cannot be
+        told."""
         try:
             done: Done = await self._questions.ask(order, (order.slot, order.step))
         except TransportError as e:
@@ -111,5 +113,5 @@ class PeerControl:
         self._on_lost_member(self.member, error)
 
     def describe(self) -> PeerStatus:
-        """What the status says about the way to the peer."""
+        """Return what the status says about the link to the peer."""
         return PeerStatus.over(self.link, self.name)

@@ -1,4 +1,4 @@
-"""The way from a compute node to another one, on the device's loop: carries in both directions."""
+"""Exchange carries with another compute node, on the device's loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 class PeerLane:
-    """Another compute node, as steps see it.
+    """Represents another compute node in steps.
 
     The memory of a slot's carry is written again only after the step has come back, so nothing has to be acknowledged.
     """
@@ -34,20 +34,20 @@ class PeerLane:
         self._arrivals = Arrivals()
 
     def open(self, own: Region, remote: RemoteRegion, carry_bytes: int) -> None:
-        """Carries come in ``own`` and go to ``remote``, which have ``carry_bytes`` for each slot.
+        """Take carries in ``own`` and hand them over in ``remote``; both have ``carry_bytes`` for each slot.
 
-        ProtocolError if the two do not have the same size.
+        Raises ProtocolError if the two do not have the same size.
         """
         self._own, self._remote, self._carry_bytes = own, remote, carry_bytes
         self._out = views.outgoing(self._link, remote, own.nbytes)
 
     @property
     def stale_tags(self) -> int:
-        """Carries for which no step waited."""
+        """Return the number of carries for which no step waited."""
         return self._arrivals.stale
 
     def stage(self, slot: int, values: Sequence[Tensor]) -> int:
-        """Copy what the next slice starts from, within an operation of the device; its bytes."""
+        """Copy what the next slice starts from, within an operation of the device; return its size in bytes."""
         start = stop = slot * self._carry_bytes
         for value in values:
             out = torch.frombuffer(self._out, dtype=torch.uint8, count=value.nbytes, offset=stop)
@@ -70,7 +70,7 @@ class PeerLane:
             raise NodeError.lost("compute", self.name, error) from error
 
     async def take_over(self, slot: int, piece: int, step: int, shapes: Sequence[Shape]) -> list[Tensor]:
-        """Wait for what slice ``piece`` starts from, in tensors of these shapes and types.
+        """Wait for what slice ``piece`` starts from, and return it in tensors of these shapes and types.
 
         They lie where they arrived, and are good until the peer hands over to this node again in the slot.
         """
@@ -86,7 +86,7 @@ class PeerLane:
         """Take in the tag of a write by the peer."""
         tag = Tag.unpack(packed)
         if tag.kind is not Kind.CARRY:
-            raise ProtocolError(f"a tag of kind {tag.kind.name} from a compute node")
+            raise ProtocolError(f"a tag of kind {tag.kind.name} from a compute node; expected {Kind.CARRY.name}")
         self._arrivals.arrive(tag.slot, packed)
 
     def fail(self, error: NodeError) -> None:

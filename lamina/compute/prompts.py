@@ -1,7 +1,8 @@
-"""Keys and values of prompts that are still being prefilled, on the compute node.
+"""A compute node keeps the keys and values of prompts while it prefills them.
 
-A prompt's chunks attend to the chunks before them here, so that nobody's decode waits for quadratic work on a memory
-node. From here the keys and values go out layer by layer; when every memory node has them, they are dropped.
+The chunks of a prompt attend here to the chunks before them, so that no decode step waits for quadratic work on a
+memory node. The keys and values go from here to the memory nodes, layer by layer, and are dropped when every memory
+node has them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from lamina.attention import LayerShape, add_sinks, attend
 
 
 class PromptKV:
-    """Keys and values of one prompt of ``tokens`` tokens: in each layer that runs here k [tokens, Hkv, Dk] and
-    v [tokens, Hkv, Dv]."""
+    """Holds keys and values of one prompt of ``tokens`` tokens: k [tokens, Hkv, Dk] and v [tokens, Hkv, Dv] of each
+    layer that runs here."""
 
     def __init__(
         self, sequence: int, tokens: int, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
@@ -37,7 +38,7 @@ class PromptKV:
         own_v[start : start + len(v)] = v
 
     def attend(self, layer: int, start: int, q: Tensor) -> Tensor:
-        """o [T, Hq, Dv] in float32 of the queries q [T, Hq, Dk] at the positions from ``start``."""
+        """Return o [T, Hq, Dv] in float32 of the queries q [T, Hq, Dk] at the positions from ``start``."""
         stop = start + len(q)
         shape = self._layers[layer]
         k, v = self._kept[layer]
@@ -45,7 +46,7 @@ class PromptKV:
         return add_sinks(whole, shape.sinks).o
 
     def read(self, layer: int, start: int, count: int, heads: range) -> tuple[Tensor, Tensor]:
-        """k and v of ``count`` positions from ``start``, of the KV heads ``heads`` alone."""
+        """Return k and v of ``count`` positions from ``start``, of the KV heads ``heads`` alone."""
         span, own = slice(start, start + count), slice(heads.start, heads.stop)
         k, v = self._kept[layer]
         return k[span, own], v[span, own]

@@ -16,7 +16,7 @@ from lamina.wire.requests import Sampling
 
 
 def sample(logits: Tensor, choices: Sequence[tuple[Sampling, int]]) -> list[int]:
-    """Tokens for logits [S, vocabulary]; ``choices`` gives each row's sampling and the position it is for."""
+    """Choose tokens from logits [S, vocabulary]; ``choices`` gives each row's sampling and the position it is for."""
     tokens: list[int] = logits.max(-1).indices.tolist()  # the first of the largest, a fourth of argmax's time
     for row, (sampling, position) in enumerate(choices):
         if sampling.temperature > 0:
@@ -42,6 +42,6 @@ def _draw(logits: Tensor, sampling: Sampling, u: float) -> int:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that is the same for the same seed and position on every machine."""
+    """Return a number in [0, 1) that is the same for the same seed and position on every machine."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

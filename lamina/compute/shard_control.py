@@ -1,4 +1,4 @@
-"""The way from a compute node to one memory node, on the node's loop: attaching, and the space of sequences."""
+"""Talk to one memory node, on the node's loop of a compute node: attaching, and the space of sequences."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lamina.wire.tenants import (
 )
 
 _ATTACH = "attach"
-"""The key of the question that is answered by Attached; those answered by Reserved have their sequence as key."""
+"""The key of the question that Attached answers. Questions that Reserved answers have their sequence as key."""
 
 
 class ShardControl:
-    """One memory node, member ``member`` of the cluster, as the compute node's loop sees it.
+    """Represents one memory node, member ``member`` of the cluster, on the node's loop.
 
-    Its counterpart on the device's loop is ``lane``, which there is from `attach` on. When the link is lost, every
-    question fails, the lane fails, and ``on_lost`` is told.
+    Its counterpart on the device's loop is ``lane``, which exists from `attach` on. When the link is lost, every
+    question fails, the lane fails, and ``on_lost`` is called.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ShardControl:
 
     @property
     def lane(self) -> ShardLane:
-        """The device's side."""
+        """Return the counterpart on the device's loop."""
         assert self._lane is not None, "the memory node is attached first"
         return self._lane
 
@@ -77,8 +77,8 @@ class ShardControl:
     ) -> ShardLane:
         """Ask the memory node for a cache of ``layout``, in ``quota`` bytes, for the heads of ``shard``.
 
-        This node attaches as ``member`` of a tenant whose front is ``front``. ``dtype`` is the type of everything on
-        the way there and back, in ``slots`` batches of at most ``max_rows`` rows. NodeError if the node refuses.
+        This node attaches as ``member`` of a tenant whose front is ``front``. Everything travels in the type ``dtype``,
+        in ``slots`` batches of at most ``max_rows`` rows. Raises NodeError if the node refuses.
         """
         geometry = Geometry(shard.layers, dtype, slots, max_rows)
         outputs = Region(f"{self.name}.outputs", slots * geometry.output_bytes)
@@ -108,7 +108,7 @@ class ShardControl:
     def reserve(
         self, sequence: int, tokens: int, keys: Sequence[bytes] = (), ahead: int | None = None
     ) -> asyncio.Future[Reserved]:
-        """Have space set aside before any of it is used, or more than before; the answer says what is shared.
+        """Reserve space before any of it is used, or more than before; the answer says what is shared.
 
         ``keys`` name leading blocks that a new sequence may share, ``ahead`` says how far its layers can be apart (see
         `lamina.wire.tenants.Reserve`). The future raises CapacityError if there is no space. The question is sent
@@ -152,7 +152,7 @@ class ShardControl:
         self._on_lost_member(self.member, error)
 
     def describe(self) -> PeerStatus:
-        """What the status of the compute node says about this memory node."""
+        """Return what the status of the compute node says about this memory node."""
         return PeerStatus.over(self.link, self.name, self._kv_heads)
 
 

@@ -1,8 +1,6 @@
-"""The way from a compute node to one memory node, on the device's loop: steps, layer by layer, and prompts."""
+"""Send steps, layer by layer, and prompts to one memory node, on the device's loop of a compute node."""
 
 from __future__ import annotations
-
-import asyncio
 
 import torch
 from torch import Tensor
@@ -12,17 +10,18 @@ from lamina.compute.arrivals import Arrivals
 from lamina.compute.prompts import PromptKV
 from lamina.errors import NodeError, ProtocolError, TransportError
 from lamina.runtime.device import Device
+from lamina.runtime.mailbox import Mailbox
 from lamina.transport import Lane, Link, Region, RemoteRegion
 from lamina.wire import views
 from lamina.wire.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
-from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan, pack_plan
-from lamina.wire.tags import Kind, Tag
+from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan
+from lamina.wire.tags import Kind, Tag, slot_of
 from lamina.wire.tenants import Attached
 from lamina.wire.views import StepViews
 
 
 class ShardLane:
-    """The shard of the KV cache on one memory node, as steps use it.
+    """Gives steps access to the shard of the KV cache on one memory node.
 
     The methods named ``stage_...`` copy into what will be sent; they are called within operations of the device. The
     buffers of a batch slot are written again only after the answer to their contents has come back.
@@ -49,21 +48,23 @@ class ShardLane:
         self._output_parts = views.parts(outputs.buffer, g.slots, g.output_bytes, torch.uint8)
         self._plans: dict[int, StepPlan] = {}
         self._views: dict[int, dict[int, StepViews]] = {}
-        """By slot and kind of layer, those of the present step."""
+        """The views of the present step, by slot and kind of layer."""
+        self._current: dict[int, StepViews] = {}
+        """The views of the layer whose query was staged last, by slot."""
         self._arrivals = Arrivals()
-        self._idle_chunks: asyncio.Queue[int] = asyncio.Queue()
+        self._idle_chunks: Mailbox[int] = Mailbox()
         for i in range(CHUNKS):
-            self._idle_chunks.put_nowait(i)
-        self._to_ship: asyncio.Queue[tuple[PromptKV, int, int, int, int]] = asyncio.Queue()
+            self._idle_chunks.put(i)
+        self._to_ship: Mailbox[tuple[PromptKV, int, int, int, int]] = Mailbox()
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
-        """The attention of each layer, over the heads that this memory node has."""
+        """Return the attention of each layer, over the heads that this memory node has."""
         return self._heads.layers
 
     @property
     def stale_tags(self) -> int:
-        """Answers for which no step waited."""
+        """Return the number of answers for which no step waited."""
         return self._arrivals.stale
 
     # -- a step, layer by layer
@@ -71,61 +72,66 @@ class ShardLane:
     def plan(self, slot: int, step: int, plan: StepPlan, *, asks: bool = True) -> None:
         """Begin a step of ``slot`` with these rows.
 
-        The memory node is told if this node ``asks`` it anything in the step, and does not only get an answer.
+        The memory node gets the plan only if this node ``asks`` it anything in the step; a node that only receives
+        answers sends no plan.
         """
         self._plans[slot] = plan
         self._views[slot] = {}
         if asks:
             tag = Tag(Kind.PLAN, slot, 0, step)
-            self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, pack_plan(plan), tag)
+            self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, plan.packed, tag)
 
     def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
         """Copy this node's heads of q [rows, Hq, Dk], of its rows in the order of its plan."""
-        self._view(slot, layer).q.copy_(q[:, self._q_heads[layer]])
+        view, heads = self._view(slot, layer), self._q_heads[layer]
+        self._current[slot] = view
+        view.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])
 
     def send_query(self, slot: int, layer: int, step: int) -> None:
         """Send the query that was staged."""
         offset = slot * self._geometry.query_bytes
-        source = self._queries[offset : offset + self._view(slot, layer).q_bytes]
+        source = self._queries[offset : offset + self._current[slot].q_bytes]
         self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
 
     def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
         """Copy this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of the rows that it stores."""
-        own, heads = self._view(slot, layer), self._kv_heads[layer]
-        own.k.copy_(k[:, heads])
-        own.v.copy_(v[:, heads])
+        own, heads = self._current[slot], self._kv_heads[layer]
+        if k.shape[1] != heads.stop - heads.start:
+            k, v = k[:, heads], v[:, heads]
+        own.k.copy_(k)
+        own.v.copy_(v)
 
     def send_key_value(self, slot: int, layer: int, step: int) -> None:
         """Send the keys and values that were staged."""
         offset = slot * self._geometry.key_value_bytes
-        source = self._keys_values[offset : offset + self._view(slot, layer).key_value_bytes]
+        source = self._keys_values[offset : offset + self._current[slot].key_value_bytes]
         self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
 
     async def answered(self, slot: int, layer: int, step: int) -> None:
         """Wait until the output of a layer has arrived, to a query of this node or of another compute node.
 
-        NodeError if the memory node is lost.
+        Raises NodeError if the memory node is lost.
         """
         await self._arrivals.wait(slot, Tag(Kind.OUTPUT, slot, layer, step).pack())
 
     def output(self, slot: int, layer: int) -> Tensor:
-        """The attention that has arrived for the rows that are whole: o [rows, own Hq, Dv].
+        """Return the attention that has arrived for the rows that are whole: o [rows, own Hq, Dv].
 
-        It lies where it arrived, and is good until the slot's next query is sent.
+        It lies where it arrived, and stays valid until the slot's next query is sent.
         """
         return self._view(slot, layer).whole
 
     def partials(self, slot: int, layer: int) -> Partial:
-        """The partials that have arrived for the other rows; they are good for as long."""
+        """Return the partials that have arrived for the other rows; they stay valid as long as `output`."""
         return self._view(slot, layer).partial
 
     def attention_s(self, slot: int) -> float:
-        """Seconds that the attention of the slot's step has taken so far, as its last answer says."""
+        """Return the seconds that the attention of the slot's step has taken so far, as its last answer says."""
         (seconds,) = SECONDS.unpack_from(self._outputs.buffer, slot * self._geometry.output_bytes)
         return float(seconds)
 
     def heads(self, layer: int) -> slice:
-        """The query heads of a layer that this node has."""
+        """Return the query heads of a layer that this node has."""
         return self._q_heads[layer]
 
     def _view(self, slot: int, layer: int) -> StepViews:
@@ -146,7 +152,7 @@ class ShardLane:
     def ship(self, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> None:
         """Queue keys and values of a prompt, for position ``at`` there; `run` sends them as buffers come free."""
         for done in range(0, count, CHUNK_TOKENS):
-            self._to_ship.put_nowait((prompt, layer, start + done, min(CHUNK_TOKENS, count - done), at + done))
+            self._to_ship.put((prompt, layer, start + done, min(CHUNK_TOKENS, count - done), at + done))
 
     async def run(self, device: Device) -> None:
         """Send what `ship` queued, until cancelled."""
@@ -173,13 +179,13 @@ class ShardLane:
 
     def on_tag(self, lane: Lane, packed: int) -> None:
         """Take in the tag of a write by the memory node."""
-        tag = Tag.unpack(packed)
-        if tag.kind is Kind.CREDIT:
-            if tag.step >= CHUNKS:
-                raise ProtocolError(f"credit for bulk buffer {tag.step}; there are {CHUNKS}")
-            self._idle_chunks.put_nowait(tag.step)
+        if lane is Lane.DECODE:  # the answer to a layer: nothing of it is unpacked but the slot
+            self._arrivals.arrive(slot_of(packed), packed)
             return
-        self._arrivals.arrive(tag.slot, packed)
+        tag = Tag.unpack(packed)
+        if tag.kind is not Kind.CREDIT or tag.step >= CHUNKS:
+            raise ProtocolError(f"{tag} on the bulk lane; expected a credit for a buffer below {CHUNKS}")
+        self._idle_chunks.put(tag.step)
 
     def fail(self, error: NodeError) -> None:
         """The memory node is lost: every step that waits for it, or writes to it, raises ``error``."""

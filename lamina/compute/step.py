@@ -27,23 +27,23 @@ Ts = TypeVarTuple("Ts")
 
 
 class Steps(Protocol):
-    """What runs steps, on the device's loop: `StepRunner`, or what a benchmark has in its place."""
+    """Runs steps, on the device's loop. `StepRunner` does, or what a benchmark has in its place."""
 
     layers: int
-    """The layers that were run."""
+    """The number of layers run so far."""
 
     async def run(self, order: Order) -> Done:
-        """Run the slices of a step that are this node's. NodeError if another node is lost meanwhile."""
+        """Run the slices of a step that are this node's. Raises NodeError if another node is lost meanwhile."""
 
     async def ship(self) -> None:
         """Send the keys and values of prompts to memory nodes as buffers come free, until cancelled."""
 
     def forget(self, sequences: Iterable[int]) -> None:
-        """Drop what is kept of the prompts of sequences that are over."""
+        """Drop the keys and values of prompts of sequences that are over."""
 
 
 class StepRunner:
-    """Runs this compute node's slices of steps; steps of different batch slots may run at the same time.
+    """Runs this compute node's slices of steps. Steps of different batch slots may overlap.
 
     Where the slices before and after run on other nodes, the carry comes from there and goes there. The answers of the
     memory nodes always go to the node that needs them.
@@ -141,7 +141,7 @@ class StepRunner:
             self.prompts.pop(sequence, None)
 
     def _ship(self, chunks: Sequence[TokenRun], layer: int) -> None:
-        """Queue what a layer added to prompts for the memory nodes on which it is to lie."""
+        """Queue what a layer added to prompts, for the memory nodes that will hold it."""
         for chunk in chunks:
             prompt, placement = self.prompts[chunk.sequence], chunk.placement
             for start, count in placement.divide(chunk.start, len(chunk.tokens)):
@@ -150,26 +150,29 @@ class StepRunner:
 
 
 Index = slice | Tensor
-"""Some rows of a step."""
+"""Some rows of a step; ``slice(None)`` is all of them."""
+
+ALL = slice(None)
 
 
 class _MemberPart:
-    """What one memory node does in a step."""
+    """Holds what one memory node does in a step."""
 
     __slots__ = ("partial", "plan", "rows", "shard", "stored", "whole")
 
-    def __init__(self, shard: ShardLane, own: MemberRows, places: dict[int, int]) -> None:
-        """``places`` says, of each row that several nodes answer, its place among all such rows."""
+    def __init__(self, shard: ShardLane, own: MemberRows, places: dict[int, int], step_rows: int) -> None:
+        """``places`` says, of each row that several nodes answer, its place among all such rows; ``step_rows`` is the
+        number of the step's rows."""
         self.shard = shard
         self.plan = plan = own.plan
-        self.rows = _index(own.rows)
-        self.stored = _index(own.rows[: plan.stored_rows])
+        self.rows = _index(own.rows, step_rows)
+        self.stored = _index(own.rows[: plan.stored_rows], step_rows)
         self.whole = _index(own.rows[: plan.whole])
         self.partial = _index([places[row] for row in own.rows[plan.whole :]])
 
 
 class _StepForward:
-    """One step on its way through the slices of this node. Its methods are operations of the device."""
+    """Takes one step through the slices of this node. Its methods are operations of the device."""
 
     def __init__(self, runner: StepRunner, order: Order) -> None:
         self._model = runner.model
@@ -185,7 +188,8 @@ class _StepForward:
         routes = route([RemoteRun(run.sequence, run.placement, run.start, len(run.tokens)) for run in remote])
         self._merged = sorted({row for own in routes.values() for row in own.rows[own.plan.whole :]})
         places = {row: place for place, row in enumerate(self._merged)}
-        self.parts = [_MemberPart(runner.shards[member], own, places) for member, own in routes.items()]
+        rows = self._remote_rows + self._local_count
+        self.parts = [_MemberPart(runner.shards[member], own, places, rows) for member, own in routes.items()]
         self._constants: tuple[Any, ...] = ()
         self._carry: tuple[Tensor, ...] = ()
         self._kept: tuple[Tensor, ...] = ()
@@ -217,7 +221,8 @@ class _StepForward:
     # -- where another node runs the slice before or after
 
     def carry_in(self, piece: int) -> list[Shape]:
-        """What comes from the node of the slice before: its carry, and the attention of the rows of prompts."""
+        """Return the shapes of what the node of the slice before sends: its carry, and the attention of the rows of
+        prompts."""
         shapes = self._model.carry_shapes(piece - 1, self._remote_rows + self._local_count)
         if self.local:
             layer = self._shapes[piece - 1]
@@ -225,11 +230,11 @@ class _StepForward:
         return shapes
 
     def carry_out(self) -> list[Tensor]:
-        """What goes to the node of the slice after, in the same order."""
+        """Return what goes to the node of the slice after, in the same order."""
         return [*self._carry, *([] if self._prompt_o is None else [self._prompt_o])]
 
     def take_over(self, values: Sequence[Tensor]) -> None:
-        """Go on with what came."""
+        """Continue with what the node of the slice before sent."""
         if self.local:
             *values, self._prompt_o = values
         self._carry = tuple(value.to(self._model.device) for value in values)
@@ -237,25 +242,26 @@ class _StepForward:
     # -- slices
 
     def head(self, layer: int) -> None:
-        """From the carry and the attention of the layer before to q [T, Hq, Dk], of which each memory node is sent its
-        rows and heads."""
+        """Compute q [T, Hq, Dk] from the carry and the attention of the layer before, and stage each memory node's rows
+        and heads."""
         q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
         for part in self.parts:
-            part.shard.stage_query(self._slot, layer, q[part.rows])
+            part.shard.stage_query(self._slot, layer, _rows_of(q, part.rows))
         self._q = q
 
     def tail(self, layer: int) -> None:
-        """k [T, Hkv, Dk], v [T, Hkv, Dv] and the carry. Memory nodes are sent what they store; the rows of prompts that
-        attend here are kept here."""
+        """Compute k [T, Hkv, Dk], v [T, Hkv, Dv] and the carry. What memory nodes store is staged; the rows of prompts
+        that attend here are kept here."""
         k, v, self._carry = self._model.slice(layer).tail(self._constants, self._kept)
         for part in self.parts:
             if part.plan.stored_rows:
-                part.shard.stage_key_value(self._slot, layer, k[part.stored], v[part.stored])
+                k_rows, v_rows = _rows_of(k, part.stored), _rows_of(v, part.stored)
+                part.shard.stage_key_value(self._slot, layer, k_rows, v_rows)
         for run, rows in self._local_rows():
             self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
 
     def attend_to_prompts(self, layer: int) -> None:
-        """Attention of the chunks of prompts, over the keys and values that are kept here."""
+        """Compute the attention of the chunks of prompts, over the keys and values that are kept here."""
         assert self._q is not None
         parts = [
             self._prompts[run.sequence].attend(layer, run.start, self._q[rows]) for run, rows in self._local_rows()
@@ -272,7 +278,7 @@ class _StepForward:
         return sample(logits, choices)
 
     def _attended(self, layer: int) -> Tensor | None:
-        """o [T, Hq, Dv] of a layer: the answers of the memory nodes, then the rows of prompts."""
+        """Return o [T, Hq, Dv] of a layer: the answers of the memory nodes, then the rows of prompts."""
         if layer < 0:
             return None
         if not self.parts:
@@ -294,7 +300,8 @@ class _StepForward:
         return o
 
     def _merge(self, layer: int) -> Tensor:
-        """o [rows, Hq, Dv] in float32 of the rows whose past lies on several nodes, merged in the nodes' order."""
+        """Merge the partials of the rows whose past lies on several nodes, in the nodes' order, to o [rows, Hq, Dv] in
+        float32."""
         shape, rows = self._shapes[layer], len(self._merged)
         partials = []
         for part in self.parts:
@@ -312,9 +319,15 @@ class _StepForward:
             row += len(run.tokens)
 
 
-def _index(rows: Sequence[int]) -> Index:
-    """A slice where the rows are consecutive, which costs no copy."""
+def _index(rows: Sequence[int], step_rows: int = -1) -> Index:
+    """Return an index of the rows: a slice if they are consecutive, which costs no copy, ALL if they are all
+    ``step_rows`` rows of the step, else a tensor."""
     first = rows[0] if rows else 0
-    if list(rows) == list(range(first, first + len(rows))):
-        return slice(first, first + len(rows))
+    if isinstance(rows, range) or list(rows) == list(range(first, first + len(rows))):
+        return ALL if len(rows) == step_rows else slice(first, first + len(rows))
     return torch.tensor(rows)
+
+
+def _rows_of(values: Tensor, index: Index) -> Tensor:
+    """Return some rows of a tensor. All of them are the tensor itself: a view costs a microsecond in every layer."""
+    return values if index is ALL else values[index]

@@ -1,1 +1,1 @@
-"""The front: which requests run, what each step consists of, and what clients are answered."""
+"""The front decides which requests run and what each step consists of, and answers clients."""

@@ -1,4 +1,4 @@
-"""The block manager: how many KV cache blocks each sequence holds on each memory node, and where sequences lie."""
+"""The block manager counts the KV cache blocks that each sequence holds on each memory node, and places sequences."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ STRIPE_BLOCKS = 16
 that a long one lies evenly on all."""
 
 MAX_KNOWN_PREFIXES = 2**16
-"""How many first blocks the block manager remembers the place of."""
+"""The number of first blocks whose place the block manager remembers."""
 
 
 @dataclass(slots=True)
 class _Allocation:
-    """The blocks of one sequence."""
+    """Records the blocks that one sequence holds."""
 
     placement: Placement
     held: dict[int, int]
-    """Blocks by member id."""
+    """The number of blocks by member id."""
     max_held: int
     """The most blocks that it ever holds on one memory node."""
 
@@ -66,21 +66,22 @@ class BlockManager:
         self._free = dict(self._blocks)
         self._allocations: dict[Hashable, _Allocation] = {}
         self._first_members: OrderedDict[bytes, int] = OrderedDict()
-        """By the key of a first block, the member on which the last sequence with it starts."""
+        """The member on which the last sequence with a first block starts, by the key of that block."""
 
     @property
     def total_blocks(self) -> int:
-        """Blocks of context that fit in all, whether of one sequence or of many."""
+        """Return how many blocks of context fit in all, whether of one sequence or of many."""
         return self._in_all(self._blocks)
 
     @property
     def free_blocks(self) -> int:
-        """How many of ``total_blocks`` are free."""
+        """Return how many of ``total_blocks`` are free."""
         return self._in_all(self._free)
 
     @property
     def max_context(self) -> int:
-        """The longest context of a sequence that had all space for itself, on whichever node it started."""
+        """Return the longest possible context of a sequence that has all space to itself, on whichever node it
+        starts."""
         least, most = (of(self._blocks.values()) * self.block_tokens for of in (min, max))
         if self._partition == "heads":
             return least
@@ -91,7 +92,7 @@ class BlockManager:
         return striped if self._partition == "tokens" else max(most, striped)
 
     def blocks_for(self, tokens: int) -> int:
-        """How many blocks hold ``tokens`` positions."""
+        """Return how many blocks hold ``tokens`` positions."""
         return -(-tokens // self.block_tokens)
 
     def allocate(
@@ -104,7 +105,7 @@ class BlockManager:
         spare: int = 0,
         key: bytes | None = None,
     ) -> Placement | None:
-        """Place a new sequence and allocate blocks for its positions 0..tokens-1. None if there is no space.
+        """Place a new sequence and allocate blocks for its positions 0..tokens-1. Returns None if there is no space.
 
         The sequence can come to need ``max_context`` positions. Its layers can be ``ahead`` positions apart (None: any
         number). ``key`` is the key of its first block. At least ``spare`` blocks stay free.
@@ -124,7 +125,8 @@ class BlockManager:
         return None
 
     def extend(self, sequence: Hashable, tokens: int) -> bool:
-        """Allocate blocks for the positions 0..tokens-1 of a sequence. False, and no change, if there is no space."""
+        """Allocate blocks for the positions 0..tokens-1 of a sequence. Returns False, and changes nothing, if there is
+        no space."""
         if self.shortage(sequence, tokens):
             return False
         allocation = self._allocations[sequence]
@@ -135,7 +137,7 @@ class BlockManager:
         return True
 
     def shortage(self, sequence: Hashable, tokens: int) -> dict[int, int]:
-        """By member id, the blocks that have to come free before a sequence can hold the positions 0..tokens-1.
+        """Return, by member id, the blocks that have to come free before a sequence can hold the positions 0..tokens-1.
 
         Members that have enough are left out.
         """
@@ -147,7 +149,7 @@ class BlockManager:
         }
 
     def held_by(self, sequences: Iterable[Hashable]) -> Counter[int]:
-        """By member id, the blocks that sequences hold together."""
+        """Return, by member id, the blocks that sequences hold together."""
         total: Counter[int] = Counter()
         for sequence in sequences:
             total.update(self._allocations[sequence].held)
@@ -162,7 +164,7 @@ class BlockManager:
         return min(blocks.values()) if self._partition == "heads" else sum(blocks.values())
 
     def _wanted(self, allocation: _Allocation, member: int, tokens: int) -> int:
-        """The blocks on one member that hold its share of the positions 0..tokens-1."""
+        """Return the blocks on one member that hold its share of the positions 0..tokens-1."""
         return min(self.blocks_for(allocation.placement.held(member, tokens)), allocation.max_held)
 
     def _remember(self, key: bytes, member: int) -> None:
@@ -182,7 +184,8 @@ class BlockManager:
         return Placement(members[start:] + members[:start], self._stripe)
 
     def _first(self, members: Sequence[int], key: bytes | None) -> int:
-        """The member on which a sequence starts: where its first block is known, or the one with the most space."""
+        """Return the member on which a sequence starts: where its first block is known, or the one with the most
+        space."""
         emptiest = max(members, key=self._free.__getitem__)
         known = emptiest if key is None else self._first_members.get(key, emptiest)
         return known if known in members and 2 * self._free[known] >= self._free[emptiest] else emptiest

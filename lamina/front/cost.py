@@ -1,6 +1,6 @@
-"""The cost of a step, predicted from the measured times of earlier steps. Pure Python: the caller has the clock.
+"""Predict the cost of a step from the measured times of earlier steps. This is pure Python: the caller has the clock.
 
-Compute time is a table over the tokens of a step: for few tokens a matrix product always costs the same, because the
+Compute time is a table over the tokens of a step. For few tokens a matrix product always costs the same, because the
 weights are read once; for more it grows. Attention and wire time are linear: each row and each token of context adds
 its bytes.
 """
@@ -31,20 +31,21 @@ _TICK_S = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """The size of a step: decode rows, prompt tokens, and the tokens that all its decode rows attend to together."""
+    """Says how large a step is: decode rows, prompt tokens, and the tokens that all its decode rows attend to
+    together."""
 
     rows: int = 0
     prompt_tokens: int = 0
     context_tokens: int = 0
 
     def part(self, count: int) -> StepLoad:
-        """The largest part, if the load is divided evenly over ``count`` batches."""
+        """Return the largest part, if the load is divided evenly over ``count`` batches."""
         return StepLoad(-(-self.rows // count), -(-self.prompt_tokens // count), -(-self.context_tokens // count))
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """The seconds of a step on the compute node, on the wire, and on the busiest memory node."""
+    """Holds the seconds of a step on the compute node, on the wire, and on the busiest memory node."""
 
     compute_s: float
     wire_s: float
@@ -52,7 +53,7 @@ class StepCost:
 
     @property
     def alone_s(self) -> float:
-        """The time of the step when no other one is in flight, so that nothing overlaps."""
+        """Return the time of the step when no other one is in flight, so that nothing overlaps."""
         return self.compute_s + self.wire_s + self.attention_s
 
 
@@ -61,7 +62,7 @@ class CostModel:
 
     A larger load never gets a smaller estimate. Before the first observation (see `lamina.front.fit`) the cost is the
     number of rows, plus a little for context, in an arbitrary unit. The ``compute_nodes`` share the work of all batches
-    in flight; each of them works on one batch at a time.
+    in flight; each of them works on one batch after the other.
     """
 
     def __init__(self, compute_nodes: int = 1) -> None:
@@ -72,7 +73,7 @@ class CostModel:
 
     @property
     def fitted(self) -> bool:
-        """Whether steps with decode rows have been observed."""
+        """Return whether steps with decode rows have been observed."""
         return self._attention.observed > 0
 
     def observe(
@@ -94,7 +95,7 @@ class CostModel:
             self._wire.observe((1.0, rows), wire_s)
 
     def cost(self, load: StepLoad) -> StepCost:
-        """The expected cost of a step."""
+        """Return the expected cost of a step."""
         tokens = load.rows + load.prompt_tokens
         if not self.fitted:
             return StepCost(tokens, 0.0, 1e-4 * load.context_tokens)
@@ -105,7 +106,8 @@ class CostModel:
         return StepCost(compute_s, self._wire.at((1.0, load.rows)), attention_s)
 
     def step_s(self, loads: Sequence[StepLoad], each: int = 1) -> float:
-        """The seconds until each batch has made a step, if ``each`` batches of every one of these loads are in flight.
+        """Return the seconds until each batch has made a step, if ``each`` batches of every one of these loads are in
+        flight.
 
         This is the time of the busier side, or that of the slowest batch alone.
         """
@@ -116,7 +118,7 @@ class CostModel:
         return max(compute_s, attention_s, max((cost.alone_s for cost in costs), default=0.0))
 
     def batches(self, load: StepLoad, *, least: int, most: int, present: int) -> int:
-        """How many batches, from ``least`` to ``most``, to divide a load over, while ``present`` are in use.
+        """Return how many batches, from ``least`` to ``most``, to divide a load over, while ``present`` are in use.
 
         The result is the smallest number that no larger one beats clearly; before the first observation it is ``most``.
         """
@@ -130,13 +132,13 @@ class CostModel:
         return chosen
 
     def _together_s(self, load: StepLoad, batches: int) -> float:
-        """`step_s` of a load that is divided evenly over batches."""
+        """Return `step_s` for a load that is divided evenly over batches."""
         return self.step_s([load.part(batches)], each=batches)
 
 
 class _TokenTable:
-    """The time as a function of the number of tokens: means in bins of half an octave, joined by lines that never
-    fall."""
+    """Represents time as a function of the number of tokens: means in bins of half an octave, joined by lines that
+    never fall."""
 
     def __init__(self) -> None:
         self._bins: dict[int, _Bin] = {}
@@ -173,7 +175,7 @@ class _TokenTable:
         return y + steep * (tokens - x)
 
     def _fit(self) -> list[tuple[float, float]]:
-        """The weighted least-squares fit that never falls (pool adjacent violators)."""
+        """Compute the weighted least-squares fit that never falls (pool adjacent violators)."""
         pools: list[tuple[float, float, list[float]]] = []
         for found in sorted(self._bins.values(), key=lambda b: b.tokens):
             weight, mean, xs = float(min(found.count, 1 / _WEIGHT)), found.seconds, [found.tokens]
@@ -186,7 +188,7 @@ class _TokenTable:
 
 
 class _Deviation:
-    """How far observations usually deviate from expected times, as the logarithm of a factor.
+    """Tracks how far observations usually deviate from expected times, as the logarithm of a factor.
 
     When all observations begin to deviate, as they do when the machine changes, that becomes usual after some tens of
     them.
@@ -196,7 +198,7 @@ class _Deviation:
         self._spread = 0.3
 
     def clip(self, seconds: float, expected: float) -> float:
-        """The observation; an outlier is moved to the limit of what is no outlier."""
+        """Return the observation, or the limit of what is no outlier if it is beyond that."""
         off = math.log(max(seconds, _TICK_S) / max(expected, _TICK_S))
         limit = _OUTLIER * self._spread
         off = min(max(off, -limit), limit)
@@ -215,7 +217,7 @@ class _Bin:
 
 
 class _Linear:
-    """Non-negative least squares over decayed observations of a few features.
+    """Fits non-negative least squares to decayed observations of a few features.
 
     With so few features, every set of coefficients that may be above 0 is tried. Lawson and Hanson (1974) show that one
     of these sets gives the solution.
@@ -268,8 +270,8 @@ class _Linear:
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Gaussian elimination of a positive matrix with a diagonal of ones, to which a little is added to keep it
-    regular."""
+    """Solve a positive system with a diagonal of ones by Gaussian elimination; a little is added to the diagonal to
+    keep it regular."""
     size = len(right)
     rows = [[x + (1e-9 if i == j else 0.0) for j, x in enumerate(row)] + [right[i]] for i, row in enumerate(matrix)]
     for i in range(size):
@@ -289,7 +291,7 @@ def _is_time(seconds: float) -> bool:
 
 
 class ThroughputEstimate:
-    """An estimate of how many requests are answered per second, from the times at which they end, on any clock."""
+    """Estimates how many requests are answered per second, from the times at which they end, on any clock."""
 
     def __init__(self) -> None:
         self._per_request_s: float | None = None
@@ -307,5 +309,6 @@ class ThroughputEstimate:
         self._last = None
 
     def retry_after_s(self, waiting: int) -> float:
-        """When a client should try again while ``waiting`` requests wait: when an eighth of them has been answered."""
+        """Return when a client should try again while ``waiting`` requests wait: when an eighth of them has been
+        answered."""
         return max(1.0, math.ceil((self._per_request_s or 0.0) * waiting / 8))

@@ -1,4 +1,4 @@
-"""The engine: keeps every batch going, on the device's loop."""
+"""The engine keeps every batch going, on the device's loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("lamina.front")
 
 
 class EngineCounters(NamedTuple):
-    """What the engine has to do and has done. One value, replaced as a whole, that any thread may read."""
+    """Counts what the engine has to do and has done. It is one value, replaced as a whole, that any thread may read."""
 
     running: int = 0
     waiting: int = 0
@@ -30,24 +30,24 @@ class EngineCounters(NamedTuple):
 
 
 class Desk(Protocol):
-    """Where the engine's decisions go, on the node's loop: to the memory nodes and to the clients."""
+    """Carries out the engine's decisions on the node's loop: it tells the memory nodes and the clients."""
 
     def apply(self, changes: CacheChanges) -> None:
-        """Tell the memory nodes."""
+        """Tell the memory nodes what changes in their caches."""
 
     def answer(self, outcome: StepOutcome) -> None:
-        """Tell the clients what came of a step, then the memory nodes."""
+        """Give the clients the tokens of a step, then tell the memory nodes."""
 
     def refuse(self, sequence: Sequence, error: CapacityError) -> None:
         """Tell a client that a memory node has no space for its request."""
 
 
 class Engine:
-    """Continuous batching over the compute nodes of one model and the memory nodes that attend for it.
+    """The engine does continuous batching over the compute nodes of one model and the memory nodes that attend for it.
 
-    It belongs to the device's loop, so that from the last operation of a step to the first of the next there is no way
-    through another thread. Requests come from the node's loop through a `Crossing`, and what comes of them goes back to
-    the ``desk`` there through ``home``.
+    It belongs to the device's loop, so no other thread is involved between the last operation of a step and the first
+    of the next. Requests come from the node's loop through a `Crossing`; results go back to the ``desk`` there through
+    ``home``.
     """
 
     def __init__(self, scheduler: Scheduler, team: Team, home: Crossing, desk: Desk, *, batches: int) -> None:
@@ -57,27 +57,27 @@ class Engine:
         self._home = home
         self._desk = desk
         self._work = [asyncio.Event() for _ in range(batches)]
-        """By slot, whether there may be something to do."""
+        """Set, by slot, when there may be something to do."""
         self._steps = self._tokens = 0
 
     # -- steps
 
     async def run(self) -> None:
-        """Drive all batches until cancelled; NodeError if a node is lost in the middle of a step."""
+        """Drive all batches until cancelled; raise NodeError if a node is lost in the middle of a step."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._team.ship())
             for slot in range(len(self._work)):
                 tasks.create_task(self._drive(slot))
 
     async def _drive(self, slot: int) -> None:
-        """Step after step of one batch."""
+        """Run one batch, step after step."""
         for number in itertools.count():
             step = await self._schedule(slot)
             result = await self._team.run(slot, number, step)
             self._finish(slot, step, result)
 
     async def _schedule(self, slot: int) -> ScheduledStep:
-        """The next step of a batch that has rows; waits until there is one."""
+        """Wait for the next step of a batch that has rows, and return it."""
         work = self._work[slot]
         while True:
             step = self._scheduler.next_step(slot)
@@ -95,7 +95,7 @@ class Engine:
                 return step
 
     def _finish(self, slot: int, step: ScheduledStep, result: StepResult) -> None:
-        """Take in what a step brought, and pass it on."""
+        """Take in the result of a step, and pass it on."""
         load = step.load
         self._scheduler.cost.observe(
             load.rows, load.prompt_tokens, load.context_tokens, result.compute_s, result.attention_s, result.wire_s
@@ -124,9 +124,10 @@ class Engine:
         self._wake()  # a request that waited behind it may be next
 
     def reserved(self, request: ReservationRequest, answer: int | CapacityError) -> None:
-        """The memory nodes have set space aside and share ``answer`` leading positions, or one of them refuses.
+        """Take the answer to a reservation: the memory nodes share ``answer`` leading positions, or one of them
+        refuses.
 
-        Where one refuses, that request alone fails.
+        If one refuses, only that request fails.
         """
         if isinstance(answer, CapacityError):
             if request.is_current:
@@ -138,7 +139,7 @@ class Engine:
         self._wake()
 
     def _wake(self) -> None:
-        """Have every batch look for something to do."""
+        """Wake every batch, which then looks for something to do."""
         for event in self._work:
             event.set()
 

@@ -47,7 +47,7 @@ async def fit(
     longest_s, numbers = 0.0, itertools.count()
 
     async def answer(sequences: list[Sequence], *, observe: bool) -> bool:
-        """Run sequences to their end; False if a reservation was refused or the time was over."""
+        """Run sequences to their end; return False if a reservation was refused or the time was over."""
         ended = False
         for sequence in sequences:
             scheduler.submit(sequence)
@@ -88,7 +88,8 @@ async def fit(
 
 
 def _rounds(most_rows: int, most_tokens: int) -> Iterator[tuple[int, int]]:
-    """The sequences of each round, and the length of their prompts: many short ones and a single long one in turns."""
+    """Return the sequences of each round, and the length of their prompts: many short ones and a single long one in
+    turns."""
     yield 1, 1
     size = GROWTH
     while size <= max(most_rows, most_tokens):

@@ -1,4 +1,4 @@
-"""Requests in, answers out: the engine as the node's loop sees it."""
+"""The intake is the engine's side on the node's loop: it takes requests in and gives answers out."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ log = logging.getLogger("lamina.front")
 
 
 class Answer(Protocol):
-    """Gets every token of one request, and then once its end; on the node's loop."""
+    """Receives every token of one request, and then its end once, on the node's loop."""
 
     def token(self, token: int) -> None:
-        """One more token."""
+        """Take one more token."""
 
     def finished(self, reason: str) -> None:
         """The request is over."""
 
     def failed(self, error: LaminaError) -> None:
-        """The request is over, and this is why."""
+        """The request has failed with this error."""
 
 
 class Intake:
-    """Takes requests, passes them on to the engine, and passes on what comes of them: to clients and memory nodes.
+    """Passes requests on to the engine, and passes its results on to clients and memory nodes.
 
     A sequence belongs to the engine from `submit` on; here it is only the key of its answer, until it is over.
     """
@@ -67,7 +67,7 @@ class Intake:
         self._answers: dict[Sequence, Answer] = {}
         self._estimate = ThroughputEstimate()
         self._coming = 0
-        """Requests that are on their way to the engine."""
+        """The number of requests that are on their way to the engine."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._failure: LaminaError | None = None
@@ -79,7 +79,7 @@ class Intake:
 
     @property
     def counters(self) -> EngineCounters:
-        """What the engine has to do and has done."""
+        """Return the engine's counters."""
         return self._engine.counters
 
     # -- from clients
@@ -112,9 +112,10 @@ class Intake:
         return sequence
 
     def require_place(self, encoding: int) -> None:
-        """CapacityError if too many requests wait for one more, besides ``encoding`` whose prompts are being encoded.
+        """Raise CapacityError if too many requests wait already, counting ``encoding`` whose prompts are still being
+        encoded.
 
-        The engine decides exactly; here it is seen to that what has not come to it yet is bounded as well.
+        The engine decides exactly; this check also bounds the requests that have not reached it yet.
         """
         if self._coming >= self._max_waiting or (encoding and self.counters.waiting + encoding >= self._max_waiting):
             retry_after_s = self._retry_after_s()
@@ -131,7 +132,7 @@ class Intake:
             self._note_idle()
 
     def _check(self, prompt: list[int], max_tokens: int | None) -> int:
-        """The most tokens that the answer may have; RequestError for a prompt that cannot be served."""
+        """Return the most tokens that the answer may have; raise RequestError for a prompt that cannot be served."""
         if not prompt:
             raise RequestError("the prompt is empty; expected at least one token")
         for position, token in enumerate(prompt):
@@ -155,8 +156,8 @@ class Intake:
     # -- serving
 
     async def run(self) -> None:
-        """Serve until cancelled, or until the engine or another node fails: then all clients are told, and the error
-        is raised."""
+        """Serve until cancelled, or until the engine or another node fails; then tell all clients, and raise the
+        error."""
         engine = self._device.start(self._engine.run())
         try:
             await asyncio.wait((engine, self._failed), return_when=asyncio.FIRST_COMPLETED)
@@ -181,7 +182,7 @@ class Intake:
             self._failed.exception()  # `run` may not have begun
 
     async def drain(self) -> None:
-        """Take no more requests and wait until those that there are have been answered."""
+        """Take no more requests, and wait until all earlier ones have been answered."""
         self.draining = True
         await self._idle.wait()
 
@@ -216,13 +217,13 @@ class Intake:
             self._note_idle()
 
     def reserved(self, request: ReservationRequest, answer: int | CapacityError) -> None:
-        """What came of a reservation goes back to the engine."""
+        """Pass the answer to a reservation on to the engine."""
         self._device.post(self._engine.reserved, request, answer)
 
     # -- inside
 
     def _with_seed(self, request: Request) -> Request:
-        """The request with a seed: its own, else a random one, which a greedy answer does not need."""
+        """Return the request with a seed: its own, else a random one, which a greedy answer does not need."""
         if request.sampling.seed is not None:
             return request
         seed = self._random.getrandbits(63) if request.sampling.temperature else 0

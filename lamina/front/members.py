@@ -1,4 +1,4 @@
-"""The nodes of a cluster as its front knows them: who is there, under which id, and since when."""
+"""The front keeps account of the nodes of its cluster: their ids, their states, and the epoch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Role = Literal["compute", "memory"]
 
 
 class State(StrEnum):
-    """What a member is to the cluster."""
+    """Says how far a member takes part in the cluster."""
 
     JOINING = "joining"
     """The cluster file names it; it is not ready."""
@@ -27,7 +27,7 @@ class State(StrEnum):
     LEAVING = "leaving"
     """It takes part in the steps that have begun, and in no others."""
     LOST = "lost"
-    """It is gone, and what it held with it."""
+    """It is gone, together with what it held."""
 
 
 class Change(NamedTuple):
@@ -41,11 +41,11 @@ class Change(NamedTuple):
 
 
 class Members:
-    """The members of a cluster. Placements, schedules, orders and step plans name them by their ids.
+    """Holds the members of a cluster. Placements, schedules, orders and step plans name them by their ids.
 
     An id belongs to a name for as long as the cluster runs; a node that comes back under its name has its id again.
-    Every change begins a new ``epoch``. ``on_change`` is the one place that is told of changes, among them of the loss
-    of a member. Belongs to the node's loop.
+    Every change begins a new ``epoch``. ``on_change`` is the one function that is called for changes, among them the
+    loss of a member. It belongs to the node's loop.
     """
 
     def __init__(self, entries: Iterable[MemberEntry], on_change: Callable[[Change], None], *, epoch: int = 0) -> None:
@@ -57,39 +57,40 @@ class Members:
 
     @staticmethod
     def of_names(compute: Sequence[str], memory: Sequence[str]) -> list[MemberEntry]:
-        """The entries of a cluster with these nodes, numbered in their order."""
+        """Return the entries of a cluster with these nodes, numbered in their order."""
         roles: list[tuple[str, Role]] = [(name, "compute") for name in compute]
         roles += [(name, "memory") for name in memory]
         return [MemberEntry(id_, name, role) for id_, (name, role) in enumerate(roles)]
 
     @property
     def entries(self) -> list[MemberEntry]:
-        """All members, by id, whatever their state."""
+        """Return all members, by id, whatever their state."""
         return [self._entries[id_] for id_ in sorted(self._entries)]
 
     def id_of(self, name: str) -> int:
-        """The id of the member called ``name``; KeyError if there is none."""
+        """Return the id of the member called ``name``; raise KeyError if there is none."""
         return self._ids[name]
 
     def entry(self, id_: int) -> MemberEntry:
-        """The member with this id."""
+        """Return the member with this id."""
         return self._entries[id_]
 
     def state(self, id_: int) -> State:
-        """The state of a member."""
+        """Return the state of a member."""
         return self._states[id_]
 
     def of_role(self, role: Role) -> tuple[int, ...]:
-        """The ids of the members of a role that are not lost, in ascending order."""
+        """Return the ids of the members of a role that are not lost, in ascending order."""
         return tuple(e.id for e in self.entries if e.role == role and self._states[e.id] is not State.LOST)
 
     def membership(self) -> Membership:
-        """What the other compute nodes are told."""
+        """Return what the other compute nodes are told."""
         entries = [structs.replace(entry, state=self._states[entry.id].value) for entry in self.entries]
         return Membership(epoch=self.epoch, members=entries)
 
     def adopt(self, told: Membership) -> None:
-        """Take over what the front says, on another compute node. ConfigError if it has other nodes in its file."""
+        """Take over what the front says, on another compute node. Raises ConfigError if it has other nodes in its
+        file."""
         theirs = {entry.id: structs.replace(entry, state="joining") for entry in told.members}
         if theirs != self._entries:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which sequences give way when another one needs their space. Pure functions."""
+"""Pure functions choose the sequences that give way when another one needs their space."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lamina.front.sequence import Sequence
 def choose_victims(
     sequence: Sequence, tokens: int, running: Iterable[Sequence], block_manager: BlockManager
 ) -> list[Sequence]:
-    """The sequences to preempt so that ``sequence`` can hold the positions 0..tokens-1, the lowest rank first.
+    """Return the sequences to preempt so that ``sequence`` can hold the positions 0..tokens-1, the lowest rank first.
 
-    Only sequences of a lower rank give way, and no more of them than it takes. Space of those that leave anyway counts
-    first. The list is empty if all of them together have too little.
+    Only sequences of a lower rank give way, and no more of them than necessary. The space of those that leave anyway
+    counts first. The list is empty if all of them together have too little.
     """
     shortage = block_manager.shortage(sequence, tokens)
     below = [s for s in running if s.rank > sequence.rank]
@@ -35,5 +35,5 @@ def choose_victims(
 
 
 def _reduced(shortage: Mapping[int, int], freed: Mapping[int, int]) -> dict[int, int]:
-    """By member id, the blocks that are still missing when others come free."""
+    """Return, by member id, the blocks that are still missing when others come free."""
     return {member: rest for member, n in shortage.items() if (rest := n - freed.get(member, 0)) > 0}

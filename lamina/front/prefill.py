@@ -1,4 +1,4 @@
-"""How the prompt tokens of a step are divided over the prompts that are being prefilled. Pure functions."""
+"""Pure functions divide the prompt tokens of a step over the prompts that are being prefilled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def divide_prefill(sequences: Iterable[Sequence], budget: int) -> list[PromptChu
     """Divide ``budget`` tokens over prompts.
 
     The oldest prompt gets half of them, the next one half of the rest, and so on; what short prompts leave over goes to
-    the oldest again. So a short prompt does not wait for a long one, and few prompts are unfinished at the same time.
+    the oldest again. So a short prompt does not wait for a long one, and few prompts are unfinished at once.
     """
     ordered = sorted(sequences, key=lambda s: s.arrival)
     limits = [_max_chunk(s) for s in ordered]
@@ -33,7 +33,8 @@ def divide_prefill(sequences: Iterable[Sequence], budget: int) -> list[PromptChu
 
 
 def _max_chunk(sequence: Sequence) -> int:
-    """The longest next chunk of a sequence: local tokens only, or only positions that the same memory nodes store."""
+    """Return the longest next chunk of a sequence: local tokens only, or only positions that the same memory nodes
+    store."""
     if sequence.prefilled < sequence.local_tokens:
         return sequence.local_tokens - sequence.prefilled
     rest, same = len(sequence.tokens) - sequence.prefilled, sequence.placement.until_next(sequence.prefilled)

@@ -1,4 +1,4 @@
-"""Keys for the contents of KV cache blocks, so that prompts with the same beginning can share them."""
+"""Name the contents of KV cache blocks by keys, so that prompts with the same beginning can share them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamina.wire.tenants import KEY_BYTES
 
 
 class PrefixKeys:
-    """128-bit keys for the full blocks of sequences. Blocks with equal keys have equal contents.
+    """Computes 128-bit keys for the full blocks of sequences. Blocks with equal keys have equal contents.
 
     A block's key is the BLAKE2b digest of the key before it and the tokens of the block. Before the first key comes a
     digest of everything else that the contents depend on: the ``model`` (the fingerprint of its checkpoint), the
@@ -24,7 +24,8 @@ class PrefixKeys:
         self._facts = (model, dtype, kv_dtype, str(block_tokens))
 
     def keys(self, tokens: Sequence[int], salt: str = "", known: Sequence[bytes] = ()) -> list[bytes]:
-        """The keys of all full blocks of ``tokens``, the first of which may be ``known`` from an earlier call."""
+        """Return the keys of all full blocks of ``tokens``, the first of which may be ``known`` from an earlier
+        call."""
         size = self._block_tokens
         keys = list(known[: len(tokens) // size])
         key = keys[-1] if keys else self._root(salt)

@@ -1,4 +1,5 @@
-"""Decide which sequences run and what each step consists of. Pure Python: no clock, no tensor, no connection."""
+"""Decide which sequences run and what each step consists of. This is pure Python: no clock, no tensor, no
+connection."""
 
 from __future__ import annotations
 
@@ -26,11 +27,11 @@ from lamina.front.slots import BatchSlot, SlotBalancer
 from lamina.front.waiting import WaitingQueue
 
 AHEAD_BLOCKS = 4
-"""Blocks that are reserved beyond what a sequence has, so that it seldom has to request more."""
+"""The number of blocks reserved beyond what a sequence has, so that it seldom has to request more."""
 
 
 class Scheduler:
-    """Continuous batching over ``batches`` slots: sequences join and leave between steps.
+    """The scheduler does continuous batching over ``batches`` slots: sequences join and leave between steps.
 
     Waiting sequences are admitted in the order of `Sequence.rank`, when ``block_manager`` has space for their tokens
     and some blocks ahead. A running sequence reserves more, a few blocks at a time and one step before it needs them.
@@ -81,38 +82,39 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """How many sequences wait."""
+        """Return how many sequences wait."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """How many sequences run."""
+        """Return how many sequences run."""
         return self._slots.running
 
     @property
     def free_blocks(self) -> int:
-        """Free blocks on the memory nodes, as the block manager counts them."""
+        """Return the free blocks on the memory nodes, as the block manager counts them."""
         return self._block_manager.free_blocks
 
     @property
     def block_tokens(self) -> int:
-        """Positions of a block."""
+        """Return how many positions a block has."""
         return self._block_manager.block_tokens
 
     @property
     def loads(self) -> list[StepLoad]:
-        """By slot: its next decode step, as if all prompts were prefilled."""
+        """Return the next decode step of each slot, as if all prompts were prefilled."""
         return [slot.load for slot in self._slots]
 
     @property
     def batches_in_use(self) -> int:
-        """How many slots new sequences go to."""
+        """Return how many slots new sequences go to."""
         return self._slots.in_use
 
     # -- requests
 
     def submit(self, sequence: Sequence, *, retry_after_s: float | None = None) -> None:
-        """Queue a sequence. CapacityError if it could never run, or, with ``retry_after_s``, if too many wait."""
+        """Queue a sequence. Raises CapacityError if it could never run, or, with ``retry_after_s``, if too many
+        wait."""
         limit = self._block_manager.max_context
         if sequence.max_context > limit:
             raise CapacityError(
@@ -137,7 +139,7 @@ class Scheduler:
             )
 
     def cancel(self, sequence: Sequence) -> bool:
-        """End a sequence early. True if it was waiting; else it ends at the next step boundary of its slot."""
+        """End a sequence early. Returns True if it was waiting; else it ends at the next step boundary of its slot."""
         sequence.cancelled = True
         return self._waiting.remove(sequence)
 
@@ -154,7 +156,7 @@ class Scheduler:
             self.shared_tokens += shared
 
     def _keepable(self, tokens: int) -> int:
-        """How many of the tokens of a new prompt the compute node still has room to keep."""
+        """Return how many of the tokens of a new prompt the compute node still has room to keep."""
         if not self._remote_tokens:
             return tokens
         kept = sum(s.local_tokens for s in self._slots.sequences() if s.prefilled < s.local_tokens)
@@ -163,7 +165,7 @@ class Scheduler:
     # -- steps
 
     def next_step(self, slot: int) -> ScheduledStep | None:
-        """The next step of batch ``slot``, or None while there is nothing to run and nothing to tell."""
+        """Return the next step of batch ``slot``, or None while there is nothing to run and nothing to tell."""
         own, changes = self._slots[slot], CacheChanges()
         for sequence in [s for s in own.sequences if s.cancelled]:
             self._remove(sequence, changes)
@@ -205,7 +207,7 @@ class Scheduler:
         return StepOutcome(fresh, finished, cancelled, changes)
 
     def _compose(self, own: BatchSlot) -> tuple[tuple[DecodeRow, ...], tuple[PromptChunk, ...]]:
-        """The rows of the sequences whose space the memory nodes have confirmed."""
+        """Return the rows of the sequences whose space the memory nodes have confirmed."""
         decode: list[DecodeRow] = []
         local: list[Sequence] = []
         remote: list[Sequence] = []
@@ -273,7 +275,7 @@ class Scheduler:
             sequence.reserved = tokens
 
     def _make_space(self, sequence: Sequence, tokens: int, changes: CacheChanges) -> None:
-        """Preempt sequences of a lower rank; those that are in the middle of a step, when it ends."""
+        """Preempt sequences of a lower rank, at once or when the step ends that they are in."""
         for victim in choose_victims(sequence, tokens, self._slots.sequences(), self._block_manager):
             if self._slots[victim.slot].stepping:
                 victim.yielding = True
@@ -281,7 +283,7 @@ class Scheduler:
                 self._preempt(victim, changes)
 
     def _preempt(self, sequence: Sequence, changes: CacheChanges) -> None:
-        """Take everything from a sequence but its tokens, and let it wait."""
+        """Take everything except its tokens from a sequence, and let it wait."""
         if sequence.is_decoding:
             self._publish(sequence, sequence.context - 1, changes)
         self._remove(sequence, changes)
@@ -299,7 +301,7 @@ class Scheduler:
         sequence.id, sequence.placement = -1, NOWHERE
 
     def _with_blocks_ahead(self, sequence: Sequence, tokens: int) -> int:
-        """The positions of ``tokens`` and of some blocks more, up to what the sequence can need."""
+        """Return the positions of ``tokens`` and of some blocks more, up to what the sequence can need."""
         blocks = self._block_manager.blocks_for(tokens) + self._ahead_blocks
         return min(sequence.max_context, blocks * self.block_tokens)
 
@@ -311,7 +313,8 @@ class Scheduler:
             changes.published.append(Publication(sequence.id, sequence.placement, keys))
 
     def _keys(self, sequence: Sequence, tokens: int) -> tuple[bytes, ...]:
-        """The keys of the full blocks of the first ``tokens`` positions; none for a sequence that shares nothing."""
+        """Return the keys of the full blocks of the first ``tokens`` positions; none for a sequence that shares
+        nothing."""
         request, blocks = sequence.request, tokens // self.block_tokens
         if not (self._prefix and request.share_prefix):
             return ()

@@ -1,4 +1,4 @@
-"""A request while it is being answered, and what one step of a batch does for it. Pure Python: plain values only."""
+"""These plain values describe a request while it is being answered, and what one step of a batch does for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ NOWHERE = Placement(())
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request while it is being answered. Prompt and output are its whole state; the rest belongs to the scheduler.
+    """A sequence is one request while it is being answered. Prompt and output are its whole state; the rest belongs to
+    the scheduler.
 
     A waiting sequence holds no space. A preempted one loses what it had and waits again; when it is admitted again, all
     its tokens up to the last are prefilled as if they were a prompt.
@@ -59,27 +60,27 @@ class Sequence:
 
     @property
     def max_context(self) -> int:
-        """The most positions that it can come to need."""
+        """Return the most positions that it can come to need."""
         return len(self.prompt) + self.max_tokens
 
     @property
     def context(self) -> int:
-        """The tokens it has. Keys and values of the last one are stored in the next step."""
+        """Return the tokens it has. Keys and values of the last one are stored in the next step."""
         return len(self.prompt) + len(self.output)
 
     @property
     def is_decoding(self) -> bool:
-        """Whether all tokens before the last are stored, or on their way to the memory nodes."""
+        """Return whether all tokens before the last are stored, or on their way to the memory nodes."""
         return 0 < len(self.tokens) == self.prefilled
 
     @property
     def rank(self) -> tuple[int, ...]:
-        """The order of admission: the smallest rank is admitted first, and preempted last."""
+        """Return the order of admission: the smallest rank is admitted first, and preempted last."""
         return (-int(self.preemptions >= MAX_PREEMPTIONS), -self.request.priority, self.arrival)
 
     @property
     def finish_reason(self) -> str | None:
-        """Why it is over, or None while it goes on."""
+        """Return why it is over, or None while it goes on."""
         if self.output and self.output[-1] in self.stop_tokens:
             return "stop"
         return "length" if len(self.output) >= self.max_tokens else None
@@ -87,7 +88,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """One decode row: ``token`` is at ``position``, directly before the token to be sampled."""
+    """A decode row has ``token`` at ``position``, directly before the token to be sampled."""
 
     sequence: Sequence
     token: int
@@ -96,7 +97,7 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Consecutive tokens of a prompt, from position ``start``."""
+    """A chunk holds consecutive tokens of a prompt, from position ``start``."""
 
     sequence: Sequence
     start: int
@@ -104,18 +105,18 @@ class PromptChunk:
 
     @property
     def completes(self) -> bool:
-        """Whether it ends the prompt, so that a token is sampled from its last row."""
+        """Return whether it ends the prompt, so that a token is sampled from its last row."""
         return self.start + len(self.tokens) == len(self.sequence.tokens)
 
     @property
     def remote(self) -> bool:
-        """Whether it attends to a past on the memory nodes, and not to the chunks kept on the compute node."""
+        """Return whether it attends to a past on the memory nodes, and not to the chunks kept on the compute node."""
         return self.start >= self.sequence.local_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class ReservationRequest:
-    """A request to the memory nodes for space for the positions 0..tokens-1 of a sequence.
+    """Asks the memory nodes for space for the positions 0..tokens-1 of a sequence.
 
     The answer goes to `Scheduler.confirm`.
     """
@@ -133,18 +134,18 @@ class ReservationRequest:
 
     @property
     def is_new(self) -> bool:
-        """Whether the sequence has no space yet."""
+        """Return whether the sequence has no space yet."""
         return not self.reserved
 
     @property
     def is_current(self) -> bool:
-        """Whether the sequence still runs under this id."""
+        """Return whether the sequence still runs under this id."""
         return self.sequence.id == self.id
 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """Leading blocks of a sequence that others may share from now on."""
+    """Names leading blocks of a sequence that others may share from now on."""
 
     id: int
     placement: Placement
@@ -153,7 +154,7 @@ class Publication:
 
 @dataclass(slots=True)
 class CacheChanges:
-    """What the memory nodes have to be told, in this order: publications, releases, reservations."""
+    """Lists what the memory nodes have to be told, in this order: publications, releases, reservations."""
 
     published: list[Publication] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -166,7 +167,7 @@ class CacheChanges:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """The rows that go through the slices together: decode rows first, then chunks of prompts. There may be none.
+    """Holds the rows that go through the slices together: decode rows first, then chunks of prompts. There may be none.
 
     The memory nodes are told ``changes`` before the step runs.
     """
@@ -179,24 +180,24 @@ class ScheduledStep:
 
     @property
     def has_rows(self) -> bool:
-        """Whether there is anything to run."""
+        """Return whether there is anything to run."""
         return bool(self.decode or self.prompts)
 
     @property
     def sampled(self) -> list[Sequence]:
-        """The sequences that get a token, in the order of the sampled rows."""
+        """Return the sequences that get a token, in the order of the sampled rows."""
         return [r.sequence for r in self.decode] + [c.sequence for c in self.prompts if c.completes]
 
     @property
     def load(self) -> StepLoad:
-        """Its size, for the cost model."""
+        """Return the size of the step, for the cost model."""
         prompt_tokens = sum(len(chunk.tokens) for chunk in self.prompts)
         return StepLoad(len(self.decode), prompt_tokens, sum(row.position + 1 for row in self.decode))
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What a finished step brought. The memory nodes are told ``changes`` afterwards."""
+    """Holds what a finished step brought. The memory nodes are told ``changes`` afterwards."""
 
     tokens: list[tuple[Sequence, int]]
     """New tokens in the order of the sampled rows."""

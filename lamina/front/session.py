@@ -1,4 +1,4 @@
-"""Clients of the front: their requests in, text and tokens out."""
+"""Serve the clients of the front: take their requests in, and give text and tokens out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ log = logging.getLogger("lamina.front")
 
 
 class ClientSession:
-    """One client on its link. When the link ends, its requests are cancelled.
+    """Serves one client on its link. When the link ends, its requests are cancelled.
 
-    ``intake`` and ``tokenizer`` give those of the front, or raise the error to be told while there are none.
+    ``intake`` and ``tokenizer`` return those of the front. While there are none, they raise the error that the client
+    gets.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ClientSession:
         self._tokenizer = tokenizer
         self._status = status
         self._requests: dict[int, Sequence | asyncio.Task[None]] = {}
-        """By the client's id; a task until the engine has the request."""
+        """The requests by the client's id. A request is a task until the engine has it."""
 
     def on_message(self, plain: dict[str, Any]) -> None:
         """Take in a message of the client."""
@@ -151,7 +152,7 @@ class _TextAnswer:
 
 
 def failed(error: LaminaError, id_: int | None = None) -> Failed:
-    """An error as it travels to a client."""
+    """Return an error as it travels to a client."""
     return Failed(
         kind=type(error).__name__,
         message=str(error),

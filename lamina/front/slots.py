@@ -1,4 +1,4 @@
-"""The batch slots of a scheduler, and the balance of work between them. Pure Python."""
+"""The scheduler balances work between its batch slots. This is pure Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_MOVED_SHARE = 0.9
 
 
 class BatchSlot:
-    """One batch that may be in flight."""
+    """Holds the sequences of one batch that may be in flight."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -24,7 +24,7 @@ class BatchSlot:
 
     @property
     def load(self) -> StepLoad:
-        """Its next decode step, as if all prompts were prefilled."""
+        """Return the slot's next decode step, as if all prompts were prefilled."""
         return StepLoad(rows=len(self.sequences), context_tokens=self.context)
 
     def add(self, sequence: Sequence) -> None:
@@ -41,7 +41,7 @@ class BatchSlot:
 
 
 class SlotBalancer:
-    """The slots of all batches, at most ``max_batch`` sequences each, which get equal work by ``cost``.
+    """Holds the slots of all batches, at most ``max_batch`` sequences each, and gives them equal work by ``cost``.
 
     Sequences go to the first ``in_use`` slots. The cost model says how many of them are worth using.
     """
@@ -60,16 +60,16 @@ class SlotBalancer:
 
     @property
     def running(self) -> int:
-        """How many sequences there are in all slots."""
+        """Return how many sequences there are in all slots."""
         return sum(len(slot.sequences) for slot in self._slots)
 
     def sequences(self) -> Iterator[Sequence]:
-        """The sequences of all slots."""
+        """Return the sequences of all slots."""
         return (sequence for slot in self._slots for sequence in slot.sequences)
 
     def takes_next(self, slot: BatchSlot) -> bool:
-        """Whether the next sequence joins this slot: it has a free row, and no other one with a free row has less
-        work."""
+        """Return whether the next sequence joins this slot: it has a free row, and no other one with a free row has
+        less work."""
         if slot.index >= self.in_use or len(slot.sequences) >= self._max_batch:
             return False
         return self._work(slot) <= min(map(self._work, self._open_slots()))
@@ -86,7 +86,7 @@ class SlotBalancer:
         self.in_use = self._cost.batches(load, least=-(-rows // self._max_batch), most=most, present=self.in_use)
 
     def rebalance(self, slot: BatchSlot) -> bool:
-        """Move sequences from a slot, which is between two steps, to slots with less work; whether any moved.
+        """Move sequences from a slot, which is between two steps, to slots with less work. Returns whether any moved.
 
         Only decoding sequences move. The others have keys and values on the compute node, and will decode soon.
         """
@@ -108,18 +108,18 @@ class SlotBalancer:
         return moved
 
     def _open_slots(self) -> list[BatchSlot]:
-        """The slots in use that have a free row."""
+        """Return the slots in use that have a free row."""
         return [slot for slot in self._slots[: self.in_use] if len(slot.sequences) < self._max_batch]
 
     def _work(self, slot: BatchSlot) -> tuple[float, int]:
-        """The cost of a slot's next step. If a step is in flight, contexts will have grown by the next one."""
+        """Return the cost of a slot's next step. If a step is in flight, contexts will have grown by the next one."""
         load = slot.load
         if slot.stepping:
             load = StepLoad(rows=load.rows, context_tokens=load.context_tokens + load.rows)
         return self._cost.cost(load).alone_s, len(slot.sequences)
 
     def _is_better(self, slot: BatchSlot, other: BatchSlot, sequence: Sequence) -> bool:
-        """Whether the longer of two slots' steps gets clearly shorter when the sequence moves."""
+        """Return whether the longer of two slots' steps gets clearly shorter when the sequence moves."""
         rows, context = len(slot.sequences), slot.context
         without = self._cost.cost(StepLoad(rows=rows - 1, context_tokens=context - sequence.context)).alone_s
         rows, context = len(other.sequences), other.context

@@ -1,4 +1,4 @@
-"""Space on the memory nodes: what the scheduler decided is carried out, on the node's loop."""
+"""Carry out what the scheduler decided about the space on the memory nodes, on the node's loop."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lamina.wire.tenants import Reserved
 class Space:
     """Tells the memory nodes, by member id, what of the scheduler's decisions concerns them.
 
-    ``on_answer`` gets every reservation with what came of it: the number of leading positions that are shared, or the
-    error of a memory node that refuses.
+    ``on_answer`` gets every reservation with its answer: the number of leading positions that are shared, or the error
+    of a memory node that refuses.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class Space:
             pass  # a memory node is lost, which is announced elsewhere
 
     async def hold(self, request: ReservationRequest) -> int:
-        """Have space set aside that the scheduler did not ask for through `apply`; see `reserve`."""
+        """Reserve space that the scheduler did not request through `apply`; see `reserve`."""
         self._held.add(request.id)
         return await self.reserve(request)
 
     async def reserve(self, request: ReservationRequest) -> int:
-        """Have memory nodes set aside what was asked for; the number of leading positions that they share.
+        """Reserve what was requested on the memory nodes, and return the number of leading positions that they share.
 
-        Of a prompt that begins like others, only what all of them still have can be shared, and each forgets when it
-        needs the space. Where one has less than another, they are told to start anew with the keys that all had; what
-        they share gets less each time, so this ends. As soon as the sequence is released nothing more is asked.
-        CapacityError where a node has too little space; the others hold theirs until the release.
+        A prompt can share only what all its memory nodes still have, and each of them forgets blocks when it needs the
+        space. If one has less than another, the reservation starts anew with the keys that all of them had. They share
+        less each time, so this ends. Once the sequence is released, nothing more is requested. Raises CapacityError if
+        a node has too little space; the others hold theirs until the release.
         """
         keys, place = request.keys, request.placement
         held = {

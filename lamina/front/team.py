@@ -1,4 +1,4 @@
-"""All compute nodes of a model, as the front among them sees them."""
+"""The front has all compute nodes of a model, itself among them, run steps."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lamina.wire.orders import Choice, Done, Forget, Order, TokenRun
 
 
 class StepResult(NamedTuple):
-    """The tokens of a step's sampled rows, and the seconds that it took of the compute nodes, of the busiest memory
-    node, and beside both (NaN where that cannot be told)."""
+    """Holds the tokens of a step's sampled rows, and the seconds that it took on the compute nodes, on the busiest
+    memory node, and outside of both (NaN if that is not known)."""
 
     tokens: list[int]
     compute_s: float
@@ -26,9 +26,9 @@ class StepResult(NamedTuple):
 
 
 class Team:
-    """Has steps run by the compute nodes that the schedule names: by this one, and by its peers on order.
+    """Has steps run by the compute nodes that the schedule names: by this one, and by its peers when it orders them to.
 
-    Belongs to the device's loop; orders cross to the node's loop, where messages are sent.
+    It belongs to the device's loop. Orders cross to the node's loop, where messages are sent.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Team:
         epoch: int = 0,
         peers: Mapping[int, PeerControl] | None = None,
     ) -> None:
-        """``member`` is the id of this node, ``home`` the way to the node's loop, where ``peers`` live.
+        """``member`` is the id of this node, and ``home`` leads to the node's loop, where ``peers`` live.
 
-        ``epoch`` is that of the members for which orders are made.
+        Orders are made for the members at ``epoch``.
         """
         self._runner = runner
         self._device = device
@@ -56,7 +56,7 @@ class Team:
         self._begun = self._in_flight = 0
 
     async def run(self, slot: int, number: int, step: ScheduledStep) -> StepResult:
-        """Run step ``number`` of a batch slot. NodeError if a node is lost meanwhile."""
+        """Run step ``number`` of a batch slot. Raises NodeError if a node is lost meanwhile."""
         now = self._device.loop.time
         begun_s, alone = now(), self._in_flight == 0
         self._begun, self._in_flight = self._begun + 1, self._in_flight + 1
@@ -68,7 +68,7 @@ class Team:
         compute_s = math.fsum(part.compute_s for part in parts)
         attention_s = _attention_s(parts)
         wire_s = max(0.0, now() - begun_s - compute_s - attention_s)
-        # With other batches in flight, what is neither compute nor attention is their time.
+        # With other batches in flight, what is neither compute nor attention belongs to them.
         undisturbed = alone and self._begun == begun
         tokens = next((part.tokens for part in parts if part.tokens), [])
         return StepResult(tokens, compute_s, attention_s, wire_s if undisturbed else math.nan)
@@ -90,7 +90,7 @@ class Team:
         await self._runner.ship()
 
     def forget(self, sequences: Iterable[int]) -> None:
-        """Drop what is kept of the prompts of sequences that are over."""
+        """Drop the keys and values of prompts of sequences that are over."""
         over = list(sequences)
         if over:
             self._runner.forget(over)
@@ -99,7 +99,7 @@ class Team:
 
 
 def order_of(slot: int, number: int, epoch: int, step: ScheduledStep) -> Order:
-    """What the scheduler composed, as compute nodes are told."""
+    """Return the order for the step that the scheduler composed."""
     runs = [*map(_decoding, step.decode), *map(_prompt, step.prompts)]
     return Order(epoch=epoch, slot=slot, step=number, runs=runs)
 
@@ -117,7 +117,7 @@ def _prompt(chunk: PromptChunk) -> TokenRun:
 
 
 def _attention_s(parts: Sequence[Done]) -> float:
-    """The sum, over compute nodes, of the longest time that any part was told of."""
+    """Return the sum, over compute nodes, of the longest time that any part was told of."""
     longest: dict[int, float] = {}
     for part in parts:
         for member, seconds in part.attention_s:

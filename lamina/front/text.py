@@ -10,14 +10,14 @@ from lamina.errors import CheckpointError, RequestError
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint; without tokenizer.json, prompts are token ids and answers have no text."""
+    """Wraps the tokenizer of a checkpoint. Without tokenizer.json, prompts are token ids and answers have no text."""
 
     def __init__(self, path: Path, context: int) -> None:
         self._path = path
         self._context = context
         self._library: Any = None
         self.at_work = 0
-        """Prompts that it has been given and not yet turned into tokens."""
+        """The number of prompts that it has been given and not yet turned into tokens."""
         if (path / "tokenizer.json").is_file():
             from transformers import AutoTokenizer
 
@@ -28,7 +28,8 @@ class Tokenizer:
             self._longest_token = max(map(len, self._library.get_vocab()))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the checkpoint asks for. Takes a while for a long one."""
+        """Return the token ids of a prompt, with the special tokens that the checkpoint asks for. A long prompt takes
+        long."""
         if self._library is None:
             raise RequestError(f"{self._path} has no tokenizer.json, so the prompt must be token ids")
         if len(text) > self._context * self._longest_token:
@@ -39,19 +40,19 @@ class Tokenizer:
         return ids
 
     def done(self, encoding: asyncio.Future[list[int]]) -> None:
-        """One less is at work. Its error matters only to who still waits for it."""
+        """A prompt has been encoded. The task that waits for it, if any, gets its error."""
         self.at_work -= 1
         if not encoding.cancelled():
             encoding.exception()
 
     def decode(self, ids: list[int]) -> str:
-        """Text of tokens, without special ones; empty without tokenizer.json."""
+        """Return the text of tokens, without special ones. It is empty without tokenizer.json."""
         text: str = self._library.decode(ids, skip_special_tokens=True) if self._library else ""
         return text
 
 
 class TextStream:
-    """Text of one answer, token by token.
+    """Produces the text of one answer, token by token.
 
     Where a token ends inside a character, its text comes with a later one. Text is decoded together with the tokens
     before it, as some tokenizers join words by what precedes them.
@@ -61,12 +62,12 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._before = 0
-        """Tokens from here on are decoded again, for what follows them."""
+        """Tokens from here on are decoded again, together with those that follow them."""
         self._given = 0
         """Tokens up to here have been given as text."""
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes, which may be empty."""
+        """Return the text that ``token`` completes, which may be empty."""
         self._ids.append(token)
         text = self._fresh()
         if not text or text.endswith("\ufffd"):
@@ -75,7 +76,7 @@ class TextStream:
         return text
 
     def rest(self) -> str:
-        """What was held back, an unfinished character at most."""
+        """Return what was held back, an unfinished character at most."""
         return self._fresh()
 
     def _fresh(self) -> str:

@@ -1,4 +1,4 @@
-"""The queue of sequences that wait to be admitted."""
+"""Sequences wait in this queue until they are admitted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ after at most n times this many admissions."""
 
 
 class Ranked(Protocol):
-    """What can wait. Neither property changes meanwhile."""
+    """Says what an item needs in order to wait. Neither property changes meanwhile."""
 
     @property
     def rank(self) -> tuple[int, ...]: ...
@@ -25,7 +25,7 @@ _Heap = list[tuple[Any, int, T]]
 
 
 class WaitingQueue(Generic[T]):
-    """A queue by rank, the smallest first, without starvation. Every operation takes logarithmic time."""
+    """Orders items by rank, the smallest first, without starvation. All operations are logarithmic."""
 
     def __init__(self) -> None:
         self._tickets: dict[T, int] = {}
@@ -46,7 +46,7 @@ class WaitingQueue(Generic[T]):
         heapq.heappush(self._by_arrival, (item.arrival, self._issued, item))
 
     def remove(self, item: T) -> bool:
-        """Remove an item; False if it does not wait."""
+        """Remove an item; return False if it does not wait."""
         if self._tickets.pop(item, None) is None:
             return False
         for heap in (self._by_rank, self._by_arrival):
@@ -56,7 +56,7 @@ class WaitingQueue(Generic[T]):
         return True
 
     def head(self) -> T | None:
-        """The item that is next."""
+        """Return the item that is next."""
         first_come = self._taken % FIRST_COME_EVERY == FIRST_COME_EVERY - 1
         heap = self._by_arrival if first_come else self._by_rank
         while heap and not self._is_valid(heap[0]):

@@ -1,1 +1,1 @@
-"""A memory node: holds the KV caches of tenants and attends over them."""
+"""A memory node holds the KV caches of tenants and attends over them."""

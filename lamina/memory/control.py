@@ -1,4 +1,4 @@
-"""A memory node's end of a link, on the node's loop: what a compute node says about the space of sequences."""
+"""Serve what a compute node says about the space of sequences, on the node's loop of a memory node."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class ServingControl:
 
     @property
     def peer(self) -> str:
-        """The name of the compute node."""
+        """Return the name of the compute node."""
         return self._link.info.peer.name
 
     async def serve(self) -> None:
-        """Answer until the link ends; raises the error that ended it."""
+        """Answer until the link ends; raise the error that ended it."""
         link, member = self._link, self._attach.member
         lane = ServingLane(link, self._attach, self._tenant)
         try:
@@ -82,8 +82,8 @@ class ServingControl:
             raise ProtocolError("a second Attach on a link that is attached already")
         if not self._attach.from_front:
             raise ProtocolError(
-                f"a {plain['type']} from compute node {self._attach.member} of tenant {self._tenant.name}; "
-                f"only its front, number {self._attach.front}, says what is kept"
+                f"a {plain['type']} from compute node {self._attach.member} of tenant {self._tenant.name}; expected it "
+                f"only from the tenant's front, compute node {self._attach.front}"
             )
         self._messages.put_nowait(message)
 

@@ -1,4 +1,4 @@
-"""A fair queue: which tenant of a memory node computes next on the device that they share."""
+"""A fair queue decides which tenant of a memory node computes next on the device that they share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
 ROUNDS = 3
-"""Rounds of the loop before each choice: in these, links learn what has arrived, the coroutines that wait for it are
-woken, and they queue their operations."""
+"""The rounds of the loop before each choice. During these, links learn what has arrived, the coroutines that wait for
+it are woken, and they queue their operations."""
 
 
 class FairQueue:
@@ -34,7 +34,7 @@ class FairQueue:
         self.device = device
         self.shares: list[Share] = []
         self._now_s = 0.0
-        """What the clock of the tenant that was served last showed then."""
+        """The virtual time of the tenant that was served last, when it was chosen."""
         self._serving: asyncio.Task[None] | None = None
         self._finished: asyncio.Future[None] | None = None
         """Done when the operation that was let in has completed."""
@@ -79,7 +79,7 @@ class FairQueue:
 
 
 class Share:
-    """A tenant's share of a device. ``busy_s``: the seconds that its operations have taken so far."""
+    """Represents a tenant's share of a device. ``busy_s`` counts the seconds that its operations have taken so far."""
 
     def __init__(self, queue: FairQueue) -> None:
         self.busy_s = self.clock_s = 0.0

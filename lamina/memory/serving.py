@@ -1,4 +1,4 @@
-"""A memory node's end of a link, on the device's loop: the steps and prompts of one compute node."""
+"""Serve the steps and prompts of one compute node, on the device's loop of a memory node."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from lamina.attention import Partial, Plan, Rows, Run
 from lamina.errors import ProtocolError, TransportError
 from lamina.memory.tenant import Tenant
+from lamina.runtime.mailbox import Mailbox
 from lamina.runtime.spans import Place
 from lamina.transport import Lane, Link, Region
 from lamina.wire import views
@@ -23,15 +24,15 @@ from lamina.wire.views import StepViews
 
 @dataclass(frozen=True, slots=True)
 class _PlannedStep:
-    """A step's plan, as the backend has it: for the rows that are stored, and for those that are not."""
+    """Holds a step's plan as the backend needs it: one for the rows that are stored, and one for the others."""
 
     plan: StepPlan
     storing: Plan | None
     reading: Plan | None
     behind: tuple[Run, ...]
-    """Runs of which something may still be on its way on the other lane."""
+    """The runs of which some keys and values may still be on their way on the other lane."""
     views: dict[tuple[ServingLane, int], StepViews] = field(default_factory=dict)
-    """By the receiver of the answer, and the kind of layer."""
+    """The views by the receiver of the answer and the kind of layer."""
 
 
 _Parts = tuple[Partial | None, Partial | None]
@@ -61,12 +62,12 @@ class ServingLane:
         self._output_parts = views.parts(self._outputs, n, g.output_bytes, torch.uint8)
         self._chunk_parts = views.parts(self._chunks.buffer, CHUNKS, g.chunk_bytes, dtype)
         self._slots = [MemorySlot(number, len(g.layers)) for number in range(n)]
-        self._arrived: list[asyncio.Queue[Tag]] = [asyncio.Queue() for _ in range(n)]
-        """By slot, what has arrived and was not looked at."""
-        self._chunks_arrived: asyncio.Queue[int] = asyncio.Queue()
+        self._arrived: list[Mailbox[Tag]] = [Mailbox() for _ in range(n)]
+        """What has arrived and was not looked at yet, by slot."""
+        self._chunks_arrived: Mailbox[int] = Mailbox()
 
     def attached(self) -> Attached:
-        """The answer to the Attach: where the compute node may write from now on."""
+        """Return the answer to the Attach: where the compute node may write from now on."""
         expose = self._link.expose
         return Attached(
             capacity_tokens=self._tenant.cache.capacity_tokens,
@@ -77,7 +78,7 @@ class ServingLane:
         )
 
     async def run(self) -> None:
-        """Serve until cancelled; ProtocolError for what the compute node must not send."""
+        """Serve until cancelled; raise ProtocolError for what the compute node must not send."""
         async with asyncio.TaskGroup() as tasks:
             for number in range(len(self._slots)):
                 tasks.create_task(self._attend(number))
@@ -86,7 +87,7 @@ class ServingLane:
     # -- decode
 
     async def _attend(self, number: int) -> None:
-        """Answer the steps of one batch: q meets the past as it comes, k and v finish it, o goes back.
+        """Answer the steps of one batch: q attends to the past when it comes, k and v complete the result, o goes back.
 
         Only the layers that the compute node runs come, in their order.
         """
@@ -109,15 +110,18 @@ class ServingLane:
             self._tenant.layers += 1
             slot.answered()
             if receiver is not None:
-                receiver._answer(tag._replace(kind=Kind.OUTPUT), view.answer_bytes, spent_s, own=receiver is self)
+                receiver._answer(
+                    Tag(Kind.OUTPUT, number, layer, tag.step), view.answer_bytes, spent_s, own=receiver is self
+                )
 
     def _receiver(self, step: _PlannedStep, layer: int) -> ServingLane | None:
-        """The link that gets the answer to a layer; None if it has ended."""
+        """Return the link that gets the answer to a layer, or None if it has ended."""
         answers = step.plan.answers
         return self._tenant.lanes.get(answers[layer]) if answers else self
 
     def _answer(self, tag: Tag, nbytes: int, spent_s: float, *, own: bool) -> None:
-        """Send an answer that has been laid out. One to a query of another link is dropped if this link has ended."""
+        """Send an answer that has been laid out. An answer to a query of another link is dropped if this link has
+        ended."""
         start = tag.slot * self._geometry.output_bytes
         SECONDS.pack_into(self._outputs, start, spent_s)
         try:
@@ -133,12 +137,12 @@ class ServingLane:
         told = unpack_plan(self._plans.buffer[start : start + g.plan_bytes], g.max_rows, len(g.layers))
         if unknown := set(told.answers) - self._tenant.members:
             raise ProtocolError(
-                f"step plan lets answers go to compute node {min(unknown)}; "
-                f"tenant {self._tenant.name} has {sorted(self._tenant.members)}"
+                f"step plan sends answers to compute node {min(unknown)}; tenant {self._tenant.name} has compute nodes "
+                f"{sorted(self._tenant.members)}"
             )
-        runs = (*told.storing, *told.reading)
+        runs, held = (*told.storing, *told.reading), cache.sequences
         for run in runs:
-            if run.sequence not in cache.sequences:
+            if run.sequence not in held:
                 raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
             if run.start > cache.reserved(run.sequence):
                 raise ProtocolError(
@@ -150,7 +154,7 @@ class ServingLane:
             told,
             plan(Rows(told.storing)) if told.storing else None,
             plan(Rows(told.reading), store=False) if told.reading else None,
-            tuple(run for run in runs if cache.complete(run.sequence) < run.start),
+            cache.behind(runs),
         )
 
     async def _filled(self, step: _PlannedStep, layer: int) -> None:
@@ -161,11 +165,11 @@ class ServingLane:
             await tenant.grown.wait()
 
     def _past(self, step: _PlannedStep, layer: int, view: StepViews) -> _Parts:
-        """What q sees of the past: for the rows whose k and v are still to come, and for those that have none here."""
-        q, stored, past = view.q, step.plan.stored_rows, self._tenant.backend.past
+        """Attend to the past: for the rows whose k and v are still to come, and for those that have none here."""
+        past = self._tenant.backend.past
         return (
-            past(step.storing, layer, q[:stored]) if step.storing else None,
-            past(step.reading, layer, q[stored:]) if step.reading else None,
+            past(step.storing, layer, view.stored_q) if step.storing else None,
+            past(step.reading, layer, view.read_q) if step.reading else None,
         )
 
     def _finish(self, step: _PlannedStep, layer: int, view: StepViews, parts: _Parts, answer: bool) -> None:
@@ -173,13 +177,12 @@ class ServingLane:
         told, (past, read) = step.plan, parts
         if step.storing:
             assert past is not None
-            q = view.q[: told.stored_rows]
-            past = self._tenant.backend.finish(step.storing, layer, q, view.k, view.v, past)
+            past = self._tenant.backend.finish(step.storing, layer, view.stored_q, view.k, view.v, past)
         if not answer:
             return
         if told.whole:
             assert past is not None
-            view.whole.copy_(past.o[: told.whole])
+            view.whole.copy_(past.o if told.whole == told.stored_rows else past.o[: told.whole])
         if told.rows == told.whole:
             return
         row = 0
@@ -190,7 +193,8 @@ class ServingLane:
                 row = stop
 
     def _view(self, step: _PlannedStep, number: int, layer: int, receiver: ServingLane) -> StepViews:
-        """Where a layer's rows lie: what came on this link, and the answer on the one of ``receiver``."""
+        """Return the views of a layer's rows: of what came on this link, and of the answer on the link of
+        ``receiver``."""
         key = (receiver, self._geometry.kinds[layer])
         if key not in step.views:
             step.views[key] = StepViews.of(
@@ -221,7 +225,8 @@ class ServingLane:
             self._link.write(Lane.BULK, self._outputs_remote, 0, [], Tag(Kind.CREDIT, 0, 0, i).pack())
 
     def _append(self, i: int, header: ChunkHeader) -> bool:
-        """False for a sequence that is over: releases come on another connection, and overtake chunks."""
+        """Store a chunk; return False for a sequence that is over, as releases come on another connection and overtake
+        chunks."""
         first = CHUNK_HEADER // self._geometry.item
         k, v = views.key_value(self._chunk_parts[i], self._layers[header.layer], header.tokens, first)
         return self._tenant.append(header.layer, Run(header.sequence, header.start, header.tokens), k, v)
@@ -234,11 +239,11 @@ class ServingLane:
         if tag.kind is Kind.CHUNK:
             if tag.step >= CHUNKS:
                 raise ProtocolError(f"bulk chunk in buffer {tag.step}; there are {CHUNKS}")
-            self._chunks_arrived.put_nowait(tag.step)
+            self._chunks_arrived.put(tag.step)
             return
         if tag.slot >= len(self._slots):
             raise ProtocolError(f"tag for batch slot {tag.slot}; this link has {len(self._slots)}")
         if self._slots[tag.slot].receive(tag):
-            self._arrived[tag.slot].put_nowait(tag)
+            self._arrived[tag.slot].put(tag)
         else:
             self._tenant.stale_tags += 1

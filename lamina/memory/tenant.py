@@ -1,4 +1,4 @@
-"""A tenant of a memory node: the KV cache of one model, which all compute nodes of the tenant share."""
+"""A tenant of a memory node has the KV cache of one model, which all its compute nodes share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Tenant:
-    """What a memory node has for one tenant: a cache, the backend that attends over it, a share of the device.
+    """Holds what a memory node has for one tenant: a cache, the backend that attends over it, a share of the device.
 
     ``attach`` is what the tenant's front asked for. ``lanes`` are the links of its compute nodes, by member id, and
     ``members`` all that were ever attached. ``grown`` is set when more of a sequence is there, or the sequence is over.
@@ -45,7 +45,7 @@ class Tenant:
         self.layers = 0
         self.stale_tags = 0
         self._to_publish: dict[int, list[bytes]] = {}
-        """Keys of sequences' leading blocks that are not complete yet."""
+        """The keys of sequences' leading blocks that are not complete yet."""
 
     def close(self) -> None:
         """Let go of the memory and of the share. No lane may serve any more."""
@@ -64,7 +64,7 @@ class Tenant:
         self.lanes.pop(member, None)
 
     def describe(self, compute_nodes: list[str]) -> TenantStatus:
-        """What the status of the node says about this tenant."""
+        """Return what the status of the node says about this tenant."""
         return TenantStatus(
             name=self.name,
             model=self.attach.model,
@@ -79,7 +79,8 @@ class Tenant:
     # -- space
 
     def reserve(self, message: Reserve) -> int:
-        """Set space aside; the number of leading positions that are shared. Errors are those of the cache."""
+        """Set space aside, and return the number of leading positions that are shared. Errors are those of the
+        cache."""
         if message.sequence not in self.cache.sequences:
             keys = _split(message.keys)
             return self.cache.reserve(message.sequence, message.tokens, ahead=message.ahead, keys=keys)
@@ -99,7 +100,7 @@ class Tenant:
             self.grown.set()  # a step that waits for more of it waits in vain, and is to learn that
 
     def append(self, layer: int, run: Run, k: Tensor, v: Tensor) -> bool:
-        """Store keys and values of a prompt; False for a sequence that is over."""
+        """Store keys and values of a prompt; return False for a sequence that is over."""
         if run.sequence not in self.cache.sequences:
             return False
         self.backend.append(layer, Rows((run,)), k, v)
@@ -115,7 +116,7 @@ class Tenant:
 
 
 def check_same(attach: Attach, front: Attach) -> None:
-    """ProtocolError if a compute node does not ask for the same as the ``front`` of its tenant."""
+    """Raise ProtocolError if a compute node does not ask for the same as the ``front`` of its tenant."""
     for name in Attach.__struct_fields__:
         own, asked = getattr(front, name), getattr(attach, name)
         if name in ("member", "outputs") or own == asked:
@@ -129,14 +130,14 @@ def check_same(attach: Attach, front: Attach) -> None:
 
 
 def _split(keys: bytes) -> list[bytes]:
-    """Single keys; ProtocolError unless they are keys, one after the other."""
+    """Split joined keys into single ones; raise ProtocolError if the length is not that of whole keys."""
     if len(keys) % KEY_BYTES:
         raise ProtocolError(f"{len(keys)} bytes of keys; expected a multiple of {KEY_BYTES}")
     return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
 
 
 def _difference(own: list[object], asked: list[object]) -> tuple[str, object, object]:
-    """Where two lists of layers differ first: in their number, or in a layer."""
+    """Return where two lists of layers differ first: in their number, or in a layer."""
     if len(own) != len(asked):
         return "a number of layers of", len(own), len(asked)
     i = next(i for i, (one, other) in enumerate(zip(own, asked, strict=True)) if one != other)

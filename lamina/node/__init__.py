@@ -1,1 +1,1 @@
-"""The two daemons: ``compute`` runs the slices and talks to clients, ``memory`` holds KV caches and attends."""
+"""There are two daemons: ``compute`` runs the slices and serves clients, ``memory`` holds KV caches and attends."""

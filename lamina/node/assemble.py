@@ -1,4 +1,4 @@
-"""How a compute node joins its cluster: links to all others, terms, attachment to the memory nodes."""
+"""Join a compute node to its cluster: make links to all others, agree on terms, attach to the memory nodes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lamina.wire.orders import Limits
 log = logging.getLogger("lamina.compute")
 
 REMOTE_TOKENS = 64
-"""The most prompt tokens of a step whose past lies on memory nodes, so that these are not kept long from others."""
+"""The most prompt tokens of a step whose past lies on memory nodes. More would keep these from other steps for long."""
 
 # -- links
 
 
 class Neighbours(NamedTuple):
-    """All other nodes, by member id."""
+    """Holds all other nodes, by member id."""
 
     shards: dict[int, ShardControl]
     peers: dict[int, PeerControl]
@@ -61,7 +61,7 @@ class Rendezvous:
         self._greeted = {other.name: loop.create_future() for other in self._others if self._is_later(other.name)}
 
     def greet(self, link: Link) -> bool:
-        """Take a link that another compute node has made; False if it was not expected."""
+        """Take a link that another compute node has made; return False if it was not expected."""
         greeted = self._greeted.get(link.info.peer.name)
         if greeted is None or greeted.done():
             return False
@@ -70,7 +70,7 @@ class Rendezvous:
         return True
 
     async def all(self) -> Neighbours:
-        """Wait for all other nodes; ConnectError names one that does not come in time."""
+        """Wait for all other nodes. A ConnectError names one that does not come in time."""
         shards = [self._find(node, "memory") for node in self._config.memory_nodes]
         peers = [
             self._expect(node) if self._is_later(node.name) else self._find(node, "compute") for node in self._others
@@ -87,7 +87,7 @@ class Rendezvous:
         try:
             link = await self._network.connect(node.address, self._hello, self._options, deadline_s=deadline_s)
         except ConnectError as e:
-            raise ConnectError(f"{role} node {node.name} was not there within {deadline_s:g} s: {e}") from e
+            raise ConnectError(f"{role} node {node.name} could not be reached within {deadline_s:g} s: {e}") from e
         peer = link.info.peer
         if peer.role != role or (role == "compute" and peer.name != node.name):
             await link.close()
@@ -109,7 +109,7 @@ class Rendezvous:
         try:
             link: Link = await asyncio.wait_for(self._greeted[node.name], deadline_s)
         except TimeoutError as e:
-            raise ConnectError(f"compute node {node.name} did not come within {deadline_s:g} s") from e
+            raise ConnectError(f"compute node {node.name} did not connect within {deadline_s:g} s") from e
         self._arrived(node.name, link)
 
     def _take_peer(self, link: Link) -> None:
@@ -127,13 +127,13 @@ class Rendezvous:
 
 
 def step_tokens(config: ClusterConfig) -> int:
-    """The most tokens of one step."""
+    """Return the most tokens of one step."""
     pipeline = config.pipeline
     return pipeline.max_batch + REMOTE_TOKENS + pipeline.prefill_tokens
 
 
 def limits(config: ClusterConfig, served: ServedModel, members: Members) -> Limits:
-    """What the front's orders have to keep to."""
+    """Return the limits of the front's orders."""
     return Limits(
         slots=config.pipeline.batches,
         tokens=step_tokens(config),
@@ -144,7 +144,8 @@ def limits(config: ClusterConfig, served: ServedModel, members: Members) -> Limi
 
 
 async def agree(config: ClusterConfig, served: ServedModel, peers: Mapping[int, PeerControl]) -> None:
-    """Agree with the other compute nodes on terms, and on where carries go; ConfigError names what differs."""
+    """Agree with the other compute nodes on terms, and exchange the regions for carries. A ConfigError names what
+    differs."""
     nbytes = served.source.carry_bytes(step_tokens(config))
     terms = _terms(config, served)
     found = await asyncio.gather(*(peer.greet(terms, config.pipeline.batches, nbytes) for peer in peers.values()))
@@ -167,7 +168,8 @@ async def attach(
     tenant: str,
     shards: Mapping[int, ShardControl],
 ) -> dict[int, ShardLane]:
-    """Attach to all memory nodes as ``member`` of a tenant; their lanes, by member id. NodeError if one refuses."""
+    """Attach to all memory nodes as ``member`` of a tenant, and return their lanes by member id. Raises NodeError if
+    one refuses."""
     pipeline = config.pipeline
     divide = shard_by_heads if pipeline.partition == "heads" else shard_whole
     heads = divide(served.facts.layers, [node.name for node in config.memory_nodes])
@@ -190,7 +192,7 @@ async def attach(
 
 
 def _terms(config: ClusterConfig, served: ServedModel) -> dict[str, str]:
-    """What all compute nodes must have alike."""
+    """Return the settings that must be the same on all compute nodes."""
     terms = {
         "model": served.facts.fingerprint,
         "model.dtype": served.facts.dtype,

@@ -1,4 +1,4 @@
-"""The compute daemon: starts, runs the engine or follows the front, serves clients, leaves in order."""
+"""The compute daemon starts, runs the engine or follows the front, serves clients, and leaves in order."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ from lamina.wire.requests import Failed
 log = logging.getLogger("lamina.compute")
 
 CLIENT_TIMEOUT_S = 30.0
-"""Silence that is forgiven to clients, whose event loops may be busy with other things than Lamina."""
+"""The seconds of silence that clients are allowed, as their event loops may be busy with other things than Lamina."""
 
 MakeRunner = Callable[..., Steps]
 """Makes what runs the steps of a node, as `StepRunner` does."""
 
 
 class ComputeNode:
-    """The compute node ``node`` of a cluster. The first one of the file is the front: it serves clients, and tells the
-    others what to do.
+    """Runs the compute node ``node`` of a cluster. The first one in the file is the front: it serves clients, and
+    orders the others to run steps.
 
-    It runs on ``device`` and reaches others by ``network``; ``open_model`` opens its model. ``host`` is the process
-    that it lives in, by default this one.
+    It computes on ``device`` and reaches other nodes over ``network``; ``open_model`` opens its model. ``host`` is the
+    process that it lives in, by default this one.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ComputeNode:
         self._loss: NodeError | None = None
 
     async def serve(self, stopping: asyncio.Event) -> None:
-        """Start, serve, and when ``stopping`` is set answer what was asked before leaving."""
+        """Start and serve; when ``stopping`` is set, finish all requests and leave."""
         self._device.start()
         self._home = Crossing(asyncio.get_running_loop())
         self._rendezvous = Rendezvous(self._config, self._node, self._members, self._device, self._network)
@@ -156,7 +156,7 @@ class ComputeNode:
     # -- members
 
     def _member_changed(self, change: Change) -> None:
-        """The one place where a change of membership has consequences. The loss of a member ends the work of all."""
+        """Handle every change of membership; no other function does. The loss of a member ends the work of all."""
         if self._is_front:
             for peer in self._peers.values():
                 peer.send(self._members.membership())
@@ -236,7 +236,7 @@ class ComputeNode:
         role = link.info.peer.role
         if role == "compute":
             if not self._rendezvous.greet(link):
-                link.abort(f"compute node {link.info.peer.name} was not expected")
+                link.abort(f"no link was expected from compute node {link.info.peer.name}")
             return
         self._clients = {known: None for known in (*self._clients, link) if not known.state.closed}
         if role == "client" and not self._is_front:
@@ -245,7 +245,7 @@ class ComputeNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
             link.deliver()
         elif role == "client":
-            session = ClientSession(link, self._there, self._ready_intake, self._ready_tokenizer, self._status_now)
+            session = ClientSession(link, self._there, self.intake, self._ready_tokenizer, self._status_now)
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)
@@ -255,7 +255,8 @@ class ComputeNode:
         else:
             self._monitor.take(link)
 
-    def _ready_intake(self) -> Intake:
+    def intake(self) -> Intake:
+        """Return the intake of this node; raise NodeError while the node is starting, or if it is not the front."""
         if self._front is None:
             waiting = sorted(self._rendezvous.waiting_for)
             missing = f"; it waits for {', '.join(waiting)}" if waiting else ""
@@ -304,7 +305,7 @@ class ComputeNode:
 
 
 async def _unless(stopping: asyncio.Event, work: Any) -> Any:
-    """The result of ``work``, or None if ``stopping`` is set first."""
+    """Return the result of ``work``, or None if ``stopping`` is set first."""
     task, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
     try:
         await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What both daemons share: start, serve, drain, stop."""
+"""Run a daemon: start, serve, drain, stop."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lamina.runtime.loop import PreciseLoop
 log = logging.getLogger("lamina.node")
 
 DRAIN_TIMEOUT_S = 30.0
-"""How long a node that was told to stop may take to finish what it has begun."""
+"""The seconds that a node may take to finish its work when it is told to stop."""
 
 
 def run(name: str, serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
-    """Run ``serve`` until it returns; the exit status of the process.
+    """Run ``serve`` until it returns, and return the exit status of the process.
 
-    The first SIGTERM or SIGINT sets the event that ``serve`` is given: it should drain. A second one cancels it.
+    The first SIGTERM or SIGINT sets the event that ``serve`` was given, which should then drain. A second one cancels
+    it.
     """
     logs.configure(name)
     try:

@@ -1,4 +1,4 @@
-"""What the front of a cluster is made of: scheduler, engine, intake."""
+"""Make the front of a cluster: scheduler, engine, intake."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lamina.runtime.device import Device
 
 
 class Front(NamedTuple):
-    """The front's two sides, and the tokens of KV cache that it has."""
+    """Holds the front's side on each loop, and the tokens of KV cache that it has."""
 
     engine: Engine
     intake: Intake
@@ -38,7 +38,7 @@ class Front(NamedTuple):
 
 
 def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int, ShardControl]) -> BlockManager:
-    """The account of the memory nodes' blocks; CapacityError if they cannot hold one request of the full context."""
+    """Make the block manager; raise CapacityError if the memory nodes cannot hold one request of the full context."""
     layouts = {member: served.layout(shard.lane.layers) for member, shard in shards.items()}
     # Only the window that all layers have: where there are several, blocks of one kind can be in the way of another's.
     group, *others = next(iter(layouts.values())).groups
@@ -60,7 +60,7 @@ def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int,
 
 
 def make_scheduler(config: ClusterConfig, served: ServedModel, blocks: BlockManager) -> Scheduler:
-    """The scheduler of this model over these blocks."""
+    """Make the scheduler of this model over these blocks."""
     pipeline, facts = config.pipeline, served.facts
     kept = KVLayout(layers=facts.layers, dtype=facts.dtype, block_tokens=BLOCK_TOKENS)
     return Scheduler(

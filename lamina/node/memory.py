@@ -1,4 +1,5 @@
-"""The memory daemon: waits for compute nodes, holds their tenants' KV caches, attends for them. It needs no model."""
+"""The memory daemon waits for compute nodes, holds their tenants' KV caches, and attends for them. It needs no
+model."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ log = logging.getLogger("lamina.memory")
 
 @dataclass(eq=False)
 class _Tenancy:
-    """A tenant as the node's loop sees it: what its front asked for, its memory, and its links by member id."""
+    """Holds the node's loop's part of a tenant: what its front asked for, its memory, and its links by member id."""
 
     attach: Attach
     tenant: Tenant
@@ -43,10 +44,10 @@ class _Tenancy:
 
 
 class MemoryNode:
-    """The memory node ``node`` of a cluster, or of several: it serves any number of tenants.
+    """Runs the memory node ``node`` of one or several clusters. It serves any number of tenants.
 
-    The memory for KV cache is the node's: taken when it starts, and divided among tenants under quotas. It runs on
-    ``device`` and is reached by ``network``; ``backend`` makes what attends, by default what ``node`` names.
+    The node takes the memory for KV cache when it starts, and divides it among tenants under quotas. It computes on
+    ``device`` and is reached over ``network``; ``backend`` makes what attends, by default what ``node`` names.
     ``host`` is the process that it lives in, by default this one.
     """
 
@@ -72,9 +73,10 @@ class MemoryNode:
         self._queue = FairQueue(device)
         self._tenancies: dict[str, _Tenancy] = {}
         self._changing = asyncio.Lock()
-        """Held while a compute node is admitted or a tenant ends: the next one has what those before it left."""
+        """Held while a compute node is admitted or a tenant ends, so that the next one finds the memory that is
+        left."""
         self._layers = self._stale_tags = 0
-        """Those of tenants that are gone."""
+        """The counts of tenants that are gone."""
         self._monitor = Monitor(node.name, device, network, options, self._status)
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._links: dict[Link, None] = {}
@@ -113,7 +115,7 @@ class MemoryNode:
     # -- memory
 
     def _take(self) -> QuotaPool:
-        """Choose the backend and take the memory; for much memory that takes seconds."""
+        """Choose the backend and take the memory, which takes seconds if it is large."""
         if self._attention == "auto":
             self._attention = default_backend()
         attention = require_backend(self._attention).name
@@ -169,7 +171,7 @@ class MemoryNode:
 
     def _attach(self, link: Link, attach: Attach) -> None:
         if link.info.peer.role != "compute":
-            link.abort(f"a {link.info.peer.role} must not attach")
+            link.abort(f"a {link.info.peer.role} cannot attach; only compute nodes can")
             return
         if self._draining:
             link.send(encode(Refused(reason="is draining and takes no compute node")))
@@ -215,19 +217,20 @@ class MemoryNode:
     # -- tenants
 
     async def _admit(self, attach: Attach, quotas: QuotaPool) -> _Tenancy:
-        """The tenant of a compute node; that of a front is made. LaminaError says why it cannot be."""
+        """Return the tenant of a compute node, after making it for a front. A LaminaError says why that is
+        impossible."""
         name = attach.tenant
         tenancy = self._tenancies.get(name)
         if not attach.from_front:
             if tenancy is None:
                 raise ProtocolError(
-                    f"compute node {attach.member} wants to join tenant {name}, and there is none of this name "
-                    f"({', '.join(self._tenancies) or 'there are none'}); its front has to attach first"
+                    f"compute node {attach.member} wants to join tenant {name}, which is not here (tenants: "
+                    f"{', '.join(self._tenancies) or 'none'}); its front has to attach first"
                 )
             if (known := tenancy.links.get(attach.member)) is not None:
                 raise ProtocolError(
                     f"compute node {attach.member} of tenant {name} is attached already, as {known.peer}; "
-                    f"numbers must differ"
+                    f"member ids must differ"
                 )
             check_same(attach, tenancy.attach)
             return tenancy
@@ -243,7 +246,7 @@ class MemoryNode:
         return tenancy
 
     async def _end(self, tenancy: _Tenancy, reason: str) -> None:
-        """Part with a tenant whose front is gone: with its other compute nodes, then with its cache."""
+        """End a tenant whose front is gone: first the links of its other compute nodes, then its cache."""
         assert self._taken is not None
         async with self._changing:
             tenant = tenancy.tenant
@@ -298,5 +301,5 @@ class MemoryNode:
 
 
 def _describe(named: list[tuple[Tenant, list[str]]]) -> list[TenantStatus]:
-    """On the device's loop."""
+    """Describe tenants, on the device's loop."""
     return [tenant.describe(compute_nodes) for tenant, compute_nodes in named]

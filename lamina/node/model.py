@@ -1,4 +1,4 @@
-"""The model that a compute node serves: where it comes from, and what the cluster file makes of it."""
+"""Open the model that a compute node serves, and fit it to the cluster file."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from lamina.wire.geometry import aligned
 log = logging.getLogger("lamina.compute")
 
 BLOCK_TOKENS = 16
-"""Tokens of a block of the KV cache."""
+"""The number of tokens of a block of the KV cache."""
 
-_IDLE = "each batch runs on one of them; set pipeline.batches to twice the number of replicas"
+_IDLE = "each batch runs on one replica, so some are idle; set pipeline.batches to twice the number of replicas"
 _ROTATION = (
     "layers change nodes from step to step, so long prompts are slow: all but their first chunks attend on the memory "
-    "nodes; a multiple of the replicas as pipeline.batches avoids that"
+    "nodes; set pipeline.batches to a multiple of the number of replicas to avoid that"
 )
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the cluster needs to know about a model."""
+    """Holds what the cluster needs to know about a model."""
 
     path: Path
-    """Where its tokenizer is."""
+    """The directory of its tokenizer."""
     fingerprint: str
-    """Equal fingerprints, equal weights."""
+    """Models with equal fingerprints have equal weights."""
     dtype: str
     """The type in which it runs."""
     layers: tuple[LayerShape, ...]
@@ -52,18 +52,18 @@ class ModelFacts:
 
 
 class ModelSource(Protocol):
-    """A model before its weights are loaded. Its methods are called within operations of the device."""
+    """Describes a model before its weights are loaded. Its methods are called within operations of the device."""
 
     @property
     def facts(self) -> ModelFacts:
-        """What the cluster needs to know."""
+        """Return what the cluster needs to know."""
 
     def carry_bytes(self, tokens: int) -> int:
-        """The most bytes that a slice of ``tokens`` tokens hands over to another compute node: its carry, and the
-        attention of rows of prompts."""
+        """Return the most bytes that a slice of ``tokens`` tokens hands over to another compute node: its carry, and
+        the attention of rows of prompts."""
 
     def load(self, slices: range, device: torch.device) -> ForwardPass:
-        """The forward pass of some of its slices."""
+        """Load the weights of some slices, and return their forward pass."""
 
 
 OpenModel = Callable[[ClusterConfig], ModelSource]
@@ -71,7 +71,7 @@ OpenModel = Callable[[ClusterConfig], ModelSource]
 
 
 class CheckpointModel:
-    """A checkpoint of the `transformers` library, cut into slices."""
+    """Serves a checkpoint of the `transformers` library, cut into slices."""
 
     def __init__(self, blueprint: Blueprint, *, compiled: bool) -> None:
         """``compiled`` compiles the slices where they run on a CPU."""
@@ -114,7 +114,7 @@ def open_checkpoint(config: ClusterConfig) -> CheckpointModel:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as a cluster serves it."""
+    """Holds a model as a cluster serves it."""
 
     source: ModelSource
     schedule: Schedule
@@ -125,21 +125,21 @@ class ServedModel:
 
     @property
     def facts(self) -> ModelFacts:
-        """What the model is."""
+        """Return the facts about the model."""
         return self.source.facts
 
     @property
     def has_windows(self) -> bool:
-        """Whether any layer has a sliding window."""
+        """Return whether any layer has a sliding window."""
         return any(layer.window is not None for layer in self.facts.layers)
 
     def layout(self, layers: tuple[LayerShape, ...]) -> KVLayout:
-        """How a memory node stores these heads of the model's layers."""
+        """Return the layout in which a memory node stores these heads of the model's layers."""
         return KVLayout(layers=layers, dtype=self.kv_dtype, block_tokens=BLOCK_TOKENS)
 
 
 def serve_model(config: ClusterConfig, members: Members, source: ModelSource) -> ServedModel:
-    """See that file and model fit each other; ConfigError says where they do not."""
+    """Check that file and model fit each other. A ConfigError says where they do not."""
     facts, pipeline = source.facts, config.pipeline
     ranges = [node.layers for node in config.compute_nodes]
     given = [r for r in ranges if r is not None]
@@ -151,7 +151,7 @@ def serve_model(config: ClusterConfig, members: Members, source: ModelSource) ->
     firsts = tuple(r.start for r in given) if given else None
     asked, most = config.model.context, facts.max_context
     if asked is not None and asked > most:
-        raise ConfigError(f"{config.file}: model.context: {asked} is more than the model's {most}")
+        raise ConfigError(f"{config.file}: model.context: {asked} is more than the context of the model, {most}")
     served = ServedModel(
         source,
         Schedule(len(facts.layers), members.of_role("compute"), pipeline.batches, firsts),
@@ -160,7 +160,7 @@ def serve_model(config: ClusterConfig, members: Members, source: ModelSource) ->
     )
     if pipeline.partition == "tokens" and served.has_windows:
         raise ConfigError(
-            f'{config.file}: pipeline.partition: "tokens" cannot be had for a model with sliding windows; '
+            f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows; '
             'use "heads" or "requests"'
         )
     if firsts is None and len(ranges) > pipeline.batches:

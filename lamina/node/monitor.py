@@ -1,4 +1,4 @@
-"""What both daemons answer to operators: their status, a trace of their device, measurements of the way to others."""
+"""Both daemons answer operators: with their status, a trace of their device, and measurements of their links."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from lamina.wire.codec import Message, decode
 from lamina.wire.questions import answer
 
 MAX_PROBES = 64
-"""Measurements that may wait for their turn."""
+"""The number of measurements that may wait for their turn."""
 
 Asked = AskStatus | Record | AskSpans | Probe
 
 
 class Monitor:
-    """Answers the questions of operators about one node; on the node's loop.
+    """Answers the questions of operators about one node, on the node's loop.
 
-    The node called ``name`` says its ``status``; it measures the way to the nodes ``ways`` and to no others.
+    The node is called ``name``, and ``status`` returns its state. It measures links to the nodes in ``ways`` and to no
+    others.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Monitor:
         task.add_done_callback(self._tasks.discard)
 
     def close(self) -> None:
-        """Answer nothing any more."""
+        """Stop answering."""
         for task in self._tasks:
             task.cancel()
 
@@ -83,7 +84,7 @@ class Monitor:
         answer(link, reply)
 
     async def _probe(self, asked: Probe) -> Probed:
-        """Measure the way to a node of this node's file, one at a time."""
+        """Measure a link to a node of this node's file, one at a time."""
         try:
             if asked.node not in self._ways:
                 raise ConfigError(f"{self._name} knows no memory node called {asked.node!r}")
@@ -106,7 +107,7 @@ class _Tracing:
         self._left: Iterator[Span] = iter(())
 
     async def reply(self, asked: Record | AskSpans) -> Spans:
-        """Begin to record, or stop and give out spans."""
+        """Begin to record, or stop and return spans."""
         loop = asyncio.get_running_loop()
         recorded = await self._there.call(self._swap, Recorder() if isinstance(asked, Record) else None)
         if self._timer is not None:
@@ -123,7 +124,7 @@ class _Tracing:
         return Spans(clock_s=loop.time(), spans=spans)
 
     def _stop(self) -> None:
-        """The time is over: keep what was recorded for the question that asks for it."""
+        """Stop recording when the time is over, and keep the spans until they are asked for."""
 
         async def stop() -> None:
             recorded = await self._there.call(self._swap, None)
@@ -133,6 +134,6 @@ class _Tracing:
         self._stopping = asyncio.get_running_loop().create_task(stop())
 
     def _swap(self, recorder: Recorder | None) -> Recorder | None:
-        """On the device's loop: record into ``recorder`` from now on; what was recorded into before."""
+        """Record into ``recorder`` from now on, and return the recorder before; called on the device's loop."""
         before, self._device.recorder = self._device.recorder, recorder
         return before

@@ -1,4 +1,4 @@
-"""How fast the way between two nodes is: one end measures, the other sends back what it gets."""
+"""Measure how fast a link between two nodes is: one end measures, the other sends back what it gets."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any
 from lamina.errors import PeerLostError, ProtocolError, TransportError
 from lamina.runtime.network import Network
 from lamina.transport import Address, Hello, Lane, Link, Options, Region, RemoteRegion
-from lamina.wire.admin import Echo, Probed
+from lamina.wire.admin import EchoRegion, Probed
 from lamina.wire.codec import decode, encode
 
 ROLE = "probe"
-"""Of the end that measures."""
+"""The role of the end that measures."""
 
 PING_BYTES = 8 << 10
 CHUNK_BYTES = 1 << 20
 PING_S = 0.3
 CHUNKS_S = 0.4
 WARM_UP = 20
-"""Round trips that do not count."""
+"""The number of round trips that do not count."""
 IN_FLIGHT = 4
-"""Chunks that are on their way at once."""
+"""The number of chunks that are on their way at once."""
 
 CONNECT_S = 8.0
-"""How long the two ends may take to agree on a transport."""
+"""The seconds that the two ends may take to agree on a transport."""
 MEASURE_S = 5.0
-"""How long a measurement may take on a bad day."""
+"""The seconds that a measurement may take at most."""
 MAX_ECHOES = 4
-"""Measurements that one node answers at a time."""
+"""The number of measurements that one node answers at a time."""
 MAX_PENDING_BYTES = 2 * IN_FLIGHT * PING_BYTES
-"""What whoever measures may leave unread; it has one ping on its way at a time."""
+"""The bytes that the measuring end may leave unread. It has one ping on its way at a time."""
 
 
 async def measure(network: Network, address: Address, name: str, options: Options) -> Probed:
-    """Measure the way to the node at ``address``, for a second at most once both have agreed on ``options.kind``.
+    """Measure the link to the node at ``address``, for a second at most once both have agreed on ``options.kind``.
 
-    Raises TransportError where there is no such way.
+    Raises TransportError if no such link can be made.
     """
     link = await network.connect(address, Hello(ROLE, name), options, deadline_s=CONNECT_S)
     region = Region("probe", CHUNK_BYTES)
@@ -52,7 +52,7 @@ async def measure(network: Network, address: Address, name: str, options: Option
 
 
 class _Measurement:
-    """Pings, one after the other, on the decode lane; then chunks, several at once, on the bulk lane."""
+    """Sends pings, one after the other, on the decode lane; then chunks, several at once, on the bulk lane."""
 
     def __init__(self, link: Link, region: Region) -> None:
         self._link = link
@@ -63,7 +63,7 @@ class _Measurement:
         link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     async def run(self) -> Probed:
-        self._link.send(encode(Echo(region=self._link.expose(self._region))))
+        self._link.send(encode(EchoRegion(region=self._link.expose(self._region))))
         remote = await self._answer
         trips = await self._pings(remote)
         percentiles = statistics.quantiles(trips, n=100, method="inclusive")
@@ -76,7 +76,7 @@ class _Measurement:
         )
 
     async def _pings(self, remote: RemoteRegion) -> list[float]:
-        """Seconds of each round trip."""
+        """Return the seconds of each round trip."""
         now = asyncio.get_running_loop().time
         trips: list[float] = []
         source = self._region.buffer[:PING_BYTES]
@@ -101,7 +101,7 @@ class _Measurement:
         return trips[WARM_UP:]
 
     async def _chunks(self, remote: RemoteRegion) -> float:
-        """Bytes per second."""
+        """Return the bytes per second."""
         now = asyncio.get_running_loop().time
         source = self._region.buffer
         started = now()
@@ -139,7 +139,7 @@ class _Measurement:
         self._arrived()
 
     def _on_message(self, plain: dict[str, Any]) -> None:
-        remote: RemoteRegion = decode(plain, Echo).region
+        remote: RemoteRegion = decode(plain, EchoRegion).region
         if remote.nbytes < CHUNK_BYTES:
             raise ProtocolError(f"expected a region of {CHUNK_BYTES} bytes to write to, got {remote.nbytes}")
         if not self._answer.done():
@@ -153,16 +153,16 @@ class _Measurement:
 
 
 class Echoes:
-    """The other ends of measurements: each sends back the pings it gets, and an empty write for each chunk."""
+    """Serves the other ends of measurements: each sends back the pings it gets, and an empty write for each chunk."""
 
     def __init__(self) -> None:
         self._links: set[Link] = set()
 
     def take(self, link: Link) -> None:
-        """Answer whoever measures at the other end of ``link``, for a bounded time."""
+        """Answer the end that measures over ``link``, for a bounded time."""
         self._links = {known for known in self._links if not known.state.closed}
         if len(self._links) >= MAX_ECHOES:
-            link.abort(f"{MAX_ECHOES} measurements are answered already")
+            link.abort(f"{MAX_ECHOES} measurements are in progress already; try again later")
             return
         self._links.add(link)
         _Echo(link)
@@ -177,16 +177,18 @@ class _Echo:
         link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     def _on_message(self, plain: dict[str, Any]) -> None:
-        remote: RemoteRegion = decode(plain, Echo).region
+        remote: RemoteRegion = decode(plain, EchoRegion).region
         if self._remote is not None or remote.nbytes < CHUNK_BYTES:
-            raise ProtocolError(f"expected one region of {CHUNK_BYTES} bytes, got another one of {remote.nbytes}")
+            raise ProtocolError(
+                f"expected one region of at least {CHUNK_BYTES} bytes, got one of {remote.nbytes} bytes"
+            )
         self._remote = remote
-        self._link.send(encode(Echo(region=self._link.expose(self._region))))
+        self._link.send(encode(EchoRegion(region=self._link.expose(self._region))))
 
     def _on_tag(self, lane: Lane, tag: int) -> None:
         assert self._remote is not None, "else nothing is exposed"
         if self._link.state.pending_bytes > MAX_PENDING_BYTES:
-            self._link.abort("it does not read what comes back")
+            self._link.abort("the peer does not read the answers")
             return
         pieces = [self._region.buffer[:PING_BYTES]] if lane is Lane.DECODE else []
         self._link.write(lane, self._remote, 0, pieces, tag)

@@ -1,1 +1,1 @@
-"""What a node runs on, handed in from outside: device, network, loop."""
+"""A node runs on a device, a network and a loop that are handed in from outside."""

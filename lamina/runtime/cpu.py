@@ -1,4 +1,4 @@
-"""The CPU as a device."""
+"""The CPU is a device: one thread runs all operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class CpuDevice:
-    """The CPU: a thread that runs operations where their coroutines are, without suspending them.
+    """Runs operations in one thread, the one of their coroutines, without suspending these.
 
     ``cpus`` pins the whole process; ``threads`` is how many threads compute, by default one for each of ``cpus``, else
     as many as torch takes. ``name`` is a torch device; tensors are moved to one that is not the CPU, and nothing else
@@ -47,7 +47,7 @@ class CpuDevice:
         threading.Thread(target=self._work, name="device", daemon=True).start()
 
     async def run(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
-        """Run ``function`` now, without a look at anything else meanwhile."""
+        """Run ``function`` now; nothing else runs meanwhile."""
         start = self._time()
         try:
             result = function(*args)
@@ -59,7 +59,7 @@ class CpuDevice:
         return result, end - start
 
     def close(self) -> None:
-        """Stop the thread after what it does now."""
+        """Stop the thread after its present operation."""
         self.loop.call_soon_threadsafe(self.loop.stop)
 
     def _work(self) -> None:
@@ -72,7 +72,7 @@ class CpuDevice:
 
 
 def let_idle_threads_sleep() -> None:
-    """Let OpenMP's threads sleep soon when they have nothing to do; called before torch is imported.
+    """Let OpenMP's threads sleep soon when they have nothing to do. This is called before torch is imported.
 
     By default they look for more work for some milliseconds, in which they take a core from the processes that share
     it; a node waits for others in every layer. This many turns take about a quarter of a millisecond, longer than what
@@ -83,7 +83,8 @@ def let_idle_threads_sleep() -> None:
 
 
 def _pin(cpus: frozenset[int]) -> None:
-    """Pin the process; ConfigError unless it has all of these processors. The system would leave out the others."""
+    """Pin the process; raise ConfigError unless it has all of these processors. The system would leave out the
+    others."""
     available = os.sched_getaffinity(0)
     missing = sorted(cpus - available)
     if missing:

@@ -1,4 +1,4 @@
-"""The one way from one event loop of a node to another."""
+"""A crossing is the only way from one event loop of a node to another."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ R = TypeVar("R")
 
 
 class Crossing:
-    """The way to the event loop ``loop`` of this process, which runs in another thread, or in the caller's own.
+    """Leads to the event loop ``loop`` of this process, which runs in another thread, or is the caller's own.
 
-    An object belongs to one loop. What another loop wants of it goes through here, and arrives in the order in which
-    it was sent, whether it was posted, called or started.
+    An object belongs to one loop. Calls from another loop go through a crossing, and arrive in the order in which they
+    were made, whether by `post`, `call` or `start`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

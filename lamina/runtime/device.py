@@ -1,4 +1,4 @@
-"""What computes on a node."""
+"""A device computes on a node."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Device(Protocol):
     torch_device: torch.device
     """Where the tensors of operations lie."""
     threads: int
-    """Threads that compute."""
+    """The number of threads that compute."""
     cpus: tuple[int, ...] | None
     """The processors that the process is pinned to, if it is."""
     busy_s: float
     """Seconds that operations have taken so far."""
     recorder: Recorder | None
-    """Gets the span of every operation, unless it is None."""
+    """It gets the span of every operation, unless it is None."""
 
     def start(self) -> None:
         """Begin to run ``loop``. A device is started once."""
@@ -46,4 +46,4 @@ class Device(Protocol):
         """
 
     def close(self) -> None:
-        """Stop when no operation runs. The links whose lanes are here have to be closed before."""
+        """Stop when no operation runs. The links whose lanes belong to ``loop`` have to be closed before."""

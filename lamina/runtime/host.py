@@ -1,4 +1,4 @@
-"""What a node knows of the process that it lives in."""
+"""A node knows its process, and draws random numbers, only through its host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Host(NamedTuple):
-    """Where the choices of a node come from, and which process says that it is the node.
+    """Holds the source of a node's random choices, and the number of its process.
 
     A simulation hands in its own, so that two runs with one seed are the same.
     """
@@ -18,5 +18,5 @@ class Host(NamedTuple):
 
     @classmethod
     def own(cls) -> Host:
-        """The present process, with the system's randomness."""
+        """Return the present process, with the system's randomness."""
         return cls(SystemRandom(), os.getpid())

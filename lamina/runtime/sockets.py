@@ -1,4 +1,4 @@
-"""The network of this machine."""
+"""Nodes reach each other over the network of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lamina.transport import Address, Hello, Link, Listener, Options, connect
 
 
 class Sockets:
-    """The network of this machine: shared memory, RDMA or TCP, whichever the options allow (`lamina.transport`)."""
+    """Connects nodes over shared memory, RDMA or TCP, whichever the options allow (`lamina.transport`)."""
 
     async def connect(self, address: Address, hello: Hello, options: Options, *, deadline_s: float) -> Link:
         """See `Network.connect`."""

@@ -1,4 +1,4 @@
-"""What a node's device did and when: recorded in a ring, to be read afterwards."""
+"""Record what a node's device does and when, in a ring that is read afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 MAX_SPANS = 1 << 17
-"""Spans that are kept; older ones are forgotten."""
+"""The number of spans that are kept. Older ones are forgotten."""
 
 _SPAN = struct.Struct("<hhidd")
 _pack = _SPAN.pack_into
@@ -16,14 +16,14 @@ _NO_PLACE = (_NOWHERE, _NOWHERE)
 
 
 class Place(NamedTuple):
-    """What an operation is part of: a batch slot, and a layer where it has one."""
+    """Says what an operation is part of: a batch slot, and a layer if it has one."""
 
     batch: int
     layer: int = _NOWHERE
 
 
 class Span(NamedTuple):
-    """One operation. Times are seconds on the monotonic clock that all processes of a host share.
+    """Describes one operation. Times are seconds on the monotonic clock that all processes of a host share.
 
     ``batch`` and ``layer`` are -1 where it belongs to none.
     """
@@ -36,9 +36,9 @@ class Span(NamedTuple):
 
 
 class Recorder:
-    """A ring of the last ``MAX_SPANS`` spans. One thread adds, and no other reads before it has stopped.
+    """Keeps the last ``MAX_SPANS`` spans in a ring. One thread adds, and no other reads before it has stopped.
 
-    Numbers in a buffer rather than objects: to make so many of these would keep the garbage collector busy.
+    It holds numbers in a buffer rather than objects, which would keep the garbage collector busy.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Recorder:
         self._added += 1
 
     def __iter__(self) -> Iterator[Span]:
-        """The spans that there are, oldest first."""
+        """Return the spans that are kept, oldest first."""
         names = [name.lstrip("_") for name in self._names]
         for i in range(max(0, self._added - MAX_SPANS), self._added):
             number, *rest = _SPAN.unpack_from(self._buffer, i % MAX_SPANS * _SPAN.size)

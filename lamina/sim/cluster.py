@@ -54,6 +54,8 @@ class SimCluster:
         self.world = world
         self.config = config
         self.ended: dict[str, BaseException | None] = {}
+        self.nodes: dict[str, ComputeNode | MemoryNode] = {}
+        """Those that were started, by name."""
         self._random = Random(world.random.getrandbits(64))  # noqa: S311 - no secret depends on it
         self._open_model = open_model
         self._backend = backend
@@ -77,6 +79,7 @@ class SimCluster:
         stopping = asyncio.Event()
         task = asyncio.get_running_loop().create_task(serving.serve(stopping), name=name)
         self.ended.pop(name, None)
+        self.nodes[name] = serving
         self._running[name] = task, stopping
         task.add_done_callback(lambda done: self._note_end(name, done))
 

@@ -36,7 +36,7 @@ class Delivery(NamedTuple):
     """When the last byte leaves the sender, which may end from then on without harm to this delivery."""
     nbytes: int
     tag: int = 0
-    """Of a write; the key of a region."""
+    """The tag of a write, or the key of a region."""
     offset: int = 0
     target: memoryview | None = None
     """The region that a write is for."""

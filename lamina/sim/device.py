@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, TypeVarTuple, cast
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 
@@ -53,18 +53,22 @@ class ModelledDevice:
 
     async def run(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
         """Run an operation; its result, and the seconds from its start to its completion."""
+        if not self._busy and self.recorder is None and self._trace is None:
+            name = getattr(function, "__name__", "operation")
+            if self._seconds(name, at) == 0:
+                return function(*args), 0.0
         operation = _Operation(function, args, at)
         if self._busy:
             self._queue.append(operation)
-            waits = True
-        else:
-            waits = self._start(operation)
-        if waits:
-            operation.done = self.loop.create_future()
-            await operation.done
+        elif not self._start(operation):
+            if operation.error is not None:
+                raise operation.error
+            return operation.result, 0.0  # type: ignore[return-value]
+        operation.done = self.loop.create_future()
+        await operation.done
         if operation.error is not None:
             raise operation.error
-        return cast("R", operation.result), operation.seconds
+        return operation.result, operation.seconds  # type: ignore[return-value]
 
     def close(self) -> None:
         """Nothing: there is no thread to end. What was asked for is still carried out."""
@@ -73,22 +77,25 @@ class ModelledDevice:
 
     def _start(self, operation: _Operation) -> bool:
         """Carry out an operation; whether it keeps the device busy for some time."""
-        name = operation.name
-        operation.start_s = self.loop.time()
+        function, now = operation.function, self.loop.time()
+        operation.start_s = now
         try:
-            seconds = self._seconds(name, operation.at)
+            operation.seconds = seconds = self._seconds(getattr(function, "__name__", "operation"), operation.at)
             if not 0 <= seconds < math.inf:
-                raise UsageError(f"device {self._name}: operation {name} would take {seconds} s; 0 or more are allowed")
-            operation.seconds = seconds
-            operation.result = operation.function(*operation.args)
+                operation.seconds = 0.0
+                raise UsageError(
+                    f"device {self._name}: operation {operation.name} would take {seconds} s; 0 or more are allowed"
+                )
+            operation.result = function(*operation.args)
         except Exception as error:
             operation.error = error
-        if not operation.seconds:
-            self._finish(operation)
-            return False
-        self._busy = True
-        self.loop.call_at(operation.start_s + operation.seconds, self._complete, operation)
-        return True
+        if operation.seconds:
+            self._busy = True
+            self.loop.call_at(now + operation.seconds, self._complete, operation)
+            return True
+        if self._watched:
+            self._record(operation)
+        return False
 
     def _complete(self, operation: _Operation) -> None:
         """The device is free: start the next operation, or several that take no time."""
@@ -97,30 +104,42 @@ class ModelledDevice:
         queue = self._queue
         while queue:
             operation = queue.popleft()
-            if not operation.cancelled and self._start(operation):
+            if operation.cancelled:
+                continue
+            if self._start(operation):
                 return
+            assert operation.done is not None, "it has waited"
+            operation.done.set_result(None)
 
     def _finish(self, operation: _Operation) -> None:
-        """Account for an operation, and wake its task."""
-        start, end = operation.start_s, self.loop.time()
+        """Account for an operation that took time, and wake its task."""
         self.busy_s += operation.seconds
+        if self._watched:
+            self._record(operation)
+        done = operation.done
+        if done is not None and not done.done():
+            done.set_result(None)
+
+    @property
+    def _watched(self) -> bool:
+        return self.recorder is not None or self._trace is not None
+
+    def _record(self, operation: _Operation) -> None:
+        start, end = operation.start_s, self.loop.time()
         if self.recorder is not None:
             self.recorder.add(operation.name, operation.at, start, end)
         if self._trace is not None:
             place = f" batch={operation.at.batch} layer={operation.at.layer}" if operation.at else ""
             self._trace(f"{self._name} {operation.name}{place} start={start:.9f}")
-        if operation.done is not None and not operation.done.done():
-            operation.done.set_result(None)
 
 
 class _Operation:
     """A function to be called, and then what came of it."""
 
-    __slots__ = ("args", "at", "done", "error", "function", "name", "result", "seconds", "start_s")
+    __slots__ = ("args", "at", "done", "error", "function", "result", "seconds", "start_s")
 
     def __init__(self, function: Callable[..., object], args: tuple[Any, ...], at: Place | None) -> None:
         self.function = function
-        self.name: str = getattr(function, "__name__", "operation")
         self.args = args
         self.at = at
         self.done: asyncio.Future[None] | None = None
@@ -128,6 +147,10 @@ class _Operation:
         self.error: Exception | None = None
         self.seconds = 0.0
         self.start_s = 0.0
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", "operation")
 
     @property
     def cancelled(self) -> bool:

@@ -33,6 +33,7 @@ Trace = Callable[[str], None]
 
 _CONTROL = 2
 _LANES = tuple(Lane)
+_new = tuple.__new__  # a named tuple without the call of its own constructor, for each write
 _KINDS = ("decode", "bulk", "message", "region", "bye", "gone", "lost")
 
 
@@ -110,6 +111,8 @@ class SimLink(Link):
         """The same, where this end did not end the link itself."""
         self._bye_arrived = False
         self._ended = asyncio.Event()
+        self._is_over = False
+        """Whether it is set, which is asked for everything that arrives."""
 
         self._peer_timeout = peer_timeout
         self._silent_since: float | None = None
@@ -184,8 +187,8 @@ class SimLink(Link):
         nbytes = 0
         pieces = []
         for buffer in buffers:
-            piece = memoryview(buffer)
-            if piece.nbytes:
+            piece = buffer if type(buffer) is memoryview else memoryview(buffer)
+            if size := piece.nbytes:
                 if not piece.c_contiguous:
                     raise ProtocolError(
                         f"a write to region {remote.name!r} of {self} from memory that is not contiguous"
@@ -193,19 +196,19 @@ class SimLink(Link):
                 if piece.ndim != 1 or piece.format != "B":
                     piece = piece.cast("B")
                 pieces.append(piece)
-                nbytes += piece.nbytes
-        if self._known.get(remote.key) != remote.nbytes:
+                nbytes += size
+        key, _, length = remote
+        if self._known.get(key) != length:
             self._check_known(remote)
-        if not 0 <= offset <= offset + nbytes <= remote.nbytes:
+        if not 0 <= offset <= offset + nbytes <= length:
             raise ProtocolError(
-                f"bytes {offset}..{offset + nbytes} are outside region {remote.name!r} of {self}, "
-                f"which has {remote.nbytes}"
+                f"bytes {offset}..{offset + nbytes} are outside region {remote.name!r} of {self}, which has {length}"
             )
         if not 0 <= tag <= MAX_TAG:
             raise ProtocolError(f"tag {tag} is outside 0..{MAX_TAG}")
-        target = self._peer._exposed[remote.key - 1]
         self._written[lane] += nbytes
-        self._send(lane, lane, nbytes, tag=tag, offset=offset, target=target, pieces=pieces)
+        pipe = int(lane)
+        self._send(pipe, pipe, nbytes, tag, offset, self._peer._exposed[key - 1], pieces)
 
     def send(self, message: dict[str, Any]) -> None:
         self._check_open()
@@ -255,15 +258,15 @@ class SimLink(Link):
         pipe: int,
         kind: int,
         nbytes: int,
-        *,
         tag: int = 0,
         offset: int = 0,
         target: memoryview | None = None,
         pieces: Sequence[memoryview] = (),
         body: bytes = b"",
     ) -> None:
-        model = self._model
-        left_s = max(self._loop.time(), self._free_s[pipe])
+        model, left_s = self._model, self._loop.time()
+        if left_s < self._free_s[pipe]:
+            left_s = self._free_s[pipe]
         if nbytes:
             left_s += nbytes / model.bytes_per_s
             self._pending += nbytes
@@ -271,39 +274,46 @@ class SimLink(Link):
         due_s = left_s + model.latency_s
         if model.jitter_s:
             due_s += model.jitter_s * self._random.random()
-        self._last_due_s[pipe] = due_s = max(due_s, self._last_due_s[pipe])
+        if due_s < self._last_due_s[pipe]:
+            due_s = self._last_due_s[pipe]
+        self._last_due_s[pipe] = due_s
         deliveries = self._deliveries
+        number = deliveries.next_number()
         deliveries.push(
-            Delivery(
-                due_s,
-                deliveries.next_number(),
-                self._peer,
-                kind,
-                left_s,
-                nbytes,
-                tag,
-                offset,
-                target,
-                pieces,
-                body,
-            )
+            _new(Delivery, (due_s, number, self._peer, kind, left_s, nbytes, tag, offset, target, pieces, body))
         )
 
     # -- what arrives
 
     def arrive(self, delivery: Delivery) -> None:
         """See ``Receiver``."""
-        if self._ended.is_set():
+        if self._is_over:
             return
         if not self._reading or self._silent_since is not None:
             self._held.append(delivery)
             return
-        kind = delivery.kind
-        if not self._peer._ended.is_set():
-            self._peer._pending -= delivery.nbytes
-        if kind < MESSAGE:
-            self._take_write(delivery)
+        _, _, _, kind, _, nbytes, tag, position, target, pieces, _ = delivery
+        if not self._peer._is_over:
+            self._peer._pending -= nbytes
+        if kind >= MESSAGE:
+            self._take_control(delivery)
             return
+        assert target is not None, "a write has a region"
+        for piece in pieces:
+            end = position + len(piece)
+            target[position:end] = piece
+            position = end
+        self._received[kind] += nbytes
+        if self._trace is not None:
+            self._trace(f"{self._label} {_KINDS[kind]} tag={tag} bytes={nbytes}")
+        if self._open and self._on_tag is not None:
+            try:
+                self._on_tag(_LANES[kind], tag)
+            except Exception as error:
+                self._callback_failed(error)
+
+    def _take_control(self, delivery: Delivery) -> None:
+        kind = delivery.kind
         if kind == MESSAGE:
             self._take_message(delivery)
             return
@@ -317,23 +327,6 @@ class SimLink(Link):
             self._end(None)
         else:
             self._fail(PeerLostError(f"{self} is gone"))
-
-    def _take_write(self, delivery: Delivery) -> None:
-        lane, nbytes, tag = _LANES[delivery.kind], delivery.nbytes, delivery.tag
-        position, target = delivery.offset, delivery.target
-        assert target is not None, "a write has a region"
-        for piece in delivery.pieces:
-            end = position + len(piece)
-            target[position:end] = piece
-            position = end
-        self._received[lane] += nbytes
-        if self._trace is not None:
-            self._trace(f"{self._label} {_KINDS[lane]} tag={tag} bytes={nbytes}")
-        if self._open and self._on_tag is not None:
-            try:
-                self._on_tag(lane, tag)
-            except Exception as error:
-                self._callback_failed(error)
 
     def _take_message(self, delivery: Delivery) -> None:
         try:
@@ -373,7 +366,7 @@ class SimLink(Link):
         if self._silence is not None:
             self._silence.cancel()
             self._silence = None
-        if self._ended.is_set() or not self._reading:
+        if self._is_over or not self._reading:
             return
         if self._silent_since is None:
             if self._held:
@@ -415,11 +408,12 @@ class SimLink(Link):
 
     def _end(self, error: TransportError | None) -> bool:
         """Let go of everything and wake what waits; False if that was done before."""
-        if self._ended.is_set():
+        if self._is_over:
             return False
         self._open = False
         self._error = error
         self._ended.set()
+        self._is_over = True
         self._held.clear()
         self._pending = 0
         if self._silence is not None:
@@ -433,7 +427,7 @@ class SimLink(Link):
     def _part(self) -> None:
         """The peer gets what has left this end, then hears of the end."""
         peer = self._peer
-        if peer._ended.is_set():
+        if peer._is_over:
             return
         peer._held = [copied(delivery) for delivery in peer._held]
         last_s = max(self._deliveries.sender_ended(peer), self._loop.time() + self._model.latency_s)

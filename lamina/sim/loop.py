@@ -84,7 +84,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     # -- what asyncio leaves to a loop, and what this one does otherwise
 
     def create_future(self) -> asyncio.Future[Any]:
-        return VirtualFuture(self)
+        return VirtualFuture(loop=self)
 
     def create_task(
         self,
@@ -164,7 +164,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 "something runs for ever, or limit_s is too small"
             )
         else:
-            what = "no callback and no timer is left: find out who should have woken them"
+            what = "no callback and no timer is left: find out what should have woken them"
         return DeadlockError(
             f"nothing can happen any more at {self._now:g} virtual seconds: {len(tasks)} tasks wait, and {what}. "
             f"Waiting: {waiting or 'none'}"
@@ -176,12 +176,14 @@ class VirtualFuture(asyncio.Future[Any]):
 
     __slots__ = ("_number",)
 
-    def __init__(self, loop: VirtualLoop) -> None:
-        self._number = loop._number()
-        super().__init__(loop=loop)
-
     def __hash__(self) -> int:
-        return self._number
+        try:
+            return self._number
+        except AttributeError:  # most futures are never in a set
+            loop = self.get_loop()
+            assert isinstance(loop, VirtualLoop)
+            self._number: int = loop._number()
+            return self._number
 
 
 class VirtualTask(asyncio.Task[Any]):

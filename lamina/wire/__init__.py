@@ -1,1 +1,2 @@
-"""What nodes say to each other, as types and bytes, one module per conversation. No task, no thread, no socket."""
+"""Nodes talk to each other in these types and bytes, one module per conversation. There is no task, thread or socket
+here."""

@@ -1,4 +1,4 @@
-"""Between an operator and a node: its status, a trace of its device, and measurements between nodes."""
+"""An operator asks a node for its status, a trace of its device, and measurements between nodes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MAX_SPANS = 8192
 
 
 class AskStatus(Message):
-    """Answered by Status."""
+    """Ask for the status of the node; Status answers it."""
 
 
 class PeerStatus(Struct, frozen=True, kw_only=True):
-    """A memory node, or another compute node, as a compute node sees it."""
+    """Describes a memory node, or another compute node, as a compute node sees it."""
 
     name: str
     transport: str
     choice: str
-    """What either end asked for, which transport was taken, and why."""
+    """What each end asked for, which transport was taken, and why."""
     kv_heads: int
     """KV heads per layer that lie on the node; 0 for a compute node."""
     bytes_sent: int
@@ -31,7 +31,7 @@ class PeerStatus(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def over(cls, link: Link, name: str, kv_heads: int = 0) -> PeerStatus:
-        """The node at the other end of ``link``, which the file calls ``name``."""
+        """Describe the node at the other end of ``link``, which the file calls ``name``."""
         state = link.state
         return cls(
             name=name,
@@ -44,23 +44,23 @@ class PeerStatus(Struct, frozen=True, kw_only=True):
 
 
 class TenantStatus(Struct, frozen=True, kw_only=True):
-    """What a memory node has for one tenant."""
+    """Describes what a memory node has for one tenant."""
 
     name: str
     model: str
     compute_nodes: list[str]
-    """Those that are attached, beginning with the front."""
+    """The compute nodes that are attached, beginning with the front."""
     sequences: int
     kv_tokens_total: int
     kv_tokens_free: int
     quota: int
-    """Bytes of memory that it may use, and nobody else."""
+    """The bytes of memory that only this tenant may use."""
     busy_s: float
-    """Time that the device thread spent computing for it."""
+    """The seconds that the device has computed for it."""
 
 
 class Status(Message):
-    """A node's state and its counters since it started. Times are seconds, sizes are bytes."""
+    """Reports a node's state and its counters since it started. Times are seconds, sizes are bytes."""
 
     name: str
     role: str
@@ -73,15 +73,15 @@ class Status(Message):
     tokens_generated: int = 0
     steps: int = 0
     layers: int = 0
-    """Attention layers run, over all steps."""
+    """The number of attention layers run, over all steps."""
     busy_s: float = 0.0
-    """Time that the device thread spent computing."""
+    """The seconds that the device has computed."""
     preemptions: int = 0
     """How often a sequence lost its space to others."""
     prompt_tokens: int = 0
-    """Tokens that were to be prefilled,"""
+    """The number of tokens that had to be prefilled or found."""
     shared_tokens: int = 0
-    """and those of them that lay on the memory nodes already."""
+    """How many of these the memory nodes already held."""
     sequences: int = 0
     kv_tokens_total: int = 0
     kv_tokens_free: int = 0
@@ -91,33 +91,33 @@ class Status(Message):
 
 
 class Record(Message):
-    """Record what your device does in the next ``seconds``, and forget what was recorded before; answered by Spans."""
+    """Record what your device does in the next ``seconds``, and forget what was recorded before; Spans answers it."""
 
     seconds: Annotated[float, Meta(gt=0, le=60)]
 
 
 class AskSpans(Message):
-    """Stop recording and give out the oldest spans that are left, at most ``count``; answered by Spans."""
+    """Stop recording and give out the oldest spans that are left, at most ``count``; Spans answers it."""
 
     count: Annotated[int, Meta(ge=0, le=MAX_SPANS)]
 
 
 class Spans(Message):
-    """``clock_s`` is what the node's monotonic clock says, that of the spans."""
+    """Gives out spans. ``clock_s`` is the present time on the clock of the spans, the node's monotonic one."""
 
     clock_s: float
     spans: Annotated[list[Span], Meta(max_length=MAX_SPANS)] = field(default_factory=list)
 
 
 class Probe(Message):
-    """Measure the way to memory node ``node`` of your own file by one transport; answered by Probed."""
+    """Measure the link to memory node ``node`` of your own file over one transport; Probed answers it."""
 
     node: Annotated[str, Meta(max_length=64)]
     kind: Literal["rdma", "shm", "tcp"]
 
 
 class Probed(Message):
-    """What was measured: round trips of 8 KiB and bandwidth; or, in ``error``, why it could not be."""
+    """Reports what was measured: round trips of 8 KiB and bandwidth; or, in ``error``, why that was impossible."""
 
     kind: str
     choice: str = ""
@@ -127,8 +127,8 @@ class Probed(Message):
     error: str = ""
 
 
-class Echo(Message):
-    """Where the end that says so may be written while the way to it is measured."""
+class EchoRegion(Message):
+    """Names the region of the sender that the peer may write while the link is measured."""
 
     region: RemoteRegion
 

@@ -1,4 +1,4 @@
-"""The base of all control messages, and how they become the plain maps that links carry and back."""
+"""Convert control messages to the plain maps that links carry, and back."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ MemberId = Annotated[int, Meta(ge=0, le=2**16 - 1)]
 
 
 class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=True):
-    """Base of the control messages; the class name travels as ``type``."""
+    """All control messages derive from this class. The name of the class travels as ``type``."""
 
 
 def encode(message: Message) -> dict[str, Any]:
-    """A plain map, as links send it."""
+    """Convert a message to a plain map, as links send it."""
     plain: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,))
     return plain
 
 
 def decode(plain: dict[str, Any], kinds: Any) -> Any:
-    """The message of one of the types in the union ``kinds``; ProtocolError if it is none."""
+    """Convert a plain map to a message of one of the types in the union ``kinds``; raise ProtocolError if it fits
+    none."""
     try:
         return msgspec.convert(plain, kinds)
     except msgspec.ValidationError as e:

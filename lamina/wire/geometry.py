@@ -1,4 +1,4 @@
-"""Where things lie: which heads on which memory node, and which bytes at which offset of a region."""
+"""Say where things lie: which heads on which memory node, and which bytes at which offset of a region."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from lamina.errors import ConfigError
 from lamina.wire.plan import CHUNK_HEADER, plan_bytes
 
 CHUNK_TOKENS = 64
-"""Tokens of one bulk chunk: what a decode write may have to wait for on a shared wire."""
+"""The number of tokens of one bulk chunk. A decode write may have to wait for one chunk on a shared wire."""
 ANSWER_HEADER = 64
-"""Bytes before the rows of an answer, so that they are aligned."""
+"""The bytes before the rows of an answer, which align them."""
 PARTIAL_ITEM = 4
-"""Bytes of a number of a partial, which is float32."""
+"""The bytes of a number of a partial, which is float32."""
 CHUNKS = 8
-"""Bulk buffers per memory node, and so the chunks that may be on their way at once."""
+"""The bulk buffers per memory node, and so the number of chunks that may be on their way at once."""
 
 
 def split_heads(kv_heads: int, nodes: int) -> list[range]:
-    """KV heads of each of ``nodes`` memory nodes: contiguous, and even but for one head (8 on 3 is 3 + 3 + 2)."""
+    """Divide KV heads over ``nodes`` memory nodes in contiguous ranges that differ by at most one head.
+
+    For example, 8 heads on 3 nodes are 3 + 3 + 2.
+    """
     base, more = divmod(kv_heads, nodes)
     ranges, first = [], 0
     for node in range(nodes):
@@ -35,7 +38,7 @@ def split_heads(kv_heads: int, nodes: int) -> list[range]:
 
 @dataclass(frozen=True)
 class HeadShard:
-    """The heads of one memory node, layer by layer."""
+    """Says which heads one memory node has, layer by layer."""
 
     kv: tuple[range, ...]
     q: tuple[range, ...]
@@ -67,7 +70,7 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
 
 
 def shard_whole(layers: Sequence[LayerShape], names: Sequence[str]) -> list[HeadShard]:
-    """Every memory node has all heads of every layer."""
+    """Give every memory node all heads of every layer."""
     kv = tuple(range(layer.kv_heads) for layer in layers)
     q = tuple(range(layer.q_heads) for layer in layers)
     return [HeadShard(kv, q, tuple(layers))] * len(names)
@@ -75,13 +78,14 @@ def shard_whole(layers: Sequence[LayerShape], names: Sequence[str]) -> list[Head
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of the regions between a compute node and one memory node. Both ends compute it from the same facts.
+    """Holds the sizes of the regions between a compute node and one memory node. Both ends compute it from the same
+    facts.
 
     Every region but that of the chunks has one part per batch in flight. Within a part lie, packed, the values of a
     layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer, behind
-    ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far (float64),
-    o [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and
-    lse [rows, Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
+    ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far (float64), o
+    [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and lse [rows,
+    Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
     """
 
     layers: tuple[LayerShape, ...]
@@ -112,7 +116,7 @@ class Geometry:
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
-        """By layer, the first layer whose attention has the same shape."""
+        """Return, by layer, the first layer whose attention has the same shape."""
         return tuple(self.layers.index(layer) for layer in self.layers)
 
     @cached_property
@@ -125,5 +129,5 @@ class Geometry:
 
 
 def aligned(nbytes: int) -> int:
-    """Rounded up so that the parts of a region do not share cache lines."""
+    """Round up, so that the parts of a region do not share cache lines."""
     return -(-nbytes // 64) * 64

@@ -1,4 +1,4 @@
-"""Between compute nodes: how they meet, and what the front orders in each step."""
+"""Compute nodes exchange these messages: when they meet, and when the front orders a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Slot = Annotated[int, Meta(ge=0, lt=MAX_BATCHES)]
 
 
 class Greeting(Message):
-    """A compute node says where it takes carries, and under ``terms``, by key, what all must have read in their files.
+    """A compute node says where it takes carries, and in ``terms``, by key, which settings all compute nodes must
+    share.
 
     The peer answers with its own Greeting.
     """
@@ -30,7 +31,7 @@ class Greeting(Message):
 
 
 class MemberEntry(Struct, frozen=True, array_like=True):
-    """One node of the cluster."""
+    """Describes one node of the cluster."""
 
     id: MemberId
     name: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -39,14 +40,14 @@ class MemberEntry(Struct, frozen=True, array_like=True):
 
 
 class Membership(Message):
-    """The front tells the other compute nodes who is there, after every change."""
+    """The front tells the other compute nodes the states of all members, after every change."""
 
     epoch: Count
     members: Annotated[list[MemberEntry], Meta(min_length=1, max_length=4096)]
 
 
 class Enlist(Message):
-    """The front tells a compute node the tenant as which to attach to the memory nodes. Enlisted answers it."""
+    """The front tells a compute node the tenant under which it attaches to the memory nodes. Enlisted answers it."""
 
     tenant: Annotated[str, Meta(min_length=1, max_length=128)]
 
@@ -74,7 +75,7 @@ class Choice(Struct, frozen=True, array_like=True):
 
 
 class TokenRun(Struct, frozen=True, array_like=True):
-    """Consecutive tokens of one sequence, from position ``start``: one that decodes, or a chunk of a prompt.
+    """Holds consecutive tokens of one sequence, from position ``start``: one that decodes, or a chunk of a prompt.
 
     Keys and values of the first ``local_tokens`` positions of the sequence are kept on the compute nodes until its
     prompt is prefilled. The past of all later positions lies on the memory nodes of its ``placement``.
@@ -89,7 +90,7 @@ class TokenRun(Struct, frozen=True, array_like=True):
 
     @property
     def remote(self) -> bool:
-        """Whether what it attends to lies on the memory nodes, and not where it is computed."""
+        """Return whether what it attends to lies on the memory nodes, and not where it is computed."""
         return self.start >= self.local_tokens
 
 
@@ -106,8 +107,8 @@ class Order(Message):
 
 
 class Limits(NamedTuple):
-    """What an order has to keep to, as a compute node sees it: batch slots, tokens of a step, the member ids of memory
-    nodes, positions of a sequence, and the vocabulary."""
+    """Holds the limits of orders on a compute node: batch slots, tokens of a step, the member ids of memory nodes,
+    positions of a sequence, and the vocabulary."""
 
     slots: int
     tokens: int
@@ -116,7 +117,7 @@ class Limits(NamedTuple):
     vocabulary: int
 
     def check(self, order: Order) -> None:
-        """ProtocolError for an order that could not be carried out."""
+        """Raise ProtocolError for an order that could not be carried out."""
         tokens = sum(len(run.tokens) for run in order.runs)
         ordered = sorted(order.runs, key=lambda run: not run.remote) == order.runs
         if order.slot >= self.slots or tokens > self.tokens or not ordered:
@@ -141,8 +142,8 @@ class Limits(NamedTuple):
 
 
 class Done(Message):
-    """What came of an order: tokens from the node of the last slice. ``attention_s`` says for compute nodes, by member
-    id, how long the busiest memory node has attended for them so far, in seconds, as far as this one was told."""
+    """Reports the result of an order: tokens, from the node of the last slice. ``attention_s`` says for compute nodes,
+    by member id, how many seconds the busiest memory node has attended for them so far, as far as this one knows."""
 
     slot: Slot
     step: Count

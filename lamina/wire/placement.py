@@ -1,4 +1,4 @@
-"""Where the keys and values of a sequence lie, and so which memory node does what in a step. Pure functions."""
+"""Pure functions say where the keys and values of a sequence lie, and so which memory node does what in a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamina.wire.plan import StepPlan
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The memory nodes that hold one sequence, by their member ids.
+    """Names the memory nodes that hold one sequence, by their member ids.
 
     Without ``stripe`` each member holds all positions: those of its own KV heads if heads are divided, else there is
     only one member. With ``stripe`` the positions go round the members in stripes of this length. A memory node knows
@@ -23,7 +23,8 @@ class Placement:
     stripe: int | None = None
 
     def held(self, member: int, tokens: int) -> int:
-        """How many of the first ``tokens`` positions lie on ``member``; also the number there of its next position."""
+        """Return how many of the first ``tokens`` positions lie on ``member``; also the number there of its next
+        position."""
         if member not in self.members:
             return 0
         if self.stripe is None:
@@ -33,31 +34,32 @@ class Placement:
         return rounds * self.stripe + min(max(own, 0), self.stripe)
 
     def position(self, member: int, index: int) -> int:
-        """The position that is number ``index`` on ``member``: the inverse of `held`."""
+        """Return the position that is number ``index`` on ``member``: the inverse of `held`."""
         if self.stripe is None:
             return index
         rounds, rest = divmod(index, self.stripe)
         return (rounds * len(self.members) + self.members.index(member)) * self.stripe + rest
 
     def owners(self, position: int) -> tuple[int, ...]:
-        """The members that hold a position."""
+        """Return the members that hold a position."""
         if self.stripe is None:
             return self.members
         return (self.members[position // self.stripe % len(self.members)],)
 
     def usable(self, tokens: int, found: Mapping[int, int]) -> int:
-        """How many of the first ``tokens`` positions are there, if each member has found so many of its own."""
+        """Return how many of the first ``tokens`` positions are there, if each member has found as many of its own as
+        ``found`` says."""
         return min(
             (self.position(member, n) for member, n in found.items() if n < self.held(member, tokens)),
             default=tokens,
         )
 
     def keys_on(self, member: int, keys: Sequence[bytes], block_tokens: int) -> list[bytes]:
-        """The keys of the blocks that lie on ``member``, out of the keys of leading blocks."""
+        """Return the keys of the blocks that lie on ``member``, out of the keys of leading blocks."""
         return [key for block, key in enumerate(keys) if member in self.owners(block * block_tokens)]
 
     def until_next(self, position: int) -> int | None:
-        """How many positions from ``position`` on have the same owners; None: all of them."""
+        """Return how many positions from ``position`` on have the same owners; None means all of them."""
         return None if self.stripe is None else self.stripe - position % self.stripe
 
     def divide(self, start: int, count: int) -> Iterable[tuple[int, int]]:
@@ -72,7 +74,8 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class RemoteRun:
-    """Rows of a step whose past lies on memory nodes: ``count`` positions from ``start`` with the same owners."""
+    """Describes rows of a step whose past lies on memory nodes: ``count`` positions from ``start`` with the same
+    owners."""
 
     sequence: int
     placement: Placement
@@ -82,17 +85,23 @@ class RemoteRun:
 
 @dataclass(frozen=True, slots=True)
 class MemberRows:
-    """What one memory node does in a step: its plan, and the step's numbers of its rows, in the order of the plan.
+    """Says what one memory node does in a step: its plan, and the step's numbers of its rows, in the order of the plan.
 
-    A row that no other member than those that store it knows any past of is whole. All others come back as partials.
+    A row is whole if only the members that store it hold any of its past. All others come back as partials.
     """
 
     plan: StepPlan
-    rows: list[int]
+    rows: Sequence[int]
 
 
 def route(runs: Sequence[RemoteRun]) -> dict[int, MemberRows]:
     """Divide the rows of a step over the memory nodes that take part in it: by member id, in ascending order."""
+    if runs and all(run.placement.stripe is None for run in runs):
+        members = runs[0].placement.members
+        if all(run.placement.members == members for run in runs):  # as where heads are divided: all have the same rows
+            storing = tuple([Run(run.sequence, run.start, run.count) for run in runs])
+            count = sum(run.count for run in runs)
+            return dict.fromkeys(sorted(members), MemberRows(StepPlan(storing, (), count), range(count)))
     parts: dict[int, _Parts] = {}
     row = 0
     for run in runs:
@@ -131,7 +140,8 @@ def route(runs: Sequence[RemoteRun]) -> dict[int, MemberRows]:
 
 @dataclass(slots=True)
 class _Parts:
-    """The runs of one member and the numbers of their rows: whole ones, other stored ones, and those it only reads."""
+    """Collects the runs of one member and the numbers of their rows: whole ones, other stored ones, and those it only
+    reads."""
 
     whole: list[Run] = field(default_factory=list)
     whole_rows: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is packed at fixed offsets on the hot path: the plan of a step, and the header of a bulk chunk."""
+"""Pack what the hot path sends at fixed offsets: the plan of a step, and the header of a bulk chunk."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _RUN = struct.Struct("<QII")
 _CHUNK = struct.Struct("<QIII")
 _MEMBER = "H"
 CHUNK_HEADER = 64
-"""Bytes before the keys of a bulk chunk: the header, padded so that the numbers behind it are aligned."""
+"""The bytes before the keys of a bulk chunk: the header, padded so that the numbers behind it are aligned."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a memory node is told about a step: which rows come, in this order.
+    """Tells a memory node about a step: which rows come, in this order.
 
     It stores k and v of the rows of ``storing``; the rows of ``reading`` only attend to what it holds. The first
     ``whole`` rows are answered with their attention, in the model's type; all others with a partial in float32.
@@ -38,33 +38,33 @@ class StepPlan:
 
     @cached_property
     def stored_rows(self) -> int:
-        """Rows whose keys and values the memory node stores."""
+        """Return the number of rows whose keys and values the memory node stores."""
         return sum(run.count for run in self.storing)
 
     @cached_property
+    def packed(self) -> bytes:
+        """Return the plan as it is sent: a header, the runs, and the member ids of ``answers``."""
+        runs = (*self.storing, *self.reading)
+        head = _PLAN.pack(len(self.storing), len(self.reading), self.whole, len(self.answers))
+        packed = b"".join([_RUN.pack(run.sequence, run.start, run.count) for run in runs])
+        return head + packed + array(_MEMBER, self.answers).tobytes()
+
+    @cached_property
     def rows(self) -> int:
-        """All rows."""
+        """Return the number of all rows."""
         return self.stored_rows + sum(run.count for run in self.reading)
 
 
 def plan_bytes(max_rows: int, layers: int) -> int:
-    """Bytes of the largest step plan."""
+    """Return the bytes of the largest step plan."""
     return _PLAN.size + layers * array(_MEMBER).itemsize + max_rows * _RUN.size
 
 
-def pack_plan(plan: StepPlan) -> bytes:
-    """The bytes of a step plan: a header, the runs, and the member ids of ``answers``."""
-    runs = (*plan.storing, *plan.reading)
-    head = _PLAN.pack(len(plan.storing), len(plan.reading), plan.whole, len(plan.answers))
-    packed = b"".join(_RUN.pack(run.sequence, run.start, run.count) for run in runs)
-    return head + packed + array(_MEMBER, plan.answers).tobytes()
-
-
 def unpack_plan(buffer: memoryview, max_rows: int, layers: int) -> StepPlan:
-    """The plan in ``buffer``.
+    """Read the plan in ``buffer``.
 
-    ProtocolError for more rows than ``max_rows``, for a sequence that comes twice, and for answers to only some of the
-    ``layers``.
+    Raises ProtocolError for more rows than ``max_rows``, for a sequence that comes twice, and for answers to only some
+    of the ``layers``.
     """
     storing, reading, whole, answers = _PLAN.unpack_from(buffer)
     count = storing + reading
@@ -88,7 +88,8 @@ def unpack_plan(buffer: memoryview, max_rows: int, layers: int) -> StepPlan:
 
 
 class ChunkHeader(NamedTuple):
-    """Which keys and values a bulk chunk brings: ``tokens`` positions from ``start``, of one layer of one sequence."""
+    """Says which keys and values a bulk chunk brings: ``tokens`` positions from ``start``, of one layer of one
+    sequence."""
 
     sequence: int
     layer: int

@@ -1,4 +1,4 @@
-"""Questions on a link and their answers; and what is told to clients, who may not listen."""
+"""Ask questions on a link and await their answers; and answer clients, which may not read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lamina.transport import Link
 from lamina.wire.codec import Message, encode
 
 MAX_PENDING_BYTES = 4 * 2**20
-"""What a client or monitor may leave unread before its link is ended."""
+"""The bytes that a client or monitor may leave unread before its link is ended."""
 
 
 class Questions:
-    """The questions that were asked on one link and are not answered yet. Belongs to the link's loop.
+    """Holds the questions that were asked on one link and are not answered yet. It belongs to the link's loop.
 
     Questions with the same key are answered in the order in which they were asked. Every question ends: with its
     answer, with an error of its own, or with the error that ended the link, which its owner passes to `fail`.
@@ -43,7 +43,7 @@ class Questions:
         return waiting
 
     def expect(self, key: Hashable = None) -> asyncio.Future[Any]:
-        """The answer that the peer gives unasked, or will be asked for by other means."""
+        """Return a future for an answer that the peer gives unasked, or that other code asks for."""
         waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self._error is None:
             self._waiting.setdefault(key, deque()).append(waiting)
@@ -52,7 +52,7 @@ class Questions:
         return waiting
 
     def answer(self, answer: Any, key: Hashable = None) -> bool:
-        """Give the oldest question with this key its answer; False if there is none."""
+        """Give the oldest question with this key its answer; return False if there is none."""
         waiting = self._next(key)
         if waiting is None:
             return False
@@ -61,7 +61,7 @@ class Questions:
         return True
 
     def refuse(self, error: LaminaError, key: Hashable = None) -> bool:
-        """Have the oldest question with this key raise an error; False if there is none."""
+        """Have the oldest question with this key raise an error; return False if there is none."""
         waiting = self._next(key)
         if waiting is None:
             return False

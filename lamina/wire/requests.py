@@ -1,4 +1,4 @@
-"""Between a client and the front: requests, tokens, and how requests end."""
+"""A client and the front exchange these messages: requests, tokens, and how requests end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamina.wire.codec import Count, Message, Positive
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """How the tokens of a request are chosen."""
+    """Says how the tokens of a request are chosen."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0 is greedy."""
@@ -24,7 +24,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a client asks for. It travels whole, from the client to the sequence that answers it."""
+    """Holds what a client asks for. It travels whole, from the client to the sequence that answers it."""
 
     prompt: str | list[Count]
     """Text or token ids."""
@@ -32,7 +32,7 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """None: as many as the context allows."""
     sampling: Sampling = Sampling()
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
-    """The highest goes first; equal ones go in the order of their arrival."""
+    """The request with the highest priority goes first; equal ones go in the order of their arrival."""
     share_prefix: bool = True
     """Whether it may share the keys and values of a prompt with the same beginning."""
     salt: Annotated[str, Meta(max_length=256)] = ""
@@ -53,7 +53,7 @@ class Cancel(Message):
 
 
 class Generated(Message):
-    """One generated token and the text that it completes, which may be empty."""
+    """Holds one generated token and the text that it completes, which may be empty."""
 
     id: Count
     token: Count

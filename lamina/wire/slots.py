@@ -1,4 +1,4 @@
-"""The protocol of a batch slot between a compute node and a memory node, as a state machine without I/O.
+"""A state machine without I/O checks the protocol of a batch slot between a compute node and a memory node.
 
 In each step of a batch a compute node writes, over one link: the step plan; and for each layer that it runs, in
 increasing order, the query, then the keys and values if the step stores any. The memory node answers each query before
@@ -14,7 +14,7 @@ from lamina.wire.tags import Kind, Tag
 
 
 class _Phase(Enum):
-    """What a slot waits for."""
+    """Says what a slot waits for."""
 
     IDLE = auto()
     """The plan of the next step, or the query of the step's next layer."""
@@ -25,7 +25,7 @@ class _Phase(Enum):
 
 
 class MemorySlot:
-    """One batch in flight, as the memory node sees it on one link: which writes may come next.
+    """Tracks one batch in flight on one link, for the memory node: which writes may come next.
 
     The owner passes every tag to `receive`, calls `planned` when it has read a plan, and `answered` after each answer.
     """
@@ -40,12 +40,13 @@ class MemorySlot:
         self._layers = layers
         self._phase = _Phase.IDLE
         self._planning = False
-        """From the arrival of a plan until the owner has read it. The step's first query may arrive meanwhile."""
+        """True from the arrival of a plan until the owner has read it. The step's first query may arrive meanwhile."""
         self._stores: bool | None = None
         """Whether the step stores keys and values; None until its plan has been read."""
 
     def receive(self, tag: Tag) -> bool:
-        """Take in a write of this slot; False for a stale one. ProtocolError for one that may not come now."""
+        """Take in a write of this slot; return False for a stale one. Raises ProtocolError for one that may not come
+        now."""
         if tag.kind is Kind.PLAN:
             if self._planning or self._phase is not _Phase.IDLE:
                 raise ProtocolError(
@@ -65,7 +66,7 @@ class MemorySlot:
     def planned(self, *, stores: bool) -> None:
         """The plan has been read; ``stores`` says whether keys and values follow each query.
 
-        ProtocolError if some have come in a step that stores none.
+        Raises ProtocolError if some have come in a step that stores none.
         """
         self._planning, self._stores = False, stores
         if self._phase is _Phase.STORED and not stores:

@@ -1,4 +1,4 @@
-"""The 32-bit tags of writes: what arrived, for which batch slot, layer and step."""
+"""A 32-bit tag says what a write brought, and for which batch slot, layer and step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lamina.errors import ProtocolError
 
 
 class Kind(IntEnum):
-    """What a finished write brought."""
+    """Says what a finished write brought."""
 
     PLAN = 0
     QUERY = 1
@@ -24,7 +24,7 @@ _KINDS = tuple(Kind)  # which is faster than to ask the class
 
 
 class Tag(NamedTuple):
-    """The 32-bit tag of a write: kind (3 bits), slot (5), layer (10), step (14, the low bits).
+    """Holds the 32-bit tag of a write: kind (3 bits), slot (5), layer (10), step (14, the low bits).
 
     For CHUNK and CREDIT, ``step`` is the number of the bulk buffer.
     """
@@ -39,12 +39,17 @@ class Tag(NamedTuple):
 
     @classmethod
     def unpack(cls, tag: int) -> Tag:
-        """ProtocolError for a kind that does not exist."""
+        """Unpack a tag; raise ProtocolError for a kind that does not exist."""
         try:
             kind = _KINDS[tag >> 29]
         except IndexError as e:
             raise ProtocolError(f"tag {tag:#010x} has the unknown kind {tag >> 29}") from e
         return cls(kind, tag >> 24 & 31, tag >> 14 & 1023, tag & STEP_MASK)
+
+
+def slot_of(tag: int) -> int:
+    """Return the batch slot of a packed tag."""
+    return tag >> 24 & 31
 
 
 STEP_MASK = 2**14 - 1

@@ -1,4 +1,5 @@
-"""Between a compute node and a memory node: attaching as a tenant, and the space of its sequences."""
+"""A compute node and a memory node exchange these messages: to attach as a tenant, and about the space of its
+sequences."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from lamina.transport import RemoteRegion
 from lamina.wire.codec import Count, MemberId, Message, Positive
 
 KEY_BYTES = 16
-"""Bytes of the key of a block."""
+"""The bytes of the key of a block."""
 MAX_KEYS = 2**15
 """The most keys of one message."""
 
@@ -36,29 +37,29 @@ class Attach(Message):
     layers: Annotated[list[LayerShape], Meta(min_length=1, max_length=1024)]
     """The attention of every layer over this node's heads."""
     slots: Annotated[int, Meta(ge=1, le=MAX_BATCHES)]
-    """Batches in flight."""
+    """The number of batches in flight."""
     max_rows: Annotated[int, Meta(ge=1, le=MAX_BATCH + MAX_REMOTE_TOKENS)]
     """The most rows of one step."""
     outputs: RemoteRegion
-    """Where the attention output is written."""
+    """The region to which the attention output is written."""
     member: MemberId = 0
     """The member id of this compute node."""
     front: MemberId = 0
     """The member id of the tenant's front."""
     quota: Annotated[int, Meta(ge=1, le=MAX_BYTES)] | None = None
-    """The most bytes that the tenant may take here. None: all that no other tenant has."""
+    """The most bytes that the tenant may take here. None means all that no other tenant has."""
 
     def __post_init__(self) -> None:
         RemoteRegion.from_wire(list(self.outputs))
 
     @property
     def from_front(self) -> bool:
-        """Whether the front of the tenant sends this."""
+        """Return whether the front of the tenant sends this."""
         return self.member == self.front
 
 
 class Attached(Message):
-    """The answer to Attach: where to write, and how many tokens of KV cache there are."""
+    """Answers Attach: where to write, and how many tokens of KV cache there are."""
 
     capacity_tokens: Count
     plans: RemoteRegion
@@ -72,7 +73,7 @@ class Attached(Message):
 
 
 Keys = Annotated[bytes, Meta(max_length=MAX_KEYS * KEY_BYTES)]
-"""Keys of blocks, one after the other."""
+"""The keys of blocks, one after the other."""
 
 
 class Reserve(Message):
@@ -84,14 +85,14 @@ class Reserve(Message):
     sequence: Count
     tokens: Positive
     keys: Keys = b""
-    """The keys of leading blocks of a new sequence, which it may share with others."""
+    """The keys of the leading blocks of a new sequence, which it may share with others."""
     ahead: Positive | None = None
     """For a new sequence, the most positions by which its layers can be apart, a step's own rows included: where these
     have windows, less is set aside. None: any number."""
 
 
 class Reserved(Message):
-    """The space is set aside."""
+    """The memory node has set the space aside."""
 
     sequence: Count
     shared: Count = 0

@@ -76,7 +76,7 @@ def test_a_memory_node_that_is_not_there(checkpoint: Path, tmp_path: Path) -> No
     """Named, with the deadline."""
     config = harness.write_config(tmp_path, checkpoint, harness.free_ports(1), start_timeout=0.5)
     message = cannot_start(config, 1)
-    assert "memory node m0 was not there within 0.5 s" in message
+    assert "memory node m0 could not be reached within 0.5 s" in message
 
 
 def test_a_memory_node_of_another_release(checkpoint: Path, tmp_path: Path) -> None:

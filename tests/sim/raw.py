@@ -16,7 +16,7 @@ from lamina.transport import Hello, Lane, Link, Options, Region
 from lamina.wire import views
 from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
-from lamina.wire.plan import StepPlan, pack_plan
+from lamina.wire.plan import StepPlan
 from lamina.wire.tags import Kind, Tag
 from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved
 from lamina.wire.views import StepViews
@@ -84,7 +84,7 @@ class RawCompute:
 
     def plan(self, step: int, told: StepPlan, *, slot: int = 0) -> None:
         tag = Tag(Kind.PLAN, slot, 0, step).pack()
-        self.link.write(Lane.DECODE, self.remote.plans, slot * self._geometry.plan_bytes, [pack_plan(told)], tag)
+        self.link.write(Lane.DECODE, self.remote.plans, slot * self._geometry.plan_bytes, [told.packed], tag)
 
     def query(self, layer: int, step: int, q: Tensor, *, slot: int = 0) -> None:
         tag = Tag(Kind.QUERY, slot, layer, step).pack()

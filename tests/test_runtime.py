@@ -1,0 +1,141 @@
+"""What a node runs on: the way between its loops, its device, its mailboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lamina.runtime.cpu import CpuDevice
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.loop import PreciseLoop
+from lamina.runtime.mailbox import Mailbox
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[CpuDevice]:
+    device = CpuDevice(threads=1)
+    device.start()
+    yield device
+    device.close()
+
+
+def test_what_crosses_arrives_in_its_order(device: CpuDevice) -> None:
+    """Posts, calls and coroutines, on the thread of the other loop."""
+    there, seen = Crossing(device.loop), list[str]()
+
+    async def coroutine(name: str) -> str:
+        seen.append(name)
+        return threading.current_thread().name
+
+    def call(name: str) -> str:
+        seen.append(name)
+        return threading.current_thread().name
+
+    async def main() -> set[str]:
+        there.post(seen.append, "posted")
+        called = there.call(call, "called")
+        started = there.start(coroutine("started"))
+        there.post(seen.append, "posted again")
+        return {await called, await started}
+
+    assert asyncio.run(main()) == {"device"}
+    assert seen[:2] == ["posted", "called"]
+    assert sorted(seen) == ["called", "posted", "posted again", "started"]
+
+
+def test_errors_and_cancellation_cross_too(device: CpuDevice) -> None:
+    """An error comes back to the caller; cancelling what was started cancels it there."""
+    there, ended = Crossing(device.loop), threading.Event()
+
+    def fail() -> None:
+        raise ValueError("wrong")
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def main() -> None:
+        with pytest.raises(ValueError, match="wrong"):
+            await there.call(fail)
+        waiting = there.start(wait())
+        await there.call(lambda: None)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(main())
+    assert ended.wait(5)
+
+
+def test_one_loop_may_be_both(device: CpuDevice) -> None:
+    """A crossing to the caller's own loop works as any other, as the simulator needs."""
+
+    async def main() -> list[int]:
+        here, seen = Crossing(asyncio.get_running_loop()), list[int]()
+        here.post(seen.append, 1)
+        await here.call(seen.append, 2)
+        await here.start(asyncio.sleep(0))
+        return seen
+
+    assert asyncio.run(main()) == [1, 2]
+
+
+def test_a_device_tells_how_long_an_operation_took(device: CpuDevice) -> None:
+    """The result, and the seconds until it was complete, which count as busy, also for one that fails."""
+    there = Crossing(device.loop)
+
+    def fail() -> None:
+        time.sleep(0.02)
+        raise ValueError("wrong")
+
+    async def main() -> None:
+        before_s = device.busy_s
+        result, seconds = await there.start(device.run(lambda: time.sleep(0.05) or "done"))
+        assert result == "done"
+        assert 0.05 <= seconds < 1
+        with pytest.raises(ValueError, match="wrong"):
+            await there.start(device.run(fail))
+        assert device.busy_s - before_s >= seconds + 0.02
+
+    asyncio.run(main())
+
+
+def test_the_loops_of_nodes_have_a_precise_clock() -> None:
+    """It goes on within one callback, and timers keep to it."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        times = [loop.time() for _ in range(100)]
+        assert times == sorted(set(times))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await asyncio.sleep(5)
+        assert 0.045 < loop.time() - times[0] < 1
+
+    with asyncio.Runner(loop_factory=PreciseLoop) as runner:
+        runner.run(main())
+
+
+def test_a_mailbox_keeps_its_order_and_outlives_a_reader() -> None:
+    """Items wait for the reader or the reader for items; a reader that was cancelled takes none with it."""
+
+    async def main() -> None:
+        mailbox = Mailbox[int]()
+        mailbox.put(1)
+        mailbox.put(2)
+        assert [await mailbox.get(), await mailbox.get()] == [1, 2]
+        reader = asyncio.ensure_future(mailbox.get())
+        await asyncio.sleep(0)
+        mailbox.put(3)
+        reader.cancel()
+        await asyncio.wait([reader])
+        mailbox.put(4)
+        assert [await mailbox.get(), await mailbox.get()] == [3, 4]
+
+    asyncio.run(main())
