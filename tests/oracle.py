@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,3 +69,24 @@ class Agreement:
                 f"{what}: token {i} is {token}, the oracle prefers {int(logits[i].argmax())} by {behind}"
             )
             self.ties.append(f"{what}: token {i}, logits apart by {behind:.1e}")
+
+
+class Gaps(NamedTuple):
+    """How far the logits of chosen tokens lie behind the best, in standard deviations of the logits."""
+
+    worst: float
+    mean: float
+
+    def __str__(self) -> str:
+        return f"{self.worst:.3f} σ (mean {self.mean:.5f} σ)"
+
+
+def gaps(oracle: Oracle, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Gaps:
+    """How good ``answers`` to ``prompts`` are, as ``oracle`` sees them."""
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = oracle.logits(prompt, answer)
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        found.append((logits.max(-1).values - chosen) / logits.std(-1))
+    every = torch.cat(found)
+    return Gaps(float(every.max()), float(every.mean()))

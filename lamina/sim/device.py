@@ -53,14 +53,15 @@ class ModelledDevice:
 
     async def run(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
         """Run an operation; its result, and the seconds from its start to its completion."""
+        seconds = None
         if not self._busy and self.recorder is None and self._trace is None:
-            name = getattr(function, "__name__", "operation")
-            if self._seconds(name, at) == 0:
+            seconds = self._seconds(getattr(function, "__name__", "operation"), at)
+            if seconds == 0:
                 return function(*args), 0.0
         operation = _Operation(function, args, at)
         if self._busy:
             self._queue.append(operation)
-        elif not self._start(operation):
+        elif not self._start(operation, seconds):
             if operation.error is not None:
                 raise operation.error
             return operation.result, 0.0  # type: ignore[return-value]
@@ -75,12 +76,15 @@ class ModelledDevice:
 
     # -- inside
 
-    def _start(self, operation: _Operation) -> bool:
-        """Carry out an operation; whether it keeps the device busy for some time."""
+    def _start(self, operation: _Operation, seconds: float | None = None) -> bool:
+        """Carry out an operation; whether it keeps the device busy for some time. The model is asked for ``seconds``
+        once, as its answers may be random."""
         function, now = operation.function, self.loop.time()
         operation.start_s = now
         try:
-            operation.seconds = seconds = self._seconds(getattr(function, "__name__", "operation"), operation.at)
+            if seconds is None:
+                seconds = self._seconds(getattr(function, "__name__", "operation"), operation.at)
+            operation.seconds = seconds
             if not 0 <= seconds < math.inf:
                 operation.seconds = 0.0
                 raise UsageError(

@@ -1,4 +1,4 @@
-"""Every model family decodes over real nodes exactly as ``transformers`` does in one process."""
+"""Real nodes decode over every transport exactly as ``transformers`` does in one process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import asyncio
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY, Family
-from tests.oracle import Agreement, Oracle
+from tests.oracle import Agreement, Oracle, gaps
 
 TOKENS = 48
 _random = random.Random(7)
@@ -27,19 +26,15 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return chosen, path, Oracle(path)
 
 
-TWO_NODES_BY_DEFAULT = {"llama", "gemma2", "mixtral"}
+NODES_AND_FAMILIES = [("llama", 3), ("gemma2", 2), ("mixtral", 3)]
+"""All families are run in tests/sim; these show that processes and transports change nothing."""
 
 
-def nodes_and_families() -> list[Any]:
-    """Every family over three memory nodes, the harder case; over two, most of them only among the slow tests."""
-    cases = []
-    for name in FAMILIES:
-        marks = () if name in TWO_NODES_BY_DEFAULT else pytest.mark.slow
-        cases += [pytest.param(name, 2, marks=marks, id=f"{name}-2"), pytest.param(name, 3, id=f"{name}-3")]
-    return cases
-
-
-@pytest.mark.parametrize(("family", "memory_nodes"), nodes_and_families(), indirect=["family"])
+@pytest.mark.parametrize(
+    ("family", "memory_nodes"),
+    [pytest.param(*case, id="{}-{}".format(*case)) for case in NODES_AND_FAMILIES],
+    indirect=["family"],
+)
 def test_tokens_are_those_of_transformers(
     family: tuple[Family, Path, Oracle],
     memory_nodes: int,
@@ -90,35 +85,14 @@ def test_bfloat16_is_as_close_as_the_library(
         return [a.tokens for a in answers]
 
     with harness.running(node):
-        ours = gaps(Oracle(path), asyncio.run(decode()))
+        ours = gaps(Oracle(path), PROMPTS, asyncio.run(decode()))
     log = node.log.read_text()
     assert "event=not_compiled" not in log
     assert ("event=compiled" in log) == compiled
     rounded = Oracle(path, torch.bfloat16)
-    theirs = gaps(Oracle(path), [rounded.greedy(p, TOKENS) for p in PROMPTS])
+    theirs = gaps(Oracle(path), PROMPTS, [rounded.greedy(p, TOKENS) for p in PROMPTS])
 
     with capsys.disabled():
         print(f"\nbfloat16: chosen logits lie {ours} behind float32's best, in transformers {theirs}")  # noqa: T201
     assert ours.worst <= 2 * theirs.worst
     assert ours.mean <= 2 * theirs.mean
-
-
-class Gaps(NamedTuple):
-    """How far the logits of chosen tokens lie behind the best, in standard deviations of the logits."""
-
-    worst: float
-    mean: float
-
-    def __str__(self) -> str:
-        return f"{self.worst:.3f} σ (mean {self.mean:.5f} σ)"
-
-
-def gaps(oracle: Oracle, answers: list[list[int]]) -> Gaps:
-    """Of ``answers`` to all prompts, as ``oracle`` sees them."""
-    found = []
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        logits = oracle.logits(prompt, answer)
-        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        found.append((logits.max(-1).values - chosen) / logits.std(-1))
-    every = torch.cat(found)
-    return Gaps(float(every.max()), float(every.mean()))

@@ -103,11 +103,11 @@ def test_a_compute_node_that_does_not_fit_its_tenant_is_refused() -> None:
     one, rows = {"member": 1}, Rows(2)
 
     async def work(memory: SimCluster) -> None:
-        assert "wants to join tenant t, and there is none of this name (there are none)" in await refusal(memory, **one)
+        assert "wants to join tenant t, which is not here (tenants: none)" in await refusal(memory, **one)
         async with raw_compute(memory, LAYERS) as front, raw_compute(memory, LAYERS, member=2):
             assert "tenant t is here already; tenants' names must differ" in await refusal(memory)
             assert "compute node 2 of tenant t is attached already, as t2" in await refusal(memory, member=2)
-            assert "there is none of this name (t)" in await refusal(memory, tenant="u", **one)
+            assert "which is not here (tenants: t)" in await refusal(memory, tenant="u", **one)
             differing = {
                 "model": ("n", "model n, its front asked for m"),
                 "dtype": ("bfloat16", "dtype bfloat16, its front asked for float32"),
@@ -198,7 +198,7 @@ def test_answers_to_nobody_are_refused() -> None:
         async with raw_compute(memory, LAYERS) as front, raw_compute(memory, LAYERS, member=3) as other:
             await front.reserve(1, 2)
             other.plan(0, step_of(0, (3, 2, 0)))
-            assert await other.end() == "step plan lets answers go to compute node 2; tenant t has [0, 3]"
+            assert await other.end() == "step plan sends answers to compute node 2; tenant t has compute nodes [0, 3]"
             await Rows(1).decode(front, 0)
 
     simulate_memory(work)
