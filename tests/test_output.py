@@ -151,9 +151,15 @@ def test_convert_becomes_vertical_on_a_narrow_terminal(converted: list[str]) -> 
         assert any(re.fullmatch(rf"\w+: +{re.escape(value)}", line) for line in lines), value
 
 
-def test_doctor_fits_80_columns() -> None:
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, str]]:
+    """What `lamina doctor` finds on this machine."""
+    findings: list[dict[str, str]] = json.loads(in_pipe("doctor", "--json"))["findings"]
+    return findings
+
+
+def test_doctor_fits_80_columns(found: list[dict[str, str]]) -> None:
     """Findings and advice are wrapped between words, or stand in blocks where a long word leaves no room."""
-    found = json.loads(in_pipe("doctor", "--json"))["findings"]
     lines = on_terminal("doctor")
 
     is_whole(lines)
@@ -163,9 +169,8 @@ def test_doctor_fits_80_columns() -> None:
     assert any(longest in line for line in lines)
 
 
-def test_doctor_becomes_vertical_on_a_narrow_terminal() -> None:
+def test_doctor_becomes_vertical_on_a_narrow_terminal(found: list[dict[str, str]]) -> None:
     """With 44 columns every finding is a block of lines; only a word that is longer, such as a path, sticks out."""
-    found = json.loads(in_pipe("doctor", "--json"))["findings"]
     lines = on_terminal("doctor", columns=44)
 
     assert all(len(line) <= 44 or " " not in line.removeprefix("what to do:").strip() for line in lines)
@@ -174,9 +179,8 @@ def test_doctor_becomes_vertical_on_a_narrow_terminal() -> None:
     assert all(f"found: {words(finding['found'])}" in shown for finding in found)
 
 
-def test_doctor_in_a_pipe_is_rows() -> None:
+def test_doctor_in_a_pipe_is_rows(found: list[dict[str, str]]) -> None:
     """The rows have the full names of the columns, and the same values as the JSON object."""
-    found = json.loads(in_pipe("doctor", "--json"))["findings"]
     *rows, summary = in_pipe("doctor").splitlines()
 
     assert re.fullmatch(r"\d+ fail, \d+ warn", summary)
