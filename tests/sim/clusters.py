@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +21,9 @@ from lamina.config import (
     PipelineConfig,
     TransportConfig,
 )
-from lamina.node.model import ModelFacts, OpenModel, open_checkpoint
+from lamina.node.model import ModelFacts, ModelSource, OpenModel, open_checkpoint
 from lamina.runtime.spans import Place
-from lamina.sim.cluster import SimCluster
+from lamina.sim.cluster import NodeSeconds, SimCluster
 from lamina.sim.empty import EmptyBackend, EmptyModel
 from lamina.sim.link import LinkModel
 from lamina.sim.world import World
@@ -86,6 +87,17 @@ def make_config(
     )
 
 
+@cache
+def _open_once(path: Path, dtype: Dtype) -> ModelSource:
+    return open_checkpoint(make_config(path, dtype=dtype))
+
+
+def open_real(config: ClusterConfig) -> ModelSource:
+    """The checkpoint of a file. It is captured and cut once in a test run, which takes longer than most tests; its
+    weights are loaded by every node."""
+    return _open_once(config.model_path, config.model.dtype or "float32")
+
+
 def empty_model(
     config: ClusterConfig, *, layers: int = 4, kv_heads: int | None = None, context: int = 512
 ) -> OpenModel:
@@ -108,7 +120,7 @@ def empty_model(
 def new_cluster(world: World, config: ClusterConfig, *, layers: int = 4, context: int = 512) -> SimCluster:
     """The cluster of a file in a world: with the checkpoint that the file names, or with empty models and backends."""
     if config.model.path != "empty":
-        return SimCluster(world, config, open_model=open_checkpoint, seconds=seconds)
+        return SimCluster(world, config, open_model=open_real, seconds=seconds)
     backend: BackendFactory = EmptyBackend
     open_model = empty_model(config, layers=layers, context=context)
     return SimCluster(world, config, open_model=open_model, backend=backend, seconds=seconds)
@@ -139,6 +151,30 @@ def simulate(
 
     with World(seed, model=link, tracing=False) as world:
         return world.run(main(world))
+
+
+def simulate_memory(
+    work: Work[T], *, memory: int = 1 << 20, link: LinkModel = LINK, seconds: NodeSeconds = seconds
+) -> T:
+    """Start the memory node m0, do ``work``, see that no tenant is left, and stop it in order."""
+    config = make_config(memory_nodes=1, memory=memory)
+
+    async def main(world: World) -> T:
+        cluster = SimCluster(world, config, open_model=open_real, seconds=seconds)
+        await cluster.start("m0")
+        result = await work(cluster)
+        if "m0" not in cluster.ended:
+            await eventually(lambda: has_no_tenant(cluster))
+        assert await cluster.stop_all() == {"m0": None}
+        return result
+
+    with World(1, model=link, tracing=False) as world:
+        return world.run(main(world))
+
+
+async def has_no_tenant(cluster: SimCluster) -> bool:
+    """Whether no compute node is attached to the memory node m0."""
+    return not (await cluster.status("m0")).tenants
 
 
 async def statuses(cluster: SimCluster, names: Iterable[str] | None = None) -> list[Status]:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.admin import AdminClient
 from lamina.attention import LayerShape
-from lamina.transport import Address, Hello, Lane, Link, Options, Region, connect
+from lamina.sim.cluster import SimCluster
+from lamina.transport import Hello, Lane, Link, Options, Region
 from lamina.wire import views
-from lamina.wire.admin import Status
 from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
 from lamina.wire.plan import StepPlan
@@ -144,25 +143,14 @@ def asking(
 
 
 @asynccontextmanager
-async def raw_compute(
-    port: int, layers: Sequence[LayerShape], *, transport: str = "auto", **told: Any
-) -> AsyncIterator[RawCompute]:
-    """A compute node that is attached. AssertionError with the reason if the memory node refuses."""
+async def raw_compute(cluster: SimCluster, layers: Sequence[LayerShape], **told: Any) -> AsyncIterator[RawCompute]:
+    """A compute node that is attached to the memory node m0. AssertionError with the reason if that refuses."""
     said = asking(layers, **told)
     name = f"{said['tenant']}{said['member']}"
-    address, options = Address.parse(f"127.0.0.1:{port}"), Options(kind=transport)
-    async with await connect(address, Hello("compute", name), options, deadline_s=PATIENCE_S) as link:
+    address, network = cluster.config.find("m0").address, cluster.world.network
+    async with await network.connect(address, Hello("compute", name), Options(), deadline_s=PATIENCE_S) as link:
         geometry = Geometry(tuple(layers), said["dtype"], said["slots"], said["max_rows"])
         outputs = Region("outputs", said["slots"] * geometry.output_bytes)
         raw = RawCompute(link, Attach(**said, outputs=link.expose(outputs)), outputs)
         await raw.attached()
         yield raw
-
-
-async def status(port: int) -> Status:
-    """What the memory node says of itself."""
-    address = Address.parse(f"127.0.0.1:{port}")
-    async with await AdminClient.connect(
-        address, Options(kind="control"), name="test", deadline_s=PATIENCE_S
-    ) as asking_node:
-        return await asyncio.wait_for(asking_node.status(), PATIENCE_S)
