@@ -60,7 +60,7 @@ class FilledRunner(StepRunner):
             kept = RandomKV(run.sequence, self.model.shapes, self.dtype)
             for layer in range(len(self.model.shapes)):
                 for shard in self.shards.values():
-                    shard.ship(kept, layer, run.start, len(run.tokens), run.start)
+                    shard.queue_prompt(kept, layer, run.start, len(run.tokens), run.start)
         done = Done(slot=order.slot, step=order.step, tokens=[], compute_s=math.nan, attention_s=[(0, math.nan)])
         if decoding := [run for run in order.runs if run.remote]:
             done = await super().run(replace(order, runs=decoding))

@@ -173,12 +173,16 @@ class Stream:
         self._client = client
         self._generate = generate
         self._queue: asyncio.Queue[Generated | Finished | LaminaError] | None = None
+        self._error: LaminaError | None = None
+        """Why the answer ended early; every later attempt to read raises it again."""
         self._loop = asyncio.get_running_loop()
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Token:
+        if self._error is not None:
+            raise self._error
         if self.finish_reason:
             raise StopAsyncIteration
         if self._queue is None:
@@ -197,6 +201,7 @@ class Stream:
                 self.finish_reason, self.prompt_tokens, self.held_back = end.reason, end.prompt_tokens, end.text
                 raise StopAsyncIteration
         self._leave()
+        self._error = item
         raise item
 
     def _start(self) -> None:

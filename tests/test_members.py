@@ -58,7 +58,7 @@ def test_a_node_that_comes_back_has_its_id_again() -> None:
 
 
 def test_other_compute_nodes_take_over_what_the_front_says() -> None:
-    """Over the wire: the epoch and every state."""
+    """Over the wire: the epoch and every state, and the handler is told of what changed."""
     front, _ = _members()
     other, changes = _members()
     front.serve(0)
@@ -67,7 +67,8 @@ def test_other_compute_nodes_take_over_what_the_front_says() -> None:
 
     assert other.epoch == front.epoch == 2
     assert [other.state(id_) for id_ in range(4)] == ["serving", "joining", "joining", "lost"]
-    assert not changes
+    assert [(change.entry.name, change.after) for change in changes] == [("c0", "serving"), ("m1", "lost")]
+    assert str(changes[1].error) == "memory node m1 was lost: the front has lost it"
 
 
 def test_another_file_is_refused() -> None:

@@ -73,6 +73,32 @@ def test_errors_and_cancellation_cross_too(device: CpuDevice) -> None:
     assert ended.wait(5)
 
 
+def test_what_runs_to_its_end_is_over_when_its_caller_goes_on(device: CpuDevice) -> None:
+    """A caller that is cancelled waits until the coroutine has cleaned up, or has not even begun."""
+    there = Crossing(device.loop)
+
+    async def clean_up(order: list[str]) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.02)
+            order.append("cleaned up")
+
+    async def main(rounds: int) -> list[str]:
+        order = list[str]()
+        running = asyncio.ensure_future(there.run(clean_up(order)))
+        await asyncio.sleep(0)
+        for _ in range(rounds):
+            await there.call(lambda: None)
+        running.cancel()
+        await asyncio.wait([running])
+        order.append("went on")
+        return order
+
+    assert asyncio.run(main(3)) == ["cleaned up", "went on"]
+    assert asyncio.run(main(0))[-1] == "went on"
+
+
 def test_one_loop_may_be_both(device: CpuDevice) -> None:
     """A crossing to the caller's own loop works as any other, as the simulator needs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from lamina.compute.peer_control import PeerControl
@@ -11,6 +12,8 @@ from lamina.errors import LaminaError, NodeError, ProtocolError, first_error
 from lamina.runtime.crossing import Crossing
 from lamina.wire.orders import Forget, Limits, Order
 
+log = logging.getLogger("lamina.compute")
+
 
 class Follower:
     """Runs this node's slices of the steps that the front orders, until the front leaves. It belongs to the node's
@@ -18,6 +21,7 @@ class Follower:
 
     def __init__(
         self,
+        name: str,
         runner: Steps,
         device: Crossing,
         front: PeerControl,
@@ -25,6 +29,7 @@ class Follower:
         epoch: Callable[[], int],
     ) -> None:
         """``epoch`` returns the latest epoch of the members that the front has announced."""
+        self._name = name
         self.steps = 0
         self.draining = False
         self._runner = runner
@@ -40,12 +45,15 @@ class Follower:
         """Serve until cancelled, or until `fail`, or until a step fails: then that error is raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_finished(self._device.start(self._runner.ship())))
+                tasks.create_task(_finished(self._device.start(self._runner.send_prompts())))
                 tasks.create_task(_finished(self._gone))
                 while True:
                     tasks.create_task(self._do(await self._ordered.get()))
         except* LaminaError as group:
             raise first_error(group) from group
+        except* Exception as group:
+            log.exception("event=internal_error")
+            raise NodeError.failed("compute", self._name, first_error(group)) from group
 
     def fail(self, error: NodeError) -> None:
         """A member is lost: end with ``error``."""

@@ -23,6 +23,8 @@ class PromptKV:
         self, sequence: int, tokens: int, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.sequence = sequence
+        self.is_over = False
+        """Whether the sequence is over, so that what was not sent yet need not be sent."""
         self._tokens = tokens
         self._layers = layers
         self._dtype, self._device = dtype, device

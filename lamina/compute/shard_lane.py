@@ -55,7 +55,7 @@ class ShardLane:
         self._idle_chunks: Mailbox[int] = Mailbox()
         for i in range(CHUNKS):
             self._idle_chunks.put(i)
-        self._to_ship: Mailbox[tuple[PromptKV, int, int, int, int]] = Mailbox()
+        self._to_send: Mailbox[tuple[PromptKV, int, int, int, int]] = Mailbox()
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -149,15 +149,17 @@ class ShardLane:
 
     # -- prompts, on the bulk lane
 
-    def ship(self, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> None:
-        """Queue keys and values of a prompt, for position ``at`` there; `run` sends them as buffers come free."""
+    def queue_prompt(self, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> None:
+        """Queue keys and values of a prompt, for position ``at`` there; `send_prompts` sends them."""
         for done in range(0, count, CHUNK_TOKENS):
-            self._to_ship.put((prompt, layer, start + done, min(CHUNK_TOKENS, count - done), at + done))
+            self._to_send.put((prompt, layer, start + done, min(CHUNK_TOKENS, count - done), at + done))
 
-    async def run(self, device: Device) -> None:
-        """Send what `ship` queued, until cancelled."""
+    async def send_prompts(self, device: Device) -> None:
+        """Send what `queue_prompt` queued as buffers come free, until cancelled. Nothing of a sequence that is over."""
         while True:
-            prompt, layer, start, count, at = await self._to_ship.get()
+            prompt, layer, start, count, at = await self._to_send.get()
+            if prompt.is_over:
+                continue
             i = await self._idle_chunks.get()
             nbytes, _ = await device.run(self._stage_chunk, i, prompt, layer, start, count, at)
             offset = i * self._geometry.chunk_bytes
@@ -199,7 +201,7 @@ class ShardLane:
         except TransportError as error:
             if not self._link.state.closed:
                 raise
-            # The link has ended just now, in its own thread, which has not come to tell us.
+            # The link has ended just now, in its own thread, and that news is still on its way.
             raise NodeError.lost("memory", self.name, error) from error
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, TypeVarTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Steps(Protocol):
     async def run(self, order: Order) -> Done:
         """Run the slices of a step that are this node's. Raises NodeError if another node is lost meanwhile."""
 
-    async def ship(self) -> None:
+    async def send_prompts(self) -> None:
         """Send the keys and values of prompts to memory nodes as buffers come free, until cancelled."""
 
     def forget(self, sequences: Iterable[int]) -> None:
@@ -43,7 +44,7 @@ class Steps(Protocol):
 
 
 class StepRunner:
-    """Runs this compute node's slices of steps. Steps of different batch slots may overlap.
+    """Runs this compute node's slices of steps, on the device's loop. Steps of different batch slots may overlap.
 
     Where the slices before and after run on other nodes, the carry comes from there and goes there. The answers of the
     memory nodes always go to the node that needs them.
@@ -69,6 +70,9 @@ class StepRunner:
         self.shards = shards
         self.dtype = dtype
         self.prompts: dict[int, PromptKV] = {}
+        """Those that are being prefilled, by sequence."""
+        self._unsent: WeakValueDictionary[int, PromptKV] = WeakValueDictionary()
+        """Those of which something is still to be sent, by sequence: the queues of ``shards`` hold them."""
         self.layers = 0
         self._schedule = schedule
         self._member = member
@@ -83,13 +87,13 @@ class StepRunner:
         compute_s, tokens = 0.0, []
         attention_s = dict.fromkeys(self._schedule.members, 0.0)
 
-        async def run(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
+        async def operate(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
             nonlocal compute_s
             result, seconds = await self.device.run(function, *arguments, at=at)
             compute_s += seconds
             return result
 
-        await run(forward.begin, at=Place(slot))
+        await operate(forward.begin, at=Place(slot))
         parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
         answers = nodes[1:] if len(self._schedule.members) > 1 else ()
         for part in parts:
@@ -100,7 +104,7 @@ class StepRunner:
                 continue
             if layer and nodes[layer - 1] != own:
                 values = await self._peers[nodes[layer - 1]].take_over(slot, layer, number, forward.carry_in(layer))
-                await run(forward.take_over, values, at=Place(slot, layer))
+                await operate(forward.take_over, values, at=Place(slot, layer))
             if layer:
                 before = nodes[layer - 1]
                 for part in parts:
@@ -109,44 +113,49 @@ class StepRunner:
                 if not parts:
                     await asyncio.sleep(0)  # other batches have their turn
             if layer == last:
-                tokens = await run(forward.sample, at=Place(slot))
+                tokens = await operate(forward.sample, at=Place(slot))
                 break
-            await run(forward.head, layer, at=Place(slot, layer))
+            await operate(forward.head, layer, at=Place(slot, layer))
             for part in parts:
                 part.shard.send_query(slot, layer, number)
-            await run(forward.tail, layer, at=Place(slot, layer))
+            await operate(forward.tail, layer, at=Place(slot, layer))
             for part in parts:
                 if part.plan.stored_rows:
                     part.shard.send_key_value(slot, layer, number)
             if forward.local:
-                self._ship(forward.local, layer)
-                await run(forward.attend_to_prompts, layer, at=Place(slot, layer))
+                self._queue_prompts(forward.local, layer)
+                await operate(forward.attend_to_prompts, layer, at=Place(slot, layer))
             if nodes[layer + 1] != own:
                 peer = self._peers[nodes[layer + 1]]
-                nbytes = await run(peer.stage, slot, forward.carry_out(), at=Place(slot, layer))
+                nbytes = await operate(peer.stage, slot, forward.carry_out(), at=Place(slot, layer))
                 peer.hand_over(slot, layer + 1, number, nbytes)
             self.layers += 1
-        self.forget([run.sequence for run in forward.local if run.choice])
+        for run in forward.local:
+            if run.choice:  # the prompt is complete; what is still to be sent keeps its own reference
+                self.prompts.pop(run.sequence, None)
         return Done(slot=slot, step=number, tokens=tokens, compute_s=compute_s, attention_s=list(attention_s.items()))
 
-    async def ship(self) -> None:
-        """See `Steps.ship`."""
+    async def send_prompts(self) -> None:
+        """See `Steps.send_prompts`."""
         async with asyncio.TaskGroup() as tasks:
             for shard in self.shards.values():
-                tasks.create_task(shard.run(self.device))
+                tasks.create_task(shard.send_prompts(self.device))
 
     def forget(self, sequences: Iterable[int]) -> None:
-        """See `Steps.forget`; what is still to be sent keeps its own reference."""
+        """See `Steps.forget`."""
         for sequence in sequences:
             self.prompts.pop(sequence, None)
+            if (prompt := self._unsent.get(sequence)) is not None:
+                prompt.is_over = True
 
-    def _ship(self, chunks: Sequence[TokenRun], layer: int) -> None:
+    def _queue_prompts(self, chunks: Sequence[TokenRun], layer: int) -> None:
         """Queue what a layer added to prompts, for the memory nodes that will hold it."""
         for chunk in chunks:
             prompt, placement = self.prompts[chunk.sequence], chunk.placement
+            self._unsent[chunk.sequence] = prompt
             for start, count in placement.divide(chunk.start, len(chunk.tokens)):
                 for member in placement.owners(start):
-                    self.shards[member].ship(prompt, layer, start, count, placement.held(member, start))
+                    self.shards[member].queue_prompt(prompt, layer, start, count, placement.held(member, start))
 
 
 Index = slice | Tensor

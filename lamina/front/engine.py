@@ -30,13 +30,16 @@ class EngineCounters(NamedTuple):
 
 
 class Desk(Protocol):
-    """Carries out the engine's decisions on the node's loop: it tells the memory nodes and the clients."""
+    """Carries out the engine's decisions on the node's loop: it tells the memory nodes and the clients.
+
+    `lamina.front.intake.Intake` is the one of a node.
+    """
 
     def apply(self, changes: CacheChanges) -> None:
         """Tell the memory nodes what changes in their caches."""
 
     def answer(self, outcome: StepOutcome) -> None:
-        """Give the clients the tokens of a step, then tell the memory nodes."""
+        """Tell the memory nodes what a step changed, then give the clients its tokens."""
 
     def refuse(self, sequence: Sequence, error: CapacityError) -> None:
         """Tell a client that a memory node has no space for its request."""
@@ -65,7 +68,7 @@ class Engine:
     async def run(self) -> None:
         """Drive all batches until cancelled; raise NodeError if a node is lost in the middle of a step."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._team.ship())
+            tasks.create_task(self._team.send_prompts())
             for slot in range(len(self._work)):
                 tasks.create_task(self._drive(slot))
 
@@ -78,9 +81,12 @@ class Engine:
 
     async def _schedule(self, slot: int) -> ScheduledStep:
         """Wait for the next step of a batch that has rows, and return it."""
-        work = self._work[slot]
+        work, scheduler = self._work[slot], self._scheduler
         while True:
-            step = self._scheduler.next_step(slot)
+            in_use = scheduler.batches_in_use
+            step = scheduler.next_step(slot)
+            if scheduler.batches_in_use > in_use:
+                self._wake()  # another slot is to take requests
             if step is None:
                 work.clear()
                 self._count()

@@ -194,6 +194,7 @@ class Intake:
 
     def answer(self, outcome: StepOutcome) -> None:
         """See `lamina.front.engine.Desk`."""
+        self._space.apply(outcome.changes)
         for sequence, token in outcome.tokens:
             if answer := self._answers.get(sequence):
                 try:
@@ -206,8 +207,11 @@ class Intake:
             self._estimate.note_ended(asyncio.get_running_loop().time(), len(outcome.finished))
         for sequence in outcome.finished:
             if answer := self._answers.pop(sequence, None):
-                answer.finished(sequence.finish_reason or "length")
-        self._space.apply(outcome.changes)
+                try:
+                    answer.finished(sequence.finish_reason or "length")
+                except Exception as e:
+                    log.exception("event=answer_failed sequence=%d", sequence.id)
+                    answer.failed(NodeError.failed("compute", self._name, e))
         self._note_idle()
 
     def refuse(self, sequence: Sequence, error: CapacityError) -> None:

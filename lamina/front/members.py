@@ -97,9 +97,10 @@ class Members:
                 f"the front knows the nodes {_names(theirs.values())}, this node {_names(self._entries.values())}; "
                 "all compute nodes of a cluster need the same file"
             )
-        self.epoch = told.epoch
         for entry in told.members:
-            self._states[entry.id] = State(entry.state)
+            gone = NodeError.lost(entry.role, entry.name, "the front has lost it") if entry.state == "lost" else None
+            self._set(entry.id, State(entry.state), gone)
+        self.epoch = told.epoch
 
     # -- changes
 

@@ -15,7 +15,7 @@ from lamina.runtime.crossing import Crossing
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Message, decode
-from lamina.wire.questions import answer
+from lamina.wire.questions import send_unless_gone
 from lamina.wire.requests import Cancel, Failed, Finished, FromClient, Generate, Generated, Request
 
 log = logging.getLogger("lamina.front")
@@ -117,7 +117,7 @@ class ClientSession:
             self._cancel(id_)
 
     def _send(self, message: Message) -> None:
-        if not answer(self._link, message):
+        if not send_unless_gone(self._link, message):
             self._cancel_all()
 
     def token(self, message: Generated) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from lamina.compute.shard_control import ShardControl
-from lamina.errors import CapacityError, LaminaError
+from lamina.errors import CapacityError, LaminaError, NodeError
 from lamina.front.sequence import CacheChanges, ReservationRequest
 from lamina.wire.tenants import Reserved
 
@@ -58,8 +58,10 @@ class Space:
         except CapacityError as error:
             if request.id in self._held:
                 self._on_answer(request, error)
-        except LaminaError:
+        except NodeError:
             pass  # a memory node is lost, which is announced elsewhere
+        except LaminaError as error:
+            self._on_answer(request, CapacityError(f"space cannot be reserved: {error}"))
 
     async def hold(self, request: ReservationRequest) -> int:
         """Reserve space that the scheduler did not request through `apply`; see `reserve`."""

@@ -85,9 +85,9 @@ class Team:
             for done in ordered:
                 done.cancel()
 
-    async def ship(self) -> None:
+    async def send_prompts(self) -> None:
         """Send the keys and values of prompts that this node computed, until cancelled."""
-        await self._runner.ship()
+        await self._runner.send_prompts()
 
     def forget(self, sequences: Iterable[int]) -> None:
         """Drop the keys and values of prompts of sequences that are over."""

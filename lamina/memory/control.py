@@ -56,7 +56,7 @@ class ServingControl:
         self._on_lost(TransportError(reason))
 
     async def _serve_lane(self, lane: ServingLane) -> None:
-        await self._there.start(lane.run())
+        await self._there.run(lane.run())  # to its end, as the tenant's memory may be freed afterwards
 
     async def _watch(self) -> None:
         await self._gone

@@ -116,7 +116,9 @@ class Rendezvous:
         self.links.append(link)
         name = link.info.peer.name
         member = self._members.id_of(name)
-        self.peers[member] = PeerControl(member, name, link, self._device, self._members.lose)
+        self.peers[member] = peer = PeerControl(member, name, link, self._device, self._members.lose)
+        if name == self._config.front.name:
+            peer.on_members = self._members.adopt
 
     def _arrived(self, name: str, link: Link) -> None:
         self.waiting_for.discard(name)

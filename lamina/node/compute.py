@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
@@ -45,6 +44,9 @@ log = logging.getLogger("lamina.compute")
 
 CLIENT_TIMEOUT_S = 30.0
 """The seconds of silence that clients are allowed, as their event loops may be busy with other things than Lamina."""
+
+BLAME_AFTER_S = 1.0
+"""How long a start may go on when another node is lost, to end with a reason of its own."""
 
 MakeRunner = Callable[..., Steps]
 """Makes what runs the steps of a node, as `StepRunner` does."""
@@ -96,6 +98,7 @@ class ComputeNode:
         self._follower: Follower | None = None
         self._tokenizer: Tokenizer | None = None
         self._loss: NodeError | None = None
+        self._lost = asyncio.Event()
 
     async def serve(self, stopping: asyncio.Event) -> None:
         """Start and serve; when ``stopping`` is set, finish all requests and leave."""
@@ -106,7 +109,7 @@ class ComputeNode:
         listening = await self._network.listen(self._node.address, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         try:
-            worker = await _unless(stopping, self._start())
+            worker = await self._start_unless(stopping)
             if worker is not None:
                 assert self._served is not None
                 log.info(
@@ -156,12 +159,16 @@ class ComputeNode:
     # -- members
 
     def _member_changed(self, change: Change) -> None:
-        """Handle every change of membership; no other function does. The loss of a member ends the work of all."""
+        """Handle every change of membership; no other function does. The loss of a member ends the work of all.
+
+        A step that waits for the lost member fails as well, of the same error, and may be the first to end the work.
+        """
         if self._is_front:
             for peer in self._peers.values():
                 peer.send(self._members.membership())
         if change.after is State.LOST and self._loss is None:
             self._loss = change.error
+            self._lost.set()
             self._end_with_loss()
 
     def _end_with_loss(self) -> None:
@@ -170,6 +177,22 @@ class ComputeNode:
             worker.fail(self._loss)
 
     # -- start
+
+    async def _start_unless(self, stopping: asyncio.Event) -> Intake | Follower | None:
+        """Start; None if the node is told to stop before. Raises NodeError if another node is lost before."""
+        start = asyncio.ensure_future(self._start())
+        ends = [asyncio.ensure_future(event.wait()) for event in (stopping, self._lost)]
+        try:
+            await asyncio.wait((start, *ends), return_when=asyncio.FIRST_COMPLETED)
+            if self._loss is not None and not start.done():
+                # The start may know better why: what it waits for fails as well.
+                await asyncio.wait((start, ends[0]), timeout=BLAME_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
+                if not (start.done() or stopping.is_set()):
+                    raise self._loss
+            return start.result() if start.done() and not stopping.is_set() else None
+        finally:
+            for task in (start, *ends):
+                task.cancel()
 
     async def _start(self) -> Intake | Follower:
         """Find the other nodes, cut the model over them, load this node's part, and begin to serve."""
@@ -210,10 +233,11 @@ class ComputeNode:
     async def _start_follower(self, served: ServedModel) -> Follower:
         config, members = self._config, self._members
         front = self._peers[members.id_of(config.front.name)]
-        front.on_members = members.adopt
         lanes = await attach(config, served, members, self._member, await front.tenant(), self._shards)
         self._runner = runner = await self._make_steps(served, lanes)
-        self._follower = Follower(runner, self._there, front, limits(config, served, members), lambda: members.epoch)
+        self._follower = Follower(
+            self._name, runner, self._there, front, limits(config, served, members), lambda: members.epoch
+        )
         front.send(Enlisted())
         return self._follower
 
@@ -302,14 +326,3 @@ class ComputeNode:
             status.kv_tokens_total = self._front.kv_tokens
             status.kv_tokens_free = counters.free_blocks * BLOCK_TOKENS
         return status
-
-
-async def _unless(stopping: asyncio.Event, work: Any) -> Any:
-    """Return the result of ``work``, or None if ``stopping`` is set first."""
-    task, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
-    try:
-        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() and not stopping.is_set() else None
-    finally:
-        stop.cancel()
-        task.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from random import Random
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import Steps
 from lamina.config import ClusterConfig
-from lamina.errors import CapacityError
+from lamina.errors import CapacityError, LaminaError, first_error
 from lamina.front.blocks import BlockManager
 from lamina.front.cost import CostModel
 from lamina.front.engine import Engine
@@ -109,7 +110,10 @@ async def open_front(
     )
     space = Space(shards, BLOCK_TOKENS, intake.reserved)
     if served.context > ANSWER_TOKENS:
-        await there.start(_fit(scheduler, team, space, device, home, config, served))
+        try:
+            await there.start(_fit(scheduler, team, space, device, home, config, served))
+        except* LaminaError as group:
+            raise first_error(group) from group
     engine = Engine(scheduler, team, home, intake, batches=pipeline.batches)
     intake.open(engine, space)
     return Front(engine, intake, blocks.total_blocks * BLOCK_TOKENS)
@@ -134,8 +138,8 @@ async def _fit(
         team.forget([sequence])
         home.post(space.apply, CacheChanges(released=[sequence]))
 
-    shipping = device.loop.create_task(team.ship())
-    try:
+    async with asyncio.TaskGroup() as tasks:  # if prompts cannot be sent, no step would ever end
+        sending = tasks.create_task(team.send_prompts())
         await fit(
             scheduler,
             team.run,
@@ -146,5 +150,4 @@ async def _fit(
             most_rows=min(pipeline.batches * pipeline.max_batch, pipeline.max_waiting),
             most_tokens=min(pipeline.prefill_tokens, served.context - ANSWER_TOKENS),
         )
-    finally:
-        shipping.cancel()
+        sending.cancel()

@@ -17,7 +17,7 @@ from lamina.runtime.spans import Recorder, Span
 from lamina.transport import Address, Link, Options
 from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Spans, Status
 from lamina.wire.codec import Message, decode
-from lamina.wire.questions import answer
+from lamina.wire.questions import send_unless_gone
 
 MAX_PROBES = 64
 """The number of measurements that may wait for their turn."""
@@ -60,7 +60,7 @@ class Monitor:
         if isinstance(asked, Probe):
             if self._probes >= MAX_PROBES:
                 error = f"{MAX_PROBES} measurements wait already; try again later"
-                answer(link, Probed(kind=asked.kind, error=error))
+                send_unless_gone(link, Probed(kind=asked.kind, error=error))
                 return
             self._probes += 1
         task = asyncio.get_running_loop().create_task(self._answer(link, asked))
@@ -81,7 +81,7 @@ class Monitor:
                 reply = await self._probe(asked)
             case _:
                 reply = await self._tracing.reply(asked)
-        answer(link, reply)
+        send_unless_gone(link, reply)
 
     async def _probe(self, asked: Probe) -> Probed:
         """Measure a link to a node of this node's file, one at a time."""

@@ -92,7 +92,7 @@ def _set_error(waiting: asyncio.Future[Any], error: LaminaError) -> None:
         waiting.exception()  # the asker may be gone; then asyncio should not complain
 
 
-def answer(link: Link, message: Message) -> bool:
+def send_unless_gone(link: Link, message: Message) -> bool:
     """Send to a client or monitor, unless it is gone; end the link of one that does not read, and return False."""
     state = link.state
     if state.closed:

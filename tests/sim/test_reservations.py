@@ -73,7 +73,7 @@ class Ends:
             kept.store(layer, 0, zeros, zeros)
         for member in self.everywhere.members[nodes]:
             for layer in range(len(LAYERS)):
-                self._there.post(self.shards[member].lane.ship, kept, layer, 0, tokens, 0)
+                self._there.post(self.shards[member].lane.queue_prompt, kept, layer, 0, tokens, 0)
 
     async def share(self, keys: list[bytes], nodes: slice = slice(None)) -> int:
         """How much another prompt with these keys finds now."""
@@ -106,7 +106,7 @@ async def attached(cluster: SimCluster) -> AsyncIterator[Ends]:
                 member=0,
                 front=0,
             )
-            running.append(asyncio.ensure_future(lane.run(device)))
+            running.append(asyncio.ensure_future(lane.send_prompts(device)))
         try:
             yield Ends(shards, device, cluster)
             assert not any(task.done() for task in running), running
