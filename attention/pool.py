@@ -131,6 +131,8 @@ class Memory(MemoryRange):
             raise ConfigError(f"numa: memory cannot be bound to NUMA node {node} here ({reason}); leave it out")
 
     def _huge_bytes(self) -> int:
+        if self.nbytes < _HUGE_PAGE:
+            return 0
         try:
             lines = Path("/proc/self/smaps").read_text().splitlines()
         except OSError:
