@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import lamina
 from lamina.attention import LayerShape
 from lamina.attention.backend import require_backend
-from lamina.config import PipelineConfig
-from lamina.errors import CapacityError, ConfigError
+from lamina.errors import ConfigError
 from lamina.transport import Address, Hello, Region, connect
 from lamina.wire.codec import encode
 from lamina.wire.tenants import Attach
@@ -132,57 +130,3 @@ def test_a_compute_node_that_asks_for_what_cannot_be_is_told_so(tmp_path: Path) 
         for _ in range(2):
             assert "region 'outputs' of 3 bytes where 256 are needed" in asyncio.run(refusal())
         assert memory.stop() == 0
-
-
-CHOOSY = """if True:
-    from lamina.attention.cache import KVCache
-    from lamina.errors import CapacityError
-
-    def choosy(method):
-        def checked(cache, sequence, tokens, **more):
-            if tokens > 150:
-                raise CapacityError(f"sequence {sequence} needs {tokens} tokens of KV cache, 100 of 1000 are free")
-            return method(cache, sequence, tokens, **more)
-        return checked
-
-    KVCache.reserve, KVCache.extend = choosy(KVCache.reserve), choosy(KVCache.extend)
-    from lamina.cli import main
-    main()
-"""
-
-
-@pytest.mark.parametrize("prompt", [[1, 2, 3], [1] * 120])
-def test_a_refused_reservation_fails_its_request_alone(tmp_path: Path, prompt: list[int]) -> None:
-    """At once or when it goes on, with the memory node's sentence; the others are answered, and no node holds anything
-    for it."""
-    path = FAMILIES["llama"].save(tmp_path / "checkpoint")
-    config = harness.write_config(tmp_path, path, harness.free_ports(2), pipeline=PipelineConfig(batches=2))
-    nodes = [harness.start_node(config, "m0"), harness.start_node(config, "c0")]
-    choosy = ["node", "--role", "memory", "--config", str(config.file), "--name", "m1"]
-    other = subprocess.Popen([sys.executable, "-c", CHOOSY, *choosy], stderr=subprocess.DEVNULL)
-
-    async def main() -> None:
-        await harness.ready(config, nodes[1])
-        async with harness.client(config) as client:
-            long, short = {"prompt": prompt, "max_tokens": 300}, {"prompt": [1, 2, 3], "max_tokens": 20}
-            asked = [client.generate(**(long if i % 3 == 1 else short)) for i in range(9)]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            assert [isinstance(a, CapacityError) for a in answers] == [i % 3 == 1 for i in range(9)]
-            refusal = r"memory node m1: sequence \d+ needs \d+ tokens of KV cache, 100 of 1000 are free"
-            assert re.search(refusal, str(answers[1]))
-            assert all(len(a.tokens) == 20 for a in answers if isinstance(a, lamina.Completion))
-
-            async def idle() -> bool:
-                states = [await client.status(), *[await harness.status_of(config, n) for n in config.memory_nodes]]
-                return all(s.sequences == 0 and s.kv_tokens_free == s.kv_tokens_total > 0 for s in states)
-
-            await harness.eventually(idle)
-            assert (await client.status()).requests_running == 0
-
-    try:
-        with harness.running(*nodes):
-            asyncio.run(main())
-            assert nodes[1].stop() == 0
-    finally:
-        other.kill()
-        other.wait()
