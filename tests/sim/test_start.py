@@ -51,7 +51,7 @@ def ended(config: ClusterConfig, seconds: NodeSeconds) -> dict[str, BaseExceptio
 @pytest.mark.parametrize("operation", ["load", "stage_chunk"])
 @pytest.mark.parametrize("compute", [1, 2])
 def test_a_front_that_cannot_start_ends_with_its_own_failure(compute: int, operation: str) -> None:
-    """Also if it is the sending of prompts that fails while the costs are fitted; the others say what the front said."""
+    """Also if the sending of prompts fails while the costs are fitted; the others say what the front said."""
     reason = f"compute node c0 failed: RuntimeError('{BROKEN}')"
 
     how = ended(config_of(compute), failing("c0", operation))
