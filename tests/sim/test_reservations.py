@@ -255,3 +255,23 @@ def test_a_compute_node_that_asks_for_less_than_it_has_is_sent_away(tokens: int)
             await ends.reserve(ReservationRequest(ask.sequence, ask.id, ends.everywhere, tokens, tokens - 1))
 
     attach(work)
+
+
+def test_a_reservation_that_cannot_be_sent_is_refused() -> None:
+    """Its request fails, with the reason, and no other. After a loss none is refused, as the loss fails them all."""
+
+    async def work(ends: Ends) -> None:
+        answers: list[int | CapacityError] = []
+        space = Space(ends.shards, BLOCK, lambda request, answer: answers.append(answer))
+        space.apply(CacheChanges(reservations=[ends.ask(1 << 70), ends.ask(40)]))
+        await asyncio.sleep(1)
+        assert str(answers[0]).startswith("space cannot be reserved: ")
+        assert answers[1:] == [0]
+
+        for shard in ends.shards.values():
+            shard.link.abort("the test is over")
+        space.apply(CacheChanges(reservations=[ends.ask(40)]))
+        await asyncio.sleep(1)
+        assert len(answers) == 2
+
+    attach(work)
