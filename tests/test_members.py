@@ -71,6 +71,18 @@ def test_other_compute_nodes_take_over_what_the_front_says() -> None:
     assert str(changes[1].error) == "memory node m1 was lost: the front has lost it"
 
 
+def test_a_loss_that_the_front_has_announced_is_handled_once() -> None:
+    """What the node itself finds out later is no news, and neither is what the front says again."""
+    front, _ = _members()
+    other, changes = _members()
+    front.lose(2, LOST)
+    other.adopt(front.membership())
+    other.lose(2, LOST)
+    other.adopt(front.membership())
+
+    assert [str(change.error) for change in changes] == ["memory node m0 was lost: the front has lost it"]
+
+
 def test_another_file_is_refused() -> None:
     """A front that knows other nodes cannot be followed."""
     members, _ = _members()

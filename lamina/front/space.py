@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from lamina.compute.shard_control import ShardControl
-from lamina.errors import CapacityError, LaminaError, NodeError
+from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
 from lamina.front.sequence import CacheChanges, ReservationRequest
 from lamina.wire.tenants import Reserved
 
@@ -58,9 +58,9 @@ class Space:
         except CapacityError as error:
             if request.id in self._held:
                 self._on_answer(request, error)
-        except NodeError:
-            pass  # a memory node is lost, which is announced elsewhere
         except LaminaError as error:
+            if isinstance(error, (NodeError, TransportError)) and not isinstance(error, ProtocolError):
+                return  # a memory node is lost, which is announced elsewhere
             self._on_answer(request, CapacityError(f"space cannot be reserved: {error}"))
 
     async def hold(self, request: ReservationRequest) -> int:

@@ -48,7 +48,7 @@ class ServingControl:
                 tasks.create_task(self._obey())
                 tasks.create_task(self._watch())
         finally:
-            await self._there.call(self._tenant.leave, member)
+            self._there.post(self._tenant.leave, member)  # without a wait, in which this could be cancelled
             self.ended.set()
 
     def end(self, reason: str) -> None:

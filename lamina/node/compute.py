@@ -15,7 +15,7 @@ from lamina.compute.shard_control import ShardControl
 from lamina.compute.shard_lane import ShardLane
 from lamina.compute.step import StepRunner, Steps
 from lamina.config import ClusterConfig, ComputeNodeConfig
-from lamina.errors import LaminaError, NodeError, TransportError
+from lamina.errors import LaminaError, NodeError, TransportError, first_error
 from lamina.front.intake import Intake
 from lamina.front.members import Change, Members, State
 from lamina.front.session import ClientSession
@@ -122,6 +122,13 @@ class ComputeNode:
         except LaminaError as e:
             self._give_up(str(e))
             raise
+        except Exception as e:
+            cause = first_error(e)
+            if not isinstance(cause, LaminaError):
+                log.exception("event=internal_error")
+                cause = NodeError.failed("compute", self._name, cause)
+            self._give_up(str(cause))
+            raise cause from e
         finally:
             await listening.close()
             self._monitor.close()
@@ -190,6 +197,10 @@ class ComputeNode:
                 if not (start.done() or stopping.is_set()):
                     raise self._loss
             return start.result() if start.done() and not stopping.is_set() else None
+        except NodeError as error:
+            if self._loss in (None, error):
+                raise
+            raise self._loss from error  # what memory nodes refuse after a loss is its consequence
         finally:
             for task in (start, *ends):
                 task.cancel()

@@ -117,7 +117,9 @@ def empty_model(
     return lambda _: EmptyModel(facts, rows=rows)
 
 
-def new_cluster(world: World, config: ClusterConfig, *, layers: int = 4, context: int = 512) -> SimCluster:
+def new_cluster(
+    world: World, config: ClusterConfig, *, layers: int = 4, context: int = 512, seconds: NodeSeconds = seconds
+) -> SimCluster:
     """The cluster of a file in a world: with the checkpoint that the file names, or with empty models and backends."""
     if config.model.path != "empty":
         return SimCluster(world, config, open_model=open_real, seconds=seconds)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lamina.config import ClusterConfig, PipelineConfig
-from lamina.errors import ConfigError, ConnectError, LaminaError
+from lamina.config import ClusterConfig, NodeConfig, PipelineConfig
+from lamina.errors import ConfigError, ConnectError, LaminaError, NodeError
+from lamina.runtime.spans import Place
 from lamina.sim.cluster import SimCluster
 from lamina.sim.world import World
 from lamina.transport import Hello
@@ -99,6 +101,42 @@ def test_a_lost_front_ends_the_others(compute: tuple[range | None, ...]) -> None
     ended = ends(config, {"c0": config, "c1": config}, kill="c0")
     assert isinstance(ended["c0"], asyncio.CancelledError)
     assert re.search("compute node c0 was lost|its front c0 is gone", str(ended["c1"]))
+
+
+@pytest.mark.parametrize("operation", ["head", "stage_chunk"])
+@pytest.mark.parametrize("node", ["c0", "c1"])
+def test_a_failure_in_a_step_is_named_everywhere(node: str, operation: str) -> None:
+    """By the node that fails, by the others, and by the client: in the slices of a step, and in sending prompts."""
+    broken = False
+
+    def seconds(config: NodeConfig) -> Callable[[str, Place | None], float]:
+        def take(name: str, at: Place | None) -> float:
+            if broken and (config.name, name.lstrip("_")) == (node, operation):
+                raise RuntimeError("the device is out of memory")
+            return 1e-5
+
+        return take
+
+    config = config_of("empty", REPLICAS, batches=3)
+
+    async def main(world: World) -> tuple[dict[str, BaseException | None], LaminaError]:
+        nonlocal broken
+        async with new_cluster(world, config, seconds=seconds) as cluster, cluster.client() as client:
+            await cluster.ready()
+            broken = True
+            with pytest.raises(LaminaError) as told:
+                await generate(client, [[token] * 70 for token in range(8)], max_tokens=300)
+            await asyncio.sleep(10)
+            return dict(cluster.ended), told.value
+
+    with World(1, model=LINK, tracing=False) as world:
+        ended, told = world.run(main(world))
+    reason = f"compute node {node} failed: RuntimeError('the device is out of memory')"
+    (other,) = {"c0", "c1"} - {node}
+    assert isinstance(ended[node], NodeError)
+    assert str(ended[node]) == reason
+    assert str(ended[other]) == f"compute node {node} gave up: {reason}"
+    assert str(told) == str(ended["c0"])
 
 
 def test_files_that_differ_are_refused() -> None:

@@ -15,11 +15,12 @@ from lamina.client import Client, Completion
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import CapacityError, LaminaError, RequestError
+from lamina.node.compute import ComputeNode
 from lamina.sim.cluster import SimCluster
 from lamina.transport import Hello
 from lamina.wire.admin import AskStatus
 from lamina.wire.codec import encode
-from lamina.wire.requests import Generate, Request
+from lamina.wire.requests import Generate, Request, Sampling
 from tests.families import MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
 from tests.sim.clusters import (
@@ -106,6 +107,58 @@ def test_leaving_the_iterator_aborts() -> None:
         assert (await client.status()).requests_running == 0
 
     ask("empty", work)
+
+
+def test_an_answer_that_has_failed_fails_again() -> None:
+    """Every further attempt to read raises the same error; none waits for a token that cannot come."""
+
+    async def work(client: Client) -> None:
+        stream = client.stream([1] * 5000, max_tokens=1)
+        with pytest.raises(RequestError, match="the prompt has 5000 tokens") as first:
+            await anext(stream)
+        for _ in range(2):
+            with pytest.raises(RequestError) as again:
+                await asyncio.wait_for(anext(stream), 60)
+            assert again.value is first.value
+
+    ask("empty", work)
+
+
+class Recorded:
+    """Records what becomes of a request; if ``breaks``, it raises an error at the end, as a tokenizer might."""
+
+    def __init__(self, *, breaks: bool = False) -> None:
+        self.breaks = breaks
+        self.tokens: list[int] = []
+        self.end: asyncio.Future[str | LaminaError] = asyncio.get_running_loop().create_future()
+
+    def token(self, token: int) -> None:
+        self.tokens.append(token)
+
+    def finished(self, reason: str) -> None:
+        if self.breaks:
+            raise ValueError("no such character")
+        self.end.set_result(reason)
+
+    def failed(self, error: LaminaError) -> None:
+        self.end.set_result(error)
+
+
+def test_an_answer_that_cannot_be_completed_harms_no_other() -> None:
+    """It fails alone; the others of its step end in order, and all space is free again."""
+
+    async def work(cluster: SimCluster) -> None:
+        front = cluster.nodes["c0"]
+        assert isinstance(front, ComputeNode)
+        answers = [Recorded(breaks=i == 0) for i in range(3)]
+        for i, answer in enumerate(answers):
+            await front.intake().submit(Request([i], 5, Sampling(seed=0)), [i], answer)
+        ends = await asyncio.gather(*(answer.end for answer in answers))
+        assert str(ends[0]) == "compute node c0 failed: ValueError('no such character')"
+        assert ends[1:] == ["length", "length"]
+        assert all(len(answer.tokens) == 5 for answer in answers)
+
+    simulate(make_config(pipeline=PipelineConfig(batches=1)), work)
 
 
 def test_giving_up_on_a_status_harms_no_request() -> None:

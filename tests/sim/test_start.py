@@ -1,0 +1,99 @@
+"""What goes wrong while a cluster starts ends the start of every compute node, and each of them says why."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from lamina.config import ClusterConfig, NodeConfig, PipelineConfig
+from lamina.errors import NodeError
+from lamina.runtime.spans import Place
+from lamina.sim.cluster import NodeSeconds, SimCluster
+from lamina.sim.link import LinkModel
+from lamina.sim.world import World
+from tests.sim.clusters import LINK, make_config, new_cluster
+
+BROKEN = "the device is out of memory"
+
+
+def config_of(compute: int) -> ClusterConfig:
+    return make_config(compute=(None,) * compute, memory_nodes=1, pipeline=PipelineConfig(batches=4))
+
+
+def failing(node: str, operation: str) -> NodeSeconds:
+    """A device of ``node`` whose operations of this name fail; all others take no time."""
+
+    def seconds(config: NodeConfig) -> Callable[[str, Place | None], float]:
+        def take(name: str, at: Place | None) -> float:
+            if (config.name, name.lstrip("_")) == (node, operation):
+                raise RuntimeError(BROKEN)
+            return 0.0
+
+        return take
+
+    return seconds
+
+
+def ended(config: ClusterConfig, seconds: NodeSeconds) -> dict[str, BaseException | None]:
+    """How the nodes of a cluster have ended after ten virtual seconds."""
+
+    async def main(world: World) -> dict[str, BaseException | None]:
+        async with new_cluster(world, config, seconds=seconds) as cluster:
+            await asyncio.sleep(10)
+            return dict(cluster.ended)
+
+    with World(1, model=LINK, tracing=False) as world:
+        return world.run(main(world))
+
+
+@pytest.mark.parametrize("operation", ["load", "stage_chunk"])
+@pytest.mark.parametrize("compute", [1, 2])
+def test_a_front_that_cannot_start_ends_with_its_own_failure(compute: int, operation: str) -> None:
+    """Also if it is the sending of prompts that fails while the costs are fitted; the others say what the front said."""
+    reason = f"compute node c0 failed: RuntimeError('{BROKEN}')"
+
+    how = ended(config_of(compute), failing("c0", operation))
+
+    assert isinstance(how["c0"], NodeError)
+    assert str(how["c0"]) == reason
+    assert compute == 1 or str(how["c1"]) == f"compute node c0 gave up: {reason}"
+    assert "m0" not in how
+
+
+@pytest.mark.parametrize("operation", ["load", "stage_chunk"])
+def test_a_follower_that_cannot_start_tells_the_front_why(operation: str) -> None:
+    """Whether its weights cannot be loaded, or the prompts of the fit cannot be sent."""
+    reason = f"compute node c1 failed: RuntimeError('{BROKEN}')"
+
+    how = ended(config_of(2), failing("c1", operation))
+
+    assert str(how["c1"]) == reason
+    assert str(how["c0"]) == f"compute node c1 gave up: {reason}"
+
+
+def loading(node: NodeConfig) -> Callable[[str, Place | None], float]:
+    """Weights take a second to load, on the follower two."""
+    return lambda name, at: {"load": 2.0 if node.name == "c1" else 1.0}.get(name, 0.0)
+
+
+@pytest.mark.parametrize("at_s", [0.1, 0.5, 1.5])
+def test_all_blame_the_memory_node_that_is_lost_during_the_start(at_s: float) -> None:
+    """Also a compute node that hears of it from the front first, and also soon: none waits until its weights are
+    loaded."""
+    config = config_of(2)
+
+    async def main(world: World) -> SimCluster:
+        world.network.set_model("c1", "m0", LinkModel(latency_s=0.05))
+        async with new_cluster(world, config, seconds=loading) as cluster:
+            await asyncio.sleep(at_s)
+            cluster.kill("m0")
+            await asyncio.sleep(1.1)
+            return cluster
+
+    with World(1, model=LinkModel(latency_s=1e-3), tracing=False) as world:
+        cluster = world.run(main(world))
+    for name in ("c0", "c1"):
+        assert isinstance(cluster.ended[name], NodeError)
+        assert "memory node m0 was lost" in str(cluster.ended[name])
