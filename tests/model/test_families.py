@@ -30,7 +30,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-# What decodes over nodes in tests/cluster need not all be composed here by default, too.
+# What decodes over nodes in tests/sim need not all be composed here by default, too.
 EACH_FAMILY = [
     pytest.param(name, marks=pytest.mark.slow if name in {*VARIANTS, "starcoder2", "granite", "olmo2"} else ())
     for name in FAMILIES

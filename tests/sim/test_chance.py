@@ -27,7 +27,8 @@ def shared(start: int, seeds: int) -> list[range]:
 
 
 def with_slow(default: int, slow: int) -> list[object]:
-    return [*shared(0, default), *(pytest.param(seeds, marks=pytest.mark.slow) for seeds in shared(default, slow))]
+    marks = (pytest.mark.slow, pytest.mark.timeout(3600))
+    return [*shared(0, default), *(pytest.param(seeds, marks=marks) for seeds in shared(default, slow))]
 
 
 @pytest.fixture(scope="module")
