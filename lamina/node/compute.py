@@ -198,9 +198,11 @@ class ComputeNode:
                     raise self._loss
             return start.result() if start.done() and not stopping.is_set() else None
         except NodeError as error:
-            if self._loss in (None, error):
-                raise
-            raise self._loss from error  # what memory nodes refuse after a loss is its consequence
+            if self._loss is not None and self._loss.node in {peer.name for peer in self._peers.values()} - {
+                error.node
+            }:
+                raise self._loss from error  # memory nodes refuse what is left of a tenant when its front is gone
+            raise
         finally:
             for task in (start, *ends):
                 task.cancel()
