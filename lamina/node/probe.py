@@ -12,6 +12,7 @@ from lamina.runtime.network import Network
 from lamina.transport import Address, Hello, Lane, Link, Options, Region, RemoteRegion
 from lamina.wire.admin import EchoRegion, Probed
 from lamina.wire.codec import decode, encode
+from lamina.wire.questions import Questions
 
 ROLE = "probe"
 """The role of the end that measures."""
@@ -33,6 +34,9 @@ MAX_ECHOES = 4
 """The number of measurements that one node answers at a time."""
 MAX_PENDING_BYTES = 2 * IN_FLIGHT * PING_BYTES
 """The bytes that the measuring end may leave unread. It has one ping on its way at a time."""
+
+_REGION, _PHASE = "region", "phase"
+"""What a measurement waits for: where to write, and the end of its present phase."""
 
 
 async def measure(network: Network, address: Address, name: str, options: Options) -> Probed:
@@ -57,14 +61,13 @@ class _Measurement:
     def __init__(self, link: Link, region: Region) -> None:
         self._link = link
         self._region = region
-        self._answer: asyncio.Future[RemoteRegion] = asyncio.get_running_loop().create_future()
+        self._questions = Questions(link)
         self._arrived: Callable[[], None] = lambda: None
-        self._phase: asyncio.Future[None] | None = None
         link.deliver(on_tag=self._on_tag, on_message=self._on_message, on_lost=self._on_lost)
 
     async def run(self) -> Probed:
-        self._link.send(encode(EchoRegion(region=self._link.expose(self._region))))
-        remote = await self._answer
+        echo: EchoRegion = await self._questions.ask(EchoRegion(region=self._link.expose(self._region)), _REGION)
+        remote = echo.region
         trips = await self._pings(remote)
         percentiles = statistics.quantiles(trips, n=100, method="inclusive")
         return Probed(
@@ -132,24 +135,19 @@ class _Measurement:
 
     def _begin(self, arrived: Callable[[], None]) -> asyncio.Future[None]:
         self._arrived = arrived
-        self._phase = asyncio.get_running_loop().create_future()
-        return self._phase
+        return self._questions.expect(_PHASE)
 
     def _on_tag(self, lane: Lane, tag: int) -> None:
         self._arrived()
 
     def _on_message(self, plain: dict[str, Any]) -> None:
-        remote: RemoteRegion = decode(plain, EchoRegion).region
-        if remote.nbytes < CHUNK_BYTES:
-            raise ProtocolError(f"expected a region of {CHUNK_BYTES} bytes to write to, got {remote.nbytes}")
-        if not self._answer.done():
-            self._answer.set_result(remote)
+        echo: EchoRegion = decode(plain, EchoRegion)
+        if echo.region.nbytes < CHUNK_BYTES:
+            raise ProtocolError(f"expected a region of {CHUNK_BYTES} bytes to write to, got {echo.region.nbytes}")
+        self._questions.answer(echo, _REGION)
 
     def _on_lost(self, error: TransportError) -> None:
-        for waiting in (self._answer, self._phase):
-            if waiting is not None and not waiting.done():
-                waiting.set_exception(error)
-                waiting.exception()  # only one of them is waited for
+        self._questions.fail(error)
 
 
 class Echoes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
@@ -47,7 +48,8 @@ class Delivery(NamedTuple):
 
 
 class Deliveries:
-    """All that is under way in a network: one heap, and one timer of the loop for the next moment something is due.
+    """Holds all that is under way in a network: a heap with one timer of the loop for the next moment something is due,
+    and a queue for what is due at once.
 
     Whatever is due at one moment is delivered in one callback, so a write costs the loop much less than one.
     """
@@ -58,12 +60,23 @@ class Deliveries:
         self._heap: list[Delivery] = []
         self._timer: asyncio.Handle | None = None
         self._timer_s = math.inf
+        self._soon: deque[Delivery] = deque()
+        """What was sent at the present moment and is due at it. It comes after what the heap has for this moment, which
+        was sent before."""
+        self._called = False
 
     def push(self, delivery: Delivery) -> None:
         """Have ``delivery`` arrive when it is due, never from within this call."""
+        due_s = delivery[0]
+        if due_s <= self.loop.time():
+            self._soon.append(delivery)
+            if not self._called:
+                self._called = True
+                self.loop.call_soon(self._deliver_soon)
+            return
         heappush(self._heap, delivery)
-        if delivery.due_s < self._timer_s:
-            self._set_timer(delivery.due_s)
+        if due_s < self._timer_s:
+            self._set_timer(due_s)
 
     def push_again(self, held: Iterable[Delivery]) -> None:
         """Have deliveries that could not be taken when they were due arrive in the next round, in their order."""
@@ -88,6 +101,9 @@ class Deliveries:
             kept.append(delivery)
         self._heap[:] = kept  # in place: this may be called from within a delivery
         heapify(self._heap)
+        for i, delivery in enumerate(self._soon):
+            if delivery.receiver is receiver:
+                self._soon[i] = copied(delivery)
         return last_s
 
     def _set_timer(self, due_s: float) -> None:
@@ -98,16 +114,24 @@ class Deliveries:
 
     def _deliver(self) -> None:
         self._timer, self._timer_s = None, math.inf
-        heap = self._heap
-        now = self.loop.time()
-        # What is sent from within waits for the next round, so that two ends that answer each other at once leave the
-        # loop to others as well.
-        behind = self.next_number()
-        while heap and heap[0].due_s <= now and heap[0].number < behind:
+        heap, now = self._heap, self.loop.time()
+        while heap and heap[0].due_s <= now:
             delivery = heappop(heap)
             delivery.receiver.arrive(delivery)
         if heap and heap[0].due_s < self._timer_s:
             self._set_timer(heap[0].due_s)
+
+    def _deliver_soon(self) -> None:
+        """Deliver what is due at the moment at which it was sent."""
+        self._called = False
+        if self._timer_s <= self.loop.time():
+            self._deliver()
+        soon = self._soon
+        # What is sent from within waits for the next round, so that two ends that answer each other at once leave the
+        # loop to others as well.
+        for _ in range(len(soon)):
+            delivery = soon.popleft()
+            delivery.receiver.arrive(delivery)
 
 
 def copied(delivery: Delivery) -> Delivery:
