@@ -30,7 +30,7 @@ from lamina.transport import Address, Hello, Lane, Link, Options, Region
 from lamina.wire.requests import Request
 
 LAYERS, BATCH, PROMPT_TOKENS = 32, 64, 3
-CLUSTERS = ((1, 1), (1, 4), (8, 64))
+CLUSTERS = ((1, 1), (1, 4), (2, 8))
 """Compute nodes, which are replicas with a batch each, and memory nodes."""
 NBYTES = BATCH * 8 * 4
 """Bytes of each write of the yardstick: the queries of one head."""
