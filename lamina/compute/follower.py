@@ -33,7 +33,7 @@ class Follower:
         self.steps = 0
         self.draining = False
         self._runner = runner
-        self._device = device
+        self._there = device
         self._front = front
         self._limits = limits
         self._epoch = epoch
@@ -45,7 +45,7 @@ class Follower:
         """Serve until cancelled, or until `fail`, or until a step fails: then that error is raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_finished(self._device.start(self._runner.send_prompts())))
+                tasks.create_task(_finished(self._there.start(self._runner.send_prompts())))
                 tasks.create_task(_finished(self._gone))
                 while True:
                     tasks.create_task(self._do(await self._ordered.get()))
@@ -68,7 +68,7 @@ class Follower:
 
     def _obey(self, message: Order | Forget) -> None:
         if isinstance(message, Forget):
-            self._device.post(self._runner.forget, message.sequences)
+            self._there.post(self._runner.forget, message.sequences)
             return
         if message.epoch > self._epoch():
             raise ProtocolError(
@@ -78,7 +78,7 @@ class Follower:
         self._ordered.put_nowait(message)
 
     async def _do(self, order: Order) -> None:
-        self._front.send(await self._device.start(self._runner.run(order)))
+        self._front.send(await self._there.start(self._runner.run(order)))
         self.steps += 1
 
 

@@ -20,8 +20,8 @@ class PeerControl:
     """Represents another compute node of the same model, member ``member`` of the cluster, on the node's loop.
 
     Its counterpart on the device's loop is ``lane``. When the link is lost, every question fails, the lane fails, and
-    ``on_lost`` is called. ``on_order`` takes the orders of the front, and ``on_members`` its news of members; until
-    they are set, such a message is an error.
+    ``on_lost`` is called: in a node, `lamina.front.members.Members.lose`. ``on_order`` takes the orders of the front,
+    and ``on_members`` its news of members; until they are set, such a message is an error.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class PeerControl:
         self.lane = lane = PeerLane(name, link)
         self.on_order: Callable[[Order | Forget], None] | None = None
         self.on_members: Callable[[Membership], None] | None = None
-        self._device = Crossing(device.loop)
+        self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
         self._questions = Questions(link)
         self._error: NodeError | None = None
@@ -109,7 +109,7 @@ class PeerControl:
             return
         self._error = error
         self._questions.fail(error)
-        self._device.post(self.lane.fail, error)
+        self._there.post(self.lane.fail, error)
         self._on_lost_member(self.member, error)
 
     def describe(self) -> PeerStatus:

@@ -35,7 +35,8 @@ class ShardControl:
     """Represents one memory node, member ``member`` of the cluster, on the node's loop.
 
     Its counterpart on the device's loop is ``lane``, which exists from `attach` on. When the link is lost, every
-    question fails, the lane fails, and ``on_lost`` is called.
+    question fails, the lane fails, and ``on_lost`` is called: in a node,
+    `lamina.front.members.Members.lose`.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ShardControl:
         self.link = link
         self.capacity_tokens = 0
         """Tokens of KV cache that the memory node has for this model's shard."""
-        self._device = Crossing(device.loop)
+        self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
         self._questions = Questions(link)
         self._lane: ShardLane | None = None
@@ -148,7 +149,7 @@ class ShardControl:
         self._error = error = NodeError.lost("memory", self.name, reason)
         self._questions.fail(error)
         if self._lane is not None:
-            self._device.post(self._lane.fail, error)
+            self._there.post(self._lane.fail, error)
         self._on_lost_member(self.member, error)
 
     def describe(self) -> PeerStatus:

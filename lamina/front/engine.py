@@ -66,7 +66,8 @@ class Engine:
     # -- steps
 
     async def run(self) -> None:
-        """Drive all batches until cancelled; raise NodeError if a node is lost in the middle of a step."""
+        """Drive all batches until cancelled; raise NodeError, in an exception group, if a node is lost in
+        the middle of a step."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._team.send_prompts())
             for slot in range(len(self._work)):

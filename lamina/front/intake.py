@@ -34,7 +34,7 @@ class Answer(Protocol):
 
 
 class Intake:
-    """Passes requests on to the engine, and passes its results on to clients and memory nodes.
+    """Passes requests on to the engine, and passes its results on to clients and memory nodes; on the node's loop.
 
     A sequence belongs to the engine from `submit` on; here it is only the key of its answer, until it is over.
     """
@@ -56,7 +56,7 @@ class Intake:
         """
         self.draining = False
         self._name = name
-        self._device = device
+        self._there = device
         self._context = context
         self._vocabulary = vocabulary
         self._stop_tokens = stop_tokens
@@ -100,7 +100,7 @@ class Intake:
         self._idle.clear()
         self._coming += 1
         try:
-            await self._device.call(self._engine.submit, sequence, self._retry_after_s())
+            await self._there.call(self._engine.submit, sequence, self._retry_after_s())
         except asyncio.CancelledError:
             self.cancel(sequence)
             raise
@@ -128,7 +128,7 @@ class Intake:
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
         if self._answers.pop(sequence, None) is not None:
-            self._device.post(self._engine.cancel, sequence)
+            self._there.post(self._engine.cancel, sequence)
             self._note_idle()
 
     def _check(self, prompt: list[int], max_tokens: int | None) -> int:
@@ -158,7 +158,7 @@ class Intake:
     async def run(self) -> None:
         """Serve until cancelled, or until the engine or another node fails; then tell all clients, and raise the
         error."""
-        engine = self._device.start(self._engine.run())
+        engine = self._there.start(self._engine.run())
         try:
             await asyncio.wait((engine, self._failed), return_when=asyncio.FIRST_COMPLETED)
             if engine.done():
@@ -222,7 +222,7 @@ class Intake:
 
     def reserved(self, request: ReservationRequest, answer: int | CapacityError) -> None:
         """Pass the answer to a reservation on to the engine."""
-        self._device.post(self._engine.reserved, request, answer)
+        self._there.post(self._engine.reserved, request, answer)
 
     # -- inside
 

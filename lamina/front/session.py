@@ -22,7 +22,7 @@ log = logging.getLogger("lamina.front")
 
 
 class ClientSession:
-    """Serves one client on its link. When the link ends, its requests are cancelled.
+    """Serves one client on its link, on the node's loop. When the link ends, its requests are cancelled.
 
     ``intake`` and ``tokenizer`` return those of the front. While there are none, they raise the error that the client
     gets.
@@ -37,7 +37,7 @@ class ClientSession:
         status: Callable[[], Status],
     ) -> None:
         self._link = link
-        self._device = device
+        self._there = device
         self._intake = intake
         self._tokenizer = tokenizer
         self._status = status
@@ -79,7 +79,7 @@ class ClientSession:
         if isinstance(request.prompt, str):
             intake.require_place(tokenizer.at_work)
             # Long texts take long, so not on this loop.
-            prompt = self._device.call(tokenizer.encode, request.prompt)
+            prompt = self._there.call(tokenizer.encode, request.prompt)
             tokenizer.at_work += 1
             prompt.add_done_callback(tokenizer.done)
         else:

@@ -36,7 +36,7 @@ class ServingControl:
         return self._link.info.peer.name
 
     async def serve(self) -> None:
-        """Answer until the link ends; raise the error that ended it."""
+        """Answer until the link ends; raise the error that ended it, in an exception group."""
         link, member = self._link, self._attach.member
         lane = ServingLane(link, self._attach, self._tenant)
         try:

@@ -78,7 +78,7 @@ class ServingLane:
         )
 
     async def run(self) -> None:
-        """Serve until cancelled; raise ProtocolError for what the compute node must not send."""
+        """Serve until cancelled. For what the compute node must not send, raise ProtocolError in an exception group."""
         async with asyncio.TaskGroup() as tasks:
             for number in range(len(self._slots)):
                 tasks.create_task(self._attend(number))

@@ -40,7 +40,7 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Generate(Message):
-    """Answer a request, which the client calls ``id`` on this link."""
+    """Answer a request, which the client calls ``id`` on this link. `lamina.front.session` receives it."""
 
     id: Count
     request: Request
