@@ -39,7 +39,7 @@ from lamina.transport.stream import TcpStream, secure, send_all, starts_tls
 
 HANDSHAKE_TIMEOUT = 5.0
 UPGRADE_TIMEOUT = 4.0
-"""Seconds that setting up one transport may take."""
+"""Seconds that setting up one transport may take; where ``peer_timeout`` is longer, as long as that."""
 LANE_IDLE_S = 60
 """Seconds after which the kernel probes a lane that carries nothing."""
 MAX_HANDSHAKES = 64
@@ -382,6 +382,7 @@ async def _make_link(session: Session) -> Link:
     """Set up the first transport that works for both ends."""
     sides = (session.local.party, session.peer.party)
     choice = choose(*(sides if session.connecting else sides[::-1]))
+    limit = max(UPGRADE_TIMEOUT, session.options.peer_timeout)  # never what the peer says
     taken, lanes = "control", None
     for name in choice.candidates:
         session.local_offer = dict(session.local.offers[name])
@@ -389,10 +390,10 @@ async def _make_link(session: Session) -> Link:
         failure, own = "", None
         try:
             module = importlib.import_module(f"lamina.transport.{name}")
-            own = await cancelled_after(UPGRADE_TIMEOUT, module.upgrade(session), f"setting up {name}")
+            own = await cancelled_after(limit, module.upgrade(session), f"setting up {name}")
         except (TransportError, CapacityError, OSError) as error:
             failure = str(error) or type(error).__name__
-        told = await _agree(session, failure[:500], own)
+        told = await _agree(session, failure[:500], own, 2 * limit)
         if own is not None and not told:
             taken, lanes = name, own
             break
@@ -421,11 +422,11 @@ async def _make_link(session: Session) -> Link:
     return link
 
 
-async def _agree(session: Session, failure: str, lanes: Lanes | None) -> str:
+async def _agree(session: Session, failure: str, lanes: Lanes | None, limit: float) -> str:
     """Tell each other how the set-up went. Close lanes that the other end does not have."""
     told = "the handshake was broken off"
     try:
-        told = str(await cancelled_after(2 * UPGRADE_TIMEOUT, session.agree(failure), "agreeing"))
+        told = str(await cancelled_after(limit, session.agree(failure), "agreeing"))
     finally:
         if told and lanes is not None:
             lanes.close(TransportError(f"the peer cannot: {told}"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lamina.errors import ConfigError, HandshakeError, ProtocolError
-from lamina.transport import Lane, LinkState, Options, Region, RemoteRegion, connect
+from lamina.transport import Lane, LinkState, Options, Region, RemoteRegion, connect, endpoints, tcp
 from tests.transport import wire
 from tests.transport.nodes import COMPUTE, TCP, listening, round_trip, still_welcomes
 
@@ -277,3 +277,28 @@ def test_region_on_a_control_link():
             assert "exposed a region on a link without lanes" in str(await lost)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("peer_timeout", "made"), [(0.2, False), (20.0, True)])
+def test_setting_up_takes_as_long_as_silent_peers_are_given(run, monkeypatch, peer_timeout, made):
+    """Where a cluster is slow, ``peer_timeout`` says so, and nothing has to be set for the set-up beside it."""
+
+    async def slow(session):
+        await asyncio.sleep(1)
+        return await upgrade(session)
+
+    upgrade = tcp.upgrade
+    monkeypatch.setattr(tcp, "upgrade", slow)
+    monkeypatch.setattr(endpoints, "UPGRADE_TIMEOUT", 0.3)
+    options = Options("tcp", peer_timeout=peer_timeout)
+
+    async def main():
+        async with listening(options) as (listener, keeper):
+            if not made:
+                with pytest.raises(HandshakeError, match=r"setting up tcp took longer than 0\.3 s"):
+                    await connect(listener.address, COMPUTE, options, deadline_s=10)
+                return
+            async with await connect(listener.address, COMPUTE, options, deadline_s=10) as link:
+                assert await round_trip(link, await keeper.first())
+
+    run(main())
