@@ -96,7 +96,7 @@ class Options:
     kind: str = "auto"
     """One of ``KINDS``. A kind that is not possible is an error; ``auto`` takes one that is."""
     peer_timeout: float = DEFAULT_PEER_TIMEOUT
-    """The silence of the peer, in seconds, that ends a link."""
+    """The silence of the peer, in seconds, that ends a link. Setting up its transport may take as long, or 4 s."""
     secret: bytes | None = field(default=None, repr=False)
     """The cluster's secret, which only its nodes and clients know. Without one, only loopback addresses are allowed."""
     tls: TlsFiles | None = None

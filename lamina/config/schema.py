@@ -98,7 +98,7 @@ class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     busy_poll: bool = False
     """Poll for arrivals instead of sleeping. Answers come sooner, and every node keeps one processor busy."""
     peer_timeout: PeerTimeout = DEFAULT_PEER_TIMEOUT
-    """Seconds of silence after which a peer counts as dead."""
+    """Seconds of silence after which a peer counts as dead. Setting up a link may take as long, or 4 s."""
     start_timeout: StartTimeout = 60.0
     """Seconds that a starting node waits for the others."""
     rdma: RdmaConfig = RdmaConfig()
