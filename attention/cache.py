@@ -211,9 +211,10 @@ class KVCache:
         self.shape(layer)
         return int(self._filled[layer, self._reservation(sequence).slot])
 
-    def reserved(self, sequence: int) -> int:
-        """Return how many positions a sequence has space for; `UsageError` if it holds no reservation."""
-        return self._reservation(sequence).tokens
+    def reserved(self, sequence: int) -> int | None:
+        """Return how many positions a sequence has space for; None if it holds no reservation."""
+        reservation = self._held.get(sequence)
+        return None if reservation is None else reservation.tokens
 
     def complete(self, sequence: int) -> int:
         """Return how many leading positions of a sequence are stored in every layer."""
@@ -296,6 +297,7 @@ class KVCache:
             rows=rows,
             starts=starts,
             counts=counts,
+            stops=stops,
             row_starts=np.cumsum(counts) - counts,
             frozen=self._frozen[slots],
             addresses=self._addresses[:, slots],
@@ -344,7 +346,7 @@ class KVCache:
         """Raise the watermarks of ``layer``, in which the rows are stored now. Errors are those of `require_past`."""
         self.require_past(layer, placement)
         filled, slots = self._filled[layer], placement.slots
-        filled[slots] = np.maximum(filled[slots], placement.starts + placement.counts)
+        filled[slots] = np.maximum(filled[slots], placement.stops)
 
     def require_space(self, placement: BlockPlacement) -> None:
         """Raise `UsageError` for rows that were placed without ``store``."""
@@ -368,9 +370,10 @@ class KVCache:
     # -- inside
 
     def _reservation(self, sequence: int) -> BlockReservation:
-        if sequence not in self._held:
+        reservation = self._held.get(sequence)
+        if reservation is None:
             raise UsageError(f"sequence {sequence} holds no reservation in this KV cache")
-        return self._held[sequence]
+        return reservation
 
     def _count(self, group: LayerGroup, total: int, ahead: int) -> int:
         """Return how many blocks of a group a sequence can hold at once."""

@@ -32,15 +32,17 @@ class BlockReservation:
 class BlockPlacement:
     """The rows of a step are stored here: number i in each array belongs to ``rows.runs[i]``.
 
-    ``starts`` and ``counts`` are the positions of a run, and ``row_starts`` is its first row. Positions below
-    ``frozen`` are in published blocks, which are not overwritten. ``addresses``, uint64 [groups, runs], are the
-    addresses of the block tables in memory. ``attend`` and ``store`` are what was given to `KVCache.place`. ``sound``
-    says for each layer that `KVCache.require_past` has nothing to find, as long as the cache still counts ``losses``.
+    The positions of a run begin at ``starts``, are ``counts`` in number and end before ``stops``; ``row_starts`` is its
+    first row. Positions below ``frozen`` are in published blocks, which are not overwritten. ``addresses``, uint64
+    [groups, runs], are the addresses of the block tables in memory. ``attend`` and ``store`` are what was given to
+    `KVCache.place`. ``sound`` says for each layer that `KVCache.require_past` has nothing to find, as long as the cache
+    still counts ``losses``.
     """
 
     rows: Rows
     starts: Integers
     counts: Integers
+    stops: Integers
     row_starts: Integers
     frozen: Integers
     addresses: Addresses

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lamina.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """A run is ``count`` consecutive positions of one sequence from ``start`` on: 1 in decode, more in prefill."""
 
     sequence: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # no run is asked how often it holds a value
 
     @property
     def stop(self) -> int:
@@ -34,11 +34,12 @@ class Rows:
     def __post_init__(self) -> None:
         if not self.runs:
             raise UsageError("the rows of a step need at least one run, got none")
-        seen = set()
+        tokens, seen = 0, set()
         for run in self.runs:
             if run.start < 0 or run.count < 1:
                 raise UsageError(f"{run}: expected start >= 0 and count >= 1")
             if run.sequence in seen:
                 raise UsageError(f"sequence {run.sequence} has two runs in one step; expected one")
             seen.add(run.sequence)
-        object.__setattr__(self, "tokens", sum(run.count for run in self.runs))  # read in every layer
+            tokens += run.count
+        object.__setattr__(self, "tokens", tokens)  # read in every layer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +19,8 @@ from lamina.config import ClusterConfig, ComputeNodeConfig, MemoryNodeConfig, Mo
 from lamina.errors import LaminaError
 from lamina.node.compute import ComputeNode
 from lamina.node.model import ModelFacts
-from lamina.runtime.spans import Place
 from lamina.sim.cluster import SimCluster
+from lamina.sim.device import Seconds
 from lamina.sim.empty import EmptyBackend, EmptyModel
 from lamina.sim.link import LinkModel
 from lamina.sim.network import SimNetwork
@@ -96,7 +95,7 @@ def _measure(clock: str, compute: int, memory: int, steps: int) -> report.Row:
     """One cluster. Seconds are those of the processor, which the simulation has for itself."""
     timed = clock == "timed"
     model = LinkModel(latency_s=1e-5, bytes_per_s=1e10) if timed else LinkModel()
-    seconds = TIMED if timed else {}
+    seconds: Seconds = (lambda name, at: TIMED.get(name, 0.0)) if timed else 0.0
     with World(1, model=model, tracing=False) as world:
         done, spent_s = world.run(_decode(world, compute, memory, steps, seconds))
     with World(1, model=model, tracing=False) as world:
@@ -124,7 +123,7 @@ def _config(compute: int, memory: int) -> ClusterConfig:
     return ClusterConfig(model=ModelConfig(path="empty"), node=nodes, pipeline=pipeline)
 
 
-async def _decode(world: World, compute: int, memory: int, steps: int, seconds: dict[str, float]) -> tuple[int, float]:
+async def _decode(world: World, compute: int, memory: int, steps: int, seconds: Seconds) -> tuple[int, float]:
     """Steps of full batches, and the seconds that they took."""
     shape = LayerShape(q_heads=memory, kv_heads=memory, qk_dim=8, v_dim=8, scale=1.0)
     facts = ModelFacts(
@@ -138,11 +137,12 @@ async def _decode(world: World, compute: int, memory: int, steps: int, seconds: 
     )
     config = _config(compute, memory)
 
-    def take(node: NodeConfig) -> Callable[[str, Place | None], float]:
-        return lambda name, at: seconds.get(name, 0.0)
-
     cluster = SimCluster(
-        world, config, open_model=lambda _: EmptyModel(facts, rows=BATCH + 128), backend=EmptyBackend, seconds=take
+        world,
+        config,
+        open_model=lambda _: EmptyModel(facts, rows=BATCH + 128),
+        backend=EmptyBackend,
+        seconds=lambda node: seconds,
     )
     async with cluster:
         await cluster.ready()

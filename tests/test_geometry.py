@@ -14,7 +14,7 @@ from lamina.transport import RemoteRegion
 from lamina.wire.codec import decode, encode
 from lamina.wire.geometry import Geometry, shard_by_heads, split_heads
 from lamina.wire.plan import ChunkHeader, StepPlan, plan_bytes, unpack_plan
-from lamina.wire.tags import Kind, Tag
+from lamina.wire.tags import Kind, Tag, pack
 from lamina.wire.tenants import Attach
 
 
@@ -45,7 +45,7 @@ def test_query_heads_follow_their_kv_heads() -> None:
 @given(st.sampled_from(Kind), st.integers(0, 31), st.integers(0, 1023), st.integers(0, 2**31))
 def test_tags_come_back(kind: Kind, slot: int, layer: int, step: int) -> None:
     """With the low bits of the step."""
-    packed = Tag(kind, slot, layer, step).pack()
+    packed = pack(kind, slot, layer, step)
 
     assert 0 <= packed < 2**32
     assert Tag.unpack(packed) == (kind, slot, layer, step % 2**14)

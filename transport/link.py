@@ -12,11 +12,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVarTuple
 
 from lamina.errors import ConfigError, PeerLostError, ProtocolError, TransportError, UsageError
-from lamina.transport.base import MAX_REGIONS, MAX_TAG, Lane, Link, LinkInfo, LinkState, Region, RemoteRegion, log
+from lamina.transport.base import MAX_REGIONS, MAX_TAG, Lane, LinkInfo, LinkState, Region, RemoteRegion
 from lamina.transport.connection import Connection, hear_out
 from lamina.transport.frames import HEADER_BYTES, HEARTBEAT_FRAME, Event, FrameReceiver, Note, message_frame, note_frame
 from lamina.transport.lanes import Lanes
 from lamina.transport.messages import MAX_MESSAGE
+from lamina.transport.owned import OwnedLink
 from lamina.transport.stream import TcpStream
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _HEARTBEAT = memoryview(HEARTBEAT_FRAME)
 Ts = TypeVarTuple("Ts")
 
 
-class NodeLink(Link):
+class NodeLink(OwnedLink):
     """The implementation of ``Link``. ``connect`` and ``Listener`` make it when both ends have agreed.
 
     The lanes may have a loop of their own, in another thread. ``_in_lane_loop`` calls a function in that thread,
@@ -47,15 +48,7 @@ class NodeLink(Link):
         heartbeat_timeout: float,
     ) -> None:
         """The peer tolerates ``heartbeat_timeout`` seconds of silence, this end ``peer_timeout`` seconds."""
-        self._info = info
-        self._open = True
-        """Whether anything can be sent. It is cleared when the link begins to end."""
-        self._error: TransportError | None = None
-        self._lost: TransportError | None = None
-        """The error that ``on_lost`` is told."""
-        self._on_message: Callable[[dict[str, Any]], None] | None = None
-        self._on_tag: Callable[[Lane, int], None] | None = None
-        self._on_lost: Callable[[TransportError], None] | None = None
+        super().__init__(info)
         self._loop = self._lane_loop = asyncio.get_running_loop()
         self._control = Connection(control, FrameReceiver({}, MAX_MESSAGE), self._on_frame, self._control_failed)
         self._lanes = lanes
@@ -78,10 +71,6 @@ class NodeLink(Link):
         self._timer = self._loop.call_later(self._period, self._each_period)
 
     # -- Link
-
-    @property
-    def info(self) -> LinkInfo:
-        return self._info
 
     @property
     def state(self) -> LinkState:
@@ -177,10 +166,6 @@ class NodeLink(Link):
             self._fail(TransportError(f"{self} did not close the link within {CLOSE_DEADLINE_S:g} s"))
         finally:
             self._end(TransportError(f"closing the link to {self} was cancelled"))
-
-    def abort(self, reason: str) -> None:
-        if self._end(TransportError(f"the link to {self} was aborted: {reason}")):
-            log.warning('event=link_aborted transport=%s peer="%s" reason="%s"', self._info.transport, self, reason)
 
     # -- what the lanes report
 
@@ -303,35 +288,7 @@ class NodeLink(Link):
             for lane in Lane:
                 await self._lanes.drain(lane)
 
-    def _callback_failed(self, error: Exception) -> None:
-        log.error('event=callback_failed transport=%s peer="%s"', self._info.transport, self, exc_info=error)
-        lost = TransportError(f"what {self} sent could not be handled: {error!r}")
-        lost.__cause__ = error
-        self._fail(lost)
-
-    def _fail(self, error: TransportError) -> None:
-        """End the link for a reason that its owner does not know yet."""
-        was_open = self._open
-        if not self._end(error):
-            return
-        if not was_open:
-            log.warning('event=link_close_failed transport=%s peer="%s" reason="%s"', self._info.transport, self, error)
-            return
-        log.warning('event=link_lost transport=%s peer="%s" reason="%s"', self._info.transport, self, error)
-        self._lost = error
-        self._tell_lost()
-
-    def _tell_lost(self) -> None:
-        """Tell the owner of the loss, once."""
-        on_lost, self._on_lost = self._on_lost, None
-        if on_lost is not None and self._lost is not None:
-            try:
-                on_lost(self._lost)
-            except Exception:
-                log.exception('event=callback_failed transport=%s peer="%s"', self._info.transport, self)
-
     def _end(self, error: TransportError | None) -> bool:
-        """Close everything and wake the coroutines that wait; False if that was done before."""
         if self._ended.is_set():
             return False
         self._open = False
@@ -398,10 +355,6 @@ class NodeLink(Link):
     def _note(self, note: dict[str, Any]) -> None:
         frame = note_frame(note)
         self._control.push([memoryview(frame)], len(frame))
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise self._error or TransportError(f"the link to {self} is closed")
 
     def _require_lanes(self) -> Lanes:
         if self._lanes is None:

@@ -12,7 +12,7 @@ from lamina.errors import NodeError, ProtocolError, TransportError
 from lamina.transport import Lane, Link, Region, RemoteRegion
 from lamina.wire import views
 from lamina.wire.geometry import aligned
-from lamina.wire.tags import Kind, Tag
+from lamina.wire.tags import Kind, Tag, pack
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 """The shape and type of a tensor that is handed over."""
@@ -60,7 +60,7 @@ class PeerLane:
         if self._arrivals.error:
             raise self._arrivals.error
         start = slot * self._carry_bytes
-        tag = Tag(Kind.CARRY, slot, piece, step).pack()
+        tag = pack(Kind.CARRY, slot, piece, step)
         try:
             self._link.write(Lane.DECODE, self._remote, start, [self._out[start : start + nbytes]], tag)
         except TransportError as error:
@@ -74,7 +74,7 @@ class PeerLane:
 
         They lie where they arrived, and are good until the peer hands over to this node again in the slot.
         """
-        await self._arrivals.wait(slot, Tag(Kind.CARRY, slot, piece, step).pack())
+        await self._arrivals.wait(slot, pack(Kind.CARRY, slot, piece, step))
         values, start = [], slot * self._carry_bytes
         for shape, dtype in shapes:
             count = torch.Size(shape).numel()

@@ -15,17 +15,13 @@ from lamina.transport import Lane, Link, Region, RemoteRegion
 from lamina.wire import views
 from lamina.wire.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
 from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan
-from lamina.wire.tags import Kind, Tag, slot_of
+from lamina.wire.tags import Kind, Tag, pack, slot_of
 from lamina.wire.tenants import Attached
 from lamina.wire.views import StepViews
 
 
 class ShardLane:
-    """Gives steps access to the shard of the KV cache on one memory node.
-
-    The methods named ``stage_...`` copy into what will be sent; they are called within operations of the device. The
-    buffers of a batch slot are written again only after the answer to their contents has come back.
-    """
+    """Gives steps access to the shard of the KV cache on one memory node, and sends prompts there."""
 
     def __init__(
         self, name: str, link: Link, shard: HeadShard, geometry: Geometry, attached: Attached, outputs: Region
@@ -46,11 +42,6 @@ class ShardLane:
         self._key_value_parts = views.parts(self._keys_values, g.slots, g.key_value_bytes, self._dtype)
         self._chunk_parts = views.parts(self._chunks, CHUNKS, g.chunk_bytes, self._dtype)
         self._output_parts = views.parts(outputs.buffer, g.slots, g.output_bytes, torch.uint8)
-        self._plans: dict[int, StepPlan] = {}
-        self._views: dict[int, dict[int, StepViews]] = {}
-        """The views of the present step, by slot and kind of layer."""
-        self._current: dict[int, StepViews] = {}
-        """The views of the layer whose query was staged last, by slot."""
         self._arrivals = Arrivals()
         self._idle_chunks: Mailbox[int] = Mailbox()
         for i in range(CHUNKS):
@@ -67,85 +58,16 @@ class ShardLane:
         """Return the number of answers for which no step waited."""
         return self._arrivals.stale
 
-    # -- a step, layer by layer
-
-    def plan(self, slot: int, step: int, plan: StepPlan, *, asks: bool = True) -> None:
+    def begin(self, slot: int, step: int, plan: StepPlan, *, asks: bool) -> ShardStep:
         """Begin a step of ``slot`` with these rows.
 
         The memory node gets the plan only if this node ``asks`` it anything in the step; a node that only receives
         answers sends no plan.
         """
-        self._plans[slot] = plan
-        self._views[slot] = {}
         if asks:
-            tag = Tag(Kind.PLAN, slot, 0, step)
-            self._write(Lane.DECODE, self._remote.plans, slot * self._geometry.plan_bytes, plan.packed, tag)
-
-    def stage_query(self, slot: int, layer: int, q: Tensor) -> None:
-        """Copy this node's heads of q [rows, Hq, Dk], of its rows in the order of its plan."""
-        view, heads = self._view(slot, layer), self._q_heads[layer]
-        self._current[slot] = view
-        view.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])
-
-    def send_query(self, slot: int, layer: int, step: int) -> None:
-        """Send the query that was staged."""
-        offset = slot * self._geometry.query_bytes
-        source = self._queries[offset : offset + self._current[slot].q_bytes]
-        self._write(Lane.DECODE, self._remote.queries, offset, source, Tag(Kind.QUERY, slot, layer, step))
-
-    def stage_key_value(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
-        """Copy this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of the rows that it stores."""
-        own, heads = self._current[slot], self._kv_heads[layer]
-        if k.shape[1] != heads.stop - heads.start:
-            k, v = k[:, heads], v[:, heads]
-        own.k.copy_(k)
-        own.v.copy_(v)
-
-    def send_key_value(self, slot: int, layer: int, step: int) -> None:
-        """Send the keys and values that were staged."""
-        offset = slot * self._geometry.key_value_bytes
-        source = self._keys_values[offset : offset + self._current[slot].key_value_bytes]
-        self._write(Lane.DECODE, self._remote.keys_values, offset, source, Tag(Kind.KEY_VALUE, slot, layer, step))
-
-    async def answered(self, slot: int, layer: int, step: int) -> None:
-        """Wait until the output of a layer has arrived, to a query of this node or of another compute node.
-
-        Raises NodeError if the memory node is lost.
-        """
-        await self._arrivals.wait(slot, Tag(Kind.OUTPUT, slot, layer, step).pack())
-
-    def output(self, slot: int, layer: int) -> Tensor:
-        """Return the attention that has arrived for the rows that are whole: o [rows, own Hq, Dv].
-
-        It lies where it arrived, and stays valid until the slot's next query is sent.
-        """
-        return self._view(slot, layer).whole
-
-    def partials(self, slot: int, layer: int) -> Partial:
-        """Return the partials that have arrived for the other rows; they stay valid as long as `output`."""
-        return self._view(slot, layer).partial
-
-    def attention_s(self, slot: int) -> float:
-        """Return the seconds that the attention of the slot's step has taken so far, as its last answer says."""
-        (seconds,) = SECONDS.unpack_from(self._outputs.buffer, slot * self._geometry.output_bytes)
-        return float(seconds)
-
-    def heads(self, layer: int) -> slice:
-        """Return the query heads of a layer that this node has."""
-        return self._q_heads[layer]
-
-    def _view(self, slot: int, layer: int) -> StepViews:
-        own, kind = self._views[slot], self._geometry.kinds[layer]
-        if kind not in own:
-            own[kind] = StepViews.of(
-                self._plans[slot],
-                self._heads.layers[layer],
-                self._query_parts[slot],
-                self._key_value_parts[slot],
-                self._output_parts[slot],
-                self._dtype,
-            )
-        return own[kind]
+            offset = slot * self._geometry.plan_bytes
+            self._write(Lane.DECODE, self._remote.plans, offset, plan.packed, pack(Kind.PLAN, slot, 0, step))
+        return ShardStep(self, slot, step, plan)
 
     # -- prompts, on the bulk lane
 
@@ -164,7 +86,7 @@ class ShardLane:
             nbytes, _ = await device.run(self._stage_chunk, i, prompt, layer, start, count, at)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks[offset : offset + nbytes]
-            self._write(Lane.BULK, self._remote.chunks, offset, source, Tag(Kind.CHUNK, 0, layer, i))
+            self._write(Lane.BULK, self._remote.chunks, offset, source, pack(Kind.CHUNK, 0, layer, i))
 
     def _stage_chunk(self, i: int, prompt: PromptKV, layer: int, start: int, count: int, at: int) -> int:
         offset = i * self._geometry.chunk_bytes
@@ -193,16 +115,106 @@ class ShardLane:
         """The memory node is lost: every step that waits for it, or writes to it, raises ``error``."""
         self._arrivals.fail(error)
 
-    def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: Tag) -> None:
+    def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: int) -> None:
         if self._arrivals.error:
             raise self._arrivals.error
         try:
-            self._link.write(lane, remote, offset, [source], tag.pack())
+            self._link.write(lane, remote, offset, [source], tag)
         except TransportError as error:
             if not self._link.state.closed:
                 raise
             # The link has ended just now, in its own thread, and that news is still on its way.
             raise NodeError.lost("memory", self.name, error) from error
+
+
+class ShardStep:
+    """Takes the rows of one step to one memory node and back, layer by layer. `ShardLane.begin` makes it.
+
+    The methods named ``stage_...`` copy into what will be sent; they are called within operations of the device. The
+    buffers of a batch slot are written again only after the answer to their contents has come back.
+    """
+
+    __slots__ = ("_lane", "_slot", "_step", "_views", "_views_by_kind", "plan")
+
+    def __init__(self, lane: ShardLane, slot: int, step: int, plan: StepPlan) -> None:
+        self.plan = plan
+        self._lane = lane
+        self._slot = slot
+        self._step = step
+        self._views: StepViews
+        """Those of the layer whose query was staged last."""
+        self._views_by_kind: dict[int, StepViews] = {}
+
+    def stage_query(self, layer: int, q: Tensor) -> None:
+        """Copy this node's heads of q [rows, Hq, Dk], of its rows in the order of its plan."""
+        self._views = views = self._views_of(layer)
+        heads = self._lane._q_heads[layer]
+        views.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])
+
+    def send_query(self, layer: int) -> None:
+        """Send the query that was staged."""
+        lane, slot = self._lane, self._slot
+        offset = slot * lane._geometry.query_bytes
+        source = lane._queries[offset : offset + self._views.q_bytes]
+        lane._write(Lane.DECODE, lane._remote.queries, offset, source, pack(Kind.QUERY, slot, layer, self._step))
+
+    def stage_key_value(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Copy this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of the rows that it stores."""
+        heads, views = self._lane._kv_heads[layer], self._views
+        if k.shape[1] != heads.stop - heads.start:
+            k, v = k[:, heads], v[:, heads]
+        views.k.copy_(k)
+        views.v.copy_(v)
+
+    def send_key_value(self, layer: int) -> None:
+        """Send the keys and values that were staged."""
+        lane, slot = self._lane, self._slot
+        offset = slot * lane._geometry.key_value_bytes
+        source = lane._keys_values[offset : offset + self._views.key_value_bytes]
+        tag = pack(Kind.KEY_VALUE, slot, layer, self._step)
+        lane._write(Lane.DECODE, lane._remote.keys_values, offset, source, tag)
+
+    async def answered(self, layer: int) -> float:
+        """Wait until the output of a layer has arrived, to a query of this node or of another compute node.
+
+        Returns the seconds that the step's attention has taken so far on the memory node. Raises NodeError if the
+        memory node is lost.
+        """
+        lane, slot = self._lane, self._slot
+        await lane._arrivals.wait(slot, pack(Kind.OUTPUT, slot, layer, self._step))
+        seconds: float
+        (seconds,) = SECONDS.unpack_from(lane._outputs.buffer, slot * lane._geometry.output_bytes)
+        return seconds
+
+    def output(self, layer: int) -> Tensor:
+        """Return the attention that has arrived for the rows that are whole: o [rows, own Hq, Dv].
+
+        It lies where it arrived, and stays valid until the slot's next query is sent.
+        """
+        return self._views_of(layer).whole
+
+    def partials(self, layer: int) -> Partial:
+        """Return the partials that have arrived for the other rows; they stay valid as long as `output`."""
+        return self._views_of(layer).partial
+
+    def heads(self, layer: int) -> slice:
+        """Return the query heads of a layer that the memory node has."""
+        return self._lane._q_heads[layer]
+
+    def _views_of(self, layer: int) -> StepViews:
+        lane, slot = self._lane, self._slot
+        kind = lane._geometry.kinds[layer]
+        views = self._views_by_kind.get(kind)
+        if views is None:
+            views = self._views_by_kind[kind] = StepViews.of(
+                self.plan,
+                lane._heads.layers[layer],
+                lane._query_parts[slot],
+                lane._key_value_parts[slot],
+                lane._output_parts[slot],
+                lane._dtype,
+            )
+        return views
 
 
 def _span(heads: range) -> slice:

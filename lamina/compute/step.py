@@ -17,11 +17,12 @@ from lamina.compute.peer_lane import PeerLane, Shape
 from lamina.compute.prompts import PromptKV
 from lamina.compute.sampler import sample
 from lamina.compute.schedule import Schedule
-from lamina.compute.shard_lane import ShardLane
+from lamina.compute.shard_lane import ShardLane, ShardStep
 from lamina.runtime.device import Device
 from lamina.runtime.spans import Place
 from lamina.wire.orders import Done, Order, TokenRun
 from lamina.wire.placement import MemberRows, RemoteRun, route
+from lamina.wire.plan import StepPlan
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -98,7 +99,7 @@ class StepRunner:
         answers = nodes[1:] if len(self._schedule.members) > 1 else ()
         for part in parts:
             plan = replace(part.plan, answers=answers) if answers else part.plan
-            part.shard.plan(slot, number, plan, asks=own in nodes[:last])
+            part.begin(slot, number, plan, asks=own in nodes[:last])
         for layer, node in enumerate(nodes):
             if node != own:
                 continue
@@ -108,8 +109,9 @@ class StepRunner:
             if layer:
                 before = nodes[layer - 1]
                 for part in parts:
-                    await part.shard.answered(slot, layer - 1, number)
-                    attention_s[before] = max(attention_s[before], part.shard.attention_s(slot))
+                    seconds = await part.step.answered(layer - 1)
+                    if seconds > attention_s[before]:
+                        attention_s[before] = seconds
                 if not parts:
                     await asyncio.sleep(0)  # other batches have their turn
             if layer == last:
@@ -117,11 +119,11 @@ class StepRunner:
                 break
             await operate(forward.head, layer, at=Place(slot, layer))
             for part in parts:
-                part.shard.send_query(slot, layer, number)
+                part.step.send_query(layer)
             await operate(forward.tail, layer, at=Place(slot, layer))
             for part in parts:
                 if part.plan.stored_rows:
-                    part.shard.send_key_value(slot, layer, number)
+                    part.step.send_key_value(layer)
             if forward.local:
                 self._queue_prompts(forward.local, layer)
                 await operate(forward.attend_to_prompts, layer, at=Place(slot, layer))
@@ -167,17 +169,22 @@ ALL = slice(None)
 class _MemberPart:
     """Holds what one memory node does in a step."""
 
-    __slots__ = ("partial", "plan", "rows", "shard", "stored", "whole")
+    __slots__ = ("partial", "plan", "rows", "shard", "step", "stored", "whole")
 
     def __init__(self, shard: ShardLane, own: MemberRows, places: dict[int, int], step_rows: int) -> None:
         """``places`` says, of each row that several nodes answer, its place among all such rows; ``step_rows`` is the
         number of the step's rows."""
         self.shard = shard
+        self.step: ShardStep
         self.plan = plan = own.plan
         self.rows = _index(own.rows, step_rows)
         self.stored = _index(own.rows[: plan.stored_rows], step_rows)
         self.whole = _index(own.rows[: plan.whole])
         self.partial = _index([places[row] for row in own.rows[plan.whole :]])
+
+    def begin(self, slot: int, step: int, plan: StepPlan, *, asks: bool) -> None:
+        """See `ShardLane.begin`."""
+        self.step = self.shard.begin(slot, step, plan, asks=asks)
 
 
 class _StepForward:
@@ -188,7 +195,6 @@ class _StepForward:
         self._prompts = runner.prompts
         self._dtype = runner.dtype
         self._shapes = runner.model.shapes
-        self._slot = order.slot
         self._runs = order.runs
         remote = [run for run in order.runs if run.remote]
         self.local = order.runs[len(remote) :]
@@ -199,6 +205,8 @@ class _StepForward:
         places = {row: place for place, row in enumerate(self._merged)}
         rows = self._remote_rows + self._local_count
         self.parts = [_MemberPart(runner.shards[member], own, places, rows) for member, own in routes.items()]
+        self._by_heads = not (self.local or self._merged) and all(part.plan.whole == rows for part in self.parts)
+        """Whether every memory node answers every row, each for other heads, which they have in their order."""
         self._constants: tuple[Any, ...] = ()
         self._carry: tuple[Tensor, ...] = ()
         self._kept: tuple[Tensor, ...] = ()
@@ -255,7 +263,7 @@ class _StepForward:
         and heads."""
         q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
         for part in self.parts:
-            part.shard.stage_query(self._slot, layer, _rows_of(q, part.rows))
+            part.step.stage_query(layer, _rows_of(q, part.rows))
         self._q = q
 
     def tail(self, layer: int) -> None:
@@ -265,7 +273,7 @@ class _StepForward:
         for part in self.parts:
             if part.plan.stored_rows:
                 k_rows, v_rows = _rows_of(k, part.stored), _rows_of(v, part.stored)
-                part.shard.stage_key_value(self._slot, layer, k_rows, v_rows)
+                part.step.stage_key_value(layer, k_rows, v_rows)
         for run, rows in self._local_rows():
             self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
 
@@ -292,16 +300,15 @@ class _StepForward:
             return None
         if not self.parts:
             return self._prompt_o
-        if len(self.parts) == 1 and not self.local and not self._merged:
-            (part,) = self.parts
-            o = part.shard.output(self._slot, layer)
-            if o.shape[1] == self._shapes[layer].q_heads:
-                return o.to(self._model.device)  # on the CPU where it arrived
+        if self._by_heads:
+            outputs = [part.step.output(layer) for part in self.parts]
+            o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+            return o.to(self._model.device)  # one on the CPU stays where it arrived
         shape, rows = self._shapes[layer], self._remote_rows + self._local_count
         o = torch.empty(rows, shape.q_heads, shape.v_dim, dtype=self._dtype, device=self._model.device)
         for part in self.parts:
             if part.plan.whole:
-                o[part.whole, part.shard.heads(layer)] = part.shard.output(self._slot, layer)
+                o[part.whole, part.step.heads(layer)] = part.step.output(layer)
         if self._merged:
             o[_index(self._merged)] = self._merge(layer).to(o.dtype)
         if self._prompt_o is not None:
@@ -316,7 +323,7 @@ class _StepForward:
         for part in self.parts:
             if part.plan.rows > part.plan.whole:
                 partial = Partial.empty(rows, shape.q_heads, shape.v_dim, device=self._model.device)
-                arrived = part.shard.partials(self._slot, layer)
+                arrived = part.step.partials(layer)
                 partial.o[part.partial], partial.lse[part.partial] = arrived.o, arrived.lse
                 partials.append(partial)
         return merge(*partials).o

@@ -213,8 +213,8 @@ class Scheduler:
         remote: list[Sequence] = []
         for s in own.sequences:
             if s.is_decoding:
-                if s.context <= s.confirmed:
-                    decode.append(DecodeRow(s, s.output[-1], s.context - 1))
+                if (context := s.context) <= s.confirmed:
+                    decode.append(DecodeRow(s, s.output[-1], context - 1))
             elif s.confirmed:
                 (remote if s.prefilled >= s.local_tokens else local).append(s)
         prompts = divide_prefill(remote, min(self._remote_tokens, self._prefill_tokens))
@@ -256,9 +256,7 @@ class Scheduler:
 
     def _grow(self, own: BatchSlot, changes: CacheChanges) -> None:
         """Reserve more blocks for sequences that will need them in the next step, or need them in this one."""
-        short = [
-            s for s in own.sequences if s.is_decoding and s.context + 1 > s.reserved and s.reserved < s.max_context
-        ]
+        short = [s for s in own.sequences if s.reserved <= s.context and s.is_decoding and s.reserved < s.max_context]
         for sequence in sorted(short, key=lambda s: s.rank):
             if sequence.id < 0:
                 continue  # preempted by an earlier one of this loop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lamina.front.cost import StepLoad
 from lamina.wire.placement import Placement
@@ -86,8 +87,7 @@ class Sequence:
         return "length" if len(self.output) >= self.max_tokens else None
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
+class DecodeRow(NamedTuple):
     """A decode row has ``token`` at ``position``, directly before the token to be sampled."""
 
     sequence: Sequence

@@ -90,6 +90,8 @@ class SlotBalancer:
 
         Only decoding sequences move. The others have keys and values on the compute node, and will decode soon.
         """
+        if len(self._slots) == 1:
+            return False
         moved = False
         decoding = [s for s in slot.sequences if s.is_decoding]
         for sequence in sorted(decoding, key=lambda s: s.context, reverse=True):

@@ -17,7 +17,7 @@ from lamina.wire import views
 from lamina.wire.geometry import CHUNK_TOKENS, CHUNKS
 from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan, unpack_plan
 from lamina.wire.slots import MemorySlot
-from lamina.wire.tags import Kind, Tag
+from lamina.wire.tags import Kind, Tag, pack
 from lamina.wire.tenants import Attach, Attached
 from lamina.wire.views import StepViews
 
@@ -99,9 +99,11 @@ class ServingLane:
                 slot.planned(stores=step.storing is not None)
                 continue
             layer, at = tag.layer, Place(number, tag.layer)
-            receiver = self._receiver(step, layer)
+            answers = step.plan.answers
+            receiver = self._tenant.lanes.get(answers[layer]) if answers else self  # None if that link has ended
             view = self._view(step, number, layer, receiver or self)
-            await self._filled(step, layer)
+            if step.behind:
+                await self._filled(step, layer)
             parts, past_s = await run(self._past, step, layer, view, at=at)
             if step.storing:
                 await arrived.get()  # k and v, as the slot lets nothing else in before the answer
@@ -110,24 +112,16 @@ class ServingLane:
             self._tenant.layers += 1
             slot.answered()
             if receiver is not None:
-                receiver._answer(
-                    Tag(Kind.OUTPUT, number, layer, tag.step), view.answer_bytes, spent_s, own=receiver is self
-                )
+                packed = pack(Kind.OUTPUT, number, layer, tag.step)
+                receiver._answer(number, packed, view.answer_bytes, spent_s, own=receiver is self)
 
-    def _receiver(self, step: _PlannedStep, layer: int) -> ServingLane | None:
-        """Return the link that gets the answer to a layer, or None if it has ended."""
-        answers = step.plan.answers
-        return self._tenant.lanes.get(answers[layer]) if answers else self
-
-    def _answer(self, tag: Tag, nbytes: int, spent_s: float, *, own: bool) -> None:
-        """Send an answer that has been laid out. An answer to a query of another link is dropped if this link has
-        ended."""
-        start = tag.slot * self._geometry.output_bytes
+    def _answer(self, number: int, tag: int, nbytes: int, spent_s: float, *, own: bool) -> None:
+        """Send an answer that has been laid out for a slot. An answer to a query of another link is dropped if this
+        link has ended."""
+        start = number * self._geometry.output_bytes
         SECONDS.pack_into(self._outputs, start, spent_s)
         try:
-            self._link.write(
-                Lane.DECODE, self._outputs_remote, start, [self._outputs[start : start + nbytes]], tag.pack()
-            )
+            self._link.write(Lane.DECODE, self._outputs_remote, start, [self._outputs[start : start + nbytes]], tag)
         except TransportError:
             if own or not self._link.state.closed:
                 raise
@@ -140,14 +134,13 @@ class ServingLane:
                 f"step plan sends answers to compute node {min(unknown)}; tenant {self._tenant.name} has compute nodes "
                 f"{sorted(self._tenant.members)}"
             )
-        runs, held = (*told.storing, *told.reading), cache.sequences
+        runs, reserved = (*told.storing, *told.reading), cache.reserved
         for run in runs:
-            if run.sequence not in held:
+            if (tokens := reserved(run.sequence)) is None:
                 raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
-            if run.start > cache.reserved(run.sequence):
+            if run.start > tokens:
                 raise ProtocolError(
-                    f"step plan names position {run.start} of sequence {run.sequence}, "
-                    f"which has space for {cache.reserved(run.sequence)}"
+                    f"step plan names position {run.start} of sequence {run.sequence}, which has space for {tokens}"
                 )
         plan = self._tenant.backend.plan
         return _PlannedStep(
@@ -196,8 +189,9 @@ class ServingLane:
         """Return the views of a layer's rows: of what came on this link, and of the answer on the link of
         ``receiver``."""
         key = (receiver, self._geometry.kinds[layer])
-        if key not in step.views:
-            step.views[key] = StepViews.of(
+        found = step.views.get(key)
+        if found is None:
+            found = step.views[key] = StepViews.of(
                 step.plan,
                 self._layers[layer],
                 self._query_parts[number],
@@ -205,7 +199,7 @@ class ServingLane:
                 receiver._output_parts[number],
                 self._dtype,
             )
-        return step.views[key]
+        return found
 
     # -- prompts, from the bulk lane
 
@@ -222,7 +216,7 @@ class ServingLane:
                 )
             stored, _ = await self._tenant.share.run(self._append, i, header)
             self._tenant.stale_tags += not stored
-            self._link.write(Lane.BULK, self._outputs_remote, 0, [], Tag(Kind.CREDIT, 0, 0, i).pack())
+            self._link.write(Lane.BULK, self._outputs_remote, 0, [], pack(Kind.CREDIT, 0, 0, i))
 
     def _append(self, i: int, header: ChunkHeader) -> bool:
         """Store a chunk; return False for a sequence that is over, as releases come on another connection and overtake

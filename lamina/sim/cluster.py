@@ -16,7 +16,7 @@ from lamina.node.compute import ComputeNode
 from lamina.node.memory import MemoryNode
 from lamina.node.model import OpenModel
 from lamina.runtime.host import Host
-from lamina.runtime.spans import Place
+from lamina.sim.device import Seconds
 from lamina.sim.world import World
 from lamina.transport import Hello
 from lamina.wire.admin import Status
@@ -26,13 +26,13 @@ ASK_EVERY_S = 0.05
 REACH_S = 60.0
 """Virtual seconds that a node may take to listen."""
 
-NodeSeconds = Callable[[NodeConfig], Callable[[str, Place | None], float]]
-"""How long the operations of a node's device take, by the node: then by the operation's name and place."""
+NodeSeconds = Callable[[NodeConfig], Seconds]
+"""How long the operations of a node's device take."""
 
 
-def instant(node: NodeConfig) -> Callable[[str, Place | None], float]:
+def instant(node: NodeConfig) -> Seconds:
     """Operations that take no time."""
-    return lambda name, at: 0.0
+    return 0.0
 
 
 class SimCluster:

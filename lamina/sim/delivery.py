@@ -65,10 +65,10 @@ class Deliveries:
         was sent before."""
         self._called = False
 
-    def push(self, delivery: Delivery) -> None:
-        """Have ``delivery`` arrive when it is due, never from within this call."""
+    def push(self, delivery: Delivery, now_s: float) -> None:
+        """Have ``delivery`` arrive when it is due, never from within this call, which is made at ``now_s``."""
         due_s = delivery[0]
-        if due_s <= self.loop.time():
+        if due_s <= now_s:
             self._soon.append(delivery)
             if not self._called:
                 self._called = True
@@ -82,7 +82,7 @@ class Deliveries:
         """Have deliveries that could not be taken when they were due arrive in the next round, in their order."""
         now = self.loop.time()
         for delivery in held:
-            self.push(delivery._replace(due_s=now))
+            self.push(delivery._replace(due_s=now), now)
 
     def sender_ended(self, receiver: Receiver) -> float:
         """The end that sends to ``receiver`` is there no more: what has not left it never arrives.

@@ -18,8 +18,8 @@ from lamina.sim.loop import VirtualLoop
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
-Seconds = Callable[[str, Place | None], float] | Mapping[str, float]
-"""What operations take: by the name of the function and its place, or by name alone."""
+Seconds = Callable[[str, Place | None], float] | Mapping[str, float] | float
+"""What operations take: by the name of the function and its place, by name alone, or the same for all."""
 
 
 class ModelledDevice:
@@ -43,7 +43,8 @@ class ModelledDevice:
         self.busy_s = 0.0
         self.recorder: Recorder | None = None
         self._name = name
-        self._seconds = _by_name(seconds, name) if isinstance(seconds, Mapping) else seconds
+        self._is_instant = seconds == 0
+        self._seconds = seconds if callable(seconds) else _lookup(seconds, name)
         self._trace = trace
         self._queue: deque[_Operation] = deque()
         self._busy = False
@@ -55,6 +56,8 @@ class ModelledDevice:
         """Run an operation; its result, and the seconds from its start to its completion."""
         seconds = None
         if not self._busy and self.recorder is None and self._trace is None:
+            if self._is_instant:
+                return function(*args), 0.0
             seconds = self._seconds(getattr(function, "__name__", "operation"), at)
             if seconds == 0:
                 return function(*args), 0.0
@@ -161,8 +164,10 @@ class _Operation:
         return self.done is not None and self.done.cancelled()
 
 
-def _by_name(seconds: Mapping[str, float], device: str) -> Callable[[str, Place | None], float]:
+def _lookup(seconds: Mapping[str, float] | float, device: str) -> Callable[[str, Place | None], float]:
     def lookup(name: str, at: Place | None) -> float:
+        if not isinstance(seconds, Mapping):
+            return seconds
         try:
             return seconds[name]
         except KeyError:

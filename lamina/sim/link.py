@@ -15,15 +15,14 @@ from lamina.transport.base import (
     MAX_REGIONS,
     MAX_TAG,
     Lane,
-    Link,
     LinkInfo,
     LinkState,
     Region,
     RemoteRegion,
-    log,
 )
 from lamina.transport.link import CLOSE_DEADLINE_S
 from lamina.transport.messages import decode_message, encode_message
+from lamina.transport.owned import OwnedLink
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -58,7 +57,7 @@ class LinkModel:
             )
 
 
-class SimLink(Link):
+class SimLink(OwnedLink):
     """See ``Link``. Made in pairs by ``SimNetwork``; both ends belong to one loop.
 
     A write counts as written at once. It is pending until it arrives, because its bytes are copied only then: a sender
@@ -77,9 +76,10 @@ class SimLink(Link):
         peer_timeout: float,
         on_end: Callable[[SimLink], None],
     ) -> None:
+        super().__init__(info)
         self._number = number
-        self._info = info
         self._model = model
+        self._is_instant = model == LinkModel(windows=model.windows)
         self._deliveries = deliveries
         self._loop = deliveries.loop
         self._random = random
@@ -88,9 +88,6 @@ class SimLink(Link):
         self._on_end = on_end
         self._peer: SimLink
 
-        self._on_tag: Callable[[Lane, int], None] | None = None
-        self._on_message: Callable[[dict[str, Any]], None] | None = None
-        self._on_lost: Callable[[TransportError], None] | None = None
         self._reading = False
         self._held: list[Delivery] = []
         """What was due before this end read, or while the peer could not be heard."""
@@ -105,10 +102,6 @@ class SimLink(Link):
         self._written = [0, 0]
         self._received = [0, 0]
 
-        self._open = True
-        self._error: TransportError | None = None
-        self._lost: TransportError | None = None
-        """The same, where this end did not end the link itself."""
         self._bye_arrived = False
         self._ended = asyncio.Event()
         self._is_over = False
@@ -130,10 +123,6 @@ class SimLink(Link):
         self._peer = peer
 
     # -- Link
-
-    @property
-    def info(self) -> LinkInfo:
-        return self._info
 
     @property
     def state(self) -> LinkState:
@@ -232,10 +221,6 @@ class SimLink(Link):
         finally:
             self._end(TransportError(f"closing the link to {self} was cancelled"))
 
-    def abort(self, reason: str) -> None:
-        if self._end(TransportError(f"the link to {self} was aborted: {reason}")):
-            log.warning('event=link_aborted transport=%s peer="%s" reason="%s"', self._info.transport, self, reason)
-
     # -- for the network
 
     def vanish(self) -> None:
@@ -264,24 +249,21 @@ class SimLink(Link):
         pieces: Sequence[memoryview] = (),
         body: bytes = b"",
     ) -> None:
-        model, left_s = self._model, self._loop.time()
-        if left_s < self._free_s[pipe]:
-            left_s = self._free_s[pipe]
-        if nbytes:
-            left_s += nbytes / model.bytes_per_s
-            self._pending += nbytes
-        self._free_s[pipe] = left_s
-        due_s = left_s + model.latency_s
-        if model.jitter_s:
-            due_s += model.jitter_s * self._random.random()
-        if due_s < self._last_due_s[pipe]:
-            due_s = self._last_due_s[pipe]
-        self._last_due_s[pipe] = due_s
+        now_s = left_s = due_s = self._loop.time()
+        self._pending += nbytes
+        if not self._is_instant:
+            model = self._model
+            left_s = max(now_s, self._free_s[pipe]) + nbytes / model.bytes_per_s
+            self._free_s[pipe] = left_s
+            due_s = left_s + model.latency_s
+            if model.jitter_s:
+                due_s += model.jitter_s * self._random.random()
+            due_s = max(due_s, self._last_due_s[pipe])
+            self._last_due_s[pipe] = due_s
         deliveries = self._deliveries
         number = deliveries.next_number()
-        deliveries.push(
-            _new(Delivery, (due_s, number, self._peer, kind, left_s, nbytes, tag, offset, target, pieces, body))
-        )
+        delivery = (due_s, number, self._peer, kind, left_s, nbytes, tag, offset, target, pieces, body)
+        deliveries.push(_new(Delivery, delivery), now_s)
 
     # -- what arrives
 
@@ -380,34 +362,7 @@ class SimLink(Link):
 
     # -- the end
 
-    def _callback_failed(self, error: Exception) -> None:
-        log.error('event=callback_failed transport=%s peer="%s"', self._info.transport, self, exc_info=error)
-        lost = TransportError(f"what {self} sent could not be handled: {error!r}")
-        lost.__cause__ = error
-        self._fail(lost)
-
-    def _fail(self, error: TransportError) -> None:
-        """End the link for a reason that the owner does not know yet."""
-        was_open = self._open
-        if not self._end(error):
-            return
-        event = "link_lost" if was_open else "link_close_failed"
-        log.warning('event=%s transport=%s peer="%s" reason="%s"', event, self._info.transport, self, error)
-        if was_open:
-            self._lost = error
-            self._tell_lost()
-
-    def _tell_lost(self) -> None:
-        """Tell the owner, unless it knows already."""
-        on_lost, self._on_lost = self._on_lost, None
-        if on_lost is not None and self._lost is not None:
-            try:
-                on_lost(self._lost)
-            except Exception:
-                log.exception('event=callback_failed transport=%s peer="%s"', self._info.transport, self)
-
     def _end(self, error: TransportError | None) -> bool:
-        """Let go of everything and wake what waits; False if that was done before."""
         if self._is_over:
             return False
         self._open = False
@@ -430,13 +385,10 @@ class SimLink(Link):
         if peer._is_over:
             return
         peer._held = [copied(delivery) for delivery in peer._held]
-        last_s = max(self._deliveries.sender_ended(peer), self._loop.time() + self._model.latency_s)
+        now_s = self._loop.time()
+        last_s = max(self._deliveries.sender_ended(peer), now_s + self._model.latency_s)
         number = self._deliveries.next_number()
-        self._deliveries.push(Delivery(last_s, number, peer, LOST, last_s, 0))
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise self._error or TransportError(f"the link to {self} is closed")
+        self._deliveries.push(Delivery(last_s, number, peer, LOST, last_s, 0), now_s)
 
     def _require_lanes(self) -> None:
         if self._info.transport == "control":

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Executor
-from contextvars import Context
+from contextvars import Context, copy_context
 from heapq import heapify, heappop, heappush
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -75,7 +75,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> asyncio.Handle:
         if self._closed:
             self._check_closed()
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
@@ -169,6 +169,23 @@ class VirtualLoop(asyncio.BaseEventLoop):
             f"nothing can happen any more at {self._now:g} virtual seconds: {len(tasks)} tasks wait, and {what}. "
             f"Waiting: {waiting or 'none'}"
         )
+
+
+class _Handle(asyncio.Handle):
+    """A handle that does not note where it was made, which takes half the time."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], loop: VirtualLoop, context: Context | None
+    ) -> None:
+        self._context = copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
 
 
 class VirtualFuture(asyncio.Future[Any]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lamina.attention import Run
 from lamina.wire.plan import StepPlan
@@ -72,15 +73,14 @@ class Placement:
             start += piece
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteRun:
+class RemoteRun(NamedTuple):
     """Describes rows of a step whose past lies on memory nodes: ``count`` positions from ``start`` with the same
     owners."""
 
     sequence: int
     placement: Placement
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # no run is asked how often it holds a value
 
 
 @dataclass(frozen=True, slots=True)

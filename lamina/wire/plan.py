@@ -39,7 +39,7 @@ class StepPlan:
     @cached_property
     def stored_rows(self) -> int:
         """Return the number of rows whose keys and values the memory node stores."""
-        return sum(run.count for run in self.storing)
+        return sum([run.count for run in self.storing])
 
     @cached_property
     def packed(self) -> bytes:
@@ -52,7 +52,7 @@ class StepPlan:
     @cached_property
     def rows(self) -> int:
         """Return the number of all rows."""
-        return self.stored_rows + sum(run.count for run in self.reading)
+        return self.stored_rows + sum([run.count for run in self.reading])
 
 
 def plan_bytes(max_rows: int, layers: int) -> int:
@@ -77,7 +77,7 @@ def unpack_plan(buffer: memoryview, max_rows: int, layers: int) -> StepPlan:
     receivers = array(_MEMBER)
     receivers.frombytes(buffer[stop : stop + answers * receivers.itemsize])
     plan = StepPlan(tuple(runs[:storing]), tuple(runs[storing:]), whole, tuple(receivers))
-    if len({run.sequence for run in runs}) < count or any(run.count < 1 for run in runs):
+    if len({run.sequence for run in runs}) < count or min(run.count for run in runs) < 1:
         raise ProtocolError("step plan with an empty run, or two runs of one sequence")
     if plan.rows > max_rows or whole > plan.stored_rows:
         raise ProtocolError(

@@ -21,21 +21,16 @@ class Kind(IntEnum):
 
 
 _KINDS = tuple(Kind)  # which is faster than to ask the class
+_new = tuple.__new__  # which is faster than a named tuple's own constructor
 
 
 class Tag(NamedTuple):
-    """Holds the 32-bit tag of a write: kind (3 bits), slot (5), layer (10), step (14, the low bits).
-
-    For CHUNK and CREDIT, ``step`` is the number of the bulk buffer.
-    """
+    """Holds a tag that has arrived, unpacked."""
 
     kind: Kind
     slot: int
     layer: int
     step: int
-
-    def pack(self) -> int:
-        return self.kind << 29 | self.slot << 24 | self.layer << 14 | self.step & STEP_MASK
 
     @classmethod
     def unpack(cls, tag: int) -> Tag:
@@ -44,7 +39,15 @@ class Tag(NamedTuple):
             kind = _KINDS[tag >> 29]
         except IndexError as e:
             raise ProtocolError(f"tag {tag:#010x} has the unknown kind {tag >> 29}") from e
-        return cls(kind, tag >> 24 & 31, tag >> 14 & 1023, tag & STEP_MASK)
+        return _new(cls, (kind, tag >> 24 & 31, tag >> 14 & 1023, tag & STEP_MASK))
+
+
+def pack(kind: Kind, slot: int, layer: int, step: int) -> int:
+    """Pack a tag into 32 bits: kind (3 bits), slot (5), layer (10), step (14, the low bits).
+
+    For CHUNK and CREDIT, ``step`` is the number of the bulk buffer.
+    """
+    return kind << 29 | slot << 24 | layer << 14 | step & STEP_MASK
 
 
 def slot_of(tag: int) -> int:

@@ -17,7 +17,7 @@ from lamina.wire import views
 from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
 from lamina.wire.plan import StepPlan
-from lamina.wire.tags import Kind, Tag
+from lamina.wire.tags import Kind, Tag, pack
 from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved
 from lamina.wire.views import StepViews
 
@@ -83,15 +83,15 @@ class RawCompute:
         self.link.write(lane, self.remote.plans, 0, [], packed)
 
     def plan(self, step: int, told: StepPlan, *, slot: int = 0) -> None:
-        tag = Tag(Kind.PLAN, slot, 0, step).pack()
+        tag = pack(Kind.PLAN, slot, 0, step)
         self.link.write(Lane.DECODE, self.remote.plans, slot * self._geometry.plan_bytes, [told.packed], tag)
 
     def query(self, layer: int, step: int, q: Tensor, *, slot: int = 0) -> None:
-        tag = Tag(Kind.QUERY, slot, layer, step).pack()
+        tag = pack(Kind.QUERY, slot, layer, step)
         self.link.write(Lane.DECODE, self.remote.queries, slot * self._geometry.query_bytes, [_bytes(q)], tag)
 
     def key_value(self, layer: int, step: int, k: Tensor, v: Tensor, *, slot: int = 0) -> None:
-        tag = Tag(Kind.KEY_VALUE, slot, layer, step).pack()
+        tag = pack(Kind.KEY_VALUE, slot, layer, step)
         offset = slot * self._geometry.key_value_bytes
         self.link.write(Lane.DECODE, self.remote.keys_values, offset, [_bytes(k), _bytes(v)], tag)
 
