@@ -104,7 +104,7 @@ class Region:
             raise ConfigError(f"region {name!r} must have at least one byte, got {nbytes}")
         try:
             fd = os.memfd_create("lamina", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            weakref.finalize(self, os.close, fd)
+            self._close_file = weakref.finalize(self, os.close, fd)
             os.ftruncate(fd, nbytes)
             # Another process that maps the file could otherwise shorten it, and a touch of the missing part kills.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
@@ -128,6 +128,7 @@ class Region:
     def close(self) -> None:
         """Release the memory. It is unmapped with its last view, so views that were handed out stay valid."""
         self._buffer = None
+        self._close_file()
 
 
 def address_of(view: memoryview) -> int:

@@ -293,6 +293,7 @@ class NodeLink(OwnedLink):
             return False
         self._open = False
         self._error = error
+        self._let_go()
         self._ended.set()
         self._timer.cancel()
         reason = error or TransportError(f"the link to {self} is closed")

@@ -36,6 +36,11 @@ class OwnedLink(Link):
     def _end(self, error: TransportError | None) -> bool:
         """Let go of everything and wake the coroutines that wait; False if that was done before."""
 
+    def _let_go(self) -> None:
+        """Deliver nothing any more. The owner, and the memory that it exposed, are free at once, and not when the
+        garbage collector finds the circle of owner and link."""
+        self._on_message = self._on_tag = None
+
     def _fail(self, error: TransportError) -> None:
         """End the link for a reason that its owner does not know yet."""
         was_open = self._open

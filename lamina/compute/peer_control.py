@@ -54,6 +54,10 @@ class PeerControl:
         self._carries = own, greeting.carries, carry_bytes
         return greeting.terms
 
+    def close(self) -> None:
+        """Free the memory of this end. The link and the device's loop have ended."""
+        self.lane.close()
+
     def open(self) -> None:
         """Let the lane take and hand over carries; called when the terms agree, before any step."""
         self.lane.open(*self._carries)

@@ -28,7 +28,7 @@ class PeerLane:
         self.name = name
         self._link = link
         self._carry_bytes = 0
-        self._own: Region
+        self._own: Region | None = None
         self._remote: RemoteRegion
         self._out = memoryview(b"")
         self._arrivals = Arrivals()
@@ -40,6 +40,12 @@ class PeerLane:
         """
         self._own, self._remote, self._carry_bytes = own, remote, carry_bytes
         self._out = views.outgoing(self._link, remote, own.nbytes)
+
+    def close(self) -> None:
+        """Free the memory of this end. The link has ended, and no step uses it any more."""
+        if self._own is not None:
+            self._own.close()
+        self._out = memoryview(b"")
 
     @property
     def stale_tags(self) -> int:
@@ -75,6 +81,7 @@ class PeerLane:
         They lie where they arrived, and are good until the peer hands over to this node again in the slot.
         """
         await self._arrivals.wait(slot, pack(Kind.CARRY, slot, piece, step))
+        assert self._own is not None, "opened before any step"
         values, start = [], slot * self._carry_bytes
         for shape, dtype in shapes:
             count = torch.Size(shape).numel()

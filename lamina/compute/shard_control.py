@@ -104,6 +104,11 @@ class ShardControl:
         self.link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
         return lane
 
+    def close(self) -> None:
+        """Free the memory of this end. The link and the device's loop have ended."""
+        if self._lane is not None:
+            self._lane.close()
+
     # -- the space of sequences
 
     def reserve(

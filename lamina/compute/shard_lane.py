@@ -58,6 +58,13 @@ class ShardLane:
         """Return the number of answers for which no step waited."""
         return self._arrivals.stale
 
+    def close(self) -> None:
+        """Free the memory of this end. The link has ended, and no step uses it any more."""
+        self._outputs.close()
+        self._queries = self._keys_values = self._chunks = memoryview(b"")
+        for parts in (self._query_parts, self._key_value_parts, self._chunk_parts, self._output_parts):
+            parts.clear()
+
     def begin(self, slot: int, step: int, plan: StepPlan, *, asks: bool) -> ShardStep:
         """Begin a step of ``slot`` with these rows.
 

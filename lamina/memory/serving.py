@@ -47,6 +47,7 @@ class ServingLane:
     def __init__(self, link: Link, attach: Attach, tenant: Tenant) -> None:
         self._link = link
         self._tenant = tenant
+        self._is_closed = False
         self._layers = tenant.geometry.layers
         self._geometry = g = tenant.geometry
         self._outputs_remote = attach.outputs
@@ -84,6 +85,18 @@ class ServingLane:
                 tasks.create_task(self._attend(number))
             tasks.create_task(self._keep())
 
+    def close(self) -> None:
+        """Free the memory into which the compute node wrote. `run` has ended.
+
+        Tracebacks keep this object until the garbage collector finds them, which takes long where little is allocated.
+        """
+        self._is_closed = True
+        for region in (self._plans, self._queries, self._keys_values, self._chunks):
+            region.close()
+        self._outputs = memoryview(b"")
+        for parts in (self._query_parts, self._key_value_parts, self._output_parts, self._chunk_parts):
+            parts.clear()
+
     # -- decode
 
     async def _attend(self, number: int) -> None:
@@ -118,6 +131,8 @@ class ServingLane:
     def _answer(self, number: int, tag: int, nbytes: int, spent_s: float, *, own: bool) -> None:
         """Send an answer that has been laid out for a slot. An answer to a query of another link is dropped if this
         link has ended."""
+        if self._is_closed:
+            return
         start = number * self._geometry.output_bytes
         SECONDS.pack_into(self._outputs, start, spent_s)
         try:

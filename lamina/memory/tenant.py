@@ -61,7 +61,8 @@ class Tenant:
 
     def leave(self, member: int) -> None:
         """A compute node is gone. Answers for it are dropped from now on."""
-        self.lanes.pop(member, None)
+        if (lane := self.lanes.pop(member, None)) is not None:
+            lane.close()
 
     def describe(self, compute_nodes: list[str]) -> TenantStatus:
         """Return what the status of the node says about this tenant."""

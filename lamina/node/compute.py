@@ -134,6 +134,8 @@ class ComputeNode:
             self._monitor.close()
             await asyncio.gather(*(link.close() for link in [*self._clients, *self._rendezvous.links]))
             self._device.close()
+            for way in self._ways:
+                way.close()
 
     async def _run(self, worker: Intake | Follower, stopping: asyncio.Event) -> None:
         running = asyncio.ensure_future(worker.run())
@@ -305,6 +307,11 @@ class ComputeNode:
         assert self._tokenizer is not None, "made before the front"
         return self._tokenizer
 
+    @property
+    def _ways(self) -> list[ShardControl | PeerControl]:
+        """Return what leads to the other nodes."""
+        return [*self._shards.values(), *self._peers.values()]
+
     # -- status
 
     async def _status(self) -> Status:
@@ -322,9 +329,8 @@ class ComputeNode:
         status.state = "draining" if worker.draining else "ready"
         status.model = self._served.facts.fingerprint
         status.layers = runner.layers
-        ways: list[ShardControl | PeerControl] = [*self._shards.values(), *self._peers.values()]
-        status.stale_tags = sum(way.lane.stale_tags for way in ways)
-        status.peers = [way.describe() for way in ways]
+        status.stale_tags = sum(way.lane.stale_tags for way in self._ways)
+        status.peers = [way.describe() for way in self._ways]
         if self._follower is not None:
             status.steps = self._follower.steps
         if self._front is not None:

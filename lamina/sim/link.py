@@ -367,9 +367,13 @@ class SimLink(OwnedLink):
             return False
         self._open = False
         self._error = error
+        self._let_go()
         self._ended.set()
         self._is_over = True
         self._held.clear()
+        if self._peer._is_over:  # nobody writes to either end's regions any more
+            self._exposed.clear()
+            self._peer._exposed.clear()
         self._pending = 0
         if self._silence is not None:
             self._silence.cancel()
