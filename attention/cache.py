@@ -6,6 +6,7 @@ The backend stores the keys and values themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -291,8 +292,10 @@ class KVCache:
         first = self._first[:, slots]
         for index in self._windowed:
             first[index] = self._new_first(index, rows, slots, starts, last[index], attend=attend)
-        for index, i in zip(*np.nonzero((first > self._first[:, slots]) | (last > self._next[:, slots])), strict=True):
-            self._move(int(index), held[i], int(first[index, i]), int(last[index, i]))
+        moves = (first > self._first[:, slots]) | (last > self._next[:, slots])
+        for index in np.nonzero(moves.any(axis=1))[0].tolist():
+            which = np.nonzero(moves[index])[0]
+            self._move(index, [held[i] for i in which.tolist()], first[index, which], last[index, which])
         return BlockPlacement(
             rows=rows,
             starts=starts,
@@ -435,26 +438,33 @@ class KVCache:
             )
         return first
 
-    def _move(self, group: int, reservation: BlockReservation, first: int, last: int) -> None:
-        """Make a sequence hold exactly the blocks first..last-1 of a group."""
-        blocks, table, slot = self._blocks[group], reservation.tables[group], reservation.slot
-        old_first, old_next = int(self._first[group, slot]), int(self._next[group, slot])
-        if first > old_first:
-            blocks.free(table[old_first:first].tolist())
-            table[old_first:first] = -1
-            self._losses += 1
-            # The sequence keeps its right to a number of blocks: it may allocate others for those that it freed.
-            blocks.promised += first - old_first
-        if last > old_next:
-            table[old_next:last] = blocks.allocate(last - old_next)
-            for index, old in reservation.outgrown:
-                if index == group:  # steps that were placed before read blocks that are assigned now
-                    old[old_next:last] = table[old_next : min(last, len(old))]
-        self._first[group, slot], self._next[group, slot] = first, last
-        promised = self._unassigned(group, slot, int(self._counts[group, slot]), int(self._totals[slot]))
-        blocks.promised += promised - int(self._promised[group, slot]) - (first - old_first) + (last - old_next)
-        self._promised[group, slot] = promised
-        if first > old_first:
+    def _move(self, group: int, held: Sequence[BlockReservation], first: Integers, last: Integers) -> None:
+        """Make sequences hold exactly the blocks first..last-1 of a group."""
+        blocks = self._blocks[group]
+        slots = np.array([reservation.slot for reservation in held], dtype=np.int64)
+        freed, assigned = first - self._first[group, slots], last - self._next[group, slots]
+        if freed.any():
+            for reservation, stop, count in zip(held, first.tolist(), freed.tolist(), strict=True):
+                if count:
+                    table = reservation.tables[group]
+                    blocks.free(table[stop - count : stop].tolist())
+                    table[stop - count : stop] = -1
+                    self._losses += 1
+            # The sequences keep their right to a number of blocks: they may allocate others for those that they freed.
+            blocks.promised += int(freed.sum())
+        fresh = iter(blocks.allocate(int(assigned.sum())))
+        for reservation, stop, count in zip(held, last.tolist(), assigned.tolist(), strict=True):
+            if count:
+                start, own = stop - count, list(islice(fresh, count))
+                reservation.tables[group][start:stop] = own
+                for index, old in reservation.outgrown:
+                    if index == group:  # steps that were placed before read blocks that are assigned now
+                        old[start:stop] = own[: max(0, len(old) - start)]
+        self._first[group, slots], self._next[group, slots] = first, last
+        promised = np.minimum(self._counts[group, slots] - (last - first), self._totals[slots] - last)
+        blocks.promised += int((promised - self._promised[group, slots] - freed + assigned).sum())
+        self._promised[group, slots] = promised
+        if freed.any():
             blocks.tidy()
 
     def _unassigned(self, group: int, slot: int, count: int, total: int) -> int:
