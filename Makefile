@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The package's build compiles it.
 KERNEL := $(wildcard attention/native/*.cpp attention/native/*.h) attention/native/build.py hatch_build.py
 
-.PHONY: help setup demo test test-slow package test-rdma rdma-packages rdma-kernel check format bench soak checkpoint clean
+.PHONY: help setup demo docs test test-slow package test-rdma rdma-packages rdma-kernel check format bench soak checkpoint clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 15
@@ -56,6 +56,9 @@ format: setup    ## format the code and mend what the linter can
 bench: setup     ## all benchmarks, each beside its yardstick
 	$(BIN)/lamina bench all
 
+docs: setup      ## build the pages of docs/ into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 soak: setup      ## an hour of links at full rate, which must not grow
 	$(BIN)/python -m lamina.bench.soak --minutes 60
 
@@ -63,4 +66,4 @@ checkpoint: setup  ## train the demo checkpoint again (about 25 minutes on 2 cor
 	$(BIN)/python -m lamina.demo.train
 
 clean:           ## remove what setup and the tools made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist attention/native/*.so
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist site attention/native/*.so

@@ -39,6 +39,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """``[model]``: the checkpoint directory, relative to the file, and how it runs."""
 
     path: str
+    """A Hugging Face directory: configuration, safetensors and tokenizer."""
     dtype: Dtype | None = None
     """The type in which the model runs. None: the one of the checkpoint."""
     kv_dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"] | None = None
@@ -93,6 +94,7 @@ class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tls_certificate: str | None = None
     """With ``tls_key`` and ``tls_authority``, in PEM: encrypts control connections, and the lanes of tcp."""
     tls_key: str | None = None
+    """The private key of the certificate."""
     tls_authority: str | None = None
     """The authority that signed the certificates of all nodes and clients."""
     busy_poll: bool = False
@@ -102,6 +104,7 @@ class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     start_timeout: StartTimeout = 60.0
     """Seconds that a starting node waits for the others."""
     rdma: RdmaConfig = RdmaConfig()
+    """The table ``[transport.rdma]``."""
 
     def options(self, folder: Path, place: Callable[[str], str] = "transport.{}".format) -> Options:
         """The options of links, with the secret read. A ConfigError begins with the ``place`` of the wrong key."""
@@ -145,7 +148,9 @@ class _Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_f
     """The keys that nodes of both roles have."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    """Names the node in messages, logs and commands."""
     address: ListenAddress
+    """Where the node listens, and where others reach it."""
     cpus: Cpus | None = None
     """The processors that the node is pinned to, such as "0-3,8"."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
