@@ -206,7 +206,7 @@ def test_peer_that_falls_silent_in_a_set_up(silent_from):
     """The listener does not wait for ever, and the connection ends with the reason."""
 
     async def main():
-        async with listening(AUTO) as (listener, keeper):
+        async with listening(Options("auto", peer_timeout=1.0)) as (listener, keeper):
             offers = await wire.offers_of(listener.address)
             async with wire.stranger(listener.address) as control:
                 await wire.introduce(control, kind="shm", offers=offers)
