@@ -49,6 +49,15 @@ def check_checkpoint(path: Path) -> None:
     check_tokenizer(path)
 
 
+def rope_parameters(text: Any) -> list[dict[str, Any]]:
+    """Return the rope parameters of a configuration of the library: one, or one for each type of layers."""
+    if not getattr(text, "rope_parameters", None):
+        return []
+    text.standardize_rope_params()  # as every model does before it uses them; this finds the original context
+    ropes: dict[str, Any] = text.rope_parameters
+    return [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint directory, opened and checked, before any tensor is read.
@@ -123,11 +132,21 @@ class Checkpoint:
 
     @cached_property
     def max_context(self) -> int:
-        """The longest context, in tokens, that the model supports."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        """The longest context, in tokens, that the model supports.
+
+        With YaRN that is ``factor`` times the original context. Checkpoints differ in whether max_position_embeddings
+        is the original context or the extended one, so it does not count where rope parameters give the original.
+        """
+        text = self.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
         if not isinstance(limit, int) or limit < 1:
             raise UnsupportedModelError(f"{self.path / 'config.json'}: max_position_embeddings is missing")
-        return limit
+        extended = [
+            int(rope["factor"] * rope["original_max_position_embeddings"])
+            for rope in rope_parameters(text)
+            if rope.get("rope_type") == "yarn" and rope.get("factor")
+        ]
+        return min(extended, default=limit)
 
     @cached_property
     def vocabulary(self) -> int:

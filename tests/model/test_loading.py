@@ -23,6 +23,7 @@ from lamina.errors import CheckpointError, UnsupportedModelError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint, check_checkpoint
 from lamina.model.weights import load_weights
+from tests.families import FAMILIES
 from tests.model.compose import CPU
 
 FILE = "model.safetensors"
@@ -469,6 +470,59 @@ def test_null_quantization_config_is_none(copy_of):
     edit_config(path, quantization_config=None)
 
     assert Checkpoint.open(path).dtype == "float32"
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+CONTEXTS = {
+    "as model cards say": (128, {"rope_scaling": {**YARN, "original_max_position_embeddings": 128}}, 512),
+    "old name of the type": (128, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, 512),
+    "new spelling": (128, {"rope_parameters": {**YARN, "original_max_position_embeddings": 128}}, 512),
+    "original not given": (128, {"rope_parameters": YARN}, 512),
+    "room for answers": (160, {"rope_scaling": {**YARN, "original_max_position_embeddings": 128}}, 512),
+    "extended already": (512, {"rope_scaling": {**YARN, "original_max_position_embeddings": 128}}, 512),
+    "original beside": (512, {"original_max_position_embeddings": 128, "rope_scaling": YARN}, 512),
+    "no factor": (512, {"rope_scaling": {**YARN, "factor": None, "original_max_position_embeddings": 128}}, 512),
+    "no yarn": (512, {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 512),
+}
+
+
+@pytest.mark.parametrize("case", CONTEXTS)
+def test_yarn_extends_the_context(case, copy_of):
+    """By its factor, of the original context, however the configuration spells them; and never twice."""
+    positions, ropes, context = CONTEXTS[case]
+    path = copy_of("llama")
+    config = json.loads((path / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions, **ropes}))
+
+    assert Checkpoint.open(path).max_context == context
+
+
+def test_yarn_in_some_layers_extends_the_context(tmp_path):
+    """Layers that attend within a window have no part in it."""
+    ropes = {
+        "full_attention": {**YARN, "rope_theta": 1e6, "original_max_position_embeddings": 128},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = {"model_type": "gemma3_text", "max_position_embeddings": 128, "rope_parameters": ropes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert Checkpoint.open(tmp_path).max_context == 512
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_without_a_dtype_the_model_runs_as_it_is_stored(dtype, sharded, tmp_path):
+    """config.json of some checkpoints does not say; the tensors do, to the library too."""
+    path = FAMILIES["qwen2"].save(tmp_path, dtype=dtype)
+    config = json.loads((path / "config.json").read_text())
+    del config["dtype"]
+    (path / "config.json").write_text(json.dumps(config))
+    if sharded:
+        shard(path)
+
+    assert Checkpoint.open(path).dtype == dtype
+    assert AutoModelForCausalLM.from_pretrained(path, dtype="auto").dtype == getattr(torch, dtype)
 
 
 def test_stop_tokens_come_from_the_generation_config_first(copy_of):
