@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import shutil
+import subprocess
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -213,6 +216,28 @@ def _compile(module: fx.GraphModule, name: str) -> RunFunction | None:
         return None
     log.info("event=compiled part=%r seconds=%.1f", name, time.perf_counter() - started)
     return run
+
+
+def compile_trouble() -> str:
+    """Return why Inductor cannot compile on this machine, and what to do about it; empty if it can.
+
+    It takes the compiler that Inductor takes, and lets it read the headers of Python and OpenMP that Inductor includes.
+    """
+    keep_inductor_private()
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return f"there is no C++ compiler {os.environ.get('CXX', 'g++')}; install g++, or let CXX name another compiler"
+    command = [compiler, "-fsyntax-only", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"]
+    program = "#include <Python.h>\n#include <omp.h>\n"
+    done = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+        return f"{compiler} fails ({reason.strip()}); install the headers of Python (python3-dev) and of OpenMP"
+    return ""
 
 
 def _inductor(module: fx.GraphModule) -> RunFunction:
