@@ -18,6 +18,8 @@ setup: .venv/ready   ## make .venv with everything that the other targets need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@# pip would compile with one core. A few packages ship templates that are no Python; those may fail.
 	-@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null
+	@# pip hides what the package's build says.
+	@test -e attention/native/liblamina_attention.so || echo 'lamina: the native attention kernel was not compiled, so memory nodes are several times slower; install g++ and run: $(BIN)/python -m lamina.attention.native.build'
 	touch $@
 
 demo: setup      ## run one compute and two memory nodes on this machine and compare with transformers

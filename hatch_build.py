@@ -21,7 +21,10 @@ class NativeKernel(BuildHookInterface[Any]):
         try:
             library: Path = native["build"]()
         except native["BuildError"] as error:
-            self.app.display_warning(f"lamina: built without the attention backend native: {error}")
+            self.app.display_warning(
+                f"lamina: built without the native attention kernel, so memory nodes are much slower: {error}; "
+                "then run: python -m lamina.attention.native.build"
+            )
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lamina.model.cache import keep_inductor_private
+
 if TYPE_CHECKING:
     from tests.oracle import Agreement
 
 # Test runners and nodes share few cores: one computing thread each. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+keep_inductor_private()
 
 
 @pytest.fixture(scope="session")

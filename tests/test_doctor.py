@@ -61,9 +61,36 @@ def test_this_machine_is_looked_at() -> None:
     assert done.stderr == ""
     for word in ("item", "state", "found", "what to do", "Python", "torch", "NUMA", "huge pages", "locked memory"):
         assert word in done.stdout
-    for item in ("attention kernel", "file descriptors", "GPU", "RDMA devices", "transport tcp", "transport shm"):
+    for item in (
+        "attention kernel",
+        "compiling",
+        "file descriptors",
+        "GPU",
+        "RDMA devices",
+        "transport tcp",
+        "transport shm",
+    ):
         assert item in done.stdout
     assert re.search(r"\d+ fail, \d+ warn\n$", done.stdout)
+
+
+def test_a_machine_that_cannot_compile(tmp_path: Path) -> None:
+    """It hears so before its first run, what to do, and that Lamina runs all the same."""
+    variables = {key: value for key, value in os.environ.items() if key != "CXX"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lamina", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+        env={**variables, "PATH": str(tmp_path)},
+    )
+
+    found = line(json.loads(done.stdout), "compiling")
+    assert found["state"] == "warn"
+    assert found["found"] == "there is no C++ compiler g++, so compute nodes run the model uncompiled, which is slower"
+    assert found["do"].startswith("install g++, or let CXX name another compiler; model.compile = false")
+    assert done.stderr == ""
 
 
 def test_a_check_that_fails_is_a_line() -> None:

@@ -50,7 +50,7 @@ def compiler() -> str:
     for name in (chosen, "c++", "g++", "clang++"):
         if name and (path := shutil.which(name)):
             return path
-    raise BuildError("no C++ compiler found (c++, g++, clang++); install one, such as g++, and build again")
+    raise BuildError("no C++ compiler found (c++, g++, clang++); install one, such as g++")
 
 
 def build(output: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False) -> Path:

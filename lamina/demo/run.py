@@ -41,6 +41,8 @@ class _DemoAnswer:
     """The statuses of all nodes after the first token."""
     after: dict[str, Status]
     """The statuses of all nodes after the last token."""
+    warnings: list[str]
+    """What the nodes warned of while they started."""
 
 
 def run(*, as_json: bool) -> int:
@@ -71,6 +73,7 @@ async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _D
         async with Cluster(config, log_file=log_file) as cluster:
             with console.status(f"starting {len(config.node)} nodes"):
                 await cluster.ready()
+            warnings = _warnings(log_path)
             async with connect(config.front.address) as client:
                 console.print(DEMO_PROMPT, end="", style="bold", soft_wrap=True)
                 stream = client.stream(DEMO_PROMPT, max_tokens=MAX_TOKENS)
@@ -84,7 +87,14 @@ async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _D
                     text += token.text
                     console.print(token.text, end="", markup=False, soft_wrap=True)
                 seconds = time.perf_counter() - first
-                return _DemoAnswer(tokens, text + stream.held_back, seconds, before, await cluster.statuses())
+                after = await cluster.statuses()
+                return _DemoAnswer(tokens, text + stream.held_back, seconds, before, after, warnings)
+
+
+def _warnings(log_path: Path) -> list[str]:
+    """Return the warnings of the nodes, each once; they may say that the attention kernel was not compiled."""
+    lines = (line for line in log_path.read_text().splitlines() if " level=warning " in line)
+    return list(dict.fromkeys(line[line.find("event=") :] for line in lines))
 
 
 def _oracle() -> list[int]:
@@ -115,6 +125,7 @@ def _facts(config: ClusterConfig, answer: _DemoAnswer, identical: bool) -> dict[
         "tokens_per_s": figures.tokens_per_s,
         "wire_bytes_per_token": figures.wire_bytes_per_token,
         "layer_us": figures.layer_us,
+        "warnings": answer.warnings,
         "nodes": [{"name": config.front.name, "role": "compute", "transport": None, "kv_heads": 0}, *memory_nodes],
     }
 
@@ -134,4 +145,6 @@ def _print(facts: dict[str, Any]) -> None:
             "  wire and waiting": f"{layer['wire']:.0f} µs",
         }
     )
+    for warning in facts["warnings"]:
+        print_text(f"warning: {warning}")
     print_text(f"{facts['tokens']} tokens, identical: {'yes' if facts['identical'] else 'no'}")

@@ -10,6 +10,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shutil
+import subprocess
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from lamina.model.cache import cache_folder
+from lamina.model.cache import cache_folder, keep_inductor_private
 from lamina.model.products import can_pack, pack
 
 log = logging.getLogger("lamina.model")
@@ -215,14 +218,41 @@ def _compile(module: fx.GraphModule, name: str) -> RunFunction | None:
     return run
 
 
+def compile_trouble() -> str:
+    """Return why Inductor cannot compile on this machine, and what to do about it; empty if it can.
+
+    It takes the compiler that Inductor takes, and lets it read the headers of Python and OpenMP that Inductor includes.
+    """
+    keep_inductor_private()
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return f"there is no C++ compiler {os.environ.get('CXX', 'g++')}; install g++, or let CXX name another compiler"
+    command = [compiler, "-fsyntax-only", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"]
+    program = "#include <Python.h>\n#include <omp.h>\n"
+    done = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+        return f"{compiler} fails ({reason.strip()}); install the headers of Python (python3-dev) and of OpenMP"
+    return ""
+
+
 def _inductor(module: fx.GraphModule) -> RunFunction:
-    # By default Inductor uses a folder of /tmp with a known name, where another user could place files first.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
+    keep_inductor_private()
+    import torch._inductor.codecache
     import torch._inductor.config
 
+    # Headers are kept beside the cache, in a folder that torch chooses when it is imported.
+    headers = cache_folder("inductor") / "precompiled_headers"
+    torch._inductor.codecache._HEADER_DIR = str(headers)
+    torch._inductor.codecache._HEADER_LOCK_DIR = str(headers / "locks")
     settings: dict[str, Any] = {
         "compile_threads": 1,  # more threads would be processes that import torch again
         "cpp.threads": torch.get_num_threads(),
+        "cpp_cache_precompile_headers": shutil.which("openssl") is not None,  # which names them
         "fx_graph_cache": True,
         "size_asserts": False,  # packed weights have no strides
     }

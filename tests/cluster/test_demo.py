@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def test_the_demo_is_identical_to_transformers() -> None:
     assert facts["identical"] is True
     assert facts["text"].startswith(DEMO_PROMPT)
     assert facts["tokens"] > 50
+    assert facts["warnings"] == []
     assert facts["tokens_per_s"] > 1
     # Of 4 layers and more, q, k, v and o of 8 query and 4 KV heads in float32, and little beside.
     config = json.loads((CHECKPOINT / "config.json").read_text())
@@ -39,6 +41,23 @@ def test_the_demo_is_identical_to_transformers() -> None:
         ("m0", "memory", taken, 2),
         ("m1", "memory", taken, 2),
     ]
+
+
+def test_the_demo_says_that_the_attention_kernel_is_missing(tmp_path: Path) -> None:
+    """Installed without a C++ compiler it is several times slower, which it says in one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lamina", "demo"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        env={**os.environ, "LAMINA_NATIVE_LIBRARY": str(tmp_path / "liblamina_attention.so")},
+    )
+
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "attention" in line and "native" in line)
+    assert line.startswith("warning: event=attention_fallback backend=torch reason=")
+    assert "install g++ and run: python -m lamina.attention.native.build" in line
 
 
 def test_text_comes_as_it_is_generated(memory_ports: list[int], tmp_path: Path) -> None:

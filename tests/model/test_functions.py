@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lamina.model import products
+from lamina.model.functions import compile_trouble
 from lamina.model.slices import SlicedModel
 from lamina.model.weights import load_weights
 from tests.families import FAMILIES
@@ -186,6 +187,28 @@ def test_without_a_compiler_slices_run_uncompiled(saved, caplog):
     assert len(warnings) == 5
     assert "event=not_compiled part='head of slice 1'" in warnings[3]
     assert "/nowhere/c++" in warnings[3] or "compiler" in warnings[3].lower()
+
+
+def test_a_compiler_without_headers_is_no_compiler(tmp_path):
+    """As on systems that have Python without what programs in C++ need of it."""
+    assert compile_trouble() == ""
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        """#!/bin/sh
+[ "$1" = --version ] && exit 0
+echo "<stdin>:1:10: fatal error: Python.h: No such file or directory" >&2
+exit 1
+"""
+    )
+    compiler.chmod(0o755)
+
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}):
+        trouble = compile_trouble()
+
+    assert trouble == (
+        f"{compiler} fails (<stdin>:1:10: fatal error: Python.h: No such file or directory); install the headers of "
+        "Python (python3-dev) and of OpenMP"
+    )
 
 
 def test_weights_are_handed_over(blueprint):

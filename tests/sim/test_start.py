@@ -11,9 +11,10 @@ from lamina.config import ClusterConfig, NodeConfig, PipelineConfig
 from lamina.errors import NodeError
 from lamina.runtime.spans import Place
 from lamina.sim.cluster import NodeSeconds, SimCluster
+from lamina.sim.empty import EmptyBackend
 from lamina.sim.link import LinkModel
 from lamina.sim.world import World
-from tests.sim.clusters import LINK, make_config, new_cluster
+from tests.sim.clusters import LINK, empty_model, make_config, new_cluster
 
 BROKEN = "the device is out of memory"
 
@@ -97,3 +98,21 @@ def test_all_blame_the_memory_node_that_is_lost_during_the_start(at_s: float) ->
     for name in ("c0", "c1"):
         assert isinstance(cluster.ended[name], NodeError)
         assert "memory node m0 was lost" in str(cluster.ended[name])
+
+
+@pytest.mark.parametrize(("small", "bytes_per_token"), [(0, 768), (1, 768), (2, 512)])
+def test_too_little_memory_is_told_of_the_node_that_has_it(small: int, bytes_per_token: int) -> None:
+    """With its own bytes per token, where nodes have different numbers of heads: 3, 3 and 2."""
+    sizes = [16 << 20] * 3
+    sizes[small] = 64 << 10
+    config = make_config(memory_nodes=3, memory=sizes)
+    model = empty_model(config, kv_heads=8, context=100_000)
+
+    async def main(world: World) -> BaseException | None:
+        async with SimCluster(world, config, open_model=model, backend=EmptyBackend) as cluster:
+            await asyncio.sleep(10)
+            return cluster.ended["c0"]
+
+    with World(1, model=LINK, tracing=False) as world:
+        error = world.run(main(world))
+    assert f"m{small} holds the least of this model's KV cache, 4096 tokens of {bytes_per_token} bytes" in str(error)

@@ -41,6 +41,7 @@ def look(config: ClusterConfig | None) -> list[Finding]:
         ("software", software),
         ("processors", processors),
         ("attention kernel", kernel),
+        ("compiling", partial(compiling, config)),
         ("NUMA", partial(numa, config)),
         ("huge pages", huge_pages),
         ("file descriptors", descriptors),
@@ -103,6 +104,21 @@ def kernel() -> Iterator[Finding]:
         )
         return
     yield Finding("attention kernel", "ok", f"compiled; uses {isa}, out of {', '.join(available_isas())}")
+
+
+def compiling(config: ClusterConfig | None) -> Iterator[Finding]:
+    """Check that compute nodes on this machine can compile what they run."""
+    if config and not (config.model.compile and any(is_here(n.address) for n in config.compute_nodes)):
+        yield Finding("compiling", "none", "no compute node here compiles")
+        return
+    from lamina.model.functions import compile_trouble
+
+    if trouble := compile_trouble():
+        reason, _, advice = trouble.partition("; ")
+        found = f"{reason}, so compute nodes run the model uncompiled, which is slower"
+        yield Finding("compiling", "warn", found, f"{advice}; model.compile = false accepts it")
+    else:
+        yield Finding("compiling", "ok", "a C++ compiler and its headers are there")
 
 
 # -- memory
