@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import json
 import re
@@ -66,6 +67,8 @@ class Tokenizer:
             added = self._library.get_added_tokens_decoder()
             self._special = frozenset(id_ for id_, token in added.items() if token.special)
             self._unknown = tokenizer.unk_token_id
+            self._added: list[int] = self._library.encode("").ids
+            """The special tokens that every prompt gets."""
             decoders = _parts(self._library.decoder)
             names = {part["type"] for part in decoders}
             self._alphabet: dict[str, int] | None = None
@@ -88,7 +91,7 @@ class Tokenizer:
                 "at most; shorten it"
             )
 
-    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Return the token ids of a prompt, with the special tokens that the checkpoint asks for.
 
         The text of a special token is text like any other, unless ``parse_special`` makes it that token. A long text
@@ -101,17 +104,21 @@ class Tokenizer:
         if parse_special:
             ids: list[int] = self._parsing.encode(text).ids
             return ids
-        encoding = self._library.encode(text)
-        ids = encoding.ids
-        if not self._special.isdisjoint(ids):
-            # Some vocabularies have special tokens among their words. The unknown token comes from any text.
-            for token, is_added in zip(ids, encoding.special_tokens_mask, strict=True):
-                if token in self._special and not is_added and token != self._unknown:
-                    raise RequestError(
-                        f"this tokenizer cannot read {self._library.id_to_token(token)!r} in the prompt as text; give "
-                        "token ids, or let parse_special make it the special token"
-                    )
+        ids = self._library.encode(text).ids
+        # Some vocabularies have special tokens among their words. The unknown token comes from any text.
+        for token in self._special.intersection(ids) - {self._unknown}:
+            if ids.count(token) > self._added.count(token):
+                raise RequestError(
+                    f"this tokenizer cannot read {self._library.id_to_token(token)!r} in the prompt as text; give "
+                    "token ids, or let parse_special make it the special token"
+                )
         return ids
+
+    def done(self, encoding: asyncio.Future[list[int]]) -> None:
+        """A prompt has been encoded. The task that waits for it, if any, gets its error."""
+        self.at_work -= 1
+        if not encoding.cancelled():
+            encoding.exception()
 
     def _require_library(self) -> None:
         if self._library is None:

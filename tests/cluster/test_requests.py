@@ -47,7 +47,7 @@ def cluster(
         assert node.stop() == 0
 
 
-def ask(config: ClusterConfig, work: Callable[[lamina.Client], Awaitable[None]]) -> None:
+def ask(config: ClusterConfig, work: Callable[[lamina.AsyncClient], Awaitable[None]]) -> None:
     """Run ``work`` with a client, then check that no KV cache is left in use on any node."""
 
     async def main() -> None:
@@ -71,7 +71,7 @@ def prompts(count: int, longest: int = 120) -> list[list[int]]:
 def test_cancelling_at_any_moment_harms_no_other(cluster: ClusterConfig, oracle: Oracle, agreement: Agreement) -> None:
     """While waiting, in mid-prompt and in mid-answer; the others' tokens stay right."""
 
-    async def work(client: lamina.Client) -> None:
+    async def work(client: lamina.AsyncClient) -> None:
         chosen = random.Random(SEED)
         asked = prompts(14)
 
@@ -107,7 +107,7 @@ def test_a_client_that_dies_frees_its_requests(cluster: ClusterConfig) -> None:
     died = subprocess.run([sys.executable, "-c", CLIENT, str(cluster.file)], check=False, timeout=60)
     assert died.returncode == -signal.SIGKILL
 
-    async def work(client: lamina.Client) -> None:
+    async def work(client: lamina.AsyncClient) -> None:
         assert len((await client.generate([1], max_tokens=2)).tokens) == 2
 
     ask(cluster, work)

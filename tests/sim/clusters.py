@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lamina.attention import BackendFactory, LayerShape
-from lamina.client import Client, Completion
+from lamina.client import AsyncClient, Completion
 from lamina.config import (
     ClusterConfig,
     ComputeNodeConfig,
@@ -204,7 +204,7 @@ async def eventually(condition: Callable[[], Awaitable[object]], timeout_s: floa
         await asyncio.sleep(0.01)
 
 
-async def generate(client: Client, prompts: Iterable[Sequence[int]], **settings: Any) -> list[list[int]]:
+async def generate(client: AsyncClient, prompts: Iterable[Sequence[int]], **settings: Any) -> list[list[int]]:
     """Answers to prompts that are asked at the same time."""
     answers: list[Completion] = await asyncio.gather(*(client.generate(p, **settings) for p in prompts))
     return [answer.tokens for answer in answers]

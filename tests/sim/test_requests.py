@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lamina.client import Client, Completion
+from lamina.client import AsyncClient, Completion
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import CapacityError, LaminaError, RequestError
@@ -37,7 +37,7 @@ SEED = 11
 MANY = 10_000
 
 
-def ask(llama: Path | str, work: Callable[[Client], Awaitable[None]]) -> None:
+def ask(llama: Path | str, work: Callable[[AsyncClient], Awaitable[None]]) -> None:
     """Run ``work`` with a client of a cluster with two batches in flight, and prompts in chunks shorter than they are.
     Then no KV cache may be left in use on any node."""
     pipeline = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, max_waiting=16)
@@ -57,7 +57,7 @@ def prompts(count: int, longest: int = 120) -> list[list[int]]:
 def test_more_requests_than_a_batch_holds(llama: Path, oracle: Oracle, agreement: Agreement) -> None:
     """Continuous admission over two batches in flight, prompts in chunks among decoding: all answers are right."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         asked = prompts(12)
         answers = await asyncio.gather(*(client.generate(p, max_tokens=5 + i) for i, p in enumerate(asked)))
         for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
@@ -71,7 +71,7 @@ def test_more_requests_than_a_batch_holds(llama: Path, oracle: Oracle, agreement
 def test_sampling_depends_on_seed_and_position_alone(llama: Path) -> None:
     """Alone or among others, a seeded request gets the same tokens; another seed gives others."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         settings = {"max_tokens": 20, "temperature": 1.2, "top_k": 50, "top_p": 0.95}
         prompt, *others = prompts(7, longest=30)
         alone = await client.generate(prompt, seed=3, **settings)
@@ -92,7 +92,7 @@ def test_sampling_depends_on_seed_and_position_alone(llama: Path) -> None:
 def test_leaving_the_iterator_aborts() -> None:
     """By break, by closing and by cancellation; the KV cache is free again on every node."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         prompt = [1, 2, 3]
         async for _ in client.stream(prompt, max_tokens=300):
             break
@@ -112,7 +112,7 @@ def test_leaving_the_iterator_aborts() -> None:
 def test_an_answer_that_has_failed_fails_again() -> None:
     """Every further attempt to read raises the same error; none waits for a token that cannot come."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         stream = client.stream([1] * 5000, max_tokens=1)
         with pytest.raises(RequestError, match="the prompt has 5000 tokens") as first:
             await anext(stream)
@@ -164,7 +164,7 @@ def test_an_answer_that_cannot_be_completed_harms_no_other() -> None:
 def test_giving_up_on_a_status_harms_no_request() -> None:
     """Its answer comes when it is not awaited any more."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         stream = client.stream([1, 2, 3], max_tokens=20)
         await anext(stream)
         asked = asyncio.create_task(client.status())
@@ -178,7 +178,7 @@ def test_giving_up_on_a_status_harms_no_request() -> None:
 def test_cancelling_at_any_moment_harms_no_other(llama: Path, oracle: Oracle, agreement: Agreement) -> None:
     """While waiting, in mid-prompt and in mid-answer; the others' tokens stay right."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         chosen = random.Random(SEED)
         asked = prompts(14)
 
@@ -229,7 +229,10 @@ IMPOSSIBLE: list[tuple[list[int] | str, dict[str, Any], str]] = [
     ([1, 2], {"max_tokens": MAX_CONTEXT}, f"ask for at most {MAX_CONTEXT - 2}"),
     ([1, VOCABULARY], {}, f"token {VOCABULARY} at position 1"),
     ("text", {}, "no tokenizer.json"),
-    ("a" * 2**21, {}, "the prompt is too long to be sent"),
+    ("a" * 2**21, {}, "no tokenizer.json"),
+    ("a\ud800", {}, "prompt: '\\ud800' at position 1 is half of a surrogate pair and no character"),
+    ([1] * 2**21, {}, f"the prompt has {2**21} tokens, the context is {MAX_CONTEXT}"),
+    ([1], {"temprature": 1.0}, "unknown setting 'temprature'; did you mean 'temperature'?"),
     ([1], {"temperature": -1.0}, "temperature: expected float >= 0"),
     ([1], {"top_p": 1.5}, "top_p: expected float <= 1"),
     ([1], {"max_tokens": 0}, "max_tokens: expected int >= 1"),
@@ -241,7 +244,7 @@ IMPOSSIBLE: list[tuple[list[int] | str, dict[str, Any], str]] = [
 def test_an_impossible_request_is_refused_alone(llama: Path) -> None:
     """A sentence says what is wrong, while another request on the same connection goes on."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         for prompt, settings, message in IMPOSSIBLE:
             good = asyncio.create_task(client.generate([1, 2, 3], max_tokens=10))
             with pytest.raises(RequestError) as caught:
@@ -250,6 +253,36 @@ def test_an_impossible_request_is_refused_alone(llama: Path) -> None:
             assert len((await good).tokens) == 10
 
     ask(llama, work)
+
+
+def test_whatever_fits_the_context_can_be_sent() -> None:
+    """Also where one message could not hold it, to the last token id; one more is refused."""
+    context = 1 << 18
+    pipeline = PipelineConfig(prefill_tokens=1 << 16)
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            longest = [i % VOCABULARY % 50 for i in range(context - 1)]
+            answer, other = await asyncio.gather(client.generate(longest), client.generate([1], max_tokens=3))
+            assert (answer.prompt_tokens, len(answer.tokens), len(other.tokens)) == (context - 1, 1, 3)
+            with pytest.raises(RequestError, match=f"the prompt has {context} tokens, the context is {context}"):
+                await client.generate([*longest, 1])
+
+    simulate(make_config(memory=64 << 20, pipeline=pipeline), work, context=context)
+
+
+def test_a_long_text_comes_whole() -> None:
+    """In parts of a message each, with characters of any width; its tokens are those of the whole text."""
+    text = "Once upon a time, há muito tempo, 很久以前. " * 40
+    parts = len([*messages_for(1, Request(text, 1))])
+    short = MAX_PART_FOR_TESTS
+
+    async def work(client: AsyncClient) -> None:
+        expected = len(Tokenizer(DEMO, 2048).encode(text))
+        assert (await client.generate(text, max_tokens=1)).prompt_tokens == expected
+
+    assert parts == short
+    ask(DEMO, work)
 
 
 def test_a_client_after_its_end() -> None:
@@ -270,7 +303,7 @@ def test_other_nodes_send_clients_away() -> None:
 
     async def refusal(cluster: SimCluster, name: str) -> str:
         address, hello = config.find(name).address, Hello("client", "astray")
-        client = Client(await cluster.world.network.connect(address, hello, config.options(), deadline_s=1))
+        client = AsyncClient(await cluster.world.network.connect(address, hello, config.options(), deadline_s=1))
         with pytest.raises(RequestError) as refused:
             await client.generate([1])
         await client.close()
@@ -286,7 +319,7 @@ def test_other_nodes_send_clients_away() -> None:
 # -- what is kept for clients is bounded
 
 
-async def ask_for_one(client: Client, i: int, text: str = "") -> str:
+async def ask_for_one(client: AsyncClient, i: int, text: str = "") -> str:
     """How one of many small requests ends."""
     try:
         return (await client.generate(text or [1 + i % 50], max_tokens=1)).finish_reason
@@ -333,7 +366,7 @@ def test_texts_that_become_tokens_count_as_waiting() -> None:
 def test_a_full_queue_refuses() -> None:
     """The limit is told; what was taken is answered."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         asked = [asyncio.create_task(client.generate([1, 2], max_tokens=30)) for _ in range(40)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         refused = [a for a in answers if isinstance(a, CapacityError)]
