@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from lamina.client import AsyncClient, Completion
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
-from lamina.errors import CapacityError, LaminaError, RequestError
+from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
+from lamina.front.text import Tokenizer
 from lamina.node.compute import ComputeNode
 from lamina.sim.cluster import SimCluster
 from lamina.transport import Hello
 from lamina.wire.admin import AskStatus
-from lamina.wire.codec import encode
-from lamina.wire.requests import Generate, Request, Sampling
-from tests.families import MAX_CONTEXT, VOCABULARY
+from lamina.wire.codec import Message, encode
+from lamina.wire.requests import PART, Cancel, Generate, PromptPart, Request, Sampling
+from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
 from tests.sim.clusters import (
     eventually,
@@ -257,32 +261,124 @@ def test_an_impossible_request_is_refused_alone(llama: Path) -> None:
 
 def test_whatever_fits_the_context_can_be_sent() -> None:
     """Also where one message could not hold it, to the last token id; one more is refused."""
-    context = 1 << 18
-    pipeline = PipelineConfig(prefill_tokens=1 << 16)
+    context, vocabulary = 1 << 18, 1 << 18
+    pipeline = PipelineConfig(max_batch=1, prefill_tokens=16)
+    longest = [vocabulary - 1 - i % 1000 for i in range(context - 1)]
 
     async def work(cluster: SimCluster) -> None:
         async with cluster.client() as client:
-            longest = [i % VOCABULARY % 50 for i in range(context - 1)]
-            answer, other = await asyncio.gather(client.generate(longest), client.generate([1], max_tokens=3))
-            assert (answer.prompt_tokens, len(answer.tokens), len(other.tokens)) == (context - 1, 1, 3)
+            asked = asyncio.create_task(client.generate(longest))
+
+            async def is_prefilled() -> bool:
+                return (await client.status()).prompt_tokens == len(longest)
+
+            await eventually(is_prefilled)
+            asked.cancel()  # it would take a while
             with pytest.raises(RequestError, match=f"the prompt has {context} tokens, the context is {context}"):
                 await client.generate([*longest, 1])
 
-    simulate(make_config(memory=64 << 20, pipeline=pipeline), work, context=context)
+    simulate(make_config(memory=64 << 20, pipeline=pipeline), work, context=context, vocabulary=vocabulary)
 
 
 def test_a_long_text_comes_whole() -> None:
-    """In parts of a message each, with characters of any width; its tokens are those of the whole text."""
-    text = "Once upon a time, há muito tempo, 很久以前. " * 40
-    parts = len([*messages_for(1, Request(text, 1))])
-    short = MAX_PART_FOR_TESTS
+    """In several messages, cut between any two characters; its tokens are those of the whole text."""
+    tokenizer = Tokenizer(DEMO, 2048)
+    words = sorted(tokenizer._library.get_vocab(), key=len)[-1].replace("Ġ", " ") * 1500
+    text = f"há muito {words} 很久以前 {words[:5000]}"
+    assert len(text) > PART
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            tokens = tokenizer.encode(text)
+            by_text, by_tokens = [await client.generate(prompt, max_tokens=4) for prompt in (text, tokens)]
+            assert by_text.prompt_tokens == len(tokens)
+            assert by_text == by_tokens
+
+    simulate(make_config(DEMO), work)
+
+
+def test_parts_that_do_not_fit_together_are_refused() -> None:
+    """A client that breaks off, sends more than it said, or mixes text and token ids: each request fails alone."""
+    config = make_config()
+
+    async def work(cluster: SimCluster) -> None:
+        failures: dict[int | None, str] = {}
+        network = cluster.world.network
+        link = await network.connect(config.front.address, Hello("client", "raw"), config.options(), deadline_s=1)
+        link.deliver(on_message=lambda plain: failures.__setitem__(plain.get("id"), plain.get("message", "")))
+        messages: list[Message] = [
+            Generate(id=1, request=Request([1, 2], 1), length=3),
+            PromptPart(id=1, part=[3, 4]),
+            PromptPart(id=1, part=[5]),  # too late, and ignored
+            Generate(id=2, request=Request([1, 2], 1), length=3),
+            PromptPart(id=2, part="text"),
+            Generate(id=3, request=Request([1, 2], 1), length=10_000),
+            PromptPart(id=3, part=[3]),
+            Generate(id=4, request=Request([1, 2], 1), length=4),
+            Generate(id=5, request=Request([1, 2], 1), length=3),
+            Cancel(id=4),
+            PromptPart(id=4, part=[3, 4]),
+            Generate(id=6, request=Request([1], 1), length=3),
+            PromptPart(id=6, part=[2]),
+            PromptPart(id=6, part=[3]),
+        ]
+        for message in messages:
+            link.send(encode(message))
+        await eventually(lambda: asyncio.sleep(0, 6 in failures))
+        assert failures == {
+            1: "the prompt is longer than announced: 4 instead of 3",
+            2: "the parts of a prompt must be all text, or all token ids",
+            3: "the prompt has 10000 tokens, the context is 512 and must leave room for an answer; use at most 511",
+            5: "the prompt of request 4 is still coming on this connection; wait",
+            6: "",  # finished
+        }
+        await link.close()
+
+    simulate(config, work)
+
+
+def test_a_request_whose_logits_are_no_numbers_fails_alone(
+    tmp_path: Path, oracle: Oracle, agreement: Agreement
+) -> None:
+    """Whether its prompt or its answer is the cause; the others of its batch get what they should, and so do those that
+    get its space later."""
+    asked, later = prompts(6), [1, 2, 3]
+    seen = {token for prompt in [*asked, later] for token in [*prompt, *oracle.greedy(prompt, 6)]}
+    poison = min(set(range(VOCABULARY)) - seen)
+    model = FAMILIES["llama"].model()
+    with torch.no_grad():
+        cast("torch.nn.Embedding", model.get_input_embeddings()).weight[poison] = math.nan
+    model.save_pretrained(tmp_path)
 
     async def work(client: AsyncClient) -> None:
-        expected = len(Tokenizer(DEMO, 2048).encode(text))
-        assert (await client.generate(text, max_tokens=1)).prompt_tokens == expected
+        for temperature in (0.0, 1.0):
+            good = [asyncio.create_task(client.generate(prompt, max_tokens=6)) for prompt in asked]
+            with pytest.raises(NodeError, match="logits for position 3 are not finite numbers") as caught:
+                await client.generate([1, poison, 2], temperature=temperature)
+            assert caught.value.node == "c0"
+            for prompt, answer in zip(asked, await asyncio.gather(*good), strict=True):
+                agreement.check(oracle, prompt, answer.tokens, "among others")
+        again = await client.generate(later, max_tokens=6)
+        agreement.check(oracle, later, again.tokens, "afterwards")
 
-    assert parts == short
-    ask(DEMO, work)
+    ask(tmp_path, work)
+
+
+def test_a_client_that_leaves_is_no_cause_for_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """One that says goodbye is logged, and nothing is warned of."""
+    caplog.set_level(logging.INFO, "lamina")
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            await client.generate([1], max_tokens=2)
+        caplog.clear()
+        async with cluster.client() as client:
+            await client.status()
+        await asyncio.sleep(1)
+        assert "event=link_closed" in caplog.text
+        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+    simulate(make_config(), work)
 
 
 def test_a_client_after_its_end() -> None:
