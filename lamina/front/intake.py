@@ -143,12 +143,12 @@ class Intake:
         """Return the most tokens that the answer may have; raise RequestError for a prompt that cannot be served."""
         if not prompt:
             raise RequestError("the prompt is empty; expected at least one token")
+        self.require_fit(len(prompt))
         if max(prompt) >= self._vocabulary:
             position, token = next((i, t) for i, t in enumerate(prompt) if t >= self._vocabulary)
             raise RequestError(
                 f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
             )
-        self.require_fit(len(prompt))
         left = self._context - len(prompt)
         if max_tokens is not None and max_tokens > left:
             raise RequestError(

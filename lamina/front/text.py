@@ -101,10 +101,11 @@ class Tokenizer:
         self._require_library()
         if not text:
             return []
+        # Only the functions for batches release the interpreter's lock while they work.
         if parse_special:
-            ids: list[int] = self._parsing.encode(text).ids
+            ids: list[int] = self._parsing.encode_batch_fast([text])[0].ids
             return ids
-        ids = self._library.encode(text).ids
+        ids = self._library.encode_batch_fast([text])[0].ids
         # Some vocabularies have special tokens among their words. The unknown token comes from any text.
         for token in self._special.intersection(ids) - {self._unknown}:
             if ids.count(token) > self._added.count(token):
