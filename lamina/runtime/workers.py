@@ -57,4 +57,5 @@ class _Worker:
 
 def _give_way() -> None:
     """Let other threads go first where there are fewer processors than threads."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    me = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, me, min(19, os.getpriority(os.PRIO_PROCESS, me) + NICE))
