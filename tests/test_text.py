@@ -65,6 +65,14 @@ def suffixes() -> Library:
     return library
 
 
+def whole_words() -> Library:
+    """A vocabulary of words, without anything that says how they are joined."""
+    words = ["the", "story", ".", "é"]
+    library = Library(models.WordLevel({word: i for i, word in enumerate(SPECIAL + words)}, unk_token=UNKNOWN))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    return library
+
+
 KINDS: dict[str, Callable[[], Library]] = {
     "byte level": lambda: Library.from_file(str(CHECKPOINT / "tokenizer.json")),
     "byte fallback": lambda: byte_fallback(strip=True),
@@ -72,6 +80,7 @@ KINDS: dict[str, Callable[[], Library]] = {
     "metaspace": metaspace,
     "word pieces": word_pieces,
     "suffixes": suffixes,
+    "whole words": whole_words,
 }
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -337,11 +337,12 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
     simulate(config, work)
 
 
+@pytest.mark.parametrize("compute", [(None,), (range(2), range(2, 4))])
 def test_a_request_whose_logits_are_no_numbers_fails_alone(
-    tmp_path: Path, oracle: Oracle, agreement: Agreement
+    compute: Sequence[range | None], tmp_path: Path, oracle: Oracle, agreement: Agreement
 ) -> None:
-    """Whether its prompt or its answer is the cause; the others of its batch get what they should, and so do those that
-    get its space later."""
+    """The others of its batch get what they should, and so do those that get its space later; wherever the last slice
+    runs."""
     asked, later = prompts(6), [1, 2, 3]
     seen = {token for prompt in [*asked, later] for token in [*prompt, *oracle.greedy(prompt, 6)]}
     poison = min(set(range(VOCABULARY)) - seen)
@@ -350,7 +351,11 @@ def test_a_request_whose_logits_are_no_numbers_fails_alone(
         cast("torch.nn.Embedding", model.get_input_embeddings()).weight[poison] = math.nan
     model.save_pretrained(tmp_path)
 
-    async def work(client: AsyncClient) -> None:
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            await with_client(client)
+
+    async def with_client(client: AsyncClient) -> None:
         for temperature in (0.0, 1.0):
             good = [asyncio.create_task(client.generate(prompt, max_tokens=6)) for prompt in asked]
             with pytest.raises(NodeError, match="logits for position 3 are not finite numbers") as caught:
@@ -361,7 +366,7 @@ def test_a_request_whose_logits_are_no_numbers_fails_alone(
         again = await client.generate(later, max_tokens=6)
         agreement.check(oracle, later, again.tokens, "afterwards")
 
-    ask(tmp_path, work)
+    simulate(make_config(tmp_path, compute=compute, pipeline=PipelineConfig(prefill_tokens=24)), work)
 
 
 def test_a_client_that_leaves_is_no_cause_for_alarm(caplog: pytest.LogCaptureFixture) -> None:
