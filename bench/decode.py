@@ -23,7 +23,7 @@ from pathlib import Path
 import uvloop
 
 from lamina.bench import report
-from lamina.client import Client, Stream, connect
+from lamina.client import AsyncClient, AsyncStream, connect
 from lamina.cluster.local import Cluster, local_config
 from lamina.demo.run import CHECKPOINT
 from lamina.errors import LaminaError
@@ -101,12 +101,12 @@ class _DecodeRun:
     transport: str
 
 
-async def _decode(client: Client, cluster: Cluster, batch: int, tokens: int) -> _DecodeRun:
+async def _decode(client: AsyncClient, cluster: Cluster, batch: int, tokens: int) -> _DecodeRun:
     streams = [client.stream(list(range(1, PROMPT_TOKENS + 1)), max_tokens=tokens) for _ in range(batch)]
     await asyncio.gather(*(anext(s) for s in streams))
     before, started = await cluster.statuses(), time.perf_counter()
 
-    async def rest(stream: Stream) -> int:
+    async def rest(stream: AsyncStream) -> int:
         return len([token async for token in stream])
 
     longest = 1 + max(await asyncio.gather(*(rest(s) for s in streams)))

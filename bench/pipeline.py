@@ -28,7 +28,7 @@ from lamina.bench.checkpoints import RandomLlama, checkpoint
 from lamina.bench.clusters import FilledCluster, QueryLastCluster
 from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
-from lamina.client import Client, Stream, connect
+from lamina.client import AsyncClient, AsyncStream, connect
 from lamina.config import ClusterConfig, ModelConfig, PipelineConfig
 from lamina.errors import ConfigError, LaminaError
 from lamina.ops.trace import Trace, record
@@ -238,7 +238,7 @@ def _row(load_name: str, batches: int, context: int, window: Window, alone: Wind
 class _PipelineBench:
     """A running cluster and a client of it."""
 
-    def __init__(self, config: ClusterConfig, client: Client) -> None:
+    def __init__(self, config: ClusterConfig, client: AsyncClient) -> None:
         self._config = config
         self._client = client
 
@@ -267,7 +267,7 @@ class _PipelineBench:
 class _Reader:
     """Reads an answer and discards it."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: AsyncStream) -> None:
         self._stream = stream
         self._count = 0
         self._grown = asyncio.Event()

@@ -23,7 +23,7 @@ from lamina.bench import report
 from lamina.bench.checkpoints import MODELS, checkpoint
 from lamina.bench.pinned import write_pinned
 from lamina.bench.variants import two_processors
-from lamina.client import Client, Stream, connect
+from lamina.client import AsyncClient, AsyncStream, connect
 from lamina.cluster.local import Cluster
 from lamina.config import ClusterConfig, ModelConfig, PipelineConfig
 from lamina.errors import ConfigError, LaminaError
@@ -81,7 +81,7 @@ async def _measure(prompts: int, tokens: int) -> list[report.Row]:
     return rows
 
 
-async def _row(client: Client, prefill_tokens: int, prompts: int, tokens: int) -> report.Row:
+async def _row(client: AsyncClient, prefill_tokens: int, prompts: int, tokens: int) -> report.Row:
     async def prompt_s() -> float:
         return statistics.fmean([await _prompt_s(client, tokens, seed=i) for i in range(prompts)])
 
@@ -115,7 +115,7 @@ async def _row(client: Client, prefill_tokens: int, prompts: int, tokens: int) -
     }
 
 
-async def _prompt_s(client: Client, tokens: int, seed: int) -> float:
+async def _prompt_s(client: AsyncClient, tokens: int, seed: int) -> float:
     """Return the seconds from a request with a long prompt to its first token."""
     started = time.perf_counter()
     await client.generate(_tokens(tokens, seed), max_tokens=1, share_prefix=False)
@@ -129,7 +129,7 @@ def _tokens(count: int, seed: int) -> list[int]:
 class _Decoding:
     """Sequences that decode, with the arrival times of their tokens."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._times: list[list[float]] = [[] for _ in range(SEQUENCES)]
 
@@ -170,14 +170,14 @@ class _Decoding:
                 raise LaminaError("bench prefill: an answer ended before it was measured")
 
     @staticmethod
-    async def _read(stream: Stream, times: list[float]) -> None:
+    async def _read(stream: AsyncStream, times: list[float]) -> None:
         async with stream:
             async for _ in stream:
                 times.append(time.perf_counter())
 
 
 @asynccontextmanager
-async def _running(folder: Path, model: Path, prefill_tokens: int) -> AsyncIterator[Client]:
+async def _running(folder: Path, model: Path, prefill_tokens: int) -> AsyncIterator[AsyncClient]:
     config = _write_config(folder, model, prefill_tokens)
     with (folder / "nodes.log").open("wb") as log:
         async with Cluster(config, log_file=log) as cluster:

@@ -19,7 +19,7 @@ from lamina import __version__
 from lamina.bench.checkpoints import RandomLlama
 from lamina.bench.clusters import FilledCluster
 from lamina.bench.installed import Environment, UnavailableError, last_line
-from lamina.client import Client, Stream, connect
+from lamina.client import AsyncClient, AsyncStream, connect
 from lamina.cluster.local import Cluster, free_addresses
 from lamina.config import (
     ClusterConfig,
@@ -238,7 +238,7 @@ class Lamina:
         self._running = ""
         self._stack = AsyncExitStack()
         self._cluster: Cluster | None = None
-        self._client: Client | None = None
+        self._client: AsyncClient | None = None
 
     @property
     def candidates(self) -> list[str]:
@@ -299,7 +299,7 @@ class Lamina:
             transport=TransportConfig(peer_timeout=PEER_TIMEOUT_S, start_timeout=START_TIMEOUT_S),
         )
 
-    async def _decode(self, client: Client, cluster: Cluster, work: Work) -> Sample:
+    async def _decode(self, client: AsyncClient, cluster: Cluster, work: Work) -> Sample:
         clock = _Stopwatch(work)
         most = work.room - work.context
         # Each sequence must have its own keys and values.
@@ -360,7 +360,7 @@ class _Stopwatch:
             event.set()
 
 
-async def _follow(clock: _Stopwatch, sequence: int, stream: Stream) -> None:
+async def _follow(clock: _Stopwatch, sequence: int, stream: AsyncStream) -> None:
     async with stream:
         async for _ in stream:
             clock.token(sequence)

@@ -1,7 +1,8 @@
 """Lamina: large-language-model decoding, split at attention.
 
 Compute nodes hold the weights and run everything but attention; memory nodes hold the KV cache and attend over it.
-``connect`` gives a client of a running cluster; everything else is started by the ``lamina`` command.
+``connect`` (with asyncio) and ``Client`` (without) give a client of a running cluster; everything else is started by
+the ``lamina`` command.
 """
 
 from __future__ import annotations
@@ -11,14 +12,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lamina.client import Client, Completion, Stream, Token, connect
+    from lamina.client import AsyncClient, AsyncStream, Client, Completion, Settings, Stream, Token, connect
     from lamina.errors import LaminaError
 
 # A library is silent unless the program that uses it wants its log; the daemons do.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Completion", "LaminaError", "Stream", "Token", "connect"]
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Client",
+    "Completion",
+    "LaminaError",
+    "Settings",
+    "Stream",
+    "Token",
+    "connect",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -27,3 +38,7 @@ def __getattr__(name: str) -> object:
     module = import_module("lamina.errors" if name == "LaminaError" else "lamina.client")
     value = globals()[name] = getattr(module, name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

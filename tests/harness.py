@@ -239,7 +239,7 @@ def running(*nodes: Node) -> Iterator[None]:
                 node.kill()
 
 
-def client(config: ClusterConfig, **settings: Any) -> AbstractAsyncContextManager[lamina.Client]:
+def client(config: ClusterConfig, **settings: Any) -> AbstractAsyncContextManager[lamina.AsyncClient]:
     """A client of a running cluster, with its secret and certificates."""
     links = config.links
     settings = {"secret": links.secret, "tls": links.tls, "peer_timeout": links.peer_timeout} | settings

@@ -28,6 +28,7 @@ REQUESTS = st.builds(
     st.integers(-100, 100),
     st.booleans(),
     st.text(max_size=256),
+    st.booleans(),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from lamina.runtime.cpu import CpuDevice
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.loop import PreciseLoop
 from lamina.runtime.mailbox import Mailbox
+from lamina.runtime.workers import NICE, Workers
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_what_crosses_arrives_in_its_order(device: CpuDevice) -> None:
 
 
 def test_a_call_that_is_cancelled_before_its_turn_is_left_out(device: CpuDevice) -> None:
-    """Prompts whose clients are gone are not encoded, while one that is being encoded comes to its end."""
+    """While one that has begun comes to its end."""
     there, begun, go_on, called = Crossing(device.loop), threading.Event(), threading.Event(), list[int]()
 
     def work(number: int) -> None:
@@ -185,5 +187,56 @@ def test_a_mailbox_keeps_its_order_and_outlives_a_reader() -> None:
         await asyncio.wait([reader])
         mailbox.put(4)
         assert [await mailbox.get(), await mailbox.get()] == [3, 4]
+
+    asyncio.run(main())
+
+
+def test_what_takes_long_keeps_neither_the_loop_nor_short_work_waiting() -> None:
+    """One long function at a time, each in a thread that gives way to the loop's; an error is the caller's."""
+    go_on, begun = threading.Event(), list[int]()
+
+    def long(number: int) -> int:
+        begun.append(number)
+        assert go_on.wait(5)
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def main() -> None:
+        workers = Workers()
+        running = [asyncio.create_task(workers.run(long, number, long=True)) for number in range(3)]
+        assert await workers.run(str, 1) == "1"
+        with pytest.raises(ValueError, match="invalid literal"):
+            await workers.run(int, "no number")
+        assert begun == [0]
+        running[1].cancel()  # a prompt whose client is gone is never encoded
+        go_on.set()
+        expected = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
+        assert await running[0] == await running[2] == expected
+        assert begun == [0, 2]
+        workers.close()
+
+    asyncio.run(main())
+
+
+def test_one_that_runs_on_keeps_its_thread() -> None:
+    """Cancelling it does not stop it, so the next one waits all the same."""
+    go_on, has_begun, begun = threading.Event(), threading.Event(), list[int]()
+
+    def long(number: int) -> None:
+        begun.append(number)
+        has_begun.set()
+        assert go_on.wait(5)
+
+    async def main() -> None:
+        workers = Workers()
+        first = asyncio.create_task(workers.run(long, 0, long=True))
+        await asyncio.to_thread(has_begun.wait, 5)
+        first.cancel()
+        second = asyncio.create_task(workers.run(long, 1, long=True))
+        await asyncio.sleep(0.05)
+        assert first.cancelled()
+        assert begun == [0]
+        go_on.set()
+        await second
+        workers.close()
 
     asyncio.run(main())

@@ -245,7 +245,7 @@ class NodeLink(OwnedLink):
         if self._open:
             # Without an answer the peer would take the silence of this end for a death. What is queued here is lost.
             self._note({"gone": True})
-            self._fail(PeerLostError(f"{self} closed the link"))
+            self._fail(PeerLostError(f"{self} closed the link"), said_goodbye=True)
         elif self._said_bye:
             self._end(None)
 

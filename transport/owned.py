@@ -41,13 +41,17 @@ class OwnedLink(Link):
         garbage collector finds the circle of owner and link."""
         self._on_message = self._on_tag = None
 
-    def _fail(self, error: TransportError) -> None:
-        """End the link for a reason that its owner does not know yet."""
+    def _fail(self, error: TransportError, *, said_goodbye: bool = False) -> None:
+        """End the link for a reason that its owner does not know yet. A peer that said goodbye is no cause for alarm:
+        clients do so whenever they leave."""
         was_open = self._open
         if not self._end(error):
             return
-        event = "link_lost" if was_open else "link_close_failed"
-        log.warning('event=%s transport=%s peer="%s" reason="%s"', event, self._info.transport, self, error)
+        if said_goodbye:
+            log.info('event=link_closed transport=%s peer="%s"', self._info.transport, self)
+        else:
+            event = "link_lost" if was_open else "link_close_failed"
+            log.warning('event=%s transport=%s peer="%s" reason="%s"', event, self._info.transport, self, error)
         if was_open:
             self._lost = error
             self._tell_lost()

@@ -15,11 +15,18 @@ from torch import Tensor
 from lamina.wire.requests import Sampling
 
 
-def sample(logits: Tensor, choices: Sequence[tuple[Sampling, int]]) -> list[int]:
-    """Choose tokens from logits [S, vocabulary]; ``choices`` gives each row's sampling and the position it is for."""
-    tokens: list[int] = logits.max(-1).indices.tolist()  # the first of the largest, a fourth of argmax's time
+def sample(logits: Tensor, choices: Sequence[tuple[Sampling, int]]) -> list[int | None]:
+    """Choose tokens from logits [S, vocabulary]; ``choices`` gives each row's sampling and the position it is for.
+
+    A row from which none can be chosen gets None: a logit is NaN, or the largest is infinite.
+    """
+    largest = logits.max(-1)  # the first of the largest, a fourth of argmax's time; NaN counts as larger than all
+    tokens: list[int | None] = largest.indices.tolist()
+    are_numbers: list[bool] = largest.values.isfinite().tolist()
     for row, (sampling, position) in enumerate(choices):
-        if sampling.temperature > 0:
+        if not are_numbers[row]:
+            tokens[row] = None
+        elif sampling.temperature > 0:
             assert sampling.seed is not None, "the front draws it"
             tokens[row] = _draw(logits[row], sampling, uniform(sampling.seed, position))
     return tokens

@@ -85,7 +85,8 @@ class StepRunner:
         nodes = self._schedule.route(slot, number)
         last = len(nodes) - 1
         forward = _StepForward(self, order)
-        compute_s, tokens = 0.0, []
+        compute_s = 0.0
+        tokens: list[int | None] = []
         attention_s = dict.fromkeys(self._schedule.members, 0.0)
 
         async def operate(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
@@ -285,8 +286,8 @@ class _StepForward:
         ]
         self._prompt_o = torch.cat(parts).to(self._dtype)
 
-    def sample(self) -> list[int]:
-        """Compute the logits of the sampled rows, and choose a token from each."""
+    def sample(self) -> list[int | None]:
+        """Compute the logits of the sampled rows, and choose a token from each, or None where that is impossible."""
         choices = [(run.choice.sampling, run.choice.position) for run in self._runs if run.choice]
         if not choices:
             return []

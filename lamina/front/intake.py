@@ -125,6 +125,14 @@ class Intake:
                 retry_after_s=retry_after_s,
             )
 
+    def require_fit(self, prompt_tokens: int) -> None:
+        """Raise RequestError if a prompt of so many tokens leaves no room for an answer."""
+        if prompt_tokens >= self._context:
+            raise RequestError(
+                f"the prompt has {prompt_tokens} tokens, the context is {self._context} and must leave room for an "
+                f"answer; use at most {self._context - 1}"
+            )
+
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
         if self._answers.pop(sequence, None) is not None:
@@ -135,17 +143,13 @@ class Intake:
         """Return the most tokens that the answer may have; raise RequestError for a prompt that cannot be served."""
         if not prompt:
             raise RequestError("the prompt is empty; expected at least one token")
-        for position, token in enumerate(prompt):
-            if token >= self._vocabulary:
-                raise RequestError(
-                    f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
-                )
-        left = self._context - len(prompt)
-        if left < 1:
+        self.require_fit(len(prompt))
+        if max(prompt) >= self._vocabulary:
+            position, token = next((i, t) for i, t in enumerate(prompt) if t >= self._vocabulary)
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, the context is {self._context} and must leave room for an "
-                f"answer; use at most {self._context - 1}"
+                f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
             )
+        left = self._context - len(prompt)
         if max_tokens is not None and max_tokens > left:
             raise RequestError(
                 f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
@@ -212,6 +216,16 @@ class Intake:
                 except Exception as e:
                     log.exception("event=answer_failed sequence=%d", sequence.id)
                     answer.failed(NodeError.failed("compute", self._name, e))
+        for sequence in outcome.broken:
+            log.error("event=logits_not_finite sequence=%d position=%d", sequence.arrival, sequence.context)
+            if answer := self._answers.pop(sequence, None):
+                answer.failed(
+                    NodeError(
+                        f"the model's logits for position {sequence.context} are not finite numbers, so no token can "
+                        "be chosen; check the weights, or set model.dtype to a type with a larger range",
+                        node=self._name,
+                    )
+                )
         self._note_idle()
 
     def refuse(self, sequence: Sequence, error: CapacityError) -> None:

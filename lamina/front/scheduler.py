@@ -179,24 +179,31 @@ class Scheduler:
         own.stepping = step.has_rows
         return step if step.has_rows or moved or changes else None
 
-    def finish(self, slot: int, step: ScheduledStep, tokens: Listed[int]) -> StepOutcome:
-        """Take in the tokens of a step's sampled rows, and free the space of the sequences that leave."""
+    def finish(self, slot: int, step: ScheduledStep, tokens: Listed[int | None]) -> StepOutcome:
+        """Take in the tokens of a step's sampled rows, and free the space of the sequences that leave.
+
+        A sequence that gets None instead of a token leaves too, and shares nothing of what this step computed.
+        """
         own, changes = self._slots[slot], CacheChanges()
         own.stepping = False
         sampled = step.sampled
         for chunk in step.prompts:
             chunk.sequence.prefilled += len(chunk.tokens)
-        fresh = [(s, t) for s, t in zip(sampled, tokens, strict=True) if not s.cancelled]
+        fresh = [(s, t) for s, t in zip(sampled, tokens, strict=True) if t is not None and not s.cancelled]
+        without = {s for s, t in zip(sampled, tokens, strict=True) if t is None}
         for sequence, token in fresh:
             sequence.output.append(token)
             own.context += 1
         for chunk in step.prompts:
-            if chunk.completes and not chunk.sequence.cancelled:
+            if chunk.completes and not chunk.sequence.cancelled and chunk.sequence not in without:
                 self._publish(chunk.sequence, len(chunk.sequence.tokens), changes)
-        finished, cancelled = [], []
+        finished, cancelled, broken = [], [], []
         for sequence in list(own.sequences):
             if sequence.cancelled:
                 cancelled.append(sequence)
+                self._remove(sequence, changes)
+            elif sequence in without:
+                broken.append(sequence)
                 self._remove(sequence, changes)
             elif sequence.finish_reason:
                 finished.append(sequence)
@@ -204,7 +211,7 @@ class Scheduler:
                 self._remove(sequence, changes)
             elif sequence.yielding:
                 self._preempt(sequence, changes)
-        return StepOutcome(fresh, finished, cancelled, changes)
+        return StepOutcome(fresh, finished, cancelled, broken, changes)
 
     def _compose(self, own: BatchSlot) -> tuple[tuple[DecodeRow, ...], tuple[PromptChunk, ...]]:
         """Return the rows of the sequences whose space the memory nodes have confirmed."""

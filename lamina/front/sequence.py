@@ -203,4 +203,6 @@ class StepOutcome:
     """New tokens in the order of the sampled rows."""
     finished: list[Sequence]
     cancelled: list[Sequence]
+    broken: list[Sequence]
+    """Those that end because the model gave no numbers from which their next token could be chosen."""
     changes: CacheChanges

@@ -5,18 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
+
+from msgspec.structs import replace
 
 from lamina.errors import LaminaError, ProtocolError, RequestError, TransportError
 from lamina.front.intake import Intake
 from lamina.front.sequence import Sequence
-from lamina.front.text import TextStream, Tokenizer
-from lamina.runtime.crossing import Crossing
+from lamina.front.text import LONG_TEXT, TextStream, Tokenizer
+from lamina.runtime.workers import Workers
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Message, decode
 from lamina.wire.questions import send_unless_gone
-from lamina.wire.requests import Cancel, Failed, Finished, FromClient, Generate, Generated, Request
+from lamina.wire.requests import (
+    Cancel,
+    Failed,
+    Finished,
+    FromClient,
+    Generate,
+    Generated,
+    Prompt,
+    PromptPart,
+    Request,
+    length_of,
+)
 
 log = logging.getLogger("lamina.front")
 
@@ -25,24 +39,26 @@ class ClientSession:
     """Serves one client on its link, on the node's loop. When the link ends, its requests are cancelled.
 
     ``intake`` and ``tokenizer`` return those of the front. While there are none, they raise the error that the client
-    gets.
+    gets. Texts are encoded by ``workers``.
     """
 
     def __init__(
         self,
         link: Link,
-        device: Crossing,
+        workers: Workers,
         intake: Callable[[], Intake],
         tokenizer: Callable[[], Tokenizer],
         status: Callable[[], Status],
     ) -> None:
         self._link = link
-        self._there = device
+        self._workers = workers
         self._intake = intake
         self._tokenizer = tokenizer
         self._status = status
         self._requests: dict[int, Sequence | asyncio.Task[None]] = {}
         """The requests by the client's id. A request is a task until the engine has it."""
+        self._coming: _ComingPrompt | None = None
+        """The request of which parts are still to come."""
 
     def on_message(self, plain: dict[str, Any]) -> None:
         """Take in a message of the client."""
@@ -52,14 +68,18 @@ class ClientSession:
             id_ = plain.get("id")
             if not isinstance(id_, int) or id_ < 0:
                 raise
+            if self._is_coming(id_):
+                self._coming = None
             self._send(failed(RequestError(str(e)), id_))  # one bad request harms no other
             return
         match message:
-            case Generate() as generate:
+            case Generate(id=id_) | PromptPart(id=id_):
                 try:
-                    self._generate(generate.id, generate.request)
+                    self._take(message)
                 except LaminaError as e:
-                    self._send(failed(e, generate.id))
+                    if self._is_coming(id_):
+                        self._coming = None
+                    self._send(failed(e, id_))
             case Cancel(id=id_):
                 self._cancel(id_)
             case AskStatus():
@@ -71,21 +91,56 @@ class ClientSession:
             log.info("event=client_lost requests=%d reason=%r", len(self._requests), str(error))
         self._cancel_all()
 
-    def _generate(self, id_: int, request: Request) -> None:
-        intake, tokenizer = self._intake(), self._tokenizer()
-        if id_ in self._requests:
+    def _take(self, message: Generate | PromptPart) -> None:
+        """Take in a request, or a part of its prompt, and begin with the request if it is complete."""
+        if isinstance(message, PromptPart):
+            coming = self._coming
+            if coming is not None and coming.id == message.id and coming.add(message.part):
+                self._coming = None
+                self._begin(coming.id, coming.whole())
+            return
+        id_, request, length = message.id, message.request, message.length
+        if id_ in self._requests or self._is_coming(id_):
             raise RequestError(f"request id {id_} is in use on this connection")
-        prompt: list[int] | asyncio.Future[list[int]]
-        if isinstance(request.prompt, str):
-            intake.require_place(tokenizer.at_work)
-            # Long texts take long, so not on this loop.
-            prompt = self._there.call(tokenizer.encode, request.prompt)
-            tokenizer.at_work += 1
-            prompt.add_done_callback(tokenizer.done)
+        if length is None:
+            self._begin(id_, request)
+            return
+        self._require_fit(request.prompt, length)
+        if self._coming is not None:
+            raise RequestError(f"the prompt of request {self._coming.id} is still coming on this connection; wait")
+        coming = _ComingPrompt(id_, request, length)
+        if coming.add(request.prompt):
+            self._begin(id_, request)
         else:
-            prompt = request.prompt
-        submitting = self._submit(intake, tokenizer, id_, request, prompt)
-        self._requests[id_] = asyncio.get_running_loop().create_task(submitting)
+            self._coming = coming
+
+    def _is_coming(self, id_: int) -> bool:
+        return self._coming is not None and self._coming.id == id_
+
+    def _require_fit(self, prompt: Prompt, length: int) -> None:
+        """Raise the error for a prompt that is too long, or cannot be served, before it is kept or encoded."""
+        intake, tokenizer = self._intake(), self._tokenizer()
+        if isinstance(prompt, str):
+            tokenizer.require_fit(length)
+            intake.require_place(tokenizer.at_work)
+        else:
+            intake.require_fit(length)
+
+    def _begin(self, id_: int, request: Request) -> None:
+        """Encode the prompt if it is text, and submit the request."""
+        prompt, loop = request.prompt, asyncio.get_running_loop()
+        length = length_of(prompt)
+        self._require_fit(prompt, length)
+        intake, tokenizer = self._intake(), self._tokenizer()
+        tokens: list[int] | asyncio.Future[list[int]]
+        if isinstance(prompt, str):
+            work = self._workers.run(tokenizer.encode, prompt, request.parse_special, long=length > LONG_TEXT)
+            tokens = loop.create_task(work)
+            tokenizer.at_work += 1
+            tokens.add_done_callback(tokenizer.done)
+        else:
+            tokens = prompt
+        self._requests[id_] = loop.create_task(self._submit(intake, tokenizer, id_, request, tokens))
 
     async def _submit(
         self,
@@ -97,7 +152,7 @@ class ClientSession:
     ) -> None:
         try:
             tokens = prompt if isinstance(prompt, list) else await prompt
-            answer = _TextAnswer(self, id_, len(tokens), TextStream(tokenizer))
+            answer = _TextAnswer(self, id_, len(tokens), TextStream(tokenizer, tokens))
             sequence = await intake.submit(request, tokens, answer)
         except LaminaError as e:
             self.end(id_, failed(e, id_))
@@ -106,6 +161,8 @@ class ClientSession:
                 self._requests[id_] = sequence
 
     def _cancel(self, id_: int) -> None:
+        if self._is_coming(id_):
+            self._coming = None
         match self._requests.pop(id_, None):
             case Sequence() as sequence:
                 self._intake().cancel(sequence)
@@ -128,6 +185,33 @@ class ClientSession:
         """Pass on how a request ended."""
         self._requests.pop(id_, None)
         self._send(message)
+
+
+@dataclass
+class _ComingPrompt:
+    """Collects the parts of a request's prompt, up to the length that it was announced to have."""
+
+    id: int
+    request: Request
+    length: int
+    parts: list[Prompt] = field(default_factory=list)
+    arrived: int = 0
+
+    def add(self, part: Prompt) -> bool:
+        """Take the next part; return whether it is the last. Raises RequestError for one that does not fit."""
+        if type(part) is not type(self.request.prompt):
+            raise RequestError("the parts of a prompt must be all text, or all token ids")
+        self.parts.append(part)
+        self.arrived += length_of(part)
+        if self.arrived > self.length:
+            raise RequestError(f"the prompt is longer than announced: {self.arrived} instead of {self.length}")
+        return self.arrived == self.length
+
+    def whole(self) -> Request:
+        """Return the request with its whole prompt."""
+        if isinstance(self.request.prompt, str):
+            return replace(self.request, prompt="".join(cast("list[str]", self.parts)))
+        return replace(self.request, prompt=[token for part in cast("list[list[int]]", self.parts) for token in part])
 
 
 class _TextAnswer:

@@ -19,7 +19,8 @@ class StepResult(NamedTuple):
     """Holds the tokens of a step's sampled rows, and the seconds that it took on the compute nodes, on the busiest
     memory node, and outside of both (NaN if that is not known)."""
 
-    tokens: list[int]
+    tokens: list[int | None]
+    """None where the logits were not numbers."""
     compute_s: float
     attention_s: float
     wire_s: float

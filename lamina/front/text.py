@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import json
 import logging
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +17,30 @@ from lamina.model.library import quiet
 
 log = logging.getLogger("lamina.front")
 
-
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "merges.txt", "tekken.json", "*.model", "*.tiktoken")
 """The files of which the library makes tokenizers."""
 
+LONG_TEXT = 1 << 14
+"""The bytes above which a text takes some milliseconds to encode, in which others should not have to wait."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SAME_CHARACTER = 3
+"""Normalisation to NFC shortens text in UTF-8 to no less than this part of it (a Hangul syllable in three letters)."""
+_SLACK = 8
+"""By how much longer text may be if the tokenizer drops some of it, so that no length is certain to be too much."""
+
+
+def _each_byte(error: UnicodeError) -> tuple[str, int]:
+    """Replace each byte that is part of no character, as SentencePiece does; Python would replace some together."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("lamina.each_byte", _each_byte)
+
 
 class Tokenizer:
-    """Wraps the tokenizer of a checkpoint, of whatever files the library makes one.
+    """Wraps the tokenizer of a checkpoint, of whatever files the library makes one. Any thread may call it.
 
     Without one, which the log says, prompts are token ids and answers have no text. A CheckpointError says that
     tokenizer.json is there but cannot be read.
@@ -30,13 +52,18 @@ class Tokenizer:
         self._missing = ""
         self.at_work = 0
         """The number of prompts that it has been given and not yet turned into tokens."""
+        self.max_bytes = 0
+        """The most bytes that the text of a prompt may have."""
+        self.byte_errors = "replace"
+        """How `codecs` treats the bytes of tokens that make no character."""
         files = sorted(file.name for pattern in _VOCABULARIES for file in path.glob(pattern))
         if not files:
             self._missing = f"{path} has no tokenizer.json, nor other files of a tokenizer"
         else:
             try:
-                self._library = _load(path)
+                self._take(_load(path))
             except Exception as e:
+                self._library = None
                 reason = " ".join(str(e).split())
                 if "tokenizer.json" in files:
                     raise CheckpointError(f"{path / 'tokenizer.json'}: the tokenizer cannot be read: {reason}") from e
@@ -46,19 +73,68 @@ class Tokenizer:
                 )
         if self._library is None:
             log.warning("event=no_tokenizer reason=%r", f"{self._missing}; prompts must be token ids")
-            return
-        self._longest_token = max(map(len, self._library.get_vocab()))
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, with the special tokens that the checkpoint asks for. A long prompt takes
-        long."""
-        if self._library is None:
-            raise RequestError(f"{self._missing}, so the prompt must be token ids")
-        if len(text) > self._context * self._longest_token:
+    def _take(self, tokenizer: Any) -> None:
+        """Take the library's tokenizer, and find out how it spells bytes and special tokens."""
+        from tokenizers import Tokenizer as Library
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        self._library = tokenizer.backend_tokenizer
+        self._library.no_truncation()
+        self._library.no_padding()
+        # Whether special tokens are found in text is a property of a tokenizer, which other threads use.
+        self._parsing = Library.from_str(self._library.to_str())
+        self._library.encode_special_tokens = True
+        self._parsing.encode_special_tokens = False
+        added = self._library.get_added_tokens_decoder()
+        self._special = frozenset(id_ for id_, token in added.items() if token.special)
+        self._unknown = tokenizer.unk_token_id
+        self._added: list[int] = self._library.encode("").ids
+        """The special tokens that every prompt gets."""
+        decoders = _parts(self._library.decoder)
+        names = {part["type"] for part in decoders}
+        self._alphabet: dict[str, int] | None = None
+        """The bytes that the characters of tokens stand for, if all tokens are spelled so."""
+        if "ByteLevel" in names <= {"ByteLevel", "Fuse"}:
+            self._alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+        self._has_byte_tokens = "ByteFallback" in names
+        if self._has_byte_tokens:
+            self.byte_errors = "lamina.each_byte"
+        self.max_bytes = self._context * self._most_bytes_per_token()
+
+    # -- prompts
+
+    def require_fit(self, nbytes: int) -> None:
+        """Raise RequestError if a text of ``nbytes`` bytes cannot be a prompt: encoding it would take long, in vain."""
+        self._require_library()
+        if nbytes > self.max_bytes:
             raise RequestError(
-                f"the prompt has {len(text)} characters, which cannot fit the context of {self._context} tokens"
+                f"the prompt has {nbytes} bytes of text, the context of {self._context} tokens takes {self.max_bytes} "
+                "at most; shorten it"
             )
-        ids: list[int] = self._library(text, verbose=False)["input_ids"] if text else []
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Return the token ids of a prompt, with the special tokens that the checkpoint asks for.
+
+        The text of a special token is text like any other, unless ``parse_special`` makes it that token. A long text
+        takes long, without the interpreter's lock. Raises RequestError for text that cannot be told from a special
+        token.
+        """
+        self._require_library()
+        if not text:
+            return []
+        # Only the functions for batches release the interpreter's lock while they work.
+        if parse_special:
+            ids: list[int] = self._parsing.encode_batch_fast([text])[0].ids
+            return ids
+        ids = self._library.encode_batch_fast([text])[0].ids
+        # Some vocabularies have special tokens among their words. The unknown token comes from any text.
+        for token in self._special.intersection(ids) - {self._unknown}:
+            if ids.count(token) > self._added.count(token):
+                raise RequestError(
+                    f"this tokenizer cannot read {self._library.id_to_token(token)!r} in the prompt as text; give "
+                    "token ids, or let parse_special make it the special token"
+                )
         return ids
 
     def done(self, encoding: asyncio.Future[list[int]]) -> None:
@@ -67,9 +143,66 @@ class Tokenizer:
         if not encoding.cancelled():
             encoding.exception()
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of tokens, without special ones. It is empty without a tokenizer."""
-        text: str = self._library.decode(ids, skip_special_tokens=True) if self._library else ""
+    def _require_library(self) -> None:
+        if self._library is None:
+            raise RequestError(f"{self._missing}, so the prompt must be token ids")
+
+    def _most_bytes_per_token(self) -> int:
+        """Return how many bytes of text one token stands for at most.
+
+        That is certain where no byte of the text gets lost on its way to the tokens; else it is a generous guess.
+        """
+        library, vocabulary = self._library, self._library.get_vocab()
+        if self._alphabet is not None:
+            longest = max(map(len, vocabulary))
+            complete = self._alphabet.keys() <= vocabulary.keys()
+        else:
+            longest = max(len(token.replace("▁", " ").encode()) for token in vocabulary)
+            complete = all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)) and library.model.byte_fallback
+        added = library.get_added_tokens_decoder().values()
+        normalizers, splitters = _parts(library.normalizer), _parts(library.pre_tokenizer)
+        keeps_all = (
+            type(library.model).__name__ == "BPE"
+            and complete
+            and not any(token.lstrip or token.rstrip for token in added)
+            and all(map(_keeps_length, normalizers))
+            and all(map(_keeps_text, splitters))
+        )
+        if not keeps_all:
+            return longest * _SLACK
+        return longest * (_SAME_CHARACTER if any(part["type"] == "NFC" for part in normalizers) else 1)
+
+    # -- answers
+
+    def has_text(self, token: int) -> bool:
+        """Return whether a token is part of text: not special, and in the vocabulary."""
+        library = self._library
+        return library is not None and token not in self._special and library.id_to_token(token) is not None
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """Return the bytes that a token stands for, which need not be whole characters; None if it stands for text."""
+        spelled: str = self._library.id_to_token(token)
+        if self._alphabet is not None:
+            try:
+                return bytes([self._alphabet[character] for character in spelled])
+            except KeyError:  # an added token, which is spelled as it is
+                return spelled.encode()
+        if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(spelled)):
+            return bytes.fromhex(match[1])
+        return None
+
+    def text_of(self, token: int, before: int | None) -> str:
+        """Return the text that a token adds behind the token ``before``, or at the beginning."""
+        if before is None:
+            return self._decode([token])
+        return self._decode([before, token])[len(self._decode([before])) :]
+
+    def last_with_text(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Return the last ``count`` tokens that are part of text, or all if there are fewer."""
+        return [*islice(filter(self.has_text, reversed(tokens)), count)][::-1] if self._library is not None else []
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._library.decode(tokens, skip_special_tokens=True)
         return text
 
 
@@ -86,33 +219,69 @@ def _load(path: Path) -> Any:
 
 
 class TextStream:
-    """Produces the text of one answer, token by token.
+    """Produces the text of one answer, token by token, each in the same short time.
 
-    Where a token ends inside a character, its text comes with a later one. Text is decoded together with the tokens
-    before it, as some tokenizers join words by what precedes them.
+    The texts of all tokens, and then `rest`, make the answer's part of the text of prompt and answer together. What has
+    been given never changes. Where a token ends inside a character, its bytes are held back until another token
+    completes it, or until they can no longer become a character: then U+FFFD stands for them.
+
+    Of bytes that make no character, only these are replaced. The `tokenizers` library would replace whole runs of byte
+    tokens for one wrong byte, also characters that have long been given.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._before = 0
-        """Tokens from here on are decoded again, together with those that follow them."""
-        self._given = 0
-        """Tokens up to here have been given as text."""
+        self._bytes = codecs.getincrementaldecoder("utf-8")(tokenizer.byte_errors)
+        self._before: int | None = None
+        """The last token that is part of text. Whether there is one decides about the space before a word."""
+        for token in tokenizer.last_with_text(prompt, 4):  # a character has 4 bytes at most
+            self.push(token)
 
     def push(self, token: int) -> str:
         """Return the text that ``token`` completes, which may be empty."""
-        self._ids.append(token)
-        text = self._fresh()
-        if not text or text.endswith("\ufffd"):
+        tokenizer = self._tokenizer
+        if not tokenizer.has_text(token):
             return ""
-        self._before, self._given = self._given, len(self._ids)
+        before, self._before = self._before, token
+        spelled = tokenizer.bytes_of(token)
+        if spelled is None or (before is None and spelled == b" "):  # a space, of which the beginning may have none
+            return self.rest() + tokenizer.text_of(token, before)
+        text = self._bytes.decode(spelled)
+        held, _ = self._bytes.getstate()
+        if len(held) == 2 and held[0] == 0xED and held[1] >= 0xA0:
+            text += self.rest()  # half a surrogate, for which Python would wait
         return text
 
     def rest(self) -> str:
-        """Return what was held back, an unfinished character at most."""
-        return self._fresh()
+        """Return what stands for the bytes that are held back, U+FFFD, or nothing."""
+        return self._bytes.decode(b"", final=True)
 
-    def _fresh(self) -> str:
-        old = self._tokenizer.decode(self._ids[self._before : self._given])
-        return self._tokenizer.decode(self._ids[self._before :])[len(old) :]
+
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """Return the descriptions of a tokenizer's component, or of all in a sequence of them."""
+    return list(_flat(json.loads(component.__getstate__()))) if component is not None else []
+
+
+def _flat(description: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if description["type"] != "Sequence":
+        yield description
+        return
+    for parts in description.values():
+        if isinstance(parts, list):
+            for part in parts:
+                yield from _flat(part)
+
+
+def _keeps_length(normalizer: dict[str, Any]) -> bool:
+    """Return whether a normalizer makes no text shorter, except that NFC composes characters."""
+    if normalizer["type"] == "Replace":
+        old: str = normalizer["pattern"].get("String", "")
+        return bool(old) and len(normalizer["content"].encode()) >= len(old.encode())
+    return normalizer["type"] in ("Prepend", "NFC", "ByteLevel")
+
+
+def _keeps_text(splitter: dict[str, Any]) -> bool:
+    """Return whether a pre-tokenizer leaves nothing out."""
+    return splitter["type"] in ("ByteLevel", "Metaspace", "Digits", "Split", "Punctuation") and (
+        splitter.get("behavior") != "Removed"
+    )

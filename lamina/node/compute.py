@@ -34,6 +34,7 @@ from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.host import Host
 from lamina.runtime.network import Network
+from lamina.runtime.workers import Workers
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Status
 from lamina.wire.codec import encode
@@ -81,6 +82,7 @@ class ComputeNode:
         self._open_model = open_model
         self._make_runner = make_runner
         self._host = host or Host.own()
+        self._workers = Workers()
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._member_changed)
         self._member = self._members.id_of(node.name)
@@ -134,6 +136,7 @@ class ComputeNode:
             self._monitor.close()
             await asyncio.gather(*(link.close() for link in [*self._clients, *self._rendezvous.links]))
             self._device.close()
+            self._workers.close()
             for way in self._ways:
                 way.close()
 
@@ -288,7 +291,7 @@ class ComputeNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
             link.deliver()
         elif role == "client":
-            session = ClientSession(link, self._there, self.intake, self._ready_tokenizer, self._status_now)
+            session = ClientSession(link, self._workers, self.intake, self._ready_tokenizer, self._status_now)
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)

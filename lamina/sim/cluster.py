@@ -9,7 +9,7 @@ from random import Random
 
 from lamina.admin import AdminClient
 from lamina.attention import BackendFactory
-from lamina.client import Client
+from lamina.client import AsyncClient
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.node.compute import ComputeNode
@@ -121,13 +121,13 @@ class SimCluster:
             return await node.status()
 
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[Client]:
+    async def client(self) -> AsyncIterator[AsyncClient]:
         """A client of the front."""
         hello = Hello("client", "client")
         link = await self.world.network.connect(
             self.config.front.address, hello, self.config.options(), deadline_s=REACH_S
         )
-        client = Client(link)
+        client = AsyncClient(link)
         try:
             yield client
         finally:

@@ -330,7 +330,7 @@ class SimLink(OwnedLink):
             # Answered, so that the peer need not take our silence for a death. What is queued here goes nowhere.
             self._free_s[_CONTROL] = self._last_due_s[_CONTROL] = self._loop.time()
             self._send(_CONTROL, GONE, 0)
-            self._fail(PeerLostError(f"{self} closed the link"))
+            self._fail(PeerLostError(f"{self} closed the link"), said_goodbye=True)
             return
         self._bye_arrived = True
         if self._peer._bye_arrived:

@@ -142,12 +142,13 @@ class Limits(NamedTuple):
 
 
 class Done(Message):
-    """Reports the result of an order: tokens, from the node of the last slice. ``attention_s`` says for compute nodes,
+    """Reports the result of an order: tokens, from the node of the last slice, which are None where the logits were not
+    numbers. ``attention_s`` says for compute nodes,
     by member id, how many seconds the busiest memory node has attended for them so far, as far as this one knows."""
 
     slot: Slot
     step: Count
-    tokens: Annotated[list[Count], Meta(max_length=MAX_STEP_TOKENS)]
+    tokens: Annotated[list[Count | None], Meta(max_length=MAX_STEP_TOKENS)]
     compute_s: float
     attention_s: Annotated[list[tuple[MemberId, float]], Meta(max_length=MAX_COMPUTE)]
 

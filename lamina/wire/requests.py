@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Count, Message, Positive
+
+PART = 1 << 14
+"""The most token ids or characters of a prompt in one message: far below what a message may have, and few enough that
+a loop has taken them in within a millisecond or two."""
+
+Prompt = str | list[Count]
+"""Text or token ids."""
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,8 +35,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
 class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """Holds what a client asks for. It travels whole, from the client to the sequence that answers it."""
 
-    prompt: str | list[Count]
-    """Text or token ids."""
+    prompt: Prompt
     max_tokens: Positive | None = None
     """None: as many as the context allows."""
     sampling: Sampling = Sampling()
@@ -37,6 +45,8 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """Whether it may share the keys and values of a prompt with the same beginning."""
     salt: Annotated[str, Meta(max_length=256)] = ""
     """Only requests with the same salt share anything."""
+    parse_special: bool = False
+    """Whether the text of a special token, such as ``</s>``, in a prompt's text is that token, and not text."""
 
 
 class Generate(Message):
@@ -44,6 +54,16 @@ class Generate(Message):
 
     id: Count
     request: Request
+    length: Count | None = None
+    """The length of the whole prompt, as `length_of` gives it, if it begins here and goes on in `PromptPart` messages.
+    On one link, one prompt at a time comes in parts."""
+
+
+class PromptPart(Message):
+    """Holds the next part of the prompt of a request. It is ignored if the request is over, or was refused."""
+
+    id: Count
+    part: Prompt
 
 
 class Cancel(Message):
@@ -81,5 +101,21 @@ class Failed(Message):
     """Seconds after which the same request may be accepted."""
 
 
-FromClient = Generate | Cancel | AskStatus
+FromClient = Generate | PromptPart | Cancel | AskStatus
 ToClient = Generated | Finished | Failed | Status
+
+
+def length_of(prompt: Prompt) -> int:
+    """Return the number of token ids, or of bytes in UTF-8."""
+    return len(prompt.encode()) if isinstance(prompt, str) else len(prompt)
+
+
+def messages_for(id_: int, request: Request) -> Iterator[Message]:
+    """Return the messages that ask for a request: several if its prompt is long."""
+    prompt = request.prompt
+    if len(prompt) <= PART:
+        yield Generate(id=id_, request=request)
+        return
+    yield Generate(id=id_, request=replace(request, prompt=prompt[:PART]), length=length_of(prompt))
+    for start in range(PART, len(prompt), PART):
+        yield PromptPart(id=id_, part=prompt[start : start + PART])

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.asynccontextmanager
 async def cluster(
     folder: Path, checkpoint: Path, ports: list[int], pipeline: PipelineConfig
-) -> AsyncIterator[tuple[ClusterConfig, harness.Node, lamina.Client]]:
+) -> AsyncIterator[tuple[ClusterConfig, harness.Node, lamina.AsyncClient]]:
     """A cluster and a client of it; afterwards no memory node may hold anything."""
     config = harness.write_config(folder, checkpoint, ports, pipeline=pipeline, memory=2 << 20)
     node = harness.start_node(config, "c0")
@@ -40,7 +40,7 @@ async def cluster(
         assert node.stop() == 0
 
 
-async def is_empty(config: ClusterConfig, client: lamina.Client) -> bool:
+async def is_empty(config: ClusterConfig, client: lamina.AsyncClient) -> bool:
     states = [await client.status(), *[await harness.status_of(config, n) for n in config.memory_nodes]]
     return all(s.sequences == 0 and s.kv_tokens_free == s.kv_tokens_total > 0 for s in states)
 
@@ -51,7 +51,7 @@ def resident_bytes(node: harness.Node) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-async def ask_for_one(client: lamina.Client, i: int, text: str = "") -> str:
+async def ask_for_one(client: lamina.AsyncClient, i: int, text: str = "") -> str:
     """How one of many small requests ends."""
     try:
         return (await client.generate(text or [1 + i % 200], max_tokens=1)).finish_reason

@@ -7,13 +7,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import lamina
 from lamina.config import ClusterConfig, PipelineConfig
+from lamina.errors import LaminaError, RequestError
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY
 from tests.oracle import Agreement, Oracle
@@ -47,7 +50,7 @@ def cluster(
         assert node.stop() == 0
 
 
-def ask(config: ClusterConfig, work: Callable[[lamina.Client], Awaitable[None]]) -> None:
+def ask(config: ClusterConfig, work: Callable[[lamina.AsyncClient], Awaitable[None]]) -> None:
     """Run ``work`` with a client, then check that no KV cache is left in use on any node."""
 
     async def main() -> None:
@@ -71,7 +74,7 @@ def prompts(count: int, longest: int = 120) -> list[list[int]]:
 def test_cancelling_at_any_moment_harms_no_other(cluster: ClusterConfig, oracle: Oracle, agreement: Agreement) -> None:
     """While waiting, in mid-prompt and in mid-answer; the others' tokens stay right."""
 
-    async def work(client: lamina.Client) -> None:
+    async def work(client: lamina.AsyncClient) -> None:
         chosen = random.Random(SEED)
         asked = prompts(14)
 
@@ -107,7 +110,41 @@ def test_a_client_that_dies_frees_its_requests(cluster: ClusterConfig) -> None:
     died = subprocess.run([sys.executable, "-c", CLIENT, str(cluster.file)], check=False, timeout=60)
     assert died.returncode == -signal.SIGKILL
 
-    async def work(client: lamina.Client) -> None:
+    async def work(client: lamina.AsyncClient) -> None:
         assert len((await client.generate([1], max_tokens=2)).tokens) == 2
+
+    ask(cluster, work)
+
+
+def test_a_script_needs_no_event_loop(cluster: ClusterConfig) -> None:
+    """The client without asyncio gives the same answers, from any thread, and leaves nothing behind."""
+    links, prompt = cluster.links, [1, 2, 3]
+    with lamina.Client(cluster.front.address, secret=links.secret, tls=links.tls) as client:
+        answer = client.generate(prompt, max_tokens=8)
+        stream = client.stream(prompt, max_tokens=8)
+        assert [token.id for token in stream] == answer.tokens
+        assert (stream.finish_reason, stream.prompt_tokens, stream.held_back) == ("length", 3, "")
+        with ThreadPoolExecutor(4) as pool:
+            others = [*pool.map(lambda _: client.generate(prompt, max_tokens=8).tokens, range(4))]
+        assert others == [answer.tokens] * 4
+        with pytest.raises(RequestError, match="token 300 at position 0"):
+            client.generate([VOCABULARY])
+
+        for _ in client.stream(prompt, max_tokens=300):
+            break  # the request is aborted
+        with client.stream(prompt, max_tokens=300) as left:
+            next(left)
+        unread = client.stream(prompt, max_tokens=300)
+        next(unread)
+        running = client.status().requests_running
+        assert running <= 1
+    with pytest.raises(LaminaError, match="the client is closed"):
+        client.status()
+    client.close()
+    unread.close()
+    assert "lamina-client" not in {thread.name for thread in threading.enumerate()}
+
+    async def work(client: lamina.AsyncClient) -> None:
+        """Nothing is left of it."""
 
     ask(cluster, work)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from lamina.client import Client
+from lamina.client import AsyncClient
 from lamina.config import ClusterConfig, PipelineConfig
 from lamina.errors import ConnectError, LaminaError
 from lamina.sim.cluster import SimCluster
@@ -77,7 +77,7 @@ class Asked:
         return len(self.tokens) == self.most
 
 
-async def ask(client: Client, chance: Random, vocabulary: int, within_s: float) -> Asked:
+async def ask(client: AsyncClient, chance: Random, vocabulary: int, within_s: float) -> Asked:
     """A random request within so many seconds, which its client may give up."""
     await asyncio.sleep(within_s * chance.random())
     shared = [i % vocabulary for i in range(chance.choice((0, 0, 20, 40)))]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lamina.attention import BackendFactory, LayerShape
-from lamina.client import Client, Completion
+from lamina.client import AsyncClient, Completion
 from lamina.config import (
     ClusterConfig,
     ComputeNodeConfig,
@@ -99,7 +99,12 @@ def open_real(config: ClusterConfig) -> ModelSource:
 
 
 def empty_model(
-    config: ClusterConfig, *, layers: int = 4, kv_heads: int | None = None, context: int = 512
+    config: ClusterConfig,
+    *,
+    layers: int = 4,
+    kv_heads: int | None = None,
+    context: int = 512,
+    vocabulary: int = EMPTY_VOCABULARY,
 ) -> OpenModel:
     """A model that computes nothing, for a cluster of this file. Its answers consist of token 0."""
     heads = kv_heads or len(config.memory_nodes)
@@ -110,21 +115,20 @@ def empty_model(
         dtype="float32",
         layers=(shape,) * layers,
         max_context=context,
-        vocabulary=EMPTY_VOCABULARY,
+        vocabulary=vocabulary,
         stop_tokens=frozenset(),
     )
     rows = config.pipeline.max_batch + 64 + config.pipeline.prefill_tokens
     return lambda _: EmptyModel(facts, rows=rows)
 
 
-def new_cluster(
-    world: World, config: ClusterConfig, *, layers: int = 4, context: int = 512, seconds: NodeSeconds = seconds
-) -> SimCluster:
-    """The cluster of a file in a world: with the checkpoint that the file names, or with empty models and backends."""
+def new_cluster(world: World, config: ClusterConfig, *, seconds: NodeSeconds = seconds, **model: int) -> SimCluster:
+    """The cluster of a file in a world: with the checkpoint that the file names, or with empty backends and models, as
+    `empty_model` makes them."""
     if config.model.path != "empty":
         return SimCluster(world, config, open_model=open_real, seconds=seconds)
     backend: BackendFactory = EmptyBackend
-    open_model = empty_model(config, layers=layers, context=context)
+    open_model = empty_model(config, **model)
     return SimCluster(world, config, open_model=open_model, backend=backend, seconds=seconds)
 
 
@@ -134,8 +138,7 @@ def simulate(
     *,
     seed: int = 1,
     link: LinkModel = LINK,
-    layers: int = 4,
-    context: int = 512,
+    **model: int,
 ) -> T:
     """Start a cluster, do ``work`` when it is ready, see that every block is free again, and stop it in order.
 
@@ -143,7 +146,7 @@ def simulate(
     """
 
     async def main(world: World) -> T:
-        async with new_cluster(world, config, layers=layers, context=context) as cluster:
+        async with new_cluster(world, config, **model) as cluster:
             await cluster.ready()
             result = await work(cluster)
             cluster.check()
@@ -204,7 +207,7 @@ async def eventually(condition: Callable[[], Awaitable[object]], timeout_s: floa
         await asyncio.sleep(0.01)
 
 
-async def generate(client: Client, prompts: Iterable[Sequence[int]], **settings: Any) -> list[list[int]]:
+async def generate(client: AsyncClient, prompts: Iterable[Sequence[int]], **settings: Any) -> list[list[int]]:
     """Answers to prompts that are asked at the same time."""
     answers: list[Completion] = await asyncio.gather(*(client.generate(p, **settings) for p in prompts))
     return [answer.tokens for answer in answers]

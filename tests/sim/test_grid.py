@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.client import Client
+from lamina.client import AsyncClient
 from lamina.config import PipelineConfig
 from lamina.sim.cluster import SimCluster
 from tests.families import VOCABULARY
@@ -76,7 +76,7 @@ def test_tokens_are_right_and_space_comes_back(
         for _ in range(REQUESTS)
     ]
 
-    async def ask(client: Client, prompt: list[int]) -> list[int]:
+    async def ask(client: AsyncClient, prompt: list[int]) -> list[int]:
         """An answer, or as much of it as comes before the client changes its mind."""
         await asyncio.sleep(0.05 * random_.random())
         most = random_.choice((5, 20, MOST_TOKENS))

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
-from lamina.client import Client, Completion
+from lamina.client import AsyncClient, Completion
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
-from lamina.errors import CapacityError, LaminaError, RequestError
+from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
+from lamina.front.text import Tokenizer
 from lamina.node.compute import ComputeNode
 from lamina.sim.cluster import SimCluster
 from lamina.transport import Hello
 from lamina.wire.admin import AskStatus
-from lamina.wire.codec import encode
-from lamina.wire.requests import Generate, Request, Sampling
-from tests.families import MAX_CONTEXT, VOCABULARY
+from lamina.wire.codec import Message, encode
+from lamina.wire.requests import PART, Cancel, Generate, PromptPart, Request, Sampling
+from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
 from tests.sim.clusters import (
     eventually,
@@ -37,7 +41,7 @@ SEED = 11
 MANY = 10_000
 
 
-def ask(llama: Path | str, work: Callable[[Client], Awaitable[None]]) -> None:
+def ask(llama: Path | str, work: Callable[[AsyncClient], Awaitable[None]]) -> None:
     """Run ``work`` with a client of a cluster with two batches in flight, and prompts in chunks shorter than they are.
     Then no KV cache may be left in use on any node."""
     pipeline = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, max_waiting=16)
@@ -57,7 +61,7 @@ def prompts(count: int, longest: int = 120) -> list[list[int]]:
 def test_more_requests_than_a_batch_holds(llama: Path, oracle: Oracle, agreement: Agreement) -> None:
     """Continuous admission over two batches in flight, prompts in chunks among decoding: all answers are right."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         asked = prompts(12)
         answers = await asyncio.gather(*(client.generate(p, max_tokens=5 + i) for i, p in enumerate(asked)))
         for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
@@ -71,7 +75,7 @@ def test_more_requests_than_a_batch_holds(llama: Path, oracle: Oracle, agreement
 def test_sampling_depends_on_seed_and_position_alone(llama: Path) -> None:
     """Alone or among others, a seeded request gets the same tokens; another seed gives others."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         settings = {"max_tokens": 20, "temperature": 1.2, "top_k": 50, "top_p": 0.95}
         prompt, *others = prompts(7, longest=30)
         alone = await client.generate(prompt, seed=3, **settings)
@@ -92,7 +96,7 @@ def test_sampling_depends_on_seed_and_position_alone(llama: Path) -> None:
 def test_leaving_the_iterator_aborts() -> None:
     """By break, by closing and by cancellation; the KV cache is free again on every node."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         prompt = [1, 2, 3]
         async for _ in client.stream(prompt, max_tokens=300):
             break
@@ -112,7 +116,7 @@ def test_leaving_the_iterator_aborts() -> None:
 def test_an_answer_that_has_failed_fails_again() -> None:
     """Every further attempt to read raises the same error; none waits for a token that cannot come."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         stream = client.stream([1] * 5000, max_tokens=1)
         with pytest.raises(RequestError, match="the prompt has 5000 tokens") as first:
             await anext(stream)
@@ -164,7 +168,7 @@ def test_an_answer_that_cannot_be_completed_harms_no_other() -> None:
 def test_giving_up_on_a_status_harms_no_request() -> None:
     """Its answer comes when it is not awaited any more."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         stream = client.stream([1, 2, 3], max_tokens=20)
         await anext(stream)
         asked = asyncio.create_task(client.status())
@@ -178,7 +182,7 @@ def test_giving_up_on_a_status_harms_no_request() -> None:
 def test_cancelling_at_any_moment_harms_no_other(llama: Path, oracle: Oracle, agreement: Agreement) -> None:
     """While waiting, in mid-prompt and in mid-answer; the others' tokens stay right."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         chosen = random.Random(SEED)
         asked = prompts(14)
 
@@ -229,7 +233,10 @@ IMPOSSIBLE: list[tuple[list[int] | str, dict[str, Any], str]] = [
     ([1, 2], {"max_tokens": MAX_CONTEXT}, f"ask for at most {MAX_CONTEXT - 2}"),
     ([1, VOCABULARY], {}, f"token {VOCABULARY} at position 1"),
     ("text", {}, "no tokenizer.json"),
-    ("a" * 2**21, {}, "the prompt is too long to be sent"),
+    ("a" * 2**21, {}, "no tokenizer.json"),
+    ("a\ud800", {}, "prompt: '\\ud800' at position 1 is half of a surrogate pair and no character"),
+    ([1] * 2**21, {}, f"the prompt has {2**21} tokens, the context is {MAX_CONTEXT}"),
+    ([1], {"temprature": 1.0}, "unknown setting 'temprature'; did you mean 'temperature'?"),
     ([1], {"temperature": -1.0}, "temperature: expected float >= 0"),
     ([1], {"top_p": 1.5}, "top_p: expected float <= 1"),
     ([1], {"max_tokens": 0}, "max_tokens: expected int >= 1"),
@@ -241,7 +248,7 @@ IMPOSSIBLE: list[tuple[list[int] | str, dict[str, Any], str]] = [
 def test_an_impossible_request_is_refused_alone(llama: Path) -> None:
     """A sentence says what is wrong, while another request on the same connection goes on."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         for prompt, settings, message in IMPOSSIBLE:
             good = asyncio.create_task(client.generate([1, 2, 3], max_tokens=10))
             with pytest.raises(RequestError) as caught:
@@ -250,6 +257,133 @@ def test_an_impossible_request_is_refused_alone(llama: Path) -> None:
             assert len((await good).tokens) == 10
 
     ask(llama, work)
+
+
+def test_whatever_fits_the_context_can_be_sent() -> None:
+    """Also where one message could not hold it, to the last token id; one more is refused."""
+    context, vocabulary = 1 << 18, 1 << 18
+    pipeline = PipelineConfig(max_batch=1, prefill_tokens=16)
+    longest = [vocabulary - 1 - i % 1000 for i in range(context - 1)]
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            asked = asyncio.create_task(client.generate(longest))
+
+            async def is_prefilled() -> bool:
+                return (await client.status()).prompt_tokens == len(longest)
+
+            await eventually(is_prefilled)
+            asked.cancel()  # it would take a while
+            with pytest.raises(RequestError, match=f"the prompt has {context} tokens, the context is {context}"):
+                await client.generate([*longest, 1])
+
+    simulate(make_config(memory=64 << 20, pipeline=pipeline), work, context=context, vocabulary=vocabulary)
+
+
+def test_a_long_text_comes_whole() -> None:
+    """In several messages, cut between any two characters; its tokens are those of the whole text."""
+    tokenizer = Tokenizer(DEMO, 2048)
+    words = sorted(tokenizer._library.get_vocab(), key=len)[-1].replace("Ġ", " ") * 1500
+    text = f"há muito {words} 很久以前 {words[:5000]}"
+    assert len(text) > PART
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            tokens = tokenizer.encode(text)
+            by_text, by_tokens = [await client.generate(prompt, max_tokens=4) for prompt in (text, tokens)]
+            assert by_text.prompt_tokens == len(tokens)
+            assert by_text == by_tokens
+
+    simulate(make_config(DEMO), work)
+
+
+def test_parts_that_do_not_fit_together_are_refused() -> None:
+    """A client that breaks off, sends more than it said, or mixes text and token ids: each request fails alone."""
+    config = make_config()
+
+    async def work(cluster: SimCluster) -> None:
+        failures: dict[int | None, str] = {}
+        network = cluster.world.network
+        link = await network.connect(config.front.address, Hello("client", "raw"), config.options(), deadline_s=1)
+        link.deliver(on_message=lambda plain: failures.__setitem__(plain.get("id"), plain.get("message", "")))
+        messages: list[Message] = [
+            Generate(id=1, request=Request([1, 2], 1), length=3),
+            PromptPart(id=1, part=[3, 4]),
+            PromptPart(id=1, part=[5]),  # too late, and ignored
+            Generate(id=2, request=Request([1, 2], 1), length=3),
+            PromptPart(id=2, part="text"),
+            Generate(id=3, request=Request([1, 2], 1), length=10_000),
+            PromptPart(id=3, part=[3]),
+            Generate(id=4, request=Request([1, 2], 1), length=4),
+            Generate(id=5, request=Request([1, 2], 1), length=3),
+            Cancel(id=4),
+            PromptPart(id=4, part=[3, 4]),
+            Generate(id=6, request=Request([1], 1), length=3),
+            PromptPart(id=6, part=[2]),
+            PromptPart(id=6, part=[3]),
+        ]
+        for message in messages:
+            link.send(encode(message))
+        await eventually(lambda: asyncio.sleep(0, 6 in failures))
+        assert failures == {
+            1: "the prompt is longer than announced: 4 instead of 3",
+            2: "the parts of a prompt must be all text, or all token ids",
+            3: "the prompt has 10000 tokens, the context is 512 and must leave room for an answer; use at most 511",
+            5: "the prompt of request 4 is still coming on this connection; wait",
+            6: "",  # finished
+        }
+        await link.close()
+
+    simulate(config, work)
+
+
+@pytest.mark.parametrize("compute", [(None,), (range(2), range(2, 4))])
+def test_a_request_whose_logits_are_no_numbers_fails_alone(
+    compute: Sequence[range | None], tmp_path: Path, oracle: Oracle, agreement: Agreement
+) -> None:
+    """The others of its batch get what they should, and so do those that get its space later; wherever the last slice
+    runs."""
+    asked, later = prompts(6), [1, 2, 3]
+    seen = {token for prompt in [*asked, later] for token in [*prompt, *oracle.greedy(prompt, 6)]}
+    poison = min(set(range(VOCABULARY)) - seen)
+    model = FAMILIES["llama"].model()
+    with torch.no_grad():
+        cast("torch.nn.Embedding", model.get_input_embeddings()).weight[poison] = math.nan
+    model.save_pretrained(tmp_path)
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            await with_client(client)
+
+    async def with_client(client: AsyncClient) -> None:
+        for temperature in (0.0, 1.0):
+            good = [asyncio.create_task(client.generate(prompt, max_tokens=6)) for prompt in asked]
+            with pytest.raises(NodeError, match="logits for position 3 are not finite numbers") as caught:
+                await client.generate([1, poison, 2], temperature=temperature)
+            assert caught.value.node == "c0"
+            for prompt, answer in zip(asked, await asyncio.gather(*good), strict=True):
+                agreement.check(oracle, prompt, answer.tokens, "among others")
+        again = await client.generate(later, max_tokens=6)
+        agreement.check(oracle, later, again.tokens, "afterwards")
+
+    simulate(make_config(tmp_path, compute=compute, pipeline=PipelineConfig(prefill_tokens=24)), work)
+
+
+def test_a_client_that_leaves_is_no_cause_for_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """One that says goodbye is logged, and nothing is warned of."""
+    caplog.set_level(logging.INFO, "lamina")
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            await client.generate([1], max_tokens=2)
+        caplog.clear()
+        async with cluster.client() as client:
+            await client.status()
+        await asyncio.sleep(1)
+        assert "event=link_closed" in caplog.text
+        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+    simulate(make_config(), work)
 
 
 def test_a_client_after_its_end() -> None:
@@ -270,7 +404,7 @@ def test_other_nodes_send_clients_away() -> None:
 
     async def refusal(cluster: SimCluster, name: str) -> str:
         address, hello = config.find(name).address, Hello("client", "astray")
-        client = Client(await cluster.world.network.connect(address, hello, config.options(), deadline_s=1))
+        client = AsyncClient(await cluster.world.network.connect(address, hello, config.options(), deadline_s=1))
         with pytest.raises(RequestError) as refused:
             await client.generate([1])
         await client.close()
@@ -286,7 +420,7 @@ def test_other_nodes_send_clients_away() -> None:
 # -- what is kept for clients is bounded
 
 
-async def ask_for_one(client: Client, i: int, text: str = "") -> str:
+async def ask_for_one(client: AsyncClient, i: int, text: str = "") -> str:
     """How one of many small requests ends."""
     try:
         return (await client.generate(text or [1 + i % 50], max_tokens=1)).finish_reason
@@ -333,7 +467,7 @@ def test_texts_that_become_tokens_count_as_waiting() -> None:
 def test_a_full_queue_refuses() -> None:
     """The limit is told; what was taken is answered."""
 
-    async def work(client: Client) -> None:
+    async def work(client: AsyncClient) -> None:
         asked = [asyncio.create_task(client.generate([1, 2], max_tokens=30)) for _ in range(40)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         refused = [a for a in answers if isinstance(a, CapacityError)]

@@ -1,30 +1,29 @@
-"""Python programs use this client: ``async with lamina.connect("tcp://127.0.0.1:7070") as client``."""
+"""Programs with asyncio use this client: ``async with lamina.connect("tcp://127.0.0.1:7070") as client``."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import msgspec
+from typing import Any, NamedTuple, NoReturn, TypeAlias, Unpack
 
 from lamina import errors
+from lamina.client.settings import Prompt, Settings, request_for
 from lamina.config import read_secret
-from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, RequestError, TransportError
+from lamina.errors import CapacityError, ConfigError, LaminaError, NodeError, TransportError, UsageError
 from lamina.transport import Address, Hello, Link, Options, TlsFiles
 from lamina.transport import connect as connect_link
-from lamina.validation import explain
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import decode, encode
 from lamina.wire.questions import Questions
-from lamina.wire.requests import Cancel, Failed, Finished, Generate, Generated, Request, Sampling, ToClient
+from lamina.wire.requests import Cancel, Failed, Finished, Generated, Request, ToClient, messages_for
 
-S = TypeVar("S", bound=msgspec.Struct)
+Secret: TypeAlias = bytes | str | os.PathLike[str] | None
+"""The cluster's secret itself, as bytes, or the path of the file that holds it."""
 
 
 class Token(NamedTuple):
@@ -44,35 +43,71 @@ class Completion:
     prompt_tokens: int
 
 
-@asynccontextmanager
-async def connect(
+def connect(
     address: str | Address,
     *,
-    secret: bytes | Path | None = None,
+    secret: Secret = None,
     tls: TlsFiles | None = None,
     deadline_s: float = 10.0,
     peer_timeout: float = 2.0,
-) -> AsyncIterator[Client]:
-    """Connect to the front at ``address``, such as ``tcp://127.0.0.1:7070``.
+) -> AbstractAsyncContextManager[AsyncClient]:
+    """Connect to the front at ``address``, such as ``tcp://127.0.0.1:7070``, with ``async with``.
 
-    ``secret`` is the cluster's secret, or the file that holds it, and ``tls`` (from ``lamina.transport``) names this
-    client's certificate, if the cluster has these. Raises ConnectError if there is no answer within ``deadline_s``
-    seconds; after ``peer_timeout`` seconds of silence the front is lost. Leaving the block cancels what still runs.
+    ``secret`` is the cluster's secret as bytes, or the path of the file that holds it, and ``tls`` (from
+    ``lamina.transport``) names this client's certificate, if the cluster has these. Raises ConnectError if there is no
+    answer within ``deadline_s`` seconds; after ``peer_timeout`` seconds of silence the front is lost. Leaving the block
+    cancels what still runs.
     """
-    if isinstance(secret, Path):
-        secret = read_secret(secret)
+    return _Connecting(
+        lambda: open_client(address, secret=secret, tls=tls, deadline_s=deadline_s, peer_timeout=peer_timeout)
+    )
+
+
+async def open_client(
+    address: str | Address, *, secret: Secret, tls: TlsFiles | None, deadline_s: float, peer_timeout: float
+) -> AsyncClient:
+    """Return a connected client, which its caller closes. See `connect`."""
+    if not isinstance(address, str | Address):
+        raise ConfigError(f'address: expected one like "tcp://127.0.0.1:7070", got {address!r:.200}')
+    if isinstance(secret, str | os.PathLike):
+        secret = read_secret(Path(secret))
+    elif not isinstance(secret, bytes | None):
+        raise ConfigError(f"secret: expected bytes, or the path of a file, got {type(secret).__name__}")
     options = Options(kind="control", secret=secret, tls=tls, peer_timeout=peer_timeout)
     hello = Hello("client", f"client-{os.getpid()}")
     front = Address.parse(address) if isinstance(address, str) else address
-    link = await connect_link(front, hello, options, deadline_s=deadline_s)
-    client = Client(link)
-    try:
-        yield client
-    finally:
-        await client.close()
+    return AsyncClient(await connect_link(front, hello, options, deadline_s=deadline_s))
 
 
-class Client:
+class _Connecting(AbstractAsyncContextManager["AsyncClient"]):
+    """Connects when it is entered, and says so if it is used in another way."""
+
+    _HINT = "lamina.connect(...) connects in an `async with lamina.connect(...) as client:` block"
+
+    def __init__(self, open_: Callable[[], Awaitable[AsyncClient]]) -> None:
+        self._open = open_
+
+    async def __aenter__(self) -> AsyncClient:
+        self._client = await self._open()
+        return self._client
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    def __await__(self) -> Generator[Any, Any, NoReturn]:
+        raise UsageError(f"{self._HINT}, and cannot be awaited")
+
+    def __enter__(self) -> NoReturn:
+        raise UsageError(f"{self._HINT}; without asyncio, use `with lamina.Client(...) as client:`")
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing: it cannot be entered so."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{self._HINT}; it has no {name!r} itself")
+
+
+class AsyncClient:
     """A client holds a connection to the front. Any number of requests may run on it at the same time."""
 
     def __init__(self, link: Link) -> None:
@@ -83,33 +118,17 @@ class Client:
         self._failure: LaminaError | None = None
         link.deliver(on_message=self._on_message, on_lost=self._on_lost)
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        priority: int = 0,
-        share_prefix: bool = True,
-        salt: str = "",
-    ) -> Stream:
+    def stream(self, prompt: Prompt, **settings: Unpack[Settings]) -> AsyncStream:
         """Stream the tokens of an answer: ``async for token in client.stream(...)``.
 
-        ``prompt`` is text or token ids. With ``max_tokens`` None the answer may fill the context. Temperature 0 is
-        greedy; with a ``seed`` the same request gets the same tokens. The waiting request with the highest ``priority``
-        (-100 to 100) is admitted next. ``share_prefix`` lets the request use keys and values that the cluster still
-        holds of another prompt with the same beginning and the same ``salt``. Leaving the loop aborts the request.
+        ``prompt`` is text, or token ids in any sequence or array of integers; `Settings` describes the settings.
+        Leaving the loop aborts the request. Raises RequestError, here or when the stream is read, for what cannot be
+        asked.
         """
-        sampling = _checked(Sampling(temperature, top_k, top_p, seed))
-        tokens = prompt if isinstance(prompt, str) else list(prompt)
-        request = _checked(Request(tokens, max_tokens, sampling, priority, share_prefix, salt))
-        return Stream(self, Generate(id=next(self._ids), request=request))
+        return AsyncStream(self, next(self._ids), request_for(prompt, settings))
 
-    async def generate(self, prompt: str | Sequence[int], **settings: Any) -> Completion:
-        """Return the whole answer. ``settings`` are those of ``stream``."""
+    async def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
+        """Return the whole answer. See `stream`."""
         async with self.stream(prompt, **settings) as stream:
             tokens = [token async for token in stream]
             text = "".join(token.text for token in tokens) + stream.held_back
@@ -157,7 +176,7 @@ class Client:
         self._questions.fail(error)
 
 
-class Stream:
+class AsyncStream:
     """A stream gives the tokens of one answer. It is an asynchronous iterator and context manager.
 
     After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character) are
@@ -166,18 +185,19 @@ class Stream:
     cache on every node.
     """
 
-    def __init__(self, client: Client, generate: Generate) -> None:
+    def __init__(self, client: AsyncClient, id_: int, request: Request) -> None:
         self.finish_reason = ""
         self.prompt_tokens = 0
         self.held_back = ""
         self._client = client
-        self._generate = generate
+        self._id = id_
+        self._request = request
         self._queue: asyncio.Queue[Generated | Finished | LaminaError] | None = None
         self._error: LaminaError | None = None
         """Why the answer ended early; every later attempt to read raises it again."""
         self._loop = asyncio.get_running_loop()
 
-    def __aiter__(self) -> Stream:
+    def __aiter__(self) -> AsyncStream:
         return self
 
     async def __anext__(self) -> Token:
@@ -206,17 +226,15 @@ class Stream:
 
     def _start(self) -> None:
         self._client._check()
-        try:
-            self._client._link.send(encode(self._generate))
-        except ProtocolError as e:
-            raise RequestError(f"the prompt is too long to be sent: {e}") from e
-        self._queue = self._client._streams[self._generate.id] = asyncio.Queue()
+        for message in messages_for(self._id, self._request):
+            self._client._link.send(encode(message))
+        self._queue = self._client._streams[self._id] = asyncio.Queue()
 
     async def aclose(self) -> None:
         """Abort the request if it is not over. Closing twice is fine."""
         self._abort()
 
-    async def __aenter__(self) -> Stream:
+    async def __aenter__(self) -> AsyncStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -224,28 +242,18 @@ class Stream:
 
     def __del__(self) -> None:
         # `break` in an `async for` drops the iterator and tells it nothing else.
-        if self._generate.id in self._client._streams and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_abort, self._client, self._generate.id)
+        if self._id in self._client._streams and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_abort, self._client, self._id)
 
     def _abort(self) -> None:
-        _abort(self._client, self._generate.id)
+        _abort(self._client, self._id)
         self.finish_reason = self.finish_reason or "cancelled"
 
     def _leave(self) -> None:
-        self._client._streams.pop(self._generate.id, None)
+        self._client._streams.pop(self._id, None)
 
 
-def _checked(value: S) -> S:
-    """Return the value if it fits its own type. A RequestError names the field that does not."""
-    plain = msgspec.to_builtins(value)
-    try:
-        msgspec.convert(plain, type(value))
-    except msgspec.ValidationError as e:
-        raise RequestError(explain(e, plain)) from e
-    return value
-
-
-def _abort(client: Client, id_: int) -> None:
+def _abort(client: AsyncClient, id_: int) -> None:
     if client._streams.pop(id_, None) is not None and not client._link.state.closed:
         client._link.send(encode(Cancel(id=id_)))
 

@@ -1,0 +1,147 @@
+"""Scripts use this client, which needs no event loop of theirs: it has one in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from lamina.client.asynchronous import AsyncClient, AsyncStream, Completion, Secret, Token, open_client
+from lamina.client.settings import Prompt, Settings
+from lamina.errors import TransportError
+from lamina.transport import Address, TlsFiles
+from lamina.wire.admin import Status
+
+R = TypeVar("R")
+
+
+class Client:
+    """A client holds a connection to the front; ``with lamina.Client("tcp://127.0.0.1:7070") as client``.
+
+    Its methods wait for what they return. Several threads may call them at the same time; with asyncio, `connect` does
+    it without threads. The arguments and errors are those of `connect`.
+    """
+
+    def __init__(
+        self,
+        address: str | Address,
+        *,
+        secret: Secret = None,
+        tls: TlsFiles | None = None,
+        deadline_s: float = 10.0,
+        peer_timeout: float = 2.0,
+    ) -> None:
+        """Connect to the front at ``address``."""
+        self._loop = asyncio.new_event_loop()
+        self._closing = threading.Lock()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lamina-client", daemon=True)
+        self._thread.start()
+        try:
+            self._client: AsyncClient = self._wait(
+                open_client(address, secret=secret, tls=tls, deadline_s=deadline_s, peer_timeout=peer_timeout)
+            )
+        except BaseException:
+            self._stop()
+            raise
+
+    def stream(self, prompt: Prompt, **settings: Unpack[Settings]) -> Stream:
+        """Stream the tokens of an answer: ``for token in client.stream(...)``. See `AsyncClient.stream`."""
+
+        async def begin() -> AsyncStream:
+            return self._client.stream(prompt, **settings)
+
+        return Stream(self, self._wait(begin()))
+
+    def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
+        """Return the whole answer. See `AsyncClient.stream`."""
+        return self._wait(self._client.generate(prompt, **settings))
+
+    def status(self) -> Status:
+        """Return the state and the counters of the front."""
+        return self._wait(self._client.status())
+
+    def close(self) -> None:
+        """Cancel what still runs and leave. Closing twice is fine."""
+        with self._closing:
+            if not self._loop.is_closed():
+                try:
+                    self._wait(self._client.close())
+                finally:
+                    self._stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        """Run a coroutine on the client's loop and return its result. An interrupt of this thread cancels it."""
+        try:
+            running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise TransportError("the client is closed") from None
+        try:
+            return running.result()
+        except BaseException:
+            running.cancel()
+            raise
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class Stream:
+    """A stream gives the tokens of one answer. It is an iterator and context manager; see `AsyncStream`.
+
+    ``close``, leaving a ``with`` on it, an interrupt, or dropping the last reference to it (as a loop over
+    ``client.stream(...)`` does when it is left) aborts the request.
+    """
+
+    def __init__(self, client: Client, stream: AsyncStream) -> None:
+        self._client = client
+        self._stream = stream
+
+    @property
+    def finish_reason(self) -> str:
+        """Return why the answer is over, or nothing while it goes on."""
+        return self._stream.finish_reason
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the length of the prompt, once the answer is over."""
+        return self._stream.prompt_tokens
+
+    @property
+    def held_back(self) -> str:
+        """Return the text of an unfinished character, once the answer is over."""
+        return self._stream.held_back
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Token:
+        try:
+            return self._client._wait(self._stream.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Abort the request if it is not over. Closing twice is fine."""
+        if not self._client._loop.is_closed():
+            self._client._wait(self._stream.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
