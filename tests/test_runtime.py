@@ -14,7 +14,7 @@ from lamina.runtime.cpu import CpuDevice
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.loop import PreciseLoop
 from lamina.runtime.mailbox import Mailbox
-from lamina.runtime.workers import NICE, Workers
+from lamina.runtime.workers import NICE, BackgroundWorkers
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_what_takes_long_keeps_neither_the_loop_nor_short_work_waiting() -> None
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     async def main() -> None:
-        workers = Workers()
+        workers = BackgroundWorkers()
         running = [asyncio.create_task(workers.run(long, number, long=True)) for number in range(3)]
         assert await workers.run(str, 1) == "1"
         with pytest.raises(ValueError, match="invalid literal"):
@@ -227,7 +227,7 @@ def test_one_that_runs_on_keeps_its_thread() -> None:
         assert go_on.wait(5)
 
     async def main() -> None:
-        workers = Workers()
+        workers = BackgroundWorkers()
         first = asyncio.create_task(workers.run(long, 0, long=True))
         await asyncio.to_thread(has_begun.wait, 5)
         first.cancel()

@@ -14,7 +14,7 @@ from lamina.errors import LaminaError, ProtocolError, RequestError, TransportErr
 from lamina.front.intake import Intake
 from lamina.front.sequence import Sequence
 from lamina.front.text import LONG_TEXT, TextStream, Tokenizer
-from lamina.runtime.workers import Workers
+from lamina.runtime.workers import BackgroundWorkers
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Message, decode
@@ -45,7 +45,7 @@ class ClientSession:
     def __init__(
         self,
         link: Link,
-        workers: Workers,
+        workers: BackgroundWorkers,
         intake: Callable[[], Intake],
         tokenizer: Callable[[], Tokenizer],
         status: Callable[[], Status],

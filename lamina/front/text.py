@@ -219,7 +219,7 @@ def _load(path: Path) -> Any:
 
 
 class TextStream:
-    """Produces the text of one answer, token by token, each in the same short time.
+    """Produces the text of one answer, token by token; the last takes no longer than the first.
 
     The texts of all tokens, and then `rest`, make the answer's part of the text of prompt and answer together. What has
     been given never changes. Where a token ends inside a character, its bytes are held back until another token

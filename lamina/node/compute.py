@@ -34,7 +34,7 @@ from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.host import Host
 from lamina.runtime.network import Network
-from lamina.runtime.workers import Workers
+from lamina.runtime.workers import BackgroundWorkers
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Status
 from lamina.wire.codec import encode
@@ -82,7 +82,7 @@ class ComputeNode:
         self._open_model = open_model
         self._make_runner = make_runner
         self._host = host or Host.own()
-        self._workers = Workers()
+        self._workers = BackgroundWorkers()
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._member_changed)
         self._member = self._members.id_of(node.name)

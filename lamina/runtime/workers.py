@@ -1,4 +1,4 @@
-"""Workers run functions that take long, beside the loops of a node."""
+"""Background workers run functions that take long, beside the loops of a node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NICE = 10
 other."""
 
 
-class Workers:
+class BackgroundWorkers:
     """Runs functions in two threads, one of which is kept for those that do not take long.
 
     It belongs to one loop. On a virtual one, functions run at once, and no thread is ever started.
