@@ -19,12 +19,20 @@ def cache_folder(name: str) -> Path:
     """Return Lamina's folder ``name`` in the user's cache, made if it is missing.
 
     Lamina executes what it keeps there. So other users can neither read nor write the folder, and a ConfigError refuses
-    one that they own or could write to. Where this user has no home, the folder is a temporary one of this process.
+    one that they own or could write to. Where this user can have no such folder, it is a temporary one of this process.
     """
-    root = _root()
-    for folder in (root, root / name):
-        _claim(folder)
-    return root / name
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        if not base.is_absolute():
+            raise NotADirectoryError(f"the cache folder {str(base)!r} is not an absolute path")
+        base.mkdir(parents=True, exist_ok=True)
+        _claim(base / "lamina")
+        _claim(base / "lamina" / name)
+    except (OSError, RuntimeError) as e:  # RuntimeError: neither $HOME nor an entry in the password file
+        folder = _temporary(str(e)) / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+    return base / "lamina" / name
 
 
 def keep_inductor_private() -> None:
@@ -37,31 +45,21 @@ def keep_inductor_private() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
 
 
-def _root() -> Path:
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        if not base.is_absolute():
-            return _temporary(f"{base} is no absolute path")
-        root = base / "lamina"
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as e:  # RuntimeError: neither $HOME nor an entry in the password file
-        return _temporary(str(e))
-    return root
-
-
 def _claim(folder: Path) -> None:
-    """Make ``folder`` and close it to other users. ConfigError if it is not this user's, or was open to writers."""
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.stat()
-    except OSError as e:
-        raise ConfigError(f"{folder}: cannot be a cache folder: {e.strerror}; remove what is in its place") from e
+    """Make ``folder`` and close it to other users.
+
+    ConfigError if it is not this user's, or was open to writers; OSError if it cannot be made or written to.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.stat()
     if status.st_uid != os.geteuid():
         raise _refused(folder, f"belongs to another user, {status.st_uid}")
     if status.st_mode & 0o022:
         raise _refused(folder, f"can be written to by other users, as its mode is {status.st_mode & 0o777:o}")
     if status.st_mode & 0o077:
         folder.chmod(0o700)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to")
 
 
 def _refused(folder: Path, reason: str) -> ConfigError:

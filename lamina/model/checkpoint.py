@@ -91,8 +91,8 @@ class Checkpoint:
         """The files that hold the weights; the log names them once."""
         files = find_weights(self.path, read_json(self.path / "config.json"))
         index = self.path / INDEX
-        passed = f" instead={INDEX}" if files.index != index and is_file(index) else ""
-        log.info("event=weights path=%s files=%r%s", self.path, str(files), passed)
+        ignored = f" ignored={INDEX}" if files.index != index and is_file(index) else ""
+        log.info("event=weights path=%s files=%r%s", self.path, str(files), ignored)
         return files
 
     @cached_property

@@ -141,10 +141,17 @@ def test_a_folder_that_others_can_read_is_closed(cache: Path) -> None:
     assert [stat.S_IMODE(p.stat().st_mode) for p in (cache_folder("inductor"), cache)] == [0o700, 0o700]
 
 
-def test_a_file_in_place_of_the_folder_is_refused(cache: Path) -> None:
-    """By name."""
-    cache.mkdir()
-    (cache / "inductor").touch()
+@pytest.mark.parametrize("part", ["lamina", "lamina/inductor"])
+def test_where_no_folder_can_be_made_it_is_one_of_the_process(part: str, tmp_path: Path) -> None:
+    """Here a file is in its place; a file system may also be read-only."""
+    (place := tmp_path / part).parent.mkdir(mode=0o700, exist_ok=True)
+    place.touch()
+    code = (
+        "from lamina import log; log.configure('c0'); from lamina.model.cache import cache_folder as f; f('inductor')"
+    )
 
-    with pytest.raises(ConfigError, match=r"lamina/inductor: cannot be a cache folder: File exists; remove"):
-        cache_folder("inductor")
+    done = run(code, XDG_CACHE_HOME=str(tmp_path))
+
+    (line,) = done.stderr.splitlines()
+    assert "event=no_cache" in line
+    assert f"File exists: '{place}'" in line

@@ -144,6 +144,7 @@ def test_the_files_are_those_that_the_library_takes(order, load_all, copy_of, ca
     lines = [r.getMessage() for r in caplog.records if "event=weights" in r.getMessage()]
     assert len(lines) == 1
     assert f"files={files!r}" in lines[0]
+    assert ("ignored=model.safetensors.index.json" in lines[0]) is ((path / INDEX).exists() and "," not in files)
 
 
 def test_fingerprint_tells_a_fine_tune_from_its_base(saved, copy_of):
