@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from lamina import table
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, install_extra
 
 Row = dict[str, Any]
 
@@ -58,7 +58,7 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise ConfigError("--plot: needs matplotlib; install it with: pip install 'lamina[bench]'") from e
+        raise ConfigError(f"--plot: needs matplotlib, which is not installed; {install_extra('bench')}") from e
     return Figure
 
 
