@@ -31,8 +31,9 @@ from lamina.bench.variants import two_processors
 from lamina.client import Client, Stream, connect
 from lamina.config import ClusterConfig, ModelConfig, PipelineConfig
 from lamina.errors import ConfigError, LaminaError
-from lamina.ops.trace import Trace, record
-from lamina.runtime.spans import Span
+from lamina.ops.perfetto import Trace
+from lamina.ops.trace import record
+from lamina.runtime.spans import Activity, Span
 
 MODEL = RandomLlama("P", hidden=1024, ffn=2816, layers=12, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)
 """A model with grouped queries: its k and v are little work, so that one batch alone overlaps little."""
@@ -110,7 +111,10 @@ class Window:
 
     @classmethod
     def of(cls, traces: dict[str, Trace], tokens: float) -> Window:
-        compute, memory = ([s for s in traces[name].spans if s.batch >= 0] for name in ("c0", "m0"))
+        compute, memory = (
+            [s for s in traces[name].spans if s.batch >= 0 and s.activity is Activity.OPERATION]
+            for name in ("c0", "m0")
+        )
         ends = [s.end_s for s in compute if s.name == "sample"]
         if len(ends) < 3:
             raise LaminaError(f"bench pipeline: {len(ends)} steps were completed in {WINDOW_S} s, too few to measure")

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+MAKE = shutil.which("make") or "make"
 
 PROJECT = """
 [build-system]
@@ -61,7 +62,7 @@ def test_setup_reports_no_error_and_says_what_it_does(tmp_path: Path) -> None:
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MAKE", "VIRTUAL_"))
     }
     done = subprocess.run(
-        ["make", "setup"], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=100, check=False
+        [MAKE, "setup"], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=100, check=False
     )
 
     assert done.returncode == 0, done.stderr
