@@ -11,7 +11,7 @@ import pytest
 
 import lamina
 from lamina.attention.backend import default_backend
-from lamina.bench import report
+from lamina.bench import plots
 from lamina.errors import ConfigError, install_extra
 from lamina.ops.doctor import machine
 from lamina.transport.lanes import UpgradeError
@@ -65,7 +65,7 @@ def test_messages_say_how_to_install_what_is_missing(
     pyverbs.cache_clear()
 
     with pytest.raises(ConfigError, match=re.escape(install_extra("bench"))):
-        report.figure_class()
+        plots.figure_class()
     with pytest.raises(UpgradeError, match=re.escape(install_extra("rdma"))):
         pyverbs()
     assert default_backend("cuda") == "torch"
