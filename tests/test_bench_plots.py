@@ -48,8 +48,15 @@ ROWS: dict[str, list[Row]] = {
     "throughput": [throughput("lamina", 60.0, 61.0, 68.0), throughput("vllm", 46.0, 41.0, 47.0)],
     "attention": [
         {
-            "phase": "decode", "backend": name, "kv_dtype": "bfloat16", "batch": batch, "context": context,
-            "gqa": 4, "head_dim": 128, "threads": 2, "ratio": ratio,
+            "phase": "decode",
+            "backend": name,
+            "kv_dtype": "bfloat16",
+            "batch": batch,
+            "context": context,
+            "gqa": 4,
+            "head_dim": 128,
+            "threads": 2,
+            "ratio": ratio,
         }
         for name, ratio in (("native", 0.6), ("sdpa", 0.02))
         for batch, context in ((16, 512), (16, 2048), (1, 32768))
