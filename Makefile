@@ -13,14 +13,18 @@ help:            ## list the targets
 setup: .venv/ready   ## make .venv with everything that the other targets need
 
 .venv/ready: pyproject.toml constraints.txt $(KERNEL)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lamina needs Python >= 3.11, this is " + sys.version)'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
-	@# pip would compile with one core. A few packages ship templates that are no Python; those may fail.
-	-@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lamina needs Python >= 3.11, this is " + sys.version)'
+	@echo 'Making .venv (1/3): an empty Python environment.'
+	@$(PYTHON) -m venv .venv
+	@echo 'Making .venv (2/3): torch and the other packages: 1 GB, or 6 if torch comes with CUDA (README.md, "Install").'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@echo 'Making .venv (3/3): compiling them for Python on all cores, half a minute.'
+	@# pip would compile with one core. A few packages ship templates that are no Python, which is no failure.
+	@$(BIN)/python -c 'import compileall; compileall.compile_dir(".venv/lib", quiet=2, workers=0)'
 	@# pip hides what the package's build says.
 	@test -e attention/native/liblamina_attention.so || echo 'lamina: the native attention kernel was not compiled, so memory nodes are several times slower; install g++ and run: $(BIN)/python -m lamina.attention.native.build'
-	touch $@
+	@touch $@
+	@echo 'Made .venv.'
 
 demo: setup      ## run one compute and two memory nodes on this machine and compare with transformers
 	$(BIN)/lamina demo

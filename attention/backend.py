@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lamina.attention.layout import KVLayout, LayerShape
 from lamina.attention.rows import Rows
-from lamina.errors import ConfigError, UsageError
+from lamina.errors import ConfigError, UsageError, install_extra
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,7 +159,7 @@ def default_backend(device: str = "cpu") -> str:
     try:
         require_backend(fastest)
         if fastest == "flashinfer" and find_spec("flashinfer") is None:
-            raise ConfigError("the package flashinfer is not installed; install lamina[flashinfer]")
+            raise ConfigError(f"the package flashinfer is not installed; {install_extra('flashinfer')}")
     except ConfigError as error:
         log.warning("event=attention_fallback backend=torch reason=%r", str(error))
         return "torch"

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lamina.attention.pool import Memory
 from lamina.attention.rows import Rows, Run
-from lamina.bench import report
+from lamina.bench import plots, report
 from lamina.bench.bandwidth import Bandwidth, OtherWork, cache_bytes, check_threads, free_bytes, in_turns, read_bytes
 from lamina.bench.contenders import LIBRARIES, Content, OwnBackend, Point, layout_of, scattered
 from lamina.errors import CapacityError, ConfigError
@@ -51,8 +51,6 @@ QUICK_PREFILLS = PREFILLS[:1]
 PREFILL_LAYERS = 2
 
 SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "float16": "f16", "float32": "f32"}
-
-PLOT_SHAPES = ((16, 512), (16, 2048), (16, 8192), (1, 32768))
 
 CACHES = 10
 """How many times the size of the last-level caches is read between two visits of a byte."""
@@ -101,18 +99,18 @@ COLUMNS = {
 
 def run(backends: list[str] | None, *, threads: int | None, as_json: bool, plot: Path | None, quick: bool) -> None:
     """Measure and print; draw into ``plot`` if it is given."""
-    if plot:
-        report.figure_class()
+    plots.check(plot)
     console = Console(stderr=True)
     threads = check_threads(threads)
     names = _usable(backends, console)
     machine, rows = _measure(names, threads, console, quick=quick)
+    result = report.Result("attention", "samples read from memory, not from caches", rows, machine)
     if as_json:
-        report.print_json(rows, machine)
+        report.print_json(result)
     else:
         _print(rows, machine)
     if plot:
-        _draw(plot, rows)
+        plots.draw(plot, result)
 
 
 def _usable(backends: list[str] | None, console: Console) -> list[str]:
@@ -364,21 +362,3 @@ def _print(rows: list[report.Row], machine: Machine) -> None:
         ]
         if shown:
             report.print_table(f"{title}: {phase}" if phase == "decode" else phase, shown, columns)
-
-
-def _draw(path: Path, rows: list[report.Row]) -> None:
-    """Draw the ratio with all threads over the context, a line for each library and type."""
-    points: list[report.Row] = []
-    threads = max(row["threads"] for row in rows)
-    for batch, context in PLOT_SHAPES:
-        shown = {
-            f"{row['backend']} {row['kv_dtype']}": row["ratio"]
-            for row in rows
-            if (row["phase"], row["batch"], row["context"], row["gqa"], row["head_dim"], row["threads"])
-            == ("decode", batch, context, GQA[0], HEAD_DIMS[0], threads)
-        }
-        if shown:
-            points.append({"context": context, **shown})
-    ys = list(dict.fromkeys(y for point in points for y in point if y != "context"))
-    title = "Decode attention: share of the read bandwidth, batch 16 (1 at 32768)"
-    report.draw(path, points, x="context", ys=ys, ylabel="GB/s of KV cache / GB/s of a plain read", title=title)

@@ -156,6 +156,18 @@ def throughput(
     run(_names(peers), _names(models), chosen, as_json=as_json, plot=plot, quick=quick)
 
 
+@app.command()
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="What runs of one benchmark with --json printed.")],
+    out: Annotated[Path, typer.Option(help="The picture to draw, such as decode.png or decode.svg.")],
+) -> None:
+    """Draw the results of one or several runs; of several, the medians and the range."""
+    from lamina.bench import plots, report
+
+    plots.check(out, "--out")
+    plots.draw(out, report.read(files), "--out")
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -164,7 +176,7 @@ def _names(text: str) -> list[str]:
 def all_(quick: Annotated[bool, typer.Option(help="Measure fewer points and repeats.")] = False) -> None:
     """Run every benchmark with its defaults. A benchmark that fails does not stop the others."""
     registered = [command.callback for command in app.registered_commands]
-    run_each([benchmark for benchmark in registered if benchmark and benchmark is not all_], quick=quick)
+    run_each([benchmark for benchmark in registered if benchmark not in (None, all_, plot)], quick=quick)
 
 
 def run_each(benchmarks: Sequence[Callable[..., None]], *, quick: bool) -> None:

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import uvloop
 
-from lamina.bench import report
+from lamina.bench import plots, report
 from lamina.client import AsyncClient, AsyncStream, connect
 from lamina.cluster.local import Cluster, local_config
 from lamina.demo.run import CHECKPOINT
 from lamina.errors import LaminaError
+from lamina.model.checkpoint import Checkpoint
 from lamina.ops.figures import Figures, between
 
 BATCHES = (1, 4, 16, 64)
@@ -53,18 +54,22 @@ def run(
     model: Path | None, *, memory_nodes: int, tokens: int, repeats: int, as_json: bool, plot: Path | None, quick: bool
 ) -> None:
     """Measure and print; draw into ``plot`` if it is given."""
-    if plot:
-        report.figure_class()
+    plots.check(plot)
+    model = model or CHECKPOINT
+    Checkpoint.open(model, "float32")
     batches = QUICK_BATCHES if quick else BATCHES
-    rows = uvloop.run(_measure(model or CHECKPOINT, memory_nodes, batches, tokens, 1 if quick else repeats))
+    rows = uvloop.run(_measure(model, memory_nodes, batches, tokens, 1 if quick else repeats))
+    name = "the demo's model" if model == CHECKPOINT else f"model {model.name}"
+    about = f"{name}, float32, {memory_nodes} memory nodes, prompts of {PROMPT_TOKENS} tokens"
+    about += f", links over {', '.join(sorted({row['transport'] for row in rows}))}"
+    result = report.Result("decode", about, rows, report.machine())
     if as_json:
-        report.print_json(rows)
+        report.print_json(result)
     else:
         title = "decode: tokens/s of all sequences together, and the parts of a layer's time in µs"
         report.print_table(title, rows, COLUMNS)
     if plot:
-        ys = ("tokens_per_s", "transformers_tokens_per_s")
-        report.draw(plot, rows, x="batch", ys=ys, ylabel="tokens/s", title="Decode over local nodes, float32")
+        plots.draw(plot, result)
 
 
 async def _measure(
@@ -126,6 +131,8 @@ def _row(batch: int, ours: list[_DecodeRun], theirs: list[float]) -> report.Row:
         "batch": batch,
         "tokens_per_s": middle.tokens_per_s,
         "transformers_tokens_per_s": yardstick,
+        "runs": [own.figures.tokens_per_s for own in ours],
+        "transformers_runs": theirs,
         "ratio": middle.tokens_per_s / yardstick,
         **{f"layer_{name}_us": value for name, value in middle.layer_us.items()},
         "wire_bytes_per_token": middle.wire_bytes_per_token,

@@ -20,10 +20,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from lamina.bench import report
+from lamina.bench import plots, report
 from lamina.bench.checkpoints import RandomLlama, checkpoint
 from lamina.bench.clusters import FilledCluster, QueryLastCluster
 from lamina.bench.pinned import write_pinned
@@ -31,8 +32,9 @@ from lamina.bench.variants import two_processors
 from lamina.client import AsyncClient, AsyncStream, connect
 from lamina.config import ClusterConfig, ModelConfig, PipelineConfig
 from lamina.errors import ConfigError, LaminaError
-from lamina.ops.trace import Trace, record
-from lamina.runtime.spans import Span
+from lamina.ops.perfetto import Trace
+from lamina.ops.trace import record
+from lamina.runtime.spans import Activity, Span
 
 MODEL = RandomLlama("P", hidden=1024, ffn=2816, layers=12, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)
 """A model with grouped queries: its k and v are little work, so that one batch alone overlaps little."""
@@ -79,18 +81,19 @@ OVERLAP = {
 
 def run(*, as_json: bool, plot: Path | None, quick: bool) -> None:
     """Measure and print; draw into ``plot`` if it is given."""
-    if plot:
-        report.figure_class()
+    plots.check(plot)
     if two_processors()[0] < 0:
         raise ConfigError("bench pipeline: needs two processors, one for each node")
     rows, timeline = uvloop.run(_measure(quick=quick))
+    about = f"{MODEL.layers} layers of {MODEL.hidden} in bfloat16, batches of {BATCH}, links over shm"
+    result = report.Result("pipeline", about, rows, report.machine(), _blocks(timeline))
     if as_json:
-        report.print_json(rows)
+        report.print_json(result)
     else:
         report.print_table("steps of a pipeline of two nodes with n batches in flight, in ms", rows, STEPS)
         report.print_table("work over the same work alone (x), and the share of a step that it takes", rows, OVERLAP)
     if plot:
-        _draw(plot, timeline)
+        plots.draw(plot, result)
 
 
 # -- what is measured
@@ -110,7 +113,10 @@ class Window:
 
     @classmethod
     def of(cls, traces: dict[str, Trace], tokens: float) -> Window:
-        compute, memory = ([s for s in traces[name].spans if s.batch >= 0] for name in ("c0", "m0"))
+        compute, memory = (
+            [s for s in traces[name].spans if s.batch >= 0 and s.activity is Activity.OPERATION]
+            for name in ("c0", "m0")
+        )
         ends = [s.end_s for s in compute if s.name == "sample"]
         if len(ends) < 3:
             raise LaminaError(f"bench pipeline: {len(ends)} steps were completed in {WINDOW_S} s, too few to measure")
@@ -321,27 +327,16 @@ def _write_config(folder: Path, model: Path, batches: int) -> ClusterConfig:
     )
 
 
-# -- the plot
+# -- the timeline
 
 
-def _draw(path: Path, window: Window) -> None:
-    """Draw one step of each batch: what each node computes, layer by layer."""
+def _blocks(window: Window) -> list[list[Any]]:
+    """Return what each node computed in one step of batch 0, as far as it lies within the step."""
     ends = [s.end_s for s in window.compute if s.name == "sample" and s.batch == 0]
     start, end = ends[0], ends[1]
-    figure = report.figure_class()(figsize=(16, 4.5), layout="constrained")
-    axes = figure.subplots()
-    heights = {"compute": 1.0, "memory": 0.0}
-    batches = sorted({s.batch for s in window.compute})
-    shades = {"head": 0.95, "tail": 0.65, "past": 0.95, "finish": 0.65}
-    for node, spans in (("compute", window.compute), ("memory", window.memory)):
-        for s in spans:
-            if s.end_s > start and s.start_s < end:
-                at, width = (s.start_s - start) * 1e3, (s.end_s - s.start_s) * 1e3
-                row = heights[node] + 0.45 * (s.batch % 2)
-                axes.broken_barh([(at, width)], (row, 0.4), color=f"C{s.batch}", alpha=shades.get(s.name, 0.4))
-                if s.name in ("tail", "past"):
-                    axes.text(at + width / 2, row + 0.2, str(s.layer), ha="center", va="center", fontsize=6)
-    axes.set_yticks([heights[node] + 0.42 for node in heights], list(heights))
-    axes.set_xlim(0, (end - start) * 1e3)
-    axes.set(xlabel="ms", title=f"One step of {len(batches)} batches in flight, by layer; each batch has a colour")
-    figure.savefig(path, dpi=120)
+    return [
+        [node, s.name, s.batch, s.layer, (max(s.start_s, start) - start) * 1e3, (min(s.end_s, end) - start) * 1e3]
+        for node, spans in (("compute", window.compute), ("memory", window.memory))
+        for s in spans
+        if s.end_s > start and s.start_s < end
+    ]

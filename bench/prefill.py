@@ -63,7 +63,14 @@ def run(*, as_json: bool, quick: bool) -> None:
     prompts, tokens = (QUICK_PROMPTS, QUICK_PROMPT_TOKENS) if quick else (PROMPTS, PROMPT_TOKENS)
     rows = uvloop.run(_measure(prompts, tokens))
     if as_json:
-        report.print_json(rows)
+        report.print_json(
+            report.Result(
+                "prefill",
+                f"model {MODEL.name}, {SEQUENCES} sequences decode beside prompts of {tokens:,} tokens",
+                rows,
+                report.machine(),
+            )
+        )
     else:
         title = f"{SEQUENCES} sequences decode, alone and beside prompts of {tokens:,} tokens"
         report.print_table(title, rows, COLUMNS)

@@ -1,4 +1,4 @@
-"""How benchmarks show their results: a table for people, one JSON object for programs, a plot for comparisons."""
+"""How benchmarks show their results: a table for people, one JSON object for programs and pictures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -18,8 +19,48 @@ from lamina.errors import ConfigError
 
 Row = dict[str, Any]
 
+TITLES = {
+    "attention": "Attention on a memory node's CPU",
+    "decode": "Decoding over local nodes, beside transformers in one process",
+    "exchange": "What a layer of one batch costs besides its work",
+    "pipeline": "Several batches in flight, on a compute and a memory node with one processor each",
+    "prefill": "Decoding beside long prompts",
+    "simulate": "Simulated clusters that compute nothing",
+    "slices": "Slices on the CPU",
+    "throughput": "Decode throughput of whole engines",
+    "transport": "Moving bytes between two processes of one machine",
+}
+"""What pictures of each benchmark are called."""
+
 _BAR_WIDTH = 20
 """Short enough that a line of 80 columns has room for the longest description."""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """Holds what one run of the benchmark ``bench`` measured, or several runs of it.
+
+    ``about`` says under which conditions, ``machine`` where. ``timeline`` has the blocks of `lamina.bench.timeline`.
+    """
+
+    bench: Literal[
+        "attention", "decode", "exchange", "pipeline", "prefill", "simulate", "slices", "throughput", "transport"
+    ]
+    about: str
+    rows: list[Row]
+    machine: dict[str, Any]
+    timeline: list[list[Any]] = []
+
+    @property
+    def title(self) -> str:
+        """Return what a picture of it is called."""
+        return TITLES[self.bench]
+
+    @property
+    def conditions(self) -> str:
+        """Return the conditions in one line: of the benchmark, and of the machine as far as it is one."""
+        known = {"cpu": "{}", "cores": "{} cores", "isa": "{}", "threads": "{} threads", "python": "Python {}"}
+        machine = [text.format(self.machine[key]) for key, text in known.items() if self.machine.get(key)]
+        return "; ".join(filter(None, (self.about, ", ".join(machine) or "several machines")))
 
 
 def machine() -> dict[str, Any]:
@@ -42,9 +83,9 @@ def progress(console: Console | None = None, *, transient: bool = True, auto_ref
     return Progress(*columns, console=console, transient=transient, auto_refresh=auto_refresh, disable=not shown)
 
 
-def print_json(rows: Sequence[Row], on: Mapping[str, Any] | None = None) -> None:
-    """Print one JSON object; ``on`` describes the machine if more is known than `machine` says."""
-    sys.stdout.write(json.dumps({"machine": on or machine(), "rows": list(rows)}, indent=2) + "\n")
+def print_json(result: Result) -> None:
+    """Print one JSON object, which `read` reads."""
+    sys.stdout.write(json.dumps(msgspec.to_builtins(result), indent=2) + "\n")
 
 
 def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
@@ -53,31 +94,27 @@ def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> 
     sys.stdout.write("\n")
 
 
-def figure_class() -> Any:
-    """Matplotlib's Figure. ConfigError if matplotlib is missing; call this before measuring, so that no run is lost."""
+def read(files: Sequence[Path]) -> Result:
+    """Read what ``--json`` runs of one benchmark wrote. ConfigError says what is wrong with a file."""
+    results = [_read(file) for file in files]
+    first = results[0]
+    for file, other in zip(files, results, strict=True):
+        if (other.bench, other.about) != (first.bench, first.about):
+            raise ConfigError(
+                f"{file}: is a run of bench {other.bench} ({other.about}); {files[0]} is one of {first.bench} "
+                f"({first.about}), and only runs of one benchmark under the same conditions go into one picture"
+            )
+    machine = first.machine if all(r.machine.get("cpu") == first.machine.get("cpu") for r in results) else {}
+    return Result(first.bench, first.about, [row for r in results for row in r.rows], machine, first.timeline)
+
+
+def _read(file: Path) -> Result:
     try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ConfigError("--plot: needs matplotlib; install it with: pip install 'lamina[bench]'") from e
-    return Figure
-
-
-def draw(path: Path, rows: Sequence[Row], *, x: str, ys: Sequence[str], ylabel: str, title: str) -> None:
-    """Draw the columns ``ys`` over the column ``x``, both axes logarithmic; a row may lack some of ``ys``.
-
-    ConfigError if matplotlib is missing.
-    """
-    figure = figure_class()(figsize=(8.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for y in ys:
-        known = [row for row in rows if y in row]
-        axes.plot([row[x] for row in known], [row[y] for row in known], marker="o", label=y)
-    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=ylabel, title=title)
-    axes.set_xticks([row[x] for row in rows], [str(row[x]) for row in rows])
-    axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
+        return msgspec.json.decode(file.read_bytes(), type=Result)
+    except OSError as e:
+        raise ConfigError(f"{file}: cannot be read: {e.strerror}") from e
+    except msgspec.DecodeError as e:
+        raise ConfigError(f"{file}: is not what `lamina bench NAME --json` prints: {e}") from e
 
 
 def _lines(path: str) -> list[str]:

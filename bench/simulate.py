@@ -86,7 +86,11 @@ def run(*, as_json: bool, quick: bool) -> None:
     finally:
         torch.set_num_threads(threads)
     if as_json:
-        report.print_json(rows)
+        report.print_json(
+            report.Result(
+                "simulate", f"{LAYERS} layers, batches of {BATCH}; seconds of the processor", rows, report.machine()
+            )
+        )
     else:
         report.print_table("steps of a simulated cluster that computes nothing", rows, COLUMNS)
 

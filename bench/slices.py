@@ -124,10 +124,10 @@ def run(*, threads: int | None, compiled: bool, as_json: bool, quick: bool) -> N
     finally:
         bandwidth.close()
     machine["other_cores"] = others.mention(console)
+    how = f"{threads} threads, bfloat16, {'compiled' if compiled else 'not compiled'}"
     if as_json:
-        report.print_json(rows, machine)
+        report.print_json(report.Result("slices", how, rows, machine))
     else:
-        how = f"{threads} threads, bfloat16, {'compiled' if compiled else 'not compiled'}"
         for model, part in dict.fromkeys((row["model"], row["part"]) for row in rows):
             shown = [row for row in rows if (row["model"], row["part"]) == (model, part)]
             report.print_table(f"{part} of model {model}, {how}", shown, COLUMNS)

@@ -24,7 +24,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
-from lamina.bench import report
+from lamina.bench import plots, report
 from lamina.bench.bandwidth import MAX_OTHERS, Bandwidth, OtherWork, free_bytes
 from lamina.bench.checkpoints import MODELS, RandomLlama, checkpoint
 from lamina.bench.installed import RECIPES, Environment, install
@@ -95,8 +95,7 @@ def run(
     quick: bool,
 ) -> None:
     """Measure at ``shapes``, by default those of this module, and print; draw into ``plot`` if it is given."""
-    if plot:
-        report.figure_class()
+    plots.check(plot)
     _check("--peers", peers, PEERS)
     _check("--models", models, tuple(MODELS))
     comparison = _Comparison(Console(stderr=True), quick=quick)
@@ -112,12 +111,14 @@ def run(
     if comparison.other_cores > MAX_OTHERS:
         busy = f"{comparison.other_cores:.2f} cores were busy in the pauses between the turns"
         print_text(f"{busy}; a quiet machine gives better figures", comparison.console)
+    about = "bfloat16 weights, tokens/s of all sequences together"
+    result = report.Result("throughput", about, rows, {**report.machine(), "other_cores": comparison.other_cores})
     if as_json:
-        report.print_json(rows, {**report.machine(), "other_cores": comparison.other_cores})
+        report.print_json(result)
     else:
         _print(rows)
     if plot:
-        draw(plot, rows)
+        plots.draw(plot, result)
 
 
 def parse_shapes(text: str) -> list[Shape]:
@@ -371,34 +372,3 @@ def _print(rows: Sequence[report.Row]) -> None:
         own = [row for row in shown if row["system"] == Lamina.name]
         report.print_table(f"the parts of a step of lamina, model {model}, in ms; wire includes waiting", own, PARTS)
         print_facts({f"threads of {row['system']}": row["threads"] for row in shown})
-
-
-def draw(path: Path, rows: Sequence[report.Row]) -> None:
-    """Draw for each model the tokens/s of every system at every shape, divided by those of the best peer."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    systems = list(dict.fromkeys(row["system"] for row in rows))
-    figure = report.figure_class()(figsize=(10, 1.0 + 3.2 * len(models)), layout="constrained")
-    for axes, model in zip(figure.subplots(len(models), squeeze=False)[:, 0], models, strict=True):
-        rates = {
-            ((row["batch"], row["context"]), row["system"]): row["tokens_per_s"]
-            for row in rows
-            if row["model"] == model and not row["failed"]
-        }
-        shapes = list(dict.fromkeys((row["batch"], row["context"]) for row in rows if row["model"] == model))
-        best = {
-            shape: max(
-                (rate for (at, name), rate in rates.items() if at == shape and name != Lamina.name), default=None
-            )
-            for shape in shapes
-        }
-        width = 0.8 / len(systems)
-        for i, name in enumerate(systems):
-            at = [n for n, shape in enumerate(shapes) if best[shape] and (shape, name) in rates]
-            heights = [rates[shapes[n], name] / (best[shapes[n]] or 1.0) for n in at]
-            axes.bar([n + (i - (len(systems) - 1) / 2) * width for n in at], heights, width, label=name)
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(shapes)), [f"{batch} x {context}" for batch, context in shapes])
-        axes.set(title=f"Model {model}", ylabel="tokens/s / best peer's")
-        axes.grid(alpha=0.3, axis="y")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=120)

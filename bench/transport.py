@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from lamina.bench import report
+from lamina.bench import plots, report
 from lamina.bench.ends import Task
 from lamina.bench.variants import VARIANTS, Setting, emulated, find, ports, two_processors
 from lamina.bench.yardsticks import Mover, Program, Result, Tool, build
@@ -94,8 +94,7 @@ def run(
     only: Sequence[str] | None, devices: Sequence[str] | None, *, as_json: bool, plot: Path | None, quick: bool
 ) -> None:
     """Measure the transports in ``only``, by default all, and print; draw into ``plot`` if it is given."""
-    if plot:
-        report.figure_class()
+    plots.check(plot)
     unknown = sorted(set(only or ()) - set(VARIANTS))
     if unknown:
         raise ConfigError(f"--transport: expected one of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
@@ -105,12 +104,14 @@ def run(
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
         bench = _TransportBench(Path(folder), console, devices or (), quick=quick)
         rows = bench.measure([name for name in VARIANTS if name in (only or VARIANTS)])
+    how = "each end on its own processor" if two_processors()[0] >= 0 else "both ends on one processor"
+    result = report.Result("transport", how, rows, bench.machine)
     if as_json:
-        report.print_json(rows, bench.machine)
+        report.print_json(result)
     else:
         _print(rows, bench.machine)
     if plot:
-        _draw(plot, rows)
+        plots.draw(plot, result)
 
 
 @dataclass
@@ -309,30 +310,6 @@ def _print(rows: list[report.Row], machine: dict[str, Any]) -> None:
     if rdma and rdma["emulated"]:
         devices = " and ".join(dict.fromkeys((rdma["near"], rdma["far"])))
         print_text(f"{devices}: emulated by software, so only ratios are meaningful")
-
-
-def _draw(path: Path, rows: list[report.Row]) -> None:
-    """Draw round trips and bandwidth over the size; the lines of yardsticks are dashed."""
-    figure = report.figure_class()(figsize=(11, 4.5), layout="constrained")
-    for axes, (phase, key, label) in zip(
-        figure.subplots(1, 2),
-        (("round_trip", "p50_us", "round trip, p50 µs"), ("bandwidth", "gbps", "GB/s, most writes in flight")),
-        strict=True,
-    ):
-        there = [row for row in rows if row["phase"] == phase]
-        deepest = max((row["depth"] for row in there), default=0)
-        lines: dict[tuple[str, str], dict[int, float]] = {}
-        for row in there:
-            if row["depth"] == deepest:
-                lines.setdefault((row["transport"], "o-"), {})[row["size"]] = row[key]
-                if row[f"yardstick_{key}"] is not None:
-                    lines.setdefault((row["yardstick"], ".--"), {})[row["size"]] = row[f"yardstick_{key}"]
-        for (name, style), values in lines.items():
-            axes.plot(list(values), list(values.values()), style, label=name)
-        axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 def _first_line(path: str) -> str | None:

@@ -276,7 +276,7 @@ def trace(
     out: Annotated[Path, typer.Option(help="The file to write, for ui.perfetto.dev or chrome://tracing.")],
     seconds: Annotated[float, typer.Option(min=0.001, max=60, help="How long to record.")] = 2.0,
 ) -> None:
-    """Record what every node of a running cluster computes, by batch and layer."""
+    """Record what every node of a running cluster computes and waits for, by request, batch and layer."""
     from lamina.config import load
     from lamina.ops.trace import run
 

@@ -102,6 +102,14 @@ class DeadlockError(LaminaError):
     """On a virtual clock, tasks wait and nothing is left that could wake them; the message names the tasks."""
 
 
+def install_extra(extra: str) -> str:
+    """Return how to install the optional dependencies that ``pyproject.toml`` calls ``extra``.
+
+    It names no distribution: until one is published under the project's name, an index may serve anything under it.
+    """
+    return f"in a checkout of Lamina, run: pip install '.[{extra}]'"
+
+
 def first_error(error: BaseException) -> BaseException:
     """Return the first error in a group of groups."""
     while isinstance(error, BaseExceptionGroup):

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from lamina.bench.cli import app, run_each
+from lamina.bench.cli import app, plot, run_each
 from lamina.errors import ConfigError, LaminaError
 
 
@@ -15,6 +15,8 @@ def test_every_benchmark_can_be_run_with_its_defaults() -> None:
     names = set()
     for command in app.registered_commands:
         assert command.callback
+        if command.callback is plot:  # it draws what was measured
+            continue
         parameters = inspect.signature(command.callback).parameters
         assert "quick" in parameters
         assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())

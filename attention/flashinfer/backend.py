@@ -27,7 +27,7 @@ from lamina.attention.partial import Partial
 from lamina.attention.placement import BlockPlacement, Integers
 from lamina.attention.rows import Rows
 from lamina.attention.torch_backend import TorchBackend
-from lamina.errors import ConfigError, UsageError
+from lamina.errors import ConfigError, UsageError, install_extra
 
 TYPES = ("bfloat16", "float16")
 
@@ -251,6 +251,6 @@ def _library() -> Any:
         return import_module("flashinfer")
     except (ImportError, OSError) as error:
         raise ConfigError(
-            f"attention backend flashinfer is not available here ({error}); install lamina[flashinfer], or use the "
-            f"backend torch"
+            f"attention backend flashinfer is not available here ({error}); use the backend torch, or "
+            f"{install_extra('flashinfer')}"
         ) from error

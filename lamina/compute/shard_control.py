@@ -48,6 +48,7 @@ class ShardControl:
         self.link = link
         self.capacity_tokens = 0
         """Tokens of KV cache that the memory node has for this model's shard."""
+        self._device = device
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
         self._questions = Questions(link)
@@ -100,7 +101,7 @@ class ShardControl:
         attached: Attached = await self._questions.ask(attach, _ATTACH)
         self.capacity_tokens = attached.capacity_tokens
         self._kv_heads = len(shard.kv[0])
-        self._lane = lane = ShardLane(self.name, self.link, shard, geometry, attached, outputs)
+        self._lane = lane = ShardLane(self.name, self.link, self._device, shard, geometry, attached, outputs)
         self.link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
         return lane
 

@@ -11,11 +11,12 @@ from lamina.compute.prompts import PromptKV
 from lamina.errors import NodeError, ProtocolError, TransportError
 from lamina.runtime.device import Device
 from lamina.runtime.mailbox import Mailbox
+from lamina.runtime.spans import ANSWER, QUERY, Activity
 from lamina.transport import Lane, Link, Region, RemoteRegion
 from lamina.wire import views
 from lamina.wire.geometry import CHUNK_TOKENS, CHUNKS, Geometry, HeadShard
 from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan
-from lamina.wire.tags import Kind, Tag, pack, slot_of
+from lamina.wire.tags import Kind, Tag, pack, place_of, slot_of
 from lamina.wire.tenants import Attached
 from lamina.wire.views import StepViews
 
@@ -24,10 +25,19 @@ class ShardLane:
     """Gives steps access to the shard of the KV cache on one memory node, and sends prompts there."""
 
     def __init__(
-        self, name: str, link: Link, shard: HeadShard, geometry: Geometry, attached: Attached, outputs: Region
+        self,
+        name: str,
+        link: Link,
+        device: Device,
+        shard: HeadShard,
+        geometry: Geometry,
+        attached: Attached,
+        outputs: Region,
     ) -> None:
-        """``attached`` says where to write, and ``outputs`` is where the answers come."""
+        """``attached`` says where to write, and ``outputs`` is where the answers come. Lanes of ``link`` belong to
+        ``device``."""
         self.name = name
+        self._device = device
         self._link = link
         self._heads = shard
         self._geometry = g = geometry
@@ -111,6 +121,8 @@ class ShardLane:
     def on_tag(self, lane: Lane, packed: int) -> None:
         """Take in the tag of a write by the memory node."""
         if lane is Lane.DECODE:  # the answer to a layer: nothing of it is unpacked but the slot
+            if (recorder := self._device.recorder) is not None:
+                recorder.mark(ANSWER, place_of(packed, self.name), self._device.loop.time(), Activity.ARRIVED)
             self._arrivals.arrive(slot_of(packed), packed)
             return
         tag = Tag.unpack(packed)
@@ -163,7 +175,10 @@ class ShardStep:
         lane, slot = self._lane, self._slot
         offset = slot * lane._geometry.query_bytes
         source = lane._queries[offset : offset + self._views.q_bytes]
-        lane._write(Lane.DECODE, lane._remote.queries, offset, source, pack(Kind.QUERY, slot, layer, self._step))
+        tag = pack(Kind.QUERY, slot, layer, self._step)
+        if (recorder := lane._device.recorder) is not None:
+            recorder.mark(QUERY, place_of(tag, lane.name), lane._device.loop.time(), Activity.SENT)
+        lane._write(Lane.DECODE, lane._remote.queries, offset, source, tag)
 
     def stage_key_value(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Copy this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of the rows that it stores."""
@@ -187,8 +202,12 @@ class ShardStep:
         Returns the seconds that the step's attention has taken so far on the memory node. Raises NodeError if the
         memory node is lost.
         """
-        lane, slot = self._lane, self._slot
-        await lane._arrivals.wait(slot, pack(Kind.OUTPUT, slot, layer, self._step))
+        lane, slot, device = self._lane, self._slot, self._lane._device
+        tag, recorder = pack(Kind.OUTPUT, slot, layer, self._step), device.recorder
+        begun_s = device.loop.time() if recorder is not None else 0.0
+        await lane._arrivals.wait(slot, tag)
+        if recorder is not None and recorder is device.recorder:  # else it is being read already
+            recorder.add(ANSWER, place_of(tag, lane.name), begun_s, device.loop.time(), Activity.WAIT)
         seconds: float
         (seconds,) = SECONDS.unpack_from(lane._outputs.buffer, slot * lane._geometry.output_bytes)
         return seconds

@@ -19,7 +19,7 @@ from lamina.compute.sampler import sample
 from lamina.compute.schedule import Schedule
 from lamina.compute.shard_lane import ShardLane, ShardStep
 from lamina.runtime.device import Device
-from lamina.runtime.spans import Place
+from lamina.runtime.spans import CARRY, Activity, Place
 from lamina.wire.orders import Done, Order, TokenRun
 from lamina.wire.placement import MemberRows, RemoteRun, route
 from lamina.wire.plan import StepPlan
@@ -95,7 +95,7 @@ class StepRunner:
             compute_s += seconds
             return result
 
-        await operate(forward.begin, at=Place(slot))
+        await operate(forward.begin, at=Place(slot, step=number))
         parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
         answers = nodes[1:] if len(self._schedule.members) > 1 else ()
         for part in parts:
@@ -104,9 +104,10 @@ class StepRunner:
         for layer, node in enumerate(nodes):
             if node != own:
                 continue
+            at = Place(slot, layer, number)
             if layer and nodes[layer - 1] != own:
-                values = await self._peers[nodes[layer - 1]].take_over(slot, layer, number, forward.carry_in(layer))
-                await operate(forward.take_over, values, at=Place(slot, layer))
+                values = await self._take_over(self._peers[nodes[layer - 1]], at, forward.carry_in(layer))
+                await operate(forward.take_over, values, at=at)
             if layer:
                 before = nodes[layer - 1]
                 for part in parts:
@@ -116,27 +117,36 @@ class StepRunner:
                 if not parts:
                     await asyncio.sleep(0)  # other batches have their turn
             if layer == last:
-                tokens = await operate(forward.sample, at=Place(slot))
+                tokens = await operate(forward.sample, at=Place(slot, step=number))
                 break
-            await operate(forward.head, layer, at=Place(slot, layer))
+            await operate(forward.head, layer, at=at)
             for part in parts:
                 part.step.send_query(layer)
-            await operate(forward.tail, layer, at=Place(slot, layer))
+            await operate(forward.tail, layer, at=at)
             for part in parts:
                 if part.plan.stored_rows:
                     part.step.send_key_value(layer)
             if forward.local:
                 self._queue_prompts(forward.local, layer)
-                await operate(forward.attend_to_prompts, layer, at=Place(slot, layer))
+                await operate(forward.attend_to_prompts, layer, at=at)
             if nodes[layer + 1] != own:
                 peer = self._peers[nodes[layer + 1]]
-                nbytes = await operate(peer.stage, slot, forward.carry_out(), at=Place(slot, layer))
+                nbytes = await operate(peer.stage, slot, forward.carry_out(), at=at)
                 peer.hand_over(slot, layer + 1, number, nbytes)
             self.layers += 1
         for run in forward.local:
             if run.choice:  # the prompt is complete; what is still to be sent keeps its own reference
                 self.prompts.pop(run.sequence, None)
         return Done(slot=slot, step=number, tokens=tokens, compute_s=compute_s, attention_s=list(attention_s.items()))
+
+    async def _take_over(self, peer: PeerLane, at: Place, shapes: Sequence[Shape]) -> list[Tensor]:
+        """Wait for the carry of the node of the slice before."""
+        device, recorder = self.device, self.device.recorder
+        begun_s = device.loop.time()
+        values = await peer.take_over(at.batch, at.layer, at.step, shapes)
+        if recorder is not None and recorder is device.recorder:  # else it is being read already
+            recorder.add(CARRY, at._replace(peer=peer.name), begun_s, device.loop.time(), Activity.WAIT)
+        return values
 
     async def send_prompts(self) -> None:
         """See `Steps.send_prompts`."""

@@ -12,6 +12,7 @@ from lamina.compute.step import Steps
 from lamina.front.sequence import DecodeRow, PromptChunk, ScheduledStep
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
+from lamina.runtime.spans import DECODE, PREFILL, Activity, Place, Recorder
 from lamina.wire.orders import Choice, Done, Forget, Order, TokenRun
 
 
@@ -66,6 +67,8 @@ class Team:
             parts = await self._run_parts(order_of(slot, number, self.epoch, step))
         finally:
             self._in_flight -= 1
+        if (recorder := self._device.recorder) is not None:
+            _record(recorder, slot, number, step, begun_s, now())
         compute_s = math.fsum(part.compute_s for part in parts)
         attention_s = _attention_s(parts)
         wire_s = max(0.0, now() - begun_s - compute_s - attention_s)
@@ -97,6 +100,15 @@ class Team:
             self._runner.forget(over)
             for peer in self._peers.values():
                 self._home.post(peer.send, Forget(sequences=over))
+
+
+def _record(recorder: Recorder, slot: int, number: int, step: ScheduledStep, begun_s: float, ended_s: float) -> None:
+    """Keep what a step did for each of its requests."""
+    at = Place(slot, step=number)
+    for row in step.decode:
+        recorder.add(DECODE, at, begun_s, ended_s, Activity.REQUEST, row.sequence.arrival)
+    for chunk in step.prompts:
+        recorder.add(PREFILL, at, begun_s, ended_s, Activity.REQUEST, chunk.sequence.arrival)
 
 
 def order_of(slot: int, number: int, epoch: int, step: ScheduledStep) -> Order:

@@ -11,13 +11,13 @@ from lamina.attention import Partial, Plan, Rows, Run
 from lamina.errors import ProtocolError, TransportError
 from lamina.memory.tenant import Tenant
 from lamina.runtime.mailbox import Mailbox
-from lamina.runtime.spans import Place
+from lamina.runtime.spans import ANSWER, QUERY, Activity, Place
 from lamina.transport import Lane, Link, Region
 from lamina.wire import views
 from lamina.wire.geometry import CHUNK_TOKENS, CHUNKS
 from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan, unpack_plan
 from lamina.wire.slots import MemorySlot
-from lamina.wire.tags import Kind, Tag, pack
+from lamina.wire.tags import Kind, Tag, pack, place_of
 from lamina.wire.tenants import Attach, Attached
 from lamina.wire.views import StepViews
 
@@ -46,7 +46,9 @@ class ServingLane:
 
     def __init__(self, link: Link, attach: Attach, tenant: Tenant) -> None:
         self._link = link
+        self._peer = link.info.peer.name
         self._tenant = tenant
+        self._device = tenant.device
         self._is_closed = False
         self._layers = tenant.geometry.layers
         self._geometry = g = tenant.geometry
@@ -108,10 +110,10 @@ class ServingLane:
         while True:
             tag = await arrived.get()
             if tag.kind is Kind.PLAN:
-                step, spent_s = await run(self._plan, number, at=Place(number))
+                step, spent_s = await run(self._plan, number, at=Place(number, step=tag.step, peer=self._peer))
                 slot.planned(stores=step.storing is not None)
                 continue
-            layer, at = tag.layer, Place(number, tag.layer)
+            layer, at = tag.layer, Place(number, tag.layer, tag.step, self._peer)
             answers = step.plan.answers
             receiver = self._tenant.lanes.get(answers[layer]) if answers else self  # None if that link has ended
             view = self._view(step, number, layer, receiver or self)
@@ -135,6 +137,8 @@ class ServingLane:
             return
         start = number * self._geometry.output_bytes
         SECONDS.pack_into(self._outputs, start, spent_s)
+        if (recorder := self._device.recorder) is not None:
+            recorder.mark(ANSWER, place_of(tag, self._peer), self._device.loop.time(), Activity.SENT)
         try:
             self._link.write(Lane.DECODE, self._outputs_remote, start, [self._outputs[start : start + nbytes]], tag)
         except TransportError:
@@ -253,6 +257,8 @@ class ServingLane:
         if tag.slot >= len(self._slots):
             raise ProtocolError(f"tag for batch slot {tag.slot}; this link has {len(self._slots)}")
         if self._slots[tag.slot].receive(tag):
+            if tag.kind is Kind.QUERY and (recorder := self._device.recorder) is not None:
+                recorder.mark(QUERY, place_of(packed, self._peer), self._device.loop.time(), Activity.ARRIVED)
             self._arrived[tag.slot].put(tag)
         else:
             self._tenant.stale_tags += 1

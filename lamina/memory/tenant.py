@@ -10,7 +10,6 @@ from torch import Tensor
 from lamina.attention import BackendFactory, KVLayout, MemoryRange, Rows, Run, create_backend
 from lamina.errors import ProtocolError
 from lamina.memory.fair_queue import FairQueue, Share
-from lamina.runtime.device import Device
 from lamina.wire.admin import TenantStatus
 from lamina.wire.geometry import Geometry
 from lamina.wire.tenants import KEY_BYTES, Attach, Publish, Release, Reserve
@@ -31,7 +30,7 @@ class Tenant:
     def __init__(self, attach: Attach, backend: str | BackendFactory, memory: MemoryRange, queue: FairQueue) -> None:
         """Errors are those of `create_backend`, for ``backend`` over ``memory``."""
         layout = KVLayout(layers=tuple(attach.layers), dtype=attach.kv_dtype, block_tokens=attach.block_tokens)
-        device: Device = queue.device
+        self.device = device = queue.device
         self.attach = attach
         self.name = attach.tenant
         self.memory = memory

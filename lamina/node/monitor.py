@@ -105,6 +105,7 @@ class _Tracing:
         self._there = Crossing(device.loop)
         self._timer: asyncio.TimerHandle | None = None
         self._left: Iterator[Span] = iter(())
+        self._forgotten = 0
 
     async def reply(self, asked: Record | AskSpans) -> Spans:
         """Begin to record, or stop and return spans."""
@@ -116,12 +117,12 @@ class _Tracing:
         spans: list[Span] = []
         if isinstance(asked, Record):
             self._timer = loop.call_later(asked.seconds, self._stop)
-            self._left = iter(())
+            self._left, self._forgotten = iter(()), 0
         else:
             if recorded is not None:
-                self._left = iter(recorded)
+                self._keep(recorded)
             spans = list(islice(self._left, asked.count))
-        return Spans(clock_s=loop.time(), spans=spans)
+        return Spans(clock_s=loop.time(), spans=spans, forgotten=self._forgotten)
 
     def _stop(self) -> None:
         """Stop recording when the time is over, and keep the spans until they are asked for."""
@@ -129,9 +130,12 @@ class _Tracing:
         async def stop() -> None:
             recorded = await self._there.call(self._swap, None)
             if recorded is not None:
-                self._left = iter(recorded)
+                self._keep(recorded)
 
         self._stopping = asyncio.get_running_loop().create_task(stop())
+
+    def _keep(self, recorded: Recorder) -> None:
+        self._left, self._forgotten = iter(recorded), recorded.forgotten
 
     def _swap(self, recorder: Recorder | None) -> Recorder | None:
         """Record into ``recorder`` from now on, and return the recorder before; called on the device's loop."""

@@ -10,7 +10,8 @@ from lamina.runtime.spans import Span
 from lamina.transport import Link, RemoteRegion
 from lamina.wire.codec import Message
 
-MAX_SPANS = 8192
+MAX_SPANS = 4096
+"""So many fit into a message, with the longest names."""
 
 
 class AskStatus(Message):
@@ -103,9 +104,13 @@ class AskSpans(Message):
 
 
 class Spans(Message):
-    """Gives out spans. ``clock_s`` is the present time on the clock of the spans, the node's monotonic one."""
+    """Gives out spans. ``clock_s`` is the present time on the clock of the spans, the node's monotonic one.
+
+    ``forgotten`` counts older spans for which there was no room.
+    """
 
     clock_s: float
+    forgotten: int = 0
     spans: Annotated[list[Span], Meta(max_length=MAX_SPANS)] = field(default_factory=list)
 
 

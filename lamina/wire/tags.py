@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from lamina.errors import ProtocolError
+from lamina.runtime.spans import Place
 
 
 class Kind(IntEnum):
@@ -48,6 +49,11 @@ def pack(kind: Kind, slot: int, layer: int, step: int) -> int:
     For CHUNK and CREDIT, ``step`` is the number of the bulk buffer.
     """
     return kind << 29 | slot << 24 | layer << 14 | step & STEP_MASK
+
+
+def place_of(tag: int, peer: str) -> Place:
+    """Return what a trace says of a packed tag that was written to ``peer`` or by it."""
+    return Place(tag >> 24 & 31, tag >> 14 & 1023, tag & STEP_MASK, peer)
 
 
 def slot_of(tag: int) -> int:

@@ -29,10 +29,11 @@ def test_trace(memory_ports: list[int], tmp_path: Path) -> None:
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     spans = [e for e in events if e["ph"] == "X"]
     names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    seen = {(names[e["pid"]], e["tid"], e["name"], e["args"]["layer"]) for e in spans if "args" in e}
+    seen = {(names[e["pid"]], e["args"].get("batch"), e["name"], e["args"].get("layer")) for e in spans}
     operations = (("c0", "head"), ("c0", "tail"), ("m0", "past"), ("m0", "finish"))
     assert seen >= {(node, batch, name, layer) for node, name in operations for batch in (0, 1) for layer in (0, 1)}
-    assert {e["name"] for e in spans} >= {"begin", "plan", "sample"}
+    assert {e["name"] for e in spans} >= {"begin", "plan", "sample", "query", "answer", "prefill", "decode"}
+    assert {e["ph"] for e in events} == set("MXstf")
 
 
 async def _trace(config: ClusterConfig, node: harness.Node, out: Path) -> None:
@@ -53,6 +54,8 @@ async def _trace(config: ClusterConfig, node: harness.Node, out: Path) -> None:
         for task in asking:
             task.cancel()
     assert tracing.returncode == 0, told.decode()
+    assert f"{out}: " in told.decode()
+    assert "requests; open it in ui.perfetto.dev" in told.decode()
 
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,16 @@ def test_the_sdist_holds_the_whole_package_and_nothing_compiled(distributions: D
         names = {str(PurePosixPath(*PurePosixPath(member.name).parts[1:])) for member in archive if member.isfile()}
 
     assert files_of_the_tree() <= names
-    assert {"hatch_build.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", *CHECKS} <= names
+    assert {
+        "deploy/install.sh",
+        "deploy/Containerfile",
+        "hatch_build.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "Makefile",
+        "LICENSE",
+        *CHECKS,
+    } <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 

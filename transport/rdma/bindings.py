@@ -7,6 +7,7 @@ import importlib
 from types import SimpleNamespace
 from typing import Any
 
+from lamina.errors import install_extra
 from lamina.transport.lanes import UpgradeError
 
 
@@ -22,7 +23,7 @@ def pyverbs() -> Any:
             enums = importlib.import_module("pyverbs.enums")  # before version 56
     except ModuleNotFoundError as error:
         raise UpgradeError(
-            "pyverbs is not installed: pip install 'lamina[rdma]', or on Debian and Ubuntu apt install python3-pyverbs "
+            f"pyverbs is not installed: {install_extra('rdma')}; or on Debian and Ubuntu apt install python3-pyverbs "
             "and link /usr/lib/python3/dist-packages/pyverbs into this environment"
         ) from error
     except ImportError as error:

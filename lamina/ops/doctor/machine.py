@@ -15,6 +15,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lamina import __version__
 from lamina.config import ClusterConfig
 from lamina.errors import ConfigError
 from lamina.ops.doctor.finding import Finding, State, guarded
@@ -65,7 +66,7 @@ def is_here(address: Address) -> bool:
 
 
 def software() -> Iterator[Finding]:
-    versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in ("lamina", "torch"))]
+    versions = [f"Python {platform.python_version()}", f"lamina {__version__}", f"torch {_version('torch')}"]
     yield Finding("software", "ok", f"{', '.join(versions)}; {platform.system()} {platform.release()}")
     if _version("uvloop") == "missing":
         yield Finding("uvloop", "fail", "missing", "install lamina again; nodes need uvloop")
