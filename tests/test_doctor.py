@@ -169,7 +169,7 @@ def write_config(folder: Path, memory_nodes: int = 1, **settings: Any) -> Cluste
 def test_a_wrong_file_is_a_red_line(tmp_path: Path) -> None:
     """The machine is looked at all the same."""
     (tmp_path / "cluster.toml").write_text("[model]\n")
-    facts = doctor("--config", str(tmp_path / "cluster.toml"), status=1)
+    facts = doctor(str(tmp_path / "cluster.toml"), status=1)
 
     assert line(facts, "cluster file")["state"] == "fail"
     assert "missing key" in line(facts, "cluster file")["found"]
@@ -179,13 +179,13 @@ def test_a_wrong_file_is_a_red_line(tmp_path: Path) -> None:
 def test_nothing_runs_yet(tmp_path: Path) -> None:
     """Who is missing, how to start it, and what the model will need of the network."""
     config = write_config(tmp_path, 2)
-    facts = doctor("--config", str(config.file), status=1)
+    facts = doctor(str(config.file), status=1)
 
     for name, role, state in (("c0", "compute", "warn"), ("m0", "memory", "fail"), ("m1", "memory", "fail")):
         found = line(facts, f"node {name}")
         assert found["state"] == state
         assert f"{role} node at {config.find(name).address}: no process listens there" in found["found"]
-        assert f"lamina node --role {role} --config {config.file} --name {name}" in found["do"]
+        assert f"lamina node {config.file} --name {name}" in found["do"]
     assert facts["pairs"] == []
     assert re.search(r"[\d.]+ GB/s over all memory nodes, for batch 64", line(facts, "minimum bandwidth")["found"])
 
@@ -195,7 +195,7 @@ def test_memory_nodes_alone_are_measured_from_here(tmp_path: Path) -> None:
     config = write_config(tmp_path, 2, wiring=Wiring("tcp"))
     nodes = [harness.start_node(config, name) for name in ("m0", "m1")]
     with harness.running(*nodes):
-        facts = doctor("--config", str(config.file), "--step-ms", "0.001", status=1)
+        facts = doctor(str(config.file), "--step-ms", "0.001", status=1)
         for node in nodes:
             assert node.stop() == 0
 
@@ -222,7 +222,7 @@ def test_a_running_cluster_is_measured_by_its_compute_node(tmp_path: Path) -> No
         await harness.ready(config, nodes[0])
         async with harness.client(config, peer_timeout=10) as client:
             alone = await client.generate([1, 2, 3], max_tokens=100)
-            told = asyncio.create_task(asyncio.to_thread(doctor, "--config", str(config.file), status=0))
+            told = asyncio.create_task(asyncio.to_thread(doctor, str(config.file), status=0))
             while not told.done():
                 assert (await client.generate([1, 2, 3], max_tokens=100)).tokens == alone.tokens
             return await told
@@ -261,7 +261,7 @@ def test_strangers_and_others(tmp_path: Path) -> None:
         silent = stack.enter_context(socket.create_server(("127.0.0.1", port["m1"])))
         assert silent.fileno() > 0
         asyncio.run(_until_listening(config.find("m0"), config.find("m2")))
-        facts = doctor("--config", str(config.file), status=1)
+        facts = doctor(str(config.file), status=1)
 
     assert line(facts, "node m0")["state"] == "fail"
     assert "reached by TCP, but" in line(facts, "node m0")["found"]

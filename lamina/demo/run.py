@@ -89,7 +89,7 @@ async def _decode(config: ClusterConfig, log_path: Path, console: Console) -> _D
 
 def _oracle() -> list[int]:
     """Return the whole answer of ``transformers``, which ends by itself or after MAX_TOKENS."""
-    command = [sys.executable, "-m", "lamina.demo.oracle", str(CHECKPOINT), DEMO_PROMPT, str(MAX_TOKENS)]
+    command = [sys.executable, "-P", "-m", "lamina.demo.oracle", str(CHECKPOINT), DEMO_PROMPT, str(MAX_TOKENS)]
     failed = "transformers could not decode the checkpoint for comparison"
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ORACLE_TIMEOUT_S)

@@ -88,7 +88,7 @@ def test_a_memory_node_of_another_release(checkpoint: Path, tmp_path: Path) -> N
         from lamina.transport import frames
         frames.PROTOCOL_VERSION = {PROTOCOL_VERSION + 1}
         from lamina.cli import main
-        sys.argv[1:] = ["node", "--role", "memory", "--config", {str(config.file)!r}, "--name", "m0"]
+        sys.argv[1:] = ["node", {str(config.file)!r}, "--name", "m0"]
         main()
     """
     other = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -135,7 +135,7 @@ def test_too_many_memory_nodes(checkpoint: Path, memory_ports: list[int], tmp_pa
 def test_options_override_the_file(checkpoint: Path, tmp_path: Path) -> None:
     """Processors and NUMA node depend on the machine more than on the cluster."""
     config = harness.write_config(tmp_path, checkpoint, harness.free_ports(1))
-    own = ["--config", str(config.file)]
+    own = [str(config.file)]
 
     bound = harness.start(tmp_path / "bound.log", "node", "--role", "memory", "--name", "m0", *own, "--numa", "4095")
     with harness.running(bound):
@@ -236,12 +236,12 @@ def test_a_damaged_checkpoint(
             ["node", "--role", "memory", "--listen", "tcp://127.0.0.1:1", "--memory", "1MiB", "--attention", "fast"],
             "--attention: expected one of auto, native, torch; got 'fast'",
         ),
-        (["node", "--role", "compute"], "--config: missing"),
-        (["node", "--role", "compute", "--config", "none.toml", "--name", "c0"], "none.toml"),
+        (["node", "--role", "compute"], "CONFIG: missing"),
+        (["node", "none.toml", "--name", "c0"], "none.toml"),
         (["up", "none.toml"], "none.toml"),
-        (["generate", "hello", "--config", "none.toml"], "none.toml"),
-        (["generate"], "Missing argument"),
-        (["teapot"], "No such command"),
+        (["generate", "none.toml", "hello"], "none.toml"),
+        (["generate"], "missing argument"),
+        (["teapot"], "no such command"),
     ],
 )
 def test_a_wrong_command_line(arguments: list[str], message: str) -> None:
@@ -253,7 +253,7 @@ def test_no_front_to_generate_from(checkpoint: Path, tmp_path: Path) -> None:
     """The address, after a short wait."""
     config = harness.write_config(tmp_path, checkpoint, harness.free_ports(1))
     started = time.monotonic()
-    message = fails(["generate", "hello", "--config", str(config.file)], 1)
+    message = fails(["generate", str(config.file), "hello"], 1)
     assert str(config.front.address).removeprefix("tcp://") in message
     assert time.monotonic() - started < 30
 
