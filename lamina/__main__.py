@@ -14,9 +14,12 @@ def main() -> None:
     _open_streams()
     from lamina.cli import main as run
 
-    if ours:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    run()
+    try:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        run()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _open_streams() -> None:

@@ -238,6 +238,7 @@ def secret(
     from lamina.config import write_secret
 
     write_secret(file)
+    sys.stdout.write(f"made {file}; every node and client needs a copy, and transport.secret_file names it\n")
 
 
 @app.command()
@@ -395,16 +396,16 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Run the command; an error becomes one sentence on standard error and an exit status."""
-    for command in entry_points(group="lamina.commands"):
-        app.add_typer(command.load(), name=command.name)
     try:
+        for command in entry_points(group="lamina.commands"):
+            app.add_typer(command.load(), name=command.name)
         status = app(prog_name="lamina", standalone_mode=False)
         sys.stdout.flush()
     except LaminaError as e:
         _fail(str(e), e.exit_status)
     except _UsageError as e:
         _fail_usage(e)
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         discard_output()

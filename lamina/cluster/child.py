@@ -20,20 +20,19 @@ log = logging.getLogger("lamina.cluster")
 
 
 class Child:
-    """The process of a node. ``failure`` is the error that the node reported before it ended."""
+    """The process of a node. ``on_report`` gets what the node reports: how far its start is, and why it ends."""
 
-    def __init__(self, process: Process, reports: int, on_progress: Callable[[str], None]) -> None:
+    def __init__(self, process: Process, reports: int, on_report: Callable[[Report], None]) -> None:
         """``reports`` is the end of a pipe that this object closes."""
         self.process = process
-        self.failure: Report | None = None
         self._reports = reports
-        self._on_progress = on_progress
+        self._on_report = on_report
         self._unfinished = b""
         asyncio.get_running_loop().add_reader(reports, self._read)
 
     @classmethod
     async def start(
-        cls, arguments: Sequence[str], *, threads: int, log_file: IO[bytes] | None, on_progress: Callable[[str], None]
+        cls, arguments: Sequence[str], *, threads: int, log_file: IO[bytes] | None, on_report: Callable[[Report], None]
     ) -> Child:
         """Run this Python with ``arguments``; ``threads`` is how many threads compute unless the environment says."""
         near, far = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -56,7 +55,7 @@ class Child:
             raise
         finally:
             os.close(far)
-        return cls(process, near, on_progress)
+        return cls(process, near, on_report)
 
     async def wait(self) -> int:
         """Wait for the end of the process, and return its exit status, or minus the signal that killed it."""
@@ -96,11 +95,7 @@ class Child:
             self.close()
         *lines, self._unfinished = self._unfinished.split(b"\n")
         for line in lines:
-            report = msgspec.json.decode(line, type=Report)
-            if report.failure:
-                self.failure = report
-            else:
-                self._on_progress(report.progress)
+            self._on_report(msgspec.json.decode(line, type=Report))
 
 
 def _die_with_parent() -> None:

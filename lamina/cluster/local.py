@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +27,8 @@ from lamina.config import (
     NodeConfig,
     write_cluster,
 )
-from lamina.errors import ConnectError, HandshakeError, LaminaError, NodeError
+from lamina.errors import ConnectError, HandshakeError, LaminaError, NodeError, PeerLostError, PeerSilentError
+from lamina.log import Report
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.transport import Address
 from lamina.wire.admin import Status
@@ -124,6 +126,8 @@ class Cluster:
         self._monitors: dict[str, AdminClient] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._symptoms: list[_Symptom] = []
+        self._explained: set[str] = set()
+        """The nodes that have said themselves why they end."""
         self._pauses = 0
         """How often this process was suspended."""
         self._stopping = False
@@ -185,33 +189,26 @@ class Cluster:
         # Nodes on one machine share its cores; with all cores each, their threads would wait for each other.
         share = max(1, len(os.sched_getaffinity(0)) // len(self._config.node))
 
-        def on_progress(progress: str) -> None:
-            if self.states[node.name] != "ready":
-                self._set(node.name, progress)
-
         with ExitStack() as stack:
             log_file = self._log_file
             if self._log_folder:
                 log_file = stack.enter_context((self._log_folder / f"{node.name}.log").open("wb"))
-            return await Child.start(self.command(node), threads=share, log_file=log_file, on_progress=on_progress)
+            return await Child.start(self.command(node), threads=share, log_file=log_file, on_report=partial(self._take_report, node.name))
 
     # -- what happens to nodes
 
     async def _watch_process(self, node: NodeConfig) -> None:
-        child = self._children[node.name]
-        status = await child.wait()
-        name, failure = node.name, child.failure
+        status = await self._children[node.name].wait()
+        if node.name in self._explained:
+            return
         if status < 0:
             how = f"was killed by signal {-status} ({signal.strsignal(-status)})"
             if status == -signal.SIGKILL:
                 how += ", perhaps because the machine ran out of memory"
         else:
             how = f"ended with status {status}"
-        self._set(name, "failed" if failure else how)
-        if failure:
-            self._suffer(_Rank.BLAMING if failure.blamed else _Rank.OWN, name, f"node {name}: {failure.failure}")
-        else:
-            self._suffer(_Rank.OWN if status < 0 else _Rank.WORDLESS, name, f"node {name} {how}")
+        self._set(node.name, how)
+        self._suffer(_Rank.OWN if status < 0 else _Rank.WORDLESS, node.name, f"node {node.name} {how}")
 
     async def _watch_state(self, node: NodeConfig) -> None:
         """Ask for the state of a node until it is lost.
@@ -233,16 +230,26 @@ class Cluster:
                     await asyncio.sleep(ASK_EVERY_S)
             except LaminaError as e:
                 # The end of a process says more than its broken link, and whether there was a pause is known soon.
-                await asyncio.sleep(PAUSE_S)
+                closed = isinstance(e, PeerLostError) and not isinstance(e, PeerSilentError)
+                ended = await self._ends_within(node, KILL_AFTER_S if closed and self._pauses == pauses else PAUSE_S)
+                if ended:
+                    return
                 if self._pauses != pauses:
                     deadline_s = RECONNECT_S if node.name in self._monitors else deadline_s
                     continue
-                if self._children[node.name].process.returncode is not None:
-                    return
                 how = "does not answer" if isinstance(e, ConnectError | HandshakeError) else "was lost"
                 self._set(node.name, "lost")
                 self._suffer(_Rank.OWN, node.name, f"node {node.name} {how}: {e}")
                 return
+
+    async def _ends_within(self, node: NodeConfig, seconds: float) -> bool:
+        """Whether the process of a node ends so soon, which `_watch_process` explains; or a pause shows."""
+        deadline, pauses = asyncio.get_running_loop().time() + seconds, self._pauses
+        while self._children[node.name].process.returncode is None:
+            if asyncio.get_running_loop().time() > deadline or self._pauses != pauses:
+                return False
+            await asyncio.sleep(ASK_EVERY_S)
+        return True
 
     async def _count_pauses(self) -> None:
         """Notice when this process goes on after it was suspended, as by Ctrl-Z."""
@@ -256,6 +263,14 @@ class Cluster:
         """Take over the state that a node tells; how far its start is, it reports in another way."""
         if status.state != "starting":
             self._set(name, f"waiting for {status.waiting_for}" if status.waiting_for else status.state)
+
+    def _take_report(self, name: str, report: Report) -> None:
+        if report.failure:
+            self._explained.add(name)
+            self._set(name, "failed")
+            self._suffer(_Rank.BLAMING if report.blamed else _Rank.OWN, name, f"node {name}: {report.failure}")
+        elif self.states[name] != "ready":
+            self._set(name, report.progress)
 
     def _set(self, name: str, state: str) -> None:
         if self.states[name] != state and not self._stopping:

@@ -78,8 +78,8 @@ def _check_memory(config: ClusterConfig) -> None:
 
 
 def _about(nbytes: int) -> str:
-    """The text of a size, to a MiB where that is exact enough."""
-    return format_size(nbytes >> 20 << 20 if nbytes >= 1 << 30 else nbytes)
+    """The text of a size, which need not be exact."""
+    return f"{nbytes / 2**30:.1f}GiB" if nbytes >= 2**30 else format_size(nbytes)
 
 
 def _check_checkpoint(config: ClusterConfig) -> None:
