@@ -409,7 +409,7 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         discard_output()
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(1)  # as Typer does where the reader goes away earlier
     except OSError as e:
         if e.filename is not None or e.errno not in _OUTPUT_ERRORS:
             raise

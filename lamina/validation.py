@@ -32,7 +32,7 @@ def explain(error: Exception, value: Any, schema: Any = None) -> str:
     if choices := _choices_at(schema, place):
         return f"{where}expected one of {', '.join(choices)}; got {found!r:.200}"
     message = re.sub(r", got \w+$", "", message[0].lower() + message[1:])
-    message = message.replace(" | null", "")  # such a key is left out instead
+    message = message.replace(" | null", "").replace("expected object", "expected table")  # TOML has no null
     return f"{where}{message}, got {found!r:.200}"
 
 

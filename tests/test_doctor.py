@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lamina.config import ClusterConfig, write_secret
+from lamina.config import ClusterConfig, load, write_secret
 from lamina.demo.run import CHECKPOINT
 from lamina.node.probe import MAX_ECHOES, ROLE, measure
 from lamina.ops.doctor import machine
@@ -75,6 +75,24 @@ def test_a_check_that_fails_is_a_line() -> None:
     (found,) = guarded("thing", broken)
     assert (found.item, found.state) == ("thing", "warn")
     assert "ValueError: nobody thought of this" in found.found
+
+
+def test_a_host_name_that_means_this_machine_alone(tmp_path: Path) -> None:
+    """Each node whose name is a loopback address here, and what to do; not one that listens elsewhere."""
+    config = write_config(tmp_path, 2)
+    write_secret(tmp_path / "cluster.key")
+    text = config.file.read_text().replace("[transport]", '[transport]\nsecret_file = "cluster.key"')
+    first, second = (node.address for node in config.memory_nodes)
+    text = text.replace(f'"{first}"', f'"tcp://127.1:{first.port}"')
+    text = text.replace(f'"{second}"', f'"tcp://127.1:{second.port}"\nlisten = "tcp://0.0.0.0:{second.port}"')
+    config.file.write_text(text)
+
+    (finding,) = machine.addresses(load(config.file))
+
+    assert (finding.item, finding.state) == ("address of m0", "warn")
+    assert finding.found == "127.1 is 127.0.0.1 on this machine, where no other machine reaches it"
+    assert "/etc/hosts" in finding.do
+    assert f"listen = 'tcp://0.0.0.0:{first.port}'" in finding.do
 
 
 # -- machines that this one is not

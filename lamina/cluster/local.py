@@ -193,7 +193,9 @@ class Cluster:
             log_file = self._log_file
             if self._log_folder:
                 log_file = stack.enter_context((self._log_folder / f"{node.name}.log").open("wb"))
-            return await Child.start(self.command(node), threads=share, log_file=log_file, on_report=partial(self._take_report, node.name))
+            return await Child.start(
+                self.command(node), threads=share, log_file=log_file, on_report=partial(self._take_report, node.name)
+            )
 
     # -- what happens to nodes
 
