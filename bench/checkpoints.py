@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lamina.model.cache import cache_folder
 
 SEED = 20_000
 STD = 0.02
@@ -64,17 +65,11 @@ MODELS = {
 """The models by name. T is a toy, for trying whether everything works."""
 
 
-def cache_folder() -> Path:
-    """Return the folder for files that Lamina can generate again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamina"
-
-
 def checkpoint(model: RandomLlama) -> Path:
     """Return the checkpoint directory of ``model``, generated if it is missing; every machine gets the same weights."""
     shape = "-".join(str(value) for value in asdict(model).values())
-    folder = cache_folder() / "checkpoints" / f"{shape}-{SEED}"
+    folder = cache_folder("checkpoints") / f"{shape}-{SEED}"
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             made = Path(scratch) / "made"
             made.mkdir()

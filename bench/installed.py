@@ -14,8 +14,8 @@ from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lamina.bench.checkpoints import cache_folder
 from lamina.errors import LaminaError
+from lamina.model.cache import cache_folder
 
 INSTALL_TIMEOUT_S = 3600.0
 SCRIPTS = Path(__file__).parent / "peers"
@@ -77,8 +77,7 @@ class Environment:
 def install(name: str) -> Environment:
     """Return the environment of the peer ``name``, installed if it is missing. UnavailableError if that fails."""
     recipe = RECIPES[name]
-    folder = cache_folder() / "peers" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder("peers") / name
     marker, wanted = folder / "installed", "\n".join(recipe.requirements)
     with _locked(folder.with_name(f"{name}.lock")):
         if not (marker.exists() and marker.read_text() == wanted):

@@ -337,7 +337,7 @@ def convert(
     """Cut a checkpoint into slices and print their sizes and traffic, without reading the weights."""
     import json
 
-    from lamina.model.checkpoint import DTYPES
+    from lamina.model.files import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")

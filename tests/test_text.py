@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,54 @@ def test_a_character_of_several_tokens_comes_whole(tmp_path: Path) -> None:
 
     assert [stream.push(token) for token in [1, *euro, 3]] == ["a", "", "", "€", "b"]
     assert stream.rest() == ""
+
+
+def split(folder: Path, model_type: str) -> Path:
+    """The demo's tokenizer as older checkpoints have it, in vocab.json and merges.txt, with a model of some type."""
+    model = json.loads((CHECKPOINT / "tokenizer.json").read_text())["model"]
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    return folder
+
+
+def test_a_vocabulary_and_merges_are_a_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As for the library, which makes one of the files of older checkpoints."""
+    text = "Once upon a time, Élodie said: 3 + 4 = 7?"
+
+    old, new = Tokenizer(split(tmp_path, "qwen2"), CONTEXT), Tokenizer(CHECKPOINT, CONTEXT)
+
+    assert old.encode(text) == new.encode(text)[1:]  # it does not ask for the token of the beginning
+    assert old.decode(old.encode(text)) == text
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda folder: folder, "has no tokenizer.json, nor other files of a tokenizer"),
+        (
+            lambda folder: split(folder, "gemma2"),
+            r"makes no tokenizer of merges.txt, vocab.json (they are not those of",
+        ),
+        (lambda folder: split(folder, "llama"), "makes no tokenizer of merges.txt, vocab.json (Couldn't instantiate"),
+    ],
+)
+def test_a_checkpoint_without_tokenizer_says_so(
+    make: Callable[[Path], Path], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When it is opened, and again to those who send text; also where the library makes one that knows no word."""
+    tokenizer = Tokenizer(make(tmp_path), CONTEXT)
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("event=no_tokenizer ")
+    assert reason in record.getMessage()
+    with pytest.raises(RequestError) as caught:
+        tokenizer.encode("Once upon a time")
+    assert reason in str(caught.value)
+    assert tokenizer.decode([1, 2]) == ""
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer: Tokenizer) -> None:

@@ -166,7 +166,9 @@ class Listener:
         endpoint.address = Address(address.scheme, address.host, sock.getsockname()[1])
         log.info('event=listening address=%s node="%s"', endpoint.address, hello.name)
         if not address.is_loopback and ip_address(place[0].partition("%")[0]).is_loopback:
-            log.warning('event=loopback_name address=%s reason="%s"', endpoint.address, loopback_name(address, place[0]))
+            log.warning(
+                'event=loopback_name address=%s reason="%s"', endpoint.address, loopback_name(address, place[0])
+            )
         missing = endpoint.introduce(hello).offers.get(options.kind, {}).get("missing")
         if missing:  # not an error yet: a port that is down now may come up
             log.error('event=transport_missing address=%s kind=%s reason="%s"', endpoint.address, options.kind, missing)

@@ -132,6 +132,7 @@ class Cluster:
         """How often this process was suspended."""
         self._stopping = False
         self.states: dict[str, str] = {n.name: "starting" for n in config.node}
+        self._progress = dict(self.states)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def __aenter__(self) -> Cluster:
@@ -262,9 +263,9 @@ class Cluster:
             self._pauses += now() - before > ASK_EVERY_S + PAUSE_S
 
     def _take(self, status: Status, name: str) -> None:
-        """Take over the state that a node tells; how far its start is, it reports in another way."""
-        if status.state != "starting":
-            self._set(name, f"waiting for {status.waiting_for}" if status.waiting_for else status.state)
+        """Take over the state that a node tells; how far its start is, it has reported before."""
+        state = self._progress[name] if status.state == "starting" else status.state
+        self._set(name, f"waiting for {status.waiting_for}" if status.waiting_for else state)
 
     def _take_report(self, name: str, report: Report) -> None:
         if report.failure:
@@ -272,6 +273,7 @@ class Cluster:
             self._set(name, "failed")
             self._suffer(_Rank.BLAMING if report.blamed else _Rank.OWN, name, f"node {name}: {report.failure}")
         elif self.states[name] != "ready":
+            self._progress[name] = report.progress
             self._set(name, report.progress)
 
     def _set(self, name: str, state: str) -> None:

@@ -8,7 +8,8 @@ import socket
 
 from lamina.attention.available import available_bytes
 from lamina.config import ClusterConfig, NodeConfig, format_cpus, format_size
-from lamina.errors import CapacityError, CheckpointError, ConfigError, ConnectError
+from lamina.errors import CapacityError, ConfigError, ConnectError
+from lamina.model.checkpoint import check_checkpoint
 from lamina.transport.choice import offers
 
 
@@ -22,7 +23,7 @@ def check(config: ClusterConfig) -> None:
         _check_cpus(config, node)
         _check_transport(config, node)
     _check_memory(config)
-    _check_checkpoint(config)
+    check_checkpoint(config.model_path)
 
 
 def _check_address(config: ClusterConfig, node: NodeConfig) -> None:
@@ -80,14 +81,3 @@ def _check_memory(config: ClusterConfig) -> None:
 def _about(nbytes: int) -> str:
     """The text of a size, which need not be exact."""
     return f"{nbytes / 2**30:.1f}GiB" if nbytes >= 2**30 else format_size(nbytes)
-
-
-def _check_checkpoint(config: ClusterConfig) -> None:
-    """The checkpoint is there; what it says and holds, the compute nodes check."""
-    path = config.model_path
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint directory")
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path / 'config.json'}: missing")
-    if not any(path.glob("model.safetensors*")):
-        raise CheckpointError(f"{path}: neither model.safetensors nor model.safetensors.index.json found")

@@ -12,6 +12,9 @@ import sys
 
 def main() -> None:
     """Decode greedily in float32."""
+    from lamina.model.cache import keep_inductor_private
+
+    keep_inductor_private()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

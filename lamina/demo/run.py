@@ -51,11 +51,7 @@ def run(*, as_json: bool) -> int:
         )
         log_path = Path(folder) / "nodes.log"
         console = Console(stderr=as_json, highlight=False)
-        try:
-            answer = uvloop.run(_decode(config, log_path, console))
-        except LaminaError:
-            sys.stderr.write(log_path.read_text())
-            raise
+        answer = uvloop.run(_decode(config, log_path, console))
         console.print("\n\nthe same files and prompt in transformers, in one process:")
         identical = _oracle() == answer.tokens
         facts = _facts(config, answer, identical)

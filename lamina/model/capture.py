@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from lamina.attention import LayerShape
 from lamina.errors import UnsupportedModelError
 from lamina.model import operators
-from lamina.model.checkpoint import Checkpoint
+from lamina.model.checkpoint import Checkpoint, rope_parameters
 from lamina.model.library import refusing
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def _check_config(config: Any) -> None:
             f"{architecture.__name__} does not route attention through the attention interface of the transformers "
             "library, so it cannot be cut there"
         )
-    ropes = getattr(text, "rope_parameters", None) or {}
-    for rope in ropes.values() if all(isinstance(r, dict) for r in ropes.values()) else [ropes]:
+    for rope in rope_parameters(text):
         if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPES:
             raise UnsupportedModelError(
                 f"rope type {rope['rope_type']!r} changes the angles of all tokens with the length of the longest "

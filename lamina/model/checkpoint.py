@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,13 +11,51 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lamina.errors import CheckpointError, UnsupportedModelError
+from lamina.errors import UnsupportedModelError
+from lamina.model.files import (
+    DTYPES,
+    INDEX,
+    WeightFiles,
+    check_tokenizer,
+    find_weights,
+    is_file,
+    opened,
+    read_config,
+    read_json,
+    stored_dtype,
+)
 from lamina.model.library import refusing
 
-DTYPES = ("float32", "bfloat16", "float16")
+log = logging.getLogger("lamina.model")
 
 # How many numbers of each tensor the fingerprint reads; they lie within one page of the file.
 _SAMPLED = 64
+
+
+def check_checkpoint(path: Path) -> None:
+    """Check that a model can be loaded from the directory ``path``, as far as its files tell, in a part of a second.
+
+    A CheckpointError says what is wrong: no directory, no right to read it, a damaged or missing file, a tensor that
+    the index promises and no file holds, a tokenizer that cannot be read. Neither torch nor transformers is imported,
+    so features of the model that Lamina does not support are found only when it is captured.
+    """
+    raw = read_config(path)
+    if not isinstance(raw.get("model_type"), str):
+        raise UnsupportedModelError(f"{path / 'config.json'}: model_type is missing, so the model is not known")
+    find_weights(path, raw).tensors()
+    generation = path / "generation_config.json"
+    if is_file(generation):
+        read_json(generation)
+    check_tokenizer(path)
+
+
+def rope_parameters(text: Any) -> list[dict[str, Any]]:
+    """Return the rope parameters of a configuration of the library: one, or one for each type of layers."""
+    if not getattr(text, "rope_parameters", None):
+        return []
+    text.standardize_rope_params()  # as every model does before it uses them; this finds the original context
+    ropes: dict[str, Any] = text.rope_parameters
+    return [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
 
 
 @dataclass(frozen=True)
@@ -37,18 +75,11 @@ class Checkpoint:
         from transformers import AutoConfig
 
         path = Path(path)
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such checkpoint directory")
-        raw = _read_json(path / "config.json")
-        if quantization := raw.get("quantization_config"):
-            raise UnsupportedModelError(
-                f"{path / 'config.json'}: quantization_config (method {quantization.get('quant_method', 'unknown')!r}) "
-                f"is not supported; use a checkpoint with weights in one of {', '.join(DTYPES)}"
-            )
+        raw = read_config(path)
         kind = raw.get("model_type", "missing")
         with refusing(path / "config.json", f"the transformers library cannot read this model_type {kind!r}"):
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        chosen = dtype or str(config.dtype or "float32").removeprefix("torch.")
+        chosen = dtype or str(config.dtype or stored_dtype(path, raw)).removeprefix("torch.")
         if chosen not in DTYPES:
             raise UnsupportedModelError(
                 f"{path}: data type {chosen!r} is not supported; choose one of {', '.join(DTYPES)}"
@@ -56,43 +87,29 @@ class Checkpoint:
         return cls(path, config, chosen)
 
     @cached_property
+    def weight_files(self) -> WeightFiles:
+        """The files that hold the weights; the log names them once."""
+        files = find_weights(self.path, read_json(self.path / "config.json"))
+        index = self.path / INDEX
+        passed = f" instead={INDEX}" if files.index != index and is_file(index) else ""
+        log.info("event=weights path=%s files=%r%s", self.path, str(files), passed)
+        return files
+
+    @cached_property
     def tensor_files(self) -> dict[str, Path]:
-        """The safetensors file of each tensor, from the file itself or from the index of a sharded checkpoint."""
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
-            files = {name: self.path / file for name, file in weight_map.items()}
-            for file in sorted(set(files.values())):
-                if not file.is_file():
-                    raise CheckpointError(f"{file}: listed in {index.name} but missing")
-            return files
-        single = self.path / "model.safetensors"
-        if not single.is_file():
-            other = min((p.name for p in self.path.glob("*.bin")), default=None)
-            hint = f"; {other} is a pickle, which Lamina never reads; convert it to safetensors" if other else ""
-            raise CheckpointError(
-                f"{self.path}: neither model.safetensors nor model.safetensors.index.json found{hint}"
-            )
-        with _opened(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        """The safetensors file of each tensor."""
+        return self.weight_files.tensors()
 
     @contextmanager
     def tensors(self) -> Iterator[dict[str, Any]]:
         """Yield for each tensor a slice of its file, which is read lazily; it is valid inside the ``with`` block."""
-        from safetensors import SafetensorError
-
         with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
+            handles: dict[Path, Any] = {}
             slices = {}
             for name, path in self.tensor_files.items():
-                if path not in opened:
-                    opened[path] = stack.enter_context(_opened(path))
-                try:
-                    slices[name] = opened[path].get_slice(name)
-                except SafetensorError as e:
-                    raise CheckpointError(f"{path}: tensor {name!r} is in the index but not in the file") from e
+                if path not in handles:
+                    handles[path] = stack.enter_context(opened(path, "pt"))
+                slices[name] = handles[path].get_slice(name)
             yield slices
 
     @cached_property
@@ -115,11 +132,21 @@ class Checkpoint:
 
     @cached_property
     def max_context(self) -> int:
-        """The longest context, in tokens, that the model supports."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        """The longest context, in tokens, that the model supports.
+
+        With YaRN that is ``factor`` times the original context. Checkpoints differ in whether max_position_embeddings
+        is the original context or the extended one, so it does not count where rope parameters give the original.
+        """
+        text = self.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
         if not isinstance(limit, int) or limit < 1:
             raise UnsupportedModelError(f"{self.path / 'config.json'}: max_position_embeddings is missing")
-        return limit
+        extended = [
+            int(rope["factor"] * rope["original_max_position_embeddings"])
+            for rope in rope_parameters(text)
+            if rope.get("rope_type") == "yarn" and rope.get("factor")
+        ]
+        return min(extended, default=limit)
 
     @cached_property
     def vocabulary(self) -> int:
@@ -131,36 +158,8 @@ class Checkpoint:
     def stop_tokens(self) -> frozenset[int]:
         """The token ids that end a sequence, from generation_config.json if it exists, else from config.json."""
         generation = self.path / "generation_config.json"
-        raw = _read_json(generation) if generation.exists() else {}
+        raw = read_json(generation) if is_file(generation) else {}
         ids = raw.get("eos_token_id", getattr(self.config.get_text_config(), "eos_token_id", None))
         if ids is None:
             return frozenset()
         return frozenset(ids if isinstance(ids, list) else [ids])
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        handle = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({_first_line(e)}); it may be truncated") from e
-    with handle as file:
-        yield file
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path}: missing") from e
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: not readable as JSON ({_first_line(e)})") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

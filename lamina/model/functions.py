@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from lamina.model.cache import cache_folder
+from lamina.model.cache import cache_folder, keep_inductor_private
 from lamina.model.products import can_pack, pack
 
 log = logging.getLogger("lamina.model")
@@ -216,13 +216,18 @@ def _compile(module: fx.GraphModule, name: str) -> RunFunction | None:
 
 
 def _inductor(module: fx.GraphModule) -> RunFunction:
-    # By default Inductor uses a folder of /tmp with a known name, where another user could place files first.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
+    keep_inductor_private()
+    import torch._inductor.codecache
     import torch._inductor.config
 
+    # Headers are kept beside the cache, in a folder that torch chooses when it is imported.
+    headers = cache_folder("inductor") / "precompiled_headers"
+    torch._inductor.codecache._HEADER_DIR = str(headers)
+    torch._inductor.codecache._HEADER_LOCK_DIR = str(headers / "locks")
     settings: dict[str, Any] = {
         "compile_threads": 1,  # more threads would be processes that import torch again
         "cpp.threads": torch.get_num_threads(),
+        "cpp_cache_precompile_headers": shutil.which("openssl") is not None,  # which names them
         "fx_graph_cache": True,
         "size_asserts": False,  # packed weights have no strides
     }

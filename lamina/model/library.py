@@ -7,13 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lamina.errors import UnsupportedModelError
+from lamina.model.cache import keep_inductor_private
 
 _LONGEST_REASON = 300
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the library's progress bars and log lines, as a node logs one line per event of its own."""
+    """Silence the library's progress bars and log lines, as a node logs one line per event of its own.
+
+    The library imports what compiles, also where nothing is compiled, so the cache is made private here.
+    """
+    keep_inductor_private()
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -212,11 +212,15 @@ class ComputeNode:
                 task.cancel()
 
     async def _start(self) -> Intake | Follower:
-        """Find the other nodes, cut the model over them, load this node's part, and begin to serve."""
+        """Open the model and find the other nodes, cut it over them, load this node's part, and begin to serve."""
         config, members = self._config, self._members
-        self._shards, self._peers = await self._rendezvous.all()
         log.info("event=opening model=%s", config.model_path, extra={"progress": "reading the model"})
-        source, _ = await self._there.start(self._device.run(self._open_model, config))
+        opening = self._there.start(self._device.run(self._open_model, config))
+        meeting = asyncio.ensure_future(self._rendezvous.all())
+        try:  # what is wrong with the model is said at once, also where other nodes are missing
+            (source, _), (self._shards, self._peers) = await asyncio.gather(opening, meeting)
+        finally:
+            meeting.cancel()
         self._served = served = serve_model(config, members, source)
         await agree(config, served, self._peers)
         worker = await (self._start_front(served) if self._is_front else self._start_follower(served))

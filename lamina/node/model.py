@@ -17,7 +17,7 @@ from lamina.config import ClusterConfig
 from lamina.errors import ConfigError
 from lamina.front.members import Members
 from lamina.model.capture import capture
-from lamina.model.checkpoint import Checkpoint
+from lamina.model.checkpoint import Checkpoint, check_checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, carry_shapes, cut_into_slices
 from lamina.model.weights import load_weights
 from lamina.wire.geometry import aligned
@@ -106,7 +106,8 @@ class CheckpointModel:
 
 
 def open_checkpoint(config: ClusterConfig) -> CheckpointModel:
-    """Read the configuration of the file's checkpoint and cut the model. Errors are those of checkpoint and capture."""
+    """Check the file's checkpoint and cut the model. Errors are those of checkpoint and capture."""
+    check_checkpoint(config.model_path)
     with torch.inference_mode(False):
         blueprint = cut_into_slices(capture(Checkpoint.open(config.model_path, config.model.dtype)))
     return CheckpointModel(blueprint, compiled=config.model.compile)

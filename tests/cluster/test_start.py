@@ -79,6 +79,30 @@ def test_a_memory_node_that_is_not_there(checkpoint: Path, tmp_path: Path) -> No
     assert "memory node m0 could not be reached within 0.5 s" in message
 
 
+def no_directory(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def attention_sinks(path: Path) -> None:
+    config = {"model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 4}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(no_directory, "no such checkpoint directory"), (attention_sinks, "attention sinks")],
+)
+def test_a_wrong_model_where_no_other_node_is(
+    damage: Callable[[Path], None], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """It is told at once, not after the wait for other nodes, which is a minute."""
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    damage(copy)
+    config = harness.write_config(tmp_path, copy, harness.free_ports(1))
+    assert message in cannot_start(config, 1)
+
+
 def test_a_memory_node_of_another_release(checkpoint: Path, tmp_path: Path) -> None:
     """The compute node names both protocol versions and ends."""
     (port,) = harness.free_ports(1)
