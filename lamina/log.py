@@ -15,7 +15,7 @@ REPORT_VARIABLE = "LAMINA_REPORT"
 """The environment variable with the number of the descriptor that a node's reports go to; its starter sets it."""
 
 
-class Report(msgspec.Struct, frozen=True, omit_defaults=True):
+class NodeReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """Tells the process that started a node how far its start is, or why it ends.
 
     A report comes from a log record: one with an extra attribute ``progress``, a text, or ``failure``, an exception.
@@ -61,9 +61,9 @@ class _Reports(logging.Handler):
         progress: str = getattr(record, "progress", "")
         if failure is not None:
             blamed = getattr(failure, "node", self._node)
-            report = Report(failure=str(failure), blamed="" if blamed == self._node else blamed)
+            report = NodeReport(failure=str(failure), blamed="" if blamed == self._node else blamed)
         elif progress:
-            report = Report(progress=progress)
+            report = NodeReport(progress=progress)
         else:
             return
         with suppress(OSError):  # the starter is gone or suspended, and no node waits for it

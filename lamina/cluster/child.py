@@ -14,7 +14,7 @@ from typing import IO
 
 import msgspec
 
-from lamina.log import REPORT_VARIABLE, Report
+from lamina.log import REPORT_VARIABLE, NodeReport
 
 log = logging.getLogger("lamina.cluster")
 
@@ -22,7 +22,7 @@ log = logging.getLogger("lamina.cluster")
 class Child:
     """The process of a node. ``on_report`` gets what the node reports: how far its start is, and why it ends."""
 
-    def __init__(self, process: Process, reports: int, on_report: Callable[[Report], None]) -> None:
+    def __init__(self, process: Process, reports: int, on_report: Callable[[NodeReport], None]) -> None:
         """``reports`` is the end of a pipe that this object closes."""
         self.process = process
         self._reports = reports
@@ -32,7 +32,12 @@ class Child:
 
     @classmethod
     async def start(
-        cls, arguments: Sequence[str], *, threads: int, log_file: IO[bytes] | None, on_report: Callable[[Report], None]
+        cls,
+        arguments: Sequence[str],
+        *,
+        threads: int,
+        log_file: IO[bytes] | None,
+        on_report: Callable[[NodeReport], None],
     ) -> Child:
         """Run this Python with ``arguments``; ``threads`` is how many threads compute unless the environment says."""
         near, far = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -95,7 +100,7 @@ class Child:
             self.close()
         *lines, self._unfinished = self._unfinished.split(b"\n")
         for line in lines:
-            self._on_report(msgspec.json.decode(line, type=Report))
+            self._on_report(msgspec.json.decode(line, type=NodeReport))
 
 
 def _die_with_parent() -> None:

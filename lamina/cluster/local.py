@@ -28,7 +28,7 @@ from lamina.config import (
     write_cluster,
 )
 from lamina.errors import ConnectError, HandshakeError, LaminaError, NodeError, PeerLostError, PeerSilentError
-from lamina.log import Report
+from lamina.log import NodeReport
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.transport import Address
 from lamina.wire.admin import Status
@@ -267,7 +267,7 @@ class Cluster:
         state = self._progress[name] if status.state == "starting" else status.state
         self._set(name, f"waiting for {status.waiting_for}" if status.waiting_for else state)
 
-    def _take_report(self, name: str, report: Report) -> None:
+    def _take_report(self, name: str, report: NodeReport) -> None:
         if report.failure:
             self._explained.add(name)
             self._set(name, "failed")

@@ -75,6 +75,6 @@ def _as_json(node: NodeConfig, state: Status | str) -> dict[str, Any]:
     known = {"name": node.name, "role": node.role, "address": str(node.address)}
     if isinstance(state, str):
         return known | {"state": "unreachable", "reason": state}
-    counters = to_builtins(state)
+    counters: dict[str, Any] = to_builtins(state)
     del counters["type"]
     return counters | known

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +113,29 @@ def test_a_reader_that_has_enough(config: ClusterConfig) -> None:
         generate.stdout.close()
         assert generate.wait(30) == 1
         assert generate.stderr.read() == b""
+
+
+def test_a_pause_of_an_operators_command(config: ClusterConfig, tmp_path: Path) -> None:
+    """A trace that is suspended by Ctrl-Z for longer than peer_timeout goes on: nodes wait longer for operators."""
+    out = tmp_path / "trace.json"
+    command = [*LAMINA, "trace", str(config.file), "--seconds", "1", "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as trace:
+        while not _connections(trace.pid, 4):  # two of them wake its loop
+            assert trace.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.3)
+        trace.send_signal(signal.SIGSTOP)
+        time.sleep(harness.default.peer_timeout + 2)
+        trace.send_signal(signal.SIGCONT)
+        _, errors = trace.communicate(timeout=30)
+    assert (trace.returncode, errors) == (0, "")
+    assert json.loads(out.read_text())["traceEvents"]
+
+
+def _connections(pid: int, count: int) -> bool:
+    """Whether a process has so many sockets."""
+    links = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    return sum(link.startswith("socket:") for link in links) >= count
 
 
 def test_an_error_begins_on_a_line_of_its_own(nodes: tuple[ClusterConfig, dict[str, harness.Node]]) -> None:

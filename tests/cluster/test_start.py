@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lamina import Client
 from lamina.config import ClusterConfig
 from lamina.errors import NodeError
 from lamina.transport import PROTOCOL_VERSION
@@ -144,6 +146,26 @@ def test_too_little_memory(checkpoint: Path, memory_ports: list[int], tmp_path: 
         assert re.search(r"can hold \d+ tokens of one request, fewer than", message)
         assert "context of 512" in message
         assert small.stop() == 0
+
+
+def test_a_client_learns_why_a_start_fails(checkpoint: Path, tmp_path: Path) -> None:
+    """In the words of the node, which it gets before the link is closed."""
+    (port,) = harness.free_ports(1)
+    config = harness.write_config(tmp_path, checkpoint, [port])
+    compute = harness.start_node(config, "c0")
+
+    async def asked(client: Client, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        await client.status()
+
+    async def main(nodes: ExitStack) -> None:
+        async with harness.client(config, deadline_s=30) as client:
+            nodes.enter_context(harness.running(harness.start_memory(tmp_path, port, memory="256KiB")))
+            with pytest.raises(NodeError, match=r"compute node c0 failed: the memory nodes can hold \d+ tokens"):
+                await asyncio.gather(*(asked(client, 0.05 * i) for i in range(600)))
+
+    with harness.running(compute), ExitStack() as nodes:
+        asyncio.run(main(nodes))
 
 
 def test_too_many_memory_nodes(checkpoint: Path, memory_ports: list[int], tmp_path: Path) -> None:
