@@ -73,7 +73,7 @@ def _options(
 @app.command()
 def node(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="The cluster file; needs --name.", show_default=False)
+        Path | None, typer.Argument(metavar="CONFIG", help="The cluster file; needs --name.", show_default=False)
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="The name of the node in the file; without a file, a name for its log.")
@@ -271,7 +271,7 @@ def generate(
     ],
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="The text to continue; - is standard input.", show_default=False),
+        typer.Argument(metavar="PROMPT", help="The text to continue; - is standard input.", show_default=False),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The file with the text to continue.")] = None,
     max_tokens: Annotated[
@@ -355,7 +355,7 @@ def doctor(
     config: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CONFIG]", help="The cluster file, to check and measure its nodes as well.", show_default=False
+            metavar="CONFIG", help="The cluster file, to check and measure its nodes as well.", show_default=False
         ),
     ] = None,
     step_ms: Annotated[

@@ -26,7 +26,7 @@ def run(config: ClusterConfig, *, as_json: bool) -> int:
         nodes = [_as_json(node, state) for node, state in zip(config.node, found, strict=True)]
         sys.stdout.write(json.dumps({"ready": _all_ready(found), "nodes": nodes}, indent=2) + "\n")
     else:
-        headings = ("node", "role", "address", "state", "running", "waiting", "KV tokens free", "KV tokens")
+        headings = ("node", "role", "address", "state", "running", "waiting", "KV free", "KV tokens")
         rows = [_row(node, state) for node, state in zip(config.node, found, strict=True)]
         print_table(headings, rows, prose=("state",))
     return 0 if _all_ready(found) else 1
@@ -60,7 +60,7 @@ def _all_ready(found: list[Status | str]) -> bool:
 
 
 def _row(node: NodeConfig, state: Status | str) -> tuple[str | int | None, ...]:
-    where = (node.name, node.role, str(node.address))
+    where = (node.name, node.role, str(node.address).removeprefix("tcp://"))
     if isinstance(state, str):
         return (*where, state)
     told = f"{state.state} for {state.waiting_for}" if state.waiting_for else state.state

@@ -76,7 +76,7 @@ def test_status_of_a_running_cluster(config: ClusterConfig) -> None:
 
     assert (done.returncode, facts.returncode) == (0, 0)
     rows = [line.replace(",", " ").split() for line in done.stdout.splitlines()[1:]]
-    ready = [[n.name, n.role, str(n.address), "ready"] for n in config.node]
+    ready = [[n.name, n.role, str(n.address).removeprefix("tcp://"), "ready"] for n in config.node]
     assert [row[:4] for row in rows if row[0] in ("c0", "m0")] == ready
     assert [(n["name"], n["state"]) for n in json.loads(facts.stdout)["nodes"]] == [("c0", "ready"), ("m0", "ready")]
 
