@@ -17,6 +17,8 @@ app = typer.Typer(
     help="Measure, and show each figure beside a yardstick from the same run.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     cls=WholeHelp,
 )
 

@@ -166,7 +166,7 @@ class _TransformersYardstick:
     def __init__(self, model: Path) -> None:
         self._threads = 1
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT, str(model)],
+            [sys.executable, "-P", "-c", _SCRIPT, str(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

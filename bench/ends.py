@@ -196,7 +196,7 @@ async def measure(address: Address, options: Options, task: Task) -> dict[str, f
 
 def _near(setting: Setting) -> None:
     setting.pin(0)
-    command = [sys.executable, "-m", __spec__.name, "--far", msgspec.json.encode(setting).decode()]
+    command = [sys.executable, "-P", "-m", __spec__.name, "--far", msgspec.json.encode(setting).decode()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as far:
         assert far.stdin
         assert far.stdout

@@ -143,7 +143,7 @@ class _Far:
 
     def __init__(self, cpu: int) -> None:
         (self._port,) = free_ports(1)
-        self._process = subprocess.Popen([sys.executable, "-m", __name__, "far", str(self._port), str(cpu)])
+        self._process = subprocess.Popen([sys.executable, "-P", "-m", __name__, "far", str(self._port), str(cpu)])
 
     def __enter__(self) -> int:
         return self._port
@@ -157,7 +157,7 @@ def _near(port: int, cpu: int, batch: int, batches: int, seconds: float) -> dict
     """What the compute node, in a process of its own, measures."""
     arguments = [str(value) for value in (port, cpu, batch, batches, seconds)]
     done = subprocess.run(
-        [sys.executable, "-m", __name__, "near", *arguments], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-P", "-m", __name__, "near", *arguments], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         raise LaminaError(f"the compute node that is measured ended with status {done.returncode}")

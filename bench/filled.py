@@ -74,11 +74,15 @@ def main(open_model: OpenModel = open_checkpoint) -> int:
     config, name = load(Path(sys.argv[1])), sys.argv[2]
     node = config.find(name)
     assert isinstance(node, ComputeNodeConfig), "clusters run memory nodes by ``lamina node``"
-    device = CpuDevice(cpus=node.cpus, threads=node.threads)
-    serving = ComputeNode(
-        config, node, device=device, network=Sockets(), open_model=open_model, make_runner=FilledRunner
-    )
-    return daemon.run(name, serving.serve)
+
+    def make() -> daemon.Serve:
+        device = CpuDevice(cpus=node.cpus, threads=node.threads)
+        serving = ComputeNode(
+            config, node, device=device, network=Sockets(), open_model=open_model, make_runner=FilledRunner
+        )
+        return serving.serve
+
+    return daemon.run(name, make)
 
 
 if __name__ == "__main__":

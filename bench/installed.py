@@ -83,8 +83,8 @@ def install(name: str) -> Environment:
         if not (marker.exists() and marker.read_text() == wanted):
             shutil.rmtree(folder, ignore_errors=True)
             shell = _Shell(name, folder.with_name(f"{name}.log"))
-            shell.run([sys.executable, "-m", "venv", str(folder)])
-            shell.run([str(_python(folder)), "-m", "pip", "install", *recipe.requirements])
+            shell.run([sys.executable, "-P", "-m", "venv", str(folder)])
+            shell.run([str(_python(folder)), "-P", "-m", "pip", "install", *recipe.requirements])
             if recipe.finish:
                 recipe.finish(folder, shell)
             marker.write_text(wanted)
@@ -144,7 +144,7 @@ def _build_llama_cpp(folder: Path, shell: _Shell) -> None:
     source, build = folder / "src", folder / "src" / "build"
     requirement = f"llama-cpp-python=={LLAMA_CPP_PYTHON}"
     fetch = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(source), requirement]
-    shell.run([str(_python(folder)), "-m", "pip", *fetch])
+    shell.run([str(_python(folder)), "-P", "-m", "pip", *fetch])
     (archive,) = source.glob("llama_cpp_python-*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(source, filter="data")
@@ -168,7 +168,7 @@ def _build_llama_cpp(folder: Path, shell: _Shell) -> None:
 def _mend_vllm(folder: Path, shell: _Shell) -> None:
     # vLLM comes with media libraries that were built for another version of torch, and does not start with them.
     packages = ("torchvision", "torchaudio", "torchcodec")
-    shell.run([str(_python(folder)), "-m", "pip", "uninstall", "--yes", *packages])
+    shell.run([str(_python(folder)), "-P", "-m", "pip", "uninstall", "--yes", *packages])
 
 
 def _vllm_environment(folder: Path, threads: int) -> dict[str, str]:

@@ -218,7 +218,7 @@ def _tell(what: Any) -> None:
 
 def soak(names: Sequence[str], settings: Sequence[Setting], seconds: float, link_s: float) -> dict[str, Any]:
     """Run the soak, and return how much was moved and the footprints. SoakError if something went wrong."""
-    command = [sys.executable, "-m", "lamina.bench.soak", "--far", msgspec.json.encode(settings).decode()]
+    command = [sys.executable, "-P", "-m", "lamina.bench.soak", "--far", msgspec.json.encode(settings).decode()]
     settings[0].pin(0)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as far:
         try:

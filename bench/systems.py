@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 import tempfile
 import time
 from asyncio.subprocess import Process
@@ -269,14 +268,9 @@ class Lamina:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lamina-bench-")))
         log = stack.enter_context((folder / "nodes.log").open("wb"))
         config = self._config(folder, wiring)
-        try:
-            self._cluster = await stack.enter_async_context(FilledCluster(config, log_file=log))
-            await self._cluster.ready()
-            address = config.front.address
-            self._client = await stack.enter_async_context(connect(address, peer_timeout=PEER_TIMEOUT_S))
-        except LaminaError:
-            sys.stderr.write((folder / "nodes.log").read_text())
-            raise
+        self._cluster = await stack.enter_async_context(FilledCluster(config, log_file=log))
+        await self._cluster.ready()
+        self._client = await stack.enter_async_context(connect(config.front.address, peer_timeout=PEER_TIMEOUT_S))
 
     def _config(self, folder: Path, wiring: Wiring) -> ClusterConfig:
         front, other = free_addresses(2)

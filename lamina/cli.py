@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
+import errno
 import inspect
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args
 
 import typer
 from msgspec.structs import replace
@@ -16,6 +20,7 @@ from typer.core import TyperGroup
 
 from lamina.errors import ConfigError, LaminaError
 from lamina.runtime.cpu import let_idle_threads_sleep
+from lamina.table import discard_output
 from lamina.transport import Address
 
 if TYPE_CHECKING:
@@ -38,23 +43,50 @@ Value = TypeVar("Value")
 app = typer.Typer(
     help="LLM decoding split at attention: compute nodes hold the weights, memory nodes the KV cache.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text reads well at any width and in a pipe
+    context_settings={"help_option_names": ["-h", "--help"]},
     cls=WholeHelp,
 )
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="The cluster file.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import lamina
+
+        sys.stdout.write(f"lamina {lamina.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of ``lamina`` itself."""
 
 
 @app.command()
 def node(
-    role: Annotated[str, typer.Option(help="The role of the node: compute or memory.")],
-    config: Annotated[Path | None, typer.Option(help="The cluster file; needs --name.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="The cluster file; needs --name.", show_default=False)
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="The name of the node in the file; without a file, a name for its log.")
     ] = None,
-    listen: Annotated[str | None, typer.Option(help="Memory node without a file: the address to listen on.")] = None,
+    role: Annotated[
+        str | None,
+        typer.Option(
+            metavar="compute|memory", help="The role of the node; with a file, it must be the one that the file says."
+        ),
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="Memory node without a file: the address to listen on, host:port.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help='Memory node without a file: the size of the KV cache, such as "2GiB".')
     ] = None,
@@ -64,15 +96,27 @@ def node(
     numa: Annotated[
         int | None, typer.Option(min=0, help="Memory node: the NUMA node of the KV cache; overrides the file.")
     ] = None,
-    attention: Annotated[str | None, typer.Option(help="Memory node without a file: the attention backend.")] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|native|torch", help="Memory node without a file: the attention backend; default: auto."
+        ),
+    ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Memory node without a file: the number of threads.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Memory node without a file: the number of threads; default: one for each of --cpus, else all cores.",
+        ),
     ] = None,
     transport: Annotated[
-        str | None, typer.Option(help="Memory node without a file: auto, rdma, shm or tcp; default: auto.")
+        str | None,
+        typer.Option(metavar="auto|rdma|shm|tcp", help="Memory node without a file: the transport; default: auto."),
     ] = None,
     peer_timeout: Annotated[
-        float | None, typer.Option(help="Memory node without a file: seconds of silence after which a peer is dead.")
+        float | None,
+        typer.Option(help="Memory node without a file: seconds of silence after which a peer is dead; default: 2."),
     ] = None,
     rdma_device: Annotated[
         str | None, typer.Option(help='The RDMA device of this machine, such as "mlx5_0"; overrides the file.')
@@ -94,10 +138,8 @@ def node(
     let_idle_threads_sleep()
     from lamina.config import ComputeNodeConfig, load, parse_cpus
     from lamina.node import daemon
-    from lamina.runtime.cpu import CpuDevice
-    from lamina.runtime.sockets import Sockets
 
-    if role not in ("compute", "memory"):
+    if role not in (None, "compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
     processors = None if cpus is None else _parse("cpus", parse_cpus, cpus)
     overrides = {"cpus": processors, "numa": numa, "rdma_device": rdma_device}
@@ -106,34 +148,47 @@ def node(
     links = {"transport": transport, "peer_timeout": peer_timeout, "secret_file": secret_file}
     links |= {"tls_certificate": tls_certificate, "tls_key": tls_key, "tls_authority": tls_authority}
     if config is None:
+        if role is None:
+            raise ConfigError("CONFIG: missing; without a cluster file, --role memory runs a memory node")
         if role == "compute":
-            raise ConfigError("--config: missing; a compute node needs the file that wires the cluster")
+            raise ConfigError("CONFIG: missing; a compute node needs the file that wires the cluster")
         chosen, options = _memory_node(name, own, links)
     else:
         for key, given in (own | links).items():
             if given is not None:
-                raise ConfigError(f"{_option(key)}: not allowed with --config; set it in the file")
+                raise ConfigError(f"{_option(key)}: not allowed with a cluster file; set it in the file")
         if name is None:
-            raise ConfigError("--name: missing; --config needs the name of the node to run")
+            raise ConfigError("--name: missing; CONFIG needs the name of the node to run")
         cluster = load(config)
         found = cluster.find(name)
-        if found.role != role:
+        if role not in (None, found.role):
             raise ConfigError(f"{config}: {name!r} is a {found.role} node, but --role says {role}")
         if isinstance(found, ComputeNodeConfig):
             if numa is not None:
                 raise ConfigError("--numa: not allowed for a compute node, which holds no KV cache")
-            from lamina.node.compute import ComputeNode
-
             compute = replace(found, **overrides)
-            device = CpuDevice(compute.device, cpus=compute.cpus, threads=compute.threads)
-            raise typer.Exit(daemon.run(name, ComputeNode(cluster, compute, device=device, network=Sockets()).serve))
-        chosen, options = found, cluster.links
-    from lamina.node.memory import MemoryNode
 
+            def make_compute() -> daemon.Serve:
+                from lamina.node.compute import ComputeNode
+                from lamina.runtime.cpu import CpuDevice
+                from lamina.runtime.sockets import Sockets
+
+                device = CpuDevice(compute.device, cpus=compute.cpus, threads=compute.threads)
+                return ComputeNode(cluster, compute, device=device, network=Sockets()).serve
+
+            raise typer.Exit(daemon.run(name, make_compute))
+        chosen, options = found, cluster.links
     chosen = replace(chosen, **overrides)
-    device = CpuDevice(cpus=chosen.cpus, threads=chosen.threads)
-    memory_node = MemoryNode(chosen, chosen.options(options), device=device, network=Sockets())
-    raise typer.Exit(daemon.run(chosen.name, memory_node.serve))
+
+    def make_memory() -> daemon.Serve:
+        from lamina.node.memory import MemoryNode
+        from lamina.runtime.cpu import CpuDevice
+        from lamina.runtime.sockets import Sockets
+
+        device = CpuDevice(cpus=chosen.cpus, threads=chosen.threads)
+        return MemoryNode(chosen, chosen.options(options), device=device, network=Sockets()).serve
+
+    raise typer.Exit(daemon.run(chosen.name, make_memory))
 
 
 def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[MemoryNodeConfig, Options]:
@@ -141,7 +196,7 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
     from lamina.config import Attention, MemoryNodeConfig, TransportConfig, TransportKind, parse_size
 
     if own["listen"] is None or own["memory"] is None:
-        raise ConfigError("--listen and --memory: a memory node needs both, or --config and --name")
+        raise ConfigError("--listen and --memory: a memory node needs both, or CONFIG and --name")
     for key, value, known in (
         ("attention", own["attention"], get_args(Attention)),
         ("transport", links["transport"], get_args(TransportKind)),
@@ -183,23 +238,47 @@ def secret(
     from lamina.config import write_secret
 
     write_secret(file)
+    sys.stdout.write(f"made {file}; every node and client needs a copy, and transport.secret_file names it\n")
 
 
 @app.command()
-def up(config: Annotated[Path, typer.Argument(help="The cluster file.")]) -> None:
+def up(
+    config: ConfigFile,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the logs of the nodes instead of keeping them in files.")
+    ] = False,
+) -> None:
     """Start all nodes of a cluster file on this machine and show their states until Ctrl-C."""
     from lamina.cluster.up import run
     from lamina.config import load
 
-    raise typer.Exit(run(load(config)))
+    raise typer.Exit(run(load(config), verbose=verbose))
+
+
+@app.command()
+def status(config: ConfigFile, as_json: Json = False) -> None:
+    """Show the state of every node of a cluster file; the exit status is 0 if all are ready, else 1."""
+    from lamina.config import load
+    from lamina.ops.status import run
+
+    raise typer.Exit(run(load(config), as_json=as_json))
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    config: ConfigFile,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="The maximum number of tokens to generate.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="The sampling temperature; 0 is greedy.")] = 0.0,
+    cluster: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="The cluster file, or the address of the front, host:port.")
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The text to continue; - is standard input.", show_default=False),
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="The file with the text to continue.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="The maximum number of tokens to generate; default: what the context leaves."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="The sampling temperature; 0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample only from the k likeliest tokens; 0 means all.")] = 0,
     top_p: Annotated[
         float, typer.Option(help="Sample only from the likeliest tokens whose probabilities add up to this.")
@@ -207,38 +286,53 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=0, help="The seed of the sampling; the same seed gives the same text.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end: text, tokens and why it ended.")
+    ] = False,
+    secret_file: Annotated[
+        str | None, typer.Option(help="With an address: the file with the secret of the cluster.")
+    ] = None,
+    tls_certificate: Annotated[
+        str | None,
+        typer.Option(help="With an address: a certificate in PEM; needs --tls-key and --tls-authority."),
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(help="With an address: the key of the certificate.")] = None,
+    tls_authority: Annotated[
+        str | None, typer.Option(help="With an address: the authority that signed the certificates of all nodes.")
+    ] = None,
 ) -> None:
     """Stream the continuation of a prompt from a running cluster."""
-    from lamina.client import connect
-    from lamina.config import load
+    from lamina.config import TransportConfig
+    from lamina.ops.generate import read_prompt, run
 
-    cluster = load(config)
-    links = cluster.links
-
-    async def stream() -> None:
-        async with connect(
-            cluster.front.address, secret=links.secret, tls=links.tls, deadline_s=5.0, peer_timeout=links.peer_timeout
-        ) as client:
-            answer = client.stream(
-                prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-            )
-            async for token in answer:
-                sys.stdout.write(token.text)
-                sys.stdout.flush()
-            sys.stdout.write(answer.held_back + "\n")
-
-    asyncio.run(stream())
+    links = TransportConfig(
+        secret_file=secret_file, tls_certificate=tls_certificate, tls_key=tls_key, tls_authority=tls_authority
+    )
+    run(
+        cluster,
+        read_prompt(prompt, prompt_file),
+        links,
+        as_json=as_json,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
 
 
 @app.command()
 def convert(
     path: Annotated[Path, typer.Argument(help="The checkpoint directory.")],
-    dtype: Annotated[str | None, typer.Option(help="The data type to run in; default: as stored.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="float32|bfloat16|float16", help="The data type to run in; default: as stored."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="The batch size for the minimum bandwidth.")] = 64,
     step_ms: Annotated[
         float, typer.Option(help="The time of a decode step in milliseconds, for the minimum bandwidth.")
     ] = 50.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Cut a checkpoint into slices and print their sizes and traffic, without reading the weights."""
     import json
@@ -258,11 +352,16 @@ def convert(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="Check and measure the nodes of this file as well.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG", help="The cluster file, to check and measure its nodes as well.", show_default=False
+        ),
+    ] = None,
     step_ms: Annotated[
         float, typer.Option(min=0.001, help="The time of a decode step in milliseconds, for the minimum bandwidth.")
     ] = 50.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check this machine and, with a cluster file, its nodes and the links between them."""
     from lamina.ops.doctor.report import run
@@ -274,7 +373,7 @@ def doctor(
 def trace(
     config: ConfigFile,
     out: Annotated[Path, typer.Option(help="The file to write, for ui.perfetto.dev or chrome://tracing.")],
-    seconds: Annotated[float, typer.Option(min=0.001, max=60, help="How long to record.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.001, max=60, help="How many seconds to record.")] = 2.0,
 ) -> None:
     """Record what every node of a running cluster computes and waits for, by request, batch and layer."""
     from lamina.config import load
@@ -284,25 +383,62 @@ def trace(
 
 
 @app.command()
-def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def demo(as_json: Json = False) -> None:
     """Decode with the shipped small model over three local nodes, and compare with transformers."""
     from lamina.demo.run import run
 
     raise typer.Exit(run(as_json=as_json))
 
 
+_UsageError: Any = typer.BadParameter.__base__
+"""What Typer raises for a wrong command line; its name is private in some releases."""
+
+
 def main() -> None:
     """Run the command; an error becomes one sentence on standard error and an exit status."""
-    for command in entry_points(group="lamina.commands"):
-        app.add_typer(command.load(), name=command.name)
     try:
-        app(standalone_mode=True)
+        for command in entry_points(group="lamina.commands"):
+            app.add_typer(command.load(), name=command.name)
+        status = app(prog_name="lamina", standalone_mode=False)
+        sys.stdout.flush()
     except LaminaError as e:
-        sys.stderr.write(f"lamina: {e}\n")
-        sys.exit(e.exit_status)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _fail(str(e), e.exit_status)
+    except _UsageError as e:
+        _fail_usage(e)
+    except typer.Abort:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(1)  # as Typer does where the reader goes away earlier
+    except OSError as e:
+        if e.filename is not None or e.errno not in _OUTPUT_ERRORS:
+            raise
+        discard_output()
+        _fail(f"standard output cannot be written: {os.strerror(e.errno)}", 1)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
-if __name__ == "__main__":
-    main()
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+def _fail(sentence: str, status: int) -> NoReturn:
+    with suppress(OSError):
+        sys.stderr.write(f"lamina: {sentence}\n")
+        sys.stderr.flush()
+    sys.exit(status)
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """Say what is wrong with the command line, in the words of Typer but in the form of all other errors."""
+    command = error.ctx.command_path if error.ctx else "lamina"
+    text = str(error.format_message())
+    if text.count("\n") > 2:  # a group without a command: the text is its help
+        sys.stderr.write(text + "\n")
+        sys.exit(error.exit_code)
+    if match := re.fullmatch(r"Invalid value for '?(?P<name>[^']+?)'?: (?P<reason>.*)", text, re.DOTALL):
+        text = f"{match['name']}: {match['reason']}"
+    text = " ".join(text.split()).rstrip(".")
+    text = re.sub(r"\. Did you mean (.*)\?|\(Possible options: (.*)\)", r"; did you mean \1\2?", text)
+    text = text.replace(" ; ", "; ")
+    text = re.sub(r"^[A-Z]|(?<=: )[A-Z]", lambda first: first[0].lower(), text)
+    _fail(text if text.endswith("?") else f"{text}; see `{command} --help`", error.exit_code)

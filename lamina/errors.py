@@ -12,6 +12,7 @@
     │   ├── HandshakeError        the peer is not what was expected: version, role, model, layout
     │   ├── ProtocolError         the peer sent something that the protocol does not allow
     │   └── PeerLostError         the peer died, closed the connection or fell silent
+    │       └── PeerSilentError   the peer fell silent: it hangs, or the network is cut
     ├── NodeError                 a node reports a failure of its own; names the node
     └── DeadlockError             a simulation in which nothing can happen any more
 
@@ -78,6 +79,10 @@ class ProtocolError(TransportError):
 
 class PeerLostError(TransportError):
     """The peer died, closed the connection or was silent for longer than ``peer_timeout``."""
+
+
+class PeerSilentError(PeerLostError):
+    """The peer was silent for longer than ``peer_timeout``, while its connection was open."""
 
 
 class NodeError(LaminaError):

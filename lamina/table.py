@@ -7,10 +7,12 @@ lines for each row on a terminal, and lines of comma-separated values elsewhere.
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from rich import box
 from rich.cells import cell_len
@@ -67,6 +69,14 @@ def print_text(sentence: str, console: Console | None = None) -> None:
     lines = _wrapped(sentence, console.width) if console.is_terminal else [sentence]
     for line in lines:
         console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def discard_output() -> None:
+    """Let all that is, and will be, written to standard output vanish, as nothing can take it."""
+    with suppress(OSError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
 
 
 def text(cell: Cell) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Collection
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,7 +23,7 @@ def explain(error: Exception, value: Any, schema: Any = None) -> str:
     message = message.replace("`", "")
     where = f"{place}: " if place else ""
     if match := re.fullmatch(r"Object contains unknown field (.+)", message, re.DOTALL):
-        return f"{where}unknown key {match[1]!r:.200}"
+        return f"{where}{unknown_key(match[1], _keys_at(schema, value, place))}"
     if match := re.fullmatch(r"Object missing required field (.+)", message):
         choices = _choices_at(schema, f"{place}.{match[1]}")
         expected = f"; expected one of {', '.join(choices)}" if choices else ""
@@ -30,7 +32,23 @@ def explain(error: Exception, value: Any, schema: Any = None) -> str:
     if choices := _choices_at(schema, place):
         return f"{where}expected one of {', '.join(choices)}; got {found!r:.200}"
     message = re.sub(r", got \w+$", "", message[0].lower() + message[1:])
+    message = message.replace(" | null", "").replace("expected object", "expected table")  # TOML has no null
     return f"{where}{message}, got {found!r:.200}"
+
+
+def unknown_key(key: str, known: Collection[str]) -> str:
+    """Say that ``key`` is unknown, and which of the known ones may be meant: the one like it, or any."""
+    if near := difflib.get_close_matches(key, known, 1):
+        return f"unknown key {key!r:.200}; did you mean {near[0]!r}?"
+    return f"unknown key {key!r:.200}" + (f"; known: {', '.join(known)}" if known else "")
+
+
+def _keys_at(schema: Any, value: Any, place: str) -> list[str]:
+    """Return the keys of the table at ``place``; of several kinds of table, those of the kind that its tag names."""
+    tables = [kind for kind in _kinds_at(schema, place) if isinstance(kind, type) and issubclass(kind, Struct)]
+    found = _value_at(value, place)
+    chosen = [kind for kind in tables if found.get(kind.__struct_config__.tag_field) == kind.__struct_config__.tag]
+    return [name for kind in chosen or tables for name in kind.__struct_encode_fields__]
 
 
 def _value_at(value: Any, place: str) -> Any:
@@ -41,11 +59,17 @@ def _value_at(value: Any, place: str) -> Any:
 
 def _choices_at(schema: Any, place: str) -> tuple[str, ...]:
     """Return the values of the ``Literal`` types at ``place``, also within unions; none if there is no such type."""
+    kinds = _kinds_at(schema, place)
+    return tuple(choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+
+
+def _kinds_at(schema: Any, place: str) -> list[Any]:
+    """Return the types that a value at ``place`` may have; none if ``schema`` is None."""
     kinds = _members(schema)
     for name, _ in _STEP.findall(place):
         inner = [get_type_hints(k).get(name) if name else get_args(k)[0] for k in kinds if _has_inner(k, name)]
         kinds = [member for kind in inner for member in _members(kind)]
-    return tuple(choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+    return kinds
 
 
 def _has_inner(kind: Any, name: str) -> bool:

@@ -221,7 +221,7 @@ def start_memory(folder: Path, port: int, *, memory: str = "16MiB", wiring: Wiri
 def start_node(config: ClusterConfig, name: str) -> Node:
     """A node of a cluster file."""
     log = config.file.parent / f"{name}.log"
-    return start(log, "node", "--role", config.find(name).role, "--config", str(config.file), "--name", name)
+    return start(log, "node", str(config.file), "--name", name)
 
 
 @contextlib.contextmanager

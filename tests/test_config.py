@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tempfile
 from dataclasses import replace
@@ -132,7 +133,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
             "model.kv_dtype: expected one of float32, bfloat16, float16, float8_e4m3fn, int8; got 'int4'",
         ),
         ("numa = 1", "numa = -1", "node[1].numa: expected int >= 0, got -1"),
-        ("numa = 1", 'numa = "0"', "node[1].numa: expected int | null, got '0'"),
+        ("numa = 1", 'numa = "0"', "node[1].numa: expected int, got '0'"),
         ('role = "compute"', 'role = "compute"\nnuma = 0', "node[0].numa: expected no numa on a compute node, got 0"),
         (
             'role = "compute"',
@@ -154,8 +155,24 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ("[model]", "[pipelines]\n[model]", "unknown key 'pipelines'"),
         ("[[node]]", "[[nodes]]", "unknown key 'nodes'"),
         ('name = "m0"', 'name = "c0"', "node[1].name: 'c0' is used twice"),
-        ('name = "m0"', 'name = "m 0"', "node[1].name: expected str matching regex"),
+        ('name = "m0"', 'name = "m 0"', 'node[1].name: expected a name like "m0", of at most 64 letters, digits'),
         ("127.0.0.1:7071", "127.0.0.1:7070", "node[1].address: tcp://127.0.0.1:7070 is already the address of 'c0'"),
+        ("127.0.0.1:7071", "localhost:7070", "node[1].address: tcp://localhost:7070 is already the address of 'c0'"),
+        ("127.0.0.1:7071", "LOCALHOST:7070", "node[1].address: tcp://LOCALHOST:7070 is already the address of 'c0'"),
+        (
+            "numa = 1",
+            'numa = 1\nlisten = "0.0.0.0:7071"',
+            "node[1].listen: tcp://0.0.0.0:7071 is not a loopback address",
+        ),
+        ("numa = 1", 'numa = 1\nlisten = "127.0.0.1:0"', "node[1].listen: expected a port from 1 to 65535"),
+        ("numa = 1", 'numa = 1\nlisten = "x"', "node[1].listen: 'x': the port is missing"),
+        ("numa = 1", "numa = 1\nrdma_device = 8", "node[1].rdma_device: expected str, got 8"),
+        ("max_batch = 8", "max_bach = 8", "pipeline: unknown key 'max_bach'; did you mean 'max_batch'?"),
+        ('cpus = "0-1"', 'cpu = "0-1"', "node[1]: unknown key 'cpu'; did you mean 'cpus'?"),
+        ('cpus = "0-1"', 'memry = "0-1"', "node[1]: unknown key 'memry'; did you mean 'memory'?"),
+        ('cpus = "0-1"', 'zzz = "0-1"', "node[1]: unknown key 'zzz'; known: name, address, listen, cpus, threads"),
+        ("[[node]]", "[[nodes]]", "unknown key 'nodes'; did you mean 'node'?"),
+        ("[pipeline]", "[pipline]", "unknown key 'pipline'; did you mean 'pipeline'?"),
         (
             "127.0.0.1:7071",
             "10.0.0.2:7071",
@@ -340,7 +357,8 @@ def test_links_are_made_as_the_file_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("secret", "mode", "message"),
     [
-        (b"0123456789abcdef", 0o640, r"open to others \(mode 0640\).*: chmod 600 .*cluster.key"),
+        (b"0123456789abcdef", 0o660, r"open to others \(mode 0660\).*: chmod 600 .*cluster.key"),
+        (b"0123456789abcdef", 0o444, r"open to others \(mode 0444\)"),
         (b"0123456789abcdef", 0o604, r"open to others \(mode 0604\)"),
         (b"0123456789abcde\n", 0o600, "expected a secret of 16 to 4096 bytes, got 15 bytes"),
         (b"", 0o400, "got 0 bytes"),
@@ -352,6 +370,51 @@ def test_a_secret_that_is_none_is_refused(secret: bytes, mode: int, message: str
     """What others can read, and what can be guessed; the message does not give it away."""
     with pytest.raises(ConfigError, match=f"transport.secret_file: .*{message}"):
         load(secured(tmp_path, secret, mode))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to others")
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "allowed"),
+    [
+        (0, 4242, 0o440, True),  # as Kubernetes mounts it with fsGroup 4242
+        (0, 4242, 0o640, True),
+        (0, 4242, 0o460, False),  # the group could change it
+        (0, 4242, 0o444, False),
+        (1234, 4242, 0o640, False),  # not root has chosen the group
+    ],
+)
+def test_a_group_that_root_has_chosen_may_read_a_secret(owner: int, group: int, mode: int, allowed: bool) -> None:
+    """A process of the group reads it, also through links; nothing that others can read is taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        (data := Path(folder) / "..data").mkdir()
+        (data / "key").write_text("0123456789abcdef")
+        os.chown(data / "key", owner, group)
+        (data / "key").chmod(mode)
+        (link := Path(folder) / "key").symlink_to(data / "key")
+        groups = os.getgroups()
+        try:
+            os.setgroups([4242])
+            os.setegid(65534)
+            os.seteuid(65534)
+            if allowed:
+                assert read_secret(link) == b"0123456789abcdef"
+            else:
+                with pytest.raises(ConfigError, match="open to others"):
+                    read_secret(link)
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+            os.setgroups(groups)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to others")
+def test_a_group_that_this_process_is_not_in(tmp_path: Path) -> None:
+    """It could read the secret, and this process does not know who that is."""
+    file = secured(tmp_path, mode=0o640)
+    os.chown(tmp_path / "cluster.key", 0, 4242)
+    with pytest.raises(ConfigError, match="open to others"):
+        load(file)
 
 
 def test_a_secret_file_is_a_file(tmp_path: Path) -> None:
@@ -583,3 +646,35 @@ def test_what_cannot_be_written_is_named(
     """The file, and what is wrong with it or with its parts."""
     with pytest.raises(ConfigError, match=f"{name}: {message}"):
         write_cluster(tmp_path / name, ModelConfig(path=path), nodes)
+
+
+def test_a_node_may_listen_elsewhere(tmp_path: Path) -> None:
+    """Others reach it by its address; it listens at its own."""
+    file = secured(tmp_path)
+    file.write_text(file.read_text().replace("numa = 1", 'numa = 1\nlisten = "0.0.0.0:7999"'))
+    node = load(file).find("m0")
+
+    assert (node.address, node.bind) == (Address("tcp", "10.0.0.2", 7071), Address.parse("0.0.0.0:7999"))
+    assert load(file).front.bind == load(file).front.address
+
+
+TABLES = {"model": ModelConfig, "pipeline": PipelineConfig, "transport": TransportConfig}
+
+
+@pytest.mark.parametrize("wrong", ["-8", "[]", "{ x = 1 }", "nan", '"\\u0000"'])
+@pytest.mark.parametrize(
+    ("table", "key"), [(table, key) for table in TABLES for key in TABLES[table].__struct_fields__]
+)
+def test_a_wrong_value_is_answered_in_words_of_the_file(table: str, key: str, wrong: str, tmp_path: Path) -> None:
+    """The answer names table and key, and says neither null nor object, which no TOML file has."""
+    tables = {"model": {"path": '"m"'}, "pipeline": {}, "transport": {}}
+    tables[table][key] = wrong
+    text = "".join(f"[{name}]\n" + "".join(f"{k} = {v}\n" for k, v in keys.items()) for name, keys in tables.items())
+    file = write(tmp_path, text + GOOD[GOOD.index("[[node]]") :])
+    if (key, wrong) == ("path", '"\\u0000"'):
+        return  # what is no path is found when the model is opened
+
+    with pytest.raises(ConfigError, match=rf"{table}\.{key}|{table}: |{table}\.tls") as caught:
+        load(file)
+
+    assert not re.search(r"null|[Oo]bject", str(caught.value).replace("null byte", ""))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lamina.config import ClusterConfig, write_secret
+from lamina.config import ClusterConfig, load, write_secret
 from lamina.demo.run import CHECKPOINT
 from lamina.node.probe import MAX_ECHOES, ROLE, measure
 from lamina.ops.doctor import machine
@@ -102,6 +102,24 @@ def test_a_check_that_fails_is_a_line() -> None:
     (found,) = guarded("thing", broken)
     assert (found.item, found.state) == ("thing", "warn")
     assert "ValueError: nobody thought of this" in found.found
+
+
+def test_a_host_name_that_means_this_machine_alone(tmp_path: Path) -> None:
+    """Each node whose name is a loopback address here, and what to do; not one that listens elsewhere."""
+    config = write_config(tmp_path, 2)
+    write_secret(tmp_path / "cluster.key")
+    text = config.file.read_text().replace("[transport]", '[transport]\nsecret_file = "cluster.key"')
+    first, second = (node.address for node in config.memory_nodes)
+    text = text.replace(f'"{first}"', f'"tcp://127.1:{first.port}"')
+    text = text.replace(f'"{second}"', f'"tcp://127.1:{second.port}"\nlisten = "tcp://0.0.0.0:{second.port}"')
+    config.file.write_text(text)
+
+    (finding,) = machine.addresses(load(config.file))
+
+    assert (finding.item, finding.state) == ("address of m0", "warn")
+    assert finding.found == "127.1 is 127.0.0.1 on this machine, where no other machine reaches it"
+    assert "/etc/hosts" in finding.do
+    assert f"listen = 'tcp://0.0.0.0:{first.port}'" in finding.do
 
 
 # -- machines that this one is not
@@ -196,7 +214,7 @@ def write_config(folder: Path, memory_nodes: int = 1, **settings: Any) -> Cluste
 def test_a_wrong_file_is_a_red_line(tmp_path: Path) -> None:
     """The machine is looked at all the same."""
     (tmp_path / "cluster.toml").write_text("[model]\n")
-    facts = doctor("--config", str(tmp_path / "cluster.toml"), status=1)
+    facts = doctor(str(tmp_path / "cluster.toml"), status=1)
 
     assert line(facts, "cluster file")["state"] == "fail"
     assert "missing key" in line(facts, "cluster file")["found"]
@@ -206,13 +224,13 @@ def test_a_wrong_file_is_a_red_line(tmp_path: Path) -> None:
 def test_nothing_runs_yet(tmp_path: Path) -> None:
     """Who is missing, how to start it, and what the model will need of the network."""
     config = write_config(tmp_path, 2)
-    facts = doctor("--config", str(config.file), status=1)
+    facts = doctor(str(config.file), status=1)
 
     for name, role, state in (("c0", "compute", "warn"), ("m0", "memory", "fail"), ("m1", "memory", "fail")):
         found = line(facts, f"node {name}")
         assert found["state"] == state
         assert f"{role} node at {config.find(name).address}: no process listens there" in found["found"]
-        assert f"lamina node --role {role} --config {config.file} --name {name}" in found["do"]
+        assert f"lamina node {config.file} --name {name}" in found["do"]
     assert facts["pairs"] == []
     assert re.search(r"[\d.]+ GB/s over all memory nodes, for batch 64", line(facts, "minimum bandwidth")["found"])
 
@@ -222,7 +240,7 @@ def test_memory_nodes_alone_are_measured_from_here(tmp_path: Path) -> None:
     config = write_config(tmp_path, 2, wiring=Wiring("tcp"))
     nodes = [harness.start_node(config, name) for name in ("m0", "m1")]
     with harness.running(*nodes):
-        facts = doctor("--config", str(config.file), "--step-ms", "0.001", status=1)
+        facts = doctor(str(config.file), "--step-ms", "0.001", status=1)
         for node in nodes:
             assert node.stop() == 0
 
@@ -249,7 +267,7 @@ def test_a_running_cluster_is_measured_by_its_compute_node(tmp_path: Path) -> No
         await harness.ready(config, nodes[0])
         async with harness.client(config, peer_timeout=10) as client:
             alone = await client.generate([1, 2, 3], max_tokens=100)
-            told = asyncio.create_task(asyncio.to_thread(doctor, "--config", str(config.file), status=0))
+            told = asyncio.create_task(asyncio.to_thread(doctor, str(config.file), status=0))
             while not told.done():
                 assert (await client.generate([1, 2, 3], max_tokens=100)).tokens == alone.tokens
             return await told
@@ -288,7 +306,7 @@ def test_strangers_and_others(tmp_path: Path) -> None:
         silent = stack.enter_context(socket.create_server(("127.0.0.1", port["m1"])))
         assert silent.fileno() > 0
         asyncio.run(_until_listening(config.find("m0"), config.find("m2")))
-        facts = doctor("--config", str(config.file), status=1)
+        facts = doctor(str(config.file), status=1)
 
     assert line(facts, "node m0")["state"] == "fail"
     assert "reached by TCP, but" in line(facts, "node m0")["found"]

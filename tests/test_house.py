@@ -31,6 +31,18 @@ def test_no_module_is_too_long() -> None:
     assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
 
 
+def test_no_process_imports_from_the_current_folder() -> None:
+    """Python is started with -P: else a token.py or queue.py of the user replaces a module of the library."""
+    python = r"\[?(sys\.executable|str\(_python\(\w+\)\)), *"
+    starts = [
+        (path.name, match) for path in _modules() for match in re.finditer(python + r"\s*(\S+)", path.read_text())
+    ]
+    starts = [(name, match) for name, match in starts if not match[2].startswith(("str(SCRIPTS", "*self"))]
+
+    assert len(starts) >= 8
+    assert [f"{name}: {match[0]}" for name, match in starts if match[2] != '"-P",'] == []
+
+
 def test_no_class_name_stands_for_two_things() -> None:
     """Not even with an underscore before one of them."""
     places = defaultdict(list)

@@ -36,8 +36,10 @@ class TransportChoice:
     reasons: list[str]
 
     def told(self, taken: str) -> str:
-        """A sentence for the log about the whole choice."""
-        return "; ".join([self.asked, *self.reasons, f"took {taken}"])
+        """A sentence for the log about the choice; why something worse than ``taken`` was impossible is left out."""
+        worse = TRANSPORTS[TRANSPORTS.index(taken) + 1 :] if taken in TRANSPORTS else ()
+        reasons = [reason for reason in self.reasons if not reason.startswith(tuple(f"{name}: " for name in worse))]
+        return "; ".join([self.asked, *reasons, f"took {taken}"])
 
 
 def offers(options: Options) -> dict[str, dict[str, Any]]:

@@ -165,6 +165,10 @@ class Listener:
         sock.setblocking(False)
         endpoint.address = Address(address.scheme, address.host, sock.getsockname()[1])
         log.info('event=listening address=%s node="%s"', endpoint.address, hello.name)
+        if not address.is_loopback and ip_address(place[0].partition("%")[0]).is_loopback:
+            log.warning(
+                'event=loopback_name address=%s reason="%s"', endpoint.address, loopback_name(address, place[0])
+            )
         missing = endpoint.introduce(hello).offers.get(options.kind, {}).get("missing")
         if missing:  # not an error yet: a port that is down now may come up
             log.error('event=transport_missing address=%s kind=%s reason="%s"', endpoint.address, options.kind, missing)
@@ -442,6 +446,14 @@ async def _resolve(address: Address) -> list[tuple[int, Any]]:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         return [(family, place[:2]) for family, _, _, _, place in found]
+
+
+def loopback_name(address: Address, place: str) -> str:
+    """Say that the host of ``address`` is ``place``, an address of the loopback, on this machine, and what to do."""
+    return (
+        f"{address.host} is {place} on this machine, where no other machine reaches it: remove that line from "
+        f"/etc/hosts, or listen elsewhere (listen = 'tcp://0.0.0.0:{address.port}' beside the node's address)"
+    )
 
 
 def _tls_failed(error: ssl.SSLError) -> str:

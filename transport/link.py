@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVarTuple
 
-from lamina.errors import ConfigError, PeerLostError, ProtocolError, TransportError, UsageError
+from lamina.errors import ConfigError, PeerLostError, PeerSilentError, ProtocolError, TransportError, UsageError
 from lamina.transport.base import MAX_REGIONS, MAX_TAG, Lane, LinkInfo, LinkState, Region, RemoteRegion
 from lamina.transport.connection import Connection, hear_out
 from lamina.transport.frames import HEADER_BYTES, HEARTBEAT_FRAME, Event, FrameReceiver, Note, message_frame, note_frame
@@ -348,7 +348,7 @@ class NodeLink(OwnedLink):
             self._silent_periods = 0 if heard_bytes != self._heard_bytes else self._silent_periods + 1
             self._heard_bytes = heard_bytes
             if self._silent_periods * self._period >= self._peer_timeout:
-                self._fail(PeerLostError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
+                self._fail(PeerSilentError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
                 return
         if not self._control.pending_bytes:
             self._control.push([_HEARTBEAT], HEADER_BYTES)

@@ -69,7 +69,7 @@ class Program:
     @classmethod
     def module(cls, name: str, *arguments: str) -> Program:
         """Run a module of ``lamina.bench``."""
-        return cls([sys.executable, "-m", f"lamina.bench.{name}", *arguments])
+        return cls([sys.executable, "-P", "-m", f"lamina.bench.{name}", *arguments])
 
     def measure(self, task: Task) -> Result:
         asked, answered = self._process.stdin, self._process.stdout

@@ -6,27 +6,33 @@ The first Ctrl-C lets the nodes finish their answers; the second one stops them 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import os
 import signal
-import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from lamina import log as logs
 from lamina.cluster.local import Cluster
+from lamina.cluster.screen import Screen
 from lamina.config import ClusterConfig
 
 log = logging.getLogger("lamina.up")
 
 
-def run(config: ClusterConfig) -> int:
-    """Start the nodes, show their states, and stop them. Return the exit status. NodeError names a node that died."""
-    logs.configure("up")
-    return int(uvloop.run(_main(config)))
+def run(config: ClusterConfig, *, verbose: bool) -> int:
+    """Start the nodes, show their states, and stop them. Return the exit status. NodeError names a node that died.
+
+    Logs go into a folder of the user, or to standard error if ``verbose``.
+    """
+    return int(uvloop.run(_main(config, verbose=verbose)))
 
 
-async def _main(config: ClusterConfig) -> int:
+async def _main(config: ClusterConfig, *, verbose: bool) -> int:
     asked, asked_again = asyncio.Event(), asyncio.Event()
 
     def interrupt() -> None:
@@ -35,25 +41,51 @@ async def _main(config: ClusterConfig) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, interrupt)
 
-    def show() -> None:
-        sys.stdout.write(" · ".join(f"{n.name} ({n.role}) {cluster.states[n.name]}" for n in config.node) + "\n")
-        sys.stdout.flush()
+    screen = Screen(config)
+    ready = False
 
-    cluster = Cluster(config, on_change=show)
+    def on_change(name: str) -> None:
+        nonlocal ready
+        screen.show(name, cluster.states)
+        if cluster.is_ready and not ready:
+            ready = True
+            screen.say(f'ready; next: lamina generate {config.file} "Once upon a time" (Ctrl-C here stops the nodes)')
+
+    folder = None if verbose else _log_folder(config)
+    cluster = Cluster(config, log_folder=folder, on_change=on_change)
     async with cluster:
+        # Not before: a cluster of this file that runs already has its logs there.
+        logs.configure("up", folder and folder / "up.log")
+        if folder:
+            screen.say(f"logs: {folder}")
         stopped = asyncio.ensure_future(asked.wait())
         ends: list[asyncio.Future[Any]] = [stopped, cluster.failed]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         log.info("event=stopping reason=%s", "asked" if stopped.done() else "failure")
         if stopped.done():
+            screen.say("stopping; Ctrl-C again does not wait for answers")
             await _drain(cluster, asked_again)
         else:
             stopped.cancel()
             await cluster.stop(drain=False)
         if cluster.failed.done():
             cluster.failed.result()
-    sys.stdout.write("all nodes stopped\n")
+    screen.say("all nodes stopped")
     return 0
+
+
+def _log_folder(config: ClusterConfig) -> Path:
+    """Return the folder of logs for this cluster file, which only the user can read; it is made if it is missing."""
+    file = config.file.resolve()
+    name = f"{file.stem}-{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
+    try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        folder = state / "lamina" / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except (OSError, RuntimeError):  # a user without a home that can be written
+        return Path(tempfile.mkdtemp(prefix="lamina-"))
+    return folder
 
 
 async def _drain(cluster: Cluster, at_once: asyncio.Event) -> None:

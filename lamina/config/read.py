@@ -16,7 +16,7 @@ from lamina.config.texts import format_range, format_size, text_fields
 from lamina.errors import ConfigError
 from lamina.limits import MAX_COMPUTE
 from lamina.transport import Address
-from lamina.validation import explain
+from lamina.validation import explain, unknown_key
 
 _ROLES: dict[Any, type[Struct]] = {kind.role: kind for kind in get_args(NodeConfig)}
 
@@ -39,9 +39,10 @@ def _load(path: Path) -> ClusterConfig:
         raise ConfigError("not a text file in UTF-8") from e
     except (ValueError, RecursionError) as e:  # numbers and nesting that are too long for the parser, too
         raise ConfigError(f"not valid TOML: {e}") from e
+    public = [key for key in ClusterConfig.__struct_fields__ if key not in ("file", "links")]
     for key in ("file", "links"):
         if key in raw:
-            raise ConfigError(f"unknown key {key!r}")
+            raise ConfigError(unknown_key(key, public))
     if isinstance(pipeline := raw.get("pipeline"), dict):
         _parse_texts(pipeline, PipelineConfig, "pipeline")
     for i, node in enumerate(raw["node"] if isinstance(raw.get("node"), list) else ()):
@@ -94,24 +95,39 @@ def _required(kind: type[Struct]) -> Iterable[str]:
 def _check_addresses(config: ClusterConfig) -> None:
     """Names and addresses differ, other nodes can reach the addresses, and a secret guards those off this machine."""
     names: set[str] = set()
-    owners: dict[Address, str] = {}
+    owners: dict[tuple[str, int], str] = {}
     for i, node in enumerate(config.node):
         at, address = f"node[{i}]", node.address
         if node.name in names:
             raise ConfigError(f"{at}.name: {node.name!r} is used twice; names must differ")
         names.add(node.name)
         if _is_unspecified(address):
-            raise ConfigError(f"{at}.address: expected an address that other nodes can reach, got {address}")
-        if not address.is_loopback and config.links.secret is None:
             raise ConfigError(
-                f"{at}.address: {address} is not a loopback address, which needs a cluster secret: make one with "
-                '`lamina secret cluster.key` and set transport.secret_file = "cluster.key"'
+                f"{at}.address: expected an address that other nodes can reach, got {address}; "
+                "where the node listens can be said apart, with listen"
             )
-        if address.port == 0:
-            raise ConfigError(f"{at}.address: expected a port from 1 to 65535, got {address}")
-        if address in owners:
-            raise ConfigError(f"{at}.address: {address} is already the address of {owners[address]!r}")
-        owners[address] = node.name
+        for key, given in (("address", address), ("listen", node.bind)):
+            if not given.is_loopback and config.links.secret is None:
+                raise ConfigError(
+                    f"{at}.{key}: {given} is not a loopback address, which needs a cluster secret: make one with "
+                    '`lamina secret cluster.key` and set transport.secret_file = "cluster.key"'
+                )
+            if given.port == 0:
+                raise ConfigError(f"{at}.{key}: expected a port from 1 to 65535, got {given}")
+        place = _place(address)
+        if place in owners:
+            raise ConfigError(f"{at}.address: {address} is already the address of {owners[place]!r}")
+        owners[place] = node.name
+
+
+def _place(address: Address) -> tuple[str, int]:
+    """The host and port of an address, equal for texts that mean the same."""
+    host = address.host.lower()
+    try:
+        ip = ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        return host.removesuffix("."), address.port
+    return str(getattr(ip, "ipv4_mapped", None) or ip), address.port
 
 
 def _check_memory(config: ClusterConfig) -> None:

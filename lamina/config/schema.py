@@ -15,9 +15,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from lamina.config.secret import read_secret
-from lamina.config.texts import Cpus, DeviceName, Layers, ListenAddress, Size
+from lamina.config.texts import Cpus, DeviceName, Layers, ListenAddress, NodeName, Size
 from lamina.errors import ConfigError
 from lamina.limits import MAX_BATCH, MAX_BATCHES, MAX_PREFILL_TOKENS
+from lamina.transport import Address
 from lamina.transport.options import (
     DEFAULT_PEER_TIMEOUT,
     MAX_PEER_TIMEOUT,
@@ -147,10 +148,12 @@ class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class _Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role"):
     """The keys that nodes of both roles have."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    name: NodeName
     """Names the node in messages, logs and commands."""
     address: ListenAddress
-    """Where the node listens, and where others reach it."""
+    """Where other nodes and clients reach the node."""
+    listen: ListenAddress | None = None
+    """Where the node itself listens, if that differs, as behind a name that is 127.0.1.1 on its own machine."""
     cpus: Cpus | None = None
     """The processors that the node is pinned to, such as "0-3,8"."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
@@ -158,6 +161,11 @@ class _Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_f
     nodes share a machine, None is an equal share of its cores."""
     rdma_device: str | None = None
     """The RDMA device of this node's machine. None: the device of ``[transport.rdma]``."""
+
+    @property
+    def bind(self) -> Address:
+        """Where the node itself listens."""
+        return self.listen or self.address
 
     def options(self, links: Options) -> Options:
         """``links``, the options of the whole cluster, with this node's RDMA device."""

@@ -1,4 +1,4 @@
-"""The cluster secret, in a file that only its owner may read."""
+"""The cluster secret, in a file that only its owner may read, or a group that root has chosen."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from lamina.transport.options import MAX_SECRET_BYTES, MIN_SECRET_BYTES
 
 
 def read_secret(path: Path) -> bytes:
-    """The cluster secret in a file that only its owner may read; one newline at its end does not count."""
+    """The cluster secret in a file; one newline at its end does not count.
+
+    Its owner alone may read it. Where that is root, a group of this process may as well: so Kubernetes mounts secrets.
+    """
     try:
         # Opening a pipe would wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            mode = os.fstat(file.fileno()).st_mode
+            status = os.fstat(file.fileno())
+            mode = status.st_mode
             if not stat.S_ISREG(mode):
                 raise ConfigError(f"{path} is not a regular file")
-            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            chosen = status.st_uid == 0 and status.st_gid in (os.getegid(), *os.getgroups())
+            if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~(stat.S_IRGRP if chosen else 0):
                 raise ConfigError(
                     f"{path} is open to others (mode {stat.S_IMODE(mode):04o}); let its owner alone read it: "
                     f"chmod 600 {path}"
@@ -39,6 +44,8 @@ def read_secret(path: Path) -> bytes:
 
 def write_secret(path: Path) -> None:
     """Make a file with a new random secret that only its owner may read. ConfigError if there is one already."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name the file to make, such as {path / 'cluster.key'}")
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as e:
@@ -47,5 +54,9 @@ def write_secret(path: Path) -> None:
         ) from e
     except OSError as e:
         raise ConfigError(f"{path} cannot be written: {e.strerror}") from e
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32) + "\n")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+    except OSError as e:  # such as a full disk
+        path.unlink()
+        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e

@@ -53,11 +53,7 @@ def run(*, as_json: bool) -> int:
         )
         log_path = Path(folder) / "nodes.log"
         console = Console(stderr=as_json, highlight=False)
-        try:
-            answer = uvloop.run(_decode(config, log_path, console))
-        except LaminaError:
-            sys.stderr.write(log_path.read_text())
-            raise
+        answer = uvloop.run(_decode(config, log_path, console))
         console.print("\n\nthe same files and prompt in transformers, in one process:")
         identical = _oracle() == answer.tokens
         facts = _facts(config, answer, identical)
@@ -99,7 +95,7 @@ def _warnings(log_path: Path) -> list[str]:
 
 def _oracle() -> list[int]:
     """Return the whole answer of ``transformers``, which ends by itself or after MAX_TOKENS."""
-    command = [sys.executable, "-m", "lamina.demo.oracle", str(CHECKPOINT), DEMO_PROMPT, str(MAX_TOKENS)]
+    command = [sys.executable, "-P", "-m", "lamina.demo.oracle", str(CHECKPOINT), DEMO_PROMPT, str(MAX_TOKENS)]
     failed = "transformers could not decode the checkpoint for comparison"
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ORACLE_TIMEOUT_S)

@@ -336,7 +336,9 @@ def _functions(parts: Mapping[str, _SlicePart], device: torch.device, *, compile
         if part.key in functions:
             continue
         if compiled:
-            log.info("event=compiling part=%d of=%d name=%r", len(functions) + 1, kinds, name)
+            number = len(functions) + 1
+            progress = f"compiling {number} of {kinds}"
+            log.info("event=compiling part=%d of=%d name=%r", number, kinds, name, extra={"progress": progress})
         functions[part.key] = make(part.graph, len(part.weights), device, name=name, compiled=compiled)
     return functions
 

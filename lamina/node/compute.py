@@ -14,7 +14,7 @@ from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.shard_lane import ShardLane
 from lamina.compute.step import StepRunner, Steps
-from lamina.config import ClusterConfig, ComputeNodeConfig
+from lamina.config import ClusterConfig, ComputeNodeConfig, format_range
 from lamina.errors import LaminaError, NodeError, TransportError, first_error
 from lamina.front.intake import Intake
 from lamina.front.members import Change, Members, State
@@ -29,7 +29,7 @@ from lamina.node.assemble import (
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.front import Front, make_blocks, open_front
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
-from lamina.node.monitor import Monitor
+from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.host import Host
@@ -42,9 +42,6 @@ from lamina.wire.orders import Enlisted, GaveUp
 from lamina.wire.requests import Failed
 
 log = logging.getLogger("lamina.compute")
-
-CLIENT_TIMEOUT_S = 30.0
-"""The seconds of silence that clients are allowed, as their event loops may be busy with other things than Lamina."""
 
 BLAME_AFTER_S = 1.0
 """How long a start may go on when another node is lost, to end with a reason of its own."""
@@ -108,7 +105,7 @@ class ComputeNode:
         self._home = Crossing(asyncio.get_running_loop())
         self._rendezvous = Rendezvous(self._config, self._node, self._members, self._device, self._network)
         hello = Hello("compute", self._name)
-        listening = await self._network.listen(self._node.address, hello, self._on_link, self._options)
+        listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         try:
             worker = await self._start_unless(stopping)
@@ -122,14 +119,14 @@ class ComputeNode:
                 )
                 await self._run(worker, stopping)
         except LaminaError as e:
-            self._give_up(str(e))
+            self._give_up(e)
             raise
         except Exception as e:
             cause = first_error(e)
             if not isinstance(cause, LaminaError):
                 log.exception("event=internal_error")
                 cause = NodeError.failed("compute", self._name, cause)
-            self._give_up(str(cause))
+            self._give_up(cause)
             raise cause from e
         finally:
             await listening.close()
@@ -163,10 +160,15 @@ class ComputeNode:
                 raise
             log.info("event=left reason=%r", str(error))  # where all are told to stop, some node leaves first
 
-    def _give_up(self, reason: str) -> None:
-        """Tell the other compute nodes why nothing more will come."""
+    def _give_up(self, error: LaminaError) -> None:
+        """Tell the other compute nodes and the clients why nothing more will come."""
         for peer in self._rendezvous.peers.values():
-            peer.send(GaveUp(reason=reason))
+            peer.send(GaveUp(reason=str(error)))
+        blamed = getattr(error, "node", self._name)
+        reason = str(error) if blamed != self._name else f"compute node {self._name} failed: {error}"
+        for link in self._clients:
+            if link.info.peer.role == "client" and not link.state.closed:
+                link.send(encode(Failed(kind="NodeError", message=reason, node=blamed)))
 
     # -- members
 
@@ -215,6 +217,7 @@ class ComputeNode:
     async def _start(self) -> Intake | Follower:
         """Open the model and find the other nodes, cut it over them, load this node's part, and begin to serve."""
         config, members = self._config, self._members
+        log.info("event=opening model=%s", config.model_path, extra={"progress": "reading the model"})
         opening = self._there.start(self._device.run(self._open_model, config))
         meeting = asyncio.ensure_future(self._rendezvous.all())
         try:  # what is wrong with the model is said at once, also where other nodes are missing
@@ -238,6 +241,7 @@ class ComputeNode:
         await asyncio.gather(*enlisted)
         for entry in members.entries:
             members.serve(entry.id)
+        log.info("event=fitting", extra={"progress": "measuring steps"})
         self._front = await open_front(
             config,
             served,
@@ -265,6 +269,7 @@ class ComputeNode:
 
     async def _make_steps(self, served: ServedModel, lanes: Mapping[int, ShardLane]) -> Steps:
         slices = served.schedule.slices(self._member)
+        log.info("event=loading slices=%s", format_range(slices), extra={"progress": "loading weights"})
         forward, _ = await self._there.start(self._device.run(served.source.load, slices, self._device.torch_device))
         return self._make_runner(
             forward,
@@ -297,7 +302,7 @@ class ComputeNode:
                 self._clients.pop(link, None)
                 session.on_lost(error)
 
-            link.deliver(on_message=session.on_message, on_lost=on_lost, peer_timeout=CLIENT_TIMEOUT_S)
+            link.deliver(on_message=session.on_message, on_lost=on_lost, peer_timeout=CALLER_TIMEOUT_S)
         else:
             self._monitor.take(link)
 

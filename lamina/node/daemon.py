@@ -8,7 +8,7 @@ import signal
 from collections.abc import Awaitable, Callable
 
 from lamina import log as logs
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, NodeError
 from lamina.runtime.loop import PreciseLoop
 
 log = logging.getLogger("lamina.node")
@@ -17,22 +17,34 @@ DRAIN_TIMEOUT_S = 30.0
 """The seconds that a node may take to finish its work when it is told to stop."""
 
 
-def run(name: str, serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
-    """Run ``serve`` until it returns, and return the exit status of the process.
+Serve = Callable[[asyncio.Event], Awaitable[None]]
 
-    The first SIGTERM or SIGINT sets the event that ``serve`` was given, which should then drain. A second one cancels
-    it.
+
+def run(name: str, make: Callable[[], Serve]) -> int:
+    """Run what ``make`` returns until it ends, and return the exit status of the process.
+
+    The first SIGTERM or SIGINT sets the event that it was given, after which it should drain. A second one cancels it.
+    An error, also one of ``make``, is the last event of the log, and is reported to the process that started this one.
     """
     logs.configure(name)
     try:
+        serve = make()
         with asyncio.Runner(loop_factory=PreciseLoop) as runner:
-            return runner.run(_main(serve))
+            runner.run(_main(serve))
     except asyncio.CancelledError:
         log.warning("event=stopped reason='second signal'")
         return 1
+    except LaminaError as e:
+        log.error("event=failed kind=%s reason=%r", type(e).__name__, str(e), extra={"failure": e})
+        return e.exit_status
+    except Exception as e:
+        log.exception("event=internal_error", extra={"failure": NodeError(f"internal error: {e!r}", node=name)})
+        return 1
+    log.info("event=stopped")
+    return 0
 
 
-async def _main(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+async def _main(serve: Serve) -> None:
     stopping = asyncio.Event()
     task = asyncio.ensure_future(serve(stopping))
 
@@ -45,13 +57,4 @@ async def _main(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    try:
-        await task
-    except LaminaError as e:
-        log.error("event=failed kind=%s reason=%r", type(e).__name__, str(e))
-        return e.exit_status
-    except Exception:
-        log.exception("event=internal_error")
-        return 1
-    log.info("event=stopped")
-    return 0
+    await task

@@ -19,7 +19,7 @@ from lamina.memory.fair_queue import FairQueue
 from lamina.memory.tenant import Tenant, check_same
 from lamina.node import probe
 from lamina.node.daemon import DRAIN_TIMEOUT_S
-from lamina.node.monitor import Asked, Monitor
+from lamina.node.monitor import CALLER_TIMEOUT_S, Asked, Monitor
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.host import Host
@@ -89,7 +89,7 @@ class MemoryNode:
         # A compute node may attach at once; that is answered when the memory is there.
         self._taken = self._there.start(self._device.run(self._take))
         hello = Hello("memory", self._name)
-        listening = await self._network.listen(self._node.address, hello, self._on_link, self._options)
+        listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         stopped = asyncio.ensure_future(stopping.wait())
         try:
@@ -120,6 +120,7 @@ class MemoryNode:
             self._attention = default_backend()
         attention = require_backend(self._attention).name
         isa = choose_isa() if attention == "native" else "any"
+        log.info("event=taking bytes=%d", self._node.memory, extra={"progress": "taking memory"})
         memory = self._bound_memory()
         report = memory.report()
         log.info(
@@ -167,6 +168,7 @@ class MemoryNode:
             on_message=on_message,
             on_lost=lambda _: self._links.pop(link, None),
             lane_loop=self._device.loop if role == "compute" else None,
+            peer_timeout=None if role == "compute" else CALLER_TIMEOUT_S,
         )
 
     def _attach(self, link: Link, attach: Attach) -> None:

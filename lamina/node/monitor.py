@@ -19,6 +19,9 @@ from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Spans,
 from lamina.wire.codec import Message, decode
 from lamina.wire.questions import send_unless_gone
 
+CALLER_TIMEOUT_S = 30.0
+"""The seconds of silence that clients and operators are allowed: their loops may be busy with other things than Lamina,
+and a user may suspend them for a moment."""
 MAX_PROBES = 64
 """The number of measurements that may wait for their turn."""
 
@@ -53,7 +56,10 @@ class Monitor:
 
     def take(self, link: Link) -> None:
         """Answer what comes over ``link`` from now on."""
-        link.deliver(on_message=lambda plain: self.ask(link, decode(plain, Asked)))
+        link.deliver(
+            on_message=lambda plain: self.ask(link, decode(plain, Asked)),
+            peer_timeout=CALLER_TIMEOUT_S,
+        )
 
     def ask(self, link: Link, asked: Asked) -> None:
         """Answer one question over ``link``."""

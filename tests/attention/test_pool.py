@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lamina.attention import ExtentPool, Memory, MemoryRange, QuotaPool
-from lamina.attention.pool import available_bytes, fit_extent, most_blocks, numa_node_of, numa_nodes
+from lamina.attention.available import available_bytes
+from lamina.attention.pool import fit_extent, most_blocks, numa_node_of, numa_nodes
 from lamina.errors import CapacityError, ConfigError, UsageError
 
 PAGE = 4096

@@ -77,12 +77,12 @@ def test_text_comes_as_it_is_generated(memory_ports: list[int], tmp_path: Path) 
 
     with harness.running(node):
         text, tokens = asyncio.run(stream())
-        command = ["generate", DEMO_PROMPT, "--config", str(config.file), *settings]
+        command = ["generate", str(config.file), DEMO_PROMPT, *settings]
         printed = subprocess.run(
             [sys.executable, "-m", "lamina", *command], capture_output=True, text=True, timeout=60, check=False
         )
         empty = subprocess.run(
-            [sys.executable, "-m", "lamina", "generate", "", "--config", str(config.file)],
+            [sys.executable, "-m", "lamina", "generate", str(config.file), ""],
             capture_output=True,
             text=True,
             timeout=60,

@@ -114,7 +114,7 @@ def test_up_ends_when_a_node_dies(victim: str, number: signal.Signals, checkpoin
 def test_up_stops_on_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     """States are shown on the way up, every node stops in order, and the exit status is 0."""
     config = write_config(tmp_path, checkpoint)
-    up = start_up(config)
+    up = start_up(config, "--verbose")
     try:
         pids = wait_until_ready(up, config)
         up.send_signal(signal.SIGINT)
@@ -132,7 +132,7 @@ def test_up_stops_on_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
 def test_up_does_not_drain_after_a_second_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     """Answers that would take longer than the nodes' patience are given up, and no process is left."""
     config = write_config(tmp_path, checkpoint, PipelineConfig(max_batch=1))
-    up = start_up(config)
+    up = start_up(config, "--verbose")
 
     async def main() -> None:
         async with harness.client(config) as client:
@@ -223,9 +223,9 @@ def test_sigterm_drains(checkpoint: Path, memory_ports: list[int], tmp_path: Pat
         assert node.wait() == 0
 
 
-def start_up(config: ClusterConfig) -> subprocess.Popen[str]:
+def start_up(config: ClusterConfig, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "lamina", "up", str(config.file)],
+        [sys.executable, "-m", "lamina", "up", str(config.file), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -236,9 +236,8 @@ def start_up(config: ClusterConfig) -> subprocess.Popen[str]:
 def wait_until_ready(up: subprocess.Popen[str], config: ClusterConfig) -> dict[str, int]:
     """Read its output until all nodes are ready; their process ids."""
     assert up.stdout
-    ready = " · ".join(f"{n.name} ({n.role}) ready" for n in config.node)
     for line in up.stdout:
-        if line.strip() == ready:
+        if line.startswith("ready; next: lamina generate"):
             break
     else:
         pytest.fail(f"the nodes were never ready: {up.communicate()[1]}")

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lamina import AsyncClient
 from lamina.config import ClusterConfig
 from lamina.errors import NodeError
 from lamina.transport import PROTOCOL_VERSION
@@ -112,7 +114,7 @@ def test_a_memory_node_of_another_release(checkpoint: Path, tmp_path: Path) -> N
         from lamina.transport import frames
         frames.PROTOCOL_VERSION = {PROTOCOL_VERSION + 1}
         from lamina.cli import main
-        sys.argv[1:] = ["node", "--role", "memory", "--config", {str(config.file)!r}, "--name", "m0"]
+        sys.argv[1:] = ["node", {str(config.file)!r}, "--name", "m0"]
         main()
     """
     other = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -146,6 +148,26 @@ def test_too_little_memory(checkpoint: Path, memory_ports: list[int], tmp_path: 
         assert small.stop() == 0
 
 
+def test_a_client_learns_why_a_start_fails(checkpoint: Path, tmp_path: Path) -> None:
+    """In the words of the node, which it gets before the link is closed."""
+    (port,) = harness.free_ports(1)
+    config = harness.write_config(tmp_path, checkpoint, [port])
+    compute = harness.start_node(config, "c0")
+
+    async def asked(client: AsyncClient, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        await client.status()
+
+    async def main(nodes: ExitStack) -> None:
+        async with harness.client(config, deadline_s=30) as client:
+            nodes.enter_context(harness.running(harness.start_memory(tmp_path, port, memory="256KiB")))
+            with pytest.raises(NodeError, match=r"compute node c0 failed: the memory nodes can hold \d+ tokens"):
+                await asyncio.gather(*(asked(client, 0.05 * i) for i in range(600)))
+
+    with harness.running(compute), ExitStack() as nodes:
+        asyncio.run(main(nodes))
+
+
 def test_too_many_memory_nodes(checkpoint: Path, memory_ports: list[int], tmp_path: Path) -> None:
     """More than there are KV heads."""
     ports = [*memory_ports, *harness.free_ports(2)]
@@ -159,7 +181,7 @@ def test_too_many_memory_nodes(checkpoint: Path, memory_ports: list[int], tmp_pa
 def test_options_override_the_file(checkpoint: Path, tmp_path: Path) -> None:
     """Processors and NUMA node depend on the machine more than on the cluster."""
     config = harness.write_config(tmp_path, checkpoint, harness.free_ports(1))
-    own = ["--config", str(config.file)]
+    own = [str(config.file)]
 
     bound = harness.start(tmp_path / "bound.log", "node", "--role", "memory", "--name", "m0", *own, "--numa", "4095")
     with harness.running(bound):
@@ -260,12 +282,12 @@ def test_a_damaged_checkpoint(
             ["node", "--role", "memory", "--listen", "tcp://127.0.0.1:1", "--memory", "1MiB", "--attention", "fast"],
             "--attention: expected one of auto, native, torch; got 'fast'",
         ),
-        (["node", "--role", "compute"], "--config: missing"),
-        (["node", "--role", "compute", "--config", "none.toml", "--name", "c0"], "none.toml"),
+        (["node", "--role", "compute"], "CONFIG: missing"),
+        (["node", "none.toml", "--name", "c0"], "none.toml"),
         (["up", "none.toml"], "none.toml"),
-        (["generate", "hello", "--config", "none.toml"], "none.toml"),
-        (["generate"], "Missing argument"),
-        (["teapot"], "No such command"),
+        (["generate", "none.toml", "hello"], "none.toml"),
+        (["generate"], "missing argument"),
+        (["teapot"], "no such command"),
     ],
 )
 def test_a_wrong_command_line(arguments: list[str], message: str) -> None:
@@ -277,7 +299,7 @@ def test_no_front_to_generate_from(checkpoint: Path, tmp_path: Path) -> None:
     """The address, after a short wait."""
     config = harness.write_config(tmp_path, checkpoint, harness.free_ports(1))
     started = time.monotonic()
-    message = fails(["generate", "hello", "--config", str(config.file)], 1)
+    message = fails(["generate", str(config.file), "hello"], 1)
     assert str(config.front.address).removeprefix("tcp://") in message
     assert time.monotonic() - started < 30
 

@@ -47,7 +47,7 @@ async def _trace(config: ClusterConfig, node: harness.Node, out: Path) -> None:
         asking = [asyncio.create_task(ask_on()) for _ in range(2)]
         tracing = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "lamina", "trace", "--seconds", "1"),
-            *("--config", str(config.file), "--out", str(out)),
+            *(str(config.file), "--out", str(out)),
             stderr=subprocess.PIPE,
         )
         _, told = await tracing.communicate()

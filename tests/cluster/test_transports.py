@@ -97,8 +97,8 @@ def test_strangers_are_refused(checkpoint: Path, tls: Wiring, tmp_path: Path) ->
 
     with harness.running(*nodes):
         asyncio.run(main())
-        command = [sys.executable, "-m", "lamina", "generate", DEMO_PROMPT, "--max-tokens", "5", "--config"]
-        printed = subprocess.run([*command, str(config.file)], capture_output=True, text=True, timeout=60, check=False)
+        command = [sys.executable, "-m", "lamina", "generate", str(config.file), DEMO_PROMPT, "--max-tokens", "5"]
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert printed.returncode == 0, printed.stderr
         assert len(printed.stdout) > 5
 

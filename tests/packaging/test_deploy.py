@@ -79,7 +79,7 @@ def run_nodes(installed: Path, folder: Path) -> None:
                 nodes.append(subprocess.Popen(line, stderr=log, cwd=folder, env=environment))
             lamina, file = str(installed / "bin" / "lamina"), str(config.file)
             for _ in range(60):
-                ask = [lamina, "generate", "Once upon a time", "--max-tokens", "5", "--config", file]
+                ask = [lamina, "generate", file, "Once upon a time", "--max-tokens", "5"]
                 done = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=False, cwd=folder)
                 if done.returncode == 0:
                     break

@@ -47,6 +47,19 @@ def test_both_ends_know_each_other(run, options):
     run(main())
 
 
+def test_a_name_that_means_this_machine_alone_is_warned_of(run, caplog):
+    """Debian gives a machine's own name 127.0.1.1: a node that listens there is reached by no other machine."""
+
+    async def main():
+        for host in ("127.1", "127.0.0.1"):  # the first is a name, which the system's resolver knows everywhere
+            await (await Listener.open(Address("tcp", host, 0), MEMORY, LinkKeeper(), Options(secret=SECRET))).close()
+
+    run(main())
+    (warning,) = (record.getMessage() for record in caplog.records if "event=loopback_name" in record.getMessage())
+    assert "127.1 is 127.0.0.1 on this machine, where no other machine reaches it" in warning
+    assert "/etc/hosts" in warning
+
+
 @pytest.mark.parametrize("host", ["::1", "localhost"])
 def test_other_ways_to_name_this_machine(run, host):
     """IPv6 and names work as well."""

@@ -75,7 +75,7 @@ async def _reach(config: ClusterConfig, node: NodeConfig) -> tuple[AdminClient |
         # Before the first run, it is normal that only the memory nodes are running.
         state: State = "fail" if node.role == "memory" else "warn"
         if isinstance(e.__cause__, ConnectionRefusedError):
-            start = f"lamina node --role {node.role} --config {config.file} --name {node.name}"
+            start = f"lamina node {config.file} --name {node.name}"
             advice = f"start it with `{start}`; if it runs, correct the address"
             return None, Finding(item, state, f"{place}: no process listens there", advice)
         advice = "check for a firewall, a wrong address, or a process that hangs"

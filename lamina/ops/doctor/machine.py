@@ -21,6 +21,7 @@ from lamina.errors import ConfigError
 from lamina.ops.doctor.finding import Finding, State, guarded
 from lamina.transport import Address, Options
 from lamina.transport.choice import offers
+from lamina.transport.endpoints import loopback_name
 from lamina.transport.lanes import UpgradeError
 from lamina.transport.rdma.bindings import pyverbs
 from lamina.transport.rdma.device import MIN_MEMLOCK
@@ -50,6 +51,7 @@ def look(config: ClusterConfig | None) -> list[Finding]:
         ("RDMA devices", partial(rdma_devices, demanded=links.kind == "rdma")),
         ("locked memory", locked_memory),
         ("transports", partial(transports, links)),
+        ("addresses", partial(addresses, config)),
     ]
     return [finding for item, check in checks for finding in guarded(item, check)]
 
@@ -60,6 +62,25 @@ def is_here(address: Address) -> bool:
         s.bind((address.host, 0))
         return True
     return False
+
+
+# -- addresses
+
+
+def addresses(config: ClusterConfig | None) -> Iterator[Finding]:
+    """Find nodes whose host name is a loopback address on this machine: Debian gives a machine's own name one."""
+    for node in config.node if config else ():
+        place = _resolved(node.bind)
+        if place and place.is_loopback and not node.bind.is_loopback:
+            yield Finding(f"address of {node.name}", "warn", *loopback_name(node.bind, str(place)).split(": ", 1))
+
+
+def _resolved(address: Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        places = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    return ipaddress.ip_address(str(places[0][4][0]).partition("%")[0])
 
 
 # -- software and processors
