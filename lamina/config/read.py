@@ -70,7 +70,7 @@ def _parse_node(table: dict[str, Any], at: str) -> None:
     for key, found in table.items():
         if key in others:
             raise ConfigError(f"{at}.{key}: expected no {key} on a {role} node, got {found!r:.200}")
-    known = kind.__struct_encode_fields__ + ("role",)
+    known = (*kind.__struct_encode_fields__, "role")
     for key in [key for key in table if key not in known]:  # before a key is missed that it was meant to be
         raise ConfigError(f"{at}: {unknown_key(key, known)}")
     _parse_texts(table, kind, at)
