@@ -47,7 +47,9 @@ def _table(kind: type[Struct]) -> str:
     name = {"ComputeNodeConfig": "[[node]], compute", "MemoryNodeConfig": "[[node]], memory"}.get(kind.__name__)
     if name is None:
         name = (inspect.getdoc(kind) or "").split("``")[1]
-    lines = [f"## {name}", "", _prose(inspect.getdoc(kind) or ""), "", "| key | value | default | meaning |"]
+    sentence = _prose(inspect.getdoc(kind) or "").removeprefix(f"`{name}`: ")
+    sentence = sentence[0].upper() + sentence[1:]
+    lines = [f"## {name}", "", sentence, "", "| key | value | default | meaning |"]
     lines.append("|---|---|---|---|")
     texts = dict(field_texts(kind))
     for field in msgspec.structs.fields(kind):

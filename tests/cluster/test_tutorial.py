@@ -1,0 +1,56 @@
+"""The tutorial, followed to the letter."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lamina.demo.run import CHECKPOINT
+from tests import harness
+
+PAGE = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text()
+PORTS = ("7070", "7071", "7072")
+
+
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_tutorial_works(tmp_path: Path) -> None:
+    """Each command and each program does what the page says, with other ports and a checkpoint beside the file."""
+    page = PAGE
+    for port, free in zip(PORTS, harness.free_ports(len(PORTS)), strict=True):
+        page = page.replace(port, str(free))
+    (tmp_path / "checkpoint").symlink_to(CHECKPOINT)
+    (file,) = blocks("toml", page)
+    (tmp_path / "cluster.toml").write_text(file)
+    log = tmp_path / "up.log"
+    log.touch()
+    up = harness.start(log, "up", str(tmp_path / "cluster.toml"))
+    with harness.running(up):
+        deadline_s = time.monotonic() + 100
+        while "ready; next: lamina generate" not in (shown := log.read_text()):
+            assert time.monotonic() < deadline_s, shown
+            time.sleep(0.2)
+        story = ""
+        for line in "".join(blocks("console", page)).splitlines():
+            prompt, *arguments = shlex.split(line)
+            assert prompt == "$"
+            assert arguments[0] == "lamina"
+            command = [sys.executable, "-P", "-m", *arguments]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            if arguments[1] == "generate":
+                story = done.stdout
+            if arguments[1] == "status":
+                assert done.stdout.count("ready") == 3
+        assert len(story.split()) > 10
+        (program,) = blocks("python", page)
+        command = [sys.executable, "-P", "-c", program]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == story.strip()
