@@ -1,4 +1,4 @@
-"""The tutorial, followed to the letter."""
+"""The tutorial, followed to the letter, and the programs of other pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from lamina.demo.run import CHECKPOINT
 from tests import harness
 
-PAGE = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "tutorial.md").read_text()
 PORTS = ("7070", "7071", "7072")
 
 
@@ -22,8 +23,8 @@ def blocks(language: str, text: str) -> list[str]:
 
 def test_the_tutorial_works(tmp_path: Path) -> None:
     """Each command and each program does what the page says, with other ports and a checkpoint beside the file."""
-    page = PAGE
-    for port, free in zip(PORTS, harness.free_ports(len(PORTS)), strict=True):
+    page, ports = PAGE, harness.free_ports(len(PORTS))
+    for port, free in zip(PORTS, ports, strict=True):
         page = page.replace(port, str(free))
     (tmp_path / "checkpoint").symlink_to(CHECKPOINT)
     (file,) = blocks("toml", page)
@@ -50,7 +51,17 @@ def test_the_tutorial_works(tmp_path: Path) -> None:
                 assert done.stdout.count("ready") == 3
         assert len(story.split()) > 10
         (program,) = blocks("python", page)
-        command = [sys.executable, "-P", "-c", program]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == story.strip()
+        assert run(program, tmp_path).strip() == story.strip()
+        for other in (ROOT / "README.md", ROOT / "docs" / "client.md"):
+            programs = [text for text in blocks("python", other.read_text()) if "import lamina" in text]
+            assert len(programs) == 2
+            for program in programs:
+                assert run(program.replace(PORTS[0], str(ports[0])), tmp_path).strip()
+
+
+def run(program: str, folder: Path) -> str:
+    """What a program writes; it must end well."""
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
