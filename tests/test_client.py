@@ -76,7 +76,7 @@ def test_a_prompt_that_is_none_is_named(prompt: Any, message: str) -> None:
         ({"xyz": 1}, "unknown setting 'xyz'; expected some of max_tokens, temperature, "),
         ({"temperature": None}, "temperature: expected float, got None"),
         ({"temperature": "1"}, "temperature: expected float, got '1'"),
-        ({"max_tokens": 1.5}, "max_tokens: expected int | null, got 1.5"),
+        ({"max_tokens": 1.5}, "max_tokens: expected int, got 1.5"),
         ({"salt": "\udc80"}, r"salt: '\udc80' at position 0 is half of a surrogate pair"),
     ],
 )

@@ -118,17 +118,17 @@ def test_a_reader_that_has_enough(config: ClusterConfig) -> None:
 def test_a_pause_of_an_operators_command(config: ClusterConfig, tmp_path: Path) -> None:
     """A trace that is suspended by Ctrl-Z for longer than peer_timeout goes on: nodes wait longer for operators."""
     out = tmp_path / "trace.json"
-    command = [*LAMINA, "trace", str(config.file), "--seconds", "1", "--out", str(out)]
+    command = [*LAMINA, "trace", str(config.file), "--seconds", "4", "--out", str(out)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as trace:
         while not _connections(trace.pid, 4):  # two of them wake its loop
             assert trace.poll() is None
             time.sleep(0.01)
-        time.sleep(0.3)
+        assert lamina("generate", str(config.file), PROMPT, "--max-tokens", "20").returncode == 0
         trace.send_signal(signal.SIGSTOP)
         time.sleep(harness.default.peer_timeout + 2)
         trace.send_signal(signal.SIGCONT)
         _, errors = trace.communicate(timeout=30)
-    assert (trace.returncode, errors) == (0, "")
+    assert (trace.returncode, errors) == (0, "recording 2 nodes for 4 s\n")
     assert json.loads(out.read_text())["traceEvents"]
 
 
