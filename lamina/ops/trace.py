@@ -61,7 +61,8 @@ def run(config: ClusterConfig, seconds: float, out: Path) -> None:
     spans = [span for trace in traces.values() for span in trace.spans]
     steps = {(span.batch, span.step) for span in spans if span.activity is Activity.REQUEST}
     requests = {span.request for span in spans if span.activity is Activity.REQUEST}
-    print_text(f"{out}: {len(steps)} steps of {len(requests)} requests; open it in ui.perfetto.dev", console)
+    counted = f"{len(steps)} steps of {len(requests)} request{'s' * (len(requests) != 1)}"
+    print_text(f"{out}: {counted}; open it in ui.perfetto.dev", console)
     for name, trace in traces.items():
         if trace.forgotten:
             missing = f"the first {trace.forgotten} spans of {name} are missing, as it has room for {MAX_KEPT}"
