@@ -227,6 +227,10 @@ class ShardStep:
         """Return the query heads of a layer that the memory node has."""
         return self._lane._q_heads[layer]
 
+    def kv_heads(self, layer: int) -> slice:
+        """Return the KV heads of a layer that the memory node has."""
+        return self._lane._kv_heads[layer]
+
     def _views_of(self, layer: int) -> StepViews:
         lane, slot = self._lane, self._slot
         kind = lane._geometry.kinds[layer]

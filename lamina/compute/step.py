@@ -273,20 +273,34 @@ class _StepForward:
         """Compute q [T, Hq, Dk] from the carry and the attention of the layer before, and stage each memory node's rows
         and heads."""
         q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
-        for part in self.parts:
-            part.step.stage_query(layer, _rows_of(q, part.rows))
+        if self._by_heads:
+            queries = self._divide(q, [part.step.heads(layer) for part in self.parts])
+        else:
+            queries = [_rows_of(q, part.rows) for part in self.parts]
+        for part, own in zip(self.parts, queries, strict=True):
+            part.step.stage_query(layer, own)
         self._q = q
 
     def tail(self, layer: int) -> None:
         """Compute k [T, Hkv, Dk], v [T, Hkv, Dv] and the carry. What memory nodes store is staged; the rows of prompts
         that attend here are kept here."""
         k, v, self._carry = self._model.slice(layer).tail(self._constants, self._kept)
+        if self._by_heads:
+            spans = [part.step.kv_heads(layer) for part in self.parts]
+            for part, own_k, own_v in zip(self.parts, self._divide(k, spans), self._divide(v, spans), strict=True):
+                part.step.stage_key_value(layer, own_k, own_v)
+            return
         for part in self.parts:
             if part.plan.stored_rows:
                 k_rows, v_rows = _rows_of(k, part.stored), _rows_of(v, part.stored)
                 part.step.stage_key_value(layer, k_rows, v_rows)
         for run, rows in self._local_rows():
             self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
+
+    @staticmethod
+    def _divide(values: Tensor, spans: Sequence[slice]) -> Sequence[Tensor]:
+        """Return the heads of values [rows, H, D] that each memory node has. One call is faster than many slices."""
+        return values.split([span.stop - span.start for span in spans], 1) if len(spans) > 1 else [values]
 
     def attend_to_prompts(self, layer: int) -> None:
         """Compute the attention of the chunks of prompts, over the keys and values that are kept here."""

@@ -36,7 +36,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ``call_soon_threadsafe`` is meant for code that does not know that.
     """
 
-    _ready: deque[asyncio.Handle]
+    _ready: deque[Any]  # handles, of which the private parts are used
     _stopping: bool
     _closed: bool
 
@@ -133,8 +133,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
             self._jump()
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+            if handle._cancelled:
+                continue
+            try:  # as Handle._run does, without the call
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                message = f"Exception in callback {handle!r}"
+                self.call_exception_handler({"message": message, "exception": error, "handle": handle})
 
     def _jump(self) -> None:
         """Make the timers of the next moment ready."""

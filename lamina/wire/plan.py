@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from array import array
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from lamina.attention import Run
@@ -15,6 +15,7 @@ SECONDS = struct.Struct("<d")
 """The seconds that a step's attention has taken so far, at the beginning of each answer."""
 _PLAN = struct.Struct("<IIII")
 _RUN = struct.Struct("<QII")
+_new_run = partial(tuple.__new__, Run)  # a third of the time of the constructor, for each row
 _CHUNK = struct.Struct("<QIII")
 _MEMBER = "H"
 CHUNK_HEADER = 64
@@ -73,7 +74,7 @@ def unpack_plan(buffer: memoryview, max_rows: int, layers: int) -> StepPlan:
     if answers not in (0, layers):
         raise ProtocolError(f"step plan that names receivers for {answers} layers; expected none or {layers}")
     stop = _PLAN.size + count * _RUN.size
-    runs = [Run(*run) for run in _RUN.iter_unpack(buffer[_PLAN.size : stop])]
+    runs = [*map(_new_run, _RUN.iter_unpack(buffer[_PLAN.size : stop]))]
     receivers = array(_MEMBER)
     receivers.frombytes(buffer[stop : stop + answers * receivers.itemsize])
     plan = StepPlan(tuple(runs[:storing]), tuple(runs[storing:]), whole, tuple(receivers))
