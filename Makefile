@@ -16,7 +16,7 @@ setup: .venv/ready   ## make .venv with everything that the other targets need
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lamina needs Python >= 3.11, this is " + sys.version)'
 	@echo 'Making .venv (1/3): an empty Python environment.'
 	@$(PYTHON) -m venv .venv
-	@echo 'Making .venv (2/3): torch and the other packages: 1 GB, or 6 if torch comes with CUDA (README.md, "Install").'
+	@echo 'Making .venv (2/3): torch and the other packages: 1.5 GB, or 5 if torch comes with CUDA (docs/install.md).'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@echo 'Making .venv (3/3): compiling them for Python on all cores, half a minute.'
 	@# pip would compile with one core. A few packages ship templates that are no Python, which is no failure.
