@@ -38,8 +38,10 @@ def explain(error: Exception, value: Any, schema: Any = None) -> str:
 
 def unknown_key(key: str, known: Collection[str]) -> str:
     """Say that ``key`` is unknown, and which of the known ones may be meant: the one like it, or any."""
-    if near := difflib.get_close_matches(key, known, 1):
-        return f"unknown key {key!r:.200}; did you mean {near[0]!r}?"
+    if near := difflib.get_close_matches(key, known):
+        # Of keys that are equally like it, the one with the same letters in another order is meant.
+        likely = next((name for name in near if sorted(name) == sorted(key)), near[0])
+        return f"unknown key {key!r:.200}; did you mean {likely!r}?"
     return f"unknown key {key!r:.200}" + (f"; known: {', '.join(known)}" if known else "")
 
 

@@ -171,6 +171,8 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ('cpus = "0-1"', 'cpu = "0-1"', "node[1]: unknown key 'cpu'; did you mean 'cpus'?"),
         ('cpus = "0-1"', 'memry = "0-1"', "node[1]: unknown key 'memry'; did you mean 'memory'?"),
         ('memory = "1.5GiB"', 'memroy = "1.5GiB"', "node[1]: unknown key 'memroy'; did you mean 'memory'?"),
+        ('role = "memory"', 'rol = "memory"', "node[1]: unknown key 'rol'; did you mean 'role'?"),
+        ('name = "m0"', 'nmae = "m0"', "node[1]: unknown key 'nmae'; did you mean 'name'?"),
         ('cpus = "0-1"', 'zzz = "0-1"', "node[1]: unknown key 'zzz'; known: name, address, listen, cpus, threads"),
         ("[[node]]", "[[nodes]]", "unknown key 'nodes'; did you mean 'node'?"),
         ("[pipeline]", "[pipline]", "unknown key 'pipline'; did you mean 'pipeline'?"),

@@ -6,11 +6,13 @@ The first Ctrl-C lets the nodes finish their answers; the second one stops them 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hashlib
 import logging
 import os
 import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,15 @@ def _log_folder(config: ClusterConfig) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
     except (OSError, RuntimeError):  # a user without a home that can be written
-        return Path(tempfile.mkdtemp(prefix="lamina-"))
+        folder = Path(tempfile.mkdtemp(prefix="lamina-"))
+        atexit.register(_remove_if_empty, folder)
     return folder
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder of logs in which there are none, as no node was started."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 async def _drain(cluster: Cluster, at_once: asyncio.Event) -> None:

@@ -63,6 +63,10 @@ def _load(path: Path) -> ClusterConfig:
 def _parse_node(table: dict[str, Any], at: str) -> None:
     """Parse the texts of a node. A missing or unknown role is left to the conversion, which names the known ones."""
     role = table.get("role")
+    if role is None:
+        keys = ["role", *dict.fromkeys(key for kind in _ROLES.values() for key in kind.__struct_encode_fields__)]
+        for key in [key for key in table if key not in keys]:
+            raise ConfigError(f"{at}: {unknown_key(key, keys)}")
     if not isinstance(role, str) or role not in _ROLES:
         return
     kind = _ROLES[role]

@@ -145,7 +145,7 @@ class Tokenizer:
 
     def _require_library(self) -> None:
         if self._library is None:
-            raise RequestError(f"{self._missing}, so the prompt must be token ids")
+            raise RequestError(f"{self._missing}, so the prompt must be token ids, which the Python client takes")
 
     def _most_bytes_per_token(self) -> int:
         """Return how many bytes of text one token stands for at most.

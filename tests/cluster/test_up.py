@@ -109,6 +109,17 @@ def test_a_port_in_use_is_told_at_once(config: ClusterConfig) -> None:
     assert f"node c0 cannot listen at {config.front.address}: address already in use" in sentence
 
 
+def test_a_start_that_fails_at_once_leaves_no_folder(config: ClusterConfig, tmp_path: Path) -> None:
+    """Also where a user has no home for logs, so that their folder is a temporary one."""
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"XDG_STATE_HOME": "/dev/null", "TMPDIR": str(tmp_path / "temporary")}
+    with socket.create_server(("127.0.0.1", config.front.address.port)):
+        command = [sys.executable, "-P", "-m", "lamina", "up", str(config.file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 # -- what only nodes find out
 
 
