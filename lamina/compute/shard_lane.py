@@ -165,7 +165,7 @@ class ShardStep:
         self._views_by_kind: dict[int, StepViews] = {}
 
     def stage_query(self, layer: int, q: Tensor) -> None:
-        """Copy this node's heads of q [rows, Hq, Dk], of its rows in the order of its plan."""
+        """Copy q [rows, Hq, Dk], of all heads or of the memory node's alone, of its rows in the order of its plan."""
         self._views = views = self._views_of(layer)
         heads = self._lane._q_heads[layer]
         views.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])
@@ -181,7 +181,8 @@ class ShardStep:
         lane._write(Lane.DECODE, lane._remote.queries, offset, source, tag)
 
     def stage_key_value(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Copy this node's heads of k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of the rows that it stores."""
+        """Copy k [rows, Hkv, Dk] and v [rows, Hkv, Dv], of all heads or of the memory node's alone, of the rows that
+        it stores."""
         heads, views = self._lane._kv_heads[layer], self._views
         if k.shape[1] != heads.stop - heads.start:
             k, v = k[:, heads], v[:, heads]

@@ -96,7 +96,7 @@ class StepRunner:
             return result
 
         await operate(forward.begin, at=Place(slot, step=number))
-        parts = forward.parts  # of the memory nodes; without remote rows they have none in the step
+        parts = forward.parts  # one for each memory node that takes part: none if no row is remote
         answers = nodes[1:] if len(self._schedule.members) > 1 else ()
         for part in parts:
             plan = replace(part.plan, answers=answers) if answers else part.plan
@@ -106,7 +106,7 @@ class StepRunner:
                 continue
             at = Place(slot, layer, number)
             if layer and nodes[layer - 1] != own:
-                values = await self._take_over(self._peers[nodes[layer - 1]], at, forward.carry_in(layer))
+                values = await self._await_carry(self._peers[nodes[layer - 1]], at, forward.carry_in(layer))
                 await operate(forward.take_over, values, at=at)
             if layer:
                 before = nodes[layer - 1]
@@ -139,7 +139,7 @@ class StepRunner:
                 self.prompts.pop(run.sequence, None)
         return Done(slot=slot, step=number, tokens=tokens, compute_s=compute_s, attention_s=list(attention_s.items()))
 
-    async def _take_over(self, peer: PeerLane, at: Place, shapes: Sequence[Shape]) -> list[Tensor]:
+    async def _await_carry(self, peer: PeerLane, at: Place, shapes: Sequence[Shape]) -> list[Tensor]:
         """Wait for the carry of the node of the slice before."""
         device, recorder = self.device, self.device.recorder
         begun_s = device.loop.time()
@@ -193,13 +193,16 @@ class _MemberPart:
         self.whole = _index(own.rows[: plan.whole])
         self.partial = _index([places[row] for row in own.rows[plan.whole :]])
 
-    def begin(self, slot: int, step: int, plan: StepPlan, *, asks: bool) -> None:
+    def begin(self, slot: int, number: int, plan: StepPlan, *, asks: bool) -> None:
         """See `ShardLane.begin`."""
-        self.step = self.shard.begin(slot, step, plan, asks=asks)
+        self.step = self.shard.begin(slot, number, plan, asks=asks)
 
 
 class _StepForward:
-    """Takes one step through the slices of this node. Its methods are operations of the device."""
+    """Takes one step through the slices of this node.
+
+    `begin`, `take_over`, `head`, `tail`, `attend_to_prompts` and `sample` are operations of the device.
+    """
 
     def __init__(self, runner: StepRunner, order: Order) -> None:
         self._model = runner.model
@@ -216,8 +219,8 @@ class _StepForward:
         places = {row: place for place, row in enumerate(self._merged)}
         rows = self._remote_rows + self._local_count
         self.parts = [_MemberPart(runner.shards[member], own, places, rows) for member, own in routes.items()]
-        self._by_heads = not (self.local or self._merged) and all(part.plan.whole == rows for part in self.parts)
-        """Whether every memory node answers every row, each for other heads, which they have in their order."""
+        self._same_rows = not (self.local or self._merged) and all(part.plan.whole == rows for part in self.parts)
+        """Whether all memory nodes answer all rows, each for its own heads. Then no prompts attend here."""
         self._constants: tuple[Any, ...] = ()
         self._carry: tuple[Tensor, ...] = ()
         self._kept: tuple[Tensor, ...] = ()
@@ -273,7 +276,7 @@ class _StepForward:
         """Compute q [T, Hq, Dk] from the carry and the attention of the layer before, and stage each memory node's rows
         and heads."""
         q, self._kept = self._model.slice(layer).head(self._constants, self._carry, self._attended(layer - 1))
-        if self._by_heads:
+        if self._same_rows:
             queries = self._divide(q, [part.step.heads(layer) for part in self.parts])
         else:
             queries = [_rows_of(q, part.rows) for part in self.parts]
@@ -285,11 +288,11 @@ class _StepForward:
         """Compute k [T, Hkv, Dk], v [T, Hkv, Dv] and the carry. What memory nodes store is staged; the rows of prompts
         that attend here are kept here."""
         k, v, self._carry = self._model.slice(layer).tail(self._constants, self._kept)
-        if self._by_heads:
-            spans = [part.step.kv_heads(layer) for part in self.parts]
-            for part, own_k, own_v in zip(self.parts, self._divide(k, spans), self._divide(v, spans), strict=True):
+        if self._same_rows:
+            heads = [part.step.kv_heads(layer) for part in self.parts]
+            for part, own_k, own_v in zip(self.parts, self._divide(k, heads), self._divide(v, heads), strict=True):
                 part.step.stage_key_value(layer, own_k, own_v)
-            return
+            return  # all rows are stored there
         for part in self.parts:
             if part.plan.stored_rows:
                 k_rows, v_rows = _rows_of(k, part.stored), _rows_of(v, part.stored)
@@ -298,9 +301,10 @@ class _StepForward:
             self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
 
     @staticmethod
-    def _divide(values: Tensor, spans: Sequence[slice]) -> Sequence[Tensor]:
+    def _divide(values: Tensor, heads: Sequence[slice]) -> Sequence[Tensor]:
         """Return the heads of values [rows, H, D] that each memory node has. One call is faster than many slices."""
-        return values.split([span.stop - span.start for span in spans], 1) if len(spans) > 1 else [values]
+        # They cover all heads in ascending order, as nodes, members and parts have the order of the file.
+        return values.split([own.stop - own.start for own in heads], 1) if len(heads) > 1 else [values]
 
     def attend_to_prompts(self, layer: int) -> None:
         """Compute the attention of the chunks of prompts, over the keys and values that are kept here."""
@@ -325,7 +329,7 @@ class _StepForward:
             return None
         if not self.parts:
             return self._prompt_o
-        if self._by_heads:
+        if self._same_rows:
             outputs = [part.step.output(layer) for part in self.parts]
             o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
             return o.to(self._model.device)  # one on the CPU stays where it arrived
