@@ -132,8 +132,21 @@ def kernels_of(folder: Path) -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile
             if f"talk={folder}".encode() in (process / "cmdline").read_bytes():
+                if is_stranded(process):
+                    os.kill(int(process.name), signal.SIGKILL)
+                    continue
                 found.append(process.name)
     return found
+
+
+def is_stranded(process: Path) -> bool:
+    """Whether a process asked to be traced when the kernel that was making it had just been killed.
+
+    Its parent and tracer is the machine's first process then, for which it waits for ever. It runs nothing, and only a
+    launcher that lives could have removed it.
+    """
+    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
+    return status["State"].startswith("t") and status["PPid"] == status["TracerPid"] == "1"
 
 
 def uml(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
