@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install Lamina from this checkout into an environment of its own: deploy/install.sh TARGET [PYTHON]
 # The container file runs this, and so does an administrator before using the units. Where the package index offers
-# torch with CUDA only, PIP_EXTRA_INDEX_URL can name one with builds for CPUs; see README.md, "Install".
+# torch with CUDA only, PIP_EXTRA_INDEX_URL can name one with builds for CPUs; see docs/install.md.
 set -euo pipefail
 
 source=$(cd "$(dirname "$0")/.." && pwd)
