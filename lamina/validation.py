@@ -38,11 +38,16 @@ def explain(error: Exception, value: Any, schema: Any = None) -> str:
 
 def unknown_key(key: str, known: Collection[str]) -> str:
     """Say that ``key`` is unknown, and which of the known ones may be meant: the one like it, or any."""
-    if near := difflib.get_close_matches(key, known):
-        # Of keys that are equally like it, the one with the same letters in another order is meant.
-        likely = next((name for name in near if sorted(name) == sorted(key)), near[0])
+    if likely := meant(key, known):
         return f"unknown key {key!r:.200}; did you mean {likely!r}?"
     return f"unknown key {key!r:.200}" + (f"; known: {', '.join(known)}" if known else "")
+
+
+def meant(name: str, known: Collection[str]) -> str | None:
+    """Return the known name that a misspelt one is like, or None if it is like none."""
+    near = difflib.get_close_matches(name, known)
+    # Of names that are equally like it, the one with the same letters in another order is meant.
+    return next((other for other in near if sorted(other) == sorted(name)), near[0] if near else None)
 
 
 def _keys_at(schema: Any, value: Any, place: str) -> list[str]:

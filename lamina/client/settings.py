@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, Protocol, TypeAlias, TypedDict, TypeVar
 
 import msgspec
 
 from lamina.errors import RequestError
-from lamina.validation import explain
+from lamina.validation import explain, meant
 from lamina.wire.requests import Request, Sampling
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -58,8 +57,8 @@ def request_for(prompt: Prompt, settings: Settings) -> Request:
     known = list(Settings.__annotations__)
     for name in settings:
         if name not in known:
-            close = get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(known)}"
+            likely = meant(name, known)
+            hint = f"did you mean {likely!r}?" if likely else f"expected some of {', '.join(known)}"
             raise RequestError(f"unknown setting {name!r}; {hint}")
     values = {name: _plain_number(value) for name, value in settings.items()}
     sampling = _convert({name: values.pop(name) for name in Sampling.__struct_fields__ if name in values}, Sampling)
