@@ -153,10 +153,10 @@ class ShardStep:
     buffers of a batch slot are written again only after the answer to their contents has come back.
     """
 
-    __slots__ = ("_lane", "_slot", "_step", "_views", "_views_by_kind", "plan")
+    __slots__ = ("_lane", "_plan", "_slot", "_step", "_views", "_views_by_kind")
 
     def __init__(self, lane: ShardLane, slot: int, step: int, plan: StepPlan) -> None:
-        self.plan = plan
+        self._plan = plan
         self._lane = lane
         self._slot = slot
         self._step = step
@@ -216,7 +216,8 @@ class ShardStep:
     def output(self, layer: int) -> Tensor:
         """Return the attention that has arrived for the rows that are whole: o [rows, own Hq, Dv].
 
-        It lies where it arrived, and stays valid until the slot's next query is sent.
+        It lies where it arrived, and stays valid until the slot's next keys and values are sent, or its next query if
+        the step stores none: the answer to that takes its place.
         """
         return self._views_of(layer).whole
 
@@ -238,7 +239,7 @@ class ShardStep:
         views = self._views_by_kind.get(kind)
         if views is None:
             views = self._views_by_kind[kind] = StepViews.of(
-                self.plan,
+                self._plan,
                 lane._heads.layers[layer],
                 lane._query_parts[slot],
                 lane._key_value_parts[slot],

@@ -90,7 +90,7 @@ class SlotBalancer:
 
         Only decoding sequences move. The others have keys and values on the compute node, and will decode soon.
         """
-        if len(self._slots) == 1:
+        if len(self._slots) == 1:  # else each step would sort its sequences for nothing
             return False
         moved = False
         decoding = [s for s in slot.sequences if s.is_decoding]
