@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lamina.demo.run import CHECKPOINT
 from lamina.errors import RequestError
-from lamina.front.text import TextStream, Tokenizer
+from lamina.model.tokenizer import TextStream, Tokenizer
 
 CONTEXT = 64
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -20,7 +20,17 @@ from lamina.transport import connect as connect_link
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import decode, encode
 from lamina.wire.questions import Questions
-from lamina.wire.requests import Cancel, Failed, Finished, Generated, Request, ToClient, messages_for
+from lamina.wire.requests import (
+    Cancel,
+    Failed,
+    Finished,
+    Generated,
+    Piece,
+    PromptScored,
+    Request,
+    ToClient,
+    messages_for,
+)
 
 Secret: TypeAlias = bytes | str | os.PathLike[str] | None
 """The cluster's secret itself, as bytes, or the path of the file that holds it."""
@@ -113,7 +123,7 @@ class AsyncClient:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._ids = itertools.count(1)
-        self._streams: dict[int, asyncio.Queue[Generated | Finished | LaminaError]] = {}
+        self._streams: dict[int, asyncio.Queue[Piece | PromptScored | Finished | LaminaError]] = {}
         self._questions = Questions(link)
         self._failure: LaminaError | None = None
         link.deliver(on_message=self._on_message, on_lost=self._on_lost)
@@ -160,7 +170,11 @@ class AsyncClient:
             case Failed(id=int(id_)) as failure:
                 if stream := self._streams.get(id_):
                     stream.put_nowait(_error(failure))
-            case (Generated(id=id_) | Finished(id=id_)) as message:
+            case Generated(pieces=pieces):
+                for piece in pieces:
+                    if stream := self._streams.get(piece.id):
+                        stream.put_nowait(piece)
+            case (PromptScored(id=id_) | Finished(id=id_)) as message:
                 if stream := self._streams.get(id_):
                     stream.put_nowait(message)
 
@@ -192,7 +206,7 @@ class AsyncStream:
         self._client = client
         self._id = id_
         self._request = request
-        self._queue: asyncio.Queue[Generated | Finished | LaminaError] | None = None
+        self._queue: asyncio.Queue[Piece | PromptScored | Finished | LaminaError] | None = None
         self._error: LaminaError | None = None
         """Why the answer ended early; every later attempt to read raises it again."""
         self._loop = asyncio.get_running_loop()
@@ -214,8 +228,10 @@ class AsyncStream:
             await self.aclose()
             raise
         match item:
-            case Generated(token=token, text=text):
+            case Piece(token=token, text=text):
                 return Token(token, text)
+            case PromptScored():
+                return await self.__anext__()
             case Finished() as end:
                 self._leave()
                 self.finish_reason, self.prompt_tokens, self.held_back = end.reason, end.prompt_tokens, end.text

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from lamina.errors import LaminaError, ProtocolError, RequestError, TransportError
 from lamina.front.intake import Intake
 from lamina.front.sequence import Sequence
-from lamina.front.text import LONG_TEXT, TextStream, Tokenizer
+from lamina.model.tokenizer import LONG_TEXT, TextStream, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
@@ -26,6 +26,7 @@ from lamina.wire.requests import (
     FromClient,
     Generate,
     Generated,
+    Piece,
     Prompt,
     PromptPart,
     Request,
@@ -224,7 +225,7 @@ class _TextAnswer:
         self._text = text
 
     def token(self, token: int) -> None:
-        self._session.token(Generated(id=self._id, token=token, text=self._text.push(token)))
+        self._session.token(Generated(pieces=[Piece(self._id, token, self._text.push(token))]))
 
     def finished(self, reason: str) -> None:
         how = cast(Literal["stop", "length"], reason)

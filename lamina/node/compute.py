@@ -19,7 +19,7 @@ from lamina.errors import LaminaError, NodeError, TransportError, first_error
 from lamina.front.intake import Intake
 from lamina.front.members import Change, Members, State
 from lamina.front.session import ClientSession
-from lamina.front.text import Tokenizer
+from lamina.model.tokenizer import Tokenizer
 from lamina.node.assemble import (
     Rendezvous,
     agree,

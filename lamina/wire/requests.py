@@ -20,7 +20,8 @@ Prompt = str | list[Count]
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """Says how the tokens of a request are chosen."""
+    """Says how the tokens of a request are chosen. The processors work in the order of these fields from
+    ``repetition_penalty`` on, as in the `transformers` library where both have them."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0 is greedy."""
@@ -30,6 +31,50 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
     """Only the likeliest tokens that together have this probability."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     """None: a random one, which the front draws when it takes the request."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Only tokens with at least this part of the probability of the likeliest one."""
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Divides the positive logits of tokens of prompt and answer, and multiplies the negative ones."""
+    presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    """Is subtracted from the logits of the tokens of the answer so far."""
+    frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    """Is subtracted from the logit of a token as often as the answer has it so far."""
+    logit_bias: Annotated[dict[Count, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
+    """Is added to the logits of these tokens."""
+
+
+class JsonSchema(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The answer is a JSON text that fits a schema."""
+
+    schema: Annotated[str, Meta(max_length=1 << 18)]
+    """The schema as JSON text."""
+
+
+class JsonObject(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The answer is any JSON object."""
+
+
+class Regex(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The whole answer matches a regular expression."""
+
+    pattern: Annotated[str, Meta(min_length=1, max_length=1 << 14)]
+
+
+class OneOf(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The answer is one of these texts."""
+
+    texts: Annotated[list[Annotated[str, Meta(max_length=1 << 14)]], Meta(min_length=1, max_length=1024)]
+
+
+class Grammar(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The answer fits a context-free grammar, in the Lark dialect."""
+
+    grammar: Annotated[str, Meta(min_length=1, max_length=1 << 18)]
+
+
+Constraint = JsonSchema | JsonObject | Regex | OneOf | Grammar
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+Top = Annotated[int, Meta(ge=0, le=20)]
 
 
 class Request(Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,6 +92,28 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """Only requests with the same salt share anything."""
     parse_special: bool = False
     """Whether the text of a special token, such as ``</s>``, in a prompt's text is that token, and not text."""
+    min_tokens: Count = 0
+    """The answer has at least so many tokens: nothing stops it earlier."""
+    ignore_eos: bool = False
+    """Whether the model's end-of-sequence tokens do not end the answer."""
+    stop: Annotated[list[Stop], Meta(max_length=16)] = []
+    """The answer ends where its text has one of these, of which nothing is given out."""
+    stop_token_ids: Annotated[list[Count], Meta(max_length=1024)] = []
+    """The answer ends with one of these tokens."""
+    include_stop: bool = False
+    """Whether the text of the answer includes what stopped it: the text of ``stop``, or that of a stop token."""
+    bad_words: Annotated[
+        list[Stop | Annotated[list[Count], Meta(min_length=1, max_length=256)]], Meta(max_length=256)
+    ] = []
+    """Texts, or their token ids, that the answer does not have."""
+    show_special: bool = False
+    """Whether the text of the answer has special tokens, such as ``</s>``."""
+    logprobs: Top | None = None
+    """Give the logarithm of each token's probability, by the model alone, and so many of the likeliest tokens."""
+    prompt_logprobs: Top | None = None
+    """The same for the tokens of the prompt, which then shares no keys and values of others."""
+    constraint: Constraint | None = None
+    """What the answer has to be."""
 
 
 class Generate(Message):
@@ -72,22 +139,57 @@ class Cancel(Message):
     id: Count
 
 
-class Generated(Message):
-    """Holds one generated token and the text that it completes, which may be empty."""
+class Score(Struct, frozen=True, array_like=True):
+    """Says how likely the model found a token, before any processor."""
+
+    logprob: float
+    """The natural logarithm of its probability."""
+    rank: Positive
+    """1 for the likeliest token, 2 for the next, ..."""
+    top: list[tuple[Count, float]]
+    """The likeliest tokens in order, with their logarithms."""
+
+
+class Piece(Struct, frozen=True, array_like=True):
+    """Holds one generated token of request ``id``, and the text that it completes, which may be empty."""
 
     id: Count
     token: Count
     text: str
+    score: Score | None = None
+
+
+class Generated(Message):
+    """Holds what one step brought for the requests on this link."""
+
+    pieces: list[Piece]
+
+
+class PromptScored(Message):
+    """Holds the scores of the next tokens of a prompt, from its second token on, before any token of the answer."""
+
+    id: Count
+    scores: list[Score]
 
 
 class Finished(Message):
-    """The whole answer has been sent."""
+    """The whole answer has been sent. Times are seconds."""
 
     id: Count
     reason: Literal["stop", "length"]
-    prompt_tokens: Count
     text: str
     """Text that was held back until the end."""
+    prompt_tokens: Count
+    shared_tokens: Count = 0
+    """How many tokens of the prompt were found on the memory nodes."""
+    stopped_by: str | Count | None = None
+    """The text of ``stop`` or the token that ended the answer."""
+    queued_s: float = 0.0
+    """From the arrival of the request to its admission."""
+    prompt_s: float = 0.0
+    """From there to the first token."""
+    answer_s: float = 0.0
+    """From the first token to the last."""
 
 
 class Failed(Message):
@@ -102,7 +204,7 @@ class Failed(Message):
 
 
 FromClient = Generate | PromptPart | Cancel | AskStatus
-ToClient = Generated | Finished | Failed | Status
+ToClient = Generated | PromptScored | Finished | Failed | Status
 
 
 def length_of(prompt: Prompt) -> int:

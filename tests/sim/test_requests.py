@@ -18,7 +18,7 @@ from lamina.client import AsyncClient, Completion
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
-from lamina.front.text import Tokenizer
+from lamina.model.tokenizer import Tokenizer
 from lamina.node.compute import ComputeNode
 from lamina.sim.cluster import SimCluster
 from lamina.transport import Hello
