@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from lamina.client import AsyncClient, connect
 from lamina.config import TransportConfig, load
@@ -58,7 +59,7 @@ async def _generate(address: Address, options: Options, prompt: str, as_json: bo
     ) as client:
         if as_json:
             completion = await client.generate(prompt, **settings)
-            sys.stdout.write(json.dumps(asdict(completion), indent=2) + "\n")
+            sys.stdout.write(json.dumps(msgspec.to_builtins(completion), indent=2) + "\n")
         else:
             await _stream(client, prompt, settings)
 
