@@ -91,7 +91,7 @@ def test_a_prompt_that_is_none_is_named(prompt: Any, message: str) -> None:
         ({"logprobs": 21}, "logprobs: expected int <= 20, got 21"),
         (
             {"constraint": "[a-z]+"},
-            "constraint: expected JsonSchema, JsonObject, Regex, OneOf, Grammar, or a dict with a JSON schema, got '[a-z]",
+            "constraint: expected JsonSchema, JsonObject, Regex, OneOf, Grammar, or a dict with a JSON schema, ",
         ),
         ({"constraint": Regex("")}, "constraint.pattern: expected str of length >= 1, got ''"),
         ({"constraint": {"enum": {1}}}, "constraint: this is no JSON schema, as it cannot be written as JSON: "),
