@@ -62,9 +62,9 @@ class ClientSession:
         self._intake = intake
         self._tokenizer = tokenizer
         self._status = status
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, _ClientAnswer] = {}
         """The answers to requests that are not over, by the client's id."""
-        self._news: list[_Answer] = []
+        self._news: list[_ClientAnswer] = []
         """Those that have something to send. One may be there several times."""
         self._coming: _ComingPrompt | None = None
         """The request of which parts are still to come."""
@@ -154,14 +154,14 @@ class ClientSession:
             encoding = loop.create_task(self._workers.run(_encode, tokenizer, request, long=is_long))
             tokenizer.at_work += 1
             encoding.add_done_callback(tokenizer.done)
-        answer = self._answers[id_] = _Answer(self, id_)
+        answer = self._answers[id_] = _ClientAnswer(self, id_)
         answer.work = loop.create_task(self._submit(intake, tokenizer, answer, request, encoding))
 
     async def _submit(
         self,
         intake: Intake,
         tokenizer: Tokenizer,
-        answer: _Answer,
+        answer: _ClientAnswer,
         request: Request,
         encoding: asyncio.Task[Request] | None,
     ) -> None:
@@ -186,7 +186,7 @@ class ClientSession:
         for id_ in list(self._answers):
             self._cancel(id_)
 
-    def _abort(self, answer: _Answer) -> None:
+    def _abort(self, answer: _ClientAnswer) -> None:
         """Have the engine forget a request, wherever it is. One that is over is ignored."""
         match answer.work:
             case Sequence() as sequence:
@@ -196,7 +196,7 @@ class ClientSession:
 
     # -- what is sent
 
-    def has_news(self, answer: _Answer) -> None:
+    def has_news(self, answer: _ClientAnswer) -> None:
         """Send what is new of an answer soon, together with what the step that runs now brings for the others."""
         if not self._news:
             asyncio.get_running_loop().call_soon(self.flush)
@@ -229,7 +229,7 @@ class ClientSession:
         for start in range(0, len(scores), SCORES):
             self._send(PromptScored(id=id_, scores=scores[start : start + SCORES]))
 
-    def _unexpected(self, answer: _Answer, error: Exception) -> NodeError:
+    def _unexpected(self, answer: _ClientAnswer, error: Exception) -> NodeError:
         log.error("event=answer_failed request=%d", answer.id, exc_info=error)
         return NodeError.failed("compute", self._link.info.local.name, error)
 
@@ -276,7 +276,7 @@ class _ComingPrompt:
         return replace(self.request, prompt=[token for part in cast("list[list[int]]", self.parts) for token in part])
 
 
-class _Answer:
+class _ClientAnswer:
     """Collects what is new of one answer until the session sends it."""
 
     def __init__(self, session: ClientSession, id_: int) -> None:
