@@ -137,6 +137,13 @@ class Tokenizer:
                 )
         return ids
 
+    def to_json(self) -> str:
+        """Return the tokenizer in the library's format. Raises RequestError if there is none."""
+        if self._library is None:
+            raise RequestError(f"{self._missing}, so answers cannot be constrained")
+        text: str = self._library.to_str()
+        return text
+
     def done(self, encoding: asyncio.Future[list[int]]) -> None:
         """A prompt has been encoded. The task that waits for it, if any, gets its error."""
         self.at_work -= 1
