@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from msgspec.structs import replace
 
 from lamina.errors import LaminaError, ProtocolError, RequestError, TransportError
-from lamina.front.intake import Intake
+from lamina.front.intake import End, Intake
 from lamina.front.sequence import Sequence
 from lamina.model.tokenizer import LONG_TEXT, TextStream, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
@@ -29,7 +29,9 @@ from lamina.wire.requests import (
     Piece,
     Prompt,
     PromptPart,
+    PromptScored,
     Request,
+    Score,
     length_of,
 )
 
@@ -178,8 +180,8 @@ class ClientSession:
         if not send_unless_gone(self._link, message):
             self._cancel_all()
 
-    def token(self, message: Generated) -> None:
-        """Pass a token on."""
+    def pass_on(self, message: Generated | PromptScored) -> None:
+        """Pass on what a step brought for a request."""
         self._send(message)
 
     def end(self, id_: int, message: Message) -> None:
@@ -224,12 +226,24 @@ class _TextAnswer:
         self._prompt_tokens = prompt_tokens
         self._text = text
 
-    def token(self, token: int) -> None:
-        self._session.token(Generated(pieces=[Piece(self._id, token, self._text.push(token))]))
+    def token(self, token: int, score: Score | None = None) -> None:
+        self._session.pass_on(Generated(pieces=[Piece(self._id, token, self._text.push(token), score)]))
 
-    def finished(self, reason: str) -> None:
-        how = cast(Literal["stop", "length"], reason)
-        done = Finished(id=self._id, reason=how, prompt_tokens=self._prompt_tokens, text=self._text.rest())
+    def prompt_scored(self, scores: list[Score]) -> None:
+        self._session.pass_on(PromptScored(id=self._id, scores=scores))
+
+    def finished(self, end: End) -> None:
+        done = Finished(
+            id=self._id,
+            reason=end.reason,
+            text=self._text.rest(),
+            prompt_tokens=self._prompt_tokens,
+            shared_tokens=end.shared_tokens,
+            stopped_by=end.stopped_by,
+            queued_s=end.queued_s,
+            prompt_s=end.prompt_s,
+            answer_s=end.answer_s,
+        )
         self._session.end(self._id, done)
 
     def failed(self, error: LaminaError) -> None:
