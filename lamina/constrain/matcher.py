@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from lamina.constrain.grammar import explained, grammar_of
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer
 from lamina.wire.requests import Constraint
-
-MAX_KEPT = 64
-"""The most compiled constraints that are kept for later requests."""
 
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
@@ -69,13 +63,16 @@ class Compiled:
     def __init__(self, constraint: Constraint, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self._start = LLMatcher(vocabulary.library, grammar_of(constraint), log_level=0, limits=_LIMITS)
-        if not self._start.is_error():
-            self._start.compute_bitmask()
+        self._first = b"" if self._start.is_error() else self._start.compute_bitmask()
         if self._start.is_error():
             reason = self._start.get_error()
             if "NoExtension" in reason:
                 reason = "no answer fits it"
             raise RequestError(f"the {_KINDS[type(constraint).__name__]} is refused: {explained(constraint, reason)}")
+
+    def first_mask(self, *, min_tokens: int = 0) -> bytes:
+        """Return the mask of the first token of an answer, as `Matcher.mask` would."""
+        return self.vocabulary.trimmed(self._first, without_ends=min_tokens > 0)
 
     def matcher(self, tokens: Sequence[int] = (), *, min_tokens: int = 0) -> Matcher:
         """Return the matcher of an answer that has ``tokens`` so far. It is cheap without any."""
@@ -120,6 +117,11 @@ class Matcher:
         self._accepted += 1
 
     @property
+    def end_tokens(self) -> Sequence[int]:
+        """Return the tokens that end an answer."""
+        return self._vocabulary.end_tokens
+
+    @property
     def is_complete(self) -> bool:
         """Return whether the answer may end here."""
         return self._library.is_accepting()
@@ -134,27 +136,3 @@ class Matcher:
             where = f"token {token} as token" if token is not None else "token"
             reason = " ".join(self._library.get_error().split("\n", 1)[0].split())[:400]
             raise RequestError(f"the constraint cannot go on with {where} {self._accepted + 1} of the answer: {reason}")
-
-
-class CompiledConstraints:
-    """Compiles the constraints of requests, and keeps those that were used last. One thread at a time may call it."""
-
-    def __init__(self, tokenizer: Tokenizer, width: int, end_tokens: Iterable[int]) -> None:
-        self._tokenizer = tokenizer
-        self._width = width
-        self._end_tokens = tuple(end_tokens)
-        self._vocabulary: Vocabulary | None = None
-        self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
-
-    def compile(self, constraint: Constraint) -> Compiled:
-        """Return a constraint, compiled. Raises RequestError, as `Compiled` does."""
-        key = hashlib.blake2b(msgspec.msgpack.encode(constraint), digest_size=16).digest()
-        if (kept := self._kept.get(key)) is not None:
-            self._kept.move_to_end(key)
-            return kept
-        if self._vocabulary is None:  # made once, when it is first needed
-            self._vocabulary = Vocabulary(self._tokenizer, self._width, self._end_tokens)
-        compiled = self._kept[key] = Compiled(constraint, self._vocabulary)
-        if len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
-        return compiled
