@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from itertools import groupby
+from typing import Any
 
-from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance import LLMatcher, regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from lamina.constrain.schema import places_of, prepare_schema
 from lamina.errors import RequestError
@@ -15,6 +16,10 @@ from lamina.wire.requests import Constraint, Grammar, JsonObject, JsonSchema, On
 
 MAX_TEXTS = 1 << 18
 """The most bytes of the texts of which an answer is one."""
+
+_FREELY = '%llguidance {"no_forcing": true}\n'
+"""Without it, the library allows a single token where only one text can come next: the one that its tokenizer would
+make of that text. A model may want others."""
 
 _JSON_OPTIONS = {
     # Without a bound, a model that has nothing to say may write line breaks until its tokens are used up.
@@ -25,7 +30,7 @@ _JSON_OPTIONS = {
 
 _LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*')
 """Strings, regular expressions and comments of a grammar."""
-_REFUSED = re.compile(r"%(?!ignore\b|import\b|declare\b)\w+|\b(?:temperature|max_tokens|capture)\b(?=[^\n]*\])")
+_REFUSED = re.compile(r"%(?!ignore\b|import\b|declare\b)\w+|\b(?:temperature|max_tokens|capture)\s*[=,\]]")
 """A schema within a grammar would escape the check of its keywords; the others say what the library would not do."""
 
 
@@ -35,20 +40,20 @@ def grammar_of(constraint: Constraint) -> str:
         case JsonSchema(schema=text):
             return _json(prepare_schema(text))
         case JsonObject():
-            return _json('{"type": "object"}')
+            return _json({"type": "object"})
         case Regex(pattern=pattern):
-            return LLMatcher.grammar_from_regex(pattern)
+            return _lark(f"start: /{regex_to_lark(pattern, '')}/")
         case OneOf(texts=texts):
             if (nbytes := sum(len(text.encode()) for text in texts)) > MAX_TEXTS:
                 raise RequestError(f"the texts to choose from have {nbytes} bytes, the limit is {MAX_TEXTS}")
-            return LLMatcher.grammar_from_lark(_choice(sorted(set(texts))))
+            return _lark(_choice(sorted(set(texts))))
         case Grammar(grammar=text):
             return _grammar(text)
 
 
 def explained(constraint: Constraint, reason: str) -> str:
     """Return why the library does not compile a constraint, in its words, with the places of what they name."""
-    line = " ".join(reason.split("\n", 1)[0].split())[:400]
+    line = _brief(reason)
     if not isinstance(constraint, JsonSchema):
         return line
     named = {
@@ -63,11 +68,12 @@ def explained(constraint: Constraint, reason: str) -> str:
     return line
 
 
-def _json(schema: str) -> str:
-    try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
-    except ValueError as e:
-        raise RequestError(f"the JSON schema cannot be compiled: {e}") from None
+def _json(schema: dict[str, Any]) -> str:
+    return _lark(f"start: %json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}")
+
+
+def _lark(grammar: str) -> str:
+    return LLMatcher.grammar_from_lark(_FREELY + grammar)
 
 
 def _choice(texts: list[str]) -> str:
@@ -102,12 +108,21 @@ def _common(one: str, other: str) -> int:
 
 def _grammar(text: str) -> str:
     """Return the grammar of a text in the Lark dialect, or in that of llama.cpp, which has ``::=``."""
-    try:
-        lark = any_to_lark(text)
-    except Exception as e:  # the library's converter raises what its parser stumbles over
-        raise RequestError(f"the grammar cannot be read: {' '.join(str(e).split())[:400]}") from None
-    if found := _REFUSED.search(_LITERALS.sub('""', lark)):
+    bare = _LITERALS.sub('""', text)
+    if found := _REFUSED.search(bare):
         raise RequestError(
             f"the grammar has {found[0]}, which is not supported; use rules, terminals, %ignore, %import and %declare"
         )
-    return LLMatcher.grammar_from_lark(lark)
+    if "::=" not in bare:
+        return _lark(text)
+    try:
+        return _lark(gbnf_to_lark(text).replace("%llguidance {}", "", 1))
+    except Exception as e:  # the library's converter raises what its parser stumbles over
+        raise RequestError(f"the grammar cannot be read: {_brief(str(e))}") from None
+
+
+def _brief(message: str) -> str:
+    """Return the lines of a message of the library that say what is wrong, without its drawings."""
+    first, *others = message.split("\n")
+    lines = [first, *(line for line in others if line.startswith("error:"))]
+    return " ".join(" ".join(lines).split())[:400]
