@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, Unpack
+from typing import Any, NamedTuple, NoReturn, TypeAlias, Unpack
 
 from lamina import errors
 from lamina.client.settings import Prompt, Settings, request_for
@@ -117,20 +117,13 @@ class _Connecting(AbstractAsyncContextManager["AsyncClient"]):
         raise AttributeError(f"{self._HINT}; it has no {name!r} itself")
 
 
-class Inbox(Protocol):
-    """Takes what the front sends for one request; a queue is one."""
-
-    def put_nowait(self, item: Piece | PromptScored | Finished | LaminaError, /) -> None:
-        """Take the next item. The last one is `Finished` or an error."""
-
-
 class AsyncClient:
     """A client holds a connection to the front. Any number of requests may run on it at the same time."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._ids = itertools.count(1)
-        self._streams: dict[int, Inbox] = {}
+        self._streams: dict[int, asyncio.Queue[Piece | PromptScored | Finished | LaminaError]] = {}
         self._questions = Questions(link)
         self._failure: LaminaError | None = None
         link.deliver(on_message=self._on_message, on_lost=self._on_lost)
@@ -150,22 +143,6 @@ class AsyncClient:
             tokens = [token async for token in stream]
             text = "".join(token.text for token in tokens) + stream.held_back
             return Completion(text, [t.id for t in tokens], stream.finish_reason, stream.prompt_tokens)
-
-    def begin(self, request: Request, inbox: Inbox) -> int:
-        """Send a ready request, and return the id with which `abort` ends it.
-
-        ``inbox`` gets its pieces and scores as they come, on the loop, and at last its end or its error.
-        """
-        self._check()
-        id_ = next(self._ids)
-        for message in messages_for(id_, request):
-            self._link.send(encode(message))
-        self._streams[id_] = inbox
-        return id_
-
-    def abort(self, id_: int) -> None:
-        """Stop what `begin` began. A request that is over is ignored."""
-        _abort(self, id_)
 
     async def status(self) -> Status:
         """Return the state and the counters of the front."""
@@ -191,18 +168,15 @@ class AsyncClient:
             case Failed(id=None) as failure:
                 self._fail(_error(failure))
             case Failed(id=int(id_)) as failure:
-                if stream := self._streams.pop(id_, None):
+                if stream := self._streams.get(id_):
                     stream.put_nowait(_error(failure))
             case Generated(pieces=pieces):
                 for piece in pieces:
                     if stream := self._streams.get(piece.id):
                         stream.put_nowait(piece)
-            case PromptScored(id=id_) as scored:
+            case (PromptScored(id=id_) | Finished(id=id_)) as message:
                 if stream := self._streams.get(id_):
-                    stream.put_nowait(scored)
-            case Finished(id=id_) as end:
-                if stream := self._streams.pop(id_, None):
-                    stream.put_nowait(end)
+                    stream.put_nowait(message)
 
     def _on_lost(self, error: TransportError) -> None:
         peer = self._link.info.peer
@@ -211,8 +185,7 @@ class AsyncClient:
     def _fail(self, error: LaminaError) -> None:
         if self._failure is None:
             self._failure = error
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
+        for stream in self._streams.values():
             stream.put_nowait(error)
         self._questions.fail(error)
 
@@ -271,8 +244,7 @@ class AsyncStream:
         self._client._check()
         for message in messages_for(self._id, self._request):
             self._client._link.send(encode(message))
-        self._queue = asyncio.Queue()
-        self._client._streams[self._id] = self._queue
+        self._queue = self._client._streams[self._id] = asyncio.Queue()
 
     async def aclose(self) -> None:
         """Abort the request if it is not over. Closing twice is fine."""
