@@ -137,7 +137,23 @@ class Tokenizer:
                 )
         return ids
 
-    def done(self, encoding: asyncio.Future[list[int]]) -> None:
+    def spellings(self, word: str, parse_special: bool = False) -> list[list[int]]:
+        """Return the token ids of a word at the beginning of a text and behind a space, without special tokens around
+        it. Raises RequestError if it has none."""
+        self._require_library()
+        library = self._parsing if parse_special else self._library
+        texts = [word.lstrip(" ") or word, f" {word.lstrip(' ')}"]
+        found = [encoded.ids for encoded in library.encode_batch_fast(texts, add_special_tokens=False)]
+        if not all(found):
+            raise RequestError(f"this tokenizer has no tokens for the text {word!r:.200}; give token ids")
+        return found[:1] if found[0] == found[1] else found
+
+    def require_text(self, setting: str) -> None:
+        """Raise RequestError if a setting of a request is of no use, as answers have no text."""
+        if self._library is None:
+            raise RequestError(f"{setting}: {self._missing}, so answers have no text")
+
+    def done(self, encoding: asyncio.Future[Any]) -> None:
         """A prompt has been encoded. The task that waits for it, if any, gets its error."""
         self.at_work -= 1
         if not encoding.cancelled():
@@ -174,10 +190,16 @@ class Tokenizer:
 
     # -- answers
 
-    def has_text(self, token: int) -> bool:
-        """Return whether a token is part of text: not special, and in the vocabulary."""
+    def is_special(self, token: int) -> bool:
+        """Return whether a token is a special one, which text does not have unless it is asked for."""
+        return self._library is not None and token in self._special
+
+    def has_text(self, token: int, special: bool = False) -> bool:
+        """Return whether a token is part of text: in the vocabulary, and not special unless ``special`` ones are."""
         library = self._library
-        return library is not None and token not in self._special and library.id_to_token(token) is not None
+        return (
+            library is not None and (special or token not in self._special) and library.id_to_token(token) is not None
+        )
 
     def bytes_of(self, token: int) -> bytes | None:
         """Return the bytes that a token stands for, which need not be whole characters; None if it stands for text."""
@@ -192,14 +214,16 @@ class Tokenizer:
         return None
 
     def text_of(self, token: int, before: int | None) -> str:
-        """Return the text that a token adds behind the token ``before``, or at the beginning."""
+        """Return the text that a token adds behind the token ``before``, or at the beginning. Both have text."""
         if before is None:
             return self._decode([token])
         return self._decode([before, token])[len(self._decode([before])) :]
 
-    def last_with_text(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Return the last ``count`` tokens that are part of text, or all if there are fewer."""
-        return [*islice(filter(self.has_text, reversed(tokens)), count)][::-1] if self._library is not None else []
+    def last_with_text(self, tokens: Sequence[int], count: int, special: bool = False) -> list[int]:
+        """Return the last ``count`` tokens that are part of text, or all if there are fewer. See `has_text`."""
+        if self._library is None:
+            return []
+        return [*islice((t for t in reversed(tokens) if self.has_text(t, special)), count)][::-1]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, with that of special ones. Raises RequestError if there is no tokenizer."""
@@ -213,7 +237,7 @@ class Tokenizer:
         return spelled
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._library.decode(tokens, skip_special_tokens=True)
+        text: str = self._library.decode(tokens, skip_special_tokens=False)
         return text
 
 
@@ -248,18 +272,20 @@ class TextStream:
     tokens for one wrong byte, also characters that have long been given.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, special: bool = False) -> None:
+        """``special``: special tokens have text too."""
         self._tokenizer = tokenizer
+        self._special = special
         self._bytes = codecs.getincrementaldecoder("utf-8")(tokenizer.byte_errors)
         self._before: int | None = None
         """The last token that is part of text. Whether there is one decides about the space before a word."""
-        for token in tokenizer.last_with_text(prompt, 4):  # a character has 4 bytes at most
+        for token in tokenizer.last_with_text(prompt, 4, special):  # a character has 4 bytes at most
             self.push(token)
 
-    def push(self, token: int) -> str:
-        """Return the text that ``token`` completes, which may be empty."""
+    def push(self, token: int, *, special: bool = False) -> str:
+        """Return the text that ``token`` completes, which may be empty. ``special``: also if it is a special one."""
         tokenizer = self._tokenizer
-        if not tokenizer.has_text(token):
+        if not tokenizer.has_text(token, special or self._special):
             return ""
         before, self._before = self._before, token
         spelled = tokenizer.bytes_of(token)
