@@ -60,10 +60,6 @@ class Tokenizer:
         """The most bytes that the text of a prompt may have."""
         self.byte_errors = "replace"
         """How `codecs` treats the bytes of tokens that make no character."""
-        self.chat_templates: dict[str, str] = {}
-        """The checkpoint's templates for chats by name, of which `lamina.serve.chat.template` makes prompts."""
-        self.named_tokens: dict[str, str] = {}
-        """The spellings of the tokens that these templates call ``bos_token``, ``eos_token``, ..."""
         self.special_tokens: frozenset[str] = frozenset()
         """The spellings of all special tokens."""
         self.added_tokens: frozenset[str] = frozenset()
@@ -103,9 +99,6 @@ class Tokenizer:
         self._special = frozenset(id_ for id_, token in added.items() if token.special)
         self.special_tokens = frozenset(token.content for token in added.values() if token.special)
         self.added_tokens = frozenset(token.content for token in added.values())
-        self.named_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        templates = tokenizer.chat_template
-        self.chat_templates = {"default": templates} if isinstance(templates, str) else dict(templates or {})
         self._unknown = tokenizer.unk_token_id
         self._added: list[int] = self._library.encode("").ids
         """The special tokens that every prompt gets."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
@@ -46,13 +47,18 @@ class Prompt:
 class ChatTemplate:
     """Wraps the chat templates of a checkpoint. Any thread may call it; long chats take long, so not the event loop's.
 
-    ``source`` takes their place, if it is given. Raises CheckpointError for a template that is not Jinja.
+    ``source`` is a template or several by name, of which "tool_use" is for requests with tools; None if the checkpoint
+    has none. ``special`` is what templates call special tokens, such as ``bos_token``, and how they are spelled. Raises
+    CheckpointError for a template that is not Jinja.
     """
 
-    def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, source: str | Mapping[str, str] | None, special: Mapping[str, str]
+    ) -> None:
         self._tokenizer = tokenizer
-        self.sources = tokenizer.chat_templates if source is None else {"default": source}
-        """The texts of the templates, of which "tool_use" is for requests with tools, by name."""
+        self._special = dict(special)
+        self.sources = {"default": source} if isinstance(source, str) else dict(source or {})
+        """The texts of the templates by name."""
         environment = _Environment()
         self._templates: dict[str, tuple[jinja2.Template, Marks]] = {}
         for name, text in self.sources.items():
@@ -92,7 +98,7 @@ class ChatTemplate:
         text = self._text(
             template,
             {
-                **self._tokenizer.named_tokens,
+                **self._special,
                 **marks.marked(variables or {}),
                 "messages": chat,
                 "tools": marks.marked(tools) if tools else None,

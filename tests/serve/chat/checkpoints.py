@@ -8,10 +8,11 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lamina.demo.run import CHECKPOINT
 from lamina.model.tokenizer import Tokenizer
+from lamina.serve.chat.template import ChatTemplate
 
 CONTEXT = 4096
 
@@ -72,5 +73,7 @@ def save(path: Path, style: str, template: Any = None) -> PreTrainedTokenizerFas
     return tokenizer
 
 
-def load(path: Path) -> Tokenizer:
-    return Tokenizer(path, CONTEXT)
+def load(path: Path, source: str | None = None) -> ChatTemplate:
+    """Return the template of a checkpoint, or another in its place."""
+    library = AutoTokenizer.from_pretrained(path)
+    return ChatTemplate(Tokenizer(path, CONTEXT), source or library.chat_template, library.special_tokens_map)

@@ -60,7 +60,7 @@ CALLS = [
 @cache
 def checkpoint(style: str) -> tuple[PreTrainedTokenizerFast, ChatTemplate]:
     path = Path(mkdtemp(prefix="lamina-"))
-    return save(path, style), ChatTemplate(load(path))
+    return save(path, style), load(path)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -87,7 +87,7 @@ def test_variables_documents_and_named_templates_work(tmp_path: Path) -> None:
         {"name": "tool_use", "template": "{{ tools[0].function.name }}"},
     ]
     library = save(tmp_path, "llama", {one["name"]: one["template"] for one in source})
-    template = ChatTemplate(load(tmp_path))
+    template = load(tmp_path)
     documents = [{"title": "a", "text": "b"}]
 
     prompt = template.render(CHAT, documents=documents, variables={"mood": "calm"})
@@ -103,7 +103,7 @@ def test_the_list_form_in_the_tokenizer_s_configuration_is_read(tmp_path: Path) 
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    template = ChatTemplate(load(tmp_path))
+    template = load(tmp_path)
 
     assert (template.render(CHAT).text, template.render(CHAT, TOOLS).text) == ("a", "b")
 
@@ -189,7 +189,7 @@ def test_keys_cannot_complete_a_special_token() -> None:
 def test_json_that_escapes_what_is_not_ascii_shows_no_marks(tmp_path: Path) -> None:
     """Marks leave no trace in JSON with escapes, and what looks like one in a text stays."""
     save(tmp_path, "llama")
-    template = ChatTemplate(load(tmp_path), "{{ messages[0].content | tojson(ensure_ascii=True) }}")
+    template = load(tmp_path, "{{ messages[0].content | tojson(ensure_ascii=True) }}")
     text = "é<|eot_id|>\\ufdd0"
 
     prompt = template.render([{"role": "user", "content": text}])
@@ -208,7 +208,7 @@ def test_marks_do_not_change_how_text_with_spaces_is_spelled(tmp_path: Path) -> 
     library.decoder = decoders.Metaspace()
     library.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("</s>", special=True, normalized=True)])
     PreTrainedTokenizerFast(tokenizer_object=library, eos_token=words[-1]).save_pretrained(tmp_path)
-    template = ChatTemplate(load(tmp_path), "{{ messages[0].content }}<|end|>{{ messages[1].content }}</s>")
+    template = load(tmp_path, "{{ messages[0].content }}<|end|>{{ messages[1].content }}</s>")
     end, eos = library.token_to_id("<|end|>"), library.token_to_id("</s>")
 
     plain = template.render([{"role": "user", "content": "b a"}, {"role": "user", "content": "a b"}]).ids
@@ -251,7 +251,7 @@ def test_a_template_that_goes_wrong_is_a_request_error(
     """The template's own words come out, within bounds of time and length."""
     monkeypatch.setattr(module, "TIME_LIMIT_S", 0.2)
     save(tmp_path, "llama")
-    template = ChatTemplate(load(tmp_path), source)
+    template = load(tmp_path, source)
 
     with pytest.raises(RequestError, match=message) as error:
         template.render(CHAT)
@@ -262,12 +262,11 @@ def test_a_checkpoint_without_a_template_cannot_chat(tmp_path: Path) -> None:
     """The error says what to ask for instead; a template that cannot be read is the checkpoint's fault."""
     save(tmp_path, "llama")
     (tmp_path / "chat_template.jinja").unlink()
-    tokenizer = load(tmp_path)
 
     with pytest.raises(RequestError, match="no chat template 'default', none"):
-        ChatTemplate(tokenizer).render(CHAT)
+        load(tmp_path).render(CHAT)
     with pytest.raises(CheckpointError, match="'default' cannot be read: line 1"):
-        ChatTemplate(tokenizer, "{% if %}")
+        load(tmp_path, "{% if %}")
 
 
 def test_templates_need_no_torch() -> None:
