@@ -256,6 +256,77 @@ def up(
 
 
 @app.command()
+def serve(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG|MODEL_DIR", help="The file of a running cluster, or a checkpoint directory."),
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="The file with the API keys, one a line; only its owner may read it.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="A name of the model for clients; repeatable; default: the name of its folder."),
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="The certificate in PEM, for https; needs --tls-key.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of the certificate.")] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="An origin whose pages may use the server in browsers; repeatable; * is any."),
+    ] = None,
+    max_body: Annotated[str, typer.Option(help="The size of the largest body of a request.")] = "16MiB",
+    context: Annotated[
+        int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="With MODEL_DIR: the size of the KV cache; default: of what memory is free.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="With MODEL_DIR: show all logs instead of keeping them in files.")
+    ] = False,
+) -> None:
+    """Serve a cluster over HTTP, as OpenAI's API does; for a checkpoint, start a cluster on this machine first."""
+    from lamina.config import load, parse_size
+    from lamina.serve.options import ServeOptions
+
+    options = ServeOptions(
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        names=tuple(served_model_name or ()),
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        origins=tuple(cors_origin or ()),
+        max_body=_parse("max_body", parse_size, max_body),
+    )
+    options.check()
+    if target.is_dir():
+        from lamina.model.files import DTYPES
+        from lamina.serve import local
+
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+        size = None if memory is None else _parse("memory", parse_size, memory)
+        raise typer.Exit(local.run(target, options, context=context, memory=size, dtype=dtype, verbose=verbose))
+    for key, given in (("context", context), ("memory", memory), ("dtype", dtype), ("verbose", verbose or None)):
+        if given is not None:
+            raise ConfigError(f"{_option(key)}: only allowed with a checkpoint directory; {target} is a cluster file")
+    from lamina.serve.run import run
+
+    raise typer.Exit(run(load(target), options))
+
+
+@app.command()
 def status(config: ConfigFile, as_json: Json = False) -> None:
     """Show the state of every node of a cluster file; the exit status is 0 if all are ready, else 1."""
     from lamina.config import load

@@ -3,7 +3,8 @@
     LaminaError                   catch this and nothing of Lamina's escapes
     ├── UsageError                the caller's mistake; the command line exits with status 2
     │   ├── ConfigError           a configuration file or an option says something impossible
-    │   └── RequestError          a request that cannot be served as it was asked
+    │   ├── RequestError          a request that cannot be served as it was asked
+    │   └── HttpError             an HTTP request is answered with an error; names the status
     ├── CheckpointError           a checkpoint directory is missing something or is damaged
     │   └── UnsupportedModelError a model needs what Lamina cannot represent; names the feature
     ├── CapacityError             a KV cache, a block pool or a queue is too small or full
@@ -41,6 +42,29 @@ class ConfigError(UsageError):
 
 class RequestError(UsageError):
     """A request cannot be served as it was asked: empty prompt, prompt longer than the context, bad sampling."""
+
+
+class HttpError(UsageError):
+    """An HTTP request gets this error as its answer, in the form of OpenAI's API.
+
+    ``param`` names the parameter that is wrong, if it is one. ``retry_after_s`` says after how many seconds the same
+    request may succeed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.retry_after_s = retry_after_s
 
 
 class CheckpointError(LaminaError):

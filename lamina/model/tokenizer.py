@@ -7,7 +7,8 @@ import codecs
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ log = logging.getLogger("lamina.front")
 
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "merges.txt", "tekken.json", "*.model", "*.tiktoken")
 """The files of which the library makes tokenizers."""
+
+MARK = "\ufdd0"
+"""A noncharacter: in the spelling of a special token, it makes that text. It is in no token, and no text has it."""
 
 LONG_TEXT = 1 << 14
 """The bytes above which a text takes some milliseconds to encode, in which others should not have to wait."""
@@ -43,10 +47,11 @@ class Tokenizer:
     """Wraps the tokenizer of a checkpoint, of whatever files the library makes one. Any thread may call it.
 
     Without one, which the log says, prompts are token ids and answers have no text. A CheckpointError says that
-    tokenizer.json is there but cannot be read.
+    tokenizer.json is there but cannot be read. ``read`` makes the library's tokenizer of a directory: what has
+    ``backend_tokenizer`` and ``unk_token_id``.
     """
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int, read: Callable[[Path], Any] | None = None) -> None:
         self._context = context
         self._library: Any = None
         self._missing = ""
@@ -56,12 +61,17 @@ class Tokenizer:
         """The most bytes that the text of a prompt may have."""
         self.byte_errors = "replace"
         """How `codecs` treats the bytes of tokens that make no character."""
+        self.special_tokens: dict[str, int] = {}
+        """All special tokens by their spellings."""
+        self.added_tokens: dict[str, int] = {}
+        """All tokens that were added to the vocabulary: the special ones, and others such as marks around calls of
+        tools."""
         files = sorted(file.name for pattern in _VOCABULARIES for file in path.glob(pattern))
         if not files:
             self._missing = f"{path} has no tokenizer.json, nor other files of a tokenizer"
         else:
             try:
-                self._take(_load(path))
+                self._take((read or read_tokenizer)(path))
             except Exception as e:
                 self._library = None
                 reason = " ".join(str(e).split())
@@ -77,7 +87,6 @@ class Tokenizer:
     def _take(self, tokenizer: Any) -> None:
         """Take the library's tokenizer, and find out how it spells bytes and special tokens."""
         from tokenizers import Tokenizer as Library
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         self._library = tokenizer.backend_tokenizer
         self._library.no_truncation()
@@ -88,6 +97,8 @@ class Tokenizer:
         self._parsing.encode_special_tokens = False
         added = self._library.get_added_tokens_decoder()
         self._special = frozenset(id_ for id_, token in added.items() if token.special)
+        self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
+        self.added_tokens = {token.content: id_ for id_, token in added.items()}
         self._unknown = tokenizer.unk_token_id
         self._added: list[int] = self._library.encode("").ids
         """The special tokens that every prompt gets."""
@@ -96,7 +107,7 @@ class Tokenizer:
         self._alphabet: dict[str, int] | None = None
         """The bytes that the characters of tokens stand for, if all tokens are spelled so."""
         if "ByteLevel" in names <= {"ByteLevel", "Fuse"}:
-            self._alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+            self._alphabet = _byte_level_alphabet()
         self._has_byte_tokens = "ByteFallback" in names
         if self._has_byte_tokens:
             self.byte_errors = "lamina.each_byte"
@@ -113,8 +124,8 @@ class Tokenizer:
                 "at most; shorten it"
             )
 
-    def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Return the token ids of a prompt, with the special tokens that the checkpoint asks for.
+    def encode(self, text: str, parse_special: bool = False, add_special: bool = True) -> list[int]:
+        """Return the token ids of a prompt, with the special tokens that the checkpoint asks for, if ``add_special``.
 
         The text of a special token is text like any other, unless ``parse_special`` makes it that token. A long text
         takes long, without the interpreter's lock. Raises RequestError for text that cannot be told from a special
@@ -125,12 +136,12 @@ class Tokenizer:
             return []
         # Only the functions for batches release the interpreter's lock while they work.
         if parse_special:
-            ids: list[int] = self._parsing.encode_batch_fast([text])[0].ids
+            ids: list[int] = self._parsing.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
             return ids
-        ids = self._library.encode_batch_fast([text])[0].ids
+        ids = self._library.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         # Some vocabularies have special tokens among their words. The unknown token comes from any text.
         for token in self._special.intersection(ids) - {self._unknown}:
-            if ids.count(token) > self._added.count(token):
+            if ids.count(token) > (self._added.count(token) if add_special else 0):
                 raise RequestError(
                     f"this tokenizer cannot read {self._library.id_to_token(token)!r} in the prompt as text; give "
                     "token ids, or let parse_special make it the special token"
@@ -159,6 +170,36 @@ class Tokenizer:
             raise RequestError(f"{self._missing}, so answers cannot be constrained")
         text: str = self._library.to_str()
         return text
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Return the token ids of a rendered chat, which has all its special tokens in its text.
+
+        Each special token is that token, except where `MARK` stands in its spelling or beside a part of it; the marks
+        themselves are left out. Raises RequestError for text that cannot be told from a special token.
+        """
+        self._require_library()
+        if MARK not in text:
+            ids: list[int] = self._parsing.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return ids
+        ids = self._marked.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        spelled = sum(1 for _ in self.special_spelling.finditer(text))
+        if sum(token in self._special and token != self._unknown for token in ids) > spelled:
+            raise RequestError(
+                "this tokenizer cannot read the spelling of a special token as text; leave it out of the messages"
+            )
+        return ids
+
+    @cached_property
+    def _marked(self) -> Any:
+        """The tokenizer for text with marks. Few need it, and that of a large vocabulary takes a second to make."""
+        from tokenizers import Tokenizer as Library
+
+        return Library.from_str(_without_marks(self._library.to_str()))
+
+    @cached_property
+    def special_spelling(self) -> re.Pattern[str]:
+        """What matches the spelling of any special token, the longest first."""
+        return spelling(self.special_tokens)
 
     def done(self, encoding: asyncio.Future[Any]) -> None:
         """A prompt has been encoded. The task that waits for it, if any, gets its error."""
@@ -232,12 +273,38 @@ class Tokenizer:
             return []
         return [*islice((t for t in reversed(tokens) if self.has_text(t, special)), count)][::-1]
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, with that of special ones. Raises RequestError if there is no tokenizer."""
+        self._require_library()
+        return self._decode(list(tokens))
+
+    def spelled(self, token: int) -> str | None:
+        """Return how the vocabulary spells a token; None if it has no such token."""
+        spelled: str | None = self._library.id_to_token(token) if self._library is not None else None
+        return spelled
+
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._library.decode(tokens, skip_special_tokens=False)
         return text
 
 
-def _load(path: Path) -> Any:
+def spelling(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return what matches any of these tokens, the longest first, and nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _without_marks(description: str) -> str:
+    """Return the description of a tokenizer that leaves `MARK` out after it has found the special tokens."""
+    library = json.loads(description)
+    for token in library["added_tokens"]:
+        token["normalized"] = token["normalized"] and not token["special"]
+    leave_out = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+    rest = [library["normalizer"]] if library["normalizer"] else []
+    library["normalizer"] = {"type": "Sequence", "normalizers": [leave_out, *rest]}
+    return json.dumps(library)
+
+
+def read_tokenizer(path: Path) -> Any:
     """Return the library's tokenizer of a directory. ValueError if it has no vocabulary but special tokens, as the
     library makes also of files that are not those of the model's tokenizer."""
     from transformers import AutoTokenizer
@@ -247,6 +314,14 @@ def _load(path: Path) -> Any:
     if not library.get_vocab().keys() - library.get_added_vocab().keys():
         raise ValueError("they are not those of this model's tokenizer")
     return library
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for, as in GPT-2: itself, if it can be
+    seen, else the next character behind all bytes."""
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 class TextStream:
