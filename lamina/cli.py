@@ -124,6 +124,12 @@ def node(
     secret_file: Annotated[
         str | None, typer.Option(help="Memory node without a file: the file with the secret of the cluster.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory node without a file: the address where Prometheus finds metrics, host:port; default: none."
+        ),
+    ] = None,
     tls_certificate: Annotated[
         str | None,
         typer.Option(help="Memory node without a file: its certificate in PEM; needs --tls-key and --tls-authority."),
@@ -144,7 +150,7 @@ def node(
     processors = None if cpus is None else _parse("cpus", parse_cpus, cpus)
     overrides = {"cpus": processors, "numa": numa, "rdma_device": rdma_device}
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention}
+    own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention, "metrics": metrics}
     links = {"transport": transport, "peer_timeout": peer_timeout, "secret_file": secret_file}
     links |= {"tls_certificate": tls_certificate, "tls_key": tls_key, "tls_authority": tls_authority}
     if config is None:
@@ -205,6 +211,8 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
             raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
     listen = _parse("listen", Address.parse, own.pop("listen"))
     memory = _parse("memory", parse_size, own.pop("memory"))
+    if own["metrics"] is not None:
+        own["metrics"] = _parse("metrics", Address.parse, own["metrics"])
     given = {key: value for key, value in own.items() if value is not None}
     node = MemoryNodeConfig(name=name or f"memory-{listen.port}", address=listen, memory=memory, **given)
     if links["peer_timeout"] is None:

@@ -161,6 +161,9 @@ class _Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_f
     nodes share a machine, None is an equal share of its cores."""
     rdma_device: str | None = None
     """The RDMA device of this node's machine. None: the device of ``[transport.rdma]``."""
+    metrics: ListenAddress | None = None
+    """Where the node answers Prometheus over HTTP, such as "127.0.0.1:9101". Off this machine everybody may read it.
+    None: nowhere."""
 
     @property
     def bind(self) -> Address:

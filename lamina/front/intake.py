@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
+from lamina.front.meter import Meter
 from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
@@ -55,6 +56,8 @@ class Intake:
         The seeds of requests that have none come from ``random``.
         """
         self.draining = False
+        self.meter = Meter()
+        """Counts requests by their ends, and the seconds they take."""
         self._name = name
         self._there = device
         self._context = context
@@ -97,6 +100,7 @@ class Intake:
         self.require_place(0)
         sequence = Sequence(self._with_seed(request), prompt, max_tokens, self._stop_tokens)
         self._answers[sequence] = answer
+        self.meter.arrived(sequence, asyncio.get_running_loop().time())
         self._idle.clear()
         self._coming += 1
         try:
@@ -106,6 +110,7 @@ class Intake:
             raise
         except LaminaError:
             self._forget(sequence)
+            self.meter.refused(sequence)
             raise
         finally:
             self._coming -= 1
@@ -136,6 +141,7 @@ class Intake:
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
         if self._answers.pop(sequence, None) is not None:
+            self.meter.left(sequence)
             self._there.post(self._engine.cancel, sequence)
             self._note_idle()
 
@@ -194,23 +200,28 @@ class Intake:
 
     def apply(self, changes: CacheChanges) -> None:
         """See `lamina.front.engine.Desk`."""
+        self.meter.admitted(changes.reservations, asyncio.get_running_loop().time())
         self._space.apply(changes)
 
     def answer(self, outcome: StepOutcome) -> None:
         """See `lamina.front.engine.Desk`."""
         self._space.apply(outcome.changes)
+        now = asyncio.get_running_loop().time()
+        self.meter.generated(outcome, now)
         for sequence, token in outcome.tokens:
             if answer := self._answers.get(sequence):
                 try:
                     answer.token(token)
                 except Exception as e:  # trouble with one answer must not harm the others
                     log.exception("event=answer_failed sequence=%d", sequence.id)
+                    self.meter.failed_with(e, sequence)
                     self.cancel(sequence)
                     answer.failed(NodeError.failed("compute", self._name, e))
         if outcome.finished:
-            self._estimate.note_ended(asyncio.get_running_loop().time(), len(outcome.finished))
+            self._estimate.note_ended(now, len(outcome.finished))
         for sequence in outcome.finished:
             if answer := self._answers.pop(sequence, None):
+                self.meter.ended(sequence, sequence.finish_reason or "length", now)
                 try:
                     answer.finished(sequence.finish_reason or "length")
                 except Exception as e:
@@ -219,18 +230,19 @@ class Intake:
         for sequence in outcome.broken:
             log.error("event=logits_not_finite sequence=%d position=%d", sequence.arrival, sequence.context)
             if answer := self._answers.pop(sequence, None):
-                answer.failed(
-                    NodeError(
-                        f"the model's logits for position {sequence.context} are not finite numbers, so no token can "
-                        "be chosen; check the weights, or set model.dtype to a type with a larger range",
-                        node=self._name,
-                    )
+                error = NodeError(
+                    f"the model's logits for position {sequence.context} are not finite numbers, so no token can "
+                    "be chosen; check the weights, or set model.dtype to a type with a larger range",
+                    node=self._name,
                 )
+                self.meter.failed_with(error, sequence)
+                answer.failed(error)
         self._note_idle()
 
     def refuse(self, sequence: Sequence, error: CapacityError) -> None:
         """See `lamina.front.engine.Desk`."""
         if answer := self._answers.pop(sequence, None):
+            self.meter.failed_with(error, sequence)
             answer.failed(error)
             self._note_idle()
 
@@ -263,7 +275,8 @@ class Intake:
         assert isinstance(error, LaminaError)
         self._failure = error
         log.error("event=failed requests=%d reason=%r", len(self._answers), str(error))
-        for answer in list(self._answers.values()):
+        for sequence, answer in list(self._answers.items()):
+            self.meter.failed_with(error, sequence)
             answer.failed(error)
         self._answers.clear()
         self._idle.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -71,7 +72,7 @@ class ClientSession:
                 raise
             if self._is_coming(id_):
                 self._coming = None
-            self._send(failed(RequestError(str(e)), id_))  # one bad request harms no other
+            self._refuse(id_, RequestError(str(e)))  # one bad request harms no other
             return
         match message:
             case Generate(id=id_) | PromptPart(id=id_):
@@ -80,7 +81,7 @@ class ClientSession:
                 except LaminaError as e:
                     if self._is_coming(id_):
                         self._coming = None
-                    self._send(failed(e, id_))
+                    self._refuse(id_, e)
             case Cancel(id=id_):
                 self._cancel(id_)
             case AskStatus():
@@ -156,7 +157,8 @@ class ClientSession:
             answer = _TextAnswer(self, id_, len(tokens), TextStream(tokenizer, tokens))
             sequence = await intake.submit(request, tokens, answer)
         except LaminaError as e:
-            self.end(id_, failed(e, id_))
+            self._requests.pop(id_, None)
+            self._refuse(id_, e)
         else:
             if id_ in self._requests:  # else it is over already
                 self._requests[id_] = sequence
@@ -177,6 +179,12 @@ class ClientSession:
     def _send(self, message: Message) -> None:
         if not send_unless_gone(self._link, message):
             self._cancel_all()
+
+    def _refuse(self, id_: int, error: LaminaError) -> None:
+        """Say why a request is not answered."""
+        with suppress(LaminaError):  # a node that is starting counts nothing
+            self._intake().meter.failed_with(error)
+        self._send(failed(error, id_))
 
     def token(self, message: Generated) -> None:
         """Pass a token on."""
