@@ -273,6 +273,15 @@ def status(config: ConfigFile, as_json: Json = False) -> None:
 
 
 @app.command()
+def top(config: ConfigFile) -> None:
+    """Show live what the nodes of a cluster file do; q ends it. In a pipe, print what they do in one second."""
+    from lamina.config import load
+    from lamina.ops.top import run
+
+    raise typer.Exit(run(load(config)))
+
+
+@app.command()
 def generate(
     cluster: Annotated[
         str, typer.Argument(metavar="CONFIG", help="The cluster file, or the address of the front, host:port.")
