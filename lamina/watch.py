@@ -90,7 +90,13 @@ class ClusterWatch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the links; the next look makes them again."""
         clients = [seen.client for seen in self._seen.values() if seen.client is not None]
+        for seen in self._seen.values():
+            seen.client = seen.status = None
         await asyncio.gather(*(client.close() for client in clients))
 
     async def look(self) -> list[NodeView]:
