@@ -50,6 +50,10 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster file.")]
+LogFormat = Annotated[
+    str | None,
+    typer.Option(metavar="logfmt|json", help="How to write the log; default: as the cluster file says, else logfmt."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -139,12 +143,15 @@ def node(
         str | None,
         typer.Option(help="Memory node without a file: the authority that signed the certificates of all nodes."),
     ] = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Run one node of a cluster until it is stopped; SIGTERM lets it finish its requests."""
     let_idle_threads_sleep()
     from lamina.config import ComputeNodeConfig, load, parse_cpus
+    from lamina.log import choose_format
     from lamina.node import daemon
 
+    format_ = choose_format(log_format)
     if role not in (None, "compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
     processors = None if cpus is None else _parse("cpus", parse_cpus, cpus)
@@ -166,6 +173,7 @@ def node(
         if name is None:
             raise ConfigError("--name: missing; CONFIG needs the name of the node to run")
         cluster = load(config)
+        format_ = choose_format(log_format, cluster.log.format)
         found = cluster.find(name)
         if role not in (None, found.role):
             raise ConfigError(f"{config}: {name!r} is a {found.role} node, but --role says {role}")
@@ -182,7 +190,7 @@ def node(
                 device = CpuDevice(compute.device, cpus=compute.cpus, threads=compute.threads)
                 return ComputeNode(cluster, compute, device=device, network=Sockets()).serve
 
-            raise typer.Exit(daemon.run(name, make_compute))
+            raise typer.Exit(daemon.run(name, make_compute, format_))
         chosen, options = found, cluster.links
     chosen = replace(chosen, **overrides)
 
@@ -194,7 +202,7 @@ def node(
         device = CpuDevice(cpus=chosen.cpus, threads=chosen.threads)
         return MemoryNode(chosen, chosen.options(options), device=device, network=Sockets()).serve
 
-    raise typer.Exit(daemon.run(chosen.name, make_memory))
+    raise typer.Exit(daemon.run(chosen.name, make_memory, format_))
 
 
 def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[MemoryNodeConfig, Options]:
@@ -255,12 +263,16 @@ def up(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the logs of the nodes instead of keeping them in files.")
     ] = False,
+    log_format: LogFormat = None,
 ) -> None:
     """Start all nodes of a cluster file on this machine and show their states until Ctrl-C."""
     from lamina.cluster.up import run
     from lamina.config import load
+    from lamina.log import choose_format
 
-    raise typer.Exit(run(load(config), verbose=verbose))
+    cluster = load(config)
+    format_ = choose_format(log_format, cluster.log.format)
+    raise typer.Exit(run(cluster, verbose=verbose, log_format=format_))
 
 
 @app.command()

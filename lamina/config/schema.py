@@ -145,6 +145,13 @@ class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
 
 
+class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[log]``: how nodes write their logs. ``--log-format`` and LAMINA_LOG_FORMAT take precedence."""
+
+    format: Literal["logfmt", "json"] = "logfmt"
+    """One line per event: ``key=value`` pairs, or a JSON object."""
+
+
 class _Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role"):
     """The keys that nodes of both roles have."""
 
@@ -211,6 +218,7 @@ class ClusterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     node: list[NodeConfig]
     pipeline: PipelineConfig = PipelineConfig()
     transport: TransportConfig = TransportConfig()
+    log: LogConfig = LogConfig()
     file: Path = Path()
     links: Options = Options()
 

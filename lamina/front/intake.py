@@ -213,7 +213,7 @@ class Intake:
                 try:
                     answer.token(token)
                 except Exception as e:  # trouble with one answer must not harm the others
-                    log.exception("event=answer_failed sequence=%d", sequence.id)
+                    log.exception("event=answer_failed sequence=%d request=%r", sequence.id, sequence.request.name)
                     self.meter.failed_with(e, sequence)
                     self.cancel(sequence)
                     answer.failed(NodeError.failed("compute", self._name, e))
@@ -225,10 +225,15 @@ class Intake:
                 try:
                     answer.finished(sequence.finish_reason or "length")
                 except Exception as e:
-                    log.exception("event=answer_failed sequence=%d", sequence.id)
+                    log.exception("event=answer_failed sequence=%d request=%r", sequence.id, sequence.request.name)
                     answer.failed(NodeError.failed("compute", self._name, e))
         for sequence in outcome.broken:
-            log.error("event=logits_not_finite sequence=%d position=%d", sequence.arrival, sequence.context)
+            log.error(
+                "event=logits_not_finite sequence=%d position=%d request=%r",
+                sequence.arrival,
+                sequence.context,
+                sequence.request.name,
+            )
             if answer := self._answers.pop(sequence, None):
                 error = NodeError(
                     f"the model's logits for position {sequence.context} are not finite numbers, so no token can "

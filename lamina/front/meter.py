@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 
 from lamina.front.sequence import ReservationRequest, Sequence, StepOutcome
 from lamina.metrics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
+
+log = logging.getLogger("lamina.front")
 
 
 class _Times:
@@ -36,7 +39,7 @@ class Meter:
         """The tokens of prompts whose first token was generated."""
         self.finished: Counter[str] = Counter(stop=0, length=0)
         """Requests that were answered whole, by finish reason."""
-        self.failed: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter(RequestError=0, CapacityError=0, NodeError=0)
         """Requests that failed or were refused, by the class of the error."""
         self.cancelled = 0
         self._times: dict[Sequence, _Times] = {}
@@ -68,19 +71,42 @@ class Meter:
 
     def ended(self, sequence: Sequence, reason: str, now: float) -> None:
         """A request was answered whole."""
-        if times := self._times.pop(sequence, None):
-            self.finished[reason] += 1
-            self.latency.observe(now - times.arrived_s)
+        times = self._times.pop(sequence, None)
+        if times is None:
+            return
+        self.finished[reason] += 1
+        self.latency.observe(now - times.arrived_s)
+        if name := sequence.request.name:
+            log.info(
+                "event=answered request=%r reason=%s prompt_tokens=%d shared_tokens=%d tokens=%d preemptions=%d "
+                "queued_s=%.4f prompt_s=%.4f answer_s=%.4f",
+                name,
+                reason,
+                len(sequence.prompt),
+                sequence.shared,
+                len(sequence.output),
+                sequence.preemptions,
+                (admitted_s := times.admitted_s or times.arrived_s) - times.arrived_s,
+                times.first_s - admitted_s,
+                times.last_s - times.first_s,
+            )
 
-    def failed_with(self, error: Exception, sequence: Sequence | None = None) -> None:
-        """A request has failed, or was refused before there was a sequence."""
-        if sequence is None or self._times.pop(sequence, None) is not None:
-            self.failed[type(error).__name__] += 1
+    def failed_with(self, error: Exception, sequence: Sequence | None = None, name: str = "") -> None:
+        """A request has failed, or the one called ``name`` was refused before there was a sequence."""
+        if sequence is not None:
+            name = sequence.request.name
+            if self._times.pop(sequence, None) is None:
+                return
+        self.failed[type(error).__name__] += 1
+        if name:
+            log.warning("event=unanswered request=%r kind=%s reason=%r", name, type(error).__name__, str(error))
 
     def left(self, sequence: Sequence) -> None:
         """A request was cancelled."""
         if self._times.pop(sequence, None):
             self.cancelled += 1
+            if name := sequence.request.name:
+                log.info("event=cancelled request=%r tokens=%d", name, len(sequence.output))
 
     def refused(self, sequence: Sequence) -> None:
         """A request was refused when it had just come; whoever tells the client counts the error."""

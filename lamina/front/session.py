@@ -81,7 +81,7 @@ class ClientSession:
                 except LaminaError as e:
                     if self._is_coming(id_):
                         self._coming = None
-                    self._refuse(id_, e)
+                    self._refuse(id_, e, message.request.name if isinstance(message, Generate) else "")
             case Cancel(id=id_):
                 self._cancel(id_)
             case AskStatus():
@@ -158,7 +158,7 @@ class ClientSession:
             sequence = await intake.submit(request, tokens, answer)
         except LaminaError as e:
             self._requests.pop(id_, None)
-            self._refuse(id_, e)
+            self._refuse(id_, e, request.name)
         else:
             if id_ in self._requests:  # else it is over already
                 self._requests[id_] = sequence
@@ -180,10 +180,10 @@ class ClientSession:
         if not send_unless_gone(self._link, message):
             self._cancel_all()
 
-    def _refuse(self, id_: int, error: LaminaError) -> None:
+    def _refuse(self, id_: int, error: LaminaError, name: str = "") -> None:
         """Say why a request is not answered."""
         with suppress(LaminaError):  # a node that is starting counts nothing
-            self._intake().meter.failed_with(error)
+            self._intake().meter.failed_with(error, name=name)
         self._send(failed(error, id_))
 
     def token(self, message: Generated) -> None:

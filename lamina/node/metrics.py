@@ -33,8 +33,7 @@ Ask = Callable[[], Awaitable[Iterable[Metric]]]
 
 
 def of_status(status: Status) -> list[Metric]:
-    """Return the families that both roles have, and those of the front if the status is the front's."""
-    used, is_front = status.kv_tokens_total - status.kv_tokens_free, bool(status.kv_tokens_total)
+    """Return the families that a node of either role has."""
     peers = status.peers
     found = [
         build_info(status.role, status.name, lamina.__version__),
@@ -50,49 +49,59 @@ def of_status(status: Status) -> list[Metric]:
         ),
         counter("lamina_layers_total", "Attention layers run, over all steps.", status.layers),
         counter("lamina_stale_tags_total", "Writes that came when nothing waited for them.", status.stale_tags),
-        gauge(
-            "lamina_kv_tokens",
-            "Positions of KV cache: of the whole cluster on the front, of the node's tenants on a memory node.",
-            [({"state": "used"}, used), ({"state": "free"}, status.kv_tokens_free)],
-        ),
-        gauge(
-            "lamina_kv_usage_ratio",
-            "Used positions of KV cache, from 0 to 1.",
-            used / status.kv_tokens_total if is_front else 0.0,
-        ),
-        gauge("lamina_sequences", "Sequences that have space in the KV cache.", status.sequences),
         counter("lamina_link_bytes_total", "Bytes on the lanes of a link.", _bytes(peers)),
-        counter(
-            "lamina_link_wait_seconds_total",
-            "Seconds that steps (decode) or prompts (bulk) have waited for the peer, added up over batches.",
-            [
-                ({"peer": p.name, "lane": lane}, waited)
-                for p in peers
-                for lane, waited in (("decode", p.waited_s), ("bulk", p.bulk_waited_s))
-            ],
-        ),
         gauge(
             "lamina_transport_info",
             "The transport that was chosen for the link to a peer; always 1.",
             [({"peer": p.name, "transport": p.transport}, 1) for p in peers],
         ),
     ]
-    if status.role == "compute":
-        found.append(counter("lamina_steps_total", "Steps that were run.", status.steps))
-    else:
-        found.append(
-            counter(
-                "lamina_tenant_busy_seconds_total",
-                "Seconds that the device has computed for a tenant.",
-                [({"tenant": t.name}, t.busy_s) for t in status.tenants],
-            )
-        )
-    return found
+    return found + (_of_compute(status) if status.role == "compute" else _of_memory(status))
+
+
+def _of_compute(status: Status) -> list[Metric]:
+    return [
+        counter("lamina_steps_total", "Steps that were run.", status.steps),
+        counter(
+            "lamina_link_wait_seconds_total",
+            "Seconds that steps (decode) or prompts (bulk) have waited for the peer, added up over batches.",
+            [
+                ({"peer": p.name, "lane": lane}, waited)
+                for p in status.peers
+                for lane, waited in (("decode", p.waited_s), ("bulk", p.bulk_waited_s))
+            ],
+        ),
+    ]
+
+
+def _of_memory(status: Status) -> list[Metric]:
+    return [
+        *_of_cache(status),
+        counter(
+            "lamina_tenant_busy_seconds_total",
+            "Seconds that the device has computed for a tenant.",
+            [({"tenant": t.name}, t.busy_s) for t in status.tenants],
+        ),
+    ]
+
+
+def _of_cache(status: Status) -> list[Metric]:
+    used, total = status.kv_tokens_total - status.kv_tokens_free, status.kv_tokens_total
+    return [
+        gauge(
+            "lamina_kv_tokens",
+            "Positions of KV cache: of the whole cluster on the front, of the node's tenants on a memory node.",
+            [({"state": "used"}, used), ({"state": "free"}, status.kv_tokens_free)],
+        ),
+        gauge("lamina_kv_usage_ratio", "Used positions of KV cache, from 0 to 1.", used / total if total else 0.0),
+        gauge("lamina_sequences", "Sequences that have space in the KV cache.", status.sequences),
+    ]
 
 
 def of_front(status: Status, meter: Meter) -> list[Metric]:
     """Return the families that only the front has: requests, and how long they take."""
     return [
+        *_of_cache(status),
         gauge("lamina_requests_running", "Requests that have space and are computed.", status.requests_running),
         gauge("lamina_requests_waiting", "Requests that wait for admission.", status.requests_waiting),
         counter("lamina_preemptions_total", "How often a request lost its space to others.", status.preemptions),
