@@ -66,16 +66,15 @@ class _JsonLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        fields = {
+        head = {
             "ts": f"{clock}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "node": self._node,
             "logger": record.name,
-            **dict(_fields(record)),
         }
         if record.exc_info:
-            fields["error"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(fields, enc_hook=str).decode()
+            head["error"] = self.formatException(record.exc_info)
+        return msgspec.json.encode({**head, **dict(_fields(record)), **head}).decode()
 
 
 _KEY = re.compile(r"(?:^|\s)(\w+)=")
@@ -91,9 +90,17 @@ def _fields(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
     left = list(record.args or ())
     _, *parts = _KEY.split(template)
     for key, part in zip(parts[::2], parts[1::2], strict=True):
-        count = len(_PLACE.findall(part))
+        text = part.strip("'\"")
+        count = len(_PLACE.findall(text))
         values, left = left[:count], left[count:]
-        yield key, values[0] if count == 1 and _PLACE.fullmatch(part) else (part % tuple(values)).strip("'")
+        yield key, _plain(values[0]) if count == 1 and _PLACE.fullmatch(text) else text % tuple(values)
+
+
+def _plain(value: object) -> object:
+    """Return a value that JSON has, or its text."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 class _Reports(logging.Handler):

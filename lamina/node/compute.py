@@ -112,7 +112,7 @@ class ComputeNode:
         log.info("event=listening address=%s", listening.address)
         watching = AsyncExitStack()
         try:
-            await watching.enter_async_context(served(self._node.metrics, self._metrics))
+            await watching.enter_async_context(served(self._node.metrics, self.metrics))
             worker = await self._start_unless(stopping)
             if worker is not None:
                 assert self._served is not None
@@ -335,7 +335,8 @@ class ComputeNode:
     async def _status(self) -> Status:
         return self._status_now()
 
-    async def _metrics(self) -> list[Metric]:
+    async def metrics(self) -> list[Metric]:
+        """Return what Prometheus gets at this moment."""
         status = self._status_now()
         return of_status(status) + (of_front(status, self._front.intake.meter) if self._front else [])
 

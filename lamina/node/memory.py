@@ -98,7 +98,7 @@ class MemoryNode:
         stopped = asyncio.ensure_future(stopping.wait())
         watching = AsyncExitStack()
         try:
-            await watching.enter_async_context(served(self._node.metrics, self._metrics))
+            await watching.enter_async_context(served(self._node.metrics, self.metrics))
             await asyncio.wait((self._taken, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not self._taken.done():
                 return  # told to stop before there was anything to drain
@@ -309,7 +309,8 @@ class MemoryNode:
             tenants=told,
         )
 
-    async def _metrics(self) -> list[Metric]:
+    async def metrics(self) -> list[Metric]:
+        """Return what Prometheus gets at this moment."""
         return of_status(await self._status())
 
 

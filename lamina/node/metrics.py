@@ -185,15 +185,13 @@ class _Page:
         self._connections = 0
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._connections >= MAX_CONNECTIONS:
+            writer.transport.abort()
+            return
         self._connections += 1
         try:
             async with asyncio.timeout(ANSWER_S):
-                if self._connections > MAX_CONNECTIONS:
-                    writer.write(
-                        _response("503 Service Unavailable", f"{MAX_CONNECTIONS} connections are open already")
-                    )
-                else:
-                    writer.write(await self._response(await reader.readuntil(b"\r\n\r\n")))
+                writer.write(await self._response(await reader.readuntil(b"\r\n\r\n")))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
