@@ -175,6 +175,7 @@ async def served(address: Address | None, ask: Ask) -> AsyncIterator[None]:
         yield
     finally:
         server.close()
+        await page.close()
 
 
 class _Page:
@@ -182,13 +183,15 @@ class _Page:
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
-        self._connections = 0
+        self._answering: set[asyncio.Task[None]] = set()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._connections >= MAX_CONNECTIONS:
+        if len(self._answering) >= MAX_CONNECTIONS:
             writer.transport.abort()
             return
-        self._connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._answering.add(task)
         try:
             async with asyncio.timeout(ANSWER_S):
                 writer.write(await self._response(await reader.readuntil(b"\r\n\r\n")))
@@ -196,9 +199,18 @@ class _Page:
                 writer.close()
                 await writer.wait_closed()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            writer.transport.abort()
+            pass
         finally:
-            self._connections -= 1
+            writer.transport.abort()  # without effect on one that is closed
+            self._answering.discard(task)
+
+    async def close(self) -> None:
+        """End all connections."""
+        tasks = list(self._answering)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # in which their transports close
 
     async def _response(self, head: bytes) -> bytes:
         method, path, *_ = [*head.split(b"\r\n", 1)[0].split(b" "), b"", b""]
