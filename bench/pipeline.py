@@ -32,8 +32,7 @@ from lamina.bench.variants import two_processors
 from lamina.client import AsyncClient, AsyncStream, connect
 from lamina.config import ClusterConfig, ModelConfig, PipelineConfig
 from lamina.errors import ConfigError, LaminaError
-from lamina.ops.perfetto import Trace
-from lamina.ops.trace import record
+from lamina.recording import Trace, record
 from lamina.runtime.spans import Activity, Span
 
 MODEL = RandomLlama("P", hidden=1024, ffn=2816, layers=12, heads=16, kv_heads=4, head_dim=128, vocabulary=4096)

@@ -50,6 +50,10 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster file.")]
+LogFormat = Annotated[
+    str | None,
+    typer.Option(metavar="logfmt|json", help="How to write the log; default: as the cluster file says, else logfmt."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -124,6 +128,12 @@ def node(
     secret_file: Annotated[
         str | None, typer.Option(help="Memory node without a file: the file with the secret of the cluster.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory node without a file: the address where Prometheus finds metrics, host:port; default: none."
+        ),
+    ] = None,
     tls_certificate: Annotated[
         str | None,
         typer.Option(help="Memory node without a file: its certificate in PEM; needs --tls-key and --tls-authority."),
@@ -133,18 +143,21 @@ def node(
         str | None,
         typer.Option(help="Memory node without a file: the authority that signed the certificates of all nodes."),
     ] = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Run one node of a cluster until it is stopped; SIGTERM lets it finish its requests."""
     let_idle_threads_sleep()
     from lamina.config import ComputeNodeConfig, load, parse_cpus
+    from lamina.log import choose_format
     from lamina.node import daemon
 
+    format_ = choose_format(log_format)
     if role not in (None, "compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
     processors = None if cpus is None else _parse("cpus", parse_cpus, cpus)
     overrides = {"cpus": processors, "numa": numa, "rdma_device": rdma_device}
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention}
+    own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention, "metrics": metrics}
     links = {"transport": transport, "peer_timeout": peer_timeout, "secret_file": secret_file}
     links |= {"tls_certificate": tls_certificate, "tls_key": tls_key, "tls_authority": tls_authority}
     if config is None:
@@ -160,6 +173,7 @@ def node(
         if name is None:
             raise ConfigError("--name: missing; CONFIG needs the name of the node to run")
         cluster = load(config)
+        format_ = choose_format(log_format, cluster.log.format)
         found = cluster.find(name)
         if role not in (None, found.role):
             raise ConfigError(f"{config}: {name!r} is a {found.role} node, but --role says {role}")
@@ -176,7 +190,7 @@ def node(
                 device = CpuDevice(compute.device, cpus=compute.cpus, threads=compute.threads)
                 return ComputeNode(cluster, compute, device=device, network=Sockets()).serve
 
-            raise typer.Exit(daemon.run(name, make_compute))
+            raise typer.Exit(daemon.run(name, make_compute, format_))
         chosen, options = found, cluster.links
     chosen = replace(chosen, **overrides)
 
@@ -188,7 +202,7 @@ def node(
         device = CpuDevice(cpus=chosen.cpus, threads=chosen.threads)
         return MemoryNode(chosen, chosen.options(options), device=device, network=Sockets()).serve
 
-    raise typer.Exit(daemon.run(chosen.name, make_memory))
+    raise typer.Exit(daemon.run(chosen.name, make_memory, format_))
 
 
 def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[MemoryNodeConfig, Options]:
@@ -205,6 +219,8 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
             raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
     listen = _parse("listen", Address.parse, own.pop("listen"))
     memory = _parse("memory", parse_size, own.pop("memory"))
+    if own["metrics"] is not None:
+        own["metrics"] = _parse("metrics", Address.parse, own["metrics"])
     given = {key: value for key, value in own.items() if value is not None}
     node = MemoryNodeConfig(name=name or f"memory-{listen.port}", address=listen, memory=memory, **given)
     if links["peer_timeout"] is None:
@@ -247,12 +263,16 @@ def up(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the logs of the nodes instead of keeping them in files.")
     ] = False,
+    log_format: LogFormat = None,
 ) -> None:
     """Start all nodes of a cluster file on this machine and show their states until Ctrl-C."""
     from lamina.cluster.up import run
     from lamina.config import load
+    from lamina.log import choose_format
 
-    raise typer.Exit(run(load(config), verbose=verbose))
+    cluster = load(config)
+    format_ = choose_format(log_format, cluster.log.format)
+    raise typer.Exit(run(cluster, verbose=verbose, log_format=format_))
 
 
 @app.command()
@@ -333,6 +353,15 @@ def status(config: ConfigFile, as_json: Json = False) -> None:
     from lamina.ops.status import run
 
     raise typer.Exit(run(load(config), as_json=as_json))
+
+
+@app.command()
+def top(config: ConfigFile) -> None:
+    """Show live what the nodes of a cluster file do; q ends it. In a pipe, print what they do in one second."""
+    from lamina.config import load
+    from lamina.ops.top import run
+
+    raise typer.Exit(run(load(config)))
 
 
 @app.command()

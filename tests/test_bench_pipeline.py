@@ -11,7 +11,7 @@ import pytest
 
 from lamina.bench.pipeline import Window
 from lamina.errors import LaminaError
-from lamina.ops.perfetto import Trace
+from lamina.recording import Trace
 from lamina.runtime.spans import Span
 
 

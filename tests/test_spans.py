@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from lamina.ops.perfetto import Trace, chrome
+from lamina.ops.perfetto import chrome
+from lamina.recording import Trace
 from lamina.runtime.cpu import CpuDevice
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.spans import MAX_SPANS, Activity, Place, Recorder, Span

@@ -26,15 +26,16 @@ from lamina.config import ClusterConfig
 log = logging.getLogger("lamina.up")
 
 
-def run(config: ClusterConfig, *, verbose: bool) -> int:
+def run(config: ClusterConfig, *, verbose: bool, log_format: logs.Format) -> int:
     """Start the nodes, show their states, and stop them. Return the exit status. NodeError names a node that died.
 
     Logs go into a folder of the user, or to standard error if ``verbose``.
     """
-    return int(uvloop.run(_main(config, verbose=verbose)))
+    os.environ[logs.FORMAT_VARIABLE] = log_format  # the nodes get it as well
+    return int(uvloop.run(_main(config, verbose=verbose, log_format=log_format)))
 
 
-async def _main(config: ClusterConfig, *, verbose: bool) -> int:
+async def _main(config: ClusterConfig, *, verbose: bool, log_format: logs.Format) -> int:
     asked, asked_again = asyncio.Event(), asyncio.Event()
 
     def interrupt() -> None:
@@ -57,7 +58,7 @@ async def _main(config: ClusterConfig, *, verbose: bool) -> int:
     cluster = Cluster(config, log_folder=folder, on_change=on_change)
     async with cluster:
         # Not before: a cluster of this file that runs already has its logs there.
-        logs.configure("up", folder and folder / "up.log")
+        logs.configure("up", folder and folder / "up.log", log_format)
         if folder:
             screen.say(f"logs: {folder}")
         stopped = asyncio.ensure_future(asked.wait())

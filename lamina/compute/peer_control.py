@@ -123,4 +123,4 @@ class PeerControl:
 
     def describe(self) -> PeerStatus:
         """Return what the status says about the link to the peer."""
-        return PeerStatus.over(self.link, self.name)
+        return PeerStatus.over(self.link, self.name, waited_s=self.lane.waited_s)

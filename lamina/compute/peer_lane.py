@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,8 @@ class PeerLane:
 
     def __init__(self, name: str, link: Link) -> None:
         self.name = name
+        self.waited_s = 0.0
+        """The seconds that steps have waited for carries."""
         self._link = link
         self._carry_bytes = 0
         self._own: Region | None = None
@@ -80,7 +83,10 @@ class PeerLane:
 
         They lie where they arrived, and are good until the peer hands over to this node again in the slot.
         """
+        now = asyncio.get_running_loop().time
+        begun_s = now()
         await self._arrivals.wait(slot, pack(Kind.CARRY, slot, piece, step))
+        self.waited_s += now() - begun_s
         assert self._own is not None, "opened before any step"
         values, start = [], slot * self._carry_bytes
         for shape, dtype in shapes:

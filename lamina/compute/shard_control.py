@@ -160,7 +160,10 @@ class ShardControl:
 
     def describe(self) -> PeerStatus:
         """Return what the status of the compute node says about this memory node."""
-        return PeerStatus.over(self.link, self.name, self._kv_heads)
+        lane = self.lane
+        return PeerStatus.over(
+            self.link, self.name, self._kv_heads, waited_s=lane.waited_s, bulk_waited_s=lane.bulk_waited_s
+        )
 
 
 def _joined(keys: Sequence[bytes]) -> bytes:

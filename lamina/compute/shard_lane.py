@@ -37,6 +37,8 @@ class ShardLane:
         """``attached`` says where to write, and ``outputs`` is where the answers come. Lanes of ``link`` belong to
         ``device``."""
         self.name = name
+        self.waited_s = self.bulk_waited_s = 0.0
+        """The seconds that steps have waited for answers, and prompts for a buffer."""
         self._device = device
         self._link = link
         self._heads = shard
@@ -99,7 +101,9 @@ class ShardLane:
             prompt, layer, start, count, at = await self._to_send.get()
             if prompt.is_over:
                 continue
+            begun_s = device.loop.time()
             i = await self._idle_chunks.get()
+            self.bulk_waited_s += device.loop.time() - begun_s
             nbytes, _ = await device.run(self._stage_chunk, i, prompt, layer, start, count, at)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks[offset : offset + nbytes]
@@ -205,10 +209,11 @@ class ShardStep:
         """
         lane, slot, device = self._lane, self._slot, self._lane._device
         tag, recorder = pack(Kind.OUTPUT, slot, layer, self._step), device.recorder
-        begun_s = device.loop.time() if recorder is not None else 0.0
+        begun_s = device.loop.time()
         await lane._arrivals.wait(slot, tag)
+        lane.waited_s += (ended_s := device.loop.time()) - begun_s
         if recorder is not None and recorder is device.recorder:  # else it is being read already
-            recorder.add(ANSWER, place_of(tag, lane.name), begun_s, device.loop.time(), Activity.WAIT)
+            recorder.add(ANSWER, place_of(tag, lane.name), begun_s, ended_s, Activity.WAIT)
         seconds: float
         (seconds,) = SECONDS.unpack_from(lane._outputs.buffer, slot * lane._geometry.output_bytes)
         return seconds

@@ -121,10 +121,15 @@ def _check_addresses(config: ClusterConfig) -> None:
                 )
             if given.port == 0:
                 raise ConfigError(f"{at}.{key}: expected a port from 1 to 65535, got {given}")
-        place = _place(address)
-        if place in owners:
-            raise ConfigError(f"{at}.address: {address} is already the address of {owners[place]!r}")
-        owners[place] = node.name
+        if node.metrics is not None and node.metrics.port == 0:
+            raise ConfigError(f"{at}.metrics: expected a port from 1 to 65535, got {node.metrics}")
+        for key, own in (("address", address), ("metrics", node.metrics)):
+            if own is None:
+                continue
+            place = _place(own)
+            if place in owners:
+                raise ConfigError(f"{at}.{key}: {own} is already the address of {owners[place]!r}")
+            owners[place] = node.name
 
 
 def _place(address: Address) -> tuple[str, int]:

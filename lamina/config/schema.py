@@ -145,6 +145,13 @@ class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
 
 
+class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[log]``: how nodes write their logs. ``--log-format`` and LAMINA_LOG_FORMAT take precedence."""
+
+    format: Literal["logfmt", "json"] = "logfmt"
+    """One line per event: ``key=value`` pairs, or a JSON object."""
+
+
 class _Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role"):
     """The keys that nodes of both roles have."""
 
@@ -161,6 +168,9 @@ class _Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_f
     nodes share a machine, None is an equal share of its cores."""
     rdma_device: str | None = None
     """The RDMA device of this node's machine. None: the device of ``[transport.rdma]``."""
+    metrics: ListenAddress | None = None
+    """Where the node answers Prometheus over HTTP, such as "127.0.0.1:9101". Off this machine everybody may read it.
+    None: nowhere."""
 
     @property
     def bind(self) -> Address:
@@ -208,6 +218,7 @@ class ClusterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     node: list[NodeConfig]
     pipeline: PipelineConfig = PipelineConfig()
     transport: TransportConfig = TransportConfig()
+    log: LogConfig = LogConfig()
     file: Path = Path()
     links: Options = Options()
 

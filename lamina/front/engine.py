@@ -153,7 +153,8 @@ class Engine:
         """
         if isinstance(answer, CapacityError):
             if request.is_current:
-                log.warning("event=refused sequence=%d reason=%r", request.id, str(answer))
+                name = request.sequence.request.name
+                log.warning("event=refused sequence=%d request=%r reason=%r", request.id, name, str(answer))
                 self._home.post(self._desk.refuse, request.sequence, answer)
                 self.cancel(request.sequence)
             return

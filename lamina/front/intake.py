@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
@@ -16,6 +15,7 @@ from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, f
 from lamina.front.constraints import Constraints
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
+from lamina.front.meter import Meter, Times
 from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
@@ -58,23 +58,15 @@ class Answer(Protocol):
 
 @dataclass(slots=True)
 class _Open:
-    """A request that is not over: where its answer goes, and when it got how far, by the loop's clock."""
+    """A request that is not over: where its answer goes, and when it got how far."""
 
     answer: Answer
-    arrived_s: float
-    admitted_s: float = math.nan
-    first_s: float = math.nan
-    last_s: float = math.nan
+    times: Times
 
     def end(self, sequence: Sequence) -> End:
-        return End(
-            sequence.finish_reason or "length",
-            sequence.stopped_by,
-            sequence.found,
-            self.admitted_s - self.arrived_s,
-            self.first_s - self.admitted_s,
-            self.last_s - self.first_s,
-        )
+        times = self.times
+        reason = sequence.finish_reason or "length"
+        return End(reason, sequence.stopped_by, sequence.found, times.queued_s, times.prompt_s, times.answer_s)
 
 
 class Intake:
@@ -100,6 +92,8 @@ class Intake:
         The seeds of requests that have none come from ``random``, their compiled constraints from ``constraints``.
         """
         self.draining = False
+        self.meter = Meter()
+        """Counts requests by their ends, and the seconds they take."""
         self._name = name
         self._there = device
         self._context = context
@@ -139,7 +133,7 @@ class Intake:
         self._require_serving()
         max_tokens = self._check(request, prompt)
         self.require_place(0)
-        arrived_s = self._loop.time()
+        times = Times(self._loop.time())
         # A constrained answer can end in no other way than by the model's end tokens.
         ignores = request.ignore_eos and request.constraint is None
         ends = frozenset(request.stop_token_ids) | (frozenset() if ignores else self._stop_tokens)
@@ -151,7 +145,7 @@ class Intake:
                 sequence.matcher = compiled.matcher(min_tokens=request.min_tokens)
                 sequence.mask = compiled.first_mask(min_tokens=request.min_tokens)
                 self._require_serving()
-            self._open[sequence] = _Open(answer, arrived_s)
+            self._open[sequence] = _Open(answer, times)
             self._idle.clear()
             await self._there.call(self._engine.submit, sequence, self._retry_after_s())
         except asyncio.CancelledError:
@@ -195,14 +189,17 @@ class Intake:
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
         if self._open.pop(sequence, None) is not None:
+            self.meter.left(sequence)
             self._there.post(self._engine.cancel, sequence)
             self._note_idle()
 
     def stop(self, sequence: Sequence) -> End:
         """Forget a request that is not over, as its text has come to its end; return how that came."""
-        end = self._open[sequence].end(sequence)
-        self.cancel(sequence)
-        return end._replace(reason="stop", stopped_by=None)
+        own = self._open.pop(sequence)
+        self.meter.ended(sequence, own.times, "stop")
+        self._there.post(self._engine.cancel, sequence)
+        self._note_idle()
+        return own.end(sequence)._replace(reason="stop", stopped_by=None)
 
     def _check(self, request: Request, prompt: list[int]) -> int:
         """Return the most tokens that the answer may have; raise RequestError for what cannot be served."""
@@ -281,8 +278,8 @@ class Intake:
         """See `lamina.front.engine.Desk`."""
         now_s = self._loop.time()
         for request in changes.reservations:
-            if request.is_new and (own := self._open.get(request.sequence)) and math.isnan(own.admitted_s):
-                own.admitted_s = now_s
+            if request.is_new and (own := self._open.get(request.sequence)):
+                self.meter.admitted(own.times, now_s)
         self._space.apply(changes)
 
     def answer(self, outcome: StepOutcome) -> None:
@@ -294,18 +291,23 @@ class Intake:
                 self._tell(sequence, own.answer.prompt_scored, scores)
         for sequence, token, score in outcome.tokens:
             if own := self._open.get(sequence):
-                own.last_s = now_s
-                if math.isnan(own.first_s):
-                    own.first_s = now_s
+                self.meter.generated(sequence, own.times, now_s)
                 self._tell(sequence, own.answer.token, token, score)
         if outcome.finished:
             self._estimate.note_ended(now_s, len(outcome.finished))
         for sequence in outcome.finished:
             if own := self._open.get(sequence):
-                self._tell(sequence, own.answer.finished, own.end(sequence))
-                self._open.pop(sequence, None)
+                end = own.end(sequence)
+                self._tell(sequence, own.answer.finished, end)
+                if self._open.pop(sequence, None):
+                    self.meter.ended(sequence, own.times, end.reason)
         for sequence in outcome.broken:
-            log.error("event=logits_not_finite sequence=%d position=%d", sequence.arrival, sequence.context)
+            log.error(
+                "event=logits_not_finite sequence=%d position=%d request=%r",
+                sequence.arrival,
+                sequence.context,
+                sequence.request.name,
+            )
             self._fail(
                 sequence,
                 NodeError(
@@ -329,12 +331,13 @@ class Intake:
         try:
             take(*values)
         except Exception as e:
-            log.exception("event=answer_failed sequence=%d", sequence.id)
+            log.exception("event=answer_failed sequence=%d request=%r", sequence.id, sequence.request.name)
             self._there.post(self._engine.cancel, sequence)
             self._fail(sequence, NodeError.failed("compute", self._name, e))
 
     def _fail(self, sequence: Sequence, error: LaminaError) -> None:
         if own := self._open.pop(sequence, None):
+            self.meter.failed_with(error, sequence.request.name)
             own.answer.failed(error)
 
     def refuse(self, sequence: Sequence, error: LaminaError) -> None:
@@ -371,8 +374,7 @@ class Intake:
         assert isinstance(error, LaminaError)
         self._failure = error
         log.error("event=failed requests=%d reason=%r", len(self._open), str(error))
-        for own in list(self._open.values()):
-            own.answer.failed(error)
-        self._open.clear()
+        for sequence in list(self._open):
+            self._fail(sequence, error)
         self._idle.set()
         return error

@@ -124,7 +124,7 @@ class Members:
         self._states[id_] = state
         self.epoch += 1
         entry = self._entries[id_]
-        log.info("event=member node=%s before=%s after=%s epoch=%d", entry.name, before, state, self.epoch)
+        log.info("event=member member=%s before=%s after=%s epoch=%d", entry.name, before, state, self.epoch)
         self._on_change(Change(entry, before, state, self.epoch, error))
 
 

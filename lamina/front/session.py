@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -79,7 +80,7 @@ class ClientSession:
                 raise
             if self._is_coming(id_):
                 self._coming = None
-            self._send(failed(RequestError(str(e)), id_))  # one bad request harms no other
+            self._refuse(id_, RequestError(str(e)))  # one bad request harms no other
             return
         match message:
             case Generate(id=id_) | PromptPart(id=id_):
@@ -88,7 +89,7 @@ class ClientSession:
                 except LaminaError as e:
                     if self._is_coming(id_):
                         self._coming = None
-                    self._send(failed(e, id_))
+                    self._refuse(id_, e, message.request.name if isinstance(message, Generate) else "")
             case Cancel(id=id_):
                 self._cancel(id_)
             case AskStatus():
@@ -172,6 +173,7 @@ class ClientSession:
             answer.begin(AnswerText(answer.id, request, prompt, tokenizer))
             answer.work = await intake.submit(request, prompt, answer)
         except LaminaError as e:
+            self._count(e, request.name)
             answer.failed(e)
         except Exception as e:
             answer.failed(self._unexpected(answer, e))
@@ -253,6 +255,16 @@ class ClientSession:
     def _send(self, message: Message) -> None:
         if not send_unless_gone(self._link, message):
             self._cancel_all()
+
+    def _refuse(self, id_: int, error: LaminaError, name: str = "") -> None:
+        """Say why a request is not answered."""
+        self._count(error, name)
+        self._send(failed(error, id_))
+
+    def _count(self, error: LaminaError, name: str) -> None:
+        """Count a request that has not got as far as the engine."""
+        with suppress(LaminaError):  # a node that is starting counts nothing
+            self._intake().meter.failed_with(error, name)
 
 
 @dataclass

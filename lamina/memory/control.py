@@ -10,6 +10,7 @@ from lamina.memory.tenant import Tenant
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.transport import Link
+from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode, encode
 from lamina.wire.tenants import Attach, FromCompute, Publish, Refused, Release, Reserve, Reserved
 
@@ -34,6 +35,10 @@ class ServingControl:
     def peer(self) -> str:
         """Return the name of the compute node."""
         return self._link.info.peer.name
+
+    def describe(self) -> PeerStatus:
+        """Return what the status of the node says about this link."""
+        return PeerStatus.over(self._link, self.peer)
 
     async def serve(self) -> None:
         """Answer until the link ends; raise the error that ended it, in an exception group."""

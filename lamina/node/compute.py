@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 
 import torch
+from prometheus_client.metrics_core import Metric
 
 from lamina.compute.follower import Follower
 from lamina.compute.peer_control import PeerControl
@@ -29,6 +31,7 @@ from lamina.node.assemble import (
 )
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.front import Front, make_blocks, open_front
+from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
 from lamina.runtime.crossing import Crossing
@@ -109,7 +112,9 @@ class ComputeNode:
         hello = Hello("compute", self._name)
         listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
+        watching = AsyncExitStack()
         try:
+            await watching.enter_async_context(served(self._node.metrics, self.metrics))
             worker = await self._start_unless(stopping)
             if worker is not None:
                 assert self._served is not None
@@ -131,6 +136,7 @@ class ComputeNode:
             self._give_up(cause)
             raise cause from e
         finally:
+            await watching.aclose()
             await listening.close()
             self._monitor.close()
             await asyncio.gather(*(link.close() for link in [*self._clients, *self._rendezvous.links]))
@@ -333,6 +339,11 @@ class ComputeNode:
 
     async def _status(self) -> Status:
         return self._status_now()
+
+    async def metrics(self) -> list[Metric]:
+        """Return what Prometheus gets at this moment."""
+        status = self._status_now()
+        return of_status(status) + (of_front(status, self._front.intake.meter) if self._front else [])
 
     def _status_now(self) -> Status:
         pid = self._host.pid

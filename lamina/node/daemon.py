@@ -20,13 +20,13 @@ DRAIN_TIMEOUT_S = 30.0
 Serve = Callable[[asyncio.Event], Awaitable[None]]
 
 
-def run(name: str, make: Callable[[], Serve]) -> int:
+def run(name: str, make: Callable[[], Serve], log_format: logs.Format = "logfmt") -> int:
     """Run what ``make`` returns until it ends, and return the exit status of the process.
 
     The first SIGTERM or SIGINT sets the event that it was given, after which it should drain. A second one cancels it.
     An error, also one of ``make``, is the last event of the log, and is reported to the process that started this one.
     """
-    logs.configure(name)
+    logs.configure(name, format_=log_format)
     try:
         serve = make()
         with asyncio.Runner(loop_factory=PreciseLoop) as runner:

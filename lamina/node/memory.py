@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
+
+from prometheus_client.metrics_core import Metric
 
 from lamina.attention import BackendFactory, Memory, MemoryRange, QuotaPool, default_backend
 from lamina.attention.backend import require_backend
@@ -19,6 +22,7 @@ from lamina.memory.fair_queue import FairQueue
 from lamina.memory.tenant import Tenant, check_same
 from lamina.node import probe
 from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.metrics import of_status, served
 from lamina.node.monitor import CALLER_TIMEOUT_S, Asked, Monitor
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
@@ -92,7 +96,9 @@ class MemoryNode:
         listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         stopped = asyncio.ensure_future(stopping.wait())
+        watching = AsyncExitStack()
         try:
+            await watching.enter_async_context(served(self._node.metrics, self.metrics))
             await asyncio.wait((self._taken, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not self._taken.done():
                 return  # told to stop before there was anything to drain
@@ -104,6 +110,7 @@ class MemoryNode:
         finally:
             self._taken.cancel()
             stopped.cancel()
+            await watching.aclose()
             await listening.close()
             self._monitor.close()
             for task in list(self._tasks):
@@ -298,8 +305,13 @@ class MemoryNode:
             kv_tokens_total=sum(tenant.kv_tokens_total for tenant in told),
             kv_tokens_free=sum(tenant.kv_tokens_free for tenant in told),
             stale_tags=self._stale_tags + sum(tenancy.tenant.stale_tags for tenancy in tenancies),
+            peers=[link.describe() for t in tenancies for _, link in sorted(t.links.items())],
             tenants=told,
         )
+
+    async def metrics(self) -> list[Metric]:
+        """Return what Prometheus gets at this moment."""
+        return of_status(await self._status())
 
 
 def _describe(named: list[tuple[Tenant, list[str]]]) -> list[TenantStatus]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from lamina.recording import Trace
 from lamina.runtime.spans import ANSWER, DECODE, PREFILL, QUERY, Activity, Span
 from lamina.wire.tags import STEP_MASK
 
@@ -34,22 +34,6 @@ _NANOSECOND = 1e-9
 
 _Args = dict[str, Any]
 _Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The spans of one node on the caller's clock, which may be off by up to ``round_trip_s`` between hosts.
-
-    ``forgotten`` counts older spans for which the node had no room.
-    """
-
-    spans: list[Span]
-    round_trip_s: float
-    forgotten: int = 0
-
-    def of(self, activity: Activity) -> list[Span]:
-        """Return the spans of one kind."""
-        return [span for span in self.spans if span.activity is activity]
 
 
 def chrome(traces: Mapping[str, Trace]) -> dict[str, Any]:

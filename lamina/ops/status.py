@@ -9,14 +9,10 @@ from typing import Any
 
 from msgspec import to_builtins
 
-from lamina.admin import AdminClient
 from lamina.config import ClusterConfig, NodeConfig
-from lamina.errors import ConnectError, LaminaError
 from lamina.table import print_table
+from lamina.watch import ClusterWatch
 from lamina.wire.admin import Status
-
-REACH_S = 1.5
-"""How long a node may take to be reached, and to answer."""
 
 
 def run(config: ClusterConfig, *, as_json: bool) -> int:
@@ -34,25 +30,8 @@ def run(config: ClusterConfig, *, as_json: bool) -> int:
 
 async def _ask_all(config: ClusterConfig) -> list[Status | str]:
     """Return each node's status, or why it does not answer."""
-    return list(await asyncio.gather(*(_ask(config, node) for node in config.node)))
-
-
-async def _ask(config: ClusterConfig, node: NodeConfig) -> Status | str:
-    try:
-        async with asyncio.timeout(2 * REACH_S):
-            connecting = AdminClient.connect(node.address, config.options(), name="status", deadline_s=REACH_S)
-            async with await connecting as client:
-                if client.peer.role != node.role:
-                    return f"a {client.peer.role} node answers there, {client.peer.name}"
-                return await client.status()
-    except ConnectError as e:
-        if isinstance(e.__cause__, ConnectionRefusedError):
-            return "not running"
-        return str(e).removeprefix(f"{node.address}: ")
-    except LaminaError as e:
-        return str(e).removeprefix(f"{node.address}: ")
-    except TimeoutError:
-        return "no answer"
+    async with ClusterWatch(config, name="status") as watch:
+        return [view.status or view.reason for view in await watch.look()]
 
 
 def _all_ready(found: list[Status | str]) -> bool:

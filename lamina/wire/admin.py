@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct, field
 
 from lamina.runtime.spans import Span
-from lamina.transport import Link, RemoteRegion
+from lamina.transport import Lane, Link, RemoteRegion
 from lamina.wire.codec import Message
 
 MAX_SPANS = 4096
@@ -19,19 +19,28 @@ class AskStatus(Message):
 
 
 class PeerStatus(Struct, frozen=True, kw_only=True):
-    """Describes a memory node, or another compute node, as a compute node sees it."""
+    """Describes a node at the other end of a link, as this node sees it."""
 
     name: str
     transport: str
     choice: str
     """What each end asked for, which transport was taken, and why."""
     kv_heads: int
-    """KV heads per layer that lie on the node; 0 for a compute node."""
+    """KV heads per layer that lie on the peer; 0 for a compute node."""
     bytes_sent: int
     bytes_received: int
+    bulk_sent: int = 0
+    """The part of ``bytes_sent`` that took the bulk lane."""
+    bulk_received: int = 0
+    waited_s: float = 0.0
+    """The seconds that steps have waited for what comes on the decode lane, added up over batches."""
+    bulk_waited_s: float = 0.0
+    """The seconds that prompts have waited for room on the bulk lane."""
 
     @classmethod
-    def over(cls, link: Link, name: str, kv_heads: int = 0) -> PeerStatus:
+    def over(
+        cls, link: Link, name: str, kv_heads: int = 0, *, waited_s: float = 0.0, bulk_waited_s: float = 0.0
+    ) -> PeerStatus:
         """Describe the node at the other end of ``link``, which the file calls ``name``."""
         state = link.state
         return cls(
@@ -41,6 +50,10 @@ class PeerStatus(Struct, frozen=True, kw_only=True):
             kv_heads=kv_heads,
             bytes_sent=sum(state.bytes_written),
             bytes_received=sum(state.bytes_received),
+            bulk_sent=state.bytes_written[Lane.BULK],
+            bulk_received=state.bytes_received[Lane.BULK],
+            waited_s=waited_s,
+            bulk_waited_s=bulk_waited_s,
         )
 
 

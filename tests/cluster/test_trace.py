@@ -12,7 +12,7 @@ import pytest
 
 from lamina.config import ClusterConfig, PipelineConfig
 from lamina.errors import NodeError
-from lamina.ops.trace import record
+from lamina.recording import record
 from tests import harness
 from tests.families import FAMILIES
 
@@ -60,7 +60,7 @@ async def _trace(config: ClusterConfig, node: harness.Node, out: Path) -> None:
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that does not answer is named."""
-    monkeypatch.setattr("lamina.ops.trace.REACH_S", 0.2)
+    monkeypatch.setattr("lamina.recording.REACH_S", 0.2)
     config = harness.write_config(tmp_path, tmp_path, harness.free_ports(1))
     with pytest.raises(NodeError, match="node c0 cannot be reached"):
         asyncio.run(record(config, 0.1))

@@ -14,8 +14,9 @@ import pytest
 from lamina.config import NodeConfig, PipelineConfig
 from lamina.errors import ConfigError, LaminaError
 from lamina.files import check_target
-from lamina.ops.perfetto import Trace, chrome
-from lamina.ops.trace import record, write
+from lamina.ops.perfetto import chrome
+from lamina.ops.trace import write
+from lamina.recording import Trace, record
 from lamina.runtime.spans import Place
 from lamina.sim.world import World
 from tests.sim.clusters import LINK, SECONDS, make_config, new_cluster
