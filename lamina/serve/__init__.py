@@ -1,0 +1,1 @@
+"""The HTTP server, and offline batches of the same requests."""
