@@ -130,7 +130,7 @@ def parse(line: bytes, number: int) -> InputLine:
     try:
         request = msgspec.convert(plain, InputLine)
     except msgspec.ValidationError as e:
-        raise RequestError(f"line {number}: {explain(e, plain).replace("table", "object")}") from e
+        raise RequestError(f"line {number}: {explain(e, plain).replace('table', 'object')}") from e
     if request.method != "POST":
         raise RequestError(f'line {number}: method: expected "POST", got {request.method!r:.100}')
     if request.url not in URLS:
