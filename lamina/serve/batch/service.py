@@ -42,6 +42,8 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Holds a batch, as its file does. Times are seconds since 1970."""
 
     id: str
+    number: int
+    """Its place among all batches of this server: the order in which they run."""
     owner: str
     endpoint: str
     input_file_id: str
@@ -65,7 +67,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     def shown(self) -> dict[str, Any]:
         """Return the batch as the API shows it."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
-        del plain["owner"]
+        del plain["owner"], plain["number"]
         errors = {"object": "list", "data": self.errors} if self.errors else None
         return plain | {"object": "batch", "errors": errors}
 
@@ -108,6 +110,7 @@ class BatchService:
         now = int(self._now())
         batch = Batch(
             id=f"batch_{secrets.token_hex(16)}",
+            number=max((other.number for other in self._batches.values()), default=0) + 1,
             owner=owner,
             endpoint=endpoint,
             input_file_id=input_file_id,
@@ -130,7 +133,7 @@ class BatchService:
     def of(self, owner: str) -> list[Batch]:
         """Return all batches of one owner, the newest first."""
         found = [batch for batch in self._batches.values() if batch.owner == owner]
-        return sorted(found, key=lambda batch: (batch.created_at, batch.id), reverse=True)
+        return sorted(found, key=lambda batch: batch.number, reverse=True)
 
     def cancel(self, id_: str, owner: str) -> Batch:
         """Stop a batch; what it has answered becomes its output. RequestError if it is over."""
@@ -151,7 +154,7 @@ class BatchService:
             self._due.clear()
             waiting = sorted(
                 (batch for batch in self._batches.values() if batch.status not in _OVER),
-                key=lambda batch: (batch.status != "cancelling", batch.created_at, batch.id),
+                key=lambda batch: (batch.status != "cancelling", batch.number),
             )
             if not waiting:
                 await self._due.wait()

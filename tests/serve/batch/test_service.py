@@ -31,6 +31,11 @@ def lines(count: int, url: str = "/v1/completions") -> bytes:
     return "".join(json.dumps(request) + "\n" for request in requests).encode()
 
 
+async def reached(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
 class Asked:
     """Answers lines, and keeps what it was asked."""
 
@@ -66,9 +71,8 @@ class Server:
         return self.batches.create(endpoint, file, "24h", {"a": "b"}, owner)
 
     async def until(self, id_: str, *states: str) -> Batch:
-        while (batch := self.batches.get(id_, "me")).status not in states:
-            await asyncio.sleep(0.01)
-        return batch
+        await reached(lambda: self.batches.get(id_, "me").status in states)
+        return self.batches.get(id_, "me")
 
     def answers(self, file: str | None) -> list[dict[str, Any]]:
         assert file is not None
@@ -122,8 +126,7 @@ def test_a_batch_goes_on_in_the_next_process(tmp_path: Path) -> None:
         batch = server.create(await server.upload(lines(3000)))
 
         async def some() -> None:
-            while len(asked.ids) < 500:
-                await asyncio.sleep(0)
+            await reached(lambda: len(asked.ids) >= 500)
 
         await serving(server, some)
         return batch.id
@@ -149,8 +152,7 @@ def test_a_cancelled_batch_keeps_its_answers(tmp_path: Path) -> None:
         batch = server.create(await server.upload(lines(3000)))
 
         async def cancel() -> Batch:
-            while len(asked.ids) < 300:
-                await asyncio.sleep(0)
+            await reached(lambda: len(asked.ids) >= 300)
             assert server.batches.cancel(batch.id, "me").status == "cancelling"
             return await server.until(batch.id, "cancelled")
 
