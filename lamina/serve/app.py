@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from lamina.errors import LaminaError
 from lamina.serve import completions, health, models, problems, tokens
+from lamina.serve.batch.lines import URLS
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from lamina.serve.gate import App, Gate, Keys
 from lamina.serve.service import Service
@@ -47,6 +48,10 @@ ENDPOINTS = (
     Entry("GET", "/version", health.version),
     Entry("GET", "/metrics", health.metrics),
 )
+
+
+BATCHED = {entry.path: entry.handler for entry in ENDPOINTS if entry.path in URLS}
+"""The endpoints that lines of batches may ask, by path."""
 
 
 def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[str] = ()) -> App:

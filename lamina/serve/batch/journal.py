@@ -43,6 +43,8 @@ class Journal:
         self._digest = digest
         self._answers: dict[int, tuple[int, int]] = {}
         """Where each answer lies in the file: offset and length of its line."""
+        self.was_there = False
+        """Whether an earlier run has left it."""
         self._file = -1
         self._end = 0
 
@@ -114,6 +116,7 @@ class Journal:
                 raise ConfigError(
                     f"{self.path} is of a batch with another input; remove it to begin anew, or name another output"
                 )
+            self.was_there = True
             self._end = len(first)
             while (raw := file.readline()).endswith(b"\n"):
                 try:
