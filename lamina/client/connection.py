@@ -160,7 +160,7 @@ class Connection:
     def _fail(self, error: LaminaError) -> None:
         if self.failure is None:
             self.failure = error
-        for inbox in self._inboxes.values():
+        for inbox in list(self._inboxes.values()):  # some leave when they get it
             inbox.put(error)
         self._questions.fail(error)
 
