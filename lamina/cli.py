@@ -280,6 +280,10 @@ def serve(
         typer.Option(help="An origin whose pages may use the server in browsers; repeatable; * is any."),
     ] = None,
     max_body: Annotated[str, typer.Option(help="The size of the largest body of a request.")] = "16MiB",
+    files: Annotated[
+        Path | None,
+        typer.Option(help="The folder of uploaded files and batches; default: one of the user's state folder."),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
     ] = None,
@@ -309,6 +313,7 @@ def serve(
         tls_key=tls_key,
         origins=tuple(cors_origin or ()),
         max_body=_parse("max_body", parse_size, max_body),
+        files=files,
     )
     options.check()
     if target.is_dir():

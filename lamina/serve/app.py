@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from lamina.errors import LaminaError
 from lamina.serve import completions, health, models, problems, tokens
+from lamina.serve.batch import endpoints
 from lamina.serve.batch.lines import URLS
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from lamina.serve.gate import App, Gate, Keys
@@ -43,6 +44,15 @@ ENDPOINTS = (
     Entry("POST", "/tokenize", tokens.tokenize, tokens.TokenizeBody),
     Entry("POST", "/detokenize", tokens.detokenize, tokens.DetokenizeBody),
     Entry("GET", "/tokenizer_info", tokens.tokenizer_info),
+    Entry("POST", "/v1/files", endpoints.upload),
+    Entry("GET", "/v1/files", endpoints.list_files),
+    Entry("GET", "/v1/files/{id}", endpoints.describe_file),
+    Entry("DELETE", "/v1/files/{id}", endpoints.delete_file),
+    Entry("GET", "/v1/files/{id}/content", endpoints.file_content),
+    Entry("POST", "/v1/batches", endpoints.create_batch, endpoints.BatchBody),
+    Entry("GET", "/v1/batches", endpoints.list_batches),
+    Entry("GET", "/v1/batches/{id}", endpoints.describe_batch),
+    Entry("POST", "/v1/batches/{id}/cancel", endpoints.cancel_batch),
     Entry("GET", "/health", health.health),
     Entry("GET", "/ready", health.ready),
     Entry("GET", "/version", health.version),

@@ -233,6 +233,7 @@ def _arguments(options: ServeOptions) -> Sequence[str]:
         ("--api-key-file", options.api_key_file),
         ("--tls-certificate", options.tls_certificate),
         ("--tls-key", options.tls_key),
+        ("--files", options.files),
     ):
         if file is not None:
             words += [option, str(file)]

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lamina.serve.batch.run import Answered
 
+_GUESS_AFTER_S = 3.0
+"""The time that is left is not guessed before."""
 SAY_EVERY_S = 10.0
 """How often a line is written where there is no terminal."""
 
@@ -69,7 +71,9 @@ class BatchProgress:
         seconds = max(1e-3, time.monotonic() - self._begun_s)
         here = self.done - self._before
         left_s = (self.total - self.done) * seconds / max(1, here)
-        words = [f"{self.tokens / seconds:.0f} tokens/s", f"{_duration(left_s)} left"]
+        words = [f"{self.tokens / seconds:.0f} tokens/s"]
+        if seconds >= _GUESS_AFTER_S:
+            words.append(f"{_duration(left_s)} left")
         if self.failed:
             words.append(f"{self.failed} failed")
         return ", ".join(words)
