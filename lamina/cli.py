@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast, get_args
 
 import typer
 from msgspec.structs import replace
@@ -24,7 +24,8 @@ from lamina.table import discard_output
 from lamina.transport import Address
 
 if TYPE_CHECKING:
-    from lamina.config import MemoryNodeConfig
+    from lamina.config import ClusterConfig, Dtype, MemoryNodeConfig
+    from lamina.serve.batch.command import LocalModel
     from lamina.transport import Options
 
 
@@ -299,6 +300,10 @@ def serve(
         typer.Option(help="An origin whose pages may use the server in browsers; repeatable; * is any."),
     ] = None,
     max_body: Annotated[str, typer.Option(help="The size of the largest body of a request.")] = "16MiB",
+    files: Annotated[
+        Path | None,
+        typer.Option(help="The folder of uploaded files and batches; default: one of the user's state folder."),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
     ] = None,
@@ -328,6 +333,7 @@ def serve(
         tls_key=tls_key,
         origins=tuple(cors_origin or ()),
         max_body=_parse("max_body", parse_size, max_body),
+        files=files,
     )
     options.check()
     if target.is_dir():
@@ -494,6 +500,54 @@ def doctor(
     from lamina.ops.doctor.report import run
 
     raise typer.Exit(run(config, step_ms=step_ms, as_json=as_json))
+
+
+@app.command()
+def batch(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG|MODEL_DIR", help="The file of a running cluster, or a checkpoint directory."),
+    ],
+    requests: Annotated[
+        Path, typer.Argument(metavar="REQUESTS", help="The requests, one a line, in the batch format of OpenAI's API.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, with an answer for each line.")],
+    concurrency: Annotated[int, typer.Option(min=1, max=4096, help="The most requests at the same time.")] = 512,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="A name of the model in requests; repeatable; default: the name of its folder."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="With MODEL_DIR: the size of the KV cache; default: of what memory is free.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
+        ),
+    ] = None,
+) -> None:
+    """Answer a file of requests; started again after an interruption, it goes on where it was."""
+    from lamina.config import Dtype, load, parse_size
+    from lamina.serve.app import BATCHED
+    from lamina.serve.batch.command import LocalModel, run
+
+    if dtype is not None and dtype not in get_args(Dtype):
+        raise ConfigError(f"--dtype: expected one of {', '.join(get_args(Dtype))}; got {dtype!r}")
+    cluster: ClusterConfig | LocalModel
+    if target.is_dir():
+        size = None if memory is None else _parse("memory", parse_size, memory)
+        cluster = LocalModel(target, context, size, cast("Dtype | None", dtype))
+    else:
+        given = {"--context": context, "--memory": memory, "--dtype": dtype}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{wrong[0]}: not allowed with a cluster file; set it in the file")
+        cluster = load(target)
+    names = tuple(served_model_name or ())
+    raise typer.Exit(run(cluster, requests, output, BATCHED, concurrency=concurrency, names=names))
 
 
 @app.command()

@@ -77,6 +77,8 @@ class Settings(TypedDict, total=False):
     share_prefix: bool
     """Whether the request may use keys and values that the cluster still holds of another prompt with the same
     beginning, as by default."""
+    name: str
+    """How logs and traces call the request, in at most 256 characters. The front logs how one with a name ends."""
     salt: str
     """Only requests with the same salt, of at most 256 characters, share anything. The default is empty."""
     parse_special: bool

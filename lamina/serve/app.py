@@ -16,6 +16,8 @@ from starlette.routing import Route
 
 from lamina.errors import LaminaError
 from lamina.serve import chat_completions, completions, health, models, problems, tokens
+from lamina.serve.batch import endpoints
+from lamina.serve.batch.lines import URLS
 from lamina.serve.chat.request import ChatFields
 from lamina.serve.docs import Documentation
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
@@ -50,11 +52,24 @@ ENDPOINTS = (
     Entry("POST", "/tokenize", tokens.tokenize, (tokens.TokenizeBody,)),
     Entry("POST", "/detokenize", tokens.detokenize, (tokens.DetokenizeBody,)),
     Entry("GET", "/tokenizer_info", tokens.tokenizer_info),
+    Entry("POST", "/v1/files", endpoints.upload),
+    Entry("GET", "/v1/files", endpoints.list_files),
+    Entry("GET", "/v1/files/{id}", endpoints.describe_file),
+    Entry("DELETE", "/v1/files/{id}", endpoints.delete_file),
+    Entry("GET", "/v1/files/{id}/content", endpoints.file_content),
+    Entry("POST", "/v1/batches", endpoints.create_batch, (endpoints.BatchBody,)),
+    Entry("GET", "/v1/batches", endpoints.list_batches),
+    Entry("GET", "/v1/batches/{id}", endpoints.describe_batch),
+    Entry("POST", "/v1/batches/{id}/cancel", endpoints.cancel_batch),
     Entry("GET", "/health", health.health),
     Entry("GET", "/ready", health.ready),
     Entry("GET", "/version", health.version),
     Entry("GET", "/metrics", health.metrics),
 )
+
+
+BATCHED = {entry.path: entry.handler for entry in ENDPOINTS if entry.path in URLS}
+"""The endpoints that lines of batches may ask, by path."""
 
 
 def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[str] = ()) -> App:

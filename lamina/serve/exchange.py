@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -49,7 +49,33 @@ class Exchange:
         """Return the value of a header, whose name is in lower case."""
         return header_of(self.scope, name)
 
+    @property
+    def owner(self) -> str:
+        """What stands for the API key of the request; nothing if the server has no keys."""
+        owner: str = self.scope.get("lamina.owner", "")
+        return owner
+
     # -- reading
+
+    async def chunks(self, limit: int) -> AsyncGenerator[bytes, None]:
+        """Give the body as it arrives. HttpError if it has more than ``limit`` bytes, or pauses for too long."""
+        arrived = 0
+        while True:
+            try:
+                async with asyncio.timeout(BODY_S):
+                    message = await self._receive()
+            except TimeoutError:
+                raise HttpError(f"nothing of the body arrived for {BODY_S:g} s", status=408) from None
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            part = message.get("body", b"")
+            arrived += len(part)
+            if arrived > limit:
+                raise HttpError(f"the body has more than {limit} bytes; shorten it", status=413)
+            if part:
+                yield part
+            if not message.get("more_body", False):
+                return
 
     async def body(self) -> bytes:
         """Return the body. HttpError if it is too long or too slow."""

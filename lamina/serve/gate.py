@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
 import logging
@@ -96,4 +97,6 @@ class Keys:
         key = given.strip().encode("latin-1")
         # All keys are compared, each in constant time, so that the time tells nothing of any of them.
         matches = [hmac.compare_digest(key, known) for known in self._keys]
+        if any(matches):
+            scope["lamina.owner"] = hashlib.sha256(key).hexdigest()[:16]
         return None if any(matches) else problems.of_status(401, "the API key is not one of this server's")

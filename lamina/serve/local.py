@@ -68,17 +68,24 @@ def run(
 async def _main(
     model: Path, options: ServeOptions, context: int | None, memory: int | None, dtype: Dtype | None, verbose: bool
 ) -> int:
+    with tempfile.TemporaryDirectory(prefix="lamina-serve-") as folder:
+        config = await small_cluster(model, Path(folder), context=context, memory=memory, dtype=dtype)
+        return await _Serving(config, options, None if verbose else log_folder(model)).run()
+
+
+async def small_cluster(
+    model: Path, folder: Path, *, context: int | None, memory: int | None, dtype: Dtype | None
+) -> ClusterConfig:
+    """Write the file of a cluster of two nodes on this machine for a checkpoint into ``folder``. See `run`."""
     check_checkpoint(model)
     facts = await read_facts(model)
     memory, context = _sizes(model, facts, context, memory, dtype)
-    with tempfile.TemporaryDirectory(prefix="lamina-serve-") as folder:
-        front, other = free_addresses(2)
-        config = write_cluster(
-            Path(folder) / "cluster.toml",
-            ModelConfig(path=str(model), dtype=dtype, context=context),
-            [ComputeNodeConfig(name="c0", address=front), MemoryNodeConfig(name="m0", address=other, memory=memory)],
-        )
-        return await _Serving(config, options, None if verbose else log_folder(model)).run()
+    front, other = free_addresses(2)
+    return write_cluster(
+        folder / "cluster.toml",
+        ModelConfig(path=str(model), dtype=dtype, context=context),
+        [ComputeNodeConfig(name="c0", address=front), MemoryNodeConfig(name="m0", address=other, memory=memory)],
+    )
 
 
 def _sizes(
@@ -226,6 +233,7 @@ def _arguments(options: ServeOptions) -> Sequence[str]:
         ("--api-key-file", options.api_key_file),
         ("--tls-certificate", options.tls_certificate),
         ("--tls-key", options.tls_key),
+        ("--files", options.files),
     ):
         if file is not None:
             words += [option, str(file)]

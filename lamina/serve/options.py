@@ -33,6 +33,8 @@ class ServeOptions:
     origins: Sequence[str] = ()
     """Whose pages browsers let use the server."""
     max_body: int = DEFAULT_BODY
+    files: Path | None = None
+    """The folder of uploaded files and of batches. None: one of this user, if no other server has it."""
 
     def keys(self) -> list[bytes]:
         """Return the API keys. ConfigError if the file has none, if others can read it, or if a key is too short."""

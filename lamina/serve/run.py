@@ -9,14 +9,16 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 import uvloop
 
 from lamina import log as logs
 from lamina.config import ClusterConfig
-from lamina.errors import ConnectError, LaminaError
-from lamina.serve.app import make_app
+from lamina.errors import ConfigError, ConnectError, LaminaError
+from lamina.serve.app import BATCHED, make_app
+from lamina.serve.batch.offline import Offline, default_folder
 from lamina.serve.facts import read_facts
 from lamina.serve.front_link import FrontLink
 from lamina.serve.gate import App
@@ -61,7 +63,10 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
     with listening:
         address = listening.getsockname()
         log.info("event=listening url=%s://%s:%d", scheme, options.host, address[1], extra={"progress": "connecting"})
-        beside = (front.keep(), _read_model(service, config), _announce(service), _end_when_drained(service, server))
+        offline = _open_files(service, options.files)
+        beside = [front.keep(), _read_model(service, config), _announce(service), _end_when_drained(service, server)]
+        if offline is not None:
+            beside.append(offline.batches.serve())
         tasks = [asyncio.create_task(work) for work in beside]
         try:
             await server.serve(sockets=[listening])
@@ -70,7 +75,22 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             service.workers.close()
+            if offline is not None:
+                offline.close()
     log.info("event=stopped")
+
+
+def _open_files(service: Service, folder: Path | None) -> Offline | None:
+    """Open the folder of files and batches. Without one that was asked for by name, the server does without."""
+    try:
+        service.offline = offline = Offline(folder or default_folder(), service, BATCHED)
+    except ConfigError as e:
+        if folder is not None:
+            raise ConfigError(f"--files: {e}") from e
+        service.offline_failure = str(e)
+        log.warning("event=no_files reason=%r", str(e))
+        return None
+    return offline
 
 
 async def _read_model(service: Service, config: ClusterConfig) -> None:

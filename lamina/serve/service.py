@@ -69,6 +69,10 @@ class Service:
     read: Model | None = None
     failure: str = ""
     """Why the model cannot be served."""
+    offline: object | None = None
+    """The files and batches, an `lamina.serve.batch.offline.Offline`, which needs this in turn."""
+    offline_failure: str = ""
+    """Why there are none."""
 
     def __post_init__(self) -> None:
         self.idle.set()
