@@ -15,7 +15,7 @@ import torch
 from lamina.config import PipelineConfig
 from lamina.errors import RequestError
 from lamina.front.scheduler import Scheduler
-from lamina.front.sequence import CacheChanges, Sequence
+from lamina.front.sequence import ScheduledStep, StepOutcome
 from lamina.sim.cluster import SimCluster
 from lamina.wire import parts
 from lamina.wire.requests import Score
@@ -91,34 +91,32 @@ def test_prompts_are_scored(changes: dict[str, Any], pipeline: dict[str, Any], l
 
 
 def test_preempted_prompts_are_scored_once(llama: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests lose their space in mid-prompt and in mid-answer; no score comes twice, none is missing, and seeded
-    answers are those that the requests get alone."""
-    asked = prompts(6, 25, 40)
-    pipeline = PipelineConfig(batches=2, max_batch=8, prefill_tokens=2)
-    config = make_config(llama, memory=448 << 10, context=192, pipeline=pipeline)
-    wanted = {**EVERYTHING, "prompt_logprobs": 0, "seed": 6}
-    left_in_prompt = []
-    preempt = Scheduler._preempt
+    """Every request loses its space in mid-prompt and in mid-answer; no score comes twice, none is missing, and seeded
+    answers are those of requests that never lost any."""
+    asked = prompts(3, 60, 90)
+    pipeline = PipelineConfig(batches=2, max_batch=8, prefill_tokens=24)
+    wanted = {**EVERYTHING, "prompt_logprobs": 0, "logprobs": 2, "seed": 6, "max_tokens": 15}
+    finish = Scheduler.finish
 
-    def spy(scheduler: Scheduler, sequence: Sequence, changes: CacheChanges) -> None:
-        left_in_prompt.append(0 < sequence.scored < len(sequence.prompt) - 1)
-        preempt(scheduler, sequence, changes)
+    def yield_twice(scheduler: Scheduler, slot: int, step: ScheduledStep, *brought: Any) -> StepOutcome:
+        for sequence in [chunk.sequence for chunk in step.prompts] + [row.sequence for row in step.decode]:
+            is_half_done = sequence.output[6:] if sequence.preemptions else sequence.prefilled
+            if sequence.preemptions < 2 and is_half_done:
+                sequence.yielding = True
+        return finish(scheduler, slot, step, *brought)
 
     async def work(cluster: SimCluster) -> None:
-        alone, _ = await ask(cluster, asked[0], max_tokens=120, **wanted)
-        monkeypatch.setattr(Scheduler, "_preempt", spy)
-        asking = []
-        for i, prompt in enumerate(asked):
-            asking.append(asyncio.create_task(ask(cluster, prompt, max_tokens=120, priority=-i, **wanted)))
-            await asyncio.sleep(0.01)
-        answers = [answer for answer, _ in await asyncio.gather(*asking)]
-        for prompt, answer in zip(asked, answers, strict=True):
+        undisturbed = [(await ask(cluster, prompt, **wanted))[0] for prompt in asked]
+        monkeypatch.setattr(Scheduler, "finish", yield_twice)
+        answers = [answer for answer, _ in await asyncio.gather(*(ask(cluster, prompt, **wanted) for prompt in asked))]
+        assert (await cluster.status("c0")).preemptions == 2 * len(asked)
+        for prompt, answer, other in zip(asked, answers, undisturbed, strict=True):
+            assert answer.tokens == other.tokens
             check_scores(answer.prompt_scores, oracle.logits(prompt[:1], prompt[1:]), prompt[1:], 0)
-            assert len(answer.tokens) == 120
-        assert answers[0].tokens == alone.tokens
-        assert {True, False} == set(left_in_prompt), (left_in_prompt, (await cluster.status("c0")).kv_tokens_total)
+            scores = [score for score in answer.scores if score]
+            check_scores(scores, oracle.logits(prompt, answer.tokens), answer.tokens, 2)
 
-    simulate(config, work)
+    simulate(make_config(llama, pipeline=pipeline), work)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +124,14 @@ def test_preempted_prompts_are_scored_once(llama: Path, oracle: Oracle, monkeypa
 )
 def test_a_seed_decides_alone(compute: tuple[range | None, ...], partition: Any, llama: Path) -> None:
     """With every parameter: alone, in a full batch, and over several compute nodes, any of which samples."""
-    asked = prompts(8)
+    asked = prompts(5, 1, 60)
 
     async def work(cluster: SimCluster) -> list[list[int]]:
-        alone = [(await ask(cluster, prompt, max_tokens=20, seed=4, **EVERYTHING))[0].tokens for prompt in asked[:3]]
-        asking = [ask(cluster, prompt, max_tokens=20, seed=4, **EVERYTHING) for prompt in asked]
+        alone = [(await ask(cluster, prompt, max_tokens=12, seed=4, **EVERYTHING))[0].tokens for prompt in asked[:2]]
+        asking = [ask(cluster, prompt, max_tokens=12, seed=4, **EVERYTHING) for prompt in asked]
         together = [answer.tokens for answer, _ in await asyncio.gather(*asking)]
-        assert together[:3] == alone
-        other, _ = await ask(cluster, asked[0], max_tokens=20, seed=5, **EVERYTHING)
+        assert together[:2] == alone
+        other, _ = await ask(cluster, asked[0], max_tokens=12, seed=5, **EVERYTHING)
         assert other.tokens != alone[0]
         for tokens in together:
             pairs = list(itertools.pairwise(tokens))
