@@ -88,20 +88,20 @@ class Settings(TypedDict, total=False):
     and DeadlineError raised. None, the default, is any number."""
 
 
-class Asked(NamedTuple):
+class Wanted(NamedTuple):
     """Holds what a program asks for."""
 
     request: Request
     deadline_s: float | None
 
 
-class _Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _OwnSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Holds the settings that concern the client alone."""
 
     deadline_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
 
 
-def asked_for(prompt: Prompt, settings: Settings) -> Asked:
+def asked_for(prompt: Prompt, settings: Settings) -> Wanted:
     """Return what is asked for. RequestError says which setting or part of the prompt is wrong, and what is
     expected."""
     known = list(Settings.__annotations__)
@@ -112,9 +112,9 @@ def asked_for(prompt: Prompt, settings: Settings) -> Asked:
             raise RequestError(f"unknown setting {name!r}; {hint}")
     values = {name: _plain(name, value) for name, value in settings.items()}
     sampling = _convert(_take(values, Sampling), Sampling)
-    own = _convert(_take(values, _Own), _Own)
+    own = _convert(_take(values, _OwnSettings), _OwnSettings)
     request = _convert({"prompt": _plain_prompt(prompt), "sampling": sampling, **values}, Request)
-    return Asked(request, own.deadline_s)
+    return Wanted(request, own.deadline_s)
 
 
 def _take(values: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
