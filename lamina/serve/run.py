@@ -20,7 +20,7 @@ from lamina.errors import ConfigError, ConnectError, LaminaError
 from lamina.serve.app import BATCHED, make_app
 from lamina.serve.batch.offline import Offline, default_folder
 from lamina.serve.facts import read_facts
-from lamina.serve.front_link import FrontLink
+from lamina.serve.front import FrontKeeper
 from lamina.serve.gate import App
 from lamina.serve.options import ServeOptions
 from lamina.serve.protocol import IDLE_S, BoundedProtocol
@@ -44,7 +44,7 @@ def run(config: ClusterConfig, options: ServeOptions) -> int:
 
 
 async def _main(config: ClusterConfig, options: ServeOptions) -> None:
-    front = FrontLink(config.front.address, config.options())
+    front = FrontKeeper(config.front.address, config.options())
     names = list(options.names) or [config.model_path.resolve().name]
     service = Service(front, names, options.max_body)
     listening = _listen(options)

@@ -25,7 +25,7 @@ from lamina.serve.batch.lines import BatchInput, read_input
 from lamina.serve.batch.progress import BatchProgress
 from lamina.serve.batch.run import run as answer_all
 from lamina.serve.facts import read_facts
-from lamina.serve.front_link import FrontLink
+from lamina.serve.front import FrontKeeper
 from lamina.serve.local import small_cluster
 from lamina.serve.options import DEFAULT_BODY
 from lamina.serve.service import Model, Service
@@ -148,7 +148,7 @@ class _Command:
 async def _service(config: ClusterConfig, names: Sequence[str]) -> AsyncIterator[Service]:
     """Give what endpoints need, as a server has it."""
     path = config.model_path
-    front = FrontLink(config.front.address, config.options())
+    front = FrontKeeper(config.front.address, config.options())
     service = Service(front, list(names) or [path.resolve().name], DEFAULT_BODY)
     service.read = Model.make(path, await read_facts(path), config.model.context)
     keeping = asyncio.create_task(front.keep())
