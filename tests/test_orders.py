@@ -16,7 +16,7 @@ from lamina.transport.messages import MAX_MESSAGE, decode_message, encode_messag
 from lamina.wire import parts
 from lamina.wire.codec import decode, encode
 from lamina.wire.orders import Choice, Done, Limits, Order, Targets, TokenRun
-from lamina.wire.parts import Part, Parts
+from lamina.wire.parts import Part, Reassembly
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling, Score
 
@@ -152,7 +152,7 @@ def test_tokens_that_are_cut_off_are_refused(wrong: bytes) -> None:
 def test_parts_of_a_message_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that never sends the last part takes no more memory than the longest message."""
     monkeypatch.setattr(parts, "MAX_WHOLE", 100)
-    come = Parts()
+    come = Reassembly()
     assert come.add(Part(data=bytes(60), more=True)) is None
     with pytest.raises(ProtocolError, match="takes more than 100 bytes"):
         come.add(Part(data=bytes(60), more=True))
