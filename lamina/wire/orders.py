@@ -139,6 +139,10 @@ class Targets(Struct, frozen=True, array_like=True):
     tokens: Annotated[list[Count], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
     top: Top
 
+    def fit(self, rows: int, vocabulary: int) -> bool:
+        """Return whether a run of so many rows has all of theirs, and their tokens are of the vocabulary."""
+        return self.row + len(self.tokens) <= rows and max(self.tokens) < vocabulary
+
 
 class TokenRun(Struct, frozen=True, array_like=True):
     """Holds consecutive tokens of one sequence, from position ``start``: one that decodes, or a chunk of a prompt.
@@ -200,8 +204,6 @@ class Limits(NamedTuple):
                 or (place.stripe is not None and place.stripe < 1)
                 or max(run.local_tokens, run.start + len(run.tokens)) > self.context
                 or max(run.tokens) >= self.vocabulary
-                or not (run.targets is None or self._fits(run.targets, run))
-                or not (run.choice is None or run.choice.fits(self.context, self.vocabulary))
             ):
                 raise ProtocolError(
                     f"an order for {len(run.tokens)} positions from {run.start} of a sequence on {place}; expected "
@@ -209,8 +211,18 @@ class Limits(NamedTuple):
                     f"{sorted(self.memory_nodes)}"
                 )
 
-    def _fits(self, targets: Targets, run: TokenRun) -> bool:
-        return targets.row + len(targets.tokens) <= len(run.tokens) and max(targets.tokens) < self.vocabulary
+            if (choice := run.choice) and not choice.fits(self.context, self.vocabulary):
+                raise ProtocolError(
+                    f"a choice for position {choice.position} with tokens, or a mask, that do not fit; expected "
+                    f"tokens below {self.vocabulary}, at most {self.context} of prompt and answer, and a mask of at "
+                    f"least {-(-self.vocabulary // 8)} bytes"
+                )
+            if (targets := run.targets) and not targets.fit(len(run.tokens), self.vocabulary):
+                raise ProtocolError(
+                    f"an order for the scores of {len(targets.tokens)} targets from row {targets.row} of a run of "
+                    f"{len(run.tokens)} tokens; expected no more rows than it has, and targets below "
+                    f"{self.vocabulary}"
+                )
 
 
 class Done(Message):
