@@ -112,7 +112,6 @@ def test_a_choice_without_a_seed_is_refused() -> None:
         (chosen(prompt=array("i", [1000]).tobytes()), "a choice"),
         (chosen(answer=array("i", [5, -1]).tobytes()), "a choice"),
         (chosen(answer=bytes(4 * 101)), "a choice"),
-        (chosen(mask=bytes(124)), "a choice"),
         (chosen(sampling=Sampling(seed=0, logit_bias={1000: 1.0})), "a choice"),
         (order(changed(RUN, targets=Targets(1, [1, 2], 0))), "2 targets from row 1"),
         (order(changed(RUN, targets=Targets(0, [1000], 0))), "1 targets from row 0"),

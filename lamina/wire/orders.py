@@ -88,8 +88,9 @@ class Choice(Struct, frozen=True, array_like=True):
     banned: Annotated[list[Count], Meta(max_length=MAX_BANNED)] = []
     """Tokens that it may not be."""
     mask: Annotated[bytes, Meta(max_length=MAX_MASK)] | None = None
-    """Which tokens it may be: bit i % 8 of byte i // 8 for token i, the least significant bit being bit 0. What lies
-    beyond the vocabulary is ignored."""
+    """Which tokens it may be: bit i % 8 of byte i // 8 for token i, the least significant bit being bit 0. It may be no
+    token beyond the mask, as a tokenizer can have fewer tokens than the model has logits. Bits beyond the vocabulary
+    are ignored."""
     logprobs: Top | None = None
     """Return its score, with so many of the likeliest tokens."""
 
@@ -119,7 +120,6 @@ class Choice(Struct, frozen=True, array_like=True):
             largest < vocabulary
             and min(_smallest(self.prompt), _smallest(self.answer)) >= 0
             and max(len(self.prompt), len(self.answer)) <= 4 * context
-            and (self.mask is None or len(self.mask) >= -(-vocabulary // 8))
         )
 
 
@@ -213,9 +213,8 @@ class Limits(NamedTuple):
 
             if (choice := run.choice) and not choice.fits(self.context, self.vocabulary):
                 raise ProtocolError(
-                    f"a choice for position {choice.position} with tokens, or a mask, that do not fit; expected "
-                    f"tokens below {self.vocabulary}, at most {self.context} of prompt and answer, and a mask of at "
-                    f"least {-(-self.vocabulary // 8)} bytes"
+                    f"a choice for position {choice.position} with tokens that do not fit; expected tokens below "
+                    f"{self.vocabulary}, and at most {self.context} in prompt and answer each"
                 )
             if (targets := run.targets) and not targets.fit(len(run.tokens), self.vocabulary):
                 raise ProtocolError(
