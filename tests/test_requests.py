@@ -11,15 +11,45 @@ from hypothesis import strategies as st
 from lamina.errors import ProtocolError
 from lamina.transport.messages import decode_message, encode_message
 from lamina.wire.codec import decode, encode
-from lamina.wire.requests import FromClient, Generate, Request, Sampling
+from lamina.wire.requests import (
+    FromClient,
+    Generate,
+    Generated,
+    Grammar,
+    JsonObject,
+    JsonSchema,
+    OneOf,
+    Piece,
+    PromptScored,
+    Regex,
+    Request,
+    Sampling,
+    Score,
+    ToClient,
+)
 
+IDS = st.lists(st.integers(0, 2**40), max_size=9)
+TEXTS = st.text(min_size=1, max_size=1024)
 SAMPLINGS = st.builds(
     Sampling,
     st.floats(0, 100),
     st.integers(0, 2**40),
     st.floats(0, 1, exclude_min=True),
     st.none() | st.integers(0, 2**63 - 1),
+    st.floats(0, 1),
+    st.floats(0, 100, exclude_min=True),
+    st.floats(-100, 100),
+    st.floats(-100, 100),
+    st.dictionaries(st.integers(0, 2**40), st.floats(-100, 100)),
 )
+CONSTRAINTS = st.one_of(
+    st.builds(JsonSchema, st.text()),
+    st.builds(JsonObject),
+    st.builds(Regex, TEXTS),
+    st.builds(OneOf, st.lists(st.text(), min_size=1, max_size=9)),
+    st.builds(Grammar, TEXTS),
+)
+TOPS = st.none() | st.integers(0, 20)
 REQUESTS = st.builds(
     Request,
     st.text() | st.lists(st.integers(0, 2**40)),
@@ -29,7 +59,21 @@ REQUESTS = st.builds(
     st.booleans(),
     st.text(max_size=256),
     st.booleans(),
+    st.integers(0, 2**40),
+    st.booleans(),
+    st.lists(TEXTS, max_size=4),
+    IDS,
+    st.booleans(),
+    st.lists(TEXTS | st.lists(st.integers(0, 2**40), min_size=1, max_size=9), max_size=4),
+    st.booleans(),
+    TOPS,
+    TOPS,
+    st.none() | CONSTRAINTS,
 )
+SCORES = st.builds(
+    Score, st.floats(-1e9, 0), st.integers(1, 2**31), st.lists(st.tuples(st.integers(0, 2**40), st.floats(-1e9, 0)))
+)
+PIECES = st.builds(Piece, st.integers(0, 2**40), st.integers(0, 2**40), st.text(), st.none() | SCORES)
 
 
 @given(st.integers(0, 2**40), REQUESTS)
@@ -37,6 +81,13 @@ def test_a_request_comes_as_it_was_sent(id_: int, request: Request) -> None:
     """Every request within the ranges arrives over the wire as it was sent."""
     sent = Generate(id=id_, request=request)
     assert decode(decode_message(encode_message(encode(sent))), FromClient) == sent
+
+
+@given(st.lists(PIECES, max_size=9), st.lists(SCORES, max_size=9))
+def test_an_answer_comes_as_it_was_sent(pieces: list[Piece], scores: list[Score]) -> None:
+    """Its pieces and scores too."""
+    for sent in (Generated(pieces=pieces), PromptScored(id=1, scores=scores)):
+        assert decode(decode_message(encode_message(encode(sent))), ToClient) == sent
 
 
 @pytest.mark.parametrize(
@@ -52,7 +103,10 @@ def test_a_request_comes_as_it_was_sent(id_: int, request: Request) -> None:
         ({"sampling": {"heat": 1}}, r"request\.sampling: unknown key 'heat'"),
         ({"priority": 101}, r"request\.priority: expected int <= 100, got 101"),
         ({"salt": "s" * 257}, r"request\.salt: expected str of length <= 256"),
-        ({"stop": ["."]}, r"request: unknown key 'stop'"),
+        ({"stop": ["."] * 17}, r"request\.stop: expected array of length <= 16"),
+        ({"stop": [""]}, r"request\.stop\[0\]: expected str of length >= 1, got ''"),
+        ({"stops": ["."]}, r"request: unknown key 'stops'"),
+        ({"constraint": {"type": "Poem"}}, r"request\.constraint\.type: invalid value 'Poem'"),
     ],
 )
 def test_a_value_out_of_range_is_named(wrong: dict[str, Any], message: str) -> None:

@@ -308,7 +308,7 @@ def test_the_spellings_of_a_word(folder: Path) -> None:
     assert tokenizer_of("byte level", folder).spellings("</s>", parse_special=True)[0] == [
         library_of("byte level").token_to_id("</s>")
     ]
-    with pytest.raises(RequestError, match="no tokens for the text ' '"):
+    with pytest.raises(RequestError, match="bad_words: this tokenizer has no tokens for ' '"):
         tokenizer_of("word pieces", folder).spellings(" ")
 
 

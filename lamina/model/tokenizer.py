@@ -156,7 +156,7 @@ class Tokenizer:
         texts = [word.lstrip(" ") or word, f" {word.lstrip(' ')}"]
         found = [encoded.ids for encoded in library.encode_batch_fast(texts, add_special_tokens=False)]
         if not all(found):
-            raise RequestError(f"this tokenizer has no tokens for the text {word!r:.200}; give token ids")
+            raise RequestError(f"bad_words: this tokenizer has no tokens for {word!r:.200}; give token ids")
         return found[:1] if found[0] == found[1] else found
 
     def require_text(self, setting: str) -> None:

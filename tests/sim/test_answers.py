@@ -99,34 +99,30 @@ def test_what_one_message_cannot_hold_comes_in_several() -> None:
 
 
 def test_stop_strings_end_an_answer_and_its_request() -> None:
-    """Nothing of them is seen, and nothing behind them; the first one counts, wherever tokens are cut."""
+    """Nothing of them is seen unless it is asked for, and nothing behind them; the first one counts, wherever tokens
+    are cut."""
+    limit = 30
 
     async def work(client: AsyncClient) -> None:
-        whole = await client.generate(PROMPT, max_tokens=60)
+        async def idle() -> bool:
+            return (await client.status()).requests_running == 0
+
+        whole = await client.generate(PROMPT, max_tokens=limit)
         assert (whole.stopped_by, whole.finish_reason) == (None, "length")
-        for start, end in ((10, 11), (17, 24), (30, 31), (40, 75)):
+        for start, end, include in ((10, 11, False), (17, 24, True), (24, 60, False)):
             stop = whole.text[start:end]
             at = whole.text.index(stop)
-            for include in (False, True):
-                stops = [whole.text[at + 8 : end + 20], stop, "nowhere"]
-                seen = ""
-                async with client.stream(PROMPT, max_tokens=60, stop=stops, include_stop=include) as stream:
-                    async for token in stream:
-                        seen += token.text
-                expected = whole.text[: at + len(stop)] if include else whole.text[:at]
-                assert seen + stream.held_back == expected
-                assert (stream.finish_reason, stream.stopped_by) == ("stop", stop)
-
-                async def idle() -> bool:
-                    return (await client.status()).requests_running == 0
-
-                await eventually(idle, 0.1)
-        stopped = await client.generate(PROMPT, max_tokens=60, stop=stop)
-        assert stopped.tokens == whole.tokens[: len(stopped.tokens)]
-        assert len(stopped.tokens) < 60
-        assert stopped.timings.prompt_s > 0
-        assert stopped.timings.answer_s > 0
-        untouched = await client.generate(PROMPT, max_tokens=60, stop=[whole.text[-6:] + "x", "nowhere"])
+            stops = [whole.text[at + 8 : end + 10], stop, "nowhere"]
+            stream = client.stream(PROMPT, max_tokens=limit, stop=stops, include_stop=include)
+            answer = await stream.completion()
+            assert answer.text == whole.text[: at + len(stop) if include else at]
+            assert (answer.finish_reason, answer.stopped_by) == ("stop", stop)
+            assert answer.tokens == whole.tokens[: len(answer.tokens)]
+            assert len(answer.tokens) < limit
+            assert answer.timings.prompt_s > 0
+            assert answer.timings.answer_s > 0
+            await eventually(idle, 0.1)
+        untouched = await client.generate(PROMPT, max_tokens=limit, stop=[whole.text[-6:] + "x", "nowhere"])
         assert untouched == whole
 
     ask(DEMO, work)
@@ -158,6 +154,8 @@ def test_words_that_are_banned_are_not_in_an_answer() -> None:
         assert f" {word}" in whole.text
         assert f" {word}" not in other.text
         assert by_ids == other
+        with pytest.raises(RequestError, match=r"the settings of this request are too long: .* 1048576 are allowed"):
+            await client.generate(PROMPT, bad_words=["\U0001f600" * 1024] * 256)
 
     ask(DEMO, work)
 
