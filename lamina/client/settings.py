@@ -10,7 +10,7 @@ import msgspec
 
 from lamina.errors import RequestError
 from lamina.validation import explain, meant
-from lamina.wire.requests import Request, Sampling
+from lamina.wire.requests import Constraint, Request, Sampling
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -50,6 +50,8 @@ class Settings(TypedDict, total=False):
     """Whether the text of a special token in the prompt, such as ``</s>``, becomes that token. By default, text is
     text: much of it comes from others, who could end a turn or begin one in another role. A program that builds a
     prompt of trusted text can set this, or give the ids of special tokens."""
+    constraint: Constraint | None
+    """What the answer has to be, such as ``OneOf(["yes", "no"])``; see docs/constraints.md."""
 
 
 def request_for(prompt: Prompt, settings: Settings) -> Request:
