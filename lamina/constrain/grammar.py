@@ -24,7 +24,7 @@ make of that text. A model may want others."""
 
 _JSON_OPTIONS = {
     # Without a bound, a model that has nothing to say may write line breaks until its tokens are used up.
-    "whitespace_pattern": r"(?:\x20|\r?\n[\x20\t]{0,64})",
+    "whitespace_pattern": r"(?:\x20|\r?\n[\x20\t]{0,20})",
     # No \u: in names of properties the library would take it for any character, also for one of a named property.
     "json_allowed_escapes": 'nrbtf\\"',
 }

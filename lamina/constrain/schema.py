@@ -114,6 +114,9 @@ class _Check:
         """From where to where references lead."""
         self._heights: dict[Place, int] = {}
         """How many levels there are below each schema, without following references."""
+        self._bounds: list[tuple[Place, int | float]] = []
+        self._combines = False
+        """Whether schemas of different places may have to be fulfilled together."""
         self._properties = self._values = self._multiples = 0
         self.result = self._schema(schema, ())
         if self.result is True:
@@ -121,6 +124,7 @@ class _Check:
         if self.result is False:
             _refuse((), "the schema is false, so no answer fits it")
         self._follow()
+        self._check_bounds()
 
     def _follow(self) -> None:
         """Check where references lead. A path through a schema takes each reference once at most."""
@@ -148,6 +152,7 @@ class _Check:
         below = [0]
         for key, value in schema.items():
             at = (*place, key)
+            self._combines |= key in ("$ref", "allOf", "anyOf", "oneOf")
             if key in _ANNOTATIONS or (key == "$id" and not place):
                 continue
             if key in _MAPS:
@@ -266,8 +271,6 @@ class _Check:
         return count
 
     def _bound(self, value: Any, place: Place) -> Any:
-        if isinstance(value, bool) and place[-1] in ("exclusiveMinimum", "exclusiveMaximum"):
-            return value  # as in draft 4
         bound = _number(value, place)
         if place[-1] == "multipleOf":
             if bound <= 0 or "e" in (digits := repr(bound)):
@@ -279,7 +282,24 @@ class _Check:
                 )
         elif abs(bound) > EXACT and bound != INT64_MAX:
             _refuse(place, f"{_short(value)} is too large to be enforced; use at most 2**53, or leave it out")
+        else:
+            self._bounds.append((place, bound))
         return bound
+
+    def _check_bounds(self) -> None:
+        """Refuse a whole number that is excluded where the opposite bound is less than 1 away: the library would allow
+        it. Bounds of different places may come together, unless nothing in the schema combines schemas."""
+        for place, bound in self._bounds:
+            if not str(place[-1]).startswith("exclusive") or not isinstance(bound, int):
+                continue
+            is_least = str(place[-1]).endswith("Minimum")
+            if (bound < 0) if is_least else (bound > 0):
+                continue  # only of the end that is nearer to 0
+            opposite = "Max" if is_least else "Min"
+            for other, limit in self._bounds:
+                meet = self._combines or other[:-1] == place[:-1]
+                if meet and opposite.lower() in str(other[-1]).lower() and abs(limit - bound) < 1:
+                    _refuse(place, f"{bound} cannot be excluded less than 1 away from {limit} at {_spell(other)}")
 
     def _pattern(self, value: Any, place: Place) -> str:
         if not isinstance(value, str):

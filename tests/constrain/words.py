@@ -62,7 +62,10 @@ class Words:
                 known = set(tokens)
                 fitting = [t for t in useful if t in known]
                 ending = next((t for t in ends if t in known and chosen.random() < 0.8), None)
-                token = ending if ending is not None else chosen.choice(fitting) if fitting else token
+                if fitting and (ending is None or (ending != self.end and chosen.random() < 0.4)):
+                    token = chosen.choice(fitting)
+                elif ending is not None:
+                    token = ending
             matcher.accept(token)
             if token == self.end:
                 return text.decode()
