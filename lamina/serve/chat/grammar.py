@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from llguidance import regex_to_lark
+
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer, spelling
 from lamina.serve.chat.formats import ReasoningFormat, ToolFormat
@@ -90,7 +92,7 @@ class Grammars:
             case JsonObject():
                 content = rules.json("content", '{"type": "object"}')
             case Regex(pattern):
-                content = rules.add("content", f"/{_slashed(pattern)}/")
+                content = rules.add("content", f"/{regex_to_lark(pattern, '')}/")
             case OneOf(texts):
                 content = rules.add("content", " | ".join(map(_quoted, texts)))
             case Grammar():
@@ -175,12 +177,3 @@ class _Rules:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _slashed(pattern: str) -> str:
-    """Return a pattern in which each ``/`` is escaped."""
-    escaped, skip = "", False
-    for character in pattern:
-        escaped += "\\/" if character == "/" and not skip else character
-        skip = character == "\\" and not skip
-    return escaped

@@ -302,6 +302,8 @@ def test_special_tokens_that_mark_nothing_stay_hidden() -> None:
     assert chat("mistral").show_special
     assert not chat("qwen").show_special
     assert told(read("mistral", "a</s>b", "[IN", "ST]c")) == ("abc", "", [])
+    shown = chat("mistral").reader(ASKED, Prompt([], ""), hide_special=False)
+    assert told([*shown.push("a</s>b"), *shown.finish()]) == ("a</s>b", "", [])
 
 
 def test_ids_have_the_form_that_the_template_needs() -> None:
