@@ -267,11 +267,9 @@ def test_malformed_calls_are_content(style: str, text: str) -> None:
     assert told(read(style, *text, prompt=prompt)) == (text, "", [])
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", sorted(STYLES.keys() - {"harmony"}))
 def test_marks_are_not_read_where_there_are_no_tools(style: str) -> None:
-    """Without tools, or if none may be called, the spelling of a mark is text."""
-    if style == "harmony":
-        pytest.skip("it always has channels")
+    """Without tools, or if none may be called, the spelling of a mark is text. (Harmony always has channels.)"""
     text = '{"name": "f", "parameters": {}} <tool_call> [TOOL_CALLS] <｜tool▁calls▁begin｜>'
     answer = told(read(style, *text, request=ChatRequest(ASKED.messages), prompt="<think></think>"))
     assert answer == (text, "", []) or (style == "mistral" and "[TOOL_CALLS]" not in answer[0])
