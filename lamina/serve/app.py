@@ -65,7 +65,7 @@ def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[
         Entry("GET", "/openapi.json", documentation.openapi),
         Entry("GET", "/docs", documentation.page),
     )
-    routes = [Route(entry.path, _Endpoint(service, entry), methods=[entry.method]) for entry in entries]
+    routes = [Route(entry.path, _EndpointApp(service, entry), methods=[entry.method]) for entry in entries]
     app: Any = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
     app.router.redirect_slashes = False
     app = Keys(app, keys)
@@ -80,7 +80,7 @@ def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[
     return Gate(app, service.metrics)
 
 
-class _Endpoint:
+class _EndpointApp:
     """Runs the handler of one endpoint as an ASGI application, and answers with its error if it raises one."""
 
     def __init__(self, service: Service, entry: Entry) -> None:

@@ -55,7 +55,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         constraint=constraint,
         show_special=model.chat.show_special or not body.skip_special_tokens,
     )
-    choices = [_Message(model, body, asked, prompt) for _ in range(body.n)]
+    choices = [_MessageAnswer(model, body, asked, prompt) for _ in range(body.n)]
     job = Job(
         object="chat.completion",
         chunk_object="chat.completion.chunk",
@@ -105,8 +105,8 @@ def _of_prompt(model: Model, body: ChatBody, ids: list[int], scores: list[Score]
     return fields
 
 
-class _Message:
-    """One answer: see `lamina.serve.generate.Choice`."""
+class _MessageAnswer:
+    """One answer: see `lamina.serve.generate.AnswerForm`."""
 
     def __init__(self, model: Model, body: ChatBody, asked: ChatRequest, prompt: Prompt) -> None:
         self.prompt_scores: list[Score] = []

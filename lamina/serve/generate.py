@@ -1,6 +1,6 @@
 """Run what an HTTP request asks for, and write it as one answer or as a stream of events.
 
-Completions and chats differ in how an answer looks: see `Choice`. Everything else is here.
+Completions and chats differ in how an answer looks: see `AnswerForm`. Everything else is here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Fields = dict[str, Any]
 """The keys of a choice, without its index."""
 
 
-class Choice(Protocol):
+class AnswerForm(Protocol):
     """One answer, in the form of one endpoint. Either the stream methods are called, or ``take`` and then ``whole``."""
 
     prompt_scores: list[Score]
@@ -71,7 +71,7 @@ class Job:
     model: str
     requests: Sequence[Request]
     """One for each choice."""
-    choices: Sequence[Choice]
+    choices: Sequence[AnswerForm]
     prompt_tokens: int
     """Of all prompts, each counted once."""
     prompts: int
@@ -82,7 +82,7 @@ class Job:
 
 
 @dataclass
-class _Usage:
+class _TokenUsage:
     prompt_tokens: int
     completion_tokens: int = 0
     cached: int = 0
@@ -123,7 +123,7 @@ class _Writer:
         self._exchange = exchange
         self._job = job
         self._gathering = gathering
-        self._usage = _Usage(job.prompt_tokens)
+        self._usage = _TokenUsage(job.prompt_tokens)
         self._now = asyncio.get_running_loop().time
         self._begun = exchange.begun_s
         self._last: list[float] = [0.0] * len(job.choices)
