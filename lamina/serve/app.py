@@ -15,8 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lamina.errors import LaminaError
-from lamina.serve import chat_completions, completions, health, models, problems, tokens
+from lamina.serve import chat_completions, completions, health, models, problems, responses, tokens
 from lamina.serve.chat.request import ChatFields
+from lamina.serve.chat.responses import ResponseFields
 from lamina.serve.docs import Documentation
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from lamina.serve.gate import App, Gate, Keys
@@ -45,6 +46,7 @@ ENDPOINTS = (
         chat_completions.chat_completions,
         (chat_completions.ChatBody, ChatFields),
     ),
+    Entry("POST", "/v1/responses", responses.responses, (ResponseFields,)),
     Entry("GET", "/v1/models", models.models),
     Entry("GET", "/v1/models/{name:path}", models.model),
     Entry("POST", "/tokenize", tokens.tokenize, (tokens.TokenizeBody,)),
