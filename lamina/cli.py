@@ -276,6 +276,77 @@ def up(
 
 
 @app.command()
+def serve(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG|MODEL_DIR", help="The file of a running cluster, or a checkpoint directory."),
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="The file with the API keys, one a line; only its owner may read it.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="A name of the model for clients; repeatable; default: the name of its folder."),
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="The certificate in PEM, for https; needs --tls-key.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of the certificate.")] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="An origin whose pages may use the server in browsers; repeatable; * is any."),
+    ] = None,
+    max_body: Annotated[str, typer.Option(help="The size of the largest body of a request.")] = "16MiB",
+    context: Annotated[
+        int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="With MODEL_DIR: the size of the KV cache; default: of what memory is free.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="With MODEL_DIR: show all logs instead of keeping them in files.")
+    ] = False,
+) -> None:
+    """Serve a cluster over HTTP, as OpenAI's API does; for a checkpoint, start a cluster on this machine first."""
+    from lamina.config import load, parse_size
+    from lamina.serve.options import ServeOptions
+
+    options = ServeOptions(
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        names=tuple(served_model_name or ()),
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        origins=tuple(cors_origin or ()),
+        max_body=_parse("max_body", parse_size, max_body),
+    )
+    options.check()
+    if target.is_dir():
+        from lamina.model.files import DTYPES
+        from lamina.serve import local
+
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+        size = None if memory is None else _parse("memory", parse_size, memory)
+        raise typer.Exit(local.run(target, options, context=context, memory=size, dtype=dtype, verbose=verbose))
+    for key, given in (("context", context), ("memory", memory), ("dtype", dtype), ("verbose", verbose or None)):
+        if given is not None:
+            raise ConfigError(f"{_option(key)}: only allowed with a checkpoint directory; {target} is a cluster file")
+    from lamina.serve.run import run
+
+    raise typer.Exit(run(load(target), options))
+
+
+@app.command()
 def status(config: ConfigFile, as_json: Json = False) -> None:
     """Show the state of every node of a cluster file; the exit status is 0 if all are ready, else 1."""
     from lamina.config import load
@@ -303,14 +374,36 @@ def generate(
         typer.Argument(metavar="PROMPT", help="The text to continue; - is standard input.", show_default=False),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The file with the text to continue.")] = None,
+    prompt_ids: Annotated[
+        bool, typer.Option("--prompt-ids", help="The prompt is token ids, separated by spaces or commas.")
+    ] = False,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="The maximum number of tokens to generate; default: what the context leaves."),
     ] = None,
+    min_tokens: Annotated[
+        int, typer.Option(min=0, help="The minimum number of tokens to generate: nothing stops the text earlier.")
+    ] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End the text before this text; may be given several times.", show_default=False),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on behind the tokens with which the model ends its texts.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0, max=100, help="The sampling temperature; 0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample only from the k likeliest tokens; 0 means all.")] = 0,
     top_p: Annotated[
         float, typer.Option(help="Sample only from the likeliest tokens whose probabilities add up to this.")
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Sample only tokens with at least this part of the probability of the likeliest one."
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Make tokens of the prompt and the text less likely, if more than 1.")
     ] = 1.0,
     seed: Annotated[
         int | None, typer.Option(min=0, help="The seed of the sampling; the same seed gives the same text.")
@@ -332,20 +425,25 @@ def generate(
 ) -> None:
     """Stream the continuation of a prompt from a running cluster."""
     from lamina.config import TransportConfig
-    from lamina.ops.generate import read_prompt, run
+    from lamina.ops.generate import read_ids, read_prompt, run
 
     links = TransportConfig(
         secret_file=secret_file, tls_certificate=tls_certificate, tls_key=tls_key, tls_authority=tls_authority
     )
     run(
         cluster,
-        read_prompt(prompt, prompt_file),
+        read_ids(prompt, prompt_file) if prompt_ids else read_prompt(prompt, prompt_file),
         links,
         as_json=as_json,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=stop or [],
+        ignore_eos=ignore_eos,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
     )
 

@@ -3,7 +3,8 @@
     LaminaError                   catch this and nothing of Lamina's escapes
     ├── UsageError                the caller's mistake; the command line exits with status 2
     │   ├── ConfigError           a configuration file or an option says something impossible
-    │   └── RequestError          a request that cannot be served as it was asked
+    │   ├── RequestError          a request that cannot be served as it was asked
+    │   └── HttpError             an HTTP request is answered with an error; names the status
     ├── CheckpointError           a checkpoint directory is missing something or is damaged
     │   └── UnsupportedModelError a model needs what Lamina cannot represent; names the feature
     ├── CapacityError             a KV cache, a block pool or a queue is too small or full
@@ -13,6 +14,7 @@
     │   ├── ProtocolError         the peer sent something that the protocol does not allow
     │   └── PeerLostError         the peer died, closed the connection or fell silent
     │       └── PeerSilentError   the peer fell silent: it hangs, or the network is cut
+    ├── DeadlineError             an answer took longer than its request allowed
     ├── NodeError                 a node reports a failure of its own; names the node
     └── DeadlockError             a simulation in which nothing can happen any more
 
@@ -40,6 +42,29 @@ class ConfigError(UsageError):
 
 class RequestError(UsageError):
     """A request cannot be served as it was asked: empty prompt, prompt longer than the context, bad sampling."""
+
+
+class HttpError(UsageError):
+    """An HTTP request gets this error as its answer, in the form of OpenAI's API.
+
+    ``param`` names the parameter that is wrong, if it is one. ``retry_after_s`` says after how many seconds the same
+    request may succeed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.retry_after_s = retry_after_s
 
 
 class CheckpointError(LaminaError):
@@ -83,6 +108,10 @@ class PeerLostError(TransportError):
 
 class PeerSilentError(PeerLostError):
     """The peer was silent for longer than ``peer_timeout``, while its connection was open."""
+
+
+class DeadlineError(LaminaError):
+    """An answer was not complete within the ``deadline_s`` of its request, which was cancelled."""
 
 
 class NodeError(LaminaError):

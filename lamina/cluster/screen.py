@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 
 from rich.cells import cell_len
 
@@ -14,8 +15,9 @@ from lamina.table import discard_output
 class Screen:
     """Writes to standard output as long as that has a reader; the nodes do not depend on it."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._nodes = {n.name: (n.role, str(n.address)) for n in config.node}
+    def __init__(self, config: ClusterConfig, others: Mapping[str, tuple[str, str]] | None = None) -> None:
+        """``others`` are processes beside the nodes: the role and the address of each, by name."""
+        self._nodes = {n.name: (n.role, str(n.address)) for n in config.node} | dict(others or {})
         self._terminal = sys.stdout.isatty()
         self._drawn = 0
         """How many lines of the terminal hold the list of nodes, which is the last thing above the cursor."""

@@ -54,7 +54,7 @@ async def _main(config: ClusterConfig, *, verbose: bool, log_format: logs.Format
             ready = True
             screen.say(f'ready; next: lamina generate {config.file} "Once upon a time" (Ctrl-C here stops the nodes)')
 
-    folder = None if verbose else _log_folder(config)
+    folder = None if verbose else log_folder(config.file)
     cluster = Cluster(config, log_folder=folder, on_change=on_change)
     async with cluster:
         # Not before: a cluster of this file that runs already has its logs there.
@@ -77,9 +77,10 @@ async def _main(config: ClusterConfig, *, verbose: bool, log_format: logs.Format
     return 0
 
 
-def _log_folder(config: ClusterConfig) -> Path:
-    """Return the folder of logs for this cluster file, which only the user can read; it is made if it is missing."""
-    file = config.file.resolve()
+def log_folder(path: Path) -> Path:
+    """Return the folder of logs for a cluster file or a checkpoint, which only the user can read; it is made if it is
+    missing."""
+    file = path.resolve()
     name = f"{file.stem}-{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
     try:
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")

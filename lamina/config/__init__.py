@@ -18,7 +18,7 @@ from lamina.config.schema import (
     TransportConfig,
     TransportKind,
 )
-from lamina.config.secret import read_secret, write_secret
+from lamina.config.secret import read_private, read_secret, write_secret
 from lamina.config.texts import format_cpus, format_range, format_size, parse_cpus, parse_range, parse_size
 from lamina.config.write import write_cluster
 
@@ -41,6 +41,7 @@ __all__ = [
     "parse_cpus",
     "parse_range",
     "parse_size",
+    "read_private",
     "read_secret",
     "write_cluster",
     "write_secret",

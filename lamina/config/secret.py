@@ -14,7 +14,22 @@ from lamina.transport.options import MAX_SECRET_BYTES, MIN_SECRET_BYTES
 def read_secret(path: Path) -> bytes:
     """The cluster secret in a file; one newline at its end does not count.
 
-    Its owner alone may read it. Where that is root, a group of this process may as well: so Kubernetes mounts secrets.
+    Its owner alone may read it: see `read_private`.
+    """
+    try:
+        secret = read_private(path, MAX_SECRET_BYTES + 2)
+    except FileNotFoundError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}; `lamina secret {path}` makes a new one") from e
+    secret = secret.removesuffix(b"\n")
+    if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
+        size = f"{len(secret)} bytes" if len(secret) <= MAX_SECRET_BYTES else "more"
+        raise ConfigError(f"{path}: expected a secret of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes, got {size}")
+    return secret
+
+
+def read_private(path: Path, most: int) -> bytes:
+    """At most so many bytes of a file that its owner alone may read; where that is root, a group of this process may
+    as well: so Kubernetes mounts secrets. ConfigError if it cannot be read, or FileNotFoundError.
     """
     try:
         # Opening a pipe would wait for a writer.
@@ -29,17 +44,13 @@ def read_secret(path: Path) -> bytes:
                     f"{path} is open to others (mode {stat.S_IMODE(mode):04o}); let its owner alone read it: "
                     f"chmod 600 {path}"
                 )
-            secret = file.read(MAX_SECRET_BYTES + 2)
+            return file.read(most)
+    except FileNotFoundError:
+        raise
     except OSError as e:
-        hint = f"; `lamina secret {path}` makes a new one" if isinstance(e, FileNotFoundError) else ""
-        raise ConfigError(f"{path} cannot be read: {e.strerror}{hint}") from e
+        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
     except ValueError as e:  # a name that no file can have
         raise ConfigError(f"{str(path)!r} cannot be read: {e}") from e
-    secret = secret.removesuffix(b"\n")
-    if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
-        size = f"{len(secret)} bytes" if len(secret) <= MAX_SECRET_BYTES else "more"
-        raise ConfigError(f"{path}: expected a secret of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes, got {size}")
-    return secret
 
 
 def write_secret(path: Path) -> None:

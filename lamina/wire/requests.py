@@ -19,9 +19,9 @@ Prompt = str | list[Count]
 """Text or token ids."""
 
 
-class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """Says how the tokens of a request are chosen. The processors work in the order of these fields from
-    ``repetition_penalty`` on, as in the `transformers` library where both have them."""
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Says how the tokens of a request are chosen. `lamina.compute.sampler` documents the order in which the fields
+    take effect, which is that of the `transformers` library where both have them."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0 is greedy."""
@@ -70,6 +70,8 @@ class Grammar(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """The answer fits a context-free grammar, in the Lark dialect."""
 
     grammar: Annotated[str, Meta(min_length=1, max_length=1 << 18)]
+    schemas: Annotated[dict[str, Annotated[str, Meta(max_length=1 << 18)]], Meta(max_length=2048)] = {}
+    """Rules that are no part of ``grammar``: by their names, the JSON schemas that what they stand for has to fit."""
 
 
 Constraint = JsonSchema | JsonObject | Regex | OneOf | Grammar

@@ -18,6 +18,7 @@ from lamina.client import AsyncClient, Completion
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
+from lamina.front.intake import End
 from lamina.model.tokenizer import Tokenizer
 from lamina.node.compute import ComputeNode
 from lamina.sim.cluster import SimCluster
@@ -27,6 +28,7 @@ from lamina.wire.codec import Message, encode
 from lamina.wire.requests import PART, Cancel, Generate, PromptPart, Request, Sampling
 from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
+from tests.sim.answers import Recorded
 from tests.sim.clusters import (
     eventually,
     is_idle,
@@ -128,26 +130,6 @@ def test_an_answer_that_has_failed_fails_again() -> None:
     ask("empty", work)
 
 
-class Recorded:
-    """Records what becomes of a request; if ``breaks``, it raises an error at the end, as a tokenizer might."""
-
-    def __init__(self, *, breaks: bool = False) -> None:
-        self.breaks = breaks
-        self.tokens: list[int] = []
-        self.end: asyncio.Future[str | LaminaError] = asyncio.get_running_loop().create_future()
-
-    def token(self, token: int) -> None:
-        self.tokens.append(token)
-
-    def finished(self, reason: str) -> None:
-        if self.breaks:
-            raise ValueError("no such character")
-        self.end.set_result(reason)
-
-    def failed(self, error: LaminaError) -> None:
-        self.end.set_result(error)
-
-
 def test_an_answer_that_cannot_be_completed_harms_no_other() -> None:
     """It fails alone; the others of its step end in order, and all space is free again."""
 
@@ -159,7 +141,7 @@ def test_an_answer_that_cannot_be_completed_harms_no_other() -> None:
             await front.intake().submit(Request([i], 5, Sampling(seed=0)), [i], answer)
         ends = await asyncio.gather(*(answer.end for answer in answers))
         assert str(ends[0]) == "compute node c0 failed: ValueError('no such character')"
-        assert ends[1:] == ["length", "length"]
+        assert [end.reason for end in ends[1:] if isinstance(end, End)] == ["length", "length"]
         assert all(len(answer.tokens) == 5 for answer in answers)
 
     simulate(make_config(pipeline=PipelineConfig(batches=1)), work)
@@ -331,6 +313,7 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
             3: "the prompt has 10000 tokens, the context is 512 and must leave room for an answer; use at most 511",
             5: "the prompt of request 4 is still coming on this connection; wait",
             6: "",  # finished
+            None: "",  # its token
         }
         await link.close()
 

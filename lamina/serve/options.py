@@ -1,0 +1,84 @@
+"""The options of ``lamina serve`` that are about HTTP, and the file of its keys."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lamina.config import read_private
+from lamina.errors import ConfigError
+from lamina.transport import Address
+
+DEFAULT_BODY = 16 << 20
+"""The most bytes of a request's body."""
+MAX_KEY_FILE = 1 << 16
+MIN_KEY = 8
+"""The least characters of an API key."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of ``lamina serve`` that are about HTTP."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    """Has one key on each line."""
+    names: Sequence[str] = ()
+    """The names of the model. None: the name of its folder."""
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    origins: Sequence[str] = ()
+    """Whose pages browsers let use the server."""
+    max_body: int = DEFAULT_BODY
+
+    def keys(self) -> list[bytes]:
+        """Return the API keys. ConfigError if the file has none, if others can read it, or if a key is too short."""
+        if self.api_key_file is None:
+            return []
+        return read_keys(self.api_key_file)
+
+    def check(self) -> None:
+        """Raise ConfigError for options that do not fit together."""
+        if not Address("tcp", self.host, self.port).is_loopback and self.api_key_file is None:
+            raise ConfigError(
+                f"--host: {self.host} can be reached from other machines, so it needs --api-key-file with the keys "
+                "of those who may use it, one a line; without keys, serve 127.0.0.1"
+            )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            missing = "--tls-key" if self.tls_key is None else "--tls-certificate"
+            raise ConfigError(f"{missing}: missing; certificate and key are needed together")
+        if self.tls_certificate is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_certificate, self.tls_key)
+            except (OSError, ssl.SSLError) as e:
+                raise ConfigError(f"--tls-certificate: {self.tls_certificate} cannot be used: {e.strerror or e}") from e
+        self.keys()
+
+
+def read_keys(file: Path) -> list[bytes]:
+    """Return the API keys in a file that only its owner can read, one a line. ConfigError says what is wrong."""
+    try:
+        text = read_private(file, MAX_KEY_FILE)
+    except FileNotFoundError as e:
+        raise ConfigError(f"--api-key-file: {file} cannot be read: {e.strerror}") from e
+    except ConfigError as e:
+        raise ConfigError(f"--api-key-file: {e}") from e
+    if len(text) == MAX_KEY_FILE:
+        raise ConfigError(f"--api-key-file: {file} has more than {MAX_KEY_FILE - 1} bytes")
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        key = line.strip()
+        if not key:
+            continue
+        if len(key) < MIN_KEY or not key.isascii() or len(key.split()) > 1:
+            raise ConfigError(
+                f"--api-key-file: {file}, line {number}: expected a key of at least {MIN_KEY} ASCII characters "
+                "without spaces"
+            )
+        found.append(key)
+    if not found:
+        raise ConfigError(f"--api-key-file: {file} has no key; write one on each line")
+    return found

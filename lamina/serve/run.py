@@ -1,0 +1,159 @@
+"""``lamina serve CONFIG``: begin the server, and end it when its last answer has been sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+import uvloop
+
+from lamina import log as logs
+from lamina.config import ClusterConfig
+from lamina.errors import ConnectError, LaminaError
+from lamina.serve.app import make_app
+from lamina.serve.cluster_view import ClusterView
+from lamina.serve.facts import read_facts
+from lamina.serve.front_link import FrontLink
+from lamina.serve.gate import App
+from lamina.serve.options import ServeOptions
+from lamina.serve.protocol import IDLE_S, BoundedProtocol
+from lamina.serve.service import Model, Service
+
+log = logging.getLogger("lamina.serve")
+
+DRAIN_S = 30.0
+"""How long answers may take after the server was told to stop."""
+ASK_EVERY_S = 0.1
+
+
+def run(config: ClusterConfig, options: ServeOptions) -> int:
+    """Serve the cluster of ``config`` until this process is told to stop. Return the exit status."""
+    options.check()
+    logs.configure("serve", format_=logs.choose_format(configured=config.log.format))
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it says of requests, this server says itself
+    _raise_descriptor_limit()
+    uvloop.run(_main(config, options))
+    return 0
+
+
+async def _main(config: ClusterConfig, options: ServeOptions) -> None:
+    front = FrontLink(config.front.address, config.options())
+    names = list(options.names) or [config.model_path.resolve().name]
+    service = Service(front, names, options.max_body)
+    listening = _listen(options)
+    view = ClusterView(config)
+    server = _Server(make_app(service, view, keys=options.keys(), origins=options.origins), options)
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        log.info("event=%s", "stopping_now" if service.draining.is_set() else "stopping")
+        if service.draining.is_set():
+            server.force_exit = server.should_exit = True
+        service.draining.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    scheme = "https" if options.tls_certificate else "http"
+    with listening:
+        address = listening.getsockname()
+        log.info("event=listening url=%s://%s:%d", scheme, options.host, address[1], extra={"progress": "connecting"})
+        beside = (front.keep(), _read_model(service, config), _announce(service), _end_when_drained(service, server))
+        tasks = [asyncio.create_task(work) for work in beside]
+        try:
+            await server.serve(sockets=[listening])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await view.close()
+            service.workers.close()
+    log.info("event=stopped")
+
+
+async def _read_model(service: Service, config: ClusterConfig) -> None:
+    path = config.model_path
+    try:
+        facts = await read_facts(path)
+        service.read = await service.workers.run(Model.make, path, facts, config.model.context, long=True)
+    except LaminaError as e:
+        service.failure = str(e)
+        log.error("event=failed reason=%r", str(e), extra={"failure": e})
+
+
+async def _announce(service: Service) -> None:
+    """Say once that requests are taken."""
+    while not service.is_ready:  # noqa: ASYNC110 # several things make it so
+        await asyncio.sleep(ASK_EVERY_S)
+    log.info("event=ready model=%s", service.names[0], extra={"progress": "ready"})
+
+
+async def _end_when_drained(service: Service, server: uvicorn.Server) -> None:
+    """End the server after its last answer. Until then it listens, and says that it is not ready."""
+    await service.draining.wait()
+    try:
+        await asyncio.wait_for(service.idle.wait(), DRAIN_S)
+    except TimeoutError:
+        log.warning("event=answers_cut answers=%d seconds=%g", len(service.running), DRAIN_S)
+        service.stop_answers()
+        await asyncio.sleep(ASK_EVERY_S)
+    server.should_exit = True
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    """Return a listening socket. ConnectError says why there can be none."""
+    try:
+        found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, place = found[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+        listening.listen(1024)
+        listening.setblocking(False)
+    except OSError as e:
+        raise ConnectError(
+            f"--host and --port: the server cannot listen at {options.host}:{options.port}: "
+            f"{(e.strerror or str(e)).lower()}; choose another port"
+        ) from e
+    return listening
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many connections as the system allows this process, not only the usual 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 20)), hard))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, whose signals its caller handles."""
+
+    def __init__(self, app: App, options: ServeOptions) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=BoundedProtocol,
+                ws="none",
+                interface="asgi3",
+                lifespan="off",
+                loop="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=int(IDLE_S),
+                timeout_graceful_shutdown=2,
+                ssl_certfile=options.tls_certificate,
+                ssl_keyfile=options.tls_key,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
