@@ -164,6 +164,13 @@ class Tokenizer:
         if self._library is None:
             raise RequestError(f"{setting}: {self._missing}, so answers have no text")
 
+    def to_json(self) -> str:
+        """Return the tokenizer in the library's format. Raises RequestError if there is none."""
+        if self._library is None:
+            raise RequestError(f"{self._missing}, so answers cannot be constrained")
+        text: str = self._library.to_str()
+        return text
+
     def encode_marked(self, text: str) -> list[int]:
         """Return the token ids of a rendered chat, which has all its special tokens in its text.
 

@@ -101,7 +101,7 @@ async def run(service: Service, exchange: Exchange, job: Job) -> None:
     """Answer a request that generates. Raises what the front says against it, and ClientGoneError."""
     service.require_running()
     requests = [replace(request, name=exchange.id) for request in job.requests]
-    with Gathering(service.front.connection(), service.front.ids, requests) as gathering:
+    with Gathering(service.front.link(), service.front.ids, requests) as gathering:
         service.began(gathering)
         watching = asyncio.create_task(_watch(exchange, gathering))
         try:
