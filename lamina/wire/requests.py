@@ -90,8 +90,6 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """The request with the highest priority goes first; equal ones go in the order of their arrival."""
     share_prefix: bool = True
     """Whether it may share the keys and values of a prompt with the same beginning."""
-    name: Annotated[str, Meta(max_length=256)] = ""
-    """How logs and traces call the request. One with a name gets a line in the front's log when it ends."""
     salt: Annotated[str, Meta(max_length=256)] = ""
     """Only requests with the same salt share anything."""
     parse_special: bool = False
@@ -118,6 +116,8 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """The same for the tokens of the prompt, which then shares no keys and values of others."""
     constraint: Constraint | None = None
     """What the answer has to be."""
+    name: Annotated[str, Meta(max_length=256)] = ""
+    """How logs and traces call the request. One with a name gets a line in the front's log when it ends."""
 
 
 class Generate(Message):
