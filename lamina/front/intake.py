@@ -197,8 +197,8 @@ class Intake:
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
-        if self._open.pop(sequence, None) is not None:
-            self.meter.left(sequence)
+        if own := self._open.pop(sequence, None):
+            self.meter.left(sequence, self._loop.time() - own.arrived_s)
             self._there.post(self._engine.cancel, sequence)
             self._note_idle()
 
@@ -352,7 +352,7 @@ class Intake:
 
     def _fail(self, sequence: Sequence, error: LaminaError) -> None:
         if own := self._open.pop(sequence, None):
-            self.meter.unanswered(error, sequence.request.name)
+            self.meter.broken_off(sequence, error, self._loop.time() - own.arrived_s)
             own.answer.failed(error)
 
     def _count(self, sequence: Sequence, end: End) -> None:
@@ -393,7 +393,7 @@ class Intake:
         self._failure = error
         log.error("event=failed requests=%d reason=%r", len(self._open), str(error))
         for sequence, own in list(self._open.items()):
-            self.meter.unanswered(error, sequence.request.name)
+            self.meter.broken_off(sequence, error, self._loop.time() - own.arrived_s)
             own.answer.failed(error)
         self._open.clear()
         self._idle.set()

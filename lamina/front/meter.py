@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 from lamina.front.sequence import Sequence
 from lamina.metrics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
 
 log = logging.getLogger("lamina.front")
+
+
+class EndedRequest(NamedTuple):
+    """Describes a request that is over, for traces. Times are seconds."""
+
+    name: str
+    traceparent: str
+    prompt_tokens: int
+    shared_tokens: int
+    tokens: int
+    preemptions: int
+    queued_s: float
+    prompt_s: float
+    answer_s: float
+    reason: str = ""
+    error: str = ""
+    """Why it was not answered whole."""
 
 
 class Meter:
@@ -30,6 +49,8 @@ class Meter:
         self.failed: Counter[str] = Counter(RequestError=0, CapacityError=0, NodeError=0)
         """Requests that failed or were refused, by the class of the error."""
         self.cancelled = 0
+        self.on_end: Callable[[EndedRequest], None] | None = None
+        """Is told of every request that had arrived at the engine and is over."""
 
     def first_token(self, sequence: Sequence, seconds: float) -> None:
         """Count the first token of a request, so many seconds after its arrival."""
@@ -54,16 +75,55 @@ class Meter:
                 prompt_s,
                 answer_s,
             )
+        self._tell(sequence, queued_s, prompt_s, answer_s, reason=reason)
+
+    def broken_off(self, sequence: Sequence, error: Exception, lasted_s: float) -> None:
+        """Count a request that failed so many seconds after its arrival."""
+        self.unanswered(error, sequence.request.name)
+        self._tell(sequence, 0.0, 0.0, lasted_s, error=str(error))
 
     def unanswered(self, error: Exception, name: str) -> None:
-        """Count a request that failed or was refused."""
+        """Count a request that failed or was refused before the engine had it."""
         kind = type(error).__name__
         self.failed[kind] += 1
         if name:
             log.warning("event=unanswered request=%r kind=%s reason=%r", name, kind, str(error))
 
-    def left(self, sequence: Sequence) -> None:
-        """Count a request whose client has given it up."""
+    def left(self, sequence: Sequence, lasted_s: float) -> None:
+        """Count a request whose client has given it up, so many seconds after its arrival."""
         self.cancelled += 1
         if name := sequence.request.name:
             log.info("event=cancelled request=%r tokens=%d", name, len(sequence.output))
+        self._tell(sequence, 0.0, 0.0, lasted_s, error="the client gave it up")
+
+    def _tell(
+        self,
+        sequence: Sequence,
+        queued_s: float,
+        prompt_s: float,
+        answer_s: float,
+        *,
+        reason: str = "",
+        error: str = "",
+    ) -> None:
+        if self.on_end is None:
+            return
+        request = sequence.request
+        try:
+            self.on_end(
+                EndedRequest(
+                    request.name,
+                    request.traceparent,
+                    len(sequence.prompt),
+                    sequence.found,
+                    len(sequence.output),
+                    sequence.preemptions,
+                    queued_s,
+                    prompt_s,
+                    answer_s,
+                    reason,
+                    error,
+                )
+            )
+        except Exception:  # traces must not harm answers
+            log.exception("event=trace_failed request=%r", request.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lamina.serve.exchange import ClientGoneError, Exchange
 from lamina.serve.gathering import AnswerEnd, Event, Gathering, NewTokens
 from lamina.serve.parameters import StreamOptions
 from lamina.serve.service import Service
-from lamina.wire.requests import Finished, Request, Score
+from lamina.wire.requests import TRACEPARENT, Finished, Request, Score
 
 log = logging.getLogger("lamina.serve")
 
@@ -100,7 +101,10 @@ class _Usage:
 async def run(service: Service, exchange: Exchange, job: Job) -> None:
     """Answer a request that generates. Raises what the front says against it, and ClientGoneError."""
     service.require_running()
-    requests = [replace(request, name=exchange.id) for request in job.requests]
+    parent = exchange.header(b"traceparent") or ""
+    if not re.match(TRACEPARENT, parent):
+        parent = ""  # as the recommendation wants it
+    requests = [replace(request, name=exchange.id, traceparent=parent) for request in job.requests]
     with Gathering(service.front.link(), service.front.ids, requests) as gathering:
         service.began(gathering)
         watching = asyncio.create_task(_watch(exchange, gathering))

@@ -75,6 +75,8 @@ class Grammar(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 Constraint = JsonSchema | JsonObject | Regex | OneOf | Grammar
+TRACEPARENT = "^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$"
+"""What the recommendation of the W3C on trace contexts allows in version 00, or nothing."""
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Top = Annotated[int, Meta(ge=0, le=20)]
 
@@ -118,6 +120,8 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """What the answer has to be."""
     name: Annotated[str, Meta(max_length=256)] = ""
     """How logs and traces call the request. One with a name gets a line in the front's log when it ends."""
+    traceparent: Annotated[str, Meta(pattern=TRACEPARENT)] = ""
+    """The span of the client that the trace of the request hangs on, as in the HTTP header of this name; or nothing."""
 
 
 class Generate(Message):
