@@ -46,13 +46,12 @@ class RequestTraces:
             "request", parent, kind=SpanKind.SERVER, attributes=_attributes(request), start_time=at
         )
         within = set_span_in_context(whole)
-        for name, seconds in (
-            ("queue", request.queued_s),
-            ("prefill", request.prompt_s),
-            ("decode", request.answer_s),
-        ):
-            if request.reason and seconds > 0:
+        if request.reason:
+            parts = (("queue", request.queued_s), ("prefill", request.prompt_s), ("decode", request.answer_s))
+            for name, seconds in parts:
                 self._tracer.start_span(name, within, start_time=at).end(at := at + _ns(seconds))
+        else:
+            at += _ns(request.answer_s)
         if request.error:
             whole.set_status(Status(StatusCode.ERROR, request.error))
         whole.end(at)

@@ -129,6 +129,6 @@ def test_a_node_sends_its_traces(tmp_path: Path) -> None:
 
 async def _ask(config: Any) -> None:
     async with harness.client(config, deadline_s=60) as client:
-        while (await client.status()).state != "ready":
+        while (await client.status()).state != "ready":  # noqa: ASYNC110 - another process makes it so
             await asyncio.sleep(0.05)
         await client.generate("Once upon a time", max_tokens=4)
