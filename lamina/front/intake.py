@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
@@ -15,7 +16,7 @@ from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, f
 from lamina.front.constraints import Constraints
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
-from lamina.front.meter import Meter, Times
+from lamina.front.meter import Meter
 from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
@@ -58,15 +59,23 @@ class Answer(Protocol):
 
 @dataclass(slots=True)
 class _Open:
-    """A request that is not over: where its answer goes, and when it got how far."""
+    """A request that is not over: where its answer goes, and when it got how far, by the loop's clock."""
 
     answer: Answer
-    times: Times
+    arrived_s: float
+    admitted_s: float = math.nan
+    first_s: float = math.nan
+    last_s: float = math.nan
 
     def end(self, sequence: Sequence) -> End:
-        times = self.times
-        reason = sequence.finish_reason or "length"
-        return End(reason, sequence.stopped_by, sequence.found, times.queued_s, times.prompt_s, times.answer_s)
+        return End(
+            sequence.finish_reason or "length",
+            sequence.stopped_by,
+            sequence.found,
+            self.admitted_s - self.arrived_s,
+            self.first_s - self.admitted_s,
+            self.last_s - self.first_s,
+        )
 
 
 class Intake:
@@ -133,7 +142,7 @@ class Intake:
         self._require_serving()
         max_tokens = self._check(request, prompt)
         self.require_place(0)
-        times = Times(self._loop.time())
+        arrived_s = self._loop.time()
         # A constrained answer can end in no other way than by the model's end tokens.
         ignores = request.ignore_eos and request.constraint is None
         ends = frozenset(request.stop_token_ids) | (frozenset() if ignores else self._stop_tokens)
@@ -145,7 +154,7 @@ class Intake:
                 sequence.matcher = compiled.matcher(min_tokens=request.min_tokens)
                 sequence.mask = compiled.first_mask(min_tokens=request.min_tokens)
                 self._require_serving()
-            self._open[sequence] = _Open(answer, times)
+            self._open[sequence] = _Open(answer, arrived_s)
             self._idle.clear()
             await self._there.call(self._engine.submit, sequence, self._retry_after_s())
         except asyncio.CancelledError:
@@ -188,18 +197,18 @@ class Intake:
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
-        if self._open.pop(sequence, None) is not None:
-            self.meter.left(sequence)
+        if own := self._open.pop(sequence, None):
+            self.meter.left(sequence, self._loop.time() - own.arrived_s)
             self._there.post(self._engine.cancel, sequence)
             self._note_idle()
 
     def stop(self, sequence: Sequence) -> End:
         """Forget a request that is not over, as its text has come to its end; return how that came."""
-        own = self._open.pop(sequence)
-        self.meter.ended(sequence, own.times, "stop")
+        end = self._open.pop(sequence).end(sequence)._replace(reason="stop", stopped_by=None)
+        self._count(sequence, end)
         self._there.post(self._engine.cancel, sequence)
         self._note_idle()
-        return own.end(sequence)._replace(reason="stop", stopped_by=None)
+        return end
 
     def _check(self, request: Request, prompt: list[int]) -> int:
         """Return the most tokens that the answer may have; raise RequestError for what cannot be served."""
@@ -278,8 +287,9 @@ class Intake:
         """See `lamina.front.engine.Desk`."""
         now_s = self._loop.time()
         for request in changes.reservations:
-            if request.is_new and (own := self._open.get(request.sequence)):
-                self.meter.admitted(own.times, now_s)
+            if request.is_new and (own := self._open.get(request.sequence)) and math.isnan(own.admitted_s):
+                own.admitted_s = now_s
+                self.meter.queue_time.observe(now_s - own.arrived_s)
         self._space.apply(changes)
 
     def answer(self, outcome: StepOutcome) -> None:
@@ -291,7 +301,12 @@ class Intake:
                 self._tell(sequence, own.answer.prompt_scored, scores)
         for sequence, token, score in outcome.tokens:
             if own := self._open.get(sequence):
-                self.meter.generated(sequence, own.times, now_s)
+                if math.isnan(own.first_s):
+                    own.first_s = now_s
+                    self.meter.first_token(sequence, now_s - own.arrived_s)
+                else:
+                    self.meter.inter_token_latency.observe(now_s - own.last_s)
+                own.last_s = now_s
                 self._tell(sequence, own.answer.token, token, score)
         if outcome.finished:
             self._estimate.note_ended(now_s, len(outcome.finished))
@@ -300,7 +315,7 @@ class Intake:
                 end = own.end(sequence)
                 self._tell(sequence, own.answer.finished, end)
                 if self._open.pop(sequence, None):
-                    self.meter.ended(sequence, own.times, end.reason)
+                    self._count(sequence, end)
         for sequence in outcome.broken:
             log.error(
                 "event=logits_not_finite sequence=%d position=%d request=%r",
@@ -337,8 +352,11 @@ class Intake:
 
     def _fail(self, sequence: Sequence, error: LaminaError) -> None:
         if own := self._open.pop(sequence, None):
-            self.meter.failed_with(error, sequence.request.name)
+            self.meter.broken_off(sequence, error, self._loop.time() - own.arrived_s)
             own.answer.failed(error)
+
+    def _count(self, sequence: Sequence, end: End) -> None:
+        self.meter.answered(sequence, end.reason, end.queued_s, end.prompt_s, end.answer_s)
 
     def refuse(self, sequence: Sequence, error: LaminaError) -> None:
         """See `lamina.front.engine.Desk`."""
@@ -374,7 +392,9 @@ class Intake:
         assert isinstance(error, LaminaError)
         self._failure = error
         log.error("event=failed requests=%d reason=%r", len(self._open), str(error))
-        for sequence in list(self._open):
-            self._fail(sequence, error)
+        for sequence, own in list(self._open.items()):
+            self.meter.broken_off(sequence, error, self._loop.time() - own.arrived_s)
+            own.answer.failed(error)
+        self._open.clear()
         self._idle.set()
         return error

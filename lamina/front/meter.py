@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
-from lamina.errors import LaminaError
 from lamina.front.sequence import Sequence
 from lamina.metrics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
 
 log = logging.getLogger("lamina.front")
 
 
-@dataclass(slots=True)
-class Times:
-    """Holds when a request got how far, in seconds of the loop's clock."""
+class EndedRequest(NamedTuple):
+    """Describes a request that is over, for traces. Times are seconds."""
 
-    arrived_s: float
-    admitted_s: float = math.nan
-    first_s: float = math.nan
-    last_s: float = math.nan
-
-    @property
-    def queued_s(self) -> float:
-        """Return the seconds from its arrival to its admission."""
-        return self.admitted_s - self.arrived_s
-
-    @property
-    def prompt_s(self) -> float:
-        """Return the seconds from its admission to its first token."""
-        return self.first_s - self.admitted_s
-
-    @property
-    def answer_s(self) -> float:
-        """Return the seconds from its first token to its last."""
-        return self.last_s - self.first_s
+    name: str
+    traceparent: str
+    prompt_tokens: int
+    shared_tokens: int
+    tokens: int
+    preemptions: int
+    queued_s: float
+    prompt_s: float
+    answer_s: float
+    reason: str = ""
+    error: str = ""
+    """Why it was not answered whole."""
 
 
 class Meter:
-    """Counts requests by their ends, and how long they take. Times come in from the owner's clock.
+    """Counts requests by their ends, and how long they take. Named ones get a line in the log when they end.
 
-    A token costs one entry of a histogram and no lock; whatever reads the counts does so on the same loop.
+    Whatever reads the counts does so on the same loop, so a token costs one entry of a histogram and no lock.
     """
 
     def __init__(self) -> None:
+        self.queue_time = Histogram(REQUEST_BUCKETS)
         self.time_to_first_token = Histogram(REQUEST_BUCKETS)
         self.inter_token_latency = Histogram(TOKEN_BUCKETS)
-        self.queue_time = Histogram(REQUEST_BUCKETS)
         self.latency = Histogram(REQUEST_BUCKETS)
         """Of requests that were answered whole, from their arrival to their last token."""
         self.prompt_tokens = 0
@@ -58,27 +49,18 @@ class Meter:
         self.failed: Counter[str] = Counter(RequestError=0, CapacityError=0, NodeError=0)
         """Requests that failed or were refused, by the class of the error."""
         self.cancelled = 0
+        self.on_end: Callable[[EndedRequest], None] | None = None
+        """Is told of every request that had arrived at the engine and is over."""
 
-    def admitted(self, times: Times, now_s: float) -> None:
-        """A request has got space; one that got it before has lost it meanwhile."""
-        if math.isnan(times.admitted_s):
-            times.admitted_s = now_s
-            self.queue_time.observe(times.queued_s)
+    def first_token(self, sequence: Sequence, seconds: float) -> None:
+        """Count the first token of a request, so many seconds after its arrival."""
+        self.time_to_first_token.observe(seconds)
+        self.prompt_tokens += len(sequence.prompt)
 
-    def generated(self, sequence: Sequence, times: Times, now_s: float) -> None:
-        """A request has got one more token."""
-        if math.isnan(times.first_s):
-            times.first_s = now_s
-            self.time_to_first_token.observe(now_s - times.arrived_s)
-            self.prompt_tokens += len(sequence.prompt)
-        else:
-            self.inter_token_latency.observe(now_s - times.last_s)
-        times.last_s = now_s
-
-    def ended(self, sequence: Sequence, times: Times, reason: str) -> None:
-        """A request was answered whole."""
+    def answered(self, sequence: Sequence, reason: str, queued_s: float, prompt_s: float, answer_s: float) -> None:
+        """Count a request that was answered whole."""
         self.finished[reason] += 1
-        self.latency.observe(times.last_s - times.arrived_s)
+        self.latency.observe(queued_s + prompt_s + answer_s)
         if name := sequence.request.name:
             log.info(
                 "event=answered request=%r reason=%s prompt_tokens=%d shared_tokens=%d tokens=%d preemptions=%d "
@@ -89,19 +71,59 @@ class Meter:
                 sequence.found,
                 len(sequence.output),
                 sequence.preemptions,
-                times.queued_s,
-                times.prompt_s,
-                times.answer_s,
+                queued_s,
+                prompt_s,
+                answer_s,
             )
+        self._tell(sequence, queued_s, prompt_s, answer_s, reason=reason)
 
-    def failed_with(self, error: LaminaError, name: str) -> None:
-        """The request called ``name`` has failed, or was refused."""
-        self.failed[type(error).__name__] += 1
+    def broken_off(self, sequence: Sequence, error: Exception, lasted_s: float) -> None:
+        """Count a request that failed so many seconds after its arrival."""
+        self.unanswered(error, sequence.request.name)
+        self._tell(sequence, 0.0, 0.0, lasted_s, error=str(error))
+
+    def unanswered(self, error: Exception, name: str) -> None:
+        """Count a request that failed or was refused before the engine had it."""
+        kind = type(error).__name__
+        self.failed[kind] += 1
         if name:
-            log.warning("event=unanswered request=%r kind=%s reason=%r", name, type(error).__name__, str(error))
+            log.warning("event=unanswered request=%r kind=%s reason=%r", name, kind, str(error))
 
-    def left(self, sequence: Sequence) -> None:
-        """A request was cancelled."""
+    def left(self, sequence: Sequence, lasted_s: float) -> None:
+        """Count a request whose client has given it up, so many seconds after its arrival."""
         self.cancelled += 1
         if name := sequence.request.name:
             log.info("event=cancelled request=%r tokens=%d", name, len(sequence.output))
+        self._tell(sequence, 0.0, 0.0, lasted_s, error="the client gave it up")
+
+    def _tell(
+        self,
+        sequence: Sequence,
+        queued_s: float,
+        prompt_s: float,
+        answer_s: float,
+        *,
+        reason: str = "",
+        error: str = "",
+    ) -> None:
+        if self.on_end is None:
+            return
+        request = sequence.request
+        try:
+            self.on_end(
+                EndedRequest(
+                    request.name,
+                    request.traceparent,
+                    len(sequence.prompt),
+                    sequence.found,
+                    len(sequence.output),
+                    sequence.preemptions,
+                    queued_s,
+                    prompt_s,
+                    answer_s,
+                    reason,
+                    error,
+                )
+            )
+        except Exception:  # traces must not harm answers
+            log.exception("event=trace_failed request=%r", request.name)

@@ -173,10 +173,12 @@ class ClientSession:
             answer.begin(AnswerText(answer.id, request, prompt, tokenizer))
             answer.work = await intake.submit(request, prompt, answer)
         except LaminaError as e:
-            self._count(e, request.name)
+            intake.meter.unanswered(e, request.name)
             answer.failed(e)
         except Exception as e:
-            answer.failed(self._unexpected(answer, e))
+            error = self._unexpected(answer, e)
+            intake.meter.unanswered(error, request.name)
+            answer.failed(error)
 
     def _cancel(self, id_: int) -> None:
         if self._is_coming(id_):
@@ -195,6 +197,12 @@ class ClientSession:
                 self._intake().cancel(sequence)
             case asyncio.Task() as submitting:
                 submitting.cancel()
+
+    def _refuse(self, id_: int, error: LaminaError, name: str = "") -> None:
+        """Say why a request is not even begun."""
+        with suppress(LaminaError):  # a node that is starting counts nothing
+            self._intake().meter.unanswered(error, name)
+        self._send(failed(error, id_))
 
     # -- what is sent
 
@@ -255,16 +263,6 @@ class ClientSession:
     def _send(self, message: Message) -> None:
         if not send_unless_gone(self._link, message):
             self._cancel_all()
-
-    def _refuse(self, id_: int, error: LaminaError, name: str = "") -> None:
-        """Say why a request is not answered."""
-        self._count(error, name)
-        self._send(failed(error, id_))
-
-    def _count(self, error: LaminaError, name: str) -> None:
-        """Count a request that has not got as far as the engine."""
-        with suppress(LaminaError):  # a node that is starting counts nothing
-            self._intake().meter.failed_with(error, name)
 
 
 @dataclass

@@ -34,6 +34,7 @@ from lamina.node.front import Front, make_blocks, open_front
 from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
+from lamina.node.tracing import RequestTraces, open_traces
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.host import Host
@@ -101,6 +102,7 @@ class ComputeNode:
         self._front: Front | None = None
         self._follower: Follower | None = None
         self._tokenizer: Tokenizer | None = None
+        self._traces: RequestTraces | None = None
         self._loss: NodeError | None = None
         self._lost = asyncio.Event()
 
@@ -137,6 +139,8 @@ class ComputeNode:
             raise cause from e
         finally:
             await watching.aclose()
+            if self._traces is not None:
+                await self._traces.close()
             await listening.close()
             self._monitor.close()
             await asyncio.gather(*(link.close() for link in [*self._clients, *self._rendezvous.links]))
@@ -265,6 +269,9 @@ class ComputeNode:
             Constraints(self._workers, self._tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
             self._mask_workers,
         )
+        if (traces := open_traces(self._name)) is not None:
+            self._traces = traces
+            self._front.intake.meter.on_end = traces.ended
         return self._front.intake
 
     async def _start_follower(self, served: ServedModel) -> Follower:

@@ -15,11 +15,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lamina.errors import LaminaError
-from lamina.serve import chat_completions, completions, health, models, problems, responses, tokens
+from lamina.serve import chat_completions, completions, health, models, page, problems, responses, tokens
 from lamina.serve.batch import endpoints
 from lamina.serve.batch.lines import URLS
 from lamina.serve.chat.request import ChatFields
 from lamina.serve.chat.responses import ResponseFields
+from lamina.serve.cluster_view import ClusterView
 from lamina.serve.docs import Documentation
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from lamina.serve.gate import App, Gate, Keys
@@ -74,8 +75,13 @@ BATCHED = {entry.path: entry.handler for entry in ENDPOINTS if entry.path in URL
 """The endpoints that lines of batches may ask, by path."""
 
 
-def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[str] = ()) -> App:
-    """Return the application. Without ``keys`` everybody may use it; pages of ``origins`` may, in browsers."""
+def make_app(
+    service: Service, view: ClusterView | None = None, *, keys: Sequence[bytes] = (), origins: Sequence[str] = ()
+) -> App:
+    """Return the application, with a page that shows ``view``.
+
+    Without ``keys`` everybody may use it; pages of ``origins`` may, in browsers.
+    """
     documentation = Documentation(ENDPOINTS)
     entries = (
         *ENDPOINTS,
@@ -83,6 +89,7 @@ def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[
         Entry("GET", "/docs", documentation.page),
     )
     routes = [Route(entry.path, _EndpointApp(service, entry), methods=[entry.method]) for entry in entries]
+    routes += page.routes() + (view.routes() if view else [])
     app: Any = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
     app.router.redirect_slashes = False
     app = Keys(app, keys)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from lamina.errors import HttpError
-from lamina.serve import problems
+from lamina.serve import page, problems
 from lamina.serve.exchange import Receive, Scope, Send, header_of
 from lamina.serve.metrics import Metrics
 
@@ -21,8 +21,8 @@ log = logging.getLogger("lamina.serve.access")
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset(("/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"))
-"""What needs no key: it is for monitors and for people who look at the interface."""
+OPEN = frozenset(("/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json", *page.PATHS))
+"""What needs no key: it is for monitors and for people who look at the interface. The page asks for the key."""
 
 _ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from lamina.serve.exchange import ClientGoneError, Exchange
 from lamina.serve.gathering import Event, Gathering, NewTokens
 from lamina.serve.parameters import StreamOptions
 from lamina.serve.service import Service
-from lamina.wire.requests import Finished, Request, Score
+from lamina.wire.requests import TRACEPARENT, Finished, Request, Score
 
 log = logging.getLogger("lamina.serve")
 
@@ -135,6 +137,10 @@ async def gathered(
     """Run requests while the client is there, and while the block lasts. Raises what the front says against them."""
     service.require_running()
     complete = False
+    parent = exchange.header(b"traceparent") or ""
+    if not re.match(TRACEPARENT, parent):
+        parent = ""  # as the recommendation wants it
+    requests = [replace(request, name=exchange.id, traceparent=parent) for request in requests]
     with Gathering(service.front.link(), service.front.ids, requests) as gathering:
         service.began(gathering)
         watching = asyncio.create_task(_watch(exchange, gathering))

@@ -19,6 +19,7 @@ from lamina.config import ClusterConfig
 from lamina.errors import ConfigError, ConnectError, LaminaError
 from lamina.serve.app import BATCHED, make_app
 from lamina.serve.batch.offline import Offline, default_folder
+from lamina.serve.cluster_view import ClusterView
 from lamina.serve.facts import read_facts
 from lamina.serve.front import FrontKeeper
 from lamina.serve.gate import App
@@ -36,7 +37,7 @@ ASK_EVERY_S = 0.1
 def run(config: ClusterConfig, options: ServeOptions) -> int:
     """Serve the cluster of ``config`` until this process is told to stop. Return the exit status."""
     options.check()
-    logs.configure("serve")
+    logs.configure("serve", format_=logs.choose_format(configured=config.log.format))
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it says of requests, this server says itself
     _raise_descriptor_limit()
     uvloop.run(_main(config, options))
@@ -48,7 +49,8 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
     names = list(options.names) or [config.model_path.resolve().name]
     service = Service(front, names, options.max_body)
     listening = _listen(options)
-    server = _Server(make_app(service, keys=options.keys(), origins=options.origins), options)
+    view = ClusterView(config)
+    server = _Server(make_app(service, view, keys=options.keys(), origins=options.origins), options)
     loop = asyncio.get_running_loop()
 
     def interrupt() -> None:
@@ -74,6 +76,7 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await view.close()
             service.workers.close()
             if offline is not None:
                 offline.close()

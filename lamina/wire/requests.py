@@ -75,6 +75,8 @@ class Grammar(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 Constraint = JsonSchema | JsonObject | Regex | OneOf | Grammar
+TRACEPARENT = "^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$"
+"""What the recommendation of the W3C on trace contexts allows in version 00, or nothing."""
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Top = Annotated[int, Meta(ge=0, le=20)]
 
@@ -90,8 +92,6 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """The request with the highest priority goes first; equal ones go in the order of their arrival."""
     share_prefix: bool = True
     """Whether it may share the keys and values of a prompt with the same beginning."""
-    name: Annotated[str, Meta(max_length=256)] = ""
-    """How logs and traces call the request. One with a name gets a line in the front's log when it ends."""
     salt: Annotated[str, Meta(max_length=256)] = ""
     """Only requests with the same salt share anything."""
     parse_special: bool = False
@@ -118,6 +118,10 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """The same for the tokens of the prompt, which then shares no keys and values of others."""
     constraint: Constraint | None = None
     """What the answer has to be."""
+    name: Annotated[str, Meta(max_length=256)] = ""
+    """How logs and traces call the request. One with a name gets a line in the front's log when it ends."""
+    traceparent: Annotated[str, Meta(pattern=TRACEPARENT)] = ""
+    """The span of the client that the trace of the request hangs on, as in the HTTP header of this name; or nothing."""
 
 
 class Generate(Message):
