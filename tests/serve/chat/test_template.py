@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lamina.errors import CheckpointError, RequestError
 from lamina.serve.chat import template as module
-from lamina.serve.chat.template import ChatTemplate
+from lamina.serve.chat.template import ChatPrompt, ChatTemplate
 from tests.serve.chat.checkpoints import STYLES, load, save
 
 TOOLS = [
@@ -176,6 +177,39 @@ def test_parts_cannot_be_joined_to_a_special_token(style: str, data: st.DataObje
     assert special_ids(style, prompt.ids) == special_ids(style, harmless.ids)
     assert decoded(style, prompt.ids) == prompt.text
     assert token in prompt.text
+
+
+@pytest.mark.parametrize("style", STYLES)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_nothing_that_a_user_writes_anywhere_becomes_a_special_token(style: str, data: st.DataObject) -> None:
+    """Pieces of special tokens in messages, tools, arguments, results and keys stay text, wherever they meet."""
+    _, template = checkpoint(style)
+    tokens = st.sampled_from(STYLES[style][0])
+    pieces = st.tuples(tokens, st.integers(0, 20), st.integers(0, 20)).map(lambda cut: cut[0][cut[1] : cut[2]])
+    texts = st.lists(pieces | tokens | st.sampled_from("a <|>\n"), max_size=6).map("".join)
+
+    def ids_and_text(text: Callable[[], str]) -> tuple[list[str], ChatPrompt]:
+        schema = {"type": "string", "description": text(), "z" + text(): text()}
+        parameters = {"type": "object", "properties": {"k" + text(): schema}}
+        function = {"name": "weather", "description": text(), "parameters": parameters}
+        arguments = {"k" + text(): text(), "l": [text(), text()]}
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        messages = [
+            {"role": "system", "content": "s" + text()},
+            {"role": "user", "content": text()},
+            {"role": "assistant", "content": text(), "reasoning_content": text(), "tool_calls": [call]},
+            {"role": "tool", "content": text(), "tool_call_id": "abcdefghi", "name": "weather"},
+            {"role": "user", "content": text()},
+        ]
+        shown = messages if style != "phi" else messages[:2]
+        prompt = template.render(shown, [{"type": "function", "function": function}])
+        return special_ids(style, prompt.ids), prompt
+
+    special, prompt = ids_and_text(lambda: data.draw(texts))
+
+    assert special == ids_and_text(lambda: "x")[0]
+    assert decoded(style, prompt.ids) == prompt.text
 
 
 def test_keys_cannot_complete_a_special_token() -> None:
