@@ -8,11 +8,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 import typer
 from msgspec.structs import replace
@@ -20,12 +19,13 @@ from typer.core import TyperGroup
 
 from lamina.errors import ConfigError, LaminaError
 from lamina.runtime.cpu import let_idle_threads_sleep
+from lamina.serve.cli import batch, serve
 from lamina.table import discard_output
 from lamina.transport import Address
+from lamina.validation import option_name, parse_option
 
 if TYPE_CHECKING:
-    from lamina.config import ClusterConfig, Dtype, MemoryNodeConfig
-    from lamina.serve.batch.command import LocalModel
+    from lamina.config import MemoryNodeConfig
     from lamina.transport import Options
 
 
@@ -38,8 +38,6 @@ class WholeHelp(TyperGroup):
         with formatter.section("Commands"):
             formatter.write_dl([(name, inspect.cleandoc(command.help or "")) for name, command in commands if command])
 
-
-Value = TypeVar("Value")
 
 app = typer.Typer(
     help="LLM decoding split at attention: compute nodes hold the weights, memory nodes the KV cache.",
@@ -155,7 +153,7 @@ def node(
     format_ = choose_format(log_format)
     if role not in (None, "compute", "memory"):
         raise ConfigError(f"--role: expected compute or memory, got {role!r}")
-    processors = None if cpus is None else _parse("cpus", parse_cpus, cpus)
+    processors = None if cpus is None else parse_option("cpus", parse_cpus, cpus)
     overrides = {"cpus": processors, "numa": numa, "rdma_device": rdma_device}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention, "metrics": metrics}
@@ -170,7 +168,7 @@ def node(
     else:
         for key, given in (own | links).items():
             if given is not None:
-                raise ConfigError(f"{_option(key)}: not allowed with a cluster file; set it in the file")
+                raise ConfigError(f"{option_name(key)}: not allowed with a cluster file; set it in the file")
         if name is None:
             raise ConfigError("--name: missing; CONFIG needs the name of the node to run")
         cluster = load(config)
@@ -218,33 +216,21 @@ def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -
     ):
         if value is not None and value not in known:
             raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
-    listen = _parse("listen", Address.parse, own.pop("listen"))
-    memory = _parse("memory", parse_size, own.pop("memory"))
+    listen = parse_option("listen", Address.parse, own.pop("listen"))
+    memory = parse_option("memory", parse_size, own.pop("memory"))
     if own["metrics"] is not None:
-        own["metrics"] = _parse("metrics", Address.parse, own["metrics"])
+        own["metrics"] = parse_option("metrics", Address.parse, own["metrics"])
     given = {key: value for key, value in own.items() if value is not None}
     node = MemoryNodeConfig(name=name or f"memory-{listen.port}", address=listen, memory=memory, **given)
     if links["peer_timeout"] is None:
         del links["peer_timeout"]
-    options = TransportConfig(kind=links.pop("transport") or "auto", **links).options(Path(), _option)
+    options = TransportConfig(kind=links.pop("transport") or "auto", **links).options(Path(), option_name)
     if not listen.is_loopback and options.secret is None:
         raise ConfigError(
             f"--listen: {listen} is not a loopback address, so it needs --secret-file with the secret of the cluster; "
             "`lamina secret` makes one"
         )
     return node, options
-
-
-def _parse(key: str, parse: Callable[[str], Value], text: str) -> Value:
-    """Read the text of an option. A ConfigError names the option."""
-    try:
-        return parse(text)
-    except ConfigError as e:
-        raise ConfigError(f"{_option(key)}: {e}") from e
-
-
-def _option(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
 
 
 @app.command()
@@ -276,80 +262,8 @@ def up(
     raise typer.Exit(run(cluster, verbose=verbose, log_format=format_))
 
 
-@app.command()
-def serve(
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="CONFIG|MODEL_DIR", help="The file of a running cluster, or a checkpoint directory."),
-    ],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="The file with the API keys, one a line; only its owner may read it.")
-    ] = None,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="A name of the model for clients; repeatable; default: the name of its folder."),
-    ] = None,
-    tls_certificate: Annotated[
-        Path | None, typer.Option(help="The certificate in PEM, for https; needs --tls-key.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="The key of the certificate.")] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="An origin whose pages may use the server in browsers; repeatable; * is any."),
-    ] = None,
-    max_body: Annotated[str, typer.Option(help="The size of the largest body of a request.")] = "16MiB",
-    files: Annotated[
-        Path | None,
-        typer.Option(help="The folder of uploaded files and batches; default: one of the user's state folder."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="With MODEL_DIR: the size of the KV cache; default: of what memory is free.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
-        ),
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="With MODEL_DIR: show all logs instead of keeping them in files.")
-    ] = False,
-) -> None:
-    """Serve a cluster over HTTP, as OpenAI's API does; for a checkpoint, start a cluster on this machine first."""
-    from lamina.config import load, parse_size
-    from lamina.serve.options import ServeOptions
-
-    options = ServeOptions(
-        host=host,
-        port=port,
-        api_key_file=api_key_file,
-        names=tuple(served_model_name or ()),
-        tls_certificate=tls_certificate,
-        tls_key=tls_key,
-        origins=tuple(cors_origin or ()),
-        max_body=_parse("max_body", parse_size, max_body),
-        files=files,
-    )
-    options.check()
-    if target.is_dir():
-        from lamina.model.files import DTYPES
-        from lamina.serve import local
-
-        if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-        size = None if memory is None else _parse("memory", parse_size, memory)
-        raise typer.Exit(local.run(target, options, context=context, memory=size, dtype=dtype, verbose=verbose))
-    for key, given in (("context", context), ("memory", memory), ("dtype", dtype), ("verbose", verbose or None)):
-        if given is not None:
-            raise ConfigError(f"{_option(key)}: only allowed with a checkpoint directory; {target} is a cluster file")
-    from lamina.serve.run import run
-
-    raise typer.Exit(run(load(target), options))
+app.command()(serve)
+app.command()(batch)
 
 
 @app.command()
@@ -500,54 +414,6 @@ def doctor(
     from lamina.ops.doctor.report import run
 
     raise typer.Exit(run(config, step_ms=step_ms, as_json=as_json))
-
-
-@app.command()
-def batch(
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="CONFIG|MODEL_DIR", help="The file of a running cluster, or a checkpoint directory."),
-    ],
-    requests: Annotated[
-        Path, typer.Argument(metavar="REQUESTS", help="The requests, one a line, in the batch format of OpenAI's API.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, with an answer for each line.")],
-    concurrency: Annotated[int, typer.Option(min=1, max=4096, help="The most requests at the same time.")] = 512,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="A name of the model in requests; repeatable; default: the name of its folder."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="With MODEL_DIR: the size of the KV cache; default: of what memory is free.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
-        ),
-    ] = None,
-) -> None:
-    """Answer a file of requests; started again after an interruption, it goes on where it was."""
-    from lamina.config import Dtype, load, parse_size
-    from lamina.serve.app import BATCHED
-    from lamina.serve.batch.command import LocalModel, run
-
-    if dtype is not None and dtype not in get_args(Dtype):
-        raise ConfigError(f"--dtype: expected one of {', '.join(get_args(Dtype))}; got {dtype!r}")
-    cluster: ClusterConfig | LocalModel
-    if target.is_dir():
-        size = None if memory is None else _parse("memory", parse_size, memory)
-        cluster = LocalModel(target, context, size, cast("Dtype | None", dtype))
-    else:
-        given = {"--context": context, "--memory": memory, "--dtype": dtype}
-        if wrong := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"{wrong[0]}: not allowed with a cluster file; set it in the file")
-        cluster = load(target)
-    names = tuple(served_model_name or ())
-    raise typer.Exit(run(cluster, requests, output, BATCHED, concurrency=concurrency, names=names))
 
 
 @app.command()

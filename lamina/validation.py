@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from msgspec import Struct
+
+from lamina.errors import ConfigError
+
+Value = TypeVar("Value")
 
 _STEP = re.compile(r"(\w+)|\[(\d+)\]")
 
@@ -88,3 +92,16 @@ def _members(kind: Any) -> list[Any]:
     if get_origin(kind) in (Union, UnionType, ClassVar):
         return [member for part in get_args(kind) for member in _members(part)]
     return [kind]
+
+
+def parse_option(key: str, parse: Callable[[str], Value], text: str) -> Value:
+    """Read the text of an option. A ConfigError names the option."""
+    try:
+        return parse(text)
+    except ConfigError as e:
+        raise ConfigError(f"{option_name(key)}: {e}") from e
+
+
+def option_name(key: str) -> str:
+    """Return how the command line spells the option for a key."""
+    return f"--{key.replace('_', '-')}"

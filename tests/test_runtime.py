@@ -14,7 +14,7 @@ from lamina.runtime.cpu import CpuDevice
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.loop import PreciseLoop
 from lamina.runtime.mailbox import Mailbox
-from lamina.runtime.workers import NICE, BackgroundWorkers
+from lamina.runtime.workers import NICE, BackgroundWorkers, ParallelWorkers
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,31 @@ def test_one_that_runs_on_keeps_its_thread() -> None:
         assert begun == [0]
         go_on.set()
         await second
+        workers.close()
+
+    asyncio.run(main())
+
+
+def test_parallel_work_is_told_of_while_some_of_it_takes_long() -> None:
+    """Also when the same thread has gone on to what takes long."""
+    go_on, ended = threading.Event(), list[int]()
+
+    def work(number: int) -> None:
+        if number >= 100:
+            assert go_on.wait(5)
+        ended.append(number)
+
+    async def main() -> None:
+        workers, told = ParallelWorkers(), asyncio.Event()
+        jobs = workers.each(work, [*range(100), *range(100, 200)], told.set)
+        while len(ended) < 100:
+            told.clear()
+            await asyncio.wait_for(told.wait(), 5)
+        assert sorted(ended) == [*range(100)]
+        assert not any(job.done() for job in jobs)
+        go_on.set()
+        await asyncio.gather(*jobs)
+        assert sorted(ended) == [*range(200)]
         workers.close()
 
     asyncio.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from lamina.constrain.matcher import Matcher
 from lamina.errors import RequestError
 from lamina.front.sequence import Sequence
 from lamina.runtime.workers import ParallelWorkers
+
+log = logging.getLogger("lamina.front")
 
 PATIENCE_S = 0.001
 """How long a step waits at most for masks that are not ready."""
@@ -51,10 +54,7 @@ class MaskMaker:
             return
         for making in makings:
             making.sequence.mask = None
-        jobs = self._workers.each(_make, makings)
-        for job in jobs:
-            job.add_done_callback(lambda job: self._ended(job, makings))
-        self._recent[slot] = jobs
+        self._recent[slot] = self._workers.each(_make, makings, lambda: self._take(makings))
 
     async def settle(self, slot: int) -> None:
         """Wait a little for the masks of the last step of a slot."""
@@ -62,10 +62,7 @@ class MaskMaker:
         if pending:
             await asyncio.wait(pending, timeout=PATIENCE_S)
 
-    def _ended(self, job: asyncio.Future[None], makings: list[_Making]) -> None:
-        if job.cancelled():  # the node ends
-            return
-        job.result()  # a fault of ours is no secret
+    def _take(self, makings: list[_Making]) -> None:
         for making in makings:
             if (error := making.error) is not None:
                 making.error = None
@@ -82,3 +79,6 @@ def _make(making: _Making) -> None:
         making.sequence.mask = matcher.mask()
     except RequestError as e:
         making.error = e
+    except Exception as e:  # else it would wait for ever
+        log.exception("event=mask_failed sequence=%d", making.sequence.arrival)
+        making.error = RequestError(f"the constraint cannot go on: {e!r}")

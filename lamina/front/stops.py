@@ -17,7 +17,7 @@ class StopStrings:
         self.found: str | None = None
         """The text that was found. Then no more is given."""
         self._include = include
-        self._matchers = [_Matcher(text) for text in dict.fromkeys(texts)]
+        self._matchers = [_StopMatcher(text) for text in dict.fromkeys(texts)]
         self._held = ""
 
     def push(self, text: str, *, active: bool = True) -> str:
@@ -47,7 +47,7 @@ class StopStrings:
         return held
 
 
-class _Matcher:
+class _StopMatcher:
     """Follows how much of the beginning of ``text`` the answer ends with."""
 
     def __init__(self, text: str) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar, TypeVarTuple
 
 Ts = TypeVarTuple("Ts")
@@ -75,22 +75,37 @@ class ParallelWorkers:
         self._threads = min(MAX_PARALLEL, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._threads, "parallel-worker", initializer=_give_way)
 
-    def each(self, function: Callable[[T], None], values: Iterable[T]) -> list[asyncio.Future[None]]:
-        """Begin to call ``function`` with each value; return what ends when all calls have ended. Threads that are free
-        take the values in order, so one that takes long keeps no other waiting while there are threads."""
-        waiting = deque(values)
+    def each(
+        self, function: Callable[[T], None], values: Iterable[T], on_some: Callable[[], object]
+    ) -> list[asyncio.Future[None]]:
+        """Begin to call ``function``, which raises nothing, with each value; return what ends when all calls have.
+
+        ``on_some`` is called on the running loop whenever some calls have ended since. Threads that are free take the
+        values in order, so one that takes long keeps no other waiting while there are threads.
+        """
+        loop, waiting = asyncio.get_running_loop(), deque(values)
+        is_told = False
+
+        def tell() -> None:
+            nonlocal is_told
+            is_told = False  # before anything is looked at, so that what ends from now on is told again
+            on_some()
 
         def work() -> None:
+            nonlocal is_told
             while True:
                 try:
                     value = waiting.popleft()
                 except IndexError:
                     return
                 function(value)
+                if not is_told:
+                    is_told = True
+                    with suppress(RuntimeError):  # the loop is closed
+                        loop.call_soon_threadsafe(tell)
 
-        run = asyncio.get_running_loop().run_in_executor
         with _large_stacks():
-            return [run(self._pool, work) for _ in range(min(self._threads, len(waiting)))]
+            return [loop.run_in_executor(self._pool, work) for _ in range(min(self._threads, len(waiting)))]
 
     def close(self) -> None:
         """Begin nothing more. This does not wait for what runs."""

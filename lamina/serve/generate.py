@@ -84,7 +84,7 @@ class Job:
     """Returns more keys of a whole answer, once it is complete."""
 
 
-class Meter:
+class UsageMeter:
     """Counts the tokens of an answer, and their times, also for the metrics of the server."""
 
     def __init__(self, service: Service, exchange: Exchange, *, prompt_tokens: int, choices: int, prompts: int) -> None:
@@ -132,7 +132,7 @@ class Meter:
 
 @asynccontextmanager
 async def gathered(
-    service: Service, exchange: Exchange, requests: Sequence[Request], meter: Meter
+    service: Service, exchange: Exchange, requests: Sequence[Request], meter: UsageMeter
 ) -> AsyncIterator[Gathering]:
     """Run requests while the client is there, and while the block lasts. Raises what the front says against them."""
     service.require_running()
@@ -161,7 +161,9 @@ async def _watch(exchange: Exchange, gathering: Gathering) -> None:
 
 async def run(service: Service, exchange: Exchange, job: Job) -> None:
     """Answer a request that generates. Raises what the front says against it, and ClientGoneError."""
-    meter = Meter(service, exchange, prompt_tokens=job.prompt_tokens, choices=len(job.choices), prompts=job.prompts)
+    meter = UsageMeter(
+        service, exchange, prompt_tokens=job.prompt_tokens, choices=len(job.choices), prompts=job.prompts
+    )
     async with gathered(service, exchange, job.requests, meter) as gathering:
         await _Writer(exchange, job, gathering, meter).write()
 
@@ -169,7 +171,7 @@ async def run(service: Service, exchange: Exchange, job: Job) -> None:
 class _Writer:
     """Writes one answer while it comes."""
 
-    def __init__(self, exchange: Exchange, job: Job, gathering: Gathering, meter: Meter) -> None:
+    def __init__(self, exchange: Exchange, job: Job, gathering: Gathering, meter: UsageMeter) -> None:
         self._exchange = exchange
         self._job = job
         self._gathering = gathering

@@ -14,7 +14,7 @@ from lamina.serve.chat.responses import read_response
 from lamina.serve.chat_completions import PreparedChat, prepare_chat
 from lamina.serve.exchange import Exchange
 from lamina.serve.gathering import AnswerEnd, Event, Gathering, NewTokens
-from lamina.serve.generate import PATIENCE_S, PING_S, Meter, gathered
+from lamina.serve.generate import PATIENCE_S, PING_S, UsageMeter, gathered
 from lamina.serve.parameters import with_seed
 from lamina.serve.service import Service
 
@@ -34,7 +34,7 @@ async def responses(service: Service, exchange: Exchange) -> None:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
     )
-    meter = Meter(service, exchange, prompt_tokens=len(chat.prompt.ids), choices=1, prompts=1)
+    meter = UsageMeter(service, exchange, prompt_tokens=len(chat.prompt.ids), choices=1, prompts=1)
     request = with_seed(chat.request, chat.body.seed, 0)
     async with gathered(service, exchange, [request], meter) as gathering:
         answer = _ResponseAnswer(chat, gathering, writer, meter)
@@ -73,7 +73,7 @@ def _lines(events: Iterable[Fields]) -> bytes:
 class _ResponseAnswer:
     """Builds up the response of what the front sends."""
 
-    def __init__(self, chat: PreparedChat, gathering: Gathering, writer: ResponseWriter, meter: Meter) -> None:
+    def __init__(self, chat: PreparedChat, gathering: Gathering, writer: ResponseWriter, meter: UsageMeter) -> None:
         self.is_over = False
         self._chat = chat
         self._gathering = gathering

@@ -77,10 +77,12 @@ def slow(monkeypatch: pytest.MonkeyPatch, mask_s: float) -> None:
     """Each job of the mask workers takes ``mask_s`` virtual seconds longer."""
     each = ParallelWorkers.each
 
-    def slowly(self: ParallelWorkers, function: Callable[[T], None], values: Iterable[T]) -> list[asyncio.Future[None]]:
+    def slowly(
+        self: ParallelWorkers, function: Callable[[T], None], values: Iterable[T], on_some: Callable[[], object]
+    ) -> list[asyncio.Future[None]]:
         async def job() -> None:
             await asyncio.sleep(mask_s)
-            for ended in each(self, function, values):
+            for ended in each(self, function, values, on_some):
                 await ended
 
         return [asyncio.ensure_future(job())]
@@ -245,16 +247,19 @@ def test_a_model_without_text_has_no_constraints() -> None:
 def test_preempted_answers_go_on_where_they_were() -> None:
     """Sequences that lose their space in the middle of an answer end as if they had been alone."""
     chosen = random.Random(3)
-    config = make_config(memory=12 << 10, pipeline=PipelineConfig(batches=2, max_batch=8, prefill_tokens=32))
-    patterns = [Regex(f"[{a}-z]{{60}}[0-9]{{60}}") for a in "abcdefgh"]
-    prompts = [[chosen.randrange(2, 1000) for _ in range(30)] for _ in patterns]
+    config = make_config(
+        memory=7 << 10, context=192, pipeline=PipelineConfig(batches=2, max_batch=8, prefill_tokens=32)
+    )
+    patterns = [Regex(f"[{a}-z]{{80}}[0-9]{{80}}") for a in "abcdefgh"]
+    prompts = [[chosen.randrange(2, 1000) for _ in range(4)] for _ in patterns]
 
     async def work(cluster: SimCluster) -> None:
         async with cluster.client() as client:
             asked = list(zip(prompts, patterns, strict=True))
-            alone = [(await client.generate(p, max_tokens=130, constraint=c)).tokens for p, c in asked]
-            together = await asyncio.gather(*(client.generate(p, max_tokens=130, constraint=c) for p, c in asked))
-            assert [answer.tokens for answer in together] == alone
+            alone = [(await client.generate(p, max_tokens=170, constraint=c)).tokens for p, c in asked[:3]]
+            together = await asyncio.gather(*(client.generate(p, max_tokens=170, constraint=c) for p, c in asked))
+            assert [answer.tokens for answer in together[:3]] == alone
+            assert all(answer.finish_reason == "stop" for answer in together)
             assert (await client.status()).preemptions > 0
 
     simulate_words(config, work)

@@ -12,7 +12,7 @@ import msgspec
 from lamina.errors import CapacityError, LaminaError, NodeError
 from lamina.serve import problems
 from lamina.serve.batch.lines import InputLine
-from lamina.serve.batch.run import Answered
+from lamina.serve.batch.run import AnsweredLine
 from lamina.serve.exchange import Exchange
 from lamina.serve.service import Service
 
@@ -39,10 +39,10 @@ class Inside:
         self._numbers = itertools.count(1)
         self._away_since: float | None = None
 
-    async def __call__(self, line: InputLine) -> Answered:
+    async def __call__(self, line: InputLine) -> AnsweredLine:
         """Answer a line. See `lamina.serve.batch.run.Answer`."""
         body = {"priority": self._priority, **line.body} if self._priority else line.body
-        asked = _Asked(msgspec.json.encode(body))
+        asked = _NoConnection(msgspec.json.encode(body))
         scope = {"type": "http", "headers": [], "lamina.id": f"batch-{next(self._numbers)}"}
         exchange = Exchange(scope, asked.receive, asked.send, max_body=self._service.max_body)
         try:
@@ -54,11 +54,11 @@ class Inside:
             if error.status in _AGAIN:
                 self._be_patient(str(error), away=error.status == 503)
                 raise CapacityError(str(error), retry_after_s=error.retry_after_s or 1.0) from e
-            return Answered(error.status, msgspec.json.decode(problems.body_of(error)))
+            return AnsweredLine(error.status, msgspec.json.decode(problems.body_of(error)))
         self._away_since = None
         answer: dict[str, Any] = msgspec.json.decode(b"".join(asked.parts))
         usage = answer.get("usage") or {}
-        return Answered(asked.status, answer, usage.get("completion_tokens") or usage.get("output_tokens") or 0)
+        return AnsweredLine(asked.status, answer, usage.get("completion_tokens") or usage.get("output_tokens") or 0)
 
     def _be_patient(self, reason: str, *, away: bool) -> None:
         """Raise NodeError if the front has been away for too long."""
@@ -72,7 +72,7 @@ class Inside:
             raise NodeError(reason, node="front")
 
 
-class _Asked:
+class _NoConnection:
     """Stands in for the connection: gives the body, and keeps the answer."""
 
     def __init__(self, body: bytes) -> None:

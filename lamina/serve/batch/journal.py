@@ -20,13 +20,13 @@ from lamina.errors import ConfigError, LaminaError
 _VERSION = 1
 
 
-class _Header(msgspec.Struct, frozen=True):
+class _JournalHead(msgspec.Struct, frozen=True):
     lamina_batch: int
     digest: str
     """Tells the input from all others."""
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class _JournalLine(msgspec.Struct, frozen=True):
     line: int
     answer: msgspec.Raw
 
@@ -78,7 +78,7 @@ class Journal:
     def add(self, line: int, answer: dict[str, Any]) -> None:
         """Keep the answer to a line. LaminaError says that it cannot be written; then nothing of it is kept."""
         assert line not in self._answers
-        self._append(msgspec.json.encode(_Entry(line, msgspec.Raw(msgspec.json.encode(answer)))), line)
+        self._append(msgspec.json.encode(_JournalLine(line, msgspec.Raw(msgspec.json.encode(answer)))), line)
 
     def finish(self) -> None:
         """Write the output, in the order of the input, put it into its place as a whole, and remove the journal."""
@@ -88,7 +88,7 @@ class Journal:
                 with beside.open("wb") as file:
                     for line in sorted(self._answers):
                         offset, nbytes = self._answers[line]
-                        entry = msgspec.json.decode(os.pread(self._file, nbytes, offset), type=_Entry)
+                        entry = msgspec.json.decode(os.pread(self._file, nbytes, offset), type=_JournalLine)
                         file.write(bytes(entry.answer) + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
@@ -106,13 +106,13 @@ class Journal:
             if not first.endswith(b"\n"):
                 self._end = 0  # a run that was killed before it wrote anything, or there was none
                 self._cut()
-                self._append(msgspec.json.encode(_Header(_VERSION, self._digest)))
+                self._append(msgspec.json.encode(_JournalHead(_VERSION, self._digest)))
                 return
             try:
-                header = msgspec.json.decode(first, type=_Header)
+                header = msgspec.json.decode(first, type=_JournalHead)
             except (msgspec.DecodeError, UnicodeDecodeError) as e:
                 raise ConfigError(f"{self.path} is no journal of a batch; remove it, or name another output") from e
-            if header != _Header(_VERSION, self._digest):
+            if header != _JournalHead(_VERSION, self._digest):
                 raise ConfigError(
                     f"{self.path} is of a batch with another input; remove it to begin anew, or name another output"
                 )
@@ -120,7 +120,7 @@ class Journal:
             self._end = len(first)
             while (raw := file.readline()).endswith(b"\n"):
                 try:
-                    entry = msgspec.json.decode(raw, type=_Entry)
+                    entry = msgspec.json.decode(raw, type=_JournalLine)
                 except (msgspec.DecodeError, UnicodeDecodeError):
                     break
                 self._answers[entry.line] = self._end, len(raw)

@@ -30,7 +30,7 @@ class InputLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     method: str = "POST"
 
 
-class Place(NamedTuple):
+class LinePlace(NamedTuple):
     """Says where a line lies in the file. ``number`` counts from 1, as editors do."""
 
     number: int
@@ -51,7 +51,7 @@ class BatchInput(NamedTuple):
     other, and which are not. ``digest`` tells the file from all others."""
 
     path: Path
-    places: list[Place]
+    places: list[LinePlace]
     bad: list[BadLine]
     digest: str
     nbytes: int
@@ -61,7 +61,7 @@ class BatchInput(NamedTuple):
         """Return how many lines there are, without empty ones."""
         return len(self.places) + len(self.bad)
 
-    def read(self, places: list[Place]) -> Iterator[tuple[Place, InputLine]]:
+    def read(self, places: list[LinePlace]) -> Iterator[tuple[LinePlace, InputLine]]:
         """Read the lines at ``places`` again, one after another."""
         with _open(self.path) as file:
             for place in places:
@@ -74,7 +74,7 @@ def read_input(path: Path) -> BatchInput:
 
     ConfigError says that the file cannot be read, or has no line, or too many.
     """
-    places: list[tuple[bytes, Place]] = []
+    places: list[tuple[bytes, LinePlace]] = []
     bad: list[BadLine] = []
     known: dict[str, int] = {}
     digest = hashlib.sha256()
@@ -96,7 +96,7 @@ def read_input(path: Path) -> BatchInput:
                 reason = f"line {number} has {whole} bytes; at most {MAX_LINE} are allowed"
                 bad.append(BadLine(number, None, reason))
             elif line.strip():
-                _index(line, Place(number, offset, whole), known, places, bad)
+                _index(line, LinePlace(number, offset, whole), known, places, bad)
             offset += whole
     if not (places or bad):
         raise ConfigError(f"{path}: no requests; expected one JSON object a line")
@@ -105,7 +105,7 @@ def read_input(path: Path) -> BatchInput:
 
 
 def _index(
-    line: bytes, place: Place, known: dict[str, int], places: list[tuple[bytes, Place]], bad: list[BadLine]
+    line: bytes, place: LinePlace, known: dict[str, int], places: list[tuple[bytes, LinePlace]], bad: list[BadLine]
 ) -> None:
     try:
         request = parse(line, place.number)

@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lamina.serve.batch.run import Answered
+from lamina.serve.batch.run import AnsweredLine
 
 _GUESS_AFTER_S = 3.0
 """The time that is left is not guessed before."""
@@ -55,7 +55,7 @@ class BatchProgress:
         if done:
             self._say(f"{done} of {total} lines were answered before")
 
-    def answered(self, answered: Answered) -> None:
+    def answered(self, answered: AnsweredLine) -> None:
         """See `lamina.serve.batch.run.Watcher`."""
         self.done += 1
         self.failed += answered.status >= 400

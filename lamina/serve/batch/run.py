@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, Protocol
 
 from lamina.errors import CapacityError
 from lamina.serve.batch.journal import Journal
-from lamina.serve.batch.lines import BadLine, BatchInput, InputLine, Place
+from lamina.serve.batch.lines import BadLine, BatchInput, InputLine, LinePlace
 
 _LONGEST_PAUSE_S = 10.0
 """When the cluster's queue is full, the next try comes no later than this."""
 
 
-class Answered(NamedTuple):
+class AnsweredLine(NamedTuple):
     """Holds what the API answered: its status, its body, and the tokens that the body counts."""
 
     status: int
@@ -22,7 +22,7 @@ class Answered(NamedTuple):
     tokens: int = 0
 
 
-Answer = Callable[[InputLine], Awaitable[Answered]]
+Answer = Callable[[InputLine], Awaitable[AnsweredLine]]
 """Answers one request, as the HTTP endpoint would. CapacityError means that it may be asked again later; any other
 error of Lamina's ends the batch, which another run continues."""
 
@@ -33,7 +33,7 @@ class Watcher(Protocol):
     def begun(self, total: int, done: int) -> None:
         """The batch has ``total`` lines, of which ``done`` were answered by earlier runs."""
 
-    def answered(self, answered: Answered) -> None:
+    def answered(self, answered: AnsweredLine) -> None:
         """One more line is answered."""
 
 
@@ -47,14 +47,16 @@ async def run(batch: BatchInput, journal: Journal, answer: Answer, watcher: Watc
     for bad in batch.bad:
         if bad.number not in journal:
             journal.add(bad.number, record_of_bad(bad))
-            watcher.answered(Answered(400, {}))
+            watcher.answered(AnsweredLine(400, {}))
     left = batch.read([place for place in batch.places if place.number not in journal])
     async with asyncio.TaskGroup() as tasks:
         for _ in range(concurrency):
             tasks.create_task(_work(left, journal, answer, watcher))
 
 
-async def _work(left: Iterator[tuple[Place, InputLine]], journal: Journal, answer: Answer, watcher: Watcher) -> None:
+async def _work(
+    left: Iterator[tuple[LinePlace, InputLine]], journal: Journal, answer: Answer, watcher: Watcher
+) -> None:
     """Answer one line after another until none is left."""
     for place, line in left:
         answered = await _patiently(answer, line)
@@ -62,7 +64,7 @@ async def _work(left: Iterator[tuple[Place, InputLine]], journal: Journal, answe
         watcher.answered(answered)
 
 
-async def _patiently(answer: Answer, line: InputLine) -> Answered:
+async def _patiently(answer: Answer, line: InputLine) -> AnsweredLine:
     while True:
         try:
             return await answer(line)
@@ -72,7 +74,7 @@ async def _patiently(answer: Answer, line: InputLine) -> Answered:
             await asyncio.sleep(min(e.retry_after_s, _LONGEST_PAUSE_S))
 
 
-def record_of(place: Place, line: InputLine, answered: Answered) -> dict[str, Any]:
+def record_of(place: LinePlace, line: InputLine, answered: AnsweredLine) -> dict[str, Any]:
     """Return a line of the output."""
     id_ = f"batch_req_{place.number}"
     response = {"status_code": answered.status, "request_id": id_, "body": answered.body}

@@ -17,7 +17,7 @@ from lamina.errors import LaminaError, RequestError, first_error
 from lamina.serve.batch.files import FileStore, private_folder, write_json
 from lamina.serve.batch.journal import Journal
 from lamina.serve.batch.lines import URLS, BadLine, BatchInput, read_input
-from lamina.serve.batch.run import Answer, Answered, run
+from lamina.serve.batch.run import Answer, AnsweredLine, run
 
 log = logging.getLogger("lamina.serve")
 
@@ -189,7 +189,7 @@ class BatchService:
 
     async def _answer_all(self, batch: Batch, found: BatchInput, journal: Journal) -> None:
         """Answer all lines, or, when the batch is cancelled or its time is over, some of them."""
-        watcher = _Watcher(self, batch.id, asyncio.get_running_loop().time)
+        watcher = _SavedCounts(self, batch.id, asyncio.get_running_loop().time)
         answering = asyncio.create_task(
             run(found, journal, self._answer(batch.owner), watcher, concurrency=CONCURRENCY)
         )
@@ -261,7 +261,7 @@ class BatchService:
         self._save(replace(self._batches[id_], request_counts=counts))
 
 
-class _Watcher:
+class _SavedCounts:
     """Keeps the counts of a running batch, and saves them now and then."""
 
     def __init__(self, service: BatchService, id_: str, clock: Callable[[], float]) -> None:
@@ -274,7 +274,7 @@ class _Watcher:
     def begun(self, total: int, done: int) -> None:
         self._counts = replace(self._service._batches[self._id].request_counts, total=total)
 
-    def answered(self, answered: Answered) -> None:
+    def answered(self, answered: AnsweredLine) -> None:
         failed = int(answered.status >= 400)
         counts = self._counts
         self._counts = Counts(counts.total, counts.completed + 1 - failed, counts.failed + failed)

@@ -8,6 +8,7 @@ from typing import Any
 
 from llguidance import regex_to_lark
 
+from lamina.constrain.schema import prepare_schema
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer, spelling
 from lamina.serve.chat.formats import ReasoningFormat, ToolFormat
@@ -122,7 +123,7 @@ class Grammars:
     def _arguments(self, rules: _Rules, name: str, function: ToolFunction) -> str:
         schema = {"type": "object", **function.parameters}
         if not self._tools.xml:
-            return rules.json(name, json.dumps(schema, ensure_ascii=False))
+            return rules.json(name, json.dumps(_enforced(schema, function), ensure_ascii=False))
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         parts = []
         for i, (key, about) in enumerate(schema.get("properties", {}).items()):
@@ -137,7 +138,9 @@ class Grammars:
         """Return an argument with a mark of its own, to the mark at its end: a text as it is, all else as JSON."""
         end = "\n</parameter>\n"
         if not isinstance(schema, dict) or schema.get("type") != "string":
-            return f"{rules.json(name, json.dumps(schema, ensure_ascii=False))} {self._text(end)}"
+            whole = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
+            enforced = _enforced(whole, function)["properties"]["value"]
+            return f"{rules.json(name, json.dumps(enforced, ensure_ascii=False))} {self._text(end)}"
         choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
         if choices:
             texts = " | ".join(_quoted(choice) for choice in choices if isinstance(choice, str))
@@ -192,6 +195,40 @@ class _Rules:
                 f"{_MOST_SCHEMAS} with {_MOST_CHARACTERS} are allowed"
             )
         return Grammar(text, self._schemas)
+
+
+def _enforced(schema: dict[str, Any], function: ToolFunction) -> dict[str, Any]:
+    """Return the schema of an object as far as it can be enforced: a tool that is not strict asks for no more.
+
+    RequestError names what cannot, if the tool is strict.
+    """
+    reason = _refusal(schema)
+    if reason is None:
+        return schema
+    if function.strict:
+        raise RequestError(f"tools: the parameters of {function.name!r}: {reason}") from reason
+    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    properties = schema.get("properties")
+    loose: dict[str, Any] = {
+        "type": "object",
+        "properties": {
+            name: about if isinstance(about, dict) and _refusal({**shared, **about}) is None else {}
+            for name, about in (properties if isinstance(properties, dict) else {}).items()
+        },
+        "required": schema.get("required", []),
+        **shared,
+    }
+    return (
+        loose if _refusal(loose) is None else {"type": "object", "properties": {key: {} for key in loose["properties"]}}
+    )
+
+
+def _refusal(schema: dict[str, Any]) -> RequestError | None:
+    try:
+        prepare_schema(json.dumps(schema))
+    except RequestError as e:
+        return e
+    return None
 
 
 def _quoted(text: str) -> str:

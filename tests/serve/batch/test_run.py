@@ -13,7 +13,7 @@ import pytest
 from lamina.errors import CapacityError, NodeError
 from lamina.serve.batch.journal import Journal
 from lamina.serve.batch.lines import InputLine, read_input
-from lamina.serve.batch.run import Answered, run
+from lamina.serve.batch.run import AnsweredLine, run
 
 
 class Counting:
@@ -24,7 +24,7 @@ class Counting:
     def begun(self, total: int, done: int) -> None:
         self.total, self.before = total, done
 
-    def answered(self, answered: Answered) -> None:
+    def answered(self, answered: AnsweredLine) -> None:
         self.done += 1
         self.failed += answered.status >= 400
         self.tokens += answered.tokens
@@ -54,14 +54,14 @@ def test_a_batch_that_fails_again_and_again_is_complete_at_last(path: Path, tmp_
     async def attempt(answers: int) -> bool:
         watcher = Counting()
 
-        async def answer(line: InputLine) -> Answered:
+        async def answer(line: InputLine) -> AnsweredLine:
             nonlocal answers
             await asyncio.sleep(random.random() * 1e-3)
             if answers == 0:
                 raise NodeError("the front was lost", node="c0")
             answers -= 1
             asked.append(line.custom_id)
-            return Answered(200, {"text": line.body["prompt"]}, tokens=3)
+            return AnsweredLine(200, {"text": line.body["prompt"]}, tokens=3)
 
         with Journal(output, batch.digest) as journal:
             known, lost = len(journal), False
@@ -91,7 +91,7 @@ def test_a_full_queue_is_waited_for(path: Path, tmp_path: Path) -> None:
     batch, watcher = read_input(path), Counting()
     under_way = most = refused = 0
 
-    async def answer(line: InputLine) -> Answered:
+    async def answer(line: InputLine) -> AnsweredLine:
         nonlocal under_way, most, refused
         if under_way >= 8:
             refused += 1
@@ -100,7 +100,7 @@ def test_a_full_queue_is_waited_for(path: Path, tmp_path: Path) -> None:
         most = max(most, under_way)
         await asyncio.sleep(0)
         under_way -= 1
-        return Answered(400 if line.custom_id == "id 3" else 200, {})
+        return AnsweredLine(400 if line.custom_id == "id 3" else 200, {})
 
     async def main() -> None:
         with Journal(tmp_path / "out.jsonl", batch.digest) as journal:

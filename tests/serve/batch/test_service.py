@@ -13,7 +13,7 @@ import pytest
 from lamina.errors import CapacityError, ConfigError, NodeError, RequestError
 from lamina.serve.batch.files import FileStore
 from lamina.serve.batch.lines import InputLine
-from lamina.serve.batch.run import Answered
+from lamina.serve.batch.run import AnsweredLine
 from lamina.serve.batch.service import Batch, BatchService
 
 NOW_S = 1e9
@@ -45,12 +45,12 @@ class Asked:
         self._fail_at = fail_at
 
     def __call__(self, owner: str) -> Callable[[InputLine], Any]:
-        async def answer(line: InputLine) -> Answered:
+        async def answer(line: InputLine) -> AnsweredLine:
             await asyncio.sleep(self._delay_s)
             if line.custom_id == self._fail_at:
                 raise NodeError("the front was lost", node="c0")
             self.ids.append(line.custom_id)
-            return Answered(400 if line.custom_id == "id 3" else 200, {"owner": owner}, 1)
+            return AnsweredLine(400 if line.custom_id == "id 3" else 200, {"owner": owner}, 1)
 
         return answer
 

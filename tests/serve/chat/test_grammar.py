@@ -238,3 +238,17 @@ def test_arguments_with_marks_of_their_own_keep_their_types() -> None:
                 must_call=True,
             )
         )
+
+
+def test_a_schema_that_cannot_be_enforced_is_loosened_unless_it_is_strict() -> None:
+    """What the library cannot enforce is left to the model, property by property; the rest holds."""
+    properties = {"city": {"type": "string", "nullable": True}, "days": {"type": "integer"}}
+    function = ToolFunction("weather", {"type": "object", "properties": properties, "required": ["city"]})
+    grammar = model("qwen").constraint(ChatRequest(ASKED, functions=[function], must_call=True))
+
+    assert model("qwen").accepts(grammar, ONE["qwen"].replace('"a"', "3"))
+    assert not model("qwen").accepts(grammar, ONE["qwen"].replace('"city": "a"', '"days": 1'))
+    assert not model("qwen").accepts(grammar, ONE["qwen"].replace('"a"', '"a", "days": "b"'))
+    strict = ToolFunction("weather", function.parameters, strict=True)
+    with pytest.raises(RequestError, match=r"^tools: the parameters of 'weather': .*nullable"):
+        model("qwen").constraint(ChatRequest(ASKED, functions=[strict], must_call=True))
