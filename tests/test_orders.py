@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,10 +13,12 @@ from msgspec.structs import replace as changed
 
 from lamina.errors import ProtocolError
 from lamina.transport.messages import MAX_MESSAGE, decode_message, encode_message
+from lamina.wire import parts
 from lamina.wire.codec import decode, encode
-from lamina.wire.orders import Choice, Limits, Order, TokenRun
+from lamina.wire.orders import Choice, Done, Limits, Order, Targets, TokenRun
+from lamina.wire.parts import Part, Reassembly
 from lamina.wire.placement import Placement
-from lamina.wire.requests import Sampling
+from lamina.wire.requests import Sampling, Score
 
 LIMITS = Limits(slots=2, tokens=16, memory_nodes=frozenset({0, 1, 2}), context=100, vocabulary=1000)
 RUN = TokenRun(7, 10, [1, 2], Placement((0, 2), 256), choice=Choice(Sampling(seed=0), 12))
@@ -22,6 +26,13 @@ RUN = TokenRun(7, 10, [1, 2], Placement((0, 2), 256), choice=Choice(Sampling(see
 
 def order(*runs: TokenRun, slot: int = 0) -> Order:
     return Order(epoch=1, slot=slot, step=3, runs=list(runs))
+
+
+TOKENS = st.lists(st.integers(0, 999), max_size=5).map(lambda tokens: array("i", tokens).tobytes())
+
+
+def chosen(**changes: Any) -> Order:
+    return order(changed(RUN, choice=changed(RUN.choice, **changes)))
 
 
 RUNS = st.builds(
@@ -36,9 +47,24 @@ RUNS = st.builds(
     st.none()
     | st.builds(
         Choice,
-        st.builds(Sampling, st.floats(0, 100), st.integers(0, 50), st.floats(0.01, 1), st.integers(0, 2**63 - 1)),
+        st.builds(
+            Sampling,
+            st.floats(0, 100),
+            st.integers(0, 50),
+            st.floats(0.01, 1),
+            st.integers(0, 2**63 - 1),
+            repetition_penalty=st.floats(0.5, 2),
+            logit_bias=st.dictionaries(st.integers(0, 999), st.floats(-100, 100), max_size=3),
+        ),
         st.integers(0, 100),
+        TOKENS,
+        TOKENS,
+        st.lists(st.integers(0, 999), max_size=3),
+        st.none() | st.binary(min_size=125, max_size=128),
+        st.none() | st.integers(0, 20),
     ),
+    st.none()
+    | st.builds(Targets, st.just(0), st.lists(st.integers(0, 999), min_size=1, max_size=1), st.integers(0, 20)),
 )
 
 
@@ -82,6 +108,13 @@ def test_a_choice_without_a_seed_is_refused() -> None:
         (order(changed(RUN, start=99)), "positions below 100"),
         (order(changed(RUN, local_tokens=2**39)), "positions below 100"),
         (order(changed(RUN, tokens=[1000])), "tokens below 1000"),
+        (chosen(banned=[3, 1000]), "a choice"),
+        (chosen(prompt=array("i", [1000]).tobytes()), "a choice"),
+        (chosen(answer=array("i", [5, -1]).tobytes()), "a choice"),
+        (chosen(answer=bytes(4 * 101)), "a choice"),
+        (chosen(sampling=Sampling(seed=0, logit_bias={1000: 1.0})), "a choice"),
+        (order(changed(RUN, targets=Targets(1, [1, 2], 0))), "2 targets from row 1"),
+        (order(changed(RUN, targets=Targets(0, [1000], 0))), "1 targets from row 0"),
     ],
 )
 def test_what_cannot_be_done_is_refused(wrong: Order, message: str) -> None:
@@ -89,3 +122,36 @@ def test_what_cannot_be_done_is_refused(wrong: Order, message: str) -> None:
     LIMITS.check(order(RUN))
     with pytest.raises(ProtocolError, match=message):
         LIMITS.check(wrong)
+
+
+def test_scores_come_back() -> None:
+    """Those of tokens and of prompts, with probabilities of 0, and tokens that could not be chosen."""
+    score = Score(-1.5, 3, [(7, -0.25), (2, float("-inf"))])
+    sent = Done(
+        slot=0,
+        step=1,
+        tokens=[5, None, -1],
+        compute_s=0.5,
+        attention_s=[(1, 0.25)],
+        scores=[score, None, None],
+        prompt_scores=[[score, None], []],
+    )
+    assert decode(decode_message(encode_message(encode(sent))), Done) == sent
+
+
+@pytest.mark.parametrize("wrong", [b"123", b"12345"])
+def test_tokens_that_are_cut_off_are_refused(wrong: bytes) -> None:
+    """They are 4 bytes each."""
+    plain = encode(order(RUN))
+    plain["runs"][0][5][3] = wrong
+    with pytest.raises(ProtocolError, match="tokens that are not 4 bytes each"):
+        decode(plain, Order)
+
+
+def test_parts_of_a_message_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that never sends the last part takes no more memory than the longest message."""
+    monkeypatch.setattr(parts, "MAX_WHOLE", 100)
+    come = Reassembly()
+    assert come.add(Part(data=bytes(60), more=True)) is None
+    with pytest.raises(ProtocolError, match="takes more than 100 bytes"):
+        come.add(Part(data=bytes(60), more=True))

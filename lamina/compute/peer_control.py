@@ -13,7 +13,7 @@ from lamina.transport import Link, Region
 from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode
 from lamina.wire.orders import Done, Enlist, Enlisted, Forget, FromPeer, GaveUp, Greeting, Membership, Order
-from lamina.wire.parts import Part, Parts, send_whole
+from lamina.wire.parts import Part, Reassembly, send_whole
 from lamina.wire.questions import Questions
 
 
@@ -38,7 +38,7 @@ class PeerControl:
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
         self._questions = Questions(link)
-        self._parts = Parts()
+        self._parts = Reassembly()
         self._error: NodeError | None = None
         self._greeting = self._questions.expect(Greeting)
         self._enlist = self._questions.expect(Enlist)

@@ -14,10 +14,13 @@ from lamina.wire.orders import Choice
 def edit(logits: Tensor, choices: Sequence[Choice], vocabulary: int) -> None:
     """Change logits [n, width >= vocabulary] in place, by all that does not depend on the other logits."""
     if masks := [(row, choice.mask) for row, choice in enumerate(choices) if choice.mask is not None]:
-        packed = np.stack([np.frombuffer(mask, np.uint8, -(-vocabulary // 8)) for _, mask in masks])
+        packed = np.zeros((len(masks), -(-vocabulary // 8)), np.uint8)
+        for own, (_, mask) in zip(packed, masks, strict=True):
+            bits = np.frombuffer(mask, np.uint8)[: len(own)]
+            own[: len(bits)] = bits
         refused = np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little") == 0
-        for (row, _), own in zip(masks, torch.from_numpy(refused).to(logits.device), strict=True):
-            logits[row, :vocabulary].masked_fill_(own, -torch.inf)
+        for (row, _), each_refused in zip(masks, torch.from_numpy(refused).to(logits.device), strict=True):
+            logits[row, :vocabulary].masked_fill_(each_refused, -torch.inf)
     flat = logits.view(-1)
     width = logits.shape[1]
 

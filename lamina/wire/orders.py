@@ -88,8 +88,9 @@ class Choice(Struct, frozen=True, array_like=True):
     banned: Annotated[list[Count], Meta(max_length=MAX_BANNED)] = []
     """Tokens that it may not be."""
     mask: Annotated[bytes, Meta(max_length=MAX_MASK)] | None = None
-    """Which tokens it may be: bit i % 8 of byte i // 8 for token i, the least significant bit being bit 0. What lies
-    beyond the vocabulary is ignored."""
+    """Which tokens it may be: bit i % 8 of byte i // 8 for token i, the least significant bit being bit 0. It may be no
+    token beyond the mask, as a tokenizer can have fewer tokens than the model has logits. Bits beyond the vocabulary
+    are ignored."""
     logprobs: Top | None = None
     """Return its score, with so many of the likeliest tokens."""
 
@@ -119,7 +120,6 @@ class Choice(Struct, frozen=True, array_like=True):
             largest < vocabulary
             and min(_smallest(self.prompt), _smallest(self.answer)) >= 0
             and max(len(self.prompt), len(self.answer)) <= 4 * context
-            and (self.mask is None or len(self.mask) >= -(-vocabulary // 8))
         )
 
 
@@ -138,6 +138,10 @@ class Targets(Struct, frozen=True, array_like=True):
     row: Count
     tokens: Annotated[list[Count], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
     top: Top
+
+    def fit(self, rows: int, vocabulary: int) -> bool:
+        """Return whether a run of so many rows has all of theirs, and their tokens are of the vocabulary."""
+        return self.row + len(self.tokens) <= rows and max(self.tokens) < vocabulary
 
 
 class TokenRun(Struct, frozen=True, array_like=True):
@@ -200,8 +204,6 @@ class Limits(NamedTuple):
                 or (place.stripe is not None and place.stripe < 1)
                 or max(run.local_tokens, run.start + len(run.tokens)) > self.context
                 or max(run.tokens) >= self.vocabulary
-                or not (run.targets is None or self._fits(run.targets, run))
-                or not (run.choice is None or run.choice.fits(self.context, self.vocabulary))
             ):
                 raise ProtocolError(
                     f"an order for {len(run.tokens)} positions from {run.start} of a sequence on {place}; expected "
@@ -209,8 +211,17 @@ class Limits(NamedTuple):
                     f"{sorted(self.memory_nodes)}"
                 )
 
-    def _fits(self, targets: Targets, run: TokenRun) -> bool:
-        return targets.row + len(targets.tokens) <= len(run.tokens) and max(targets.tokens) < self.vocabulary
+            if (choice := run.choice) and not choice.fits(self.context, self.vocabulary):
+                raise ProtocolError(
+                    f"a choice for position {choice.position} with tokens that do not fit; expected tokens below "
+                    f"{self.vocabulary}, and at most {self.context} in prompt and answer each"
+                )
+            if (targets := run.targets) and not targets.fit(len(run.tokens), self.vocabulary):
+                raise ProtocolError(
+                    f"an order for the scores of {len(targets.tokens)} targets from row {targets.row} of a run of "
+                    f"{len(run.tokens)} tokens; expected no more rows than it has, and targets below "
+                    f"{self.vocabulary}"
+                )
 
 
 class Done(Message):

@@ -36,7 +36,7 @@ def send_whole(link: Link, message: Message) -> None:
             link.send(encode(Part(data=body[start:stop], more=stop < len(body))))
 
 
-class Parts:
+class Reassembly:
     """Puts the parts of one message after the other together."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ from lamina.wire.codec import Message, encode
 from lamina.wire.requests import PART, Cancel, Generate, PromptPart, Request, Sampling
 from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
-from tests.sim.answers import Recorded
+from tests.sim.answers import Recorded, submit
 from tests.sim.clusters import (
     eventually,
     is_idle,
@@ -336,6 +336,10 @@ def test_a_request_whose_logits_are_no_numbers_fails_alone(
     async def work(cluster: SimCluster) -> None:
         async with cluster.client() as client:
             await with_client(client)
+        unscored = await submit(cluster, [1, poison, *range(2, 60)], max_tokens=5, prompt_logprobs=1)
+        with pytest.raises(NodeError, match="are not finite numbers"):
+            await unscored.ended()
+        assert not any(math.isnan(score.logprob) for score in unscored.prompt_scores)
 
     async def with_client(client: AsyncClient) -> None:
         for temperature in (0.0, 1.0):
