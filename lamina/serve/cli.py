@@ -38,6 +38,15 @@ def serve(
         typer.Option(help="An origin whose pages may use the server in browsers; repeatable; * is any."),
     ] = None,
     max_body: Annotated[str, typer.Option(help="The size of the largest body of a request.")] = "16MiB",
+    chat_template: Annotated[
+        Path | None, typer.Option(help="The file of a chat template; default: that of the checkpoint.")
+    ] = None,
+    tool_parser: Annotated[
+        str | None, typer.Option(help="How the model writes calls of tools; default: as its template shows.")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="How the model writes its reasoning; default: as its template shows.")
+    ] = None,
     files: Annotated[
         Path | None,
         typer.Option(help="The folder of uploaded files and batches; default: one of the user's state folder."),
@@ -60,7 +69,7 @@ def serve(
 ) -> None:
     """Serve a cluster over HTTP, as OpenAI's API does; for a checkpoint, start a cluster on this machine first."""
     from lamina.config import load, parse_size
-    from lamina.serve.options import ServeOptions
+    from lamina.serve.options import ChatOptions, ServeOptions
 
     options = ServeOptions(
         host=host,
@@ -71,6 +80,7 @@ def serve(
         tls_key=tls_key,
         origins=tuple(cors_origin or ()),
         max_body=parse_option("max_body", parse_size, max_body),
+        chat=ChatOptions(chat_template, tool_parser, reasoning_parser),
         files=files,
     )
     options.check()

@@ -24,7 +24,7 @@ from lamina.serve.cluster_view import ClusterView
 from lamina.serve.facts import read_facts
 from lamina.serve.front import FrontKeeper
 from lamina.serve.gate import App
-from lamina.serve.options import ServeOptions
+from lamina.serve.options import ChatOptions, ServeOptions
 from lamina.serve.protocol import IDLE_S, BoundedProtocol
 from lamina.serve.service import Model, Service
 
@@ -70,7 +70,12 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> str:
         address = listening.getsockname()
         log.info("event=listening url=%s://%s:%d", scheme, options.host, address[1], extra={"progress": "connecting"})
         offline = _open_files(service, options.files)
-        beside = [front.keep(), _read_model(service, config), _announce(service), _end_when_drained(service, server)]
+        beside = [
+            front.keep(),
+            _read_model(service, config, options.chat),
+            _announce(service),
+            _end_when_drained(service, server),
+        ]
         if offline is not None:
             beside.append(offline.batches.serve())
         tasks = [asyncio.create_task(work) for work in beside]
@@ -110,11 +115,11 @@ def _open_files(service: Service, folder: Path | None) -> Offline | None:
     return offline
 
 
-async def _read_model(service: Service, config: ClusterConfig) -> None:
+async def _read_model(service: Service, config: ClusterConfig, chat: ChatOptions) -> None:
     path = config.model_path
     try:
         facts = await read_facts(path)
-        service.read = await service.workers.run(Model.make, path, facts, config.model.context, long=True)
+        service.read = await service.workers.run(Model.make, path, facts, config.model.context, chat, long=True)
     except LaminaError as e:
         service.failure = str(e)
         log.error("event=failed reason=%r", str(e), extra={"failure": e})
