@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import resource
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 import uvloop
 
 from lamina import log as logs
 from lamina.config import ClusterConfig
-from lamina.errors import ConnectError, LaminaError
+from lamina.errors import CheckpointError, ConnectError, LaminaError
 from lamina.serve.app import make_app
 from lamina.serve.facts import read_facts
 from lamina.serve.front import FrontKeeper
@@ -40,7 +40,7 @@ def run(config: ClusterConfig, options: ServeOptions) -> int:
     _raise_descriptor_limit()
     failure = uvloop.run(_main(config, options))
     if failure:
-        raise LaminaError(failure)
+        raise CheckpointError(failure)
     return 0
 
 
@@ -68,7 +68,7 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> str:
         beside = (front.keep(), _read_model(service, config), _announce(service), _end_when_drained(service, server))
         tasks = [asyncio.create_task(work) for work in beside]
         for task in tasks:
-            task.add_done_callback(functools.partial(_end_after_error, server))
+            task.add_done_callback(partial(_end_after_error, server))
         try:
             await server.serve(sockets=[listening])
         finally:
