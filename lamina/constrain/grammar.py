@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -33,6 +34,8 @@ _LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*'
 _REFUSED = re.compile(r"%(?!ignore\b|import\b|declare\b)\w+|\b(?:temperature|max_tokens|capture)\s*[=,\]]")
 """A schema within a grammar would escape the check of its keywords; the others say what the library would not do."""
 
+_RULE_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
+
 
 def grammar_of(constraint: Constraint) -> str:
     """Return the library's form of a constraint. Raises RequestError for what it would not enforce."""
@@ -47,8 +50,8 @@ def grammar_of(constraint: Constraint) -> str:
             if (nbytes := sum(len(text.encode()) for text in texts)) > MAX_TEXTS:
                 raise RequestError(f"the texts to choose from have {nbytes} bytes, the limit is {MAX_TEXTS}")
             return _lark(_choice(sorted(set(texts))))
-        case Grammar(grammar=text):
-            return _grammar(text)
+        case Grammar(grammar=text, schemas=schemas):
+            return _grammar(text, schemas)
 
 
 def explained(constraint: Constraint, reason: str) -> str:
@@ -69,7 +72,11 @@ def explained(constraint: Constraint, reason: str) -> str:
 
 
 def _json(schema: dict[str, Any]) -> str:
-    return _lark(f"start: %json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}")
+    return _lark(f"start: {_json_rule(schema)}")
+
+
+def _json_rule(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
 def _lark(grammar: str) -> str:
@@ -106,15 +113,22 @@ def _common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _grammar(text: str) -> str:
-    """Return the grammar of a text in the Lark dialect, or in that of llama.cpp, which has ``::=``."""
+def _grammar(text: str, schemas: Mapping[str, str]) -> str:
+    """Return the grammar of a text in the Lark dialect, or in that of llama.cpp, which has ``::=``. To the former,
+    ``schemas`` add rules that stand for JSON texts."""
     bare = _LITERALS.sub('""', text)
     if found := _REFUSED.search(bare):
         raise RequestError(
             f"the grammar has {found[0]}, which is not supported; use rules, terminals, %ignore, %import and %declare"
         )
+    for name in schemas:
+        if not _RULE_NAME.fullmatch(name):
+            raise RequestError(f"schemas: expected names of rules, such as arguments_0, got {name!r:.100}")
     if "::=" not in bare:
-        return _lark(text)
+        rules = [f"{name}: {_json_rule(prepare_schema(schema))}" for name, schema in schemas.items()]
+        return _lark("\n".join([text, *rules]))
+    if schemas:
+        raise RequestError("schemas: only possible with a grammar in the Lark dialect")
     try:
         return _lark(gbnf_to_lark(text).replace("%llguidance {}", "", 1))
     except Exception as e:  # the library's converter raises what its parser stumbles over

@@ -15,8 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lamina.errors import LaminaError
-from lamina.serve import chat_completions, completions, health, models, page, problems, tokens
+from lamina.serve import chat_completions, completions, health, models, page, problems, responses, tokens
 from lamina.serve.chat.request import ChatFields
+from lamina.serve.chat.responses import ResponseFields
 from lamina.serve.cluster_view import ClusterView
 from lamina.serve.docs import Documentation
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
@@ -46,6 +47,7 @@ ENDPOINTS = (
         chat_completions.chat_completions,
         (chat_completions.ChatBody, ChatFields),
     ),
+    Entry("POST", "/v1/responses", responses.responses, (ResponseFields,)),
     Entry("GET", "/v1/models", models.models),
     Entry("GET", "/v1/models/{name:path}", models.model),
     Entry("POST", "/tokenize", tokens.tokenize, (tokens.TokenizeBody,)),
@@ -71,7 +73,7 @@ def make_app(
         Entry("GET", "/openapi.json", documentation.openapi),
         Entry("GET", "/docs", documentation.page),
     )
-    routes = [Route(entry.path, _Endpoint(service, entry), methods=[entry.method]) for entry in entries]
+    routes = [Route(entry.path, _EndpointApp(service, entry), methods=[entry.method]) for entry in entries]
     routes += page.routes() + (view.routes() if view else [])
     app: Any = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
     app.router.redirect_slashes = False
@@ -87,7 +89,7 @@ def make_app(
     return Gate(app, service.metrics)
 
 
-class _Endpoint:
+class _EndpointApp:
     """Runs the handler of one endpoint as an ASGI application, and answers with its error if it raises one."""
 
     def __init__(self, service: Service, entry: Entry) -> None:

@@ -71,7 +71,7 @@ def test_each_of_several_answers_has_its_chunks(server: Server) -> None:
 
 def test_without_a_length_an_answer_may_fill_the_context(server: Server) -> None:
     """It ends when the model does, or when the context is full."""
-    reply = server.chat("the quiet girl " * 500, ignore_eos=True).json
+    reply = server.chat("the quiet girl " * 400, ignore_eos=True).json
 
     assert reply["choices"][0]["finish_reason"] == "length"
     assert reply["usage"]["total_tokens"] == 2048

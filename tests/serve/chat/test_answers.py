@@ -17,12 +17,20 @@ from lamina.demo.run import CHECKPOINT
 from lamina.errors import ConfigError
 from lamina.model.tokenizer import Tokenizer
 from lamina.serve.chat.chat import AnswerReader, Chat
-from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatAnswer, ChatEvent, Content, Reasoning
-from lamina.serve.chat.request import ChatRequest, Function
-from lamina.serve.chat.template import ChatTemplate, Prompt
+from lamina.serve.chat.events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    ChatAnswer,
+    ChatEvent,
+    ContentDelta,
+    ReasoningDelta,
+)
+from lamina.serve.chat.request import ChatRequest, ToolFunction
+from lamina.serve.chat.template import ChatPrompt, ChatTemplate
 from tests.serve.chat.checkpoints import CONTEXT, STYLES, save
 
-WEATHER = Function(
+WEATHER = ToolFunction(
     "weather",
     {
         "type": "object",
@@ -30,7 +38,7 @@ WEATHER = Function(
         "required": ["city"],
     },
 )
-TIME = Function("time", {"type": "object", "properties": {"zone": {"type": "string"}}})
+TIME = ToolFunction("time", {"type": "object", "properties": {"zone": {"type": "string"}}})
 ASKED = ChatRequest([{"role": "user", "content": "Hi"}], functions=[WEATHER, TIME])
 
 
@@ -45,7 +53,7 @@ def chat(style: str) -> Chat:
 
 
 def reader(style: str, *, prompt: str = "", request: ChatRequest = ASKED) -> AnswerReader:
-    return chat(style).reader(request, Prompt([], prompt))
+    return chat(style).reader(request, ChatPrompt([], prompt))
 
 
 def read(style: str, *pieces: str, prompt: str = "", request: ChatRequest = ASKED) -> list[ChatEvent]:
@@ -211,7 +219,7 @@ def joined(events: list[ChatEvent]) -> list[tuple[Any, ...]]:
     runs: list[list[Any]] = []
     for event in events:
         match event:
-            case Content(text) | Reasoning(text):
+            case ContentDelta(text) | ReasoningDelta(text):
                 kind: list[Any] = [type(event)]
             case CallArguments(index, text):
                 kind = [type(event), index]
@@ -267,11 +275,9 @@ def test_malformed_calls_are_content(style: str, text: str) -> None:
     assert told(read(style, *text, prompt=prompt)) == (text, "", [])
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", sorted(STYLES.keys() - {"harmony"}))
 def test_marks_are_not_read_where_there_are_no_tools(style: str) -> None:
-    """Without tools, or if none may be called, the spelling of a mark is text."""
-    if style == "harmony":
-        pytest.skip("it always has channels")
+    """Without tools, or if none may be called, the spelling of a mark is text. (Harmony always has channels.)"""
     text = '{"name": "f", "parameters": {}} <tool_call> [TOOL_CALLS] <｜tool▁calls▁begin｜>'
     answer = told(read(style, *text, request=ChatRequest(ASKED.messages), prompt="<think></think>"))
     assert answer == (text, "", []) or (style == "mistral" and "[TOOL_CALLS]" not in answer[0])
@@ -302,6 +308,8 @@ def test_special_tokens_that_mark_nothing_stay_hidden() -> None:
     assert chat("mistral").show_special
     assert not chat("qwen").show_special
     assert told(read("mistral", "a</s>b", "[IN", "ST]c")) == ("abc", "", [])
+    shown = chat("mistral").reader(ASKED, ChatPrompt([], ""), hide_special=False)
+    assert told([*shown.push("a</s>b"), *shown.finish()]) == ("a</s>b", "", [])
 
 
 def test_ids_have_the_form_that_the_template_needs() -> None:
