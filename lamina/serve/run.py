@@ -86,12 +86,15 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> str:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
             await view.close()
             service.workers.close()
             if offline is not None:
                 offline.close()
     log.info("event=stopped")
+    for end in ends:
+        if isinstance(end, Exception):
+            raise end
     return service.failure
 
 
