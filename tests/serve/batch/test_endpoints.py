@@ -180,6 +180,9 @@ def test_lamina_batch_answers_a_file(cluster: ClusterConfig, server: Server, tmp
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 2
     assert again.stderr == f"lamina: --output: {output} exists already; remove it, or name another file\n"
+    nameless = subprocess.run(batch_command(cluster, source, Path("-")), capture_output=True, text=True, check=False)
+    assert nameless.returncode == 2
+    assert nameless.stderr.startswith("lamina: --output: standard output is not possible here; name a file")
 
 
 @pytest.mark.slow
