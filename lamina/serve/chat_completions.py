@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lamina.errors import HttpError
-from lamina.serve.chat.chat import AnswerReader
-from lamina.serve.chat.events import (
+from lamina.chat.chat import AnswerReader
+from lamina.chat.events import (
     CallArguments,
     CallBegin,
     ChatAnswer,
@@ -16,8 +15,9 @@ from lamina.serve.chat.events import (
     ContentDelta,
     ReasoningDelta,
 )
-from lamina.serve.chat.request import ChatFields, ChatRequest, read_chat
-from lamina.serve.chat.template import ChatPrompt
+from lamina.chat.request import ChatFields, ChatRequest, read_chat
+from lamina.chat.template import ChatPrompt
+from lamina.errors import HttpError
 from lamina.serve.completions import prompt_logprobs
 from lamina.serve.exchange import Exchange
 from lamina.serve.gathering import NewTokens

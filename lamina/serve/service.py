@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lamina.chat.chat import Chat
+from lamina.chat.template import ChatTemplate
 from lamina.errors import HttpError
 from lamina.model.tokenizer import LONG_TEXT, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
 from lamina.serve import problems
-from lamina.serve.chat.chat import Chat
-from lamina.serve.chat.template import ChatTemplate
 from lamina.serve.facts import Facts, make_tokenizer
 from lamina.serve.front import FrontKeeper
 from lamina.serve.gathering import Gathering

@@ -13,11 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.demo.run import CHECKPOINT
-from lamina.errors import ConfigError
-from lamina.model.tokenizer import Tokenizer
-from lamina.serve.chat.chat import AnswerReader, Chat
-from lamina.serve.chat.events import (
+from lamina.chat.chat import AnswerReader, Chat
+from lamina.chat.events import (
     CallArguments,
     CallBegin,
     CallEnd,
@@ -26,8 +23,11 @@ from lamina.serve.chat.events import (
     ContentDelta,
     ReasoningDelta,
 )
-from lamina.serve.chat.request import ChatRequest, ToolFunction
-from lamina.serve.chat.template import ChatPrompt, ChatTemplate
+from lamina.chat.request import ChatRequest, ToolFunction
+from lamina.chat.template import ChatPrompt, ChatTemplate
+from lamina.demo.run import CHECKPOINT
+from lamina.errors import ConfigError
+from lamina.model.tokenizer import Tokenizer
 from tests.serve.chat.checkpoints import CONTEXT, STYLES, save
 
 WEATHER = ToolFunction(

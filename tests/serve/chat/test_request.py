@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from lamina.chat.request import ChatFields, ChatRequest, read_chat
 from lamina.errors import RequestError
-from lamina.serve.chat.request import ChatFields, ChatRequest, read_chat
 
 USER = {"role": "user", "content": "Hi"}
 

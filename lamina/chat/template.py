@@ -18,9 +18,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from lamina.chat.marks import Marks
 from lamina.errors import CheckpointError, RequestError
 from lamina.model.tokenizer import MARK, Tokenizer
-from lamina.serve.chat.marks import Marks
 
 Message = dict[str, Any]
 

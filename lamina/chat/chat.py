@@ -7,14 +7,14 @@ import secrets
 import string
 from typing import Any
 
+from lamina.chat.events import ChatEvent
+from lamina.chat.feed import Feed, Steps
+from lamina.chat.formats import reasoning_format, tool_format
+from lamina.chat.grammar import Grammars
+from lamina.chat.request import ChatRequest, Message
+from lamina.chat.template import ChatPrompt, ChatTemplate
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer
-from lamina.serve.chat.events import ChatEvent
-from lamina.serve.chat.feed import Feed, Steps
-from lamina.serve.chat.formats import reasoning_format, tool_format
-from lamina.serve.chat.grammar import Grammars
-from lamina.serve.chat.request import ChatRequest, Message
-from lamina.serve.chat.template import ChatPrompt, ChatTemplate
 from lamina.wire.requests import Constraint
 
 _LETTERS = string.ascii_letters + string.digits
@@ -24,7 +24,7 @@ _PROBE = "lamina-probe"
 class Chat:
     """Knows how a checkpoint chats. Any thread may call it, and `prompt` belongs into one.
 
-    ``tools`` and ``reasoning`` name formats of `lamina.serve.chat.formats`; None: those that the template shows. Raises
+    ``tools`` and ``reasoning`` name formats of `lamina.chat.formats`; None: those that the template shows. Raises
     ConfigError for unknown ones.
     """
 
