@@ -136,8 +136,8 @@ class ChatTemplate:
                 return self._templates[name]
         has = f"only {', '.join(map(repr, self._templates))}" if self._templates else "none"
         raise RequestError(
-            f"this model cannot chat: its checkpoint has no chat template 'default', {has}; ask for a completion of "
-            "a text instead, or have the server started with a chat template"
+            f"this model cannot chat: its checkpoint has no chat template 'default', {has}; ask for the continuation "
+            "of a text instead, or add a chat_template.jinja to the checkpoint"
         )
 
     def _rendered(self, template: jinja2.Template, variables: dict[str, Any]) -> str:

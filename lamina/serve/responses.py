@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from lamina.chat.chat import AnswerReader
+from lamina.chat.reader import AnswerReader
 from lamina.serve.chat_completions import PreparedChat, prepare_chat
 from lamina.serve.exchange import Exchange
 from lamina.serve.gathering import AnswerEnd, Event, Gathering, NewTokens

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lamina.chat.chat import Chat
-from lamina.chat.template import ChatTemplate
 from lamina.errors import HttpError
 from lamina.model.tokenizer import LONG_TEXT, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
@@ -40,8 +39,7 @@ class Model:
         """
         served = context or facts.context
         tokenizer = make_tokenizer(path, facts, served)
-        template = ChatTemplate(tokenizer, facts.chat_template, facts.special)
-        return cls(facts, served, tokenizer, TokenTexts(tokenizer), Chat(tokenizer, template))
+        return cls(facts, served, tokenizer, TokenTexts(tokenizer), Chat.of(tokenizer))
 
     @property
     def recommended(self) -> Mapping[str, float | int]:

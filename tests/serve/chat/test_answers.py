@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.chat.chat import AnswerReader, Chat
+from lamina.chat.chat import Chat
 from lamina.chat.events import (
     CallArguments,
     CallBegin,
@@ -23,6 +23,7 @@ from lamina.chat.events import (
     ContentDelta,
     ReasoningDelta,
 )
+from lamina.chat.reader import AnswerReader, answer_reader
 from lamina.chat.request import ChatRequest, ToolFunction
 from lamina.chat.template import ChatPrompt, ChatTemplate
 from lamina.demo.run import CHECKPOINT
@@ -308,7 +309,7 @@ def test_special_tokens_that_mark_nothing_stay_hidden() -> None:
     assert chat("mistral").show_special
     assert not chat("qwen").show_special
     assert told(read("mistral", "a</s>b", "[IN", "ST]c")) == ("abc", "", [])
-    shown = chat("mistral").reader(ASKED, ChatPrompt([], ""), hide_special=False)
+    shown = answer_reader(chat("mistral").form(ASKED, ChatPrompt([], ""), hide_special=False), ASKED)
     assert told([*shown.push("a</s>b"), *shown.finish()]) == ("a</s>b", "", [])
 
 
