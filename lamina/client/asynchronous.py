@@ -141,9 +141,9 @@ class AsyncClient:
     def chat_stream(self, messages: Sequence[Mapping[str, Any]], **settings: Unpack[ChatSettings]) -> AsyncChatStream:
         """Stream the answer to messages: ``async for event in client.chat_stream(messages)``.
 
-        ``messages`` are maps with ``role`` and ``content``, as in the API of OpenAI, of which the cluster makes a prompt
-        with the chat template of its checkpoint. `ChatSettings` describes the settings. Raises RequestError, here or
-        when the stream is read, for what cannot be asked, and of a checkpoint without a template.
+        ``messages`` are maps with ``role`` and ``content``, as in the API of OpenAI. The cluster makes a prompt of them
+        with the chat template of its checkpoint; one without a template cannot chat. `ChatSettings` describes the
+        settings. Raises RequestError, here or when the stream is read, for what cannot be asked.
         """
         asked, chat = asked_in_chat(messages, settings)
         return AsyncChatStream(self._stream(asked), chat)

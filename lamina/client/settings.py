@@ -92,8 +92,8 @@ class Settings(TypedDict, total=False):
 
 
 class ChatSettings(Settings, total=False):
-    """Lists the settings of a chat: those of any request but ``parse_special``, as the chat template alone writes special
-    tokens, and what its prompt is made of beside messages."""
+    """Lists the settings of a chat: what its prompt is made of beside messages, and those of any request. Of these,
+    ``parse_special`` is refused, as the chat template alone writes special tokens."""
 
     tools: Sequence[Mapping[str, Any]] | None
     """Functions that the model may call, each as ``{"type": "function", "function": {"name": ..., "parameters": ...}}``
