@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lamina.cluster.local import free_ports
 from lamina.errors import ConfigError
-from lamina.front.meter import Meter
+from lamina.front.meter import RequestMeter
 from lamina.metrics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram, exposition
 from lamina.node import metrics
 from lamina.transport import Address
@@ -89,7 +89,7 @@ def test_every_metric_is_documented() -> None:
     follower = common | _documented("Compute nodes")
     assert len(follower) > 5
     assert _exposed(metrics.of_status(COMPUTE)) == follower
-    assert _exposed(metrics.of_status(COMPUTE) + metrics.of_front(COMPUTE, Meter())) == follower | _documented(
+    assert _exposed(metrics.of_status(COMPUTE) + metrics.of_front(COMPUTE, RequestMeter())) == follower | _documented(
         "The front"
     )
     assert _exposed(metrics.of_status(MEMORY)) == common | _documented("Memory nodes")

@@ -42,9 +42,17 @@ class Chat:
         self._hidden = special - shown if shown else frozenset()
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Chat:
-        """Return that of a checkpoint with its own template. CheckpointError if the template cannot be read."""
-        return cls(tokenizer, ChatTemplate(tokenizer, tokenizer.chat_template, tokenizer.named_tokens))
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        *,
+        tools: str | None = None,
+        reasoning: str | None = None,
+    ) -> Chat:
+        """Return that of a checkpoint, with its own template or another. CheckpointError if that cannot be read."""
+        source = template or tokenizer.chat_template
+        return cls(tokenizer, ChatTemplate(tokenizer, source, tokenizer.named_tokens), tools=tools, reasoning=reasoning)
 
     def prompt(self, request: ChatRequest) -> ChatPrompt:
         """Return the prompt for a request. RequestError if the template refuses it."""

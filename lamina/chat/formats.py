@@ -185,6 +185,18 @@ def reasoning_format(name: str | None, template: str, tokenizer: Tokenizer) -> R
     return REASONING_FORMATS["none"]
 
 
+def require_tool_format(name: str | None) -> None:
+    """Raise ConfigError for an unknown name."""
+    if name is not None:
+        _named(name, TOOL_FORMATS, "--tool-parser")
+
+
+def require_reasoning_format(name: str | None) -> None:
+    """Raise ConfigError for an unknown name."""
+    if name is not None:
+        _named(name, REASONING_FORMATS, "--reasoning-parser")
+
+
 def _named(name: str, known: dict[str, F], option: str) -> F:
     if name not in known:
         likely = meant(name, known)

@@ -134,10 +134,10 @@ class ChatTemplate:
         for name in names:
             if name in self._templates:
                 return self._templates[name]
-        has = f"only {', '.join(map(repr, self._templates))}" if self._templates else "none"
+        has = f" called 'default', only {', '.join(map(repr, self._templates))}" if self._templates else ""
         raise RequestError(
-            f"this model cannot chat: its checkpoint has no chat template 'default', {has}; ask for the continuation "
-            "of a text instead, or add a chat_template.jinja to the checkpoint"
+            f"this model cannot chat: its checkpoint has no chat template{has}; ask for the completion of a text "
+            "instead, add a chat_template.jinja to the checkpoint, or start lamina serve with --chat-template"
         )
 
     def _rendered(self, template: jinja2.Template, variables: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, f
 from lamina.front.constraints import Constraints
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
-from lamina.front.meter import Meter
+from lamina.front.meter import RequestMeter
 from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
@@ -101,7 +101,7 @@ class Intake:
         The seeds of requests that have none come from ``random``, their compiled constraints from ``constraints``.
         """
         self.draining = False
-        self.meter = Meter()
+        self.meter = RequestMeter()
         """Counts requests by their ends, and the seconds they take."""
         self._name = name
         self._there = device

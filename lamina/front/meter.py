@@ -30,7 +30,7 @@ class EndedRequest(NamedTuple):
     """Why it was not answered whole."""
 
 
-class Meter:
+class RequestMeter:
     """Counts requests by their ends, and how long they take. Named ones get a line in the log when they end.
 
     Whatever reads the counts does so on the same loop, so a token costs one entry of a histogram and no lock.

@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 
 import lamina
 from lamina.errors import ConfigError
-from lamina.front.meter import Meter
+from lamina.front.meter import RequestMeter
 from lamina.metrics import CONTENT_TYPE, build_info, counter, exposition, gauge
 from lamina.transport import Address
 from lamina.wire.admin import PeerStatus, Status
@@ -98,7 +98,7 @@ def _of_cache(status: Status) -> list[Metric]:
     ]
 
 
-def of_front(status: Status, meter: Meter) -> list[Metric]:
+def of_front(status: Status, meter: RequestMeter) -> list[Metric]:
     """Return the families that only the front has: requests, and how long they take."""
     return [
         *_of_cache(status),

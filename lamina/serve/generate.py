@@ -136,12 +136,12 @@ async def gathered(
 ) -> AsyncIterator[Gathering]:
     """Run requests while the client is there, and while the block lasts. Raises what the front says against them."""
     service.require_running()
-    complete = False
     parent = exchange.header(b"traceparent") or ""
     if not re.match(TRACEPARENT, parent):
         parent = ""  # as the recommendation wants it
-    requests = [replace(request, name=exchange.id, traceparent=parent) for request in requests]
-    with Gathering(service.front.link(), service.front.ids, requests) as gathering:
+    named = [replace(request, name=exchange.id, traceparent=parent) for request in requests]
+    complete = False
+    with Gathering(service.front.link(), service.front.ids, named) as gathering:
         service.began(gathering)
         watching = asyncio.create_task(_watch(exchange, gathering))
         try:

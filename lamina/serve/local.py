@@ -234,6 +234,9 @@ def _arguments(options: ServeOptions) -> Sequence[str]:
         ("--tls-certificate", options.tls_certificate),
         ("--tls-key", options.tls_key),
         ("--files", options.files),
+        ("--chat-template", options.chat.template),
+        ("--tool-parser", options.chat.tools),
+        ("--reasoning-parser", options.chat.reasoning),
     ):
         if file is not None:
             words += [option, str(file)]

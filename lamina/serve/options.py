@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lamina.chat.formats import require_reasoning_format, require_tool_format
 from lamina.config import read_private
 from lamina.errors import ConfigError
 from lamina.transport import Address
@@ -16,6 +17,43 @@ DEFAULT_BODY = 16 << 20
 MAX_KEY_FILE = 1 << 16
 MIN_KEY = 8
 """The least characters of an API key."""
+
+
+MAX_TEMPLATE = 1 << 20
+"""The most bytes of a chat template."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Says how the model chats, where that is not as its checkpoint shows."""
+
+    template: Path | None = None
+    """The file of a template in the place of the checkpoint's."""
+    tools: str | None = None
+    """The name of the format in which the model writes calls of tools."""
+    reasoning: str | None = None
+    """The name of the format in which it writes its reasoning."""
+
+    def check(self) -> None:
+        """Raise ConfigError for a name that is unknown, or a file that cannot be read."""
+        require_tool_format(self.tools)
+        require_reasoning_format(self.reasoning)
+        self.read_template()
+
+    def read_template(self) -> str | None:
+        """Return the template. ConfigError if it cannot be read."""
+        if self.template is None:
+            return None
+        try:
+            with self.template.open("rb") as file:
+                text = file.read(MAX_TEMPLATE + 1)
+            if len(text) > MAX_TEMPLATE:
+                raise ConfigError(f"--chat-template: {self.template} has more than {MAX_TEMPLATE} bytes")
+            return text.decode()
+        except OSError as e:
+            raise ConfigError(f"--chat-template: {self.template} cannot be read: {e.strerror}") from e
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"--chat-template: {self.template}: expected text in UTF-8") from e
 
 
 @dataclass(frozen=True)
@@ -33,6 +71,7 @@ class ServeOptions:
     origins: Sequence[str] = ()
     """Whose pages browsers let use the server."""
     max_body: int = DEFAULT_BODY
+    chat: ChatOptions = ChatOptions()
     files: Path | None = None
     """The folder of uploaded files and of batches. None: one of this user, if no other server has it."""
 
@@ -58,6 +97,7 @@ class ServeOptions:
             except (OSError, ssl.SSLError) as e:
                 raise ConfigError(f"--tls-certificate: {self.tls_certificate} cannot be used: {e.strerror or e}") from e
         self.keys()
+        self.chat.check()
 
 
 def read_keys(file: Path) -> list[bytes]:

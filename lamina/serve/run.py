@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -16,14 +17,14 @@ import uvloop
 
 from lamina import log as logs
 from lamina.config import ClusterConfig
-from lamina.errors import ConfigError, ConnectError, LaminaError
+from lamina.errors import CheckpointError, ConfigError, ConnectError, LaminaError
 from lamina.serve.app import BATCHED, make_app
 from lamina.serve.batch.offline import Offline, default_folder
 from lamina.serve.cluster_view import ClusterView
 from lamina.serve.facts import read_facts
 from lamina.serve.front import FrontKeeper
 from lamina.serve.gate import App
-from lamina.serve.options import ServeOptions
+from lamina.serve.options import ChatOptions, ServeOptions
 from lamina.serve.protocol import IDLE_S, BoundedProtocol
 from lamina.serve.service import Model, Service
 
@@ -40,11 +41,14 @@ def run(config: ClusterConfig, options: ServeOptions) -> int:
     logs.configure("serve", format_=logs.choose_format(configured=config.log.format))
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it says of requests, this server says itself
     _raise_descriptor_limit()
-    uvloop.run(_main(config, options))
+    failure = uvloop.run(_main(config, options))
+    if failure:
+        raise CheckpointError(failure)
     return 0
 
 
-async def _main(config: ClusterConfig, options: ServeOptions) -> None:
+async def _main(config: ClusterConfig, options: ServeOptions) -> str:
+    """Serve until the end. Return why the model cannot be served, if that was the reason."""
     front = FrontKeeper(config.front.address, config.options())
     names = list(options.names) or [config.model_path.resolve().name]
     service = Service(front, names, options.max_body)
@@ -66,10 +70,17 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
         address = listening.getsockname()
         log.info("event=listening url=%s://%s:%d", scheme, options.host, address[1], extra={"progress": "connecting"})
         offline = _open_files(service, options.files)
-        beside = [front.keep(), _read_model(service, config), _announce(service), _end_when_drained(service, server)]
+        beside = [
+            front.keep(),
+            _read_model(service, config, options.chat),
+            _announce(service),
+            _end_when_drained(service, server),
+        ]
         if offline is not None:
             beside.append(offline.batches.serve())
         tasks = [asyncio.create_task(work) for work in beside]
+        for task in tasks:
+            task.add_done_callback(partial(_end_after_error, server))
         try:
             await server.serve(sockets=[listening])
         finally:
@@ -81,6 +92,14 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
             if offline is not None:
                 offline.close()
     log.info("event=stopped")
+    return service.failure
+
+
+def _end_after_error(server: uvicorn.Server, task: asyncio.Task[None]) -> None:
+    """End the server if what it cannot do without has met an error that nobody expected."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("event=internal_error", exc_info=error)
+        server.should_exit = True
 
 
 def _open_files(service: Service, folder: Path | None) -> Offline | None:
@@ -96,14 +115,15 @@ def _open_files(service: Service, folder: Path | None) -> Offline | None:
     return offline
 
 
-async def _read_model(service: Service, config: ClusterConfig) -> None:
+async def _read_model(service: Service, config: ClusterConfig, chat: ChatOptions) -> None:
     path = config.model_path
     try:
         facts = await read_facts(path)
-        service.read = await service.workers.run(Model.make, path, facts, config.model.context, long=True)
+        service.read = await service.workers.run(Model.make, path, facts, config.model.context, chat, long=True)
     except LaminaError as e:
         service.failure = str(e)
         log.error("event=failed reason=%r", str(e), extra={"failure": e})
+        service.draining.set()  # it would never be ready
 
 
 async def _announce(service: Service) -> None:

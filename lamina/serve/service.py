@@ -17,6 +17,7 @@ from lamina.serve.facts import Facts, make_tokenizer
 from lamina.serve.front import FrontKeeper
 from lamina.serve.gathering import Gathering
 from lamina.serve.metrics import Metrics
+from lamina.serve.options import ChatOptions
 from lamina.serve.token_texts import TokenTexts
 
 
@@ -32,14 +33,16 @@ class Model:
     chat: Chat
 
     @classmethod
-    def make(cls, path: Path, facts: Facts, context: int | None) -> Model:
+    def make(cls, path: Path, facts: Facts, context: int | None, chat: ChatOptions | None = None) -> Model:
         """Describe the checkpoint at ``path`` with the ``context`` of the cluster, or its own.
 
         CheckpointError for a tokenizer or a chat template that cannot be read.
         """
+        chat = chat or ChatOptions()
         served = context or facts.context
         tokenizer = make_tokenizer(path, facts, served)
-        return cls(facts, served, tokenizer, TokenTexts(tokenizer), Chat.of(tokenizer))
+        how = Chat.of(tokenizer, chat.read_template(), tools=chat.tools, reasoning=chat.reasoning)
+        return cls(facts, served, tokenizer, TokenTexts(tokenizer), how)
 
     @property
     def recommended(self) -> Mapping[str, float | int]:

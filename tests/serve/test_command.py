@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -30,9 +31,8 @@ def test_tls_and_a_checkpoint_that_cannot_chat(cluster: ClusterConfig, tmp_path:
         transport=cluster.transport,
     )  # fmt: skip
 
-    with serving(
-        config, tmp_path / "log", "--tls-certificate", str(files.certificate), "--tls-key", str(files.key)
-    ) as server:
+    options = ("--tls-certificate", str(files.certificate), "--tls-key", str(files.key), "--tool-parser", "hermes")
+    with serving(config, tmp_path / "log", *options) as server:
         context = ssl.create_default_context(cafile=files.authority)
         context.check_hostname = False
         server.tls = context
@@ -42,6 +42,20 @@ def test_tls_and_a_checkpoint_that_cannot_chat(cluster: ClusterConfig, tmp_path:
 
     assert refused.status == 400
     assert "its checkpoint has no chat template" in refused.error["message"]
+
+
+def test_a_chat_template_for_a_checkpoint_without_one(cluster: ClusterConfig, tmp_path: Path) -> None:
+    """A file takes the place of the template that the checkpoint lacks."""
+    config = write_cluster(
+        tmp_path / "plain.toml", ModelConfig(path=str(CHECKPOINT), dtype="float32", compile=False), cluster.node,
+        transport=cluster.transport,
+    )  # fmt: skip
+    (tmp_path / "template.jinja").write_text("{% for message in messages %}Once {{ message.content }}{% endfor %}")
+    with serving(config, tmp_path / "log", "--chat-template", str(tmp_path / "template.jinja")) as server:
+        server.ready()
+        chat = server.chat(messages=[{"role": "user", "content": "upon a time"}], max_tokens=6).json
+        text = server.complete(prompt="Once upon a time", max_tokens=6, add_special_tokens=False).json
+    assert chat["choices"][0]["message"]["content"] == text["choices"][0]["text"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +69,9 @@ def test_tls_and_a_checkpoint_that_cannot_chat(cluster: ClusterConfig, tmp_path:
         (["--api-key-file", "empty"], "--api-key-file: empty has no key; write one on each line"),
         (["--api-key-file", "short"], "--api-key-file: short, line 2: expected a key of at least 8 ASCII characters"),
         (["--max-body", "large"], "--max-body: expected"),
+        (["--chat-template", "nowhere"], "--chat-template: nowhere cannot be read: No such file or directory"),
+        (["--tool-parser", "hermess"], "--tool-parser: unknown format 'hermess'; known: "),
+        (["--reasoning-parser", "x"], "--reasoning-parser: unknown format 'x'; known: none, think"),
         (["--memory", "1GiB"], "--memory: only allowed with a checkpoint directory; cluster.toml is a cluster file"),
     ],
 )
@@ -77,6 +94,19 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "config.json" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_tokenizer_that_cannot_be_read_ends_the_server(cluster: ClusterConfig, tmp_path: Path) -> None:
+    """As it would never be ready."""
+    folder = tmp_path / "broken"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    config = write_cluster(tmp_path / "broken.toml", ModelConfig(path=str(folder)), cluster.node)
+
+    done = _run([str(config.file), "--port", "0"], tmp_path)
+
+    assert done.returncode == 1
+    assert f"lamina: {folder / 'tokenizer.json'}: the tokenizer cannot be read: " in done.stderr.splitlines()[-1]
 
 
 def test_a_port_in_use_is_named(cluster: ClusterConfig, server: Server, tmp_path: Path) -> None:
