@@ -52,7 +52,10 @@ class AsyncChatStream:
         raise StopAsyncIteration
 
     async def completion(self) -> ChatCompletion:
-        """Return the whole answer, also what of it has been read."""
+        """Return the whole answer, also what of it has been read.
+
+        If it ended before the model did, as it was left or was to have one call only, there are no ``timings``.
+        """
         while not self._is_over:
             await self._read()
         rendered, answer = self._stream.rendered, self._answer

@@ -80,6 +80,8 @@ class Settings(TypedDict, total=False):
     beginning, as by default."""
     name: str
     """How logs and traces call the request, in at most 256 characters. The front logs how one with a name ends."""
+    traceparent: str
+    """The span of the program that the trace of the request hangs on, as in the HTTP header of this name."""
     salt: str
     """Only requests with the same salt, of at most 256 characters, share anything. The default is empty."""
     parse_special: bool
