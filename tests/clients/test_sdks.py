@@ -1,0 +1,163 @@
+"""Libraries that send requests get from the endpoint what Lamina's own client gets, in their own types and errors."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clients.programs import TOKENS, drive
+from tests.clients.server import PROMPT, QUESTION, Server
+
+CASES: dict[str, dict[str, str]] = {
+    "openai": {
+        **dict.fromkeys(("plain", "stream", "response", "response_stream"), "chat"),
+        **dict.fromkeys(("tool", "streamed_tool"), "tool"),
+        "completion": "completion",
+        "structured": "arguments",
+        "wrong_model": "NotFoundError",
+        "wrong_parameter": "BadRequestError",
+        "broken_stream": "APIError",
+    },
+    "litellm": {
+        **dict.fromkeys(("plain", "stream", "passed_on"), "chat"),
+        "tool": "tool",
+        "structured": "arguments",
+        "wrong_model": "NotFoundError",
+        "broken_stream": "APIError",
+    },
+    "langchain": {
+        **dict.fromkeys(("plain", "stream"), "chat"),
+        "completion": "completion",
+        "tool": "tool",
+        **dict.fromkeys(("structured", "structured_by_tool"), "arguments"),
+        "wrong_model": "NotFoundError",
+        "broken_stream": "APIError",
+    },
+    "llm": {
+        **dict.fromkeys(("plain", "stream"), "chat"),
+        "completion": "completion",
+        "structured": "arguments",
+        "wrong_model": "RuntimeError",
+        "broken_stream": "RuntimeError",
+    },
+    "instructor": {
+        **dict.fromkeys(("tool_arguments", "structured", "streamed_tool_arguments"), "arguments"),
+        "wrong_model": "InstructorRetryException",
+    },
+    "pydantic-ai": {
+        **dict.fromkeys(("plain", "stream", "response", "response_stream"), "chat"),
+        **dict.fromkeys(("tool_arguments", "structured", "response_tool_arguments"), "arguments"),
+        "wrong_model": "ModelHTTPError",
+        "broken_stream": "APIError",
+    },
+    "dspy": {"plain": "chat", "structured": "arguments", "wrong_model": "NotFoundError"},
+    "smolagents": {
+        **dict.fromkeys(("plain", "stream"), "chat"),
+        "tool_call": "tool",
+        "wrong_model": "NotFoundError",
+        "broken_stream": "APIError",
+    },
+    "openai-agents": {
+        **dict.fromkeys(("plain", "stream", "response", "response_stream"), "chat"),
+        **dict.fromkeys(
+            ("structured", "response_structured", "tool_arguments", "response_tool_arguments"), "arguments"
+        ),
+        "wrong_model": "NotFoundError",
+        **dict.fromkeys(("broken_stream", "broken_response_stream"), "APIError"),
+    },
+    "llama-index": {
+        **dict.fromkeys(("plain", "stream", "required_without_tools"), "chat"),
+        "completion": "completion",
+        "tool_arguments": "arguments",
+        "wrong_model": "NotFoundError",
+        "broken_stream": "APIError",
+    },
+    "haystack": {
+        **dict.fromkeys(("plain", "stream"), "chat"),
+        "tool": "tool",
+        "structured": "arguments",
+        "wrong_model": "NotFoundError",
+        "broken_stream": "APIError",
+    },
+    "inspect-ai": {
+        **dict.fromkeys(("plain", "response", "vllm"), "chat"),
+        "tool": "tool",
+        "structured": "arguments",
+        "wrong_model": "NotFoundError",
+    },
+    "ai-sdk": {
+        **dict.fromkeys(("plain", "stream"), "chat"),
+        **dict.fromkeys(("tool", "streamed_tool"), "tool"),
+        "structured": "arguments",
+        "wrong_model": "AI_APICallError",
+        "broken_stream": "Error",
+    },
+}
+"""What each case of ``drivers/`` has to give: an answer that is compared, valid arguments, or the name of an error."""
+
+
+def _parameters() -> list[Any]:
+    slow = (pytest.mark.slow, pytest.mark.timeout(2400))  # an environment may have to be made first
+    return [
+        pytest.param(client, case, expected, id=f"{client}-{case}", marks=() if client == "openai" else slow)
+        for client, cases in CASES.items()
+        for case, expected in cases.items()
+    ]
+
+
+@pytest.fixture(scope="session")
+def results(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the cases of a client gave, all of which run in one process, but those that break the cluster."""
+
+    @cache
+    def of_client(client: str) -> dict[str, Any]:
+        cases = [case for case in CASES[client] if not case.startswith("broken")]
+        return drive(client, cases, server, _home(tmp_path_factory, client))
+
+    return of_client
+
+
+def _home(factory: pytest.TempPathFactory, client: str) -> Path:
+    return factory.mktemp(client)
+
+
+@pytest.mark.parametrize(("client", "case", "expected"), _parameters())
+def test_a_client_gets_what_it_asks_for(
+    client: str, case: str, expected: str, server: Server, results: Any, tmp_path: Path
+) -> None:
+    """The text and the counts of Lamina's own client; JSON that fits the schema; or the client's own error."""
+    if case.startswith("broken"):
+        try:
+            result = drive(client, [case], server, tmp_path)[case]
+        finally:
+            server.restart_front()
+    else:
+        result = results(client)[case]
+    if expected[0].isupper():
+        assert expected in result.get("raised", ()), result
+        assert case != "wrong_model" or "absent" in result["message"], result
+        return
+    assert "value" in result, result["traceback"]
+    value = result["value"]
+    if expected == "arguments":
+        assert value in ({"colour": "red"}, {"colour": "green"})
+    elif expected == "tool":
+        assert value["name"].lower() == "paint"
+        assert value["arguments"] in ({"colour": "red"}, {"colour": "green"})
+    else:
+        _compare(value, server, expected)
+
+
+def _compare(value: dict[str, Any], server: Server, kind: str) -> None:
+    prompt = server.chat_ids(QUESTION) if kind == "chat" else server.tokenizer(PROMPT)["input_ids"]
+    own = server.answer(prompt, TOKENS)
+    if "pieces" in value:
+        assert len(value["pieces"]) >= 1
+    text = value["text"] if "text" in value else "".join(value["pieces"])
+    assert text.strip() == own.text.strip()  # some clients strip what they show
+    assert value.get("prompt_tokens", len(prompt)) == len(prompt)
+    assert value["completion_tokens"] == len(own.tokens)
+    assert value.get("finish", own.finish_reason) == own.finish_reason
