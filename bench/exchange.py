@@ -41,6 +41,7 @@ from lamina.front.blocks import BlockManager
 from lamina.front.engine import Engine
 from lamina.front.intake import Intake
 from lamina.front.scheduler import Scheduler
+from lamina.front.sequence import Ended
 from lamina.front.space import Space
 from lamina.front.team import Team
 from lamina.node.memory import MemoryNode
@@ -51,7 +52,7 @@ from lamina.runtime.sockets import Sockets
 from lamina.sim.empty import EmptyForward
 from lamina.transport import Address, Hello, Options
 from lamina.wire.geometry import shard_by_heads
-from lamina.wire.requests import Request
+from lamina.wire.requests import Request, Score
 
 BATCHES, FLIGHTS = (1, 32), (1, 2, 4)
 """Sequences of a batch, and batches in flight."""
@@ -217,11 +218,14 @@ class _FirstToken:
     def __init__(self) -> None:
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def token(self, token: int) -> None:
+    def token(self, token: int, score: Score | None = None) -> None:
         if not self.begun.done():
             self.begun.set_result(None)
 
-    def finished(self, reason: str) -> None:
+    def prompt_scored(self, scores: list[Score]) -> None:
+        """Nothing was asked."""
+
+    def finished(self, end: Ended) -> None:
         pass
 
     def failed(self, error: LaminaError) -> None:

@@ -17,6 +17,7 @@ from lamina.attention import LayerShape
 from lamina.bench import report
 from lamina.config import ClusterConfig, ComputeNodeConfig, MemoryNodeConfig, ModelConfig, NodeConfig, PipelineConfig
 from lamina.errors import LaminaError
+from lamina.front.sequence import Ended
 from lamina.node.compute import ComputeNode
 from lamina.node.model import ModelFacts
 from lamina.sim.cluster import SimCluster
@@ -26,7 +27,7 @@ from lamina.sim.link import LinkModel
 from lamina.sim.network import SimNetwork
 from lamina.sim.world import World
 from lamina.transport import Address, Hello, Lane, Link, Options, Region
-from lamina.wire.requests import Request
+from lamina.wire.requests import Request, Score
 
 LAYERS, BATCH, PROMPT_TOKENS = 32, 64, 3
 CLUSTERS = ((1, 1), (1, 4), (2, 8))
@@ -56,11 +57,14 @@ class _Answered:
         self.begun: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
 
-    def token(self, token: int) -> None:
+    def token(self, token: int, score: Score | None = None) -> None:
         if not self.begun.done():
             self.begun.set_result(None)
 
-    def finished(self, reason: str) -> None:
+    def prompt_scored(self, scores: list[Score]) -> None:
+        """Nothing was asked."""
+
+    def finished(self, end: Ended) -> None:
         self.ended.set_result(None)
 
     def failed(self, error: LaminaError) -> None:

@@ -12,7 +12,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lamina.client import AsyncClient, AsyncStream, Client, Completion, Settings, Stream, Token, connect
+    from lamina.client import (
+        AsyncClient,
+        AsyncStream,
+        Client,
+        Completion,
+        Grammar,
+        JsonObject,
+        JsonSchema,
+        OneOf,
+        Regex,
+        Score,
+        Settings,
+        Stream,
+        Timings,
+        Token,
+        connect,
+    )
     from lamina.errors import LaminaError
 
 # A library is silent unless the program that uses it wants its log; the daemons do.
@@ -24,9 +40,16 @@ __all__ = [
     "AsyncStream",
     "Client",
     "Completion",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
     "LaminaError",
+    "OneOf",
+    "Regex",
+    "Score",
     "Settings",
     "Stream",
+    "Timings",
     "Token",
     "connect",
 ]

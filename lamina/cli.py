@@ -345,14 +345,36 @@ def generate(
         typer.Argument(metavar="PROMPT", help="The text to continue; - is standard input.", show_default=False),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The file with the text to continue.")] = None,
+    prompt_ids: Annotated[
+        bool, typer.Option("--prompt-ids", help="The prompt is token ids, separated by spaces or commas.")
+    ] = False,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="The maximum number of tokens to generate; default: what the context leaves."),
     ] = None,
+    min_tokens: Annotated[
+        int, typer.Option(min=0, help="The minimum number of tokens to generate: nothing stops the text earlier.")
+    ] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End the text before this text; may be given several times.", show_default=False),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on behind the tokens with which the model ends its texts.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0, max=100, help="The sampling temperature; 0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample only from the k likeliest tokens; 0 means all.")] = 0,
     top_p: Annotated[
         float, typer.Option(help="Sample only from the likeliest tokens whose probabilities add up to this.")
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Sample only tokens with at least this part of the probability of the likeliest one."
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Make tokens of the prompt and the text less likely, if more than 1.")
     ] = 1.0,
     seed: Annotated[
         int | None, typer.Option(min=0, help="The seed of the sampling; the same seed gives the same text.")
@@ -374,20 +396,25 @@ def generate(
 ) -> None:
     """Stream the continuation of a prompt from a running cluster."""
     from lamina.config import TransportConfig
-    from lamina.ops.generate import read_prompt, run
+    from lamina.ops.generate import read_ids, read_prompt, run
 
     links = TransportConfig(
         secret_file=secret_file, tls_certificate=tls_certificate, tls_key=tls_key, tls_authority=tls_authority
     )
     run(
         cluster,
-        read_prompt(prompt, prompt_file),
+        read_ids(prompt, prompt_file) if prompt_ids else read_prompt(prompt, prompt_file),
         links,
         as_json=as_json,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=stop or [],
+        ignore_eos=ignore_eos,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
     )
 

@@ -14,6 +14,7 @@
     │   ├── ProtocolError         the peer sent something that the protocol does not allow
     │   └── PeerLostError         the peer died, closed the connection or fell silent
     │       └── PeerSilentError   the peer fell silent: it hangs, or the network is cut
+    ├── DeadlineError             an answer took longer than its request allowed
     ├── NodeError                 a node reports a failure of its own; names the node
     └── DeadlockError             a simulation in which nothing can happen any more
 
@@ -107,6 +108,10 @@ class PeerLostError(TransportError):
 
 class PeerSilentError(PeerLostError):
     """The peer was silent for longer than ``peer_timeout``, while its connection was open."""
+
+
+class DeadlineError(LaminaError):
+    """An answer was not complete within the ``deadline_s`` of its request, which was cancelled."""
 
 
 class NodeError(LaminaError):

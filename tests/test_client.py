@@ -15,11 +15,15 @@ import pytest
 import torch
 
 import lamina
-from lamina.client.settings import request_for
+from lamina.client.settings import Settings, asked_for
 from lamina.errors import ConfigError, ConnectError, RequestError, UsageError
-from lamina.wire.requests import Request, Sampling
+from lamina.wire.requests import JsonSchema, Regex, Request, Sampling
 
 NOWHERE = "tcp://127.0.0.1:1"
+
+
+def request_for(prompt: Any, settings: Settings) -> Request:
+    return asked_for(prompt, settings).request
 
 
 @pytest.mark.parametrize(
@@ -73,11 +77,26 @@ def test_a_prompt_that_is_none_is_named(prompt: Any, message: str) -> None:
     [
         ({"temprature": 1.0}, "unknown setting 'temprature'; did you mean 'temperature'?"),
         ({"max_token": 1}, "unknown setting 'max_token'; did you mean 'max_tokens'?"),
-        ({"xyz": 1}, "unknown setting 'xyz'; expected some of max_tokens, temperature, "),
+        ({"xyz": 1}, "unknown setting 'xyz'; expected some of max_tokens, min_tokens, "),
         ({"temperature": None}, "temperature: expected float, got None"),
         ({"temperature": "1"}, "temperature: expected float, got '1'"),
         ({"max_tokens": 1.5}, "max_tokens: expected int, got 1.5"),
         ({"salt": "\udc80"}, r"salt: '\udc80' at position 0 is half of a surrogate pair"),
+        ({"stop": ["a", "\udc80"]}, r"stop[1]: '\udc80' at position 0 is half of a surrogate pair"),
+        ({"stop": ["a", ""]}, "stop[1]: expected str of length >= 1, got ''"),
+        ({"stop": 3}, "stop: expected array, got 3"),
+        ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]: expected int >= 0, got -1"),
+        ({"bad_words": "a"}, "bad_words: expected array, got 'a'"),
+        ({"logit_bias": {5: 200}}, "logit_bias[...]: expected float <= 100.0, got {5: 200}"),
+        ({"logprobs": 21}, "logprobs: expected int <= 20, got 21"),
+        (
+            {"constraint": "[a-z]+"},
+            "constraint: expected JsonSchema, JsonObject, Regex, OneOf, Grammar, or a dict with a JSON schema, ",
+        ),
+        ({"constraint": Regex("")}, "constraint.pattern: expected str of length >= 1, got ''"),
+        ({"constraint": {"enum": {1}}}, "constraint: this is no JSON schema, as it cannot be written as JSON: "),
+        ({"deadline_s": 0}, "deadline_s: expected float > 0"),
+        ({"deadline_s": "1"}, "deadline_s: expected float, got '1'"),
     ],
 )
 def test_a_setting_that_is_none_is_named(settings: Any, message: str) -> None:
@@ -93,18 +112,39 @@ def test_settings_are_those_of_a_request() -> None:
     assert request == Request("text", 3, Sampling(temperature=0.5))
 
     fields = {*Request.__struct_fields__, *Sampling.__struct_fields__} - {"prompt", "sampling"}
-    assert set(lamina.Settings.__annotations__) == fields
+    assert set(lamina.Settings.__annotations__) == fields | {"deadline_s"}
     for kind in (lamina.Client, lamina.AsyncClient):
-        for method in (kind.stream, kind.generate):
+        for method in (kind.stream, kind.generate, kind.generate_many, kind.branches):
             *_, settings = inspect.signature(method).parameters.values()
             assert (settings.kind, settings.annotation) == (settings.VAR_KEYWORD, "Unpack[Settings]")
+
+
+def test_settings_may_be_what_a_program_has() -> None:
+    """One text for several, arrays for lists, and a JSON schema as a dict."""
+    request = request_for(
+        "text",
+        {
+            "stop": "\n",
+            "stop_token_ids": np.array([7, 8]),
+            "bad_words": ("never", (1, np.int64(2))),
+            "logit_bias": {np.int64(5): np.float32(2)},
+            "constraint": {"type": "object"},
+        },
+    )
+    assert (request.stop, request.stop_token_ids, request.bad_words) == (["\n"], [7, 8], ["never", [1, 2]])
+    assert request.sampling.logit_bias == {5: 2.0}
+    assert request.constraint == JsonSchema('{"type": "object"}')
+    assert request_for("text", {"constraint": Regex("a+")}).constraint == Regex("a+")
+    assert asked_for("text", {"deadline_s": 3}).deadline_s == 3.0
 
 
 def test_a_type_checker_finds_a_misspelt_setting(tmp_path: Path) -> None:
     """As it finds a wrong type."""
     program = tmp_path / "program.py"
     program.write_text(
-        "from typing import TypedDict, Unpack\n"
+        "from collections.abc import Mapping, Sequence\n"
+        "from typing import Any, TypedDict, Unpack\n"
+        "Constraint = Any\n"
         f"{inspect.getsource(lamina.Settings)}\n"
         "def generate(prompt: str, **settings: Unpack[Settings]) -> None: ...\n"
         "generate('a', temperature=1.0, max_tokens=None)\n"

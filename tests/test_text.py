@@ -116,29 +116,30 @@ def tokenizer(kind: str, folder: Path) -> Tokenizer:
     return tokenizer_of(kind, folder)
 
 
-def streamed(tokenizer: Tokenizer, prompt: list[int], answer: list[int]) -> str:
-    stream = TextStream(tokenizer, prompt)
+def streamed(tokenizer: Tokenizer, prompt: list[int], answer: list[int], *, special: bool = False) -> str:
+    stream = TextStream(tokenizer, prompt, special=special)
     return "".join(map(stream.push, answer)) + stream.rest()
 
 
 PARTS = st.lists(st.one_of(st.integers(0, 2**30), st.characters(codec="utf-8")), max_size=20)
 
 
-@given(PARTS, PARTS)
+@given(PARTS, PARTS, st.booleans())
 def test_prompt_and_answer_make_the_whole(
-    kind: str, tokenizer: Tokenizer, asked: list[int | str], answered: list[int | str]
+    kind: str, tokenizer: Tokenizer, asked: list[int | str], answered: list[int | str], special: bool
 ) -> None:
     """For any tokens, special ones among them, and characters that come byte by byte: the text of the prompt and that
-    of the answer are what the library makes of all tokens together."""
+    of the answer are what the library makes of all tokens together, also where special tokens are to be seen."""
     library = library_of(kind)
     prompt, answer = (
         [t for part in parts for t in ([whole_token(library, part)] if isinstance(part, int) else spelled(kind, part))]
         for parts in (asked, answered)
     )
 
-    text = streamed(tokenizer, prompt, answer)
+    text = streamed(tokenizer, prompt, answer, special=special)
 
-    assert library.decode(prompt) + text == library.decode(prompt + answer)
+    asked_text, whole = (library.decode(ids, skip_special_tokens=not special) for ids in (prompt, prompt + answer))
+    assert asked_text + text == whole
 
 
 def whole_token(library: Library, number: int) -> int:
@@ -290,6 +291,25 @@ def test_bytes_that_make_no_character_cost_no_more_each(folder: Path, byte: int)
 
 
 # -- prompts
+
+
+def test_the_spellings_of_a_word(folder: Path) -> None:
+    """At the beginning and behind a space, as whole tokens where the vocabulary has them, without special tokens."""
+    for kind, word, spelt in (
+        ("byte level", "Lily", {"L|il|y", "ĠL|il|y"}),
+        ("byte level", " Lily", {"L|il|y", "ĠL|il|y"}),
+        ("byte fallback", "a", {"▁|<0x61>", "▁|▁|<0x61>"}),
+        ("word pieces", "story", {"story"}),
+    ):
+        tokenizer, library = tokenizer_of(kind, folder), library_of(kind)
+        found = tokenizer.spellings(word)
+        assert {"|".join(map(library.id_to_token, ids)) for ids in found} == spelt, kind
+        assert len(found) == len(spelt)
+    assert tokenizer_of("byte level", folder).spellings("</s>", parse_special=True)[0] == [
+        library_of("byte level").token_to_id("</s>")
+    ]
+    with pytest.raises(RequestError, match="no tokens for the text ' '"):
+        tokenizer_of("word pieces", folder).spellings(" ")
 
 
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback"])

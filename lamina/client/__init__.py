@@ -9,8 +9,28 @@ with lamina.Client("tcp://127.0.0.1:7070") as client:
 
 from __future__ import annotations
 
-from lamina.client.asynchronous import AsyncClient, AsyncStream, Completion, Token, connect
+from lamina.client.asynchronous import AsyncClient, connect
+from lamina.client.results import Completion, Timings, Token
 from lamina.client.settings import Prompt, Settings
+from lamina.client.stream import AsyncStream
 from lamina.client.synchronous import Client, Stream
+from lamina.wire.requests import Grammar, JsonObject, JsonSchema, OneOf, Regex, Score
 
-__all__ = ["AsyncClient", "AsyncStream", "Client", "Completion", "Prompt", "Settings", "Stream", "Token", "connect"]
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Client",
+    "Completion",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
+    "OneOf",
+    "Prompt",
+    "Regex",
+    "Score",
+    "Settings",
+    "Stream",
+    "Timings",
+    "Token",
+    "connect",
+]

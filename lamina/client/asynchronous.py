@@ -5,52 +5,32 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, Unpack
+from typing import Any, NoReturn, TypeAlias, Unpack
 
-from lamina import errors
-from lamina.client.settings import Prompt, Settings, request_for
+from msgspec.structs import replace
+
+from lamina.client.connection import Connection
+from lamina.client.many import answers_in_order
+from lamina.client.results import Completion
+from lamina.client.settings import Asked, Prompt, Settings, asked_for
+from lamina.client.stream import AsyncStream
 from lamina.config import read_secret
-from lamina.errors import CapacityError, ConfigError, LaminaError, NodeError, TransportError, UsageError
+from lamina.errors import ConfigError, LaminaError, RequestError, TransportError, UsageError
 from lamina.transport import Address, Hello, Link, Options, TlsFiles
 from lamina.transport import connect as connect_link
-from lamina.wire.admin import AskStatus, Status
-from lamina.wire.codec import decode, encode
-from lamina.wire.questions import Questions
-from lamina.wire.requests import (
-    Cancel,
-    Failed,
-    Finished,
-    Generated,
-    Piece,
-    PromptScored,
-    Request,
-    ToClient,
-    messages_for,
-)
+from lamina.wire.admin import Status
 
 Secret: TypeAlias = bytes | str | os.PathLike[str] | None
 """The cluster's secret itself, as bytes, or the path of the file that holds it."""
 
 
-class Token(NamedTuple):
-    """Holds one generated token. ``text`` is what the token completes, and may be empty."""
+CONCURRENCY = 64
+"""How many prompts of `AsyncClient.generate_many` are asked at a time."""
 
-    id: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Holds a whole answer. ``finish_reason`` is "stop" (an end-of-sequence token) or "length"."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    prompt_tokens: int
+_CLOSED = "the client is closed"
 
 
 def connect(
@@ -65,8 +45,8 @@ def connect(
 
     ``secret`` is the cluster's secret as bytes, or the path of the file that holds it, and ``tls`` (from
     ``lamina.transport``) names this client's certificate, if the cluster has these. Raises ConnectError if there is no
-    answer within ``deadline_s`` seconds; after ``peer_timeout`` seconds of silence the front is lost. Leaving the block
-    cancels what still runs.
+    answer within ``deadline_s`` seconds; after ``peer_timeout`` seconds of silence the front is lost. When it was lost,
+    the next request connects anew, in the same way. Leaving the block cancels what still runs.
     """
     return _Connecting(
         lambda: open_client(address, secret=secret, tls=tls, deadline_s=deadline_s, peer_timeout=peer_timeout)
@@ -86,7 +66,11 @@ async def open_client(
     options = Options(kind="control", secret=secret, tls=tls, peer_timeout=peer_timeout)
     hello = Hello("client", f"client-{os.getpid()}")
     front = Address.parse(address) if isinstance(address, str) else address
-    return AsyncClient(await connect_link(front, hello, options, deadline_s=deadline_s))
+
+    def open_link() -> Awaitable[Link]:
+        return connect_link(front, hello, options, deadline_s=deadline_s)
+
+    return AsyncClient(await open_link(), open_link)
 
 
 class _Connecting(AbstractAsyncContextManager["AsyncClient"]):
@@ -117,23 +101,27 @@ class _Connecting(AbstractAsyncContextManager["AsyncClient"]):
         raise AttributeError(f"{self._HINT}; it has no {name!r} itself")
 
 
-class Inbox(Protocol):
-    """Takes what the front sends for one request; a queue is one."""
-
-    def put_nowait(self, item: Piece | PromptScored | Finished | LaminaError, /) -> None:
-        """Take the next item. The last one is `Finished` or an error."""
-
-
 class AsyncClient:
-    """A client holds a connection to the front. Any number of requests may run on it at the same time."""
+    """A client holds a connection to the front. Any number of requests may run on it at the same time.
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    When the front is lost, the requests that run fail with a NodeError. The next one connects anew, and fails like
+    `connect` if it cannot; until the front is ready again, it answers with a NodeError that says so. After `close`,
+    everything fails with a TransportError.
+    """
+
+    def __init__(self, link: Link, reconnect: Callable[[], Awaitable[Link]] | None = None) -> None:
+        """Nothing may be delivered from ``link`` yet. ``reconnect`` makes another link when it is lost; without it, all
+        requests fail from then on."""
+        self._connection = Connection(link)
+        self._reconnect = reconnect
+        self._opening: asyncio.Task[Connection] | None = None
+        self._closed = False
         self._ids = itertools.count(1)
-        self._streams: dict[int, Inbox] = {}
-        self._questions = Questions(link)
-        self._failure: LaminaError | None = None
-        link.deliver(on_message=self._on_message, on_lost=self._on_lost)
+
+    @property
+    def closed(self) -> bool:
+        """Return whether `close` was called. A client whose front was lost is not closed."""
+        return self._closed
 
     def stream(self, prompt: Prompt, **settings: Unpack[Settings]) -> AsyncStream:
         """Stream the tokens of an answer: ``async for token in client.stream(...)``.
@@ -142,173 +130,92 @@ class AsyncClient:
         Leaving the loop aborts the request. Raises RequestError, here or when the stream is read, for what cannot be
         asked.
         """
-        return AsyncStream(self, next(self._ids), request_for(prompt, settings))
+        return self._stream(asked_for(prompt, settings))
 
     async def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
         """Return the whole answer. See `stream`."""
         async with self.stream(prompt, **settings) as stream:
-            tokens = [token async for token in stream]
-            text = "".join(token.text for token in tokens) + stream.held_back
-            return Completion(text, [t.id for t in tokens], stream.finish_reason, stream.prompt_tokens)
+            return await stream.completion()
 
-    def begin(self, request: Request, inbox: Inbox) -> int:
-        """Send a ready request, and return the id with which `abort` ends it.
+    def generate_many(
+        self, prompts: Iterable[Prompt], *, concurrency: int = CONCURRENCY, **settings: Unpack[Settings]
+    ) -> AsyncGenerator[Completion | LaminaError]:
+        """Answer many prompts, ``concurrency`` at a time: ``async for answer in client.generate_many(prompts)``.
 
-        ``inbox`` gets its pieces and scores as they come, on the loop, and at last its end or its error.
+        The answers come in the order of the prompts, which are read as they are needed. If a prompt fails, the error
+        comes in the place of its answer, and harms no other. While the cluster's queue is full, its prompts wait, as
+        it asks for. Leaving the loop aborts what still runs once the iterator is closed (``aclose``) or collected.
+        Raises RequestError for settings that cannot be.
         """
-        self._check()
-        id_ = next(self._ids)
-        for message in messages_for(id_, request):
-            self._link.send(encode(message))
-        self._streams[id_] = inbox
-        return id_
+        asked_for([0], settings)  # a mistake in the settings is none of a prompt
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise RequestError(f"concurrency: expected int >= 1, got {concurrency!r:.200}")
+        if isinstance(prompts, str | bytes):
+            raise RequestError(f"prompts: expected several prompts, got {type(prompts).__name__}")
+        return answers_in_order(lambda prompt: self.generate(prompt, **settings), prompts, concurrency)
 
-    def abort(self, id_: int) -> None:
-        """Stop what `begin` began. A request that is over is ignored."""
-        _abort(self, id_)
+    async def branches(self, prompt: Prompt, n: int, **settings: Unpack[Settings]) -> list[AsyncStream]:
+        """Ask for ``n`` answers to one prompt, and return their streams, of which the first has been started.
+
+        The others start when the first token of the first one is here, so that they find the keys and values of the
+        prompt on the memory nodes. With a ``seed``, the answer at index i has the seed ``seed + i``.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise RequestError(f"n: expected int >= 1, got {n!r:.200}")
+        asked = asked_for(prompt, settings)
+        begun = asyncio.Event()
+        first = self._stream(asked)
+        await first.start(begun)
+        return [first, *(self._stream(_branch(asked, i), after=begun) for i in range(1, n))]
 
     async def status(self) -> Status:
         """Return the state and the counters of the front."""
-        status: Status = await self._questions.ask(AskStatus())
-        return status
+        return await (await self._connected()).status()
 
     async def close(self) -> None:
-        """Cancel what still runs and leave."""
-        if not self._link.state.closed:
-            for id_ in self._streams:
-                self._link.send(encode(Cancel(id=id_)))
-        await self._link.close()
-        self._fail(TransportError("the client is closed"))
+        """Cancel what still runs and leave. Closing twice is fine."""
+        self._closed = True
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait((self._opening,))
+        await self._connection.close(TransportError(_CLOSED))
 
-    def _check(self) -> None:
-        if self._failure:
-            raise self._failure
+    def _stream(self, asked: Asked, after: asyncio.Event | None = None) -> AsyncStream:
+        return AsyncStream(self._connected, next(self._ids), asked, after=after)
 
-    def _on_message(self, plain: dict[str, Any]) -> None:
-        match decode(plain, ToClient):
-            case Status() as status:
-                self._questions.answer(status)
-            case Failed(id=None) as failure:
-                self._fail(_error(failure))
-            case Failed(id=int(id_)) as failure:
-                if stream := self._streams.pop(id_, None):
-                    stream.put_nowait(_error(failure))
-            case Generated(pieces=pieces):
-                for piece in pieces:
-                    if stream := self._streams.get(piece.id):
-                        stream.put_nowait(piece)
-            case PromptScored(id=id_) as scored:
-                if stream := self._streams.get(id_):
-                    stream.put_nowait(scored)
-            case Finished(id=id_) as end:
-                if stream := self._streams.pop(id_, None):
-                    stream.put_nowait(end)
+    async def _connected(self) -> Connection:
+        """Return a connection on which requests can be sent. All that need a new one wait for the same."""
+        failure = self._connection.failure
+        if self._closed:
+            raise TransportError(_CLOSED)
+        if failure is None:
+            return self._connection
+        if self._reconnect is None or isinstance(failure, UsageError):  # the front would say the same again
+            raise failure
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open(self._reconnect))
+            self._opening.add_done_callback(self._opened)
+        opening = self._opening
+        await asyncio.wait((opening,))
+        if self._closed:
+            raise TransportError(_CLOSED)
+        return opening.result()
 
-    def _on_lost(self, error: TransportError) -> None:
-        peer = self._link.info.peer
-        self._fail(NodeError(f"{peer.role} node {peer.name} was lost: {error}", node=peer.name))
+    async def _open(self, reconnect: Callable[[], Awaitable[Link]]) -> Connection:
+        self._connection.end("a new connection is made")
+        self._connection = Connection(await reconnect())
+        return self._connection
 
-    def _fail(self, error: LaminaError) -> None:
-        if self._failure is None:
-            self._failure = error
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.put_nowait(error)
-        self._questions.fail(error)
+    def _opened(self, opening: asyncio.Task[Connection]) -> None:
+        self._opening = None
+        if not opening.cancelled():
+            opening.exception()  # whoever waits for it gets it, if anybody still does
 
 
-class AsyncStream:
-    """A stream gives the tokens of one answer. It is an asynchronous iterator and context manager.
-
-    After the last token, ``finish_reason``, ``prompt_tokens`` and ``held_back`` (text of an unfinished character) are
-    set. ``aclose``, leaving an ``async with`` on it, cancelling the task that waits for a token, or dropping the last
-    reference to it (as a loop over ``client.stream(...)`` does when it is left) aborts the request and frees its KV
-    cache on every node.
-    """
-
-    def __init__(self, client: AsyncClient, id_: int, request: Request) -> None:
-        self.finish_reason = ""
-        self.prompt_tokens = 0
-        self.held_back = ""
-        self._client = client
-        self._id = id_
-        self._request = request
-        self._queue: asyncio.Queue[Piece | PromptScored | Finished | LaminaError] | None = None
-        self._error: LaminaError | None = None
-        """Why the answer ended early; every later attempt to read raises it again."""
-        self._loop = asyncio.get_running_loop()
-
-    def __aiter__(self) -> AsyncStream:
-        return self
-
-    async def __anext__(self) -> Token:
-        if self._error is not None:
-            raise self._error
-        if self.finish_reason:
-            raise StopAsyncIteration
-        if self._queue is None:
-            self._start()
-        assert self._queue is not None
-        try:
-            item = await self._queue.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        match item:
-            case Piece(token=token, text=text):
-                return Token(token, text)
-            case PromptScored():
-                return await self.__anext__()
-            case Finished() as end:
-                self._leave()
-                self.finish_reason, self.prompt_tokens, self.held_back = end.reason, end.prompt_tokens, end.text
-                raise StopAsyncIteration
-        self._leave()
-        self._error = item
-        raise item
-
-    def _start(self) -> None:
-        self._client._check()
-        for message in messages_for(self._id, self._request):
-            self._client._link.send(encode(message))
-        self._queue = asyncio.Queue()
-        self._client._streams[self._id] = self._queue
-
-    async def aclose(self) -> None:
-        """Abort the request if it is not over. Closing twice is fine."""
-        self._abort()
-
-    async def __aenter__(self) -> AsyncStream:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    def __del__(self) -> None:
-        # `break` in an `async for` drops the iterator and tells it nothing else.
-        if self._id in self._client._streams and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_abort, self._client, self._id)
-
-    def _abort(self) -> None:
-        _abort(self._client, self._id)
-        self.finish_reason = self.finish_reason or "cancelled"
-
-    def _leave(self) -> None:
-        self._client._streams.pop(self._id, None)
-
-
-def _abort(client: AsyncClient, id_: int) -> None:
-    if client._streams.pop(id_, None) is not None and not client._link.state.closed:
-        client._link.send(encode(Cancel(id=id_)))
-
-
-def _error(failure: Failed) -> LaminaError:
-    """Return the error that a node reported, in the class that it raised."""
-    kind = getattr(errors, failure.kind, LaminaError)
-    if kind is NodeError:
-        return NodeError(failure.message, node=failure.node or "")
-    if kind is CapacityError:
-        return CapacityError(failure.message, retry_after_s=failure.retry_after_s)
-    if not (isinstance(kind, type) and issubclass(kind, LaminaError)):
-        kind = LaminaError
-    return kind(failure.message)
+def _branch(asked: Asked, number: int) -> Asked:
+    """Return the same with another seed."""
+    request, sampling = asked.request, asked.request.sampling
+    if sampling.seed is None:
+        return asked
+    sampling = replace(sampling, seed=(sampling.seed + number) % 2**63)
+    return asked._replace(request=replace(request, sampling=sampling))

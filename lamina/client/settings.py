@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import operator
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, TypedDict, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar, get_args
 
 import msgspec
 
 from lamina.errors import RequestError
 from lamina.validation import explain, meant
-from lamina.wire.requests import Request, Sampling
+from lamina.wire.requests import Constraint, JsonSchema, Request, Sampling
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -31,14 +32,46 @@ class Settings(TypedDict, total=False):
 
     max_tokens: int | None
     """The most tokens of the answer. None, the default, is as many as the context has room for."""
+    min_tokens: int
+    """The fewest tokens of the answer, by default 0: nothing stops it earlier."""
     temperature: float
     """0, the default, is greedy."""
     top_k: int
     """Only the k likeliest tokens; 0, the default, is all."""
     top_p: float
     """Only the likeliest tokens that together have this probability, by default 1."""
+    min_p: float
+    """Only tokens with at least this part of the probability of the likeliest one, by default 0."""
     seed: int | None
     """With a seed, the same request gets the same tokens. None, the default, is a random one."""
+    repetition_penalty: float
+    """Makes tokens of prompt and answer less likely, if it is more than 1, the default."""
+    presence_penalty: float
+    """Is subtracted from the logits of the tokens of the answer so far, by default 0."""
+    frequency_penalty: float
+    """Is subtracted from the logit of a token as often as the answer has it so far, by default 0."""
+    logit_bias: Mapping[int, float]
+    """Is added to the logits of these tokens; from -100 to 100."""
+    stop: str | Sequence[str]
+    """The answer ends where its text has this, or one of these. Nothing of it is given out."""
+    stop_token_ids: Sequence[int]
+    """The answer ends with one of these tokens."""
+    include_stop: bool
+    """Whether the text of the answer includes what stopped it: the text of ``stop``, or that of a token. The default is
+    false."""
+    ignore_eos: bool
+    """Whether the answer goes on behind the tokens that end sequences. The default is false."""
+    bad_words: Sequence[str | Sequence[int]]
+    """Texts, or their token ids, that the answer does not have. A text stands for the tokens that it has at the
+    beginning of a text, and for those that it has behind a space."""
+    constraint: Constraint | Mapping[str, Any] | None
+    """What the answer has to be: `JsonSchema`, `JsonObject`, `Regex`, `OneOf` or `Grammar`. A dict is a JSON schema."""
+    show_special: bool
+    """Whether the text of the answer has special tokens, such as ``</s>``. The default is false."""
+    logprobs: int | None
+    """Give the `Score` of each token, with so many of the likeliest tokens, of 0 to 20. None, the default, is none."""
+    prompt_logprobs: int | None
+    """The same for the tokens of the prompt, which then uses no keys and values that the cluster holds."""
     priority: int
     """The waiting request with the highest priority, of -100 to 100, is admitted next. The default is 0."""
     share_prefix: bool
@@ -50,21 +83,43 @@ class Settings(TypedDict, total=False):
     """Whether the text of a special token in the prompt, such as ``</s>``, becomes that token. By default, text is
     text: much of it comes from others, who could end a turn or begin one in another role. A program that builds a
     prompt of trusted text can set this, or give the ids of special tokens."""
+    deadline_s: float | None
+    """The seconds that the whole answer may take, from the moment when it is asked for. Then the request is cancelled,
+    and DeadlineError raised. None, the default, is any number."""
 
 
-def request_for(prompt: Prompt, settings: Settings) -> Request:
-    """Return the request. RequestError says which setting or part of the prompt is wrong, and what is expected."""
+class Asked(NamedTuple):
+    """Holds what a program asks for."""
+
+    request: Request
+    deadline_s: float | None
+
+
+class _Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Holds the settings that concern the client alone."""
+
+    deadline_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
+
+
+def asked_for(prompt: Prompt, settings: Settings) -> Asked:
+    """Return what is asked for. RequestError says which setting or part of the prompt is wrong, and what is
+    expected."""
     known = list(Settings.__annotations__)
     for name in settings:
         if name not in known:
             likely = meant(name, known)
             hint = f"did you mean {likely!r}?" if likely else f"expected some of {', '.join(known)}"
             raise RequestError(f"unknown setting {name!r}; {hint}")
-    values = {name: _plain_number(value) for name, value in settings.items()}
-    sampling = _convert({name: values.pop(name) for name in Sampling.__struct_fields__ if name in values}, Sampling)
-    if isinstance(salt := values.get("salt"), str):
-        _require_characters("salt", salt)
-    return _convert({"prompt": _plain_prompt(prompt), "sampling": sampling, **values}, Request)
+    values = {name: _plain(name, value) for name, value in settings.items()}
+    sampling = _convert(_take(values, Sampling), Sampling)
+    own = _convert(_take(values, _Own), _Own)
+    request = _convert({"prompt": _plain_prompt(prompt), "sampling": sampling, **values}, Request)
+    return Asked(request, own.deadline_s)
+
+
+def _take(values: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Take the values out that are fields of a struct."""
+    return {name: values.pop(name) for name in kind.__struct_fields__ if name in values}
 
 
 def _plain_prompt(prompt: Prompt) -> str | list[int]:
@@ -101,9 +156,39 @@ def _require_characters(name: str, text: str) -> str:
     return text
 
 
-def _plain_number(value: Any) -> Any:
-    """Return a number of NumPy or torch as Python's own."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+def _plain(name: str, value: Any) -> Any:
+    """Return the value of a setting as numbers, texts, lists and maps of Python's own."""
+    if name == "stop" and isinstance(value, str):
+        value = [value]
+    if name == "constraint":
+        value = _plain_constraint(value)
+    return _plain_value(name, value)
+
+
+def _plain_value(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return _require_characters(name, value)
+    if hasattr(value, "tolist"):  # also a number of NumPy or torch
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain_value(name, key): _plain_value(f"{name}.{key}", one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return [_plain_value(f"{name}[{i}]", one) for i, one in enumerate(value)]
+    return value
+
+
+def _plain_constraint(value: Any) -> Any:
+    """Return a constraint as a map; one that is a map is a JSON schema."""
+    schema = value.schema if isinstance(value, JsonSchema) else value
+    if isinstance(schema, Mapping):
+        try:
+            value = JsonSchema(json.dumps(schema))
+        except (TypeError, ValueError, RecursionError) as e:
+            raise RequestError(f"constraint: this is no JSON schema, as it cannot be written as JSON: {e}") from e
+    if value is not None and not isinstance(value, Constraint):
+        kinds = ", ".join(kind.__name__ for kind in get_args(Constraint))
+        raise RequestError(f"constraint: expected {kinds}, or a dict with a JSON schema, got {value!r:.200}")
+    return msgspec.to_builtins(value)
 
 
 def _convert(plain: dict[str, Any], kind: type[S]) -> S:

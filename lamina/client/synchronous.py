@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from lamina.client.asynchronous import AsyncClient, AsyncStream, Completion, Secret, Token, open_client
+from lamina.client.asynchronous import CONCURRENCY, AsyncClient, Secret, open_client
+from lamina.client.results import Completion, Timings, Token
 from lamina.client.settings import Prompt, Settings
-from lamina.errors import TransportError
+from lamina.client.stream import AsyncStream
+from lamina.errors import LaminaError, TransportError
 from lamina.transport import Address, TlsFiles
 from lamina.wire.admin import Status
+from lamina.wire.requests import Score
 
 R = TypeVar("R")
 
@@ -57,6 +60,39 @@ class Client:
     def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
         """Return the whole answer. See `AsyncClient.stream`."""
         return self._wait(self._client.generate(prompt, **settings))
+
+    def generate_many(
+        self, prompts: Iterable[Prompt], *, concurrency: int = CONCURRENCY, **settings: Unpack[Settings]
+    ) -> Generator[Completion | LaminaError]:
+        """Answer many prompts: ``for answer in client.generate_many(prompts)``. See `AsyncClient.generate_many`.
+
+        The prompts are read in the thread of the client.
+        """
+        return self._each(self._client.generate_many(prompts, concurrency=concurrency, **settings))
+
+    def _each(self, answers: AsyncGenerator[R]) -> Generator[R]:
+        async def one() -> R:
+            return await anext(answers)
+
+        try:
+            while True:
+                try:
+                    answer = self._wait(one())
+                except StopAsyncIteration:
+                    return
+                yield answer
+        finally:
+            if not self._loop.is_closed():
+                self._wait(_closed(answers))
+
+    def branches(self, prompt: Prompt, n: int, **settings: Unpack[Settings]) -> list[Stream]:
+        """Ask for ``n`` answers to one prompt, and return their streams. See `AsyncClient.branches`."""
+        return [Stream(self, stream) for stream in self._wait(self._client.branches(prompt, n, **settings))]
+
+    @property
+    def closed(self) -> bool:
+        """Return whether `close` was called. A client whose front was lost is not closed."""
+        return self._client.closed
 
     def status(self) -> Status:
         """Return the state and the counters of the front."""
@@ -111,18 +147,36 @@ class Stream:
 
     @property
     def finish_reason(self) -> str:
-        """Return why the answer is over, or nothing while it goes on."""
+        """See `AsyncStream`, as for the other properties."""
         return self._stream.finish_reason
 
     @property
     def prompt_tokens(self) -> int:
-        """Return the length of the prompt, once the answer is over."""
         return self._stream.prompt_tokens
 
     @property
     def held_back(self) -> str:
-        """Return the text of an unfinished character, once the answer is over."""
         return self._stream.held_back
+
+    @property
+    def stopped_by(self) -> str | int | None:
+        return self._stream.stopped_by
+
+    @property
+    def shared_tokens(self) -> int:
+        return self._stream.shared_tokens
+
+    @property
+    def timings(self) -> Timings:
+        return self._stream.timings
+
+    @property
+    def prompt_logprobs(self) -> list[Score] | None:
+        return self._stream.prompt_logprobs
+
+    def completion(self) -> Completion:
+        """Return the whole answer, of all tokens that were not read yet."""
+        return self._client._wait(self._stream.completion())
 
     def __iter__(self) -> Self:
         return self
@@ -145,3 +199,7 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+async def _closed(answers: AsyncGenerator[Any]) -> None:
+    await answers.aclose()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from random import Random
-from typing import Protocol
+from typing import Literal, Protocol
 
 from msgspec.structs import replace
 
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
-from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
+from lamina.front.sequence import CacheChanges, Ended, ReservationRequest, Sequence, StepOutcome
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
-from lamina.wire.requests import Request
+from lamina.wire.requests import Request, Score
 
 log = logging.getLogger("lamina.front")
 
@@ -23,10 +23,13 @@ log = logging.getLogger("lamina.front")
 class Answer(Protocol):
     """Receives every token of one request, and then its end once, on the node's loop."""
 
-    def token(self, token: int) -> None:
+    def token(self, token: int, score: Score | None = None) -> None:
         """Take one more token."""
 
-    def finished(self, reason: str) -> None:
+    def prompt_scored(self, scores: list[Score]) -> None:
+        """Take the scores of the next tokens of the prompt, from its second token on, before any token."""
+
+    def finished(self, end: Ended) -> None:
         """The request is over."""
 
     def failed(self, error: LaminaError) -> None:
@@ -212,7 +215,8 @@ class Intake:
         for sequence in outcome.finished:
             if answer := self._answers.pop(sequence, None):
                 try:
-                    answer.finished(sequence.finish_reason or "length")
+                    reason: Literal["stop", "length"] = "stop" if sequence.finish_reason == "stop" else "length"
+                    answer.finished(Ended(reason, sequence.output[-1] if reason == "stop" else None))
                 except Exception as e:
                     log.exception("event=answer_failed sequence=%d", sequence.id)
                     answer.failed(NodeError.failed("compute", self._name, e))

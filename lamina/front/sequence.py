@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lamina.front.cost import StepLoad
 from lamina.wire.placement import Placement
@@ -85,6 +85,22 @@ class Sequence:
         if self.output and self.output[-1] in self.stop_tokens:
             return "stop"
         return "length" if len(self.output) >= self.max_tokens else None
+
+
+class Ended(NamedTuple):
+    """Says how an answer ended. Times are seconds."""
+
+    reason: Literal["stop", "length"]
+    stopped_by: int | None = None
+    """The token that ended it, if one did."""
+    shared_tokens: int = 0
+    """How many tokens of the prompt were found on the memory nodes."""
+    queued_s: float = 0.0
+    """From the arrival of the request to its admission."""
+    prompt_s: float = 0.0
+    """From there to the first token."""
+    answer_s: float = 0.0
+    """From the first token to the last."""
 
 
 class DecodeRow(NamedTuple):

@@ -6,14 +6,15 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from msgspec.structs import replace
 
-from lamina.errors import LaminaError, ProtocolError, RequestError, TransportError
+from lamina.errors import LaminaError, NodeError, ProtocolError, RequestError, TransportError
+from lamina.front.answer import AnswerText
 from lamina.front.intake import Intake
-from lamina.front.sequence import Sequence
-from lamina.model.tokenizer import LONG_TEXT, TextStream, Tokenizer
+from lamina.front.sequence import Ended, Sequence
+from lamina.model.tokenizer import LONG_TEXT, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
@@ -29,11 +30,16 @@ from lamina.wire.requests import (
     Piece,
     Prompt,
     PromptPart,
+    PromptScored,
     Request,
+    Score,
     length_of,
 )
 
 log = logging.getLogger("lamina.front")
+
+SCORES = 1 << 10
+"""The most scores of a prompt in one message, which may have some hundreds of bytes each."""
 
 
 class ClientSession:
@@ -56,8 +62,10 @@ class ClientSession:
         self._intake = intake
         self._tokenizer = tokenizer
         self._status = status
-        self._requests: dict[int, Sequence | asyncio.Task[None]] = {}
-        """The requests by the client's id. A request is a task until the engine has it."""
+        self._answers: dict[int, _Answer] = {}
+        """The answers to requests that are not over, by the client's id."""
+        self._news: list[_Answer] = []
+        """Those that have something to send. One may be there several times."""
         self._coming: _ComingPrompt | None = None
         """The request of which parts are still to come."""
 
@@ -88,8 +96,8 @@ class ClientSession:
 
     def on_lost(self, error: TransportError) -> None:
         """The link has ended."""
-        if self._requests:
-            log.info("event=client_lost requests=%d reason=%r", len(self._requests), str(error))
+        if self._answers:
+            log.info("event=client_lost requests=%d reason=%r", len(self._answers), str(error))
         self._cancel_all()
 
     def _take(self, message: Generate | PromptPart) -> None:
@@ -101,12 +109,12 @@ class ClientSession:
                 self._begin(coming.id, coming.whole())
             return
         id_, request, length = message.id, message.request, message.length
-        if id_ in self._requests or self._is_coming(id_):
+        if id_ in self._answers or self._is_coming(id_):
             raise RequestError(f"request id {id_} is in use on this connection")
         if length is None:
             self._begin(id_, request)
             return
-        self._require_fit(request.prompt, length)
+        self._require_fit(request, length)
         if self._coming is not None:
             raise RequestError(f"the prompt of request {self._coming.id} is still coming on this connection; wait")
         coming = _ComingPrompt(id_, request, length)
@@ -118,74 +126,127 @@ class ClientSession:
     def _is_coming(self, id_: int) -> bool:
         return self._coming is not None and self._coming.id == id_
 
-    def _require_fit(self, prompt: Prompt, length: int) -> None:
-        """Raise the error for a prompt that is too long, or cannot be served, before it is kept or encoded."""
+    def _require_fit(self, request: Request, length: int) -> None:
+        """Raise the error for a request whose prompt, of this length, is too long, or that cannot be served, before it
+        is kept or encoded."""
         intake, tokenizer = self._intake(), self._tokenizer()
-        if isinstance(prompt, str):
+        if isinstance(request.prompt, str):
             tokenizer.require_fit(length)
-            intake.require_place(tokenizer.at_work)
         else:
             intake.require_fit(length)
+        if request.stop:
+            tokenizer.require_text("stop")
+        if request.show_special:
+            tokenizer.require_text("show_special")
+        if any(isinstance(word, str) for word in request.bad_words):
+            tokenizer.require_text("bad_words")
+        if _texts(request):
+            intake.require_place(tokenizer.at_work)
 
     def _begin(self, id_: int, request: Request) -> None:
-        """Encode the prompt if it is text, and submit the request."""
-        prompt, loop = request.prompt, asyncio.get_running_loop()
-        length = length_of(prompt)
-        self._require_fit(prompt, length)
+        """Encode the texts of a request, if it has any that the engine needs as tokens, and submit it."""
+        loop = asyncio.get_running_loop()
+        self._require_fit(request, length_of(request.prompt))
         intake, tokenizer = self._intake(), self._tokenizer()
-        tokens: list[int] | asyncio.Future[list[int]]
-        if isinstance(prompt, str):
-            work = self._workers.run(tokenizer.encode, prompt, request.parse_special, long=length > LONG_TEXT)
-            tokens = loop.create_task(work)
+        encoding: asyncio.Task[Request] | None = None
+        if texts := _texts(request):
+            is_long = sum(map(length_of, texts)) > LONG_TEXT
+            encoding = loop.create_task(self._workers.run(_encode, tokenizer, request, long=is_long))
             tokenizer.at_work += 1
-            tokens.add_done_callback(tokenizer.done)
-        else:
-            tokens = prompt
-        self._requests[id_] = loop.create_task(self._submit(intake, tokenizer, id_, request, tokens))
+            encoding.add_done_callback(tokenizer.done)
+        answer = self._answers[id_] = _Answer(self, id_)
+        answer.work = loop.create_task(self._submit(intake, tokenizer, answer, request, encoding))
 
     async def _submit(
         self,
         intake: Intake,
         tokenizer: Tokenizer,
-        id_: int,
+        answer: _Answer,
         request: Request,
-        prompt: list[int] | asyncio.Future[list[int]],
+        encoding: asyncio.Task[Request] | None,
     ) -> None:
         try:
-            tokens = prompt if isinstance(prompt, list) else await prompt
-            answer = _TextAnswer(self, id_, len(tokens), TextStream(tokenizer, tokens))
-            sequence = await intake.submit(request, tokens, answer)
+            if encoding is not None:
+                request = await encoding
+            prompt = cast("list[int]", request.prompt)
+            answer.begin(AnswerText(answer.id, request, prompt, tokenizer))
+            answer.work = await intake.submit(request, prompt, answer)
         except LaminaError as e:
-            self.end(id_, failed(e, id_))
-        else:
-            if id_ in self._requests:  # else it is over already
-                self._requests[id_] = sequence
+            answer.failed(e)
+        except Exception as e:
+            answer.failed(self._unexpected(answer, e))
 
     def _cancel(self, id_: int) -> None:
         if self._is_coming(id_):
             self._coming = None
-        match self._requests.pop(id_, None):
+        if answer := self._answers.pop(id_, None):
+            self._abort(answer)
+
+    def _cancel_all(self) -> None:
+        for id_ in list(self._answers):
+            self._cancel(id_)
+
+    def _abort(self, answer: _Answer) -> None:
+        """Have the engine forget a request, wherever it is. One that is over is ignored."""
+        match answer.work:
             case Sequence() as sequence:
                 self._intake().cancel(sequence)
             case asyncio.Task() as submitting:
                 submitting.cancel()
 
-    def _cancel_all(self) -> None:
-        for id_ in list(self._requests):
-            self._cancel(id_)
+    # -- what is sent
+
+    def has_news(self, answer: _Answer) -> None:
+        """Send what is new of an answer soon, together with what the step that runs now brings for the others."""
+        if not self._news:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._news.append(answer)
+
+    def flush(self) -> None:
+        """Send what is new."""
+        news, self._news = self._news, []
+        pieces: list[Piece] = []
+        ends: list[Finished | Failed] = []
+        for answer in news:
+            if self._answers.get(answer.id) is not answer:
+                continue  # it was cancelled, or is over
+            try:
+                end = answer.take(pieces)
+            except Exception as e:  # trouble with one answer must not harm the others
+                end = failed(self._unexpected(answer, e), answer.id)
+            if end is not None:
+                del self._answers[answer.id]
+                ends.append(end)
+                if not answer.is_over:
+                    self._abort(answer)
+        if pieces:
+            self._send_pieces(pieces)
+        for end in ends:
+            self._send(end)
+
+    def send_scores(self, id_: int, scores: list[Score]) -> None:
+        """Send the scores of the tokens of a prompt, which come before any token."""
+        for start in range(0, len(scores), SCORES):
+            self._send(PromptScored(id=id_, scores=scores[start : start + SCORES]))
+
+    def _unexpected(self, answer: _Answer, error: Exception) -> NodeError:
+        log.error("event=answer_failed request=%d", answer.id, exc_info=error)
+        return NodeError.failed("compute", self._link.info.local.name, error)
+
+    def _send_pieces(self, pieces: list[Piece]) -> None:
+        """Send pieces in one message, or in several where it would be too long."""
+        try:
+            self._send(Generated(pieces=pieces))
+        except ProtocolError:
+            if len(pieces) == 1:
+                raise
+            half = len(pieces) // 2
+            self._send_pieces(pieces[:half])
+            self._send_pieces(pieces[half:])
 
     def _send(self, message: Message) -> None:
         if not send_unless_gone(self._link, message):
             self._cancel_all()
-
-    def token(self, message: Generated) -> None:
-        """Pass a token on."""
-        self._send(message)
-
-    def end(self, id_: int, message: Message) -> None:
-        """Pass on how a request ended."""
-        self._requests.pop(id_, None)
-        self._send(message)
 
 
 @dataclass
@@ -215,25 +276,80 @@ class _ComingPrompt:
         return replace(self.request, prompt=[token for part in cast("list[list[int]]", self.parts) for token in part])
 
 
-class _TextAnswer:
-    """Passes one request's tokens on to its client."""
+class _Answer:
+    """Collects what is new of one answer until the session sends it."""
 
-    def __init__(self, session: ClientSession, id_: int, prompt_tokens: int, text: TextStream) -> None:
+    def __init__(self, session: ClientSession, id_: int) -> None:
+        self.id = id_
+        self.work: Sequence | asyncio.Task[None] | None = None
+        """What the engine knows the request by; before it does, the task that submits it."""
         self._session = session
-        self._id = id_
-        self._prompt_tokens = prompt_tokens
+        self._text: AnswerText | None = None
+        self._tokens: list[tuple[int, Score | None]] = []
+        self._end: Ended | Failed | None = None
+        self._begun_s = self._first_s = asyncio.get_running_loop().time()
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether the engine has no more to do for it."""
+        return self._end is not None
+
+    def begin(self, text: AnswerText) -> None:
+        """Make the pieces of tokens by ``text``."""
         self._text = text
 
-    def token(self, token: int) -> None:
-        self._session.token(Generated(pieces=[Piece(self._id, token, self._text.push(token))]))
+    def take(self, pieces: list[Piece]) -> Finished | Failed | None:
+        """Add what is new to ``pieces``, and return how the answer ended, if it is over."""
+        tokens, self._tokens = self._tokens, []
+        end, text = self._end, self._text
+        ended = end if isinstance(end, Ended) else None
+        if text is None:
+            assert not isinstance(end, Ended)
+            return end
+        for number, (token, score) in enumerate(tokens, 1):
+            pieces.append(text.piece(token, score, ended if number == len(tokens) else None))
+            if text.found is not None:
+                return text.finished(ended or self._stopped())
+        return text.finished(ended) if ended is not None else cast("Failed | None", end)
 
-    def finished(self, reason: str) -> None:
-        how = cast(Literal["stop", "length"], reason)
-        done = Finished(id=self._id, reason=how, prompt_tokens=self._prompt_tokens, text=self._text.rest())
-        self._session.end(self._id, done)
+    def _stopped(self) -> Ended:
+        """Say how the answer ended if that was found here, before the engine knew."""
+        now_s = asyncio.get_running_loop().time()
+        return Ended("stop", prompt_s=self._first_s - self._begun_s, answer_s=now_s - self._first_s)
+
+    # -- see `lamina.front.intake.Answer`
+
+    def token(self, token: int, score: Score | None = None) -> None:
+        self._tokens.append((token, score))
+        self._session.has_news(self)
+
+    def prompt_scored(self, scores: list[Score]) -> None:
+        self._session.send_scores(self.id, scores)
+
+    def finished(self, end: Ended) -> None:
+        self._end = end
+        self._session.has_news(self)
 
     def failed(self, error: LaminaError) -> None:
-        self._session.end(self._id, failed(error, self._id))
+        self._end = failed(error, self.id)
+        self._session.has_news(self)
+        self._session.flush()  # the node may be about to end
+
+
+def _texts(request: Request) -> list[str]:
+    """Return the texts of a request that the engine needs as tokens."""
+    return [text for text in (request.prompt, *request.bad_words) if isinstance(text, str)]
+
+
+def _encode(tokenizer: Tokenizer, request: Request) -> Request:
+    """Return the request with tokens instead of these texts."""
+    prompt, special = request.prompt, request.parse_special
+    if isinstance(prompt, str):
+        prompt = tokenizer.encode(prompt, special)
+    bad_words: list[str | list[int]] = []
+    for word in request.bad_words:
+        bad_words += tokenizer.spellings(word, special) if isinstance(word, str) else [word]
+    return replace(request, prompt=prompt, bad_words=bad_words)
 
 
 def failed(error: LaminaError, id_: int | None = None) -> Failed:

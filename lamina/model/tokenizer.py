@@ -7,7 +7,8 @@ import codecs
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ log = logging.getLogger("lamina.front")
 
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "merges.txt", "tekken.json", "*.model", "*.tiktoken")
 """The files of which the library makes tokenizers."""
+
+MARK = "\ufdd0"
+"""A noncharacter: in the spelling of a special token, it makes that text. It is in no token, and no text has it."""
 
 LONG_TEXT = 1 << 14
 """The bytes above which a text takes some milliseconds to encode, in which others should not have to wait."""
@@ -57,6 +61,11 @@ class Tokenizer:
         """The most bytes that the text of a prompt may have."""
         self.byte_errors = "replace"
         """How `codecs` treats the bytes of tokens that make no character."""
+        self.special_tokens: frozenset[str] = frozenset()
+        """The spellings of all special tokens."""
+        self.added_tokens: frozenset[str] = frozenset()
+        """The spellings of all tokens that were added to the vocabulary: the special ones, and others such as the
+        marks around calls of tools."""
         files = sorted(file.name for pattern in _VOCABULARIES for file in path.glob(pattern))
         if not files:
             self._missing = f"{path} has no tokenizer.json, nor other files of a tokenizer"
@@ -88,6 +97,8 @@ class Tokenizer:
         self._parsing.encode_special_tokens = False
         added = self._library.get_added_tokens_decoder()
         self._special = frozenset(id_ for id_, token in added.items() if token.special)
+        self.special_tokens = frozenset(token.content for token in added.values() if token.special)
+        self.added_tokens = frozenset(token.content for token in added.values())
         self._unknown = tokenizer.unk_token_id
         self._added: list[int] = self._library.encode("").ids
         """The special tokens that every prompt gets."""
@@ -137,7 +148,53 @@ class Tokenizer:
                 )
         return ids
 
-    def done(self, encoding: asyncio.Future[list[int]]) -> None:
+    def spellings(self, word: str, parse_special: bool = False) -> list[list[int]]:
+        """Return the token ids of a word at the beginning of a text and behind a space, without special tokens around
+        it. Raises RequestError if it has none."""
+        self._require_library()
+        library = self._parsing if parse_special else self._library
+        texts = [word.lstrip(" ") or word, f" {word.lstrip(' ')}"]
+        found = [encoded.ids for encoded in library.encode_batch_fast(texts, add_special_tokens=False)]
+        if not all(found):
+            raise RequestError(f"this tokenizer has no tokens for the text {word!r:.200}; give token ids")
+        return found[:1] if found[0] == found[1] else found
+
+    def require_text(self, setting: str) -> None:
+        """Raise RequestError if a setting of a request is of no use, as answers have no text."""
+        if self._library is None:
+            raise RequestError(f"{setting}: {self._missing}, so answers have no text")
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Return the token ids of a rendered chat, which has all its special tokens in its text.
+
+        Each special token is that token, except where `MARK` stands in its spelling or beside a part of it; the marks
+        themselves are left out. Raises RequestError for text that cannot be told from a special token.
+        """
+        self._require_library()
+        if MARK not in text:
+            ids: list[int] = self._parsing.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return ids
+        ids = self._marked.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        spelled = sum(1 for _ in self.special_spelling.finditer(text))
+        if sum(token in self._special and token != self._unknown for token in ids) > spelled:
+            raise RequestError(
+                "this tokenizer cannot read the spelling of a special token as text; leave it out of the messages"
+            )
+        return ids
+
+    @cached_property
+    def _marked(self) -> Any:
+        """The tokenizer for text with marks. Few need it, and that of a large vocabulary takes a second to make."""
+        from tokenizers import Tokenizer as Library
+
+        return Library.from_str(_without_marks(self._library.to_str()))
+
+    @cached_property
+    def special_spelling(self) -> re.Pattern[str]:
+        """What matches the spelling of any special token, the longest first."""
+        return spelling(self.special_tokens)
+
+    def done(self, encoding: asyncio.Future[Any]) -> None:
         """A prompt has been encoded. The task that waits for it, if any, gets its error."""
         self.at_work -= 1
         if not encoding.cancelled():
@@ -174,10 +231,16 @@ class Tokenizer:
 
     # -- answers
 
-    def has_text(self, token: int) -> bool:
-        """Return whether a token is part of text: not special, and in the vocabulary."""
+    def is_special(self, token: int) -> bool:
+        """Return whether a token is a special one, which text does not have unless it is asked for."""
+        return self._library is not None and token in self._special
+
+    def has_text(self, token: int, special: bool = False) -> bool:
+        """Return whether a token is part of text: in the vocabulary, and not special unless ``special`` ones are."""
         library = self._library
-        return library is not None and token not in self._special and library.id_to_token(token) is not None
+        return (
+            library is not None and (special or token not in self._special) and library.id_to_token(token) is not None
+        )
 
     def bytes_of(self, token: int) -> bytes | None:
         """Return the bytes that a token stands for, which need not be whole characters; None if it stands for text."""
@@ -192,29 +255,46 @@ class Tokenizer:
         return None
 
     def text_of(self, token: int, before: int | None) -> str:
-        """Return the text that a token adds behind the token ``before``, or at the beginning."""
+        """Return the text that a token adds behind the token ``before``, or at the beginning. Both have text."""
         if before is None:
             return self._decode([token])
         return self._decode([before, token])[len(self._decode([before])) :]
 
-    def last_with_text(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Return the last ``count`` tokens that are part of text, or all if there are fewer."""
-        return [*islice(filter(self.has_text, reversed(tokens)), count)][::-1] if self._library is not None else []
+    def last_with_text(self, tokens: Sequence[int], count: int, special: bool = False) -> list[int]:
+        """Return the last ``count`` tokens that are part of text, or all if there are fewer. See `has_text`."""
+        if self._library is None:
+            return []
+        return [*islice((t for t in reversed(tokens) if self.has_text(t, special)), count)][::-1]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, with that of special ones. Raises RequestError if there is no tokenizer."""
         self._require_library()
-        text: str = self._library.decode(tokens, skip_special_tokens=False)
-        return text
+        return self._decode(list(tokens))
 
-    def spelling(self, token: int) -> str | None:
+    def spelled(self, token: int) -> str | None:
         """Return how the vocabulary spells a token; None if it has no such token."""
         spelled: str | None = self._library.id_to_token(token) if self._library is not None else None
         return spelled
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._library.decode(tokens, skip_special_tokens=True)
+        text: str = self._library.decode(tokens, skip_special_tokens=False)
         return text
+
+
+def spelling(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return what matches any of these tokens, the longest first, and nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _without_marks(description: str) -> str:
+    """Return the description of a tokenizer that leaves `MARK` out after it has found the special tokens."""
+    library = json.loads(description)
+    for token in library["added_tokens"]:
+        token["normalized"] = token["normalized"] and not token["special"]
+    leave_out = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+    rest = [library["normalizer"]] if library["normalizer"] else []
+    library["normalizer"] = {"type": "Sequence", "normalizers": [leave_out, *rest]}
+    return json.dumps(library)
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -248,18 +328,20 @@ class TextStream:
     tokens for one wrong byte, also characters that have long been given.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, special: bool = False) -> None:
+        """``special``: special tokens have text too."""
         self._tokenizer = tokenizer
+        self._special = special
         self._bytes = codecs.getincrementaldecoder("utf-8")(tokenizer.byte_errors)
         self._before: int | None = None
         """The last token that is part of text. Whether there is one decides about the space before a word."""
-        for token in tokenizer.last_with_text(prompt, 4):  # a character has 4 bytes at most
+        for token in tokenizer.last_with_text(prompt, 4, special):  # a character has 4 bytes at most
             self.push(token)
 
-    def push(self, token: int) -> str:
-        """Return the text that ``token`` completes, which may be empty."""
+    def push(self, token: int, *, special: bool = False) -> str:
+        """Return the text that ``token`` completes, which may be empty. ``special``: also if it is a special one."""
         tokenizer = self._tokenizer
-        if not tokenizer.has_text(token):
+        if not tokenizer.has_text(token, special or self._special):
             return ""
         before, self._before = self._before, token
         spelled = tokenizer.bytes_of(token)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lamina.client import AsyncClient, connect
+import msgspec
+
+from lamina.client import AsyncClient, Prompt, connect
 from lamina.config import TransportConfig, load
 from lamina.errors import ConfigError, LaminaError
 from lamina.transport import Address, Options
@@ -17,7 +18,7 @@ from lamina.transport import Address, Options
 CONNECT_S = 5.0
 
 
-def run(cluster: str, prompt: str, links: TransportConfig, *, as_json: bool, **settings: Any) -> None:
+def run(cluster: str, prompt: Prompt, links: TransportConfig, *, as_json: bool, **settings: Any) -> None:
     """Print the continuation of ``prompt`` while it comes, or one JSON object at the end.
 
     ``cluster`` is a cluster file, or the address of a front, which is reached as ``links`` says. ``settings`` are
@@ -42,6 +43,15 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError(f"{name}: expected text in UTF-8") from e
 
 
+def read_ids(prompt: str | None, file: Path | None) -> list[int]:
+    """Return the prompt as token ids, which are separated by spaces or commas."""
+    words = read_prompt(prompt, file).replace(",", " ").split()
+    wrong = next((word for word in words if not (word.isascii() and word.isdigit() and len(word) < 20)), None)
+    if wrong is not None:
+        raise ConfigError(f"--prompt-ids: expected token ids, separated by spaces or commas, got {wrong!r:.200}")
+    return list(map(int, words))
+
+
 def _front(cluster: str, links: TransportConfig) -> tuple[Address, Options]:
     file = Path(cluster)
     if "://" not in cluster and (file.exists() or ":" not in cluster):
@@ -52,18 +62,20 @@ def _front(cluster: str, links: TransportConfig) -> tuple[Address, Options]:
     return Address.parse(cluster), links.options(Path(), lambda key: f"--{key.replace('_', '-')}")
 
 
-async def _generate(address: Address, options: Options, prompt: str, as_json: bool, settings: dict[str, Any]) -> None:
+async def _generate(
+    address: Address, options: Options, prompt: Prompt, as_json: bool, settings: dict[str, Any]
+) -> None:
     async with connect(
         address, secret=options.secret, tls=options.tls, deadline_s=CONNECT_S, peer_timeout=options.peer_timeout
     ) as client:
         if as_json:
             completion = await client.generate(prompt, **settings)
-            sys.stdout.write(json.dumps(asdict(completion), indent=2) + "\n")
+            sys.stdout.write(json.dumps(msgspec.to_builtins(completion), indent=2) + "\n")
         else:
             await _stream(client, prompt, settings)
 
 
-async def _stream(client: AsyncClient, prompt: str, settings: dict[str, Any]) -> None:
+async def _stream(client: AsyncClient, prompt: Prompt, settings: dict[str, Any]) -> None:
     answer = client.stream(prompt, **settings)
     last = "\n"
     try:

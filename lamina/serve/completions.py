@@ -9,7 +9,7 @@ from lamina.errors import HttpError
 from lamina.model.tokenizer import TextStream
 from lamina.serve import parameters
 from lamina.serve.exchange import Exchange
-from lamina.serve.gathering import Part
+from lamina.serve.gathering import NewTokens
 from lamina.serve.generate import Fields, Job, run
 from lamina.serve.parameters import Body, constraint_of, parse, request_of, with_seed
 from lamina.serve.service import Model, Service
@@ -127,7 +127,7 @@ class _Completion:
     """One answer: see `lamina.serve.generate.Choice`."""
 
     def __init__(self, model: Model, body: CompletionBody, prompt: _Prompt, *, is_shown: bool) -> None:
-        self.finish_reason = ""
+        self.prompt_scores: list[Score] = []
         self._model = model
         self._body = body
         self._prompt = prompt
@@ -135,7 +135,6 @@ class _Completion:
         self._texts: list[str] = []
         self._ids: list[int] = []
         self._scores: list[Score] = []
-        self._prompt_scores: list[Score] = []
         self._echoes = body.echo
         """Whether the prompt is still to be shown."""
         self._offset = len(prompt.text) if body.echo else 0
@@ -146,10 +145,7 @@ class _Completion:
     def opening(self) -> Iterable[Fields]:
         return self._echo() if self._body.logprobs is None else ()
 
-    def scored(self, scores: list[Score]) -> None:
-        self._prompt_scores += scores
-
-    def part(self, part: Part) -> Iterable[Fields]:
+    def part(self, part: NewTokens) -> Iterable[Fields]:
         yield from self._echo()
         if not self._is_shown:
             return
@@ -157,7 +153,6 @@ class _Completion:
 
     def end(self, finished: Finished) -> Iterable[Fields]:
         yield from self._echo()
-        self.finish_reason = finished.reason
         yield {
             **self._fields(finished.text if self._is_shown else "", None, []),
             "finish_reason": finished.reason,
@@ -166,7 +161,7 @@ class _Completion:
 
     # -- whole answers
 
-    def take(self, part: Part) -> None:
+    def take(self, part: NewTokens) -> None:
         if self._is_shown:
             self._texts += part.texts
             self._ids += part.tokens
@@ -174,7 +169,6 @@ class _Completion:
 
     def whole(self, finished: Finished) -> Fields:
         body, prompt = self._body, self._prompt
-        self.finish_reason = finished.reason
         text = "".join(self._texts) + (finished.text if self._is_shown else "")
         logprobs = None
         if body.logprobs is not None:
@@ -189,7 +183,7 @@ class _Completion:
         }
         if body.prompt_logprobs is not None:
             fields["prompt_logprobs"] = prompt_logprobs(
-                self._model, prompt.ids, self._prompt_scores, body.prompt_logprobs
+                self._model, prompt.ids, self.prompt_scores, body.prompt_logprobs
             )
         if body.return_token_ids:
             fields |= {"token_ids": self._ids, "prompt_token_ids": prompt.ids}
@@ -231,7 +225,7 @@ class _Completion:
 
     def _of_prompt(self) -> Fields:
         """Return the logprobs of the prompt, whose first token has none."""
-        ids, scores, shown = self._prompt.ids, self._prompt_scores, self._model.texts
+        ids, scores, shown = self._prompt.ids, self.prompt_scores, self._model.texts
         top = self._body.logprobs or 0
         return {
             "text_offset": self._prompt.offsets(),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
 from contextlib import suppress
 
-from lamina.client.asynchronous import AsyncClient, open_client
-from lamina.errors import LaminaError
+from lamina.client.connection import Connection
+from lamina.errors import LaminaError, TransportError
 from lamina.serve.problems import unavailable
-from lamina.transport import Address, Options
+from lamina.transport import Address, Hello, Options
+from lamina.transport import connect as connect_link
 from lamina.wire.admin import Status
 
 log = logging.getLogger("lamina.serve")
@@ -23,12 +26,14 @@ RETRY_S = 0.25
 
 
 class FrontLink:
-    """Holds the client of the front at ``address``, while there is one. `keep` runs beside everything that uses it."""
+    """Holds the connection to the front at ``address``, while there is one; `keep` runs beside all that use it."""
 
     def __init__(self, address: Address, options: Options) -> None:
         self._address = address
         self._options = options
-        self._client: AsyncClient | None = None
+        self._connection: Connection | None = None
+        self.ids = itertools.count(1)
+        """The numbers of requests, which differ."""
         self.status: Status | None = None
         """What the front last said of itself; None while it cannot be reached."""
 
@@ -42,14 +47,14 @@ class FrontLink:
         """The state of the front in a word: one of `Status`, or "away"."""
         return "away" if self.status is None else self.status.state
 
-    def client(self) -> AsyncClient:
-        """Return the client. HttpError if the front takes no requests now."""
-        if self._client is None or self.status is None:
+    def connection(self) -> Connection:
+        """Return the connection. HttpError if the front takes no requests now."""
+        if self._connection is None or self._connection.failure or self.status is None:
             raise unavailable(f"the front at {self._address} cannot be reached; retry in a moment")
         if self.status.state != "ready":
             waiting = f" for {self.status.waiting_for}" if self.status.waiting_for else ""
             raise unavailable(f"the cluster is {self.status.state}{waiting} and takes no requests; retry in a moment")
-        return self._client
+        return self._connection
 
     async def keep(self) -> None:
         """Connect, watch the state of the front, and begin anew when it is lost, until this is cancelled."""
@@ -62,23 +67,18 @@ class FrontLink:
                     said = str(e)
                     log.warning("event=front_away address=%s reason=%r", self._address, said)
             finally:
-                client, self._client, self.status = self._client, None, None
-                if client is not None:
+                connection, self._connection, self.status = self._connection, None, None
+                if connection is not None:
                     with suppress(LaminaError):
-                        await client.close()
+                        await connection.close(TransportError("the server ends its connection to the front"))
             await asyncio.sleep(RETRY_S)
 
     async def _connect_and_watch(self) -> None:
-        options = self._options
-        self._client = await open_client(
-            self._address,
-            secret=options.secret,
-            tls=options.tls,
-            deadline_s=CONNECT_S,
-            peer_timeout=options.peer_timeout,
-        )
+        hello = Hello("client", f"http-{os.getpid()}")
+        link = await connect_link(self._address, hello, self._options, deadline_s=CONNECT_S)
+        connection = self._connection = Connection(link)
         while True:
-            status = await self._client.status()
+            status = await connection.status()
             if self.state != status.state:
                 log.info("event=front state=%s address=%s", status.state, self._address)
             self.status = status

@@ -1,18 +1,19 @@
 """The answers of one HTTP request, gathered for the one task that writes them.
 
-The client puts every token in as it comes, in a plain call; the task is woken once for all that came meanwhile. There
-is no queue and no task per answer. If the reader at the other end is slow, unread tokens are joined.
+The connection puts every token in as it comes, in a plain call; the task is woken once for all that came meanwhile.
+There is no queue and no task per answer. If the reader at the other end is slow, unread tokens are joined.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from lamina.client.asynchronous import AsyncClient
+from lamina.client.connection import Connection, Inbox, Item
 from lamina.errors import LaminaError, TransportError
-from lamina.wire.requests import Finished, Piece, PromptScored, Request, Score
+from lamina.wire.requests import Finished, Piece, Request, Score
 
 LAG = 64
 """So many unread events are given out one by one. Behind them, the tokens of an answer are joined."""
@@ -20,9 +21,12 @@ MAX_LAG_TOKENS = 1 << 17
 """An answer of which so many tokens are unread is given up."""
 MAX_LAG_SCORES = 1 << 12
 """The same for tokens with scores, which are not joined."""
+SHARED_TOKENS = 32
+"""Several answers to a prompt of so many tokens wait for the first one, and then share its keys and values."""
+_JOINED = 256
 
 
-class Part:
+class NewTokens:
     """Holds tokens of the answer ``index`` that come next: one, or several where the reader is slow."""
 
     __slots__ = ("index", "scores", "texts", "tokens")
@@ -30,6 +34,7 @@ class Part:
     def __init__(self, index: int, piece: Piece) -> None:
         self.index = index
         self.texts = [piece.text]
+        """The text that each token completes; where many were joined, texts are too."""
         self.tokens = [piece.token]
         self.scores: list[Score] | None = None if piece.score is None else [piece.score]
 
@@ -42,11 +47,11 @@ class Part:
         """Take the next token as well."""
         self.texts.append(piece.text)
         self.tokens.append(piece.token)
-        if len(self.texts) > 256:
+        if len(self.texts) > _JOINED:
             self.texts = ["".join(self.texts)]
 
 
-class End:
+class AnswerEnd:
     """Says how the answer ``index`` ended."""
 
     __slots__ = ("finished", "index")
@@ -56,38 +61,39 @@ class End:
         self.finished = finished
 
 
-class Scored:
-    """Holds the next scores of the prompt of the answer ``index``."""
-
-    __slots__ = ("index", "scores")
-
-    def __init__(self, index: int, scores: list[Score]) -> None:
-        self.index = index
-        self.scores = scores
-
-
-Event: TypeAlias = Part | End | Scored
+Event: TypeAlias = NewTokens | AnswerEnd
 
 
 class Gathering:
     """Runs requests and gives out what comes of them, as a context manager that aborts what is not over."""
 
-    def __init__(self, client: AsyncClient, requests: Sequence[Request]) -> None:
-        """Begin all requests. Raises the LaminaError of a client that has lost the front."""
-        self._client = client
+    def __init__(self, connection: Connection, ids: itertools.count[int], requests: Sequence[Request]) -> None:
+        """Begin all requests, which get the next of ``ids``. Raises the LaminaError of a connection that was lost.
+
+        Requests with the same list as their prompt are several answers to it. Where it is long, they begin when the
+        first one has its first token, as they then find the prompt on the memory nodes.
+        """
+        self._connection = connection
+        self._ids = ids
         self._loop = asyncio.get_running_loop()
         self._events: list[Event] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._ids: set[int] = set()
+        self._running: set[int] = set()
         self.left = len(requests)
         """The number of answers that are not over."""
+        self.inboxes = [_AnswerInbox(self, index) for index in range(len(requests))]
+        first: _AnswerInbox | None = None
         try:
-            for index, request in enumerate(requests):
-                inbox = _Inbox(self, index)
-                inbox.id = client.begin(request, inbox)
-                self._ids.add(inbox.id)
+            for inbox, request in zip(self.inboxes, requests, strict=True):
+                shares = first is not None and requests[first.index].prompt is request.prompt
+                if first is not None and shares and len(request.prompt) >= SHARED_TOKENS:
+                    first.followers.append((inbox, request))
+                    continue
+                if not shares:
+                    first = inbox
+                self._begin(inbox, request)
         except LaminaError:
             self.abort()
             raise
@@ -107,9 +113,11 @@ class Gathering:
 
     def abort(self) -> None:
         """Stop all answers that are not over."""
-        for id_ in self._ids:
-            self._client.abort(id_)
-        self._ids.clear()
+        for inbox in self.inboxes:
+            inbox.followers.clear()
+        for id_ in self._running:
+            self._connection.abort(id_)
+        self._running.clear()
 
     def stop(self, error: Exception) -> None:
         """Stop all answers, and raise ``error`` where they are read."""
@@ -134,6 +142,37 @@ class Gathering:
             raise self._error
         return events
 
+    # -- from the inboxes
+
+    def add(self, event: Event) -> None:
+        """Take an event, and wake the task that waits for it."""
+        self._events.append(event)
+        self._wake()
+
+    def ended(self, inbox: _AnswerInbox) -> None:
+        """Note that an answer is over."""
+        self._connection.leave(inbox.id)
+        self._running.discard(inbox.id)
+        self.left -= 1
+
+    def begin_followers(self, inbox: _AnswerInbox) -> None:
+        """Begin the other answers to the same prompt."""
+        followers, inbox.followers = inbox.followers, []
+        try:
+            for follower, request in followers:
+                self._begin(follower, request)
+        except LaminaError as e:
+            self.stop(e)
+
+    def unread(self) -> list[Event]:
+        """Return what has come and was not taken."""
+        return self._events
+
+    def _begin(self, inbox: _AnswerInbox, request: Request) -> None:
+        inbox.id = next(self._ids)
+        self._connection.ask(inbox.id, request, inbox)
+        self._running.add(inbox.id)
+
     def _tick(self) -> None:
         self._timer = None
         self._wake()
@@ -146,46 +185,47 @@ class Gathering:
                 waiter.set_result(None)
 
 
-class _Inbox:
-    """Takes what the client has for one answer."""
-
-    __slots__ = ("_gathering", "_index", "_last", "id")
+class _AnswerInbox(Inbox):
+    """Passes what comes for one answer on to the gathering."""
 
     def __init__(self, gathering: Gathering, index: int) -> None:
-        self._gathering = gathering
-        self._index = index
-        self._last: Part | None = None
-        """The part that the next tokens are joined to while it is unread."""
+        super().__init__()
+        self.index = index
         self.id = 0
+        """The number of the request on the connection."""
+        self.followers: list[tuple[_AnswerInbox, Request]] = []
+        """Other answers to the same prompt, which begin when this one has begun."""
+        self._gathering = gathering
+        self._last: NewTokens | None = None
+        """What the next tokens are joined to while it is unread."""
 
-    def put_nowait(self, item: Piece | PromptScored | Finished | LaminaError) -> None:
+    def put(self, item: Item) -> None:
         gathering = self._gathering
-        events = gathering._events
         if isinstance(item, Piece):
-            if len(events) < LAG or not self._join(item, events):
-                events.append(Part(self._index, item))
+            if self.followers:
+                gathering.begin_followers(self)
+            unread = gathering.unread()
+            if len(unread) < LAG or not self._join(item, unread):
+                gathering.add(NewTokens(self.index, item))
         elif isinstance(item, Finished):
-            gathering._ids.discard(self.id)
-            gathering.left -= 1
-            events.append(End(self._index, item))
-        elif isinstance(item, PromptScored):
-            events.append(Scored(self._index, item.scores))
+            if self.followers:
+                gathering.begin_followers(self)
+            gathering.ended(self)
+            gathering.add(AnswerEnd(self.index, item))
         else:
-            gathering._ids.discard(self.id)
+            gathering.ended(self)
             gathering.stop(item)
-            return
-        gathering._wake()
 
-    def _join(self, piece: Piece, events: list[Event]) -> bool:
-        """Join a token to the last unread part. Returns whether that was possible."""
+    def _join(self, piece: Piece, unread: list[Event]) -> bool:
+        """Join a token to the last unread ones of this answer. Returns whether that was done."""
         if piece.score is not None:
-            if len(events) > MAX_LAG_SCORES:
+            if len(unread) > MAX_LAG_SCORES:
                 self._gathering.stop(_too_slow())
             return False
         last = self._last
-        if last is None or not any(event is last for event in events[LAG:]):
-            self._last = Part(self._index, piece)
-            events.append(self._last)
+        if last is None or not any(event is last for event in unread[LAG:]):
+            self._last = NewTokens(self.index, piece)
+            self._gathering.add(self._last)
             return True
         last.join(piece)
         if len(last.tokens) > MAX_LAG_TOKENS:

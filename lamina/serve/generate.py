@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 
 from lamina.serve.exchange import ClientGoneError, Exchange
-from lamina.serve.gathering import End, Event, Gathering, Part
+from lamina.serve.gathering import AnswerEnd, Event, Gathering, NewTokens
 from lamina.serve.parameters import StreamOptions
 from lamina.serve.service import Service
 from lamina.wire.requests import Finished, Request, Score
@@ -37,21 +37,19 @@ Fields = dict[str, Any]
 class Choice(Protocol):
     """One answer, in the form of one endpoint. Either the stream methods are called, or ``take`` and then ``whole``."""
 
-    finish_reason: str
+    prompt_scores: list[Score]
+    """The scores of the prompt, which are complete when the first token is here."""
 
     def opening(self) -> Iterable[Fields]:
         """Return what a stream says of it before any token."""
 
-    def scored(self, scores: list[Score]) -> None:
-        """Take the next scores of the prompt."""
-
-    def part(self, part: Part) -> Iterable[Fields]:
+    def part(self, part: NewTokens) -> Iterable[Fields]:
         """Return what a stream says when tokens have come."""
 
     def end(self, finished: Finished) -> Iterable[Fields]:
         """Return what a stream says at the end of it; the last has the reason."""
 
-    def take(self, part: Part) -> None:
+    def take(self, part: NewTokens) -> None:
         """Keep tokens for `whole`."""
 
     def whole(self, finished: Finished) -> Fields:
@@ -97,7 +95,7 @@ class _Usage:
 async def run(service: Service, exchange: Exchange, job: Job) -> None:
     """Answer a request that generates. Raises what the front says against it, and ClientGoneError."""
     service.require_running()
-    with Gathering(service.front.client(), job.requests) as gathering:
+    with Gathering(service.front.connection(), service.front.ids, job.requests) as gathering:
         service.began(gathering)
         watching = asyncio.create_task(_watch(exchange, gathering))
         try:
@@ -126,6 +124,8 @@ class _Writer:
         self._begun = exchange.begun_s
         self._last: list[float] = [0.0] * len(job.choices)
         """When each choice got its last token."""
+        for choice, inbox in zip(job.choices, gathering.inboxes, strict=True):
+            choice.prompt_scores = inbox.prompt_scores
 
     async def write(self) -> None:
         """Write the whole answer."""
@@ -147,12 +147,10 @@ class _Writer:
             self._count(events)
             for event in events:
                 choice = choices[event.index]
-                if isinstance(event, Part):
+                if isinstance(event, NewTokens):
                     choice.take(event)
-                elif isinstance(event, End):
-                    done[event.index] = {"index": event.index, **choice.whole(event.finished)}
                 else:
-                    choice.scored(event.scores)
+                    done[event.index] = {"index": event.index, **choice.whole(event.finished)}
         answer = {
             "id": job.id,
             "object": job.object,
@@ -186,12 +184,10 @@ class _Writer:
                 self._count((event,))
                 index = event.index
                 choice = job.choices[index]
-                if isinstance(event, Part):
+                if isinstance(event, NewTokens):
                     out += [chunk(index, fields) for fields in choice.part(event)]
-                elif isinstance(event, End):
-                    out += [chunk(index, fields) for fields in choice.end(event.finished)]
                 else:
-                    choice.scored(event.scores)
+                    out += [chunk(index, fields) for fields in choice.end(event.finished)]
             if not gathering.left and not gathering.has_events:
                 break
             if out:
@@ -210,7 +206,7 @@ class _Writer:
         """Count tokens and their times."""
         now = self._now()
         for event in events:
-            if isinstance(event, Part):
+            if isinstance(event, NewTokens):
                 last = self._last[event.index]
                 if last:
                     self._metrics.next_token.observe(now - last)
@@ -218,5 +214,5 @@ class _Writer:
                     self._metrics.first_token.observe(now - self._begun)
                 self._last[event.index] = now
                 self._usage.completion_tokens += len(event.tokens)
-            elif isinstance(event, End) and event.index % (len(self._job.choices) // self._job.prompts) == 0:
+            elif isinstance(event, AnswerEnd) and event.index % (len(self._job.choices) // self._job.prompts) == 0:
                 self._usage.cached += event.finished.shared_tokens

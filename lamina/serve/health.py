@@ -20,7 +20,7 @@ async def ready(service: Service, exchange: Exchange) -> None:
     if service.draining.is_set():
         raise problems.unavailable("the server is draining")
     _ = service.model
-    service.front.client()
+    service.front.connection()
     await exchange.reply_json({"status": "ready"})
 
 

@@ -28,7 +28,7 @@ class TokenTexts:
     def _find(self, token: int) -> tuple[str, bytes | None]:
         """Return the text of a token, and its bytes if there are any."""
         tokenizer = self._tokenizer
-        spelling = tokenizer.spelling(token)
+        spelling = tokenizer.spelled(token)
         if spelling is None:
             return f"token_id:{token}", None
         if not tokenizer.has_text(token):

@@ -37,7 +37,7 @@ async def tokenize(service: Service, exchange: Exchange) -> None:
     ids = await service.encode(body.prompt, add_special=body.add_special_tokens, parse_special=True)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": model.context, "tokens": ids}
     if body.return_token_strs:
-        answer["token_strs"] = [model.tokenizer.spelling(token) for token in ids]
+        answer["token_strs"] = [model.tokenizer.spelled(token) for token in ids]
     await exchange.reply_json(answer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from random import Random
 
@@ -18,7 +18,7 @@ from lamina.node.model import OpenModel
 from lamina.runtime.host import Host
 from lamina.sim.device import Seconds
 from lamina.sim.world import World
-from lamina.transport import Hello
+from lamina.transport import Hello, Link
 from lamina.wire.admin import Status
 
 ASK_EVERY_S = 0.05
@@ -124,10 +124,13 @@ class SimCluster:
     async def client(self) -> AsyncIterator[AsyncClient]:
         """A client of the front."""
         hello = Hello("client", "client")
-        link = await self.world.network.connect(
-            self.config.front.address, hello, self.config.options(), deadline_s=REACH_S
-        )
-        client = AsyncClient(link)
+
+        def open_link() -> Awaitable[Link]:
+            return self.world.network.connect(
+                self.config.front.address, hello, self.config.options(), deadline_s=REACH_S
+            )
+
+        client = AsyncClient(await open_link(), open_link)
         try:
             yield client
         finally:

@@ -22,8 +22,8 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"
 
 
 def encode(message: Message) -> dict[str, Any]:
-    """Convert a message to a plain map, as links send it."""
-    plain: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,))
+    """Convert a message to a plain map, as links send it: all keys are text."""
+    plain: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,), str_keys=True)
     return plain
 
 
@@ -31,7 +31,7 @@ def decode(plain: dict[str, Any], kinds: Any) -> Any:
     """Convert a plain map to a message of one of the types in the union ``kinds``; raise ProtocolError if it fits
     none."""
     try:
-        return msgspec.convert(plain, kinds)
+        return msgspec.convert(plain, kinds, str_keys=True)
     except msgspec.ValidationError as e:
         known = ", ".join(k.__name__ for k in get_args(kinds) or (kinds,))
         raise ProtocolError(f"message {plain.get('type')!r}: {explain(e, plain)}; expected one of {known}") from e

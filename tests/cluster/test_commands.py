@@ -70,6 +70,23 @@ def test_an_answer_as_json(config: ClusterConfig, text: str) -> None:
     assert (len(facts["tokens"]), facts["finish_reason"]) == (8, "length")
 
 
+def test_where_a_text_ends(config: ClusterConfig, text: str) -> None:
+    """Before a text that is given, and no earlier than asked for; with the prompt as token ids too."""
+    from lamina.model.tokenizer import Tokenizer
+
+    limit, stop = ("--max-tokens", "8"), text.rstrip("\n")[5:8]
+    ids = Tokenizer(CHECKPOINT, 2048).encode(PROMPT)
+
+    stopped = lamina("generate", str(config.file), PROMPT, *limit, "--stop", "nowhere", "--stop", stop)
+    given = lamina("generate", str(config.file), ",".join(map(str, ids)), "--prompt-ids", *limit, "--json")
+    wrong = lamina("generate", str(config.file), "1 x", "--prompt-ids", *limit)
+
+    assert stopped.stdout == text[: text.index(stop)] + "\n"
+    assert (json.loads(given.stdout)["text"] + "\n", json.loads(given.stdout)["stopped_by"]) == (text, None)
+    assert wrong.returncode == 2
+    assert "--prompt-ids: expected token ids, separated by spaces or commas, got 'x'" in wrong.stderr
+
+
 def test_status_of_a_running_cluster(config: ClusterConfig) -> None:
     """A row for each node in a pipe, everything in the JSON object; the exit status says that all are ready."""
     done, facts = lamina("status", str(config.file)), lamina("status", str(config.file), "--json")

@@ -18,13 +18,14 @@ from lamina.client import AsyncClient, Completion
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
+from lamina.front.sequence import Ended
 from lamina.model.tokenizer import Tokenizer
 from lamina.node.compute import ComputeNode
 from lamina.sim.cluster import SimCluster
 from lamina.transport import Hello
 from lamina.wire.admin import AskStatus
 from lamina.wire.codec import Message, encode
-from lamina.wire.requests import PART, Cancel, Generate, PromptPart, Request, Sampling
+from lamina.wire.requests import PART, Cancel, Generate, PromptPart, Request, Sampling, Score
 from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
 from tests.sim.clusters import (
@@ -136,13 +137,16 @@ class Recorded:
         self.tokens: list[int] = []
         self.end: asyncio.Future[str | LaminaError] = asyncio.get_running_loop().create_future()
 
-    def token(self, token: int) -> None:
+    def token(self, token: int, score: Score | None = None) -> None:
         self.tokens.append(token)
 
-    def finished(self, reason: str) -> None:
+    def prompt_scored(self, scores: list[Score]) -> None:
+        """Nothing was asked."""
+
+    def finished(self, end: Ended) -> None:
         if self.breaks:
             raise ValueError("no such character")
-        self.end.set_result(reason)
+        self.end.set_result(end.reason)
 
     def failed(self, error: LaminaError) -> None:
         self.end.set_result(error)
@@ -331,6 +335,7 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
             3: "the prompt has 10000 tokens, the context is 512 and must leave room for an answer; use at most 511",
             5: "the prompt of request 4 is still coming on this connection; wait",
             6: "",  # finished
+            None: "",  # its token
         }
         await link.close()
 
