@@ -39,9 +39,8 @@ from lamina.config import MemoryNodeConfig
 from lamina.errors import LaminaError
 from lamina.front.blocks import BlockManager
 from lamina.front.engine import Engine
-from lamina.front.intake import Intake
+from lamina.front.intake import End, Intake
 from lamina.front.scheduler import Scheduler
-from lamina.front.sequence import Ended
 from lamina.front.space import Space
 from lamina.front.team import Team
 from lamina.node.memory import MemoryNode
@@ -223,9 +222,9 @@ class _FirstToken:
             self.begun.set_result(None)
 
     def prompt_scored(self, scores: list[Score]) -> None:
-        """Nothing was asked."""
+        pass
 
-    def finished(self, end: Ended) -> None:
+    def finished(self, end: End) -> None:
         pass
 
     def failed(self, error: LaminaError) -> None:

@@ -17,7 +17,7 @@ from lamina.attention import LayerShape
 from lamina.bench import report
 from lamina.config import ClusterConfig, ComputeNodeConfig, MemoryNodeConfig, ModelConfig, NodeConfig, PipelineConfig
 from lamina.errors import LaminaError
-from lamina.front.sequence import Ended
+from lamina.front.intake import End
 from lamina.node.compute import ComputeNode
 from lamina.node.model import ModelFacts
 from lamina.sim.cluster import SimCluster
@@ -62,9 +62,9 @@ class _Answered:
             self.begun.set_result(None)
 
     def prompt_scored(self, scores: list[Score]) -> None:
-        """Nothing was asked."""
+        pass
 
-    def finished(self, end: Ended) -> None:
+    def finished(self, end: End) -> None:
         self.ended.set_result(None)
 
     def failed(self, error: LaminaError) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.front.answer import AnswerText
-from lamina.front.sequence import Ended
+from lamina.front.intake import End
 from lamina.model.tokenizer import TextStream, Tokenizer
 from lamina.wire.requests import Request
 from tests.test_stops import first_end
@@ -27,7 +27,7 @@ def ids(*names: str) -> list[int]:
     return [id_ for name in names if (id_ := library_of(KIND).token_to_id(name)) is not None]
 
 
-def told(tokenizer: Tokenizer, request: Request, tokens: list[int], end: Ended) -> tuple[str, object, str, int]:
+def told(tokenizer: Tokenizer, request: Request, tokens: list[int], end: End) -> tuple[str, object, str, int]:
     """The text of an answer, what stopped it and why it ended, and how many tokens there were to that point."""
     answer = AnswerText(1, request, [1], tokenizer)
     text = ""
@@ -60,7 +60,7 @@ def test_the_text_ends_at_the_first_stop_string(
     found = first_end("".join(parts), stops, len(quiet)) if len(tokens) >= least else None
 
     request = Request([1], stop=stops, min_tokens=least, include_stop=include)
-    text, stopped_by, reason, count = told(tokenizer, request, tokens, Ended("length"))
+    text, stopped_by, reason, count = told(tokenizer, request, tokens, End("length"))
 
     if found is None:
         assert (text, stopped_by, reason, count) == ("".join(parts), None, "length", len(tokens))
@@ -89,7 +89,7 @@ def test_the_token_that_stops_an_answer_has_no_text(
     special tokens are seen, the one of the prompt is no beginning of a text, so the space of the word stays."""
     (stop,) = ids(last)
     request = Request([1], stop=["</x>", "ab"], **settings)
-    end = Ended("stop", stopped_by=stop)
+    end = End("stop", stopped_by=stop)
 
     assert told(tokenizer, request, [*ids("▁a"), stop], end) == (text, stop, "stop", 2)
 
@@ -98,5 +98,5 @@ def test_other_special_tokens_are_hidden_or_shown(tokenizer: Tokenizer) -> None:
     """In the middle of an answer."""
     tokens = [*ids("▁a"), END, *ids("b")]
 
-    assert told(tokenizer, Request([1]), tokens, Ended("length"))[0] == "ab"
-    assert told(tokenizer, Request([1], show_special=True), tokens, Ended("length"))[0] == " a</s>b"
+    assert told(tokenizer, Request([1]), tokens, End("length"))[0] == "ab"
+    assert told(tokenizer, Request([1], show_special=True), tokens, End("length"))[0] == " a</s>b"

@@ -64,7 +64,7 @@ def test_the_largest_step_fits_into_a_message() -> None:
 def test_a_choice_without_a_seed_is_refused() -> None:
     """The front draws seeds, so that every compute node that samples draws the same token."""
     plain = encode(order(RUN))
-    plain["runs"][0][-1][0]["seed"] = None
+    plain["runs"][0][5][0]["seed"] = None
     with pytest.raises(ProtocolError, match="the choice for position 12 has no seed"):
         decode(plain, Order)
 

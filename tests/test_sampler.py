@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.compute.sampler import sample, uniform
+from lamina.wire.orders import Choice
 from lamina.wire.requests import Sampling
 
 LOGITS = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0])
@@ -17,7 +18,7 @@ LOGITS = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0])
 
 def draw(sampling: Sampling, count: int = 4000) -> dict[int, float]:
     """Shares of the tokens over many positions."""
-    tokens = sample(LOGITS.repeat(count, 1), [(sampling, position) for position in range(count)])
+    tokens = sample(LOGITS.repeat(count, 1), [Choice(sampling, position) for position in range(count)])
     return {token: n / count for token, n in collections.Counter(tokens).items()}
 
 
@@ -35,7 +36,7 @@ def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
     """Numbers that overflow stand for probability 0."""
     logits = torch.tensor([[1.0, 5.0, 3.0, -2.0]]).repeat(100, 1)
 
-    assert sample(logits, [(Sampling(temperature, seed=5), position) for position in range(100)]) == [1] * 100
+    assert sample(logits, [Choice(Sampling(temperature, seed=5), position) for position in range(100)]) == [1] * 100
 
 
 def test_top_k_leaves_the_likeliest() -> None:
@@ -78,10 +79,10 @@ def test_rows_do_not_influence_each_other(rows: int, data: st.DataObject) -> Non
         st.floats(0.05, 1.0),
         st.integers(0, 2**63 - 1),
     )
-    choices = [(data.draw(settings), data.draw(st.integers(0, 1000))) for _ in range(rows)]
+    choices = [Choice(data.draw(settings), data.draw(st.integers(0, 1000))) for _ in range(rows)]
 
     together = sample(logits, choices)
 
     assert together == [sample(logits[i : i + 1], [choices[i]])[0] for i in range(rows)]
-    greedy = [i for i, (s, _) in enumerate(choices) if s.temperature == 0 or s.top_k == 1]
+    greedy = [i for i, c in enumerate(choices) if c.sampling.temperature == 0 or c.sampling.top_k == 1]
     assert [together[i] for i in greedy] == [int(logits[i].argmax()) for i in greedy]

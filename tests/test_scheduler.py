@@ -218,7 +218,7 @@ class Cluster:
         self.nodes.store(step)
         outcome = self.scheduler.finish(slot, step, [self.token(s) for s in step.sampled])
         self.nodes.tell(outcome.changes)
-        assert all(not s.cancelled for s, _ in outcome.tokens)
+        assert all(not s.cancelled for s, _, _ in outcome.tokens)
         for s in outcome.finished:
             self.live.remove(s)
             self.answered += 1

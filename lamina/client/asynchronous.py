@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeAlias, Unpack
 
 from msgspec.structs import replace
 
-from lamina.client.connection import Connection
+from lamina.client.front_link import FrontLink
 from lamina.client.many import answers_in_order
 from lamina.client.results import Completion
 from lamina.client.settings import Asked, Prompt, Settings, asked_for
@@ -112,9 +112,9 @@ class AsyncClient:
     def __init__(self, link: Link, reconnect: Callable[[], Awaitable[Link]] | None = None) -> None:
         """Nothing may be delivered from ``link`` yet. ``reconnect`` makes another link when it is lost; without it, all
         requests fail from then on."""
-        self._connection = Connection(link)
+        self._front = FrontLink(link)
         self._reconnect = reconnect
-        self._opening: asyncio.Task[Connection] | None = None
+        self._opening: asyncio.Task[FrontLink] | None = None
         self._closed = False
         self._ids = itertools.count(1)
 
@@ -178,18 +178,18 @@ class AsyncClient:
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.wait((self._opening,))
-        await self._connection.close(TransportError(_CLOSED))
+        await self._front.close(TransportError(_CLOSED))
 
     def _stream(self, asked: Asked, after: asyncio.Event | None = None) -> AsyncStream:
         return AsyncStream(self._connected, next(self._ids), asked, after=after)
 
-    async def _connected(self) -> Connection:
+    async def _connected(self) -> FrontLink:
         """Return a connection on which requests can be sent. All that need a new one wait for the same."""
-        failure = self._connection.failure
+        failure = self._front.failure
         if self._closed:
             raise TransportError(_CLOSED)
         if failure is None:
-            return self._connection
+            return self._front
         if self._reconnect is None or isinstance(failure, UsageError):  # the front would say the same again
             raise failure
         if self._opening is None:
@@ -201,12 +201,12 @@ class AsyncClient:
             raise TransportError(_CLOSED)
         return opening.result()
 
-    async def _open(self, reconnect: Callable[[], Awaitable[Link]]) -> Connection:
-        self._connection.end("a new connection is made")
-        self._connection = Connection(await reconnect())
-        return self._connection
+    async def _open(self, reconnect: Callable[[], Awaitable[Link]]) -> FrontLink:
+        self._front.end("a new connection is made")
+        self._front = FrontLink(await reconnect())
+        return self._front
 
-    def _opened(self, opening: asyncio.Task[Connection]) -> None:
+    def _opened(self, opening: asyncio.Task[FrontLink]) -> None:
         self._opening = None
         if not opening.cancelled():
             opening.exception()  # whoever waits for it gets it, if anybody still does

@@ -95,7 +95,7 @@ class Asked(NamedTuple):
     deadline_s: float | None
 
 
-class _Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _OwnSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Holds the settings that concern the client alone."""
 
     deadline_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
@@ -112,7 +112,7 @@ def asked_for(prompt: Prompt, settings: Settings) -> Asked:
             raise RequestError(f"unknown setting {name!r}; {hint}")
     values = {name: _plain(name, value) for name, value in settings.items()}
     sampling = _convert(_take(values, Sampling), Sampling)
-    own = _convert(_take(values, _Own), _Own)
+    own = _convert(_take(values, _OwnSettings), _OwnSettings)
     request = _convert({"prompt": _plain_prompt(prompt), "sampling": sampling, **values}, Request)
     return Asked(request, own.deadline_s)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from lamina.client.connection import Connection, Inbox
+from lamina.client.front_link import FrontLink, Inbox
 from lamina.client.results import Completion, Timings, Token
 from lamina.client.settings import Asked
 from lamina.errors import DeadlineError, LaminaError
@@ -22,7 +22,7 @@ class AsyncStream:
 
     def __init__(
         self,
-        connected: Callable[[], Awaitable[Connection]],
+        connected: Callable[[], Awaitable[FrontLink]],
         id_: int,
         asked: Asked,
         *,
@@ -42,7 +42,7 @@ class AsyncStream:
         """How many tokens of the prompt the cluster still had keys and values of, once the answer is over."""
         self.timings = Timings()
         """How long the answer took, once it is over."""
-        self._connection: Connection | None = None
+        self._front: FrontLink | None = None
         self._connected = connected
         self._id = id_
         self._asked = asked
@@ -68,7 +68,7 @@ class AsyncStream:
             raise StopAsyncIteration
         inbox = self._inbox
         try:
-            if self._connection is None:
+            if self._front is None:
                 await self._start()
             item = inbox.items.popleft() if inbox.items else await inbox.get()
         except asyncio.CancelledError:
@@ -110,9 +110,9 @@ class AsyncStream:
 
     def __del__(self) -> None:
         # `break` in an `async for` drops the iterator and tells it nothing else.
-        connection = self._connection
-        if connection is not None and connection.answers(self._id) and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(connection.abort, self._id)
+        front = self._front
+        if front is not None and front.answers(self._id) and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(front.abort, self._id)
 
     async def start(self, begun: asyncio.Event | None = None) -> None:
         """Send the request now. ``begun`` is set when its first token is here, or none will come."""
@@ -126,8 +126,8 @@ class AsyncStream:
             async with asyncio.timeout_at(ends_at):
                 if self._after is not None:
                     await self._after.wait()
-                connection = await self._connected()
-            connection.ask(self._id, self._asked.request, self._inbox)
+                front = await self._connected()
+            front.ask(self._id, self._asked.request, self._inbox)
         except TimeoutError:
             self._error = self._too_late()
             raise self._error from None
@@ -137,9 +137,9 @@ class AsyncStream:
         finally:
             if self._error is not None:
                 self._inbox.close()
-        self._connection = connection
+        self._front = front
         if ends_at is not None:
-            self._inbox.timer = self._loop.call_at(ends_at, connection.abort, self._id, self._too_late())
+            self._inbox.timer = self._loop.call_at(ends_at, front.abort, self._id, self._too_late())
 
     def _too_late(self) -> DeadlineError:
         return DeadlineError(
@@ -153,11 +153,11 @@ class AsyncStream:
         self.timings = Timings(end.queued_s, end.prompt_s, end.answer_s)
 
     def _leave(self) -> None:
-        if self._connection is not None:
-            self._connection.leave(self._id)
+        if self._front is not None:
+            self._front.leave(self._id)
 
     def _abort(self) -> None:
-        if self._connection is not None:
-            self._connection.abort(self._id)
+        if self._front is not None:
+            self._front.abort(self._id)
         self._inbox.close()
         self.finish_reason = self.finish_reason or "cancelled"

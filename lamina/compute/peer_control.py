@@ -11,8 +11,9 @@ from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.transport import Link, Region
 from lamina.wire.admin import PeerStatus
-from lamina.wire.codec import decode, encode
+from lamina.wire.codec import decode
 from lamina.wire.orders import Done, Enlist, Enlisted, Forget, FromPeer, GaveUp, Greeting, Membership, Order
+from lamina.wire.parts import Part, Parts, send_whole
 from lamina.wire.questions import Questions
 
 
@@ -37,6 +38,7 @@ class PeerControl:
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
         self._questions = Questions(link)
+        self._parts = Parts()
         self._error: NodeError | None = None
         self._greeting = self._questions.expect(Greeting)
         self._enlist = self._questions.expect(Enlist)
@@ -86,12 +88,15 @@ class PeerControl:
     def send(self, message: Greeting | Membership | Enlist | Enlisted | Done | Forget | GaveUp) -> None:
         """Tell the peer something, unless it is lost, which is announced elsewhere."""
         if not self.link.state.closed:
-            self.link.send(encode(message))
+            send_whole(self.link, message)
 
     # -- what arrives
 
     def _on_message(self, plain: dict[str, object]) -> None:
         match decode(plain, FromPeer):
+            case Part() as part:
+                if (whole := self._parts.add(part)) is not None:
+                    self._on_message(whole)
             case Order() | Forget() as message if self.on_order:
                 self.on_order(message)
             case Membership() as membership if self.on_members:

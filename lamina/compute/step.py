@@ -17,14 +17,18 @@ from lamina.compute.peer_lane import PeerLane, Shape
 from lamina.compute.prompts import PromptKV
 from lamina.compute.sampler import sample
 from lamina.compute.schedule import Schedule
+from lamina.compute.scores import Asked, score
 from lamina.compute.shard_lane import ShardLane, ShardStep
+from lamina.model.slices import Head
 from lamina.runtime.device import Device
 from lamina.runtime.spans import CARRY, Activity, Place
-from lamina.wire.orders import Done, Order, TokenRun
+from lamina.wire.orders import NONE_ALLOWED, Done, Order, Targets, TokenRun
 from lamina.wire.placement import MemberRows, RemoteRun, route
 from lamina.wire.plan import StepPlan
+from lamina.wire.requests import Score
 
 R = TypeVar("R")
+T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
@@ -87,6 +91,8 @@ class StepRunner:
         forward = _StepForward(self, order)
         compute_s = 0.0
         tokens: list[int | None] = []
+        scores: list[Score | None] = []
+        prompt_scores: list[list[Score | None]] = []
         attention_s = dict.fromkeys(self._schedule.members, 0.0)
 
         async def operate(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
@@ -117,7 +123,13 @@ class StepRunner:
                 if not parts:
                     await asyncio.sleep(0)  # other batches have their turn
             if layer == last:
-                tokens = await operate(forward.sample, at=Place(slot, step=number))
+                at = Place(slot, step=number)
+                tokens, scores = await operate(forward.sample, at=at)
+                for row, targets in forward.targeted:
+                    prompt_scores.append([])
+                    for some in _batched(targets.tokens, SCORED_ROWS):
+                        first = row + len(prompt_scores[-1])
+                        prompt_scores[-1] += await operate(forward.score, first, some, targets.top, at=at)
                 break
             await operate(forward.head, layer, at=at)
             for part in parts:
@@ -137,7 +149,15 @@ class StepRunner:
         for run in forward.local:
             if run.choice:  # the prompt is complete; what is still to be sent keeps its own reference
                 self.prompts.pop(run.sequence, None)
-        return Done(slot=slot, step=number, tokens=tokens, compute_s=compute_s, attention_s=list(attention_s.items()))
+        return Done(
+            slot=slot,
+            step=number,
+            tokens=tokens,
+            compute_s=compute_s,
+            attention_s=list(attention_s.items()),
+            scores=scores,
+            prompt_scores=prompt_scores,
+        )
 
     async def _await_carry(self, peer: PeerLane, at: Place, shapes: Sequence[Shape]) -> list[Tensor]:
         """Wait for the carry of the node of the slice before."""
@@ -171,6 +191,9 @@ class StepRunner:
                     self.shards[member].queue_prompt(prompt, layer, start, count, placement.held(member, start))
 
 
+SCORED_ROWS = 64
+"""The most rows whose logits are computed, or scored, in one operation: 64 MB in float32 if the vocabulary has 2^18."""
+
 Index = slice | Tensor
 """Some rows of a step; ``slice(None)`` is all of them."""
 
@@ -201,7 +224,7 @@ class _MemberPart:
 class _StepForward:
     """Takes one step through the slices of this node.
 
-    `begin`, `take_over`, `head`, `tail`, `attend_to_prompts` and `sample` are operations of the device.
+    `begin`, `take_over`, `head`, `tail`, `attend_to_prompts`, `sample` and `score` are operations of the device.
     """
 
     def __init__(self, runner: StepRunner, order: Order) -> None:
@@ -226,6 +249,11 @@ class _StepForward:
         self._kept: tuple[Tensor, ...] = ()
         self._q: Tensor | None = None
         self._prompt_o: Tensor | None = None
+        self._token_ids: Tensor
+        self._positions: Tensor
+        self._last_o: Tensor | None = None
+        self.targeted: list[tuple[int, Targets]] = []
+        """The targets of runs, with the row of the step that gives the first one's logits."""
 
     def begin(self) -> None:
         """Lay out the rows of the step and compute its constants."""
@@ -238,16 +266,17 @@ class _StepForward:
             elif run.start == 0:
                 kept = PromptKV(run.sequence, run.local_tokens, self._shapes, self._dtype, self._model.device)
                 self._prompts[run.sequence] = kept
+            if run.targets:
+                self.targeted.append((len(token_ids) + run.targets.row, run.targets))
             token_ids += run.tokens
             positions += range(run.start, run.start + len(run.tokens))
             if run.choice:
                 sampled.append(len(token_ids) - 1)
         device = self._model.device
-        self._constants = self._model.begin(
-            torch.tensor(token_ids, device=device),
-            torch.tensor(positions, device=device),
-            torch.tensor(sampled or [0], device=device),
-        )
+        self._token_ids = torch.tensor(token_ids, device=device)
+        self._positions = torch.tensor(positions, device=device)
+        rows = torch.tensor(sampled or [0], device=device)
+        self._constants = self._model.begin(self._token_ids, self._positions, rows)
 
     # -- where another node runs the slice before or after
 
@@ -314,14 +343,41 @@ class _StepForward:
         ]
         self._prompt_o = torch.cat(parts).to(self._dtype)
 
-    def sample(self) -> list[int | None]:
-        """Compute the logits of the sampled rows, and choose a token from each, or None where that is impossible."""
-        choices = [(run.choice.sampling, run.choice.position) for run in self._runs if run.choice]
+    def sample(self) -> tuple[list[int | None], list[Score | None]]:
+        """Compute the logits of the sampled rows, and choose a token from each, as `lamina.compute.sampler.sample`
+        does. Returns also their scores, where they are wanted; none if no row wants any."""
+        choices = [run.choice for run in self._runs if run.choice]
+        if not choices and not self.targeted:
+            return [], []
+        self._last_o = self._attended(len(self._shapes) - 1)
         if not choices:
-            return []
-        layer = len(self._shapes) - 1
-        logits = self._model.slice(layer + 1).head(self._constants, self._carry, self._attended(layer)).out
-        return sample(logits, choices)
+            return [], []
+        logits = self._last_head(self._constants, self._carry, self._last_o).out
+        tokens = sample(logits, choices)
+        asked = [
+            Asked(row, token, choice.logprobs)
+            for row, (choice, token) in enumerate(zip(choices, tokens, strict=True))
+            if choice.logprobs is not None and token is not None and token != NONE_ALLOWED
+        ]
+        scores: list[Score | None] = [None] * len(tokens) if asked else []
+        for own in _batched(asked, SCORED_ROWS):
+            for (row, _, _), value in zip(own, score(logits, own), strict=True):
+                scores[row] = value
+        return tokens, scores
+
+    def score(self, first: int, tokens: Sequence[int], top: int) -> list[Score | None]:
+        """Return the scores of tokens, each by the logits of one of the consecutive rows from ``first`` on; after
+        `sample`. No more rows are computed than that, as the slices treat each row by itself."""
+        rows = slice(first, first + len(tokens))
+        every = torch.arange(len(tokens), device=self._model.device)
+        constants = self._model.begin(self._token_ids[rows], self._positions[rows], every)
+        carry = tuple(part[:, rows].contiguous() for part in self._carry)
+        o = None if self._last_o is None else self._last_o[rows]
+        logits = self._last_head(constants, carry, o).out
+        return score(logits, [Asked(row, token, top) for row, token in enumerate(tokens)])
+
+    def _last_head(self, constants: tuple[Any, ...], carry: tuple[Tensor, ...], o: Tensor | None) -> Head:
+        return self._model.slice(len(self._shapes)).head(constants, carry, o)
 
     def _attended(self, layer: int) -> Tensor | None:
         """Return o [T, Hq, Dv] of a layer: the answers of the memory nodes, then the rows of prompts."""
@@ -362,6 +418,10 @@ class _StepForward:
         for run in self.local:
             yield run, slice(row, row + len(run.tokens))
             row += len(run.tokens)
+
+
+def _batched(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def _index(rows: Sequence[int], step_rows: int = -1) -> Index:

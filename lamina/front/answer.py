@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lamina.front.sequence import Ended
+from lamina.front.intake import End
 from lamina.front.stops import StopStrings
 from lamina.model.tokenizer import TextStream, Tokenizer
 from lamina.wire.requests import Finished, Piece, Request, Score
@@ -28,7 +28,7 @@ class AnswerText:
         """Return the text of ``stop`` that was found; no token behind it belongs to the answer."""
         return self._stops.found
 
-    def piece(self, token: int, score: Score | None, end: Ended | None = None) -> Piece:
+    def piece(self, token: int, score: Score | None, end: End | None = None) -> Piece:
         """Return the next piece. With the last one comes the ``end``, as the text of a token that stops the answer is
         left out, unless the request asks for it."""
         self._tokens += 1
@@ -38,7 +38,7 @@ class AnswerText:
         text = "" if hidden else self._text.push(token, special=shown)
         return Piece(self._id, token, self._stops.push(text, active=self._counts), score)
 
-    def finished(self, end: Ended) -> Finished:
+    def finished(self, end: End) -> Finished:
         """Return the end. If a text of ``stop`` was found, that is what ended the answer."""
         text = self._stops.push(self._text.rest(), active=self._counts) + self._stops.rest()
         return Finished(

@@ -107,7 +107,7 @@ class Engine:
         self._scheduler.cost.observe(
             load.rows, load.prompt_tokens, load.context_tokens, result.compute_s, result.attention_s, result.wire_s
         )
-        outcome = self._scheduler.finish(slot, step, result.tokens)
+        outcome = self._scheduler.finish(slot, step, result.tokens, result.scores, result.prompt_scores)
         self._steps += 1
         self._tokens += len(outcome.tokens)
         self._team.forget(outcome.changes.released)

@@ -4,36 +4,76 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from random import Random
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVarTuple
 
 from msgspec.structs import replace
 
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
-from lamina.front.sequence import CacheChanges, Ended, ReservationRequest, Sequence, StepOutcome
+from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
 from lamina.wire.requests import Request, Score
 
+Ts = TypeVarTuple("Ts")
+
 log = logging.getLogger("lamina.front")
 
 
+class End(NamedTuple):
+    """Says how an answer ended. `lamina.wire.requests.Finished` has the same times, in seconds."""
+
+    reason: Literal["stop", "length"]
+    stopped_by: int | None = None
+    """The token that ended it, which is the last one of the answer."""
+    shared_tokens: int = 0
+    """How many tokens of the prompt were found on the memory nodes."""
+    queued_s: float = 0.0
+    prompt_s: float = 0.0
+    answer_s: float = 0.0
+
+
 class Answer(Protocol):
-    """Receives every token of one request, and then its end once, on the node's loop."""
+    """Receives what is computed for one request, and then its end once, on the node's loop."""
 
     def token(self, token: int, score: Score | None = None) -> None:
-        """Take one more token."""
+        """Take one more token, with its score if the request wants it."""
 
     def prompt_scored(self, scores: list[Score]) -> None:
-        """Take the scores of the next tokens of the prompt, from its second token on, before any token."""
+        """Take the scores of the next tokens of the prompt, from the second one on, before any token; only if the
+        request wants them."""
 
-    def finished(self, end: Ended) -> None:
+    def finished(self, end: End) -> None:
         """The request is over."""
 
     def failed(self, error: LaminaError) -> None:
         """The request has failed with this error."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that is not over: where its answer goes, and when it got how far, by the loop's clock."""
+
+    answer: Answer
+    arrived_s: float
+    admitted_s: float = math.nan
+    first_s: float = math.nan
+    last_s: float = math.nan
+
+    def end(self, sequence: Sequence) -> End:
+        return End(
+            sequence.finish_reason or "length",
+            sequence.stopped_by,
+            sequence.found,
+            self.admitted_s - self.arrived_s,
+            self.first_s - self.admitted_s,
+            self.last_s - self.first_s,
+        )
 
 
 class Intake:
@@ -67,14 +107,15 @@ class Intake:
         self._random = random
         self._engine: Engine
         self._space: Space
-        self._answers: dict[Sequence, Answer] = {}
+        self._open: dict[Sequence, _Open] = {}
         self._estimate = ThroughputEstimate()
         self._coming = 0
         """The number of requests that are on their way to the engine."""
+        self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
         self._failure: LaminaError | None = None
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._failed: asyncio.Future[None] = self._loop.create_future()
 
     def open(self, engine: Engine, space: Space) -> None:
         """Take requests for ``engine`` from now on; memory nodes are told through ``space``."""
@@ -96,10 +137,11 @@ class Intake:
             raise self._failure
         if self.draining:
             raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
-        max_tokens = self._check(prompt, request.max_tokens)
+        max_tokens = self._check(request, prompt)
         self.require_place(0)
-        sequence = Sequence(self._with_seed(request), prompt, max_tokens, self._stop_tokens)
-        self._answers[sequence] = answer
+        ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._stop_tokens)
+        sequence = Sequence(self._with_seed(request), prompt, max_tokens, ends)
+        self._open[sequence] = _Open(answer, self._loop.time())
         self._idle.clear()
         self._coming += 1
         try:
@@ -138,12 +180,18 @@ class Intake:
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
-        if self._answers.pop(sequence, None) is not None:
+        if self._open.pop(sequence, None) is not None:
             self._there.post(self._engine.cancel, sequence)
             self._note_idle()
 
-    def _check(self, prompt: list[int], max_tokens: int | None) -> int:
-        """Return the most tokens that the answer may have; raise RequestError for a prompt that cannot be served."""
+    def stop(self, sequence: Sequence) -> End:
+        """Forget a request that is not over, as its text has come to its end; return how that came."""
+        end = self._open[sequence].end(sequence)
+        self.cancel(sequence)
+        return end._replace(reason="stop", stopped_by=None)
+
+    def _check(self, request: Request, prompt: list[int]) -> int:
+        """Return the most tokens that the answer may have; raise RequestError for what cannot be served."""
         if not prompt:
             raise RequestError("the prompt is empty; expected at least one token")
         self.require_fit(len(prompt))
@@ -152,13 +200,33 @@ class Intake:
             raise RequestError(
                 f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
             )
-        left = self._context - len(prompt)
+        self._require_known("stop_token_ids", request.stop_token_ids)
+        self._require_known("sampling.logit_bias", request.sampling.logit_bias)
+        for i, word in enumerate(request.bad_words):
+            if isinstance(word, str):
+                raise RequestError(f"bad_words[{i}] is the text {word!r}; here only its token ids are understood")
+            self._require_known(f"bad_words[{i}]", word)
+        left, max_tokens = self._context - len(prompt), request.max_tokens
         if max_tokens is not None and max_tokens > left:
             raise RequestError(
                 f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
                 f"ask for at most {left}"
             )
-        return max_tokens or left
+        most = max_tokens or left
+        if request.min_tokens > most:
+            raise RequestError(
+                f"min_tokens is {request.min_tokens}, but the answer can have {most} tokens at most; ask for {most} or "
+                "fewer"
+            )
+        return most
+
+    def _require_known(self, field: str, tokens: Iterable[int]) -> None:
+        """Raise RequestError for a token that the vocabulary lacks."""
+        for token in tokens:
+            if token >= self._vocabulary:
+                raise RequestError(
+                    f"{field} has token {token}, which is not in the vocabulary; expected less than {self._vocabulary}"
+                )
 
     # -- serving
 
@@ -197,46 +265,68 @@ class Intake:
 
     def apply(self, changes: CacheChanges) -> None:
         """See `lamina.front.engine.Desk`."""
+        now_s = self._loop.time()
+        for request in changes.reservations:
+            if request.is_new and (own := self._open.get(request.sequence)) and math.isnan(own.admitted_s):
+                own.admitted_s = now_s
         self._space.apply(changes)
 
     def answer(self, outcome: StepOutcome) -> None:
         """See `lamina.front.engine.Desk`."""
         self._space.apply(outcome.changes)
-        for sequence, token in outcome.tokens:
-            if answer := self._answers.get(sequence):
-                try:
-                    answer.token(token)
-                except Exception as e:  # trouble with one answer must not harm the others
-                    log.exception("event=answer_failed sequence=%d", sequence.id)
-                    self.cancel(sequence)
-                    answer.failed(NodeError.failed("compute", self._name, e))
+        now_s = self._loop.time()
+        for sequence, scores in outcome.prompt_scores:
+            if own := self._open.get(sequence):
+                self._tell(sequence, own.answer.prompt_scored, scores)
+        for sequence, token, score in outcome.tokens:
+            if own := self._open.get(sequence):
+                own.last_s = now_s
+                if math.isnan(own.first_s):
+                    own.first_s = now_s
+                self._tell(sequence, own.answer.token, token, score)
         if outcome.finished:
-            self._estimate.note_ended(asyncio.get_running_loop().time(), len(outcome.finished))
+            self._estimate.note_ended(now_s, len(outcome.finished))
         for sequence in outcome.finished:
-            if answer := self._answers.pop(sequence, None):
-                try:
-                    reason: Literal["stop", "length"] = "stop" if sequence.finish_reason == "stop" else "length"
-                    answer.finished(Ended(reason, sequence.output[-1] if reason == "stop" else None))
-                except Exception as e:
-                    log.exception("event=answer_failed sequence=%d", sequence.id)
-                    answer.failed(NodeError.failed("compute", self._name, e))
+            if own := self._open.get(sequence):
+                self._tell(sequence, own.answer.finished, own.end(sequence))
+                self._open.pop(sequence, None)
         for sequence in outcome.broken:
             log.error("event=logits_not_finite sequence=%d position=%d", sequence.arrival, sequence.context)
-            if answer := self._answers.pop(sequence, None):
-                answer.failed(
-                    NodeError(
-                        f"the model's logits for position {sequence.context} are not finite numbers, so no token can "
-                        "be chosen; check the weights, or set model.dtype to a type with a larger range",
-                        node=self._name,
-                    )
-                )
+            self._fail(
+                sequence,
+                NodeError(
+                    f"the model's logits for position {sequence.context} are not finite numbers, so no token can "
+                    "be chosen; check the weights, or set model.dtype to a type with a larger range",
+                    node=self._name,
+                ),
+            )
+        for sequence in outcome.stuck:
+            self._fail(
+                sequence,
+                RequestError(
+                    f"no token is allowed at position {sequence.context}, after {len(sequence.output)} tokens of the "
+                    "answer: constraint, bad_words and min_tokens together leave none; allow more"
+                ),
+            )
         self._note_idle()
+
+    def _tell(self, sequence: Sequence, take: Callable[[*Ts], None], *values: *Ts) -> None:
+        """Give an answer what came for it. Trouble with it must not harm the others."""
+        try:
+            take(*values)
+        except Exception as e:
+            log.exception("event=answer_failed sequence=%d", sequence.id)
+            self._there.post(self._engine.cancel, sequence)
+            self._fail(sequence, NodeError.failed("compute", self._name, e))
+
+    def _fail(self, sequence: Sequence, error: LaminaError) -> None:
+        if own := self._open.pop(sequence, None):
+            own.answer.failed(error)
 
     def refuse(self, sequence: Sequence, error: CapacityError) -> None:
         """See `lamina.front.engine.Desk`."""
-        if answer := self._answers.pop(sequence, None):
-            answer.failed(error)
-            self._note_idle()
+        self._fail(sequence, error)
+        self._note_idle()
 
     def reserved(self, request: ReservationRequest, answer: int | CapacityError) -> None:
         """Pass the answer to a reservation on to the engine."""
@@ -255,20 +345,20 @@ class Intake:
         return self._estimate.retry_after_s(self.counters.waiting)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._answers.pop(sequence, None)
+        self._open.pop(sequence, None)
         self._note_idle()
 
     def _note_idle(self) -> None:
-        if not self._answers:
+        if not self._open:
             self._estimate.note_idle()
             self._idle.set()
 
     def _tell_all(self, error: BaseException) -> LaminaError:
         assert isinstance(error, LaminaError)
         self._failure = error
-        log.error("event=failed requests=%d reason=%r", len(self._answers), str(error))
-        for answer in list(self._answers.values()):
-            answer.failed(error)
-        self._answers.clear()
+        log.error("event=failed requests=%d reason=%r", len(self._open), str(error))
+        for own in list(self._open.values()):
+            own.answer.failed(error)
+        self._open.clear()
         self._idle.set()
         return error

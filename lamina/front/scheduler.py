@@ -25,6 +25,8 @@ from lamina.front.sequence import (
 )
 from lamina.front.slots import BatchSlot, SlotBalancer
 from lamina.front.waiting import WaitingQueue
+from lamina.wire.orders import NONE_ALLOWED
+from lamina.wire.requests import Score
 
 AHEAD_BLOCKS = 4
 """The number of blocks reserved beyond what a sequence has, so that it seldom has to request more."""
@@ -151,6 +153,8 @@ class Scheduler:
         sequence.confirmed = request.tokens
         if request.is_new:
             sequence.prefilled = sequence.shared = shared
+            if not sequence.preemptions:
+                sequence.found = shared
             sequence.local_tokens = 0 if shared else self._keepable(len(sequence.tokens))
             self.prompt_tokens += len(sequence.tokens)
             self.shared_tokens += shared
@@ -179,31 +183,54 @@ class Scheduler:
         own.stepping = step.has_rows
         return step if step.has_rows or moved or changes else None
 
-    def finish(self, slot: int, step: ScheduledStep, tokens: Listed[int | None]) -> StepOutcome:
-        """Take in the tokens of a step's sampled rows, and free the space of the sequences that leave.
+    def finish(
+        self,
+        slot: int,
+        step: ScheduledStep,
+        tokens: Listed[int | None],
+        scores: Listed[Score | None] = (),
+        prompt_scores: Listed[Listed[Score | None]] = (),
+    ) -> StepOutcome:
+        """Take in what a step brought, as `lamina.wire.orders.Done` has it, and free the space of the sequences that
+        leave.
 
-        A sequence that gets None instead of a token leaves too, and shares nothing of what this step computed.
+        A sequence that gets no token leaves too, and so does one whose prompt gets no scores; it shares nothing of what
+        this step computed.
         """
         own, changes = self._slots[slot], CacheChanges()
         own.stepping = False
-        sampled = step.sampled
+        sampled = list(zip(step.sampled, tokens, scores or [None] * len(tokens), strict=True))
+        broken = [s for s, token, _ in sampled if token is None]
+        stuck = [s for s, token, _ in sampled if token == NONE_ALLOWED]
+        scored = []
+        targeted = [chunk.sequence for chunk in step.prompts if chunk.targets]
+        for sequence, found in zip(targeted, prompt_scores, strict=True):
+            numbers = [score for score in found if score is not None]
+            if len(numbers) < len(found):
+                broken += [] if sequence in broken else [sequence]
+            elif not sequence.cancelled:
+                sequence.scored += len(numbers)
+                scored.append((sequence, numbers))
         for chunk in step.prompts:
             chunk.sequence.prefilled += len(chunk.tokens)
-        fresh = [(s, t) for s, t in zip(sampled, tokens, strict=True) if t is not None and not s.cancelled]
-        without = {s for s, t in zip(sampled, tokens, strict=True) if t is None}
-        for sequence, token in fresh:
+        without = {*broken, *stuck}
+        fresh = [
+            (sequence, token, score)
+            for sequence, token, score in sampled
+            if token is not None and not sequence.cancelled and sequence not in without
+        ]
+        for sequence, token, _ in fresh:
             sequence.output.append(token)
             own.context += 1
         for chunk in step.prompts:
             if chunk.completes and not chunk.sequence.cancelled and chunk.sequence not in without:
                 self._publish(chunk.sequence, len(chunk.sequence.tokens), changes)
-        finished, cancelled, broken = [], [], []
+        finished, cancelled = [], []
         for sequence in list(own.sequences):
             if sequence.cancelled:
                 cancelled.append(sequence)
                 self._remove(sequence, changes)
             elif sequence in without:
-                broken.append(sequence)
                 self._remove(sequence, changes)
             elif sequence.finish_reason:
                 finished.append(sequence)
@@ -211,7 +238,8 @@ class Scheduler:
                 self._remove(sequence, changes)
             elif sequence.yielding:
                 self._preempt(sequence, changes)
-        return StepOutcome(fresh, finished, cancelled, broken, changes)
+        broken, stuck = [[s for s in some if not s.cancelled] for some in (broken, stuck)]
+        return StepOutcome(fresh, finished, cancelled, broken, stuck, scored, changes)
 
     def _compose(self, own: BatchSlot) -> tuple[tuple[DecodeRow, ...], tuple[PromptChunk, ...]]:
         """Return the rows of the sequences whose space the memory nodes have confirmed."""
@@ -241,7 +269,8 @@ class Scheduler:
             # Running sequences keep blocks to grow into once more; else the new one would soon be preempted again.
             growing = sum(s.reserved < s.max_context for s in self._slots.sequences())
             # Never all tokens: the next token is sampled from the last one, which has to be computed.
-            keys = self._keys(sequence, len(tokens) - 1)
+            # None either while the prompt's scores are wanted, which only come from computing it.
+            keys = () if sequence.is_unscored else self._keys(sequence, len(tokens) - 1)
             # A step can be planned while all prefilled positions are still under way, the layers in any order.
             ahead = len(tokens) + 1
             placement = self._block_manager.allocate(

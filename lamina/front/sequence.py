@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from lamina.front.cost import StepLoad
+from lamina.wire.orders import Targets
 from lamina.wire.placement import Placement
-from lamina.wire.requests import Request
+from lamina.wire.requests import Request, Score
 
 MAX_PREEMPTIONS = 4
 """After this many preemptions a sequence ranks before all that were preempted less often."""
@@ -30,6 +32,7 @@ class Sequence:
     max_tokens: int
     """The length of the output at most: what the request says, or what the context leaves."""
     stop_tokens: frozenset[int]
+    """The tokens that end it: those of the model unless the request ignores them, and those of the request."""
     output: list[int] = field(default_factory=list)
     arrival: int = -1
     """Its number among all sequences that were submitted."""
@@ -45,6 +48,10 @@ class Sequence:
     """How many of ``tokens`` have been computed, or were found on the memory nodes."""
     shared: int = 0
     """How many of ``tokens`` were found on the memory nodes."""
+    found: int = 0
+    """How many tokens of the prompt were found there when it was admitted first."""
+    scored: int = 0
+    """How many tokens of the prompt, from its second on, have their scores, if the request wants them."""
     local_tokens: int = 0
     """How many of ``tokens`` are prefilled with their keys and values kept on the compute node. The past of all later
     ones is read from the memory nodes."""
@@ -54,10 +61,19 @@ class Sequence:
     """Positions for which the memory nodes have confirmed the space."""
     keys: list[bytes] = field(default_factory=list)
     """The keys of its leading full blocks, as far as they have been needed."""
+    prompt_bytes: bytes | None = None
+    """The different tokens of the prompt as int32, once a penalty has needed them."""
+    answer_array: array[int] = field(default_factory=lambda: array("i"))
+    """The output as int32, as far as a penalty has needed it."""
     preemptions: int = 0
     yielding: bool = False
     """Whether it will be preempted when its present step ends."""
     cancelled: bool = False
+
+    @property
+    def is_unscored(self) -> bool:
+        """Return whether scores of its prompt are wanted that are still to be computed."""
+        return self.request.prompt_logprobs is not None and self.scored < len(self.prompt) - 1
 
     @property
     def max_context(self) -> int:
@@ -80,27 +96,16 @@ class Sequence:
         return (-int(self.preemptions >= MAX_PREEMPTIONS), -self.request.priority, self.arrival)
 
     @property
-    def finish_reason(self) -> str | None:
+    def stopped_by(self) -> int | None:
+        """Return the token that ended it, if one did."""
+        return self.output[-1] if self.output and self.output[-1] in self.stop_tokens else None
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"] | None:
         """Return why it is over, or None while it goes on."""
-        if self.output and self.output[-1] in self.stop_tokens:
+        if self.stopped_by is not None:
             return "stop"
         return "length" if len(self.output) >= self.max_tokens else None
-
-
-class Ended(NamedTuple):
-    """Says how an answer ended. Times are seconds."""
-
-    reason: Literal["stop", "length"]
-    stopped_by: int | None = None
-    """The token that ended it, if one did."""
-    shared_tokens: int = 0
-    """How many tokens of the prompt were found on the memory nodes."""
-    queued_s: float = 0.0
-    """From the arrival of the request to its admission."""
-    prompt_s: float = 0.0
-    """From there to the first token."""
-    answer_s: float = 0.0
-    """From the first token to the last."""
 
 
 class DecodeRow(NamedTuple):
@@ -128,6 +133,15 @@ class PromptChunk:
     def remote(self) -> bool:
         """Return whether it attends to a past on the memory nodes, and not to the chunks kept on the compute node."""
         return self.start >= self.sequence.local_tokens
+
+    @property
+    def targets(self) -> Targets | None:
+        """Return the tokens of the prompt whose scores are wanted and come with this chunk, if there are any."""
+        sequence, top = self.sequence, self.sequence.request.prompt_logprobs
+        # Those that had theirs before a preemption are computed again, but not scored again.
+        first, stop = max(self.start, sequence.scored), self.start + len(self.tokens)
+        tokens = sequence.prompt[first + 1 : stop + 1]
+        return Targets(first - self.start, tokens, top) if top is not None and tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +229,14 @@ class ScheduledStep:
 class StepOutcome:
     """Holds what a finished step brought. The memory nodes are told ``changes`` afterwards."""
 
-    tokens: list[tuple[Sequence, int]]
-    """New tokens in the order of the sampled rows."""
+    tokens: list[tuple[Sequence, int, Score | None]]
+    """New tokens in the order of the sampled rows, with their scores where they are wanted."""
     finished: list[Sequence]
     cancelled: list[Sequence]
     broken: list[Sequence]
     """Those that end because the model gave no numbers from which their next token could be chosen."""
+    stuck: list[Sequence]
+    """Those that end because their request allows no next token."""
+    prompt_scores: list[tuple[Sequence, list[Score]]]
+    """The scores of the next tokens of prompts. They come before ``tokens``."""
     changes: CacheChanges

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 
 from lamina.errors import LaminaError, NodeError, ProtocolError, RequestError, TransportError
 from lamina.front.answer import AnswerText
-from lamina.front.intake import Intake
-from lamina.front.sequence import Ended, Sequence
+from lamina.front.intake import End, Intake
+from lamina.front.sequence import Sequence
 from lamina.model.tokenizer import LONG_TEXT, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
 from lamina.transport import Link
@@ -62,9 +62,9 @@ class ClientSession:
         self._intake = intake
         self._tokenizer = tokenizer
         self._status = status
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, _ClientAnswer] = {}
         """The answers to requests that are not over, by the client's id."""
-        self._news: list[_Answer] = []
+        self._news: list[_ClientAnswer] = []
         """Those that have something to send. One may be there several times."""
         self._coming: _ComingPrompt | None = None
         """The request of which parts are still to come."""
@@ -154,14 +154,14 @@ class ClientSession:
             encoding = loop.create_task(self._workers.run(_encode, tokenizer, request, long=is_long))
             tokenizer.at_work += 1
             encoding.add_done_callback(tokenizer.done)
-        answer = self._answers[id_] = _Answer(self, id_)
+        answer = self._answers[id_] = _ClientAnswer(self, id_)
         answer.work = loop.create_task(self._submit(intake, tokenizer, answer, request, encoding))
 
     async def _submit(
         self,
         intake: Intake,
         tokenizer: Tokenizer,
-        answer: _Answer,
+        answer: _ClientAnswer,
         request: Request,
         encoding: asyncio.Task[Request] | None,
     ) -> None:
@@ -186,7 +186,7 @@ class ClientSession:
         for id_ in list(self._answers):
             self._cancel(id_)
 
-    def _abort(self, answer: _Answer) -> None:
+    def _abort(self, answer: _ClientAnswer) -> None:
         """Have the engine forget a request, wherever it is. One that is over is ignored."""
         match answer.work:
             case Sequence() as sequence:
@@ -196,7 +196,7 @@ class ClientSession:
 
     # -- what is sent
 
-    def has_news(self, answer: _Answer) -> None:
+    def has_news(self, answer: _ClientAnswer) -> None:
         """Send what is new of an answer soon, together with what the step that runs now brings for the others."""
         if not self._news:
             asyncio.get_running_loop().call_soon(self.flush)
@@ -214,22 +214,28 @@ class ClientSession:
                 end = answer.take(pieces)
             except Exception as e:  # trouble with one answer must not harm the others
                 end = failed(self._unexpected(answer, e), answer.id)
+                self._abort(answer)
             if end is not None:
                 del self._answers[answer.id]
                 ends.append(end)
-                if not answer.is_over:
-                    self._abort(answer)
         if pieces:
             self._send_pieces(pieces)
         for end in ends:
             self._send(end)
+
+    def stop(self, answer: _ClientAnswer) -> End:
+        """Have the engine forget a request whose text has come to its end, and return how that came."""
+        if isinstance(answer.work, Sequence):
+            return self._intake().stop(answer.work)
+        self._abort(answer)
+        return End("stop")  # so early that nobody here knows more
 
     def send_scores(self, id_: int, scores: list[Score]) -> None:
         """Send the scores of the tokens of a prompt, which come before any token."""
         for start in range(0, len(scores), SCORES):
             self._send(PromptScored(id=id_, scores=scores[start : start + SCORES]))
 
-    def _unexpected(self, answer: _Answer, error: Exception) -> NodeError:
+    def _unexpected(self, answer: _ClientAnswer, error: Exception) -> NodeError:
         log.error("event=answer_failed request=%d", answer.id, exc_info=error)
         return NodeError.failed("compute", self._link.info.local.name, error)
 
@@ -276,7 +282,7 @@ class _ComingPrompt:
         return replace(self.request, prompt=[token for part in cast("list[list[int]]", self.parts) for token in part])
 
 
-class _Answer:
+class _ClientAnswer:
     """Collects what is new of one answer until the session sends it."""
 
     def __init__(self, session: ClientSession, id_: int) -> None:
@@ -286,13 +292,7 @@ class _Answer:
         self._session = session
         self._text: AnswerText | None = None
         self._tokens: list[tuple[int, Score | None]] = []
-        self._end: Ended | Failed | None = None
-        self._begun_s = self._first_s = asyncio.get_running_loop().time()
-
-    @property
-    def is_over(self) -> bool:
-        """Return whether the engine has no more to do for it."""
-        return self._end is not None
+        self._end: End | Failed | None = None
 
     def begin(self, text: AnswerText) -> None:
         """Make the pieces of tokens by ``text``."""
@@ -302,20 +302,15 @@ class _Answer:
         """Add what is new to ``pieces``, and return how the answer ended, if it is over."""
         tokens, self._tokens = self._tokens, []
         end, text = self._end, self._text
-        ended = end if isinstance(end, Ended) else None
+        ended = end if isinstance(end, End) else None
         if text is None:
-            assert not isinstance(end, Ended)
+            assert not isinstance(end, End)
             return end
         for number, (token, score) in enumerate(tokens, 1):
             pieces.append(text.piece(token, score, ended if number == len(tokens) else None))
             if text.found is not None:
-                return text.finished(ended or self._stopped())
+                return text.finished(ended or self._session.stop(self))
         return text.finished(ended) if ended is not None else cast("Failed | None", end)
-
-    def _stopped(self) -> Ended:
-        """Say how the answer ended if that was found here, before the engine knew."""
-        now_s = asyncio.get_running_loop().time()
-        return Ended("stop", prompt_s=self._first_s - self._begun_s, answer_s=now_s - self._first_s)
 
     # -- see `lamina.front.intake.Answer`
 
@@ -326,7 +321,7 @@ class _Answer:
     def prompt_scored(self, scores: list[Score]) -> None:
         self._session.send_scores(self.id, scores)
 
-    def finished(self, end: Ended) -> None:
+    def finished(self, end: End) -> None:
         self._end = end
         self._session.has_news(self)
 

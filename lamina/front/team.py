@@ -9,22 +9,26 @@ from typing import NamedTuple
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.schedule import Schedule
 from lamina.compute.step import Steps
+from lamina.front.choices import choice_for
 from lamina.front.sequence import DecodeRow, PromptChunk, ScheduledStep
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.spans import DECODE, PREFILL, Activity, Place, Recorder
-from lamina.wire.orders import Choice, Done, Forget, Order, TokenRun
+from lamina.wire.orders import Done, Forget, Order, TokenRun
+from lamina.wire.requests import Score
 
 
 class StepResult(NamedTuple):
     """Holds the tokens of a step's sampled rows, and the seconds that it took on the compute nodes, on the busiest
-    memory node, and outside of both (NaN if that is not known)."""
+    memory node, and outside of both (NaN if that is not known). Tokens and scores are those of
+    `lamina.wire.orders.Done`."""
 
     tokens: list[int | None]
-    """None where the logits were not numbers."""
     compute_s: float
     attention_s: float
     wire_s: float
+    scores: list[Score | None] = []  # noqa: RUF012
+    prompt_scores: list[list[Score | None]] = []  # noqa: RUF012
 
 
 class Team:
@@ -74,8 +78,10 @@ class Team:
         wire_s = max(0.0, now() - begun_s - compute_s - attention_s)
         # With other batches in flight, what is neither compute nor attention belongs to them.
         undisturbed = alone and self._begun == begun
-        tokens = next((part.tokens for part in parts if part.tokens), [])
-        return StepResult(tokens, compute_s, attention_s, wire_s if undisturbed else math.nan)
+        # Only the node of the last slice has tokens and scores.
+        last = next((part for part in parts if part.tokens or part.prompt_scores), parts[0])
+        wire_s = wire_s if undisturbed else math.nan
+        return StepResult(last.tokens, compute_s, attention_s, wire_s, last.scores, last.prompt_scores)
 
     async def _run_parts(self, order: Order) -> list[Done]:
         members = set(self._schedule.route(order.slot, order.step))
@@ -119,14 +125,20 @@ def order_of(slot: int, number: int, epoch: int, step: ScheduledStep) -> Order:
 
 def _decoding(row: DecodeRow) -> TokenRun:
     sequence = row.sequence
-    choice = Choice(sequence.request.sampling, row.position + 1)
-    return TokenRun(sequence.id, row.position, [row.token], sequence.placement, choice=choice)
+    return TokenRun(sequence.id, row.position, [row.token], sequence.placement, choice=choice_for(sequence))
 
 
 def _prompt(chunk: PromptChunk) -> TokenRun:
     sequence = chunk.sequence
-    choice = Choice(sequence.request.sampling, sequence.context) if chunk.completes else None
-    return TokenRun(sequence.id, chunk.start, chunk.tokens, sequence.placement, sequence.local_tokens, choice)
+    return TokenRun(
+        sequence.id,
+        chunk.start,
+        chunk.tokens,
+        sequence.placement,
+        sequence.local_tokens,
+        choice_for(sequence) if chunk.completes else None,
+        chunk.targets,
+    )
 
 
 def _attention_s(parts: Sequence[Done]) -> float:

@@ -22,7 +22,7 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"
 
 
 def encode(message: Message) -> dict[str, Any]:
-    """Convert a message to a plain map, as links send it: all keys are text."""
+    """Convert a message to a plain map, as links send it: the keys of all maps are text."""
     plain: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,), str_keys=True)
     return plain
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 from msgspec import Meta, Struct
 
 from lamina.errors import ProtocolError
 from lamina.limits import MAX_BATCHES, MAX_COMPUTE, MAX_STEP_TOKENS
 from lamina.transport import RemoteRegion
 from lamina.wire.codec import Count, MemberId, Message
+from lamina.wire.parts import Part
 from lamina.wire.placement import Placement
-from lamina.wire.requests import Sampling
+from lamina.wire.requests import Sampling, Score, Top
 
+MAX_BANNED = 4096
+"""The most tokens that one choice bans: stop tokens and the ends of bad words, far more than requests may name."""
+MAX_MASK = 1 << 20
+"""The most bytes of a mask: one bit for each token of a vocabulary."""
+
+Tokens = Annotated[bytes, Meta(max_length=1 << 26)]
 Slot = Annotated[int, Meta(ge=0, lt=MAX_BATCHES)]
 
 
@@ -62,16 +70,74 @@ class GaveUp(Message):
     reason: str
 
 
+NONE_ALLOWED = -1
+"""Stands for the token of a sequence whose choice allows none."""
+
+
 class Choice(Struct, frozen=True, array_like=True):
-    """A token is sampled from the last row of a run, for this position."""
+    """A token is sampled from the last row of a run, for this position. This is all that it depends on, besides the
+    logits, so any compute node can sample it, in any step. Bytes of tokens are little-endian int32."""
 
     sampling: Sampling
     """Its seed is set: the front has drawn it."""
-    position: int
+    position: Count
+    prompt: Tokens = b""
+    """The different tokens of the prompt, if a penalty needs them."""
+    answer: Tokens = b""
+    """The tokens of the answer so far, if a penalty needs them."""
+    banned: Annotated[list[Count], Meta(max_length=MAX_BANNED)] = []
+    """Tokens that it may not be."""
+    mask: Annotated[bytes, Meta(max_length=MAX_MASK)] | None = None
+    """Which tokens it may be: bit i % 8 of byte i // 8 for token i, the least significant bit being bit 0. What lies
+    beyond the vocabulary is ignored."""
+    logprobs: Top | None = None
+    """Return its score, with so many of the likeliest tokens."""
 
     def __post_init__(self) -> None:
         if self.sampling.seed is None:
             raise ProtocolError(f"the choice for position {self.position} has no seed; the front has to draw one")
+        if len(self.prompt) % 4 or len(self.answer) % 4:
+            raise ProtocolError(f"the choice for position {self.position} has tokens that are not 4 bytes each")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Return whether some token is more or less likely for this choice than for the model."""
+        s = self.sampling
+        return bool(
+            self.banned
+            or self.mask is not None
+            or s.logit_bias
+            or s.repetition_penalty != 1
+            or s.presence_penalty
+            or s.frequency_penalty
+        )
+
+    def fits(self, context: int, vocabulary: int) -> bool:
+        """Return whether all its tokens are of the vocabulary, and it has no more than there can be."""
+        largest = max(*self.sampling.logit_bias, *self.banned, _largest(self.prompt), _largest(self.answer), 0)
+        return (
+            largest < vocabulary
+            and min(_smallest(self.prompt), _smallest(self.answer)) >= 0
+            and max(len(self.prompt), len(self.answer)) <= 4 * context
+            and (self.mask is None or len(self.mask) >= -(-vocabulary // 8))
+        )
+
+
+def _largest(tokens: bytes) -> int:
+    return int(np.frombuffer(tokens, "<i4").max(initial=0))
+
+
+def _smallest(tokens: bytes) -> int:
+    return int(np.frombuffer(tokens, "<i4").min(initial=0))
+
+
+class Targets(Struct, frozen=True, array_like=True):
+    """The scores of these tokens are wanted, each given all tokens before it: the first is the token after row ``row``
+    of a run, each of the others comes after the next row."""
+
+    row: Count
+    tokens: Annotated[list[Count], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
+    top: Top
 
 
 class TokenRun(Struct, frozen=True, array_like=True):
@@ -87,6 +153,7 @@ class TokenRun(Struct, frozen=True, array_like=True):
     placement: Placement
     local_tokens: Count = 0
     choice: Choice | None = None
+    targets: Targets | None = None
 
     @property
     def remote(self) -> bool:
@@ -133,6 +200,8 @@ class Limits(NamedTuple):
                 or (place.stripe is not None and place.stripe < 1)
                 or max(run.local_tokens, run.start + len(run.tokens)) > self.context
                 or max(run.tokens) >= self.vocabulary
+                or not (run.targets is None or self._fits(run.targets, run))
+                or not (run.choice is None or run.choice.fits(self.context, self.vocabulary))
             ):
                 raise ProtocolError(
                     f"an order for {len(run.tokens)} positions from {run.start} of a sequence on {place}; expected "
@@ -140,17 +209,27 @@ class Limits(NamedTuple):
                     f"{sorted(self.memory_nodes)}"
                 )
 
+    def _fits(self, targets: Targets, run: TokenRun) -> bool:
+        return targets.row + len(targets.tokens) <= len(run.tokens) and max(targets.tokens) < self.vocabulary
+
 
 class Done(Message):
-    """Reports the result of an order: tokens, from the node of the last slice, which are None where the logits were not
-    numbers. ``attention_s`` says for compute nodes,
-    by member id, how many seconds the busiest memory node has attended for them so far, as far as this one knows."""
+    """Reports the result of an order. ``attention_s`` says for compute nodes, by member id, how many seconds the
+    busiest memory node has attended for them so far, as far as this one knows. What else it says comes from the node of
+    the last slice."""
 
     slot: Slot
     step: Count
-    tokens: Annotated[list[Count | None], Meta(max_length=MAX_STEP_TOKENS)]
+    tokens: Annotated[list[Annotated[int, Meta(ge=NONE_ALLOWED, le=2**40)] | None], Meta(max_length=MAX_STEP_TOKENS)]
+    """The token of each choice: None where the logits were not numbers, and ``NONE_ALLOWED`` where none is allowed."""
     compute_s: float
     attention_s: Annotated[list[tuple[MemberId, float]], Meta(max_length=MAX_COMPUTE)]
+    scores: Annotated[list[Score | None], Meta(max_length=MAX_STEP_TOKENS)] = []  # noqa: RUF012
+    """The scores of ``tokens`` where they are wanted. Empty if none is."""
+    prompt_scores: Annotated[
+        list[Annotated[list[Score | None], Meta(max_length=MAX_STEP_TOKENS)]], Meta(max_length=MAX_STEP_TOKENS)
+    ] = []  # noqa: RUF012
+    """The scores of the targets of each run that has some, in their order. None where the logits were not numbers."""
 
 
 class Forget(Message):
@@ -159,4 +238,4 @@ class Forget(Message):
     sequences: Annotated[list[Count], Meta(max_length=MAX_STEP_TOKENS)]
 
 
-FromPeer = Greeting | Membership | Enlist | Enlisted | Order | Done | Forget | GaveUp
+FromPeer = Greeting | Membership | Enlist | Enlisted | Order | Done | Forget | GaveUp | Part

@@ -10,6 +10,7 @@ from typing import Any
 from lamina.errors import LaminaError, ProtocolError
 from lamina.transport import Link
 from lamina.wire.codec import Message, encode
+from lamina.wire.parts import send_whole
 
 MAX_PENDING_BYTES = 4 * 2**20
 """The bytes that a client or monitor may leave unread before its link is ended."""
@@ -36,7 +37,7 @@ class Questions:
         waiting = self.expect(key)
         if not waiting.done():
             try:
-                self._link.send(encode(message))
+                send_whole(self._link, message)
             except ProtocolError:
                 self._waiting[key].remove(waiting)
                 raise

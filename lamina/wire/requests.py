@@ -19,9 +19,9 @@ Prompt = str | list[Count]
 """Text or token ids."""
 
 
-class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """Says how the tokens of a request are chosen. The processors work in the order of these fields from
-    ``repetition_penalty`` on, as in the `transformers` library where both have them."""
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Says how the tokens of a request are chosen. `lamina.compute.sampler` documents the order in which the fields
+    take effect, which is that of the `transformers` library where both have them."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0 is greedy."""

@@ -85,7 +85,6 @@ def test_what_one_message_cannot_hold_comes_in_several() -> None:
         for answer in await asyncio.gather(*asked):
             assert answer.text == text * tokens
 
-    pytest.importorskip("lamina.compute.rows", reason="needs logit_bias")
     ask(DEMO, work)
 
 
@@ -118,6 +117,7 @@ def test_stop_strings_end_an_answer_and_its_request() -> None:
         stopped = await client.generate(PROMPT, max_tokens=60, stop=stop)
         assert stopped.tokens == whole.tokens[: len(stopped.tokens)]
         assert len(stopped.tokens) < 60
+        assert stopped.timings.prompt_s > 0
         assert stopped.timings.answer_s > 0
         untouched = await client.generate(PROMPT, max_tokens=60, stop=[whole.text[-6:] + "x", "nowhere"])
         assert untouched == whole
@@ -228,6 +228,8 @@ def test_one_prompt_may_have_several_answers() -> None:
         alone = [await client.generate(prompt, seed=seed, **settings) for seed in (7, 8, 9)]
         assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
         assert len({answer.text for answer in answers}) == 3
+        assert answers[0].shared_tokens == 0
+        assert min(answer.shared_tokens for answer in answers[1:]) >= 16
 
         first, *others = await client.branches(prompt, 3, **settings)
         await first.aclose()  # the others begin all the same

@@ -18,7 +18,7 @@ from lamina.client import AsyncClient, Completion
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError
-from lamina.front.sequence import Ended
+from lamina.front.intake import End
 from lamina.model.tokenizer import Tokenizer
 from lamina.node.compute import ComputeNode
 from lamina.sim.cluster import SimCluster
@@ -135,18 +135,19 @@ class Recorded:
     def __init__(self, *, breaks: bool = False) -> None:
         self.breaks = breaks
         self.tokens: list[int] = []
-        self.end: asyncio.Future[str | LaminaError] = asyncio.get_running_loop().create_future()
+        self.prompt_scores: list[Score] = []
+        self.end: asyncio.Future[End | LaminaError] = asyncio.get_running_loop().create_future()
 
     def token(self, token: int, score: Score | None = None) -> None:
         self.tokens.append(token)
 
     def prompt_scored(self, scores: list[Score]) -> None:
-        """Nothing was asked."""
+        self.prompt_scores += scores
 
-    def finished(self, end: Ended) -> None:
+    def finished(self, end: End) -> None:
         if self.breaks:
             raise ValueError("no such character")
-        self.end.set_result(end.reason)
+        self.end.set_result(end)
 
     def failed(self, error: LaminaError) -> None:
         self.end.set_result(error)
@@ -163,7 +164,7 @@ def test_an_answer_that_cannot_be_completed_harms_no_other() -> None:
             await front.intake().submit(Request([i], 5, Sampling(seed=0)), [i], answer)
         ends = await asyncio.gather(*(answer.end for answer in answers))
         assert str(ends[0]) == "compute node c0 failed: ValueError('no such character')"
-        assert ends[1:] == ["length", "length"]
+        assert [end.reason for end in ends[1:] if isinstance(end, End)] == ["length", "length"]
         assert all(len(answer.tokens) == 5 for answer in answers)
 
     simulate(make_config(pipeline=PipelineConfig(batches=1)), work)
@@ -335,7 +336,6 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
             3: "the prompt has 10000 tokens, the context is 512 and must leave room for an answer; use at most 511",
             5: "the prompt of request 4 is still coming on this connection; wait",
             6: "",  # finished
-            None: "",  # its token
         }
         await link.close()
 

@@ -71,7 +71,7 @@ class Inbox:
             self.begun.set()
 
 
-class Connection:
+class FrontLink:
     """Holds a link to the front, which ends once. ``failure`` says why no more can be asked on it."""
 
     def __init__(self, link: Link) -> None:
