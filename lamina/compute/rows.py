@@ -19,7 +19,8 @@ BLOCK = 64
 
 def in_blocks(logits: Tensor, rows: Sequence[int]) -> Tensor:
     """Return a copy of some rows of logits [S, V] as float32 [n, C, BLOCK]; what is left of the last block is -inf."""
-    chosen = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
+    everything = list(rows) == list(range(len(logits)))
+    chosen = logits if everything else logits[torch.tensor(rows, device=logits.device)]
     vocabulary = logits.shape[1]
     missing = -vocabulary % BLOCK
     if missing:

@@ -25,9 +25,10 @@ from lamina.sim.cluster import SimCluster
 from lamina.transport import Hello
 from lamina.wire.admin import AskStatus
 from lamina.wire.codec import Message, encode
-from lamina.wire.requests import PART, Cancel, Generate, PromptPart, Request, Sampling, Score
+from lamina.wire.requests import PART, Cancel, Generate, PromptPart, Request, Sampling
 from tests.families import FAMILIES, MAX_CONTEXT, VOCABULARY
 from tests.oracle import Agreement, Oracle
+from tests.sim.answers import Recorded
 from tests.sim.clusters import (
     eventually,
     is_idle,
@@ -127,30 +128,6 @@ def test_an_answer_that_has_failed_fails_again() -> None:
             assert again.value is first.value
 
     ask("empty", work)
-
-
-class Recorded:
-    """Records what becomes of a request; if ``breaks``, it raises an error at the end, as a tokenizer might."""
-
-    def __init__(self, *, breaks: bool = False) -> None:
-        self.breaks = breaks
-        self.tokens: list[int] = []
-        self.prompt_scores: list[Score] = []
-        self.end: asyncio.Future[End | LaminaError] = asyncio.get_running_loop().create_future()
-
-    def token(self, token: int, score: Score | None = None) -> None:
-        self.tokens.append(token)
-
-    def prompt_scored(self, scores: list[Score]) -> None:
-        self.prompt_scores += scores
-
-    def finished(self, end: End) -> None:
-        if self.breaks:
-            raise ValueError("no such character")
-        self.end.set_result(end)
-
-    def failed(self, error: LaminaError) -> None:
-        self.end.set_result(error)
 
 
 def test_an_answer_that_cannot_be_completed_harms_no_other() -> None:
