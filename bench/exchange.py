@@ -16,6 +16,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import closing, suppress
 from itertools import product
+from pathlib import Path
 from random import SystemRandom
 from typing import Any
 
@@ -38,16 +39,19 @@ from lamina.compute.step import StepRunner
 from lamina.config import MemoryNodeConfig
 from lamina.errors import LaminaError
 from lamina.front.blocks import BlockManager
+from lamina.front.constraints import Constraints
 from lamina.front.engine import Engine
 from lamina.front.intake import End, Intake
 from lamina.front.scheduler import Scheduler
 from lamina.front.space import Space
 from lamina.front.team import Team
+from lamina.model.tokenizer import Tokenizer
 from lamina.node.memory import MemoryNode
 from lamina.runtime.cpu import CpuDevice
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.loop import PreciseLoop
 from lamina.runtime.sockets import Sockets
+from lamina.runtime.workers import BackgroundWorkers, ParallelWorkers
 from lamina.sim.empty import EmptyForward
 from lamina.transport import Address, Hello, Options
 from lamina.wire.geometry import shard_by_heads
@@ -247,6 +251,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
         stop_tokens=frozenset(),
         max_waiting=batch * batches,
         random=SystemRandom(),
+        constraints=Constraints(BackgroundWorkers(), Tokenizer(Path("/nonexistent"), MAX_TOKENS), VOCABULARY, ()),
     )
     async with await Sockets().connect(address, hello, options, deadline_s=CONNECT_S) as link:
         shard = ShardControl(FAR, "far", link, device, lambda member, error: intake.fail(error))
@@ -274,7 +279,8 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
             block_manager=BlockManager({FAR: shard.capacity_tokens // BLOCK_TOKENS}, BLOCK_TOKENS),
             max_waiting=batch * batches,
         )
-        engine = Engine(scheduler, Team(runner, device, home, schedule, member=NEAR), home, intake, batches=batches)
+        team = Team(runner, device, home, schedule, member=NEAR)
+        engine = Engine(scheduler, team, home, intake, batches=batches, workers=ParallelWorkers())
         intake.open(engine, Space({FAR: shard}, BLOCK_TOKENS, intake.reserved))
         running = asyncio.create_task(intake.run())
         answers = [_FirstToken() for _ in range(batch * batches)]

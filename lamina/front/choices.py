@@ -20,6 +20,7 @@ def choice_for(sequence: Sequence) -> Choice:
         prompt=_prompt(sequence) if repeats else b"",
         answer=_answer(sequence) if repeats or counts else b"",
         banned=_banned(sequence, output) if request.bad_words or len(output) < request.min_tokens else [],
+        mask=sequence.mask,
         logprobs=request.logprobs,
     )
 
@@ -41,6 +42,8 @@ def _answer(sequence: Sequence) -> bytes:
 def _banned(sequence: Sequence, output: list[int]) -> list[int]:
     """Return what would end the answer too early, and the last tokens of bad words that it has up to there."""
     banned = set(sequence.stop_tokens) if len(output) < sequence.request.min_tokens else set()
+    if sequence.matcher is not None:  # whose masks have no end too early, unless nothing else is left
+        banned.difference_update(sequence.matcher.end_tokens)
     for word in sequence.request.bad_words:
         assert not isinstance(word, str), "the session has made tokens of it"
         *before, last = word

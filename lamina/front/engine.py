@@ -7,11 +7,13 @@ import itertools
 import logging
 from typing import NamedTuple, Protocol
 
-from lamina.errors import CapacityError
+from lamina.errors import CapacityError, LaminaError, RequestError
+from lamina.front.masks import MaskMaker
 from lamina.front.scheduler import Scheduler
 from lamina.front.sequence import CacheChanges, ReservationRequest, ScheduledStep, Sequence, StepOutcome
 from lamina.front.team import StepResult, Team
 from lamina.runtime.crossing import Crossing
+from lamina.runtime.workers import ParallelWorkers
 
 log = logging.getLogger("lamina.front")
 
@@ -41,8 +43,8 @@ class Desk(Protocol):
     def answer(self, outcome: StepOutcome) -> None:
         """Tell the memory nodes what a step changed, then give the clients its tokens."""
 
-    def refuse(self, sequence: Sequence, error: CapacityError) -> None:
-        """Tell a client that a memory node has no space for its request."""
+    def refuse(self, sequence: Sequence, error: LaminaError) -> None:
+        """Tell a client that its request cannot go on: a memory node has no space for it, or its constraint ends."""
 
 
 class Engine:
@@ -53,7 +55,17 @@ class Engine:
     ``home``.
     """
 
-    def __init__(self, scheduler: Scheduler, team: Team, home: Crossing, desk: Desk, *, batches: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        team: Team,
+        home: Crossing,
+        desk: Desk,
+        *,
+        batches: int,
+        workers: ParallelWorkers,
+    ) -> None:
+        """``workers`` make the masks of constrained sequences."""
         self.counters = EngineCounters(free_blocks=scheduler.free_blocks)
         self._scheduler = scheduler
         self._team = team
@@ -61,6 +73,7 @@ class Engine:
         self._desk = desk
         self._work = [asyncio.Event() for _ in range(batches)]
         """Set, by slot, when there may be something to do."""
+        self._masks = MaskMaker(workers, self._wake, self._cannot_go_on)
         self._steps = self._tokens = 0
 
     # -- steps
@@ -83,6 +96,7 @@ class Engine:
     async def _schedule(self, slot: int) -> ScheduledStep:
         """Wait for the next step of a batch that has rows, and return it."""
         work, scheduler = self._work[slot], self._scheduler
+        await self._masks.settle(slot)
         while True:
             in_use = scheduler.batches_in_use
             step = scheduler.next_step(slot)
@@ -108,6 +122,7 @@ class Engine:
             load.rows, load.prompt_tokens, load.context_tokens, result.compute_s, result.attention_s, result.wire_s
         )
         outcome = self._scheduler.finish(slot, step, result.tokens, result.scores, result.prompt_scores)
+        self._masks.begin(slot, [sequence for sequence, _, _ in outcome.tokens])
         self._steps += 1
         self._tokens += len(outcome.tokens)
         self._team.forget(outcome.changes.released)
@@ -144,6 +159,12 @@ class Engine:
             return
         self._scheduler.confirm(request, answer)
         self._wake()
+
+    def _cannot_go_on(self, sequence: Sequence, error: RequestError) -> None:
+        """End a sequence whose constraint has become too complex."""
+        if not sequence.cancelled:
+            self._home.post(self._desk.refuse, sequence, error)
+            self.cancel(sequence)
 
     def _wake(self) -> None:
         """Wake every batch, which then looks for something to do."""

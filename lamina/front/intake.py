@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVarTuple
 from msgspec.structs import replace
 
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, first_error
+from lamina.front.constraints import Constraints
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
 from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
@@ -92,10 +93,11 @@ class Intake:
         stop_tokens: frozenset[int],
         max_waiting: int,
         random: Random,
+        constraints: Constraints,
     ) -> None:
         """``name`` is that of the node; ``context`` and ``vocabulary`` bound what a prompt may be.
 
-        The seeds of requests that have none come from ``random``.
+        The seeds of requests that have none come from ``random``, their compiled constraints from ``constraints``.
         """
         self.draining = False
         self._name = name
@@ -105,6 +107,7 @@ class Intake:
         self._stop_tokens = stop_tokens
         self._max_waiting = max_waiting
         self._random = random
+        self._constraints = constraints
         self._engine: Engine
         self._space: Space
         self._open: dict[Sequence, _Open] = {}
@@ -133,18 +136,23 @@ class Intake:
 
         RequestError, CapacityError or NodeError say why it cannot be served; then nothing is queued.
         """
-        if self._failure:
-            raise self._failure
-        if self.draining:
-            raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
+        self._require_serving()
         max_tokens = self._check(request, prompt)
         self.require_place(0)
-        ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._stop_tokens)
+        arrived_s = self._loop.time()
+        # A constrained answer can end in no other way than by the model's end tokens.
+        ignores = request.ignore_eos and request.constraint is None
+        ends = frozenset(request.stop_token_ids) | (frozenset() if ignores else self._stop_tokens)
         sequence = Sequence(self._with_seed(request), prompt, max_tokens, ends)
-        self._open[sequence] = _Open(answer, self._loop.time())
-        self._idle.clear()
         self._coming += 1
         try:
+            if request.constraint is not None:
+                compiled = await self._constraints.compiled(request.constraint)
+                sequence.matcher = compiled.matcher(min_tokens=request.min_tokens)
+                sequence.mask = compiled.first_mask(min_tokens=request.min_tokens)
+                self._require_serving()
+            self._open[sequence] = _Open(answer, arrived_s)
+            self._idle.clear()
             await self._there.call(self._engine.submit, sequence, self._retry_after_s())
         except asyncio.CancelledError:
             self.cancel(sequence)
@@ -155,6 +163,12 @@ class Intake:
         finally:
             self._coming -= 1
         return sequence
+
+    def _require_serving(self) -> None:
+        if self._failure:
+            raise self._failure
+        if self.draining:
+            raise NodeError(f"compute node {self._name} is draining and takes no new requests", node=self._name)
 
     def require_place(self, encoding: int) -> None:
         """Raise CapacityError if too many requests wait already, counting ``encoding`` whose prompts are still being
@@ -323,7 +337,7 @@ class Intake:
         if own := self._open.pop(sequence, None):
             own.answer.failed(error)
 
-    def refuse(self, sequence: Sequence, error: CapacityError) -> None:
+    def refuse(self, sequence: Sequence, error: LaminaError) -> None:
         """See `lamina.front.engine.Desk`."""
         self._fail(sequence, error)
         self._note_idle()

@@ -242,11 +242,14 @@ class Scheduler:
         return StepOutcome(fresh, finished, cancelled, broken, stuck, scored, changes)
 
     def _compose(self, own: BatchSlot) -> tuple[tuple[DecodeRow, ...], tuple[PromptChunk, ...]]:
-        """Return the rows of the sequences whose space the memory nodes have confirmed."""
+        """Return the rows of the sequences whose space the memory nodes have confirmed, and whose next token may be
+        chosen."""
         decode: list[DecodeRow] = []
         local: list[Sequence] = []
         remote: list[Sequence] = []
         for s in own.sequences:
+            if s.lacks_mask:
+                continue
             if s.is_decoding:
                 if (context := s.context) <= s.confirmed:
                     decode.append(DecodeRow(s, s.output[-1], context - 1))

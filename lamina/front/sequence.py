@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from lamina.constrain.matcher import Matcher
 from lamina.front.cost import StepLoad
 from lamina.wire.orders import Targets
 from lamina.wire.placement import Placement
@@ -33,6 +34,10 @@ class Sequence:
     """The length of the output at most: what the request says, or what the context leaves."""
     stop_tokens: frozenset[int]
     """The tokens that end it: those of the model unless the request ignores them, and those of the request."""
+    matcher: Matcher | None = None
+    """Follows the answer, if the request constrains it. A thread has it while ``mask`` is None."""
+    mask: bytes | None = None
+    """Which tokens the constraint lets come next; None while that is being found out, and without a constraint."""
     output: list[int] = field(default_factory=list)
     arrival: int = -1
     """Its number among all sequences that were submitted."""
@@ -69,6 +74,11 @@ class Sequence:
     yielding: bool = False
     """Whether it will be preempted when its present step ends."""
     cancelled: bool = False
+
+    @property
+    def lacks_mask(self) -> bool:
+        """Return whether it cannot be given its next token yet."""
+        return self.matcher is not None and self.mask is None
 
     @property
     def is_unscored(self) -> bool:

@@ -16,6 +16,7 @@ from lamina.compute.shard_lane import ShardLane
 from lamina.compute.step import StepRunner, Steps
 from lamina.config import ClusterConfig, ComputeNodeConfig, format_range
 from lamina.errors import LaminaError, NodeError, TransportError, first_error
+from lamina.front.constraints import Constraints
 from lamina.front.intake import Intake
 from lamina.front.members import Change, Members, State
 from lamina.front.session import ClientSession
@@ -34,7 +35,7 @@ from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.host import Host
 from lamina.runtime.network import Network
-from lamina.runtime.workers import BackgroundWorkers
+from lamina.runtime.workers import BackgroundWorkers, ParallelWorkers
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Status
 from lamina.wire.codec import encode
@@ -80,6 +81,7 @@ class ComputeNode:
         self._make_runner = make_runner
         self._host = host or Host.own()
         self._workers = BackgroundWorkers()
+        self._mask_workers = ParallelWorkers()
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._member_changed)
         self._member = self._members.id_of(node.name)
@@ -134,6 +136,7 @@ class ComputeNode:
             await asyncio.gather(*(link.close() for link in [*self._clients, *self._rendezvous.links]))
             self._device.close()
             self._workers.close()
+            self._mask_workers.close()
             for way in self._ways:
                 way.close()
 
@@ -253,6 +256,8 @@ class ComputeNode:
             self._peers,
             self._home,
             self._host.random,
+            Constraints(self._workers, self._tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
+            self._mask_workers,
         )
         return self._front.intake
 

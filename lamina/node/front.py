@@ -14,6 +14,7 @@ from lamina.compute.step import Steps
 from lamina.config import ClusterConfig
 from lamina.errors import CapacityError, LaminaError, first_error
 from lamina.front.blocks import BlockManager
+from lamina.front.constraints import Constraints
 from lamina.front.cost import CostModel
 from lamina.front.engine import Engine
 from lamina.front.fit import ANSWER_TOKENS, fit
@@ -28,6 +29,7 @@ from lamina.node.assemble import REMOTE_TOKENS
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
+from lamina.runtime.workers import ParallelWorkers
 
 
 class Front(NamedTuple):
@@ -94,6 +96,8 @@ async def open_front(
     peers: Mapping[int, PeerControl],
     home: Crossing,
     random: Random,
+    constraints: Constraints,
+    workers: ParallelWorkers,
 ) -> Front:
     """Make the engine and fit its cost model, while no request uses the nodes. Seeds come from ``random``."""
     name, pipeline, there = config.front.name, config.pipeline, Crossing(device.loop)
@@ -107,6 +111,7 @@ async def open_front(
         stop_tokens=served.facts.stop_tokens,
         max_waiting=pipeline.max_waiting,
         random=random,
+        constraints=constraints,
     )
     space = Space(shards, BLOCK_TOKENS, intake.reserved)
     if served.context > ANSWER_TOKENS:
@@ -114,7 +119,7 @@ async def open_front(
             await there.start(_fit(scheduler, team, space, device, home, config, served))
         except* LaminaError as group:
             raise first_error(group) from group
-    engine = Engine(scheduler, team, home, intake, batches=pipeline.batches)
+    engine = Engine(scheduler, team, home, intake, batches=pipeline.batches, workers=workers)
     intake.open(engine, space)
     return Front(engine, intake, blocks.total_blocks * BLOCK_TOKENS)
 

@@ -14,6 +14,7 @@ from lamina.front.scheduler import Scheduler
 from lamina.front.sequence import CacheChanges, Sequence, StepOutcome
 from lamina.front.team import Team
 from lamina.runtime.crossing import Crossing
+from lamina.runtime.workers import ParallelWorkers
 from lamina.sim.world import World
 from lamina.wire.orders import Done, Order
 from lamina.wire.requests import Request, Sampling
@@ -88,7 +89,7 @@ def test_a_slot_that_comes_into_use_wakes() -> None:
         )
         steps, desk, home = TimedSteps(), RoomyDesk(), Crossing(world.loop)
         team = Team(steps, world.device("c0", lambda name, at: 0.0), home, Schedule(layers=1), member=0)
-        desk.engine = engine = Engine(scheduler, team, home, desk, batches=2)
+        desk.engine = engine = Engine(scheduler, team, home, desk, batches=2, workers=ParallelWorkers())
         running = asyncio.ensure_future(engine.run())
         engine.submit(sequence(100, 900))
         await asyncio.sleep(20.5 * STEP_S)
