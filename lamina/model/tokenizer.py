@@ -61,11 +61,11 @@ class Tokenizer:
         """The most bytes that the text of a prompt may have."""
         self.byte_errors = "replace"
         """How `codecs` treats the bytes of tokens that make no character."""
-        self.special_tokens: frozenset[str] = frozenset()
-        """The spellings of all special tokens."""
-        self.added_tokens: frozenset[str] = frozenset()
-        """The spellings of all tokens that were added to the vocabulary: the special ones, and others such as the
-        marks around calls of tools."""
+        self.special_tokens: dict[str, int] = {}
+        """All special tokens by their spellings."""
+        self.added_tokens: dict[str, int] = {}
+        """All tokens that were added to the vocabulary: the special ones, and others such as marks around calls of
+        tools."""
         files = sorted(file.name for pattern in _VOCABULARIES for file in path.glob(pattern))
         if not files:
             self._missing = f"{path} has no tokenizer.json, nor other files of a tokenizer"
@@ -97,8 +97,8 @@ class Tokenizer:
         self._parsing.encode_special_tokens = False
         added = self._library.get_added_tokens_decoder()
         self._special = frozenset(id_ for id_, token in added.items() if token.special)
-        self.special_tokens = frozenset(token.content for token in added.values() if token.special)
-        self.added_tokens = frozenset(token.content for token in added.values())
+        self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
+        self.added_tokens = {token.content: id_ for id_, token in added.items()}
         self._unknown = tokenizer.unk_token_id
         self._added: list[int] = self._library.encode("").ids
         """The special tokens that every prompt gets."""

@@ -70,6 +70,8 @@ class Grammar(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """The answer fits a context-free grammar, in the Lark dialect."""
 
     grammar: Annotated[str, Meta(min_length=1, max_length=1 << 18)]
+    schemas: Annotated[dict[str, Annotated[str, Meta(max_length=1 << 18)]], Meta(max_length=2048)] = {}
+    """Rules that are no part of ``grammar``: by their names, the JSON schemas that what they stand for has to fit."""
 
 
 Constraint = JsonSchema | JsonObject | Regex | OneOf | Grammar

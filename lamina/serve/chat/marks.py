@@ -25,7 +25,7 @@ class Marks:
         self._spelling = tokenizer.special_spelling
         self._tokens = tokenizer.special_tokens
         # A template may divide a text at such a token, as at </think>, and go on with a part.
-        self._other = spelling(tokenizer.added_tokens - tokenizer.special_tokens)
+        self._other = spelling(tokenizer.added_tokens.keys() - tokenizer.special_tokens)
         self._beginnings = {token[:n] for token in self._tokens for n in range(1, len(token))}
         self._longest = max(map(len, self._tokens), default=0)
         self._begun = {

@@ -86,6 +86,27 @@ class ChatTemplate:
         `transformers.PreTrainedTokenizer.apply_chat_template`; such spellings become text. Raises RequestError if the
         template refuses the messages, takes more than `TIME_LIMIT_S` or makes more text than the context takes.
         """
+        text = self.text(
+            messages,
+            tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+        return Prompt(self._tokenizer.encode_marked(text), text.replace(MARK, ""))
+
+    def text(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a prompt, in which `MARK` is in special tokens that users spell."""
         template, marks = self._choose(bool(tools))
         if continue_final_message and add_generation_prompt:
             raise RequestError(
@@ -95,7 +116,7 @@ class ChatTemplate:
         chat = [_marked_message(message, marks) for message in messages]
         if continue_final_message:
             _mark_end(chat)
-        text = self._text(
+        text = self._rendered(
             template,
             {
                 **self._special,
@@ -106,10 +127,7 @@ class ChatTemplate:
                 "add_generation_prompt": add_generation_prompt,
             },
         )
-        if continue_final_message:
-            text = _until_end(text)
-        ids = self._tokenizer.encode_marked(text)
-        return Prompt(ids, text.replace(MARK, ""))
+        return _until_end(text) if continue_final_message else text
 
     def _choose(self, tools: bool) -> tuple[jinja2.Template, Marks]:
         names = ("tool_use", "default") if tools else ("default",)
@@ -122,7 +140,7 @@ class ChatTemplate:
             "a text instead, or have the server started with a chat template"
         )
 
-    def _text(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
+    def _rendered(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
         parts, length, limit = [], 0, self._tokenizer.max_bytes
         token = _deadline.set(time.monotonic() + TIME_LIMIT_S)
         try:

@@ -1,0 +1,171 @@
+"""Chats with one checkpoint: requests become prompts, and texts become answers."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import string
+from typing import Any
+
+from lamina.errors import RequestError
+from lamina.model.tokenizer import Tokenizer
+from lamina.serve.chat.events import ChatEvent
+from lamina.serve.chat.feed import Feed, Steps
+from lamina.serve.chat.formats import reasoning_format, tool_format
+from lamina.serve.chat.grammar import Grammars
+from lamina.serve.chat.request import ChatRequest, Message
+from lamina.serve.chat.template import ChatTemplate, Prompt
+from lamina.wire.requests import Constraint
+
+_LETTERS = string.ascii_letters + string.digits
+_PROBE = "lamina-probe"
+
+
+class Chat:
+    """Knows how a checkpoint chats. Any thread may call it, and `prompt` belongs into one.
+
+    ``tools`` and ``reasoning`` name formats of `lamina.serve.chat.formats`; None: those that the template shows. Raises
+    ConfigError for unknown ones.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, *, tools: str | None = None, reasoning: str | None = None
+    ) -> None:
+        self._template = template
+        source = "\n".join(template.sources.values())
+        self.tools = tool_format(tools, source, tokenizer)
+        self.reasoning = reasoning_format(reasoning, source, tokenizer)
+        self._grammars = Grammars(tokenizer, self.tools, self.reasoning)
+        self._knows_developer = "developer" in source
+        self._takes_parts = self._accepts([{"type": "text", "text": _PROBE}])
+        self._takes_text = self._accepts(_PROBE) or not self._takes_parts
+        special = tokenizer.special_tokens.keys()
+        shown = {*self.tools.marks, self.reasoning.begin, self.reasoning.end} & special
+        self.show_special = bool(shown)
+        """Whether requests have to ask for the text of special tokens, as some mark calls or reasoning."""
+        self._hidden = special - shown if shown else frozenset()
+
+    def prompt(self, request: ChatRequest) -> Prompt:
+        """Return the prompt for a request. RequestError if the template refuses it."""
+        return self._template.render(
+            [self._adapted(message) for message in request.messages],
+            request.tools or None,
+            documents=request.documents,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            variables=request.variables,
+        )
+
+    def constraint(self, request: ChatRequest, prompt: Prompt, answer: Constraint | None) -> Constraint | None:
+        """Return what the model's whole answer has to be, if ``answer`` was asked of its content; None if anything."""
+        return self._grammars.constraint(
+            request, answer, opened=self._opens_reasoning(prompt), closed=self._ends_reasoning(request, prompt)
+        )
+
+    def reader(self, request: ChatRequest, prompt: Prompt) -> AnswerReader:
+        """Return what reads the answer to a prompt."""
+        opened, closed = self._opens_reasoning(prompt), self._ends_reasoning(request, prompt)
+        feed = Feed(_short_id if self.tools.short_ids else _long_id, hidden=self._hidden, single=not request.parallel)
+
+        def steps() -> Steps[None]:
+            if not closed:
+                yield from self.reasoning.read(feed, opened=opened)
+            if request.functions or self.tools.name == "harmony":
+                yield from self.tools.read(feed, request.functions)
+            else:
+                yield from feed.say()
+            feed.finish()
+
+        return AnswerReader(feed, steps())
+
+    def _opens_reasoning(self, prompt: Prompt) -> bool:
+        begin = self.reasoning.begin
+        return bool(begin) and prompt.text.rstrip().endswith(begin)
+
+    def _ends_reasoning(self, request: ChatRequest, prompt: Prompt) -> bool:
+        end = self.reasoning.end
+        return bool(end) and (request.continue_final_message or prompt.text.rstrip().endswith(end))
+
+    # -- what templates differ in
+
+    def _accepts(self, content: Any) -> bool:
+        """Return whether the template writes this content as its text alone."""
+        try:
+            text = self._template.text([{"role": "user", "content": content}])
+        except RequestError:
+            return False
+        return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+    def _adapted(self, message: Message) -> Message:
+        adapted = dict(message)
+        if message["role"] == "developer" and not self._knows_developer:
+            adapted["role"] = "system"
+        content = message.get("content")
+        if isinstance(content, list) and not self._takes_parts:
+            adapted["content"] = "\n".join(part["text"] for part in content)
+        elif isinstance(content, str) and not self._takes_text:
+            adapted["content"] = [{"type": "text", "text": content}]
+        if self.tools.short_ids:
+            if "tool_call_id" in message:
+                adapted["tool_call_id"] = _shortened(message["tool_call_id"])
+            if "tool_calls" in message:
+                adapted["tool_calls"] = [
+                    {**call, "id": _shortened(call.get("id", ""))} for call in message["tool_calls"]
+                ]
+        return adapted
+
+
+class AnswerReader:
+    """Makes events of the text of one answer, piece by piece.
+
+    Nothing of a mark ever comes out in part. What looks like a call and is none comes out as content.
+    """
+
+    def __init__(self, feed: Feed, steps: Steps[None]) -> None:
+        self._feed = feed
+        self._steps = steps
+        next(steps)
+
+    @property
+    def over(self) -> bool:
+        """Return whether the answer is complete, whatever the model still says: it was to have one call, and has it."""
+        return self._feed.over
+
+    def push(self, text: str) -> list[ChatEvent]:
+        """Return what the next piece of the answer's text completes."""
+        feed = self._feed
+        if feed.over or not text:
+            return []
+        feed.text += text
+        next(self._steps)
+        return self._taken()
+
+    def finish(self) -> list[ChatEvent]:
+        """Return what is left, now that the text is complete."""
+        if self._feed.closed:
+            return []
+        self._feed.closed = True
+        if not self._feed.over:
+            for _ in self._steps:
+                raise AssertionError("a reader waits for text that will never come")
+        return self._taken()
+
+    def _taken(self) -> list[ChatEvent]:
+        events, self._feed.events = self._feed.events, []
+        return events
+
+
+def _long_id() -> str:
+    return "call_" + secrets.token_hex(12)
+
+
+def _short_id() -> str:
+    return "".join(secrets.choice(_LETTERS) for _ in range(9))
+
+
+def _shortened(id_: str) -> str:
+    """Return an id of 9 letters and digits, the same for the same id."""
+    if len(id_) == 9 and id_.isascii() and id_.isalnum():
+        return id_
+    number = int.from_bytes(hashlib.sha256(id_.encode()).digest())
+    return "".join(_LETTERS[number // len(_LETTERS) ** n % len(_LETTERS)] for n in range(9))
