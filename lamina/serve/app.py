@@ -15,7 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lamina.errors import LaminaError
-from lamina.serve import completions, health, models, problems, tokens
+from lamina.serve import chat_completions, completions, health, models, problems, tokens
+from lamina.serve.chat.request import ChatFields
+from lamina.serve.docs import Documentation
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from lamina.serve.gate import App, Gate, Keys
 from lamina.serve.service import Service
@@ -31,16 +33,22 @@ class Entry(NamedTuple):
     method: str
     path: str
     handler: Handler
-    body: type[Struct] | None = None
-    """The parameters, for the documentation."""
+    bodies: tuple[type[Struct], ...] = ()
+    """What the body is read into."""
 
 
 ENDPOINTS = (
-    Entry("POST", "/v1/completions", completions.completions, completions.CompletionBody),
+    Entry("POST", "/v1/completions", completions.completions, (completions.CompletionBody,)),
+    Entry(
+        "POST",
+        "/v1/chat/completions",
+        chat_completions.chat_completions,
+        (chat_completions.ChatBody, ChatFields),
+    ),
     Entry("GET", "/v1/models", models.models),
     Entry("GET", "/v1/models/{name:path}", models.model),
-    Entry("POST", "/tokenize", tokens.tokenize, tokens.TokenizeBody),
-    Entry("POST", "/detokenize", tokens.detokenize, tokens.DetokenizeBody),
+    Entry("POST", "/tokenize", tokens.tokenize, (tokens.TokenizeBody,)),
+    Entry("POST", "/detokenize", tokens.detokenize, (tokens.DetokenizeBody,)),
     Entry("GET", "/tokenizer_info", tokens.tokenizer_info),
     Entry("GET", "/health", health.health),
     Entry("GET", "/ready", health.ready),
@@ -51,7 +59,13 @@ ENDPOINTS = (
 
 def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[str] = ()) -> App:
     """Return the application. Without ``keys`` everybody may use it; pages of ``origins`` may, in browsers."""
-    routes = [Route(entry.path, _Endpoint(service, entry), methods=[entry.method]) for entry in ENDPOINTS]
+    documentation = Documentation(ENDPOINTS)
+    entries = (
+        *ENDPOINTS,
+        Entry("GET", "/openapi.json", documentation.openapi),
+        Entry("GET", "/docs", documentation.page),
+    )
+    routes = [Route(entry.path, _Endpoint(service, entry), methods=[entry.method]) for entry in entries]
     app: Any = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
     app.router.redirect_slashes = False
     app = Keys(app, keys)

@@ -67,6 +67,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
             logprobs=body.logprobs,
             prompt_logprobs=top_of_prompt,
             constraint=constraint,
+            show_special=not body.skip_special_tokens,
         )
         shown = _Prompt(model, ids, prompt if isinstance(prompt, str) else None)
         for answer in range(body.n):
@@ -139,6 +140,8 @@ class _Completion:
         """Whether the prompt is still to be shown."""
         self._offset = len(prompt.text) if body.echo else 0
         self._told = False
+
+    over = False
 
     # -- streams
 

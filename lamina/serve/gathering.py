@@ -126,6 +126,13 @@ class Gathering:
         self.abort()
         self._wake()
 
+    def cut(self, index: int) -> None:
+        """End one answer here, as if the model had stopped."""
+        inbox = self.inboxes[index]
+        if inbox.id in self._running:
+            self._connection.abort(inbox.id)
+            inbox.put(Finished(id=inbox.id, reason="stop", text="", prompt_tokens=0))
+
     async def next(self, patience_s: float | None = None) -> list[Event]:
         """Return what has come since the last call, and wait if that is nothing; at most about ``patience_s`` seconds,
         after which the list is empty.

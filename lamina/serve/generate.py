@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,10 @@ class Choice(Protocol):
 
     prompt_scores: list[Score]
     """The scores of the prompt, which are complete when the first token is here."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it is complete, whatever else the model says."""
 
     def opening(self) -> Iterable[Fields]:
         """Return what a stream says of it before any token."""
@@ -73,8 +77,8 @@ class Job:
     prompts: int
     stream: bool = False
     options: StreamOptions | None = None
-    extra: Fields | None = None
-    """More keys of an answer that is no stream, filled when it is complete."""
+    extra: Callable[[], Fields] = dict
+    """Returns more keys of a whole answer, once it is complete."""
 
 
 @dataclass
@@ -149,6 +153,8 @@ class _Writer:
                 choice = choices[event.index]
                 if isinstance(event, NewTokens):
                     choice.take(event)
+                    if choice.over:
+                        self._gathering.cut(event.index)
                 else:
                     done[event.index] = {"index": event.index, **choice.whole(event.finished)}
         answer = {
@@ -158,7 +164,7 @@ class _Writer:
             "model": job.model,
             "choices": done,
             "usage": self._usage.fields(),
-            **(job.extra or {}),
+            **job.extra(),
         }
         await self._exchange.reply_json(answer)
 
@@ -186,6 +192,8 @@ class _Writer:
                 choice = job.choices[index]
                 if isinstance(event, NewTokens):
                     out += [chunk(index, fields) for fields in choice.part(event)]
+                    if choice.over:
+                        gathering.cut(index)
                 else:
                     out += [chunk(index, fields) for fields in choice.end(event.finished)]
             if not gathering.left and not gathering.has_events:

@@ -7,7 +7,7 @@ same as absence.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -144,6 +144,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "allowed_token_ids": (),
     "logits_processors": (),
+    "return_tokens_as_token_ids": (False,),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -175,8 +176,11 @@ B = TypeVar("B", bound=Struct)
 _PLACE = re.compile(r" - at `\$\.?(.*)`$")
 
 
-def parse(plain: dict[str, Any], kind: type[B]) -> B:
-    """Return the parameters. HttpError names every unknown one, or the first that does not fit."""
+def parse(plain: dict[str, Any], kind: type[B], beside: Sequence[str] = ()) -> B:
+    """Return the parameters. HttpError names every unknown one, or the first that does not fit.
+
+    ``beside`` are parameters that are read elsewhere, and that a misspelt one may be meant to be.
+    """
     known = kind.__struct_encode_fields__
     plain = {name: _without_nulls(value) if name in _NESTED else value for name, value in plain.items()}
     for name, harmless in UNSUPPORTED.items():
@@ -186,7 +190,14 @@ def parse(plain: dict[str, Any], kind: type[B]) -> B:
                 hint = f"; {_INSTEAD[name]}" if name in _INSTEAD else "; leave it out"
                 raise HttpError(f"{name} is not supported{hint}", param=name)
     if unknown := [name for name in plain if name not in known]:
-        raise HttpError("; ".join(_about_unknown(name, known) for name in unknown[:10]), param=unknown[0][:100])
+        raise HttpError(
+            "; ".join(_about_unknown(name, [*known, *beside]) for name in unknown[:10]), param=unknown[0][:100]
+        )
+    return convert(plain, kind)
+
+
+def convert(plain: dict[str, Any], kind: type[B]) -> B:
+    """Return known parameters. HttpError names the first that does not fit."""
     try:
         return msgspec.convert(plain, kind)
     except msgspec.ValidationError as e:
@@ -256,9 +267,9 @@ def request_of(
     logprobs: Top | None,
     prompt_logprobs: Top | None,
     constraint: Constraint | None,
-    stop: Iterable[str] = (),
+    show_special: bool,
 ) -> Request:
-    """Return the request for one prompt; ``stop`` adds to what the body names."""
+    """Return the request for one prompt."""
     if max_tokens is not None and body.min_tokens > max_tokens:
         raise HttpError(
             f"min_tokens: expected at most max_tokens, {max_tokens}, got {body.min_tokens}", param="min_tokens"
@@ -272,11 +283,11 @@ def request_of(
         salt=salt_of(body),
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
-        stop=[*stops, *stop],
+        stop=stops,
         stop_token_ids=body.stop_token_ids,
         include_stop=body.include_stop_str_in_output,
         bad_words=list(body.bad_words),
-        show_special=not body.skip_special_tokens,
+        show_special=show_special,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         constraint=constraint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import msgspec
 
@@ -13,6 +14,8 @@ LONGEST_RETRY_S = 119
 AWAY_RETRY_S = 1.0
 """After how many seconds a client should ask again while there is no front."""
 
+_PLACE = re.compile(r"[a-z_]+(\[\d+\]|\.\w+)*(?=: )")
+"""What a message about a parameter begins with."""
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -22,7 +25,8 @@ def as_http(error: Exception) -> HttpError:
         case HttpError():
             return error
         case RequestError():
-            return HttpError(str(error))
+            place = _PLACE.match(str(error))
+            return HttpError(str(error), param=place[0] if place else None)
         case CapacityError(retry_after_s=None):
             return HttpError(str(error))  # it would never fit
         case CapacityError(retry_after_s=seconds):

@@ -16,8 +16,13 @@ HEAD_S = 15.0
 """How long they may take, from the connection or the first byte on."""
 IDLE_S = 75.0
 """How long a connection stays open without a request; clients that keep one for later close it earlier."""
+LINGER_S = 2.0
+"""How long a connection that was refused is still read, as the answer could otherwise get lost."""
 STALL_S = 60.0
 """How long a client may read nothing while there is something to read."""
+
+
+_TOO_LONG = f"the request line and headers have more than {HEAD_BYTES} bytes"
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -31,6 +36,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head = 0
         """The bytes of the head so far."""
         self._in_head = True
+        self._fields = 0
+        """The bytes of its fields, also of those behind a body in chunks."""
+        self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -42,11 +50,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._in_head:
             self._head += len(data)
             if self._head > HEAD_BYTES and len(data) < self._head:
                 # It goes on for more than one piece, and has not ended.
-                self._refuse(431, f"the request line and headers have more than {HEAD_BYTES} bytes")
+                self._refuse(431, _TOO_LONG)
                 return
         super().data_received(data)
 
@@ -89,16 +99,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, in the form of all errors."""
-        self._refuse(400, "the request is not valid HTTP/1.1")
+        if self._fields > HEAD_BYTES:
+            self._refuse(431, _TOO_LONG)
+        else:
+            self._refuse(400, "the request is not valid HTTP/1.1")
 
     def _count(self, nbytes: int) -> None:
-        """Count bytes of the head, and of what follows a body in chunks; httptools turns an error into a 400."""
+        """Count bytes of fields; httptools turns the error into one of its own, which `send_400_response` answers."""
         self._fields += nbytes
         if self._fields > HEAD_BYTES:
             raise ValueError("the head is too long")
 
     def _refuse(self, status: int, message: str) -> None:
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._refused:
             return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = problems.body_of(HttpError(message, status=status))
@@ -107,7 +120,13 @@ class BoundedProtocol(HttpToolsProtocol):
                 + b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
                 + body
             )
-        self.transport.close()
+        self._refused = True
+        self._expect_nothing()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._deadline = self.loop.call_later(LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
 
     def _expect_head(self, seconds: float) -> None:
         self._expect_nothing()

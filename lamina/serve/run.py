@@ -76,7 +76,8 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
 async def _read_model(service: Service, config: ClusterConfig) -> None:
     path = config.model_path
     try:
-        service.read = Model.make(path, await read_facts(path), config.model.context)
+        facts = await read_facts(path)
+        service.read = await service.workers.run(Model.make, path, facts, config.model.context, long=True)
     except LaminaError as e:
         service.failure = str(e)
         log.error("event=failed reason=%r", str(e), extra={"failure": e})
@@ -135,6 +136,7 @@ class _Server(uvicorn.Server):
                 app,
                 http=BoundedProtocol,
                 ws="none",
+                interface="asgi3",
                 lifespan="off",
                 loop="none",
                 log_config=None,

@@ -12,6 +12,8 @@ from lamina.errors import HttpError
 from lamina.model.tokenizer import LONG_TEXT, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
 from lamina.serve import problems
+from lamina.serve.chat.chat import Chat
+from lamina.serve.chat.template import ChatTemplate
 from lamina.serve.facts import Facts, make_tokenizer
 from lamina.serve.front_link import FrontLink
 from lamina.serve.gathering import Gathering
@@ -28,13 +30,18 @@ class Model:
     """The most tokens of prompt and answer together."""
     tokenizer: Tokenizer
     texts: TokenTexts
+    chat: Chat
 
     @classmethod
     def make(cls, path: Path, facts: Facts, context: int | None) -> Model:
-        """Describe the checkpoint at ``path`` with the ``context`` of the cluster, or its own."""
+        """Describe the checkpoint at ``path`` with the ``context`` of the cluster, or its own.
+
+        CheckpointError for a tokenizer or a chat template that cannot be read.
+        """
         served = context or facts.context
         tokenizer = make_tokenizer(path, facts, served)
-        return cls(facts, served, tokenizer, TokenTexts(tokenizer))
+        template = ChatTemplate(tokenizer, facts.chat_template, facts.special)
+        return cls(facts, served, tokenizer, TokenTexts(tokenizer), Chat(tokenizer, template))
 
     @property
     def recommended(self) -> Mapping[str, float | int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -26,6 +28,10 @@ from lamina.demo.run import CHECKPOINT
 from tests import harness
 
 START_S = 60.0
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 @dataclass
@@ -64,10 +70,11 @@ class Server:
     port: int
     log: Path
     headers: dict[str, str] = field(default_factory=dict)
+    tls: ssl.SSLContext | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         """Send a request; a body that is not bytes goes as JSON."""
@@ -77,7 +84,7 @@ class Server:
         for name, value in {**self.headers, **(headers or {})}.items():
             request.add_header(name, value)
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=30, context=self.tls) as answer:  # noqa: S310
                 return Reply(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
         except urllib.error.HTTPError as e:
             with e:
@@ -90,8 +97,24 @@ class Server:
         """POST /v1/completions, greedy unless ``body`` says otherwise."""
         return self.ask("POST", "/v1/completions", {"temperature": 0} | body)
 
+    def chat(self, text: str = "Once upon a time", **body: Any) -> Reply:
+        """POST /v1/chat/completions, greedy unless ``body`` says otherwise."""
+        messages = [{"role": "user", "content": text}]
+        return self.ask("POST", "/v1/chat/completions", {"messages": messages, "temperature": 0} | body)
+
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def send(self, head: str, body: bytes = b"") -> socket.socket:
+        """Send the lines of a request as they are."""
+        connection = self.connect()
+        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
+        return connection
+
+    def post(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """Send a request with a body in JSON, and read nothing."""
+        data = json.dumps(body).encode()
+        return self.send(f"POST {path} HTTP/1.1\nHost: here\nContent-Length: {len(data)}", data)
 
     def ready(self) -> None:
         deadline = time.monotonic() + START_S
@@ -104,6 +127,15 @@ class Server:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Read until the other end closes the connection."""
+    with connection:
+        parts = []
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
 
 
 @contextmanager
@@ -130,11 +162,20 @@ def serving(config: ClusterConfig, log: Path, *options: str) -> Iterator[Server]
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterConfig]:
-    """One compute and one memory node, with the shipped checkpoint."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint with a chat template, which it has not: that of a play."""
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterConfig]:
+    """One compute and one memory node."""
     folder = tmp_path_factory.mktemp("serve")
     (port,) = harness.free_ports(1)
-    config = harness.write_config(folder, CHECKPOINT, [port], memory=64 << 20)
+    config = harness.write_config(folder, checkpoint, [port], memory=64 << 20)
     memory, front = harness.start_memory(folder, port, memory="64MiB"), harness.start_node(config, "c0")
     with harness.running(memory, front):
         asyncio.run(harness.ready(config, front))

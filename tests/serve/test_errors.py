@@ -27,13 +27,13 @@ from tests.serve.conftest import Server
         ({"prompt": []}, "prompt", "prompt: expected a text or token ids, got an empty list"),
         ({"prompt": [1, "a"]}, "prompt", "prompt: token ids stand among texts or lists; give a list of one kind"),
         ({"prompt": {"a": 1}}, "prompt", "prompt: expected str | array, got {'a': 1}"),
-        ({"prompt": ["a"] * 600, "n": 2}, "prompt", "prompt: 600 prompts with n = 2 are more than 1024 answers; "
-         "send several requests"),
-        ({"stream_options": {"include_usge": True}}, "stream_options", "stream_options: unknown key 'include_usge'; "
-         "did you mean 'include_usage'?"),
+        ({"prompt": ["a"] * 600, "n": 2}, "prompt", ("prompt: 600 prompts with n = 2 are more than 1024 answers; "
+         "send several requests")),
+        ({"stream_options": {"include_usge": True}}, "stream_options", ("stream_options: unknown key 'include_usge'; "
+         "did you mean 'include_usage'?")),
         ({"guided_json": {}}, "guided_json", 'guided_json is not supported; use structured_outputs: {"json": ...}'),
-        ({"response_format": {"type": "xml"}}, "response_format.type", "response_format.type: "
-         "expected one of text, json_object, json_schema; got 'xml'"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", ("response_format.type: "
+         "expected one of text, json_object, json_schema; got 'xml'")),
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_named(server: Server, body: dict[str, Any], param: str, message: str) -> None:
