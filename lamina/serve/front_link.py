@@ -8,7 +8,7 @@ import logging
 import os
 from contextlib import suppress
 
-from lamina.client.connection import Connection
+from lamina.client.front_link import FrontLink as Connection
 from lamina.errors import LaminaError, TransportError
 from lamina.serve.problems import unavailable
 from lamina.transport import Address, Hello, Options

@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from lamina.client.connection import Connection, Inbox, Item
+from lamina.client.front_link import FrontLink as Connection
+from lamina.client.front_link import Inbox, Item
 from lamina.errors import LaminaError, TransportError
 from lamina.wire.requests import Finished, Piece, Request, Score
 
