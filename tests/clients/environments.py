@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class Client:
     packages: tuple[str, ...]
     """The first is the program itself."""
     npm: bool = False
+    python: str = "3.11"
+    """The oldest Python that it runs on."""
 
     @property
     def version(self) -> str:
@@ -59,7 +61,7 @@ CLIENTS = {
         Client("aiperf", ("aiperf==0.13.0",)),
         Client("genai-bench", ("genai-bench==0.0.5",)),
         Client("evalscope", ("evalscope[perf]==1.14.1",)),
-        Client("inference-perf", ("inference-perf==0.7.0",)),
+        Client("inference-perf", ("inference-perf==0.7.0",), python="3.12"),
     )
 }
 
@@ -81,7 +83,10 @@ def environment(name: str) -> Path:
             if folder.exists():
                 shutil.rmtree(folder)
             log.info("making %s", folder)
-            (_make_npm if client.npm else _make_venv)(folder, client.packages)
+            if client.npm:
+                _make_npm(folder, client.packages)
+            else:
+                _make_venv(folder, client.packages, python_of(client) or sys.executable)
             complete.write_text(wanted)
     return folder
 
@@ -94,8 +99,22 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _make_venv(folder: Path, packages: Sequence[str]) -> None:
-    _run(sys.executable, "-m", "venv", str(folder))
+def python_of(client: Client) -> str | None:
+    """A Python that is new enough for a client: this one if it is, else one of the PATH or of pyenv; None if none is."""
+    least = tuple(map(int, client.python.split(".")))
+    if sys.version_info >= least:
+        return sys.executable
+    pyenv = sorted(Path.home().glob(".pyenv/versions/3.*/bin/python3"))
+    for python in (*(f"python3.{minor}" for minor in range(11, 16)), *map(str, pyenv)):
+        new_enough = f"import sys, venv; sys.exit(sys.version_info < {least})"
+        with suppress(OSError):
+            if subprocess.run([python, "-P", "-c", new_enough], capture_output=True, check=False).returncode == 0:
+                return python
+    return None
+
+
+def _make_venv(folder: Path, packages: Sequence[str], python: str) -> None:
+    _run(python, "-m", "venv", str(folder))
     pip = (str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     constraints = folder / "constraints.txt"
     constraints.write_text(_torch())
