@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from lamina.client.front_link import FrontLink
 from lamina.client.many import answers_in_order
 from lamina.client.results import Completion
-from lamina.client.settings import Asked, Prompt, Settings, asked_for
+from lamina.client.settings import Prompt, Settings, Wanted, asked_for
 from lamina.client.stream import AsyncStream
 from lamina.config import read_secret
 from lamina.errors import ConfigError, LaminaError, RequestError, TransportError, UsageError
@@ -180,7 +180,7 @@ class AsyncClient:
             await asyncio.wait((self._opening,))
         await self._front.close(TransportError(_CLOSED))
 
-    def _stream(self, asked: Asked, after: asyncio.Event | None = None) -> AsyncStream:
+    def _stream(self, asked: Wanted, after: asyncio.Event | None = None) -> AsyncStream:
         return AsyncStream(self._connected, next(self._ids), asked, after=after)
 
     async def _connected(self) -> FrontLink:
@@ -212,7 +212,7 @@ class AsyncClient:
             opening.exception()  # whoever waits for it gets it, if anybody still does
 
 
-def _branch(asked: Asked, number: int) -> Asked:
+def _branch(asked: Wanted, number: int) -> Wanted:
     """Return the same with another seed."""
     request, sampling = asked.request, asked.request.sampling
     if sampling.seed is None:

@@ -88,7 +88,7 @@ class Settings(TypedDict, total=False):
     and DeadlineError raised. None, the default, is any number."""
 
 
-class Asked(NamedTuple):
+class Wanted(NamedTuple):
     """Holds what a program asks for."""
 
     request: Request
@@ -101,7 +101,7 @@ class _OwnSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
 
 
-def asked_for(prompt: Prompt, settings: Settings) -> Asked:
+def asked_for(prompt: Prompt, settings: Settings) -> Wanted:
     """Return what is asked for. RequestError says which setting or part of the prompt is wrong, and what is
     expected."""
     known = list(Settings.__annotations__)
@@ -114,7 +114,7 @@ def asked_for(prompt: Prompt, settings: Settings) -> Asked:
     sampling = _convert(_take(values, Sampling), Sampling)
     own = _convert(_take(values, _OwnSettings), _OwnSettings)
     request = _convert({"prompt": _plain_prompt(prompt), "sampling": sampling, **values}, Request)
-    return Asked(request, own.deadline_s)
+    return Wanted(request, own.deadline_s)
 
 
 def _take(values: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:

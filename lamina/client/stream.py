@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from lamina.client.front_link import FrontLink, Inbox
 from lamina.client.results import Completion, Timings, Token
-from lamina.client.settings import Asked
+from lamina.client.settings import Wanted
 from lamina.errors import DeadlineError, LaminaError
 from lamina.wire.requests import Finished, Piece, Score
 
@@ -24,7 +24,7 @@ class AsyncStream:
         self,
         connected: Callable[[], Awaitable[FrontLink]],
         id_: int,
-        asked: Asked,
+        asked: Wanted,
         *,
         after: asyncio.Event | None = None,
     ) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lamina.compute.rows import BLOCK, level_of, reaching, total_of
 from lamina.wire.orders import Choice
+from lamina.wire.requests import Sampling
 
 FIRST_LOOK = 512
 """How many tokens at least are looked at first for those that together have the probability ``top_p``."""
@@ -25,6 +26,11 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+def limit_of(sampling: Sampling, vocabulary: int) -> int:
+    """Return how many tokens ``top_k`` keeps; 0 is all of the vocabulary."""
+    return sampling.top_k if sampling.top_k < vocabulary else 0
+
+
 class Draws:
     """Draws a token for each of some rows [n, C, BLOCK], with block maxima [n, C], by inverting the cumulative
     distribution of the tokens that are kept, at `uniform`.
@@ -32,7 +38,7 @@ class Draws:
     The weight of a token is its probability over that of the likeliest one.
     """
 
-    def __init__(self, blocks: Tensor, maxima: Tensor, choices: Sequence[Choice]) -> None:
+    def __init__(self, blocks: Tensor, maxima: Tensor, choices: Sequence[Choice], vocabulary: int) -> None:
         self._blocks = blocks
         self._maxima = maxima
         self._peaks = maxima.amax(-1)
@@ -43,10 +49,11 @@ class Draws:
         ]
         columns = torch.tensor(numbers, dtype=torch.float64, device=blocks.device).unbind(1)
         self._temperature, self._top_p, self._min_p, self._u = columns
-        width = blocks.shape[1] * BLOCK
-        self._top_k = torch.tensor([min(s.top_k, width) for s in settings], device=blocks.device)
+        limits = [limit_of(s, vocabulary) for s in settings]
+        self._top_k = torch.tensor(limits, device=blocks.device)
+        self._vocabulary = vocabulary
         self._has_min_p = any(s.min_p for s in settings)
-        self._needs_total = any(not s.top_k for s in settings)
+        self._needs_total = not all(limits)
 
     def from_all(self) -> Tensor:
         """Draw from all tokens that ``min_p`` keeps, in the order of their ids. The blocks are not needed any more."""
@@ -61,14 +68,14 @@ class Draws:
         """Draw from the tokens that are kept, the likeliest first. Returns tokens, and whether enough of the likeliest
         tokens were looked at for that."""
         counts = torch.where(self._top_k > 0, self._top_k, FIRST_LOOK)
-        total = total_of(self._weights(self._blocks.clone()))[1] if self._needs_total else self._u
+        total = total_of(self._weights(self._blocks.clone()))[1] if self._needs_total else torch.zeros_like(self._u)
         return self._from(level_of(self._maxima, counts), total)
 
-    def from_nearly_all(self, vocabulary: int) -> Tensor:
+    def from_nearly_all(self) -> Tensor:
         """The same for rows that `from_largest` does not suit: all tokens that can be kept are looked at."""
         total = total_of(self._weights(self._blocks.clone()))[1]
         # All tokens below this weight have less than half of what top_p leaves out.
-        least = (1 - self._top_p) * total / (2 * vocabulary)
+        least = (1 - self._top_p) * total / (2 * self._vocabulary)
         level = (self._peaks + self._temperature * least.log()).float()
         return self._from(level.masked_fill_(self._top_k > 0, -torch.inf), total)[0]
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.compute.draws import FIRST_LOOK, Draws
+from lamina.compute.draws import FIRST_LOOK, Draws, limit_of
 from lamina.compute.processors import edit
 from lamina.compute.rows import in_blocks
 from lamina.wire.orders import NONE_ALLOWED, Choice
@@ -77,7 +77,7 @@ def _choose(blocks: Tensor, choices: Sequence[Choice], vocabulary: int) -> list[
     wide: list[int] = []
     for row, choice in enumerate(choices):
         s = choice.sampling
-        k = s.top_k if s.top_k < vocabulary else 0
+        k = limit_of(s, vocabulary)
         if tokens[row] != 0:
             continue
         if not s.temperature:
@@ -90,18 +90,18 @@ def _choose(blocks: Tensor, choices: Sequence[Choice], vocabulary: int) -> list[
         best = _rows(blocks, greedy).flatten(1).max(-1).indices
         _put(tokens, greedy, best)
     if whole:
-        drawn = Draws(_rows(blocks, whole), _rows(maxima, whole), [choices[row] for row in whole])
+        drawn = Draws(_rows(blocks, whole), _rows(maxima, whole), [choices[row] for row in whole], vocabulary)
         _put(tokens, whole, drawn.from_all())
     if narrow:
-        drawn = Draws(_rows(blocks, narrow), _rows(maxima, narrow), [choices[row] for row in narrow])
+        drawn = Draws(_rows(blocks, narrow), _rows(maxima, narrow), [choices[row] for row in narrow], vocabulary)
         found, enough = drawn.from_largest()
         _put(tokens, narrow, found)
         wide = sorted([*wide, *(row for row, is_enough in zip(narrow, enough.tolist(), strict=True) if not is_enough)])
     size = max(1, WIDE_VALUES // vocabulary)
     for start in range(0, len(wide), size):
         rows = wide[start : start + size]
-        drawn = Draws(_rows(blocks, rows), _rows(maxima, rows), [choices[row] for row in rows])
-        _put(tokens, rows, drawn.from_nearly_all(vocabulary))
+        drawn = Draws(_rows(blocks, rows), _rows(maxima, rows), [choices[row] for row in rows], vocabulary)
+        _put(tokens, rows, drawn.from_nearly_all())
     return tokens
 
 

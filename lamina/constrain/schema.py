@@ -59,12 +59,14 @@ _BOUNDS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum
 Place = tuple[str | int, ...]
 
 
-def prepare_schema(text: str) -> str:
+def prepare_schema(text: str) -> dict[str, Any]:
     """Return a schema that means the same as ``text`` and of which the library enforces everything.
 
     Raises RequestError, which names a keyword and its place, for all else.
     """
-    return json.dumps(_Check(_parse(text)).result)
+    result = _Check(_parse(text)).result
+    assert isinstance(result, dict)
+    return result
 
 
 def places_of(text: str, *keywords: str) -> list[str]:

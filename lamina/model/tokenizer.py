@@ -164,6 +164,13 @@ class Tokenizer:
         if self._library is None:
             raise RequestError(f"{setting}: {self._missing}, so answers have no text")
 
+    def to_json(self) -> str:
+        """Return the tokenizer in the library's format. Raises RequestError if there is none."""
+        if self._library is None:
+            raise RequestError(f"{self._missing}, so answers cannot be constrained")
+        text: str = self._library.to_str()
+        return text
+
     def encode_marked(self, text: str) -> list[int]:
         """Return the token ids of a rendered chat, which has all its special tokens in its text.
 
@@ -193,13 +200,6 @@ class Tokenizer:
     def special_spelling(self) -> re.Pattern[str]:
         """What matches the spelling of any special token, the longest first."""
         return spelling(self.special_tokens)
-
-    def to_json(self) -> str:
-        """Return the tokenizer in the library's format. Raises RequestError if there is none."""
-        if self._library is None:
-            raise RequestError(f"{self._missing}, so answers cannot be constrained")
-        text: str = self._library.to_str()
-        return text
 
     def done(self, encoding: asyncio.Future[Any]) -> None:
         """A prompt has been encoded. The task that waits for it, if any, gets its error."""

@@ -1,6 +1,6 @@
 """The answers of one HTTP request, gathered for the one task that writes them.
 
-The connection puts every token in as it comes, in a plain call; the task is woken once for all that came meanwhile.
+The link puts every token in as it comes, in a plain call; the task is woken once for all that came meanwhile.
 There is no queue and no task per answer. If the reader at the other end is slow, unread tokens are joined.
 """
 
@@ -11,8 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from lamina.client.front_link import FrontLink as Connection
-from lamina.client.front_link import Inbox, Item
+from lamina.client.front_link import FrontLink, Inbox, Item
 from lamina.errors import LaminaError, TransportError
 from lamina.wire.requests import Finished, Piece, Request, Score
 
@@ -68,13 +67,13 @@ Event: TypeAlias = NewTokens | AnswerEnd
 class Gathering:
     """Runs requests and gives out what comes of them, as a context manager that aborts what is not over."""
 
-    def __init__(self, connection: Connection, ids: itertools.count[int], requests: Sequence[Request]) -> None:
-        """Begin all requests, which get the next of ``ids``. Raises the LaminaError of a connection that was lost.
+    def __init__(self, link: FrontLink, ids: itertools.count[int], requests: Sequence[Request]) -> None:
+        """Begin all requests, which get the next of ``ids``. Raises the LaminaError of a link that was lost.
 
         Requests with the same list as their prompt are several answers to it. Where it is long, they begin when the
         first one has its first token, as they then find the prompt on the memory nodes.
         """
-        self._connection = connection
+        self._link = link
         self._ids = ids
         self._loop = asyncio.get_running_loop()
         self._events: list[Event] = []
@@ -117,7 +116,7 @@ class Gathering:
         for inbox in self.inboxes:
             inbox.followers.clear()
         for id_ in self._running:
-            self._connection.abort(id_)
+            self._link.abort(id_)
         self._running.clear()
 
     def stop(self, error: Exception) -> None:
@@ -131,7 +130,7 @@ class Gathering:
         """End one answer here, as if the model had stopped."""
         inbox = self.inboxes[index]
         if inbox.id in self._running:
-            self._connection.abort(inbox.id)
+            self._link.abort(inbox.id)
             inbox.put(Finished(id=inbox.id, reason="stop", text="", prompt_tokens=0))
 
     async def next(self, patience_s: float | None = None) -> list[Event]:
@@ -159,7 +158,7 @@ class Gathering:
 
     def ended(self, inbox: _AnswerInbox) -> None:
         """Note that an answer is over."""
-        self._connection.leave(inbox.id)
+        self._link.leave(inbox.id)
         self._running.discard(inbox.id)
         self.left -= 1
 
@@ -178,7 +177,7 @@ class Gathering:
 
     def _begin(self, inbox: _AnswerInbox, request: Request) -> None:
         inbox.id = next(self._ids)
-        self._connection.ask(inbox.id, request, inbox)
+        self._link.ask(inbox.id, request, inbox)
         self._running.add(inbox.id)
 
     def _tick(self) -> None:
@@ -200,7 +199,7 @@ class _AnswerInbox(Inbox):
         super().__init__()
         self.index = index
         self.id = 0
-        """The number of the request on the connection."""
+        """The number of the request on the link."""
         self.followers: list[tuple[_AnswerInbox, Request]] = []
         """Other answers to the same prompt, which begin when this one has begun."""
         self._gathering = gathering

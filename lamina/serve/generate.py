@@ -99,7 +99,7 @@ class _Usage:
 async def run(service: Service, exchange: Exchange, job: Job) -> None:
     """Answer a request that generates. Raises what the front says against it, and ClientGoneError."""
     service.require_running()
-    with Gathering(service.front.connection(), service.front.ids, job.requests) as gathering:
+    with Gathering(service.front.link(), service.front.ids, job.requests) as gathering:
         service.began(gathering)
         watching = asyncio.create_task(_watch(exchange, gathering))
         try:

@@ -20,7 +20,7 @@ async def ready(service: Service, exchange: Exchange) -> None:
     if service.draining.is_set():
         raise problems.unavailable("the server is draining")
     _ = service.model
-    service.front.connection()
+    service.front.link()
     await exchange.reply_json({"status": "ready"})
 
 

@@ -18,7 +18,7 @@ from lamina.config import ClusterConfig
 from lamina.errors import ConnectError, LaminaError
 from lamina.serve.app import make_app
 from lamina.serve.facts import read_facts
-from lamina.serve.front_link import FrontLink
+from lamina.serve.front import FrontKeeper
 from lamina.serve.gate import App
 from lamina.serve.options import ServeOptions
 from lamina.serve.protocol import IDLE_S, BoundedProtocol
@@ -42,7 +42,7 @@ def run(config: ClusterConfig, options: ServeOptions) -> int:
 
 
 async def _main(config: ClusterConfig, options: ServeOptions) -> None:
-    front = FrontLink(config.front.address, config.options())
+    front = FrontKeeper(config.front.address, config.options())
     names = list(options.names) or [config.model_path.resolve().name]
     service = Service(front, names, options.max_body)
     listening = _listen(options)

@@ -15,7 +15,7 @@ from lamina.serve import problems
 from lamina.serve.chat.chat import Chat
 from lamina.serve.chat.template import ChatTemplate
 from lamina.serve.facts import Facts, make_tokenizer
-from lamina.serve.front_link import FrontLink
+from lamina.serve.front import FrontKeeper
 from lamina.serve.gathering import Gathering
 from lamina.serve.metrics import Metrics
 from lamina.serve.token_texts import TokenTexts
@@ -53,7 +53,7 @@ class Model:
 class Service:
     """Holds what endpoints need: the front, the model, threads for texts, and counters."""
 
-    front: FrontLink
+    front: FrontKeeper
     names: list[str]
     """The names of the model that requests may use; the first is what answers say."""
     max_body: int

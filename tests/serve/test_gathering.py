@@ -1,4 +1,4 @@
-"""Tokens that nobody reads yet are joined, and after that given up, so that no reader makes the server grow."""
+"""What a stream does with a reader that is slow, and with a prompt that is long."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from lamina.errors import NodeError, TransportError
-from lamina.serve import gathering
+from lamina.serve import gathering, generate
+from lamina.serve.exchange import Exchange
 from lamina.serve.gathering import AnswerEnd, Gathering, NewTokens
+from lamina.serve.generate import Job, run
+from lamina.serve.service import Service
 from lamina.wire.requests import Finished, Piece, Request, Score
 
 
@@ -118,3 +121,75 @@ def test_waiting_ends_after_a_while() -> None:
             assert await answers.next(0.01) == []
 
     asyncio.run(main())
+
+
+class _ListeningFront:
+    """A front whose link is a `RecordingConnection`."""
+
+    def __init__(self) -> None:
+        self.connection = RecordingConnection()
+        self.ids = itertools.count(1)
+        self.state = "ready"
+
+    def link(self) -> RecordingConnection:
+        return self.connection
+
+
+def test_a_stream_without_news_sends_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status goes out although there is no token, and the comments keep the connection alive."""
+    monkeypatch.setattr(generate, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(generate, "PING_S", 0.02)
+
+    async def main() -> list[bytes]:
+        front, sent = _ListeningFront(), []
+        service = Service(front, ["m"], 100)  # type: ignore[arg-type]
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message.get("body", b"status"))
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(60)
+            return {}
+
+        exchange = Exchange({"headers": [], "lamina.id": "1"}, receive, send, max_body=100)
+        choice = _PlainChoice()
+        job = Job("a", "b", "1", "m", [Request([1])], [choice], prompt_tokens=1, prompts=1, stream=True)
+        running = asyncio.create_task(run(service, exchange, job))
+        await asyncio.sleep(0.1)
+        front.connection.send(1, 1)
+        front.connection.inboxes[1].put(Finished(id=1, reason="stop", text="", prompt_tokens=1))
+        await running
+        service.workers.close()
+        return sent
+
+    status, *comments, tokens, end = asyncio.run(main())
+
+    assert status == b"status"
+    assert len(comments) >= 2
+    assert set(comments) == {b": ping\n\n"}
+    assert tokens.endswith(b"data: [DONE]\n\n")
+    assert end == b""
+
+
+class _PlainChoice:
+    """Shows the text of tokens alone."""
+
+    over = False
+
+    def __init__(self) -> None:
+        self.prompt_scores: list[Score] = []
+
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+    def part(self, part: NewTokens) -> list[dict[str, Any]]:
+        return [{"text": part.text}]
+
+    def end(self, finished: Finished) -> list[dict[str, Any]]:
+        return [{"finish_reason": finished.reason}]
+
+    def take(self, part: NewTokens) -> None:
+        """Only streams are written."""
+
+    def whole(self, finished: Finished) -> dict[str, Any]:
+        return {}

@@ -12,14 +12,19 @@ from lamina.client import AsyncClient, AsyncStream, Completion, Token
 from lamina.config import PipelineConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import DeadlineError, LaminaError, NodeError, RequestError, TransportError, UsageError
+from lamina.front.session import ClientSession
 from lamina.model.tokenizer import Tokenizer
+from lamina.runtime.workers import BackgroundWorkers
 from lamina.sim.cluster import SimCluster
-from lamina.transport import Hello
+from lamina.sim.world import World
+from lamina.transport import Address, Hello, Link, Options
 from lamina.wire.codec import decode, encode
-from lamina.wire.requests import Finished, Generate, Generated, Request, ToClient
-from tests.sim.clusters import eventually, make_config, simulate
+from lamina.wire.requests import Finished, Generate, Generated, Piece, Request, ToClient
+from tests.sim.clusters import LINK, eventually, make_config, simulate
 
 PROMPT = "Once upon a time"
+PLACE = Address("tcp", "127.0.0.1", 7000)
+OPTIONS = Options(kind="control")
 PIPELINE = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, max_waiting=16)
 
 
@@ -69,23 +74,25 @@ def test_a_step_is_one_message() -> None:
 
 
 def test_what_one_message_cannot_hold_comes_in_several() -> None:
-    """Pieces of many answers with long texts, which stop strings held back."""
-    tokenizer = Tokenizer(DEMO, 2048)
-    token = max(range(tokenizer._library.get_vocab_size()), key=lambda id_: len(tokenizer.text_of(id_, None)))
-    text = tokenizer.text_of(token, None)
-    # All hold back what might become the stop string, and give it out in the same step.
-    stop = (text * 1024)[: 1024 - 4] + "none"
+    """Pieces of many answers with long texts, which stop strings held back: all of them, in order."""
+    pieces = [Piece(id_, 7, "\U0001f600" * 1024) for id_ in range(600)]
 
-    async def work(client: AsyncClient) -> None:
-        tokens = 1023 // len(text) + 2
-        asked = [
-            client.generate([1], max_tokens=tokens, logit_bias={token: 100.0}, stop=stop, temperature=0.0)
-            for _ in range(16)
-        ]
-        for answer in await asyncio.gather(*asked):
-            assert answer.text == text * tokens
+    async def work(world: World) -> None:
+        links: list[Link] = []
+        await world.network.listen(PLACE, Hello("compute", "c0"), links.append, OPTIONS)
+        client = await world.network.connect(PLACE, Hello("client", "raw"), OPTIONS, deadline_s=1)
+        messages: list[Generated] = []
+        client.deliver(on_message=lambda plain: messages.append(decode(plain, ToClient)))
+        await eventually(lambda: asyncio.sleep(0, links))
+        session = ClientSession(links[0], BackgroundWorkers(), *[pytest.fail] * 3)
+        session._send_pieces(pieces)
+        await eventually(lambda: asyncio.sleep(0, sum(len(m.pieces) for m in messages) == len(pieces)))
+        assert [piece for message in messages for piece in message.pieces] == pieces
+        assert 2 < len(messages) < 9
+        client.abort("done")
 
-    ask(DEMO, work)
+    with World(1, model=LINK, tracing=False) as world:
+        world.run(work(world))
 
 
 # -- where an answer ends
@@ -129,10 +136,10 @@ def test_stop_strings_count_from_min_tokens_on() -> None:
     """An earlier one is text like any other."""
 
     async def work(client: AsyncClient) -> None:
-        whole = await client.generate(PROMPT, max_tokens=60)
+        whole = await client.generate(PROMPT, max_tokens=30)
         stop = " "
         for least in (1, 5, 20):
-            answer = await client.generate(PROMPT, max_tokens=60, stop=stop, min_tokens=least)
+            answer = await client.generate(PROMPT, max_tokens=30, stop=stop, min_tokens=least)
             assert len(answer.tokens) >= least
             assert whole.text.startswith(answer.text + stop)
             assert answer.text.count(stop) >= (least > 5)
@@ -140,8 +147,19 @@ def test_stop_strings_count_from_min_tokens_on() -> None:
     ask(DEMO, work)
 
 
-def test_words_that_are_banned_arrive_as_tokens() -> None:
-    """Those that no tokenizer can read are refused, and so is what needs the text of an answer, where there is none."""
+def test_words_that_are_banned_are_not_in_an_answer() -> None:
+    """Without a tokenizer they are refused, and so is what needs the text of an answer."""
+
+    async def work(client: AsyncClient) -> None:
+        whole = await client.generate(PROMPT, max_tokens=12)
+        word = whole.text.split()[2]
+        other = await client.generate(PROMPT, max_tokens=12, bad_words=[word])
+        by_ids = await client.generate(PROMPT, max_tokens=12, bad_words=Tokenizer(DEMO, 2048).spellings(word))
+        assert f" {word}" in whole.text
+        assert f" {word}" not in other.text
+        assert by_ids == other
+
+    ask(DEMO, work)
 
     async def without(client: AsyncClient) -> None:
         for settings in ({"stop": "a"}, {"show_special": True}, {"bad_words": ["a"]}):
@@ -152,12 +170,17 @@ def test_words_that_are_banned_arrive_as_tokens() -> None:
 
 
 def test_special_tokens_are_seen_if_asked_for() -> None:
-    """The end of a story, which stops it."""
+    """The end of a story, which stops it, but not before it has its fewest tokens."""
+    end = Tokenizer(DEMO, 2048).encode("</s>", parse_special=True)[-1]
 
     async def work(client: AsyncClient) -> None:
-        hidden, seen = [await client.generate(PROMPT, show_special=show) for show in (False, True)]
+        hidden, seen = [
+            await client.generate(PROMPT, show_special=show, logit_bias={end: 100.0}, min_tokens=5)
+            for show in (False, True)
+        ]
         assert hidden.finish_reason == "stop"
-        assert hidden.tokens[-1] == hidden.stopped_by
+        assert hidden.tokens[-1] == hidden.stopped_by == end
+        assert len(hidden.tokens) >= 5
         assert hidden.tokens == seen.tokens
         assert seen.text == hidden.text + "</s>"
 

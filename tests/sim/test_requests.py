@@ -313,6 +313,7 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
             3: "the prompt has 10000 tokens, the context is 512 and must leave room for an answer; use at most 511",
             5: "the prompt of request 4 is still coming on this connection; wait",
             6: "",  # finished
+            None: "",  # its token
         }
         await link.close()
 

@@ -1,4 +1,4 @@
-"""The connection to the front, which is made again whenever it is lost."""
+"""The link to the front, which is made again whenever it is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 from contextlib import suppress
 
-from lamina.client.front_link import FrontLink as Connection
+from lamina.client.front_link import FrontLink
 from lamina.errors import LaminaError, TransportError
 from lamina.serve.problems import unavailable
 from lamina.transport import Address, Hello, Options
@@ -25,13 +25,13 @@ RETRY_S = 0.25
 """The pause between two attempts."""
 
 
-class FrontLink:
-    """Holds the connection to the front at ``address``, while there is one; `keep` runs beside all that use it."""
+class FrontKeeper:
+    """Holds the link to the front at ``address``, while there is one; `keep` runs beside all that use it."""
 
     def __init__(self, address: Address, options: Options) -> None:
         self._address = address
         self._options = options
-        self._connection: Connection | None = None
+        self._link: FrontLink | None = None
         self.ids = itertools.count(1)
         """The numbers of requests, which differ."""
         self.status: Status | None = None
@@ -47,14 +47,14 @@ class FrontLink:
         """The state of the front in a word: one of `Status`, or "away"."""
         return "away" if self.status is None else self.status.state
 
-    def connection(self) -> Connection:
-        """Return the connection. HttpError if the front takes no requests now."""
-        if self._connection is None or self._connection.failure or self.status is None:
+    def link(self) -> FrontLink:
+        """Return the link. HttpError if the front takes no requests now."""
+        if self._link is None or self._link.failure or self.status is None:
             raise unavailable(f"the front at {self._address} cannot be reached; retry in a moment")
         if self.status.state != "ready":
             waiting = f" for {self.status.waiting_for}" if self.status.waiting_for else ""
             raise unavailable(f"the cluster is {self.status.state}{waiting} and takes no requests; retry in a moment")
-        return self._connection
+        return self._link
 
     async def keep(self) -> None:
         """Connect, watch the state of the front, and begin anew when it is lost, until this is cancelled."""
@@ -67,18 +67,18 @@ class FrontLink:
                     said = str(e)
                     log.warning("event=front_away address=%s reason=%r", self._address, said)
             finally:
-                connection, self._connection, self.status = self._connection, None, None
-                if connection is not None:
+                link, self._link, self.status = self._link, None, None
+                if link is not None:
                     with suppress(LaminaError):
-                        await connection.close(TransportError("the server ends its connection to the front"))
+                        await link.close(TransportError("the server ends its connection to the front"))
             await asyncio.sleep(RETRY_S)
 
     async def _connect_and_watch(self) -> None:
         hello = Hello("client", f"http-{os.getpid()}")
-        link = await connect_link(self._address, hello, self._options, deadline_s=CONNECT_S)
-        connection = self._connection = Connection(link)
+        opened = await connect_link(self._address, hello, self._options, deadline_s=CONNECT_S)
+        link = self._link = FrontLink(opened)
         while True:
-            status = await connection.status()
+            status = await link.status()
             if self.state != status.state:
                 log.info("event=front state=%s address=%s", status.state, self._address)
             self.status = status
