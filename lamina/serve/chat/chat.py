@@ -62,10 +62,14 @@ class Chat:
             request, answer, opened=self._opens_reasoning(prompt), closed=self._ends_reasoning(request, prompt)
         )
 
-    def reader(self, request: ChatRequest, prompt: Prompt) -> AnswerReader:
-        """Return what reads the answer to a prompt."""
+    def reader(self, request: ChatRequest, prompt: Prompt, *, hide_special: bool = True) -> AnswerReader:
+        """Return what reads the answer to a prompt. ``hide_special``: special tokens are no part of the content."""
         opened, closed = self._opens_reasoning(prompt), self._ends_reasoning(request, prompt)
-        feed = Feed(_short_id if self.tools.short_ids else _long_id, hidden=self._hidden, single=not request.parallel)
+        feed = Feed(
+            _short_id if self.tools.short_ids else _long_id,
+            hidden=self._hidden if hide_special else (),
+            single=not request.parallel,
+        )
 
         def steps() -> Steps[None]:
             if not closed:

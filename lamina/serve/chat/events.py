@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 
@@ -48,34 +48,52 @@ class CallEnd:
 ChatEvent: TypeAlias = Content | Reasoning | CallBegin | CallArguments | CallEnd
 
 
-@dataclass
 class ToolCall:
-    """A whole call."""
+    """A whole call, or one as far as it has come."""
 
-    id: str
-    name: str
-    arguments: str = ""
-    """JSON text."""
+    def __init__(self, id_: str, name: str) -> None:
+        self.id = id_
+        self.name = name
+        self._arguments: list[str] = []
+
+    @property
+    def arguments(self) -> str:
+        """Return JSON text."""
+        return "".join(self._arguments)
+
+    def take(self, text: str) -> None:
+        """Add what comes next of the arguments."""
+        self._arguments.append(text)
 
 
-@dataclass
 class ChatAnswer:
     """A whole answer, or one as far as it has come."""
 
-    content: str = ""
-    reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.calls: list[ToolCall] = []
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+
+    @property
+    def content(self) -> str:
+        """Return what the model says."""
+        return "".join(self._content)
+
+    @property
+    def reasoning(self) -> str:
+        """Return what it has thought before."""
+        return "".join(self._reasoning)
 
     def take(self, events: Iterable[ChatEvent]) -> ChatAnswer:
         """Add what comes next, and return this answer."""
         for event in events:
             match event:
                 case Content(text):
-                    self.content += text
+                    self._content.append(text)
                 case Reasoning(text):
-                    self.reasoning += text
+                    self._reasoning.append(text)
                 case CallBegin(_, id_, name):
                     self.calls.append(ToolCall(id_, name))
                 case CallArguments(index, text):
-                    self.calls[index].arguments += text
+                    self.calls[index].take(text)
         return self

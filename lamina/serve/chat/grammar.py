@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
+
+from llguidance import regex_to_lark
 
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer, spelling
@@ -14,6 +17,9 @@ from lamina.wire.requests import Constraint, Grammar, JsonObject, JsonSchema, On
 _ANY = r"/(.|\n)*/"
 _MOST_CHARACTERS = 1 << 18
 _MOST_SCHEMAS = 2048
+_BREAK = "\n"
+_SAID_OF_TEXT = frozenset(("type", "title", "description", "default", "examples", "$defs", "definitions"))
+"""Keywords of a text's schema that leave nothing to enforce."""
 
 
 class Grammars:
@@ -90,7 +96,7 @@ class Grammars:
             case JsonObject():
                 content = rules.json("content", '{"type": "object"}')
             case Regex(pattern):
-                content = rules.add("content", f"/{_slashed(pattern)}/")
+                content = rules.add("content", f"/{regex_to_lark(pattern, '')}/")
             case OneOf(texts):
                 content = rules.add("content", " | ".join(map(_quoted, texts)))
             case Grammar():
@@ -119,14 +125,28 @@ class Grammars:
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         parts = []
         for i, (key, about) in enumerate(schema.get("properties", {}).items()):
-            begin, end = self._text(f"<parameter={key}>\n"), "\n</parameter>\n"
-            if isinstance(about, dict) and about.get("type") == "string" and "enum" not in about:
-                part = f"{begin} {self._up_to(rules, f'{name}_{i}', end)}"
-            else:
-                plain = {**about, **shared} if isinstance(about, dict) else about
-                part = f"{begin} {rules.json(f'{name}_{i}', json.dumps(plain, ensure_ascii=False))} {self._text(end)}"
+            value = self._value(
+                rules, f"{name}_{i}", {**about, **shared} if isinstance(about, dict) else about, function
+            )
+            part = f"{self._text(f'<parameter={key}>' + _BREAK)} {value}"
             parts.append(part if key in schema.get("required", ()) else f"({part})?")
         return " ".join(parts)
+
+    def _value(self, rules: _Rules, name: str, schema: Any, function: Function) -> str:
+        """Return an argument with a mark of its own, to the mark at its end: a text as it is, all else as JSON."""
+        end = "\n</parameter>\n"
+        if not isinstance(schema, dict) or schema.get("type") != "string":
+            return f"{rules.json(name, json.dumps(schema, ensure_ascii=False))} {self._text(end)}"
+        choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        if choices:
+            texts = " | ".join(_quoted(choice) for choice in choices if isinstance(choice, str))
+            return f"{rules.add(name, texts)} {self._text(end)}"
+        if function.strict and (unknown := schema.keys() - _SAID_OF_TEXT):
+            raise RequestError(
+                f"tools: {min(unknown)!r} of a text in the parameters of {function.name!r} cannot be enforced in the "
+                "format of this model; leave it out, or do not make the function strict"
+            )
+        return self._up_to(rules, name, end)
 
     def _up_to(self, rules: _Rules, name: str, mark: str) -> str:
         """Return free text with the mark at its end."""
@@ -175,12 +195,3 @@ class _Rules:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _slashed(pattern: str) -> str:
-    """Return a pattern in which each ``/`` is escaped."""
-    escaped, skip = "", False
-    for character in pattern:
-        escaped += "\\/" if character == "/" and not skip else character
-        skip = character == "\\" and not skip
-    return escaped

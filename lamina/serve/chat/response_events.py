@@ -85,6 +85,8 @@ class ResponseWriter:
         self._items: list[dict[str, Any]] = self.response["output"]
         self._open: dict[str, Any] | None = None
         """The item to which text is added: the last one, until it is done."""
+        self._parts: list[str] = []
+        """Its text, of which the item has nothing yet."""
 
     def begin(self) -> list[Event]:
         """Return the first events."""
@@ -105,8 +107,7 @@ class ResponseWriter:
                     call = {"type": "function_call", "id": _new_id("fc"), "call_id": id_, "name": name, "arguments": ""}
                     made += [*self._close(), self._add(call)]
                 case CallArguments(_, text):
-                    assert self._open is not None
-                    self._open["arguments"] += text
+                    self._parts.append(text)
                     made.append(self._of_item("response.function_call_arguments.delta", delta=text))
                 case CallEnd():
                     made += self._close()
@@ -127,6 +128,9 @@ class ResponseWriter:
 
     def fail(self, message: str, code: Literal["server_error", "rate_limit_exceeded"] = "server_error") -> list[Event]:
         """Return the last event of an answer that failed."""
+        if self._open is not None:
+            self._open["status"] = "incomplete"
+            self._settle(self._open)
         self.response["status"] = "failed"
         self.response["error"] = {"code": code, "message": message}
         return [self._event("response.failed", response=self._snapshot())]
@@ -139,9 +143,8 @@ class ResponseWriter:
             yield self._add({"type": "message", "id": _new_id("msg"), "role": "assistant", "content": []})
             yield self._add_part({"type": "output_text", "text": "", "annotations": [], "logprobs": []})
         assert self._open is not None
-        part = self._open["content"][0]
-        part["text"] += text
-        part["logprobs"] += logprobs
+        self._parts.append(text)
+        self._open["content"][0]["logprobs"] += logprobs
         if text:
             yield self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
 
@@ -150,8 +153,7 @@ class ResponseWriter:
             yield from self._close()
             yield self._add({"type": "reasoning", "id": _new_id("rs"), "summary": [], "content": []})
             yield self._add_part({"type": "reasoning_text", "text": ""})
-        assert self._open is not None
-        self._open["content"][0]["text"] += text
+        self._parts.append(text)
         yield self._of_item("response.reasoning_text.delta", content_index=0, delta=text)
 
     def _add(self, item: dict[str, Any]) -> Event:
@@ -171,6 +173,7 @@ class ResponseWriter:
         if item is None:
             return []
         item["status"] = status
+        self._settle(item)
         made = []
         if item["type"] == "function_call":
             made.append(
@@ -187,6 +190,12 @@ class ResponseWriter:
         made.append(self._event("response.output_item.done", output_index=len(self._items) - 1, item=_copy(item)))
         self._open = None
         return made
+
+    def _settle(self, item: dict[str, Any]) -> None:
+        """Put the text of the open item into it."""
+        of_text, key = (item, "arguments") if item["type"] == "function_call" else (item["content"][0], "text")
+        of_text[key] += "".join(self._parts)
+        self._parts.clear()
 
     # -- events
 

@@ -267,11 +267,9 @@ def test_malformed_calls_are_content(style: str, text: str) -> None:
     assert told(read(style, *text, prompt=prompt)) == (text, "", [])
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", sorted(STYLES.keys() - {"harmony"}))
 def test_marks_are_not_read_where_there_are_no_tools(style: str) -> None:
-    """Without tools, or if none may be called, the spelling of a mark is text."""
-    if style == "harmony":
-        pytest.skip("it always has channels")
+    """Without tools, or if none may be called, the spelling of a mark is text. (Harmony always has channels.)"""
     text = '{"name": "f", "parameters": {}} <tool_call> [TOOL_CALLS] <｜tool▁calls▁begin｜>'
     answer = told(read(style, *text, request=ChatRequest(ASKED.messages), prompt="<think></think>"))
     assert answer == (text, "", []) or (style == "mistral" and "[TOOL_CALLS]" not in answer[0])
@@ -302,6 +300,8 @@ def test_special_tokens_that_mark_nothing_stay_hidden() -> None:
     assert chat("mistral").show_special
     assert not chat("qwen").show_special
     assert told(read("mistral", "a</s>b", "[IN", "ST]c")) == ("abc", "", [])
+    shown = chat("mistral").reader(ASKED, Prompt([], ""), hide_special=False)
+    assert told([*shown.push("a</s>b"), *shown.finish()]) == ("a</s>b", "", [])
 
 
 def test_ids_have_the_form_that_the_template_needs() -> None:

@@ -209,3 +209,30 @@ def test_strict_functions_are_enforced_when_the_model_calls_them(style: str) -> 
     assert model(style).accepts(grammar, "Hm.\n" + ONE[style])
     assert not model(style).accepts(grammar, ONE[style].replace("city", "town"))
     assert not model(style).accepts(grammar, ONE[style].replace("weather", "nothing"))
+
+
+def test_arguments_with_marks_of_their_own_keep_their_types() -> None:
+    """Texts stand there without quotes, also where there is a choice of them; what cannot be enforced is named."""
+    properties = {
+        "unit": {"type": "string", "enum": ["C", "F"]},
+        "days": {"type": "array", "items": {"type": "integer"}},
+    }
+    request = ChatRequest(
+        ASKED, functions=[Function("f", {"properties": properties, "required": ["unit"]}, strict=True)], must_call=True
+    )
+    grammar = model("qwen_coder").constraint(request)
+    text = "<tool_call>\n<function=f>\n<parameter=unit>\nC\n</parameter>\n<parameter=days>\n[1, 2]\n</parameter>\n"
+    text += "</function>\n</tool_call>"
+
+    assert model("qwen_coder").accepts(grammar, text)
+    assert model("qwen_coder").calls(request, text) == [("f", {"unit": "C", "days": [1, 2]})]
+    assert not model("qwen_coder").accepts(grammar, text.replace("\nC\n", "\nK\n"))
+    assert not model("qwen_coder").accepts(grammar, text.replace("[1, 2]", '["a"]'))
+    with pytest.raises(RequestError, match="'maxLength' of a text in the parameters of 'f'"):
+        model("qwen_coder").constraint(
+            ChatRequest(
+                ASKED,
+                functions=[Function("f", {"properties": {"a": {"type": "string", "maxLength": 3}}}, strict=True)],
+                must_call=True,
+            )
+        )
