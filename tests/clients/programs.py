@@ -16,6 +16,8 @@ from tests.clients.server import MODEL, PROMPT, QUESTION, Server
 FOLDER = Path(__file__).parent
 TOKENS = 12
 """The tokens of an ordinary answer."""
+ROOM = 1000
+"""The tokens that an answer of a given form may have: the model likes to write blanks where they are allowed."""
 MANY = 8000
 """The tokens of an answer that is interrupted: far more than come until then."""
 TIMEOUT_S = 300
@@ -73,6 +75,8 @@ def drive(client: str, cases: Sequence[str], server: Server, home: Path) -> dict
         "question": QUESTION,
         "prompt": PROMPT,
         "tokens": TOKENS,
+        "room": ROOM,
+        "brace": str(server.tokenizer.convert_tokens_to_ids("}")),
         "many": MANY,
         "checkpoint": str(server.checkpoint),
         "victim": server.nodes["c0"].process.pid,

@@ -39,20 +39,20 @@ const cases = {
 
   async tool() {
     const paint = makeTool({ description: "Paint it.", inputSchema: schema });
-    const given = { ...settings({ tokens: 200 }), tools: { paint }, toolChoice: { type: "tool", toolName: "paint" } };
+    const given = { ...settings({ tokens: server.room }), tools: { paint }, toolChoice: { type: "tool", toolName: "paint" } };
     const { toolCalls } = await generateText(given);
     return { name: toolCalls[0].toolName, arguments: toolCalls[0].input };
   },
 
   async streamed_tool() {
     const paint = makeTool({ description: "Paint it.", inputSchema: schema });
-    const answer = streamText({ ...settings({ tokens: 200 }), tools: { paint }, toolChoice: "required" });
+    const answer = streamText({ ...settings({ tokens: server.room }), tools: { paint }, toolChoice: "required" });
     const calls = await answer.toolCalls;
     return { name: calls[0].toolName, arguments: calls[0].input };
   },
 
   async structured() {
-    const given = { ...settings({ tokens: 200, supportsStructuredOutputs: true }), schema };
+    const given = { ...settings({ tokens: server.room, supportsStructuredOutputs: true }), schema };
     return (await generateObject(given)).object;
   },
 

@@ -27,7 +27,7 @@ def structured(server: SimpleNamespace) -> Any:
     signature = dspy.Signature(
         {"question": (str, dspy.InputField()), "colour": (Literal["red", "green"], dspy.OutputField())}
     )
-    with dspy.context(lm=_lm(server, max_tokens=200), adapter=dspy.JSONAdapter()):
+    with dspy.context(lm=_lm(server, max_tokens=server.room), adapter=dspy.JSONAdapter()):
         return {"colour": dspy.Predict(signature)(question=server.question).colour}
 
 

@@ -12,7 +12,12 @@ from haystack.dataclasses import ChatMessage
 from haystack.tools import Tool
 from haystack.utils import Secret
 
-COLOUR = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
+COLOUR = {
+    "type": "object",
+    "properties": {"colour": {"type": "string", "enum": ["red", "green"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
 
 
 def _run(
@@ -48,7 +53,7 @@ def stream(server: SimpleNamespace) -> Any:
 
 def tool(server: SimpleNamespace) -> Any:
     paint = Tool(name="paint", description="Paint it.", parameters=COLOUR, function=lambda colour: colour)
-    reply = _run(server, tools=[paint], tool_choice="required", max_completion_tokens=200)
+    reply = _run(server, tools=[paint], tool_choice="required", max_completion_tokens=server.room)
     return {"name": reply.tool_call.tool_name, "arguments": reply.tool_call.arguments}
 
 
@@ -56,7 +61,7 @@ def structured(server: SimpleNamespace) -> Any:
     import json
 
     form = {"type": "json_schema", "json_schema": {"name": "paint", "schema": COLOUR, "strict": True}}
-    return json.loads(_run(server, response_format=form, max_completion_tokens=200).text)
+    return json.loads(_run(server, response_format=form, max_completion_tokens=server.room).text)
 
 
 def wrong_model(server: SimpleNamespace) -> Any:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from inspect_ai.model import GenerateConfig, ResponseSchema, get_model
 from inspect_ai.tool import ToolFunction, ToolInfo, ToolParam, ToolParams
 from inspect_ai.util import json_schema
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Paint(BaseModel):
     """Paint it."""
 
+    model_config = ConfigDict(extra="forbid")
     colour: Literal["red", "green"]
 
 
@@ -53,7 +54,7 @@ async def tool(server: SimpleNamespace) -> Any:
         name="paint", description="Paint it.", parameters=ToolParams(properties={"colour": colour}, required=["colour"])
     )
     answer = await _generate(
-        server, f"openai-api/lamina/{server.model}", tools=[info], tool_choice=ToolFunction("paint"), max_tokens=200
+        server, f"openai-api/lamina/{server.model}", tools=[info], tool_choice=ToolFunction("paint"), max_tokens=server.room
     )
     call = answer.message.tool_calls[0]
     return {"name": call.function, "arguments": call.arguments}
@@ -63,7 +64,7 @@ async def structured(server: SimpleNamespace) -> Any:
     import json
 
     form = ResponseSchema(name="paint", json_schema=json_schema(Paint))
-    answer = await _generate(server, f"openai-api/lamina/{server.model}", response_schema=form, max_tokens=200)
+    answer = await _generate(server, f"openai-api/lamina/{server.model}", response_schema=form, max_tokens=server.room)
     return json.loads(answer.completion)
 
 

@@ -7,19 +7,20 @@ from typing import Any, Literal
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Paint(BaseModel):
     """Paint it."""
 
+    model_config = ConfigDict(extra="forbid")
     colour: Literal["red", "green"]
 
 
 def _ask(server: SimpleNamespace, mode: instructor.Mode, **more: Any) -> Any:
     client = instructor.from_openai(OpenAI(base_url=server.url, api_key=server.key, max_retries=0), mode=mode)
     given = {"model": server.model, "messages": [{"role": "user", "content": server.question}]}
-    given |= {"temperature": 0, "max_tokens": 200, "max_retries": 0, "response_model": Paint}
+    given |= {"temperature": 0, "max_tokens": server.room, "max_retries": 0, "response_model": Paint}
     return client, given | more
 
 

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Paint(BaseModel):
     """Paint it."""
 
+    model_config = ConfigDict(extra="forbid")
     colour: Literal["red", "green"]
 
 
@@ -59,17 +60,17 @@ def completion(server: SimpleNamespace) -> Any:
 
 
 def tool(server: SimpleNamespace) -> Any:
-    bound = _chat(server, max_tokens=200).bind_tools([Paint], tool_choice="Paint")
+    bound = _chat(server, max_tokens=server.room).bind_tools([Paint], tool_choice="Paint")
     call = bound.invoke(server.question).tool_calls[0]
     return {"name": call["name"], "arguments": call["args"]}
 
 
 def structured(server: SimpleNamespace) -> Any:
-    return _chat(server, max_tokens=200).with_structured_output(Paint).invoke(server.question).model_dump()
+    return _chat(server, max_tokens=server.room).with_structured_output(Paint).invoke(server.question).model_dump()
 
 
 def structured_by_tool(server: SimpleNamespace) -> Any:
-    model = _chat(server, max_tokens=200).with_structured_output(Paint, method="function_calling")
+    model = _chat(server, max_tokens=server.room).with_structured_output(Paint, method="function_calling")
     return model.invoke(server.question).model_dump()
 
 

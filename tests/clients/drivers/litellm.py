@@ -10,7 +10,12 @@ from typing import Any
 
 import litellm
 
-COLOUR = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
+COLOUR = {
+    "type": "object",
+    "properties": {"colour": {"type": "string", "enum": ["red", "green"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
 TOOL = {"type": "function", "function": {"name": "paint", "description": "Paint it.", "parameters": COLOUR}}
 
 
@@ -48,14 +53,14 @@ def passed_on(server: SimpleNamespace) -> Any:
 
 def tool(server: SimpleNamespace) -> Any:
     forced = {"type": "function", "function": {"name": "paint"}}
-    answer = _ask(server, tools=[TOOL], tool_choice=forced, max_tokens=200)
+    answer = _ask(server, tools=[TOOL], tool_choice=forced, max_tokens=server.room)
     call = answer.choices[0].message.tool_calls[0]
     return {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
 
 
 def structured(server: SimpleNamespace) -> Any:
     form = {"type": "json_schema", "json_schema": {"name": "paint", "schema": COLOUR, "strict": True}}
-    return json.loads(_ask(server, response_format=form, max_tokens=200).choices[0].message.content)
+    return json.loads(_ask(server, response_format=form, max_tokens=server.room).choices[0].message.content)
 
 
 def wrong_model(server: SimpleNamespace) -> Any:

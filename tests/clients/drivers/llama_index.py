@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Paint(BaseModel):
     """Paint it."""
 
+    model_config = ConfigDict(extra="forbid")
     colour: Literal["red", "green"]
 
 
@@ -50,7 +51,7 @@ def stream(server: SimpleNamespace) -> Any:
 
 
 def tool_arguments(server: SimpleNamespace) -> Any:
-    llm = _llm(server, is_function_calling_model=True, max_tokens=200).as_structured_llm(Paint)
+    llm = _llm(server, is_function_calling_model=True, max_tokens=server.room).as_structured_llm(Paint)
     return llm.chat(_messages(server)).raw.model_dump()
 
 

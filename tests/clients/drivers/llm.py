@@ -62,7 +62,8 @@ def completion(server: SimpleNamespace) -> Any:
 
 def structured(server: SimpleNamespace) -> Any:
     schema = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
-    answer = _run(server, "-m", "chat", "--schema", json.dumps(schema), "-o", "max_tokens", "200")
+    schema["additionalProperties"] = False
+    answer = _run(server, "-m", "chat", "--schema", json.dumps(schema), "-o", "max_tokens", str(server.room))
     return json.loads(answer["text"])
 
 

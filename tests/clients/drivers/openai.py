@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Paint(BaseModel):
     """Paint it."""
 
+    model_config = ConfigDict(extra="forbid")
     colour: Literal["red", "green"]
 
 
@@ -95,7 +96,7 @@ def response_stream(server: SimpleNamespace) -> Any:
 
 def tool(server: SimpleNamespace) -> Any:
     forced = {"type": "function", "function": {"name": "paint"}}
-    call = _ask(server, tools=[TOOL], tool_choice=forced, max_tokens=200).choices[0].message.tool_calls[0]
+    call = _ask(server, tools=[TOOL], tool_choice=forced, max_tokens=server.room).choices[0].message.tool_calls[0]
     return {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
 
 
@@ -106,7 +107,7 @@ def streamed_tool(server: SimpleNamespace) -> Any:
         tools=[TOOL],
         tool_choice="required",
         temperature=0,
-        max_tokens=200,
+        max_tokens=server.room,
     ) as events:
         for _ in events:
             pass
@@ -120,7 +121,7 @@ def structured(server: SimpleNamespace) -> Any:
         messages=[{"role": "user", "content": server.question}],
         response_format=Paint,
         temperature=0,
-        max_tokens=200,
+        max_tokens=server.room,
     )
     assert answer.choices[0].message.parsed is not None
     return answer.choices[0].message.parsed.model_dump()

@@ -17,7 +17,7 @@ from agents import (
     set_tracing_disabled,
 )
 from openai import AsyncOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 set_tracing_disabled(True)
 
@@ -25,6 +25,7 @@ set_tracing_disabled(True)
 class Paint(BaseModel):
     """Paint it."""
 
+    model_config = ConfigDict(extra="forbid")
     colour: Literal["red", "green"]
 
 
@@ -79,17 +80,17 @@ async def response_stream(server: SimpleNamespace) -> Any:
 
 
 def structured(server: SimpleNamespace) -> Any:
-    agent = _agent(server, OpenAIChatCompletionsModel, output_type=Paint, settings={"max_tokens": 200})
+    agent = _agent(server, OpenAIChatCompletionsModel, output_type=Paint, settings={"max_tokens": server.room})
     return Runner.run_sync(agent, server.question).final_output.model_dump()
 
 
 def response_structured(server: SimpleNamespace) -> Any:
-    agent = _agent(server, OpenAIResponsesModel, output_type=Paint, settings={"max_tokens": 200})
+    agent = _agent(server, OpenAIResponsesModel, output_type=Paint, settings={"max_tokens": server.room})
     return Runner.run_sync(agent, server.question).final_output.model_dump()
 
 
 def _called(server: SimpleNamespace, kind: Any) -> Any:
-    settings = {"max_tokens": 200, "tool_choice": "required"}
+    settings = {"max_tokens": server.room, "tool_choice": "required"}
     agent = _agent(server, kind, tools=[paint], settings=settings, tool_use_behavior="stop_on_first_tool")
     return {"colour": Runner.run_sync(agent, server.question).final_output}
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from openai import AsyncOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -17,6 +17,7 @@ from pydantic_ai.providers.openai import OpenAIProvider
 class Paint(BaseModel):
     """Paint it."""
 
+    model_config = ConfigDict(extra="forbid")
     colour: Literal["red", "green"]
 
 
@@ -62,18 +63,18 @@ async def response_stream(server: SimpleNamespace) -> Any:
 
 def tool_arguments(server: SimpleNamespace) -> Any:
     agent = Agent(_chat(server), output_type=Paint, retries=0)
-    return agent.run_sync(server.question, model_settings=_settings(server, max_tokens=200)).output.model_dump()
+    return agent.run_sync(server.question, model_settings=_settings(server, max_tokens=server.room)).output.model_dump()
 
 
 def structured(server: SimpleNamespace) -> Any:
     agent = Agent(_chat(server), output_type=NativeOutput(Paint), retries=0)
-    return agent.run_sync(server.question, model_settings=_settings(server, max_tokens=200)).output.model_dump()
+    return agent.run_sync(server.question, model_settings=_settings(server, max_tokens=server.room)).output.model_dump()
 
 
 def response_tool_arguments(server: SimpleNamespace) -> Any:
     os.environ |= {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": server.key}
     agent = Agent(f"openai:{server.model}", output_type=Paint, retries=0)
-    return agent.run_sync(server.question, model_settings=_settings(server, max_tokens=200)).output.model_dump()
+    return agent.run_sync(server.question, model_settings=_settings(server, max_tokens=server.room)).output.model_dump()
 
 
 def wrong_model(server: SimpleNamespace) -> Any:
