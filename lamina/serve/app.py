@@ -15,8 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lamina.errors import LaminaError
-from lamina.serve import chat_completions, completions, health, models, problems, tokens
+from lamina.serve import chat_completions, completions, health, models, problems, responses, tokens
 from lamina.serve.chat.request import ChatFields
+from lamina.serve.chat.responses import ResponseFields
 from lamina.serve.docs import Documentation
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from lamina.serve.gate import App, Gate, Keys
@@ -45,6 +46,7 @@ ENDPOINTS = (
         chat_completions.chat_completions,
         (chat_completions.ChatBody, ChatFields),
     ),
+    Entry("POST", "/v1/responses", responses.responses, (ResponseFields,)),
     Entry("GET", "/v1/models", models.models),
     Entry("GET", "/v1/models/{name:path}", models.model),
     Entry("POST", "/tokenize", tokens.tokenize, (tokens.TokenizeBody,)),
@@ -65,7 +67,7 @@ def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[
         Entry("GET", "/openapi.json", documentation.openapi),
         Entry("GET", "/docs", documentation.page),
     )
-    routes = [Route(entry.path, _Endpoint(service, entry), methods=[entry.method]) for entry in entries]
+    routes = [Route(entry.path, _EndpointApp(service, entry), methods=[entry.method]) for entry in entries]
     app: Any = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
     app.router.redirect_slashes = False
     app = Keys(app, keys)
@@ -80,7 +82,7 @@ def make_app(service: Service, *, keys: Sequence[bytes] = (), origins: Sequence[
     return Gate(app, service.metrics)
 
 
-class _Endpoint:
+class _EndpointApp:
     """Runs the handler of one endpoint as an ASGI application, and answers with its error if it raises one."""
 
     def __init__(self, service: Service, entry: Entry) -> None:

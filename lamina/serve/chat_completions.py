@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from lamina.errors import HttpError
 from lamina.serve.chat.chat import AnswerReader
-from lamina.serve.chat.events import CallArguments, CallBegin, ChatAnswer, ChatEvent, Content, Reasoning
+from lamina.serve.chat.events import CallArguments, CallBegin, ChatAnswer, ChatEvent, ContentDelta
 from lamina.serve.chat.request import ChatFields, ChatRequest, read_chat
-from lamina.serve.chat.template import Prompt
+from lamina.serve.chat.template import ChatPrompt
 from lamina.serve.completions import prompt_logprobs
 from lamina.serve.exchange import Exchange
 from lamina.serve.gathering import NewTokens
@@ -17,7 +18,7 @@ from lamina.serve.generate import Fields, Job, run
 from lamina.serve.parameters import Body, constraint_of, convert, parse, request_of, with_seed
 from lamina.serve.service import Model, Service
 from lamina.wire.codec import Count
-from lamina.wire.requests import Constraint, Finished, Score, Top
+from lamina.wire.requests import Constraint, Finished, Request, Score, Top
 
 _CHAT_KEYS = ChatFields.__struct_encode_fields__
 
@@ -33,9 +34,21 @@ class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Give the logprobs of so many of the likeliest tokens, too."""
 
 
-async def chat_completions(service: Service, exchange: Exchange) -> None:
-    """Answer a chat."""
-    plain = await exchange.json()
+@dataclass(frozen=True)
+class PreparedChat:
+    """A chat that was understood, with its prompt."""
+
+    name: str
+    """What the answer calls the model."""
+    model: Model
+    body: ChatBody
+    asked: ChatRequest
+    prompt: ChatPrompt
+    request: Request
+
+
+async def prepare_chat(service: Service, plain: dict[str, Any]) -> PreparedChat:
+    """Read the body of a chat completion, and render its prompt. HttpError or RequestError say what is wrong."""
     of_chat = {key: plain.pop(key) for key in _CHAT_KEYS if key in plain}
     body = parse(plain, ChatBody, beside=_CHAT_KEYS)
     asked = read_chat(convert(of_chat, ChatFields))
@@ -43,31 +56,36 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     model = service.model
     _check(body)
     prompt, constraint = await service.workers.run(_prepare, model, asked, constraint_of(body), long=True)
-    max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    top = None if not body.logprobs else body.top_logprobs or 0
     request = request_of(
         body,
         prompt.ids,
         model.recommended,
-        max_tokens=max_tokens,
-        logprobs=top,
+        max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
+        logprobs=None if not body.logprobs else body.top_logprobs or 0,
         prompt_logprobs=body.prompt_logprobs,
         constraint=constraint,
         show_special=model.chat.show_special or not body.skip_special_tokens,
     )
-    choices = [_Message(model, body, asked, prompt) for _ in range(body.n)]
+    return PreparedChat(name, model, body, asked, prompt, request)
+
+
+async def chat_completions(service: Service, exchange: Exchange) -> None:
+    """Answer a chat."""
+    chat = await prepare_chat(service, await exchange.json())
+    body, prompt = chat.body, chat.prompt
+    choices = [_MessageAnswer(chat.model, body, chat.asked, prompt) for _ in range(body.n)]
     job = Job(
         object="chat.completion",
         chunk_object="chat.completion.chunk",
         id=f"chatcmpl-{exchange.id}",
-        model=name,
-        requests=[with_seed(request, body.seed, answer) for answer in range(body.n)],
+        model=chat.name,
+        requests=[with_seed(chat.request, body.seed, answer) for answer in range(body.n)],
         choices=choices,
         prompt_tokens=len(prompt.ids),
         prompts=1,
         stream=body.stream,
         options=body.stream_options,
-        extra=lambda: _of_prompt(model, body, prompt.ids, choices[0].prompt_scores),
+        extra=lambda: _of_prompt(chat.model, body, prompt.ids, choices[0].prompt_scores),
     )
     await run(service, exchange, job)
 
@@ -90,7 +108,7 @@ def _check(body: ChatBody) -> None:
         )
 
 
-def _prepare(model: Model, asked: ChatRequest, answer: Constraint | None) -> tuple[Prompt, Constraint | None]:
+def _prepare(model: Model, asked: ChatRequest, answer: Constraint | None) -> tuple[ChatPrompt, Constraint | None]:
     """Return the prompt, and what the answer has to be. Both take some time."""
     prompt = model.chat.prompt(asked)
     return prompt, model.chat.constraint(asked, prompt, answer)
@@ -105,10 +123,10 @@ def _of_prompt(model: Model, body: ChatBody, ids: list[int], scores: list[Score]
     return fields
 
 
-class _Message:
-    """One answer: see `lamina.serve.generate.Choice`."""
+class _MessageAnswer:
+    """One answer: see `lamina.serve.generate.AnswerForm`."""
 
-    def __init__(self, model: Model, body: ChatBody, asked: ChatRequest, prompt: Prompt) -> None:
+    def __init__(self, model: Model, body: ChatBody, asked: ChatRequest, prompt: ChatPrompt) -> None:
         self.prompt_scores: list[Score] = []
         self._model = model
         self._body = body
@@ -158,9 +176,9 @@ class _Message:
         """Return what events are in a stream."""
         deltas: list[Fields] = []
         for event in events:
-            if isinstance(event, Content):
+            if isinstance(event, ContentDelta):
                 deltas.append({"content": event.text})
-            elif isinstance(event, Reasoning):
+            elif isinstance(event, ReasoningDelta):
                 if self._shows_reasoning:
                     deltas.append({"reasoning_content": event.text})
             elif isinstance(event, CallBegin):

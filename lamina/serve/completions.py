@@ -69,10 +69,10 @@ async def completions(service: Service, exchange: Exchange) -> None:
             constraint=constraint,
             show_special=not body.skip_special_tokens,
         )
-        shown = _Prompt(model, ids, prompt if isinstance(prompt, str) else None)
+        shown = _EchoedPrompt(model, ids, prompt if isinstance(prompt, str) else None)
         for answer in range(body.n):
             requests.append(with_seed(request, body.seed, answer))
-            choices.append(_Completion(model, body, shown, is_shown=asked > 0))
+            choices.append(_CompletionAnswer(model, body, shown, is_shown=asked > 0))
     job = Job(
         object="text_completion",
         chunk_object="text_completion",
@@ -101,7 +101,7 @@ def _prompts(given: Prompts) -> list[str | list[int]]:
     return [part for part in given if not isinstance(part, int)]
 
 
-class _Prompt:
+class _EchoedPrompt:
     """One prompt, as ``echo`` shows it."""
 
     def __init__(self, model: Model, ids: list[int], text: str | None) -> None:
@@ -124,10 +124,10 @@ class _Prompt:
         return found
 
 
-class _Completion:
-    """One answer: see `lamina.serve.generate.Choice`."""
+class _CompletionAnswer:
+    """One answer: see `lamina.serve.generate.AnswerForm`."""
 
-    def __init__(self, model: Model, body: CompletionBody, prompt: _Prompt, *, is_shown: bool) -> None:
+    def __init__(self, model: Model, body: CompletionBody, prompt: _EchoedPrompt, *, is_shown: bool) -> None:
         self.prompt_scores: list[Score] = []
         self._model = model
         self._body = body

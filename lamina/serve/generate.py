@@ -1,6 +1,6 @@
 """Run what an HTTP request asks for, and write it as one answer or as a stream of events.
 
-Completions and chats differ in how an answer looks: see `Choice`. Everything else is here.
+Completions and chats differ in how an answer looks: see `AnswerForm`. Everything else is here.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
 from lamina.serve.exchange import ClientGoneError, Exchange
-from lamina.serve.gathering import AnswerEnd, Event, Gathering, NewTokens
+from lamina.serve.gathering import Event, Gathering, NewTokens
 from lamina.serve.parameters import StreamOptions
 from lamina.serve.service import Service
 from lamina.wire.requests import Finished, Request, Score
@@ -34,7 +35,7 @@ Fields = dict[str, Any]
 """The keys of a choice, without its index."""
 
 
-class Choice(Protocol):
+class AnswerForm(Protocol):
     """One answer, in the form of one endpoint. Either the stream methods are called, or ``take`` and then ``whole``."""
 
     prompt_scores: list[Score]
@@ -71,7 +72,7 @@ class Job:
     model: str
     requests: Sequence[Request]
     """One for each choice."""
-    choices: Sequence[Choice]
+    choices: Sequence[AnswerForm]
     prompt_tokens: int
     """Of all prompts, each counted once."""
     prompts: int
@@ -81,32 +82,69 @@ class Job:
     """Returns more keys of a whole answer, once it is complete."""
 
 
-@dataclass
-class _Usage:
-    prompt_tokens: int
-    completion_tokens: int = 0
-    cached: int = 0
+class Meter:
+    """Counts the tokens of an answer, and their times, also for the metrics of the server."""
 
-    def fields(self) -> Fields:
+    def __init__(self, service: Service, exchange: Exchange, *, prompt_tokens: int, choices: int, prompts: int) -> None:
+        """``choices`` is the number of answers to all ``prompts``, and ``prompt_tokens`` counts each of these once."""
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        """The tokens of prompts that were found on the memory nodes."""
+        self._metrics = service.metrics
+        self._now = asyncio.get_running_loop().time
+        self._begun_s = exchange.begun_s
+        self._last_s = [0.0] * choices
+        """When each choice got its last token."""
+        self._per_prompt = choices // prompts
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+
+    def count(self, event: Event) -> None:
+        """Count what has come."""
+        if isinstance(event, NewTokens):
+            now_s, last_s = self._now(), self._last_s[event.index]
+            if last_s:
+                self._metrics.next_token.observe(now_s - last_s)
+            else:
+                self._metrics.first_token.observe(now_s - self._begun_s)
+            self._last_s[event.index] = now_s
+            self.completion_tokens += len(event.tokens)
+        elif event.index % self._per_prompt == 0:
+            self.cached_tokens += event.finished.shared_tokens
+
+    def end(self, *, complete: bool) -> None:
+        """Note that the answer is over."""
+        self._metrics.generated_tokens.inc(self.completion_tokens)
+        if complete:
+            self._metrics.whole.observe(self._now() - self._begun_s)
+
+    def usage(self) -> Fields:
+        """Return the usage so far, as answers tell it."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
-async def run(service: Service, exchange: Exchange, job: Job) -> None:
-    """Answer a request that generates. Raises what the front says against it, and ClientGoneError."""
+@asynccontextmanager
+async def gathered(
+    service: Service, exchange: Exchange, requests: Sequence[Request], meter: Meter
+) -> AsyncIterator[Gathering]:
+    """Run requests while the client is there, and while the block lasts. Raises what the front says against them."""
     service.require_running()
-    with Gathering(service.front.link(), service.front.ids, job.requests) as gathering:
+    complete = False
+    with Gathering(service.front.link(), service.front.ids, requests) as gathering:
         service.began(gathering)
         watching = asyncio.create_task(_watch(exchange, gathering))
         try:
-            await _Writer(service, exchange, job, gathering).write()
+            yield gathering
+            complete = True
         finally:
             watching.cancel()
             service.ended(gathering)
+            meter.end(complete=complete)
 
 
 async def _watch(exchange: Exchange, gathering: Gathering) -> None:
@@ -115,41 +153,34 @@ async def _watch(exchange: Exchange, gathering: Gathering) -> None:
     gathering.stop(ClientGoneError())
 
 
+async def run(service: Service, exchange: Exchange, job: Job) -> None:
+    """Answer a request that generates. Raises what the front says against it, and ClientGoneError."""
+    meter = Meter(service, exchange, prompt_tokens=job.prompt_tokens, choices=len(job.choices), prompts=job.prompts)
+    async with gathered(service, exchange, job.requests, meter) as gathering:
+        await _Writer(exchange, job, gathering, meter).write()
+
+
 class _Writer:
     """Writes one answer while it comes."""
 
-    def __init__(self, service: Service, exchange: Exchange, job: Job, gathering: Gathering) -> None:
-        self._metrics = service.metrics
+    def __init__(self, exchange: Exchange, job: Job, gathering: Gathering, meter: Meter) -> None:
         self._exchange = exchange
         self._job = job
         self._gathering = gathering
-        self._usage = _Usage(job.prompt_tokens)
-        self._now = asyncio.get_running_loop().time
-        self._begun = exchange.begun_s
-        self._last: list[float] = [0.0] * len(job.choices)
-        """When each choice got its last token."""
+        self._meter = meter
         for choice, inbox in zip(job.choices, gathering.inboxes, strict=True):
             choice.prompt_scores = inbox.prompt_scores
 
     async def write(self) -> None:
         """Write the whole answer."""
-        self._metrics.prompt_tokens.inc(self._job.prompt_tokens)
-        try:
-            if self._job.stream:
-                await self._write_stream()
-            else:
-                await self._write_whole()
-        finally:
-            self._metrics.generated_tokens.inc(self._usage.completion_tokens)
-        self._metrics.whole.observe(self._now() - self._begun)
+        await (self._write_stream() if self._job.stream else self._write_whole())
 
     async def _write_whole(self) -> None:
         job, choices = self._job, self._job.choices
         done: list[Fields | None] = [None] * len(choices)
         while self._gathering.left or self._gathering.has_events:
-            events = await self._gathering.next()
-            self._count(events)
-            for event in events:
+            for event in await self._gathering.next():
+                self._meter.count(event)
                 choice = choices[event.index]
                 if isinstance(event, NewTokens):
                     choice.take(event)
@@ -163,13 +194,13 @@ class _Writer:
             "created": int(time.time()),
             "model": job.model,
             "choices": done,
-            "usage": self._usage.fields(),
+            "usage": self._meter.usage(),
             **job.extra(),
         }
         await self._exchange.reply_json(answer)
 
     async def _write_stream(self) -> None:
-        job, exchange, gathering = self._job, self._exchange, self._gathering
+        job, exchange, gathering, meter = self._job, self._exchange, self._gathering, self._meter
         options = job.options or StreamOptions()
         created = int(time.time())
         about = {"id": job.id, "object": job.chunk_object, "created": created, "model": job.model}
@@ -179,7 +210,7 @@ class _Writer:
 
         def chunk(index: int, fields: Fields) -> bytes:
             if options.continuous_usage_stats:
-                return heads[index] + encode(fields)[1:] + b'],"usage":' + encode(self._usage.fields()) + b"}\n\n"
+                return heads[index] + encode(fields)[1:] + b'],"usage":' + encode(meter.usage()) + b"}\n\n"
             return heads[index] + encode(fields)[1:] + b"]}\n\n"
 
         events = await gathering.next(PATIENCE_S)
@@ -187,7 +218,7 @@ class _Writer:
         out = [chunk(index, fields) for index, choice in enumerate(job.choices) for fields in choice.opening()]
         while True:
             for event in events:
-                self._count((event,))
+                meter.count(event)
                 index = event.index
                 choice = job.choices[index]
                 if isinstance(event, NewTokens):
@@ -205,22 +236,7 @@ class _Writer:
             if not events:
                 out.append(_PING)
         if options.include_usage or options.continuous_usage_stats:
-            out.append(head + b',"choices":[],"usage":' + encode(self._usage.fields()) + b"}\n\n")
+            out.append(head + b',"choices":[],"usage":' + encode(meter.usage()) + b"}\n\n")
         out.append(_DONE)
         await exchange.write(b"".join(out))
         await exchange.finish()
-
-    def _count(self, events: Sequence[Event]) -> None:
-        """Count tokens and their times."""
-        now = self._now()
-        for event in events:
-            if isinstance(event, NewTokens):
-                last = self._last[event.index]
-                if last:
-                    self._metrics.next_token.observe(now - last)
-                else:
-                    self._metrics.first_token.observe(now - self._begun)
-                self._last[event.index] = now
-                self._usage.completion_tokens += len(event.tokens)
-            elif isinstance(event, AnswerEnd) and event.index % (len(self._job.choices) // self._job.prompts) == 0:
-                self._usage.cached += event.finished.shared_tokens

@@ -91,6 +91,7 @@ def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_checkpoint_is_served_by_one_command(tmp_path: Path) -> None:
     """It shows its start; after Ctrl-C, what runs is answered, and nothing is left."""
     (port,) = harness.free_ports(1)

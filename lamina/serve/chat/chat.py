@@ -14,7 +14,7 @@ from lamina.serve.chat.feed import Feed, Steps
 from lamina.serve.chat.formats import reasoning_format, tool_format
 from lamina.serve.chat.grammar import Grammars
 from lamina.serve.chat.request import ChatRequest, Message
-from lamina.serve.chat.template import ChatTemplate, Prompt
+from lamina.serve.chat.template import ChatPrompt, ChatTemplate
 from lamina.wire.requests import Constraint
 
 _LETTERS = string.ascii_letters + string.digits
@@ -45,7 +45,7 @@ class Chat:
         """Whether requests have to ask for the text of special tokens, as some mark calls or reasoning."""
         self._hidden = special - shown if shown else frozenset()
 
-    def prompt(self, request: ChatRequest) -> Prompt:
+    def prompt(self, request: ChatRequest) -> ChatPrompt:
         """Return the prompt for a request. RequestError if the template refuses it."""
         return self._template.render(
             [self._adapted(message) for message in request.messages],
@@ -56,13 +56,13 @@ class Chat:
             variables=request.variables,
         )
 
-    def constraint(self, request: ChatRequest, prompt: Prompt, answer: Constraint | None) -> Constraint | None:
+    def constraint(self, request: ChatRequest, prompt: ChatPrompt, answer: Constraint | None) -> Constraint | None:
         """Return what the model's whole answer has to be, if ``answer`` was asked of its content; None if anything."""
         return self._grammars.constraint(
             request, answer, opened=self._opens_reasoning(prompt), closed=self._ends_reasoning(request, prompt)
         )
 
-    def reader(self, request: ChatRequest, prompt: Prompt, *, hide_special: bool = True) -> AnswerReader:
+    def reader(self, request: ChatRequest, prompt: ChatPrompt, *, hide_special: bool = True) -> AnswerReader:
         """Return what reads the answer to a prompt. ``hide_special``: special tokens are no part of the content."""
         opened, closed = self._opens_reasoning(prompt), self._ends_reasoning(request, prompt)
         feed = Feed(
@@ -82,11 +82,11 @@ class Chat:
 
         return AnswerReader(feed, steps())
 
-    def _opens_reasoning(self, prompt: Prompt) -> bool:
+    def _opens_reasoning(self, prompt: ChatPrompt) -> bool:
         begin = self.reasoning.begin
         return bool(begin) and prompt.text.rstrip().endswith(begin)
 
-    def _ends_reasoning(self, request: ChatRequest, prompt: Prompt) -> bool:
+    def _ends_reasoning(self, request: ChatRequest, prompt: ChatPrompt) -> bool:
         end = self.reasoning.end
         return bool(end) and (request.continue_final_message or prompt.text.rstrip().endswith(end))
 

@@ -8,14 +8,14 @@ from typing import TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class ContentDelta:
     """The next part of what the model says."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Reasoning:
+class ReasoningDelta:
     """The next part of what the model thinks before."""
 
     text: str
@@ -45,7 +45,7 @@ class CallEnd:
     index: int
 
 
-ChatEvent: TypeAlias = Content | Reasoning | CallBegin | CallArguments | CallEnd
+ChatEvent: TypeAlias = ContentDelta | ReasoningDelta | CallBegin | CallArguments | CallEnd
 
 
 class ToolCall:
@@ -88,9 +88,9 @@ class ChatAnswer:
         """Add what comes next, and return this answer."""
         for event in events:
             match event:
-                case Content(text):
+                case ContentDelta(text):
                     self._content.append(text)
-                case Reasoning(text):
+                case ReasoningDelta(text):
                     self._reasoning.append(text)
                 case CallBegin(_, id_, name):
                     self.calls.append(ToolCall(id_, name))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Generator
 from typing import TypeAlias, TypeVar
 
 from lamina.model.tokenizer import spelling
-from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, Content, Reasoning
+from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, ContentDelta, ReasoningDelta
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[None, None, T]
@@ -159,7 +159,7 @@ class Feed:
         if not stripped:
             self._space += text
             return
-        self._add(Content(self._space + text[: len(stripped)]))
+        self._add(ContentDelta(self._space + text[: len(stripped)]))
         self._space = text[len(stripped) :]
 
     def reasoning(self, text: str) -> None:
@@ -168,7 +168,7 @@ class Feed:
         if not stripped:
             self._space += text
             return
-        self._add(Reasoning(self._space + text[: len(stripped)]))
+        self._add(ReasoningDelta(self._space + text[: len(stripped)]))
         self._space = text[len(stripped) :]
 
     def end_reasoning(self) -> None:
@@ -200,5 +200,5 @@ class Feed:
     def finish(self, *, reasoning: bool = False) -> None:
         """Give out what has been held back, unless it only followed the calls."""
         if self._space and (reasoning or not self.calls):
-            self._add(Reasoning(self._space) if reasoning else Content(self._space))
+            self._add(ReasoningDelta(self._space) if reasoning else ContentDelta(self._space))
         self._space = ""

@@ -10,11 +10,11 @@ from lamina.errors import ConfigError
 from lamina.model.tokenizer import Tokenizer
 from lamina.serve.chat import harmony, json_calls, marked_calls
 from lamina.serve.chat.feed import Feed, Marker, Steps
-from lamina.serve.chat.request import Function
+from lamina.serve.chat.request import ToolFunction
 from lamina.validation import meant
 
 F = TypeVar("F")
-Reader = Callable[[Feed, Sequence[Function]], Steps[None]]
+Reader = Callable[[Feed, Sequence[ToolFunction]], Steps[None]]
 
 
 @dataclass(frozen=True)

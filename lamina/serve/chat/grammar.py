@@ -11,7 +11,7 @@ from llguidance import regex_to_lark
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer, spelling
 from lamina.serve.chat.formats import ReasoningFormat, ToolFormat
-from lamina.serve.chat.request import ChatRequest, Function
+from lamina.serve.chat.request import ChatRequest, ToolFunction
 from lamina.wire.requests import Constraint, Grammar, JsonObject, JsonSchema, OneOf, Regex
 
 _ANY = r"/(.|\n)*/"
@@ -66,7 +66,8 @@ class Grammars:
         if not any(function.strict for function in request.functions) or not form.trigger:
             return None
         functions = [
-            function if function.strict or form.xml else Function(function.name, {}) for function in request.functions
+            function if function.strict or form.xml else ToolFunction(function.name, {})
+            for function in request.functions
         ]
         free = self._up_to(rules, "free", form.trigger)
         # The mark ends the free text, and so is no part of what follows.
@@ -106,7 +107,7 @@ class Grammars:
                 )
         return f"{self._text('<|channel|>final<|message|>')} {content}" if self._harmony else content
 
-    def _calls(self, rules: _Rules, functions: Sequence[Function], parallel: bool, without: str = "") -> str:
+    def _calls(self, rules: _Rules, functions: Sequence[ToolFunction], parallel: bool, without: str = "") -> str:
         """Return one call or several. The mark ``without``, at which all calls begin, is left out."""
         form = self._tools
         calls = []
@@ -118,7 +119,7 @@ class Grammars:
         several = f" ({self._text(form.between)} {call})*" if parallel and form.between is not None else ""
         return f"{self._text(form.before.removeprefix(without))} {call}{several} {self._text(form.after)}"
 
-    def _arguments(self, rules: _Rules, name: str, function: Function) -> str:
+    def _arguments(self, rules: _Rules, name: str, function: ToolFunction) -> str:
         schema = {"type": "object", **function.parameters}
         if not self._tools.xml:
             return rules.json(name, json.dumps(schema, ensure_ascii=False))
@@ -132,7 +133,7 @@ class Grammars:
             parts.append(part if key in schema.get("required", ()) else f"({part})?")
         return " ".join(parts)
 
-    def _value(self, rules: _Rules, name: str, schema: Any, function: Function) -> str:
+    def _value(self, rules: _Rules, name: str, schema: Any, function: ToolFunction) -> str:
         """Return an argument with a mark of its own, to the mark at its end: a text as it is, all else as JSON."""
         end = "\n</parameter>\n"
         if not isinstance(schema, dict) or schema.get("type") != "string":

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from lamina.serve.chat.feed import Feed, Marker, Steps
-from lamina.serve.chat.request import Function
+from lamina.serve.chat.request import ToolFunction
 
 _HEAD = Marker(["<|channel|>", "<|start|>"])
 _MESSAGE = Marker(["<|message|>", "<|end|>", "<|return|>", "<|call|>"])
@@ -17,7 +17,7 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 SPELLINGS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 
 
-def harmony(feed: Feed, functions: Sequence[Function]) -> Steps[None]:
+def harmony(feed: Feed, functions: Sequence[ToolFunction]) -> Steps[None]:
     """Read messages ``<|channel|>CHANNEL to=functions.NAME<|message|>TEXT<|end|>``. What comes in the channel
     "analysis" is reasoning, what has a recipient is a call, and all else is content, as is text outside of messages."""
     # The prompt ends with the beginning of a message, whose recipient may come before its channel.

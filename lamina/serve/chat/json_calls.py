@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from lamina.serve.chat.feed import Feed, Marker, Steps
-from lamina.serve.chat.request import Function
+from lamina.serve.chat.request import ToolFunction
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _HEAD = re.compile(
@@ -24,7 +24,7 @@ _MISTRAL_NAME = Marker(["[ARGS]", "[CALL_ID]", "{", "[TOOL_CALLS]"])
 _ARGS = Marker(["[ARGS]", "[TOOL_CALLS]"])
 
 
-def hermes(feed: Feed, functions: Sequence[Function]) -> Steps[None]:
+def hermes(feed: Feed, functions: Sequence[ToolFunction]) -> Steps[None]:
     """Read ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, any number of them."""
     while (yield from feed.say(_TOOL_CALL)) is not None:
         yield from _one(feed)
@@ -90,7 +90,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def llama(feed: Feed, functions: Sequence[Function]) -> Steps[None]:
+def llama(feed: Feed, functions: Sequence[ToolFunction]) -> Steps[None]:
     """Read ``{"name": ..., "parameters": {...}}``, with nothing but ``<|python_tag|>`` before, and ``;`` between."""
     tagged = yield from feed.starts(_PYTHON_TAG)
     while True:
@@ -116,7 +116,7 @@ def _object(feed: Feed) -> Steps[bool]:
         yield
 
 
-def mistral(feed: Feed, functions: Sequence[Function]) -> Steps[None]:
+def mistral(feed: Feed, functions: Sequence[ToolFunction]) -> Steps[None]:
     """Read ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]``, or ``[TOOL_CALLS]name[ARGS]{...}`` repeatedly."""
     marker = yield from feed.say(_TOOL_CALLS)
     while marker is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lamina.serve.chat.feed import Feed, Marker, Steps
-from lamina.serve.chat.request import Function
+from lamina.serve.chat.request import ToolFunction
 
 _BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _CALL_END, _SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -23,7 +23,7 @@ _FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)(?:</function>)?\s*", re.DO
 _PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>(.*?)</parameter>", re.DOTALL)
 
 
-def deepseek(feed: Feed, functions: Sequence[Function]) -> Steps[None]:
+def deepseek(feed: Feed, functions: Sequence[ToolFunction]) -> Steps[None]:
     """Read calls between the marks of all calls and of each. A call is a type, a mark, a name and arguments in a block
     of code (V3, R1), or a name, a mark and arguments (V3.1)."""
     while (yield from feed.say(_CALLS)) is not None:
@@ -56,7 +56,7 @@ def _one(feed: Feed, prefix: str) -> Steps[None]:
         feed.text = found + feed.text
 
 
-def qwen_coder(feed: Feed, functions: Sequence[Function]) -> Steps[None]:
+def qwen_coder(feed: Feed, functions: Sequence[ToolFunction]) -> Steps[None]:
     """Read ``<tool_call><function=NAME><parameter=NAME>VALUE</parameter>...</function></tool_call>``. The schema says
     which values are texts and which JSON."""
     while (begin := (yield from feed.say(_XML))) is not None:
@@ -69,7 +69,7 @@ def qwen_coder(feed: Feed, functions: Sequence[Function]) -> Steps[None]:
             feed.call(found[1], json.dumps(arguments, ensure_ascii=False))
 
 
-def _arguments(name: str, text: str, functions: Sequence[Function]) -> dict[str, Any] | None:
+def _arguments(name: str, text: str, functions: Sequence[ToolFunction]) -> dict[str, Any] | None:
     """Return the arguments in a text, or None if there is something else in it."""
     schema = next((function.parameters for function in functions if function.name == name), {})
     properties = schema.get("properties")

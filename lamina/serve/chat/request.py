@@ -23,7 +23,7 @@ MAX_CALLS = 256
 MAX_TOOLS = 512
 
 
-class Part(Struct, frozen=True):
+class ContentPart(Struct, frozen=True):
     """A part of a message's content. Only text is known; other types are refused by name."""
 
     type: str
@@ -51,7 +51,7 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
     """One of ``messages``."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Meta(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     name: Annotated[str, Meta(max_length=256)] | None = None
     tool_calls: Annotated[list[Call], Meta(max_length=MAX_CALLS)] | None = None
     """Of an assistant."""
@@ -96,37 +96,37 @@ class ChatFields(Struct, frozen=True, kw_only=True):
     """Whether the answer goes on with the last message."""
 
 
-class _Function(Struct, frozen=True):
+class _FunctionEntry(Struct, frozen=True):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class _Tool(Struct, frozen=True):
+class _ToolEntry(Struct, frozen=True):
     type: str
-    function: _Function | None = None
+    function: _FunctionEntry | None = None
 
 
 class _Tools(Struct, frozen=True):
-    tools: list[_Tool]
+    tools: list[_ToolEntry]
 
 
 class _Chosen(Struct, frozen=True, forbid_unknown_fields=True):
     name: str
 
 
-class _Choice(Struct, frozen=True, forbid_unknown_fields=True):
+class _ChosenTool(Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["function"]
     function: _Chosen
 
 
 class _Choices(Struct, frozen=True):
-    tool_choice: _Choice
+    tool_choice: _ChosenTool
 
 
 @dataclass(frozen=True)
-class Function:
+class ToolFunction:
     """A tool that the model may call."""
 
     name: str
@@ -144,7 +144,7 @@ class ChatRequest:
     """As templates expect them: arguments are objects, and what is absent has no key."""
     tools: list[dict[str, Any]] = field(default_factory=list)
     """As the client gave them; none if none may be called."""
-    functions: list[Function] = field(default_factory=list)
+    functions: list[ToolFunction] = field(default_factory=list)
     """The tools that may be called: all, or the one that was chosen."""
     must_call: bool = False
     """Whether the answer has to be a call."""
@@ -276,7 +276,7 @@ def _call_of(call: Call) -> dict[str, Any]:
 # -- tools
 
 
-def _tools_of(fields: ChatFields) -> tuple[list[dict[str, Any]], list[Function], bool]:
+def _tools_of(fields: ChatFields) -> tuple[list[dict[str, Any]], list[ToolFunction], bool]:
     """Return the tools for the template, those that may be called, and whether one must be called."""
     tools = fields.tools or []
     functions = []
@@ -288,7 +288,7 @@ def _tools_of(fields: ChatFields) -> tuple[list[dict[str, Any]], list[Function],
         if tool.function is None:
             raise RequestError(f"tools[{i}].function: missing; it has the name and the parameters of the function")
         parameters = tool.function.parameters or {"type": "object", "properties": {}}
-        functions.append(Function(tool.function.name, parameters, bool(tool.function.strict)))
+        functions.append(ToolFunction(tool.function.name, parameters, bool(tool.function.strict)))
     names = [function.name for function in functions]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, Content, Reasoning
+from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, ContentDelta, ReasoningDelta
 from lamina.serve.chat.responses import ResponseRequest
 
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Usage:
+class ResponseUsage:
     """How many tokens a request took."""
 
     prompt: int
@@ -98,10 +98,10 @@ class ResponseWriter:
         made: list[Event] = []
         for event in events:
             match event:
-                case Content(text):
+                case ContentDelta(text):
                     made += self._text(text, pending)
                     pending = []
-                case Reasoning(text):
+                case ReasoningDelta(text):
                     made += self._reasoning(text)
                 case CallBegin(_, id_, name):
                     call = {"type": "function_call", "id": _new_id("fc"), "call_id": id_, "name": name, "arguments": ""}
@@ -113,7 +113,7 @@ class ResponseWriter:
                     made += self._close()
         return made
 
-    def finish(self, reason: Literal["stop", "length"], usage: Usage) -> list[Event]:
+    def finish(self, reason: Literal["stop", "length"], usage: ResponseUsage) -> list[Event]:
         """Return the last events of an answer that is complete, or as long as it may be."""
         complete = reason == "stop"
         made: list[Event] = []

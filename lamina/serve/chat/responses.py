@@ -153,7 +153,7 @@ def read_response(body: dict[str, Any]) -> ResponseRequest:
 # -- items of the input
 
 
-class _Part(Struct, frozen=True):
+class _ItemPart(Struct, frozen=True):
     type: str
     text: str | None = None
     refusal: str | None = None
@@ -161,7 +161,7 @@ class _Part(Struct, frozen=True):
 
 class _MessageItem(Struct, frozen=True):
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[_Part]
+    content: str | list[_ItemPart]
 
 
 class _CallItem(Struct, frozen=True):
@@ -172,7 +172,7 @@ class _CallItem(Struct, frozen=True):
 
 class _OutputItem(Struct, frozen=True):
     call_id: str
-    output: str | list[_Part]
+    output: str | list[_ItemPart]
 
 
 class _Thought(Struct, frozen=True):
@@ -248,7 +248,7 @@ def _item_of(plain: dict[str, Any], at: str) -> Struct:
         raise RequestError(f"{at}{place}{message}") from None
 
 
-def _content_of(content: str | list[_Part], at: str) -> str | list[dict[str, Any]]:
+def _content_of(content: str | list[_ItemPart], at: str) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     parts = []

@@ -36,7 +36,7 @@ _deadline: ContextVar[float] = ContextVar("deadline")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ChatPrompt:
     """What a model gets to read."""
 
     ids: list[int]
@@ -59,7 +59,7 @@ class ChatTemplate:
         self._special = dict(special)
         self.sources = {"default": source} if isinstance(source, str) else dict(source or {})
         """The texts of the templates by name."""
-        environment = _Environment()
+        environment = _TemplateEnvironment()
         self._templates: dict[str, tuple[jinja2.Template, Marks]] = {}
         for name, text in self.sources.items():
             try:
@@ -78,7 +78,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: dict[str, Any] | None = None,
-    ) -> Prompt:
+    ) -> ChatPrompt:
         """Return the prompt for messages, whose roles have been checked: they are not taken for a user's text.
 
         With ``continue_final_message`` the prompt ends in the text of the last message. ``variables`` are for the
@@ -94,7 +94,7 @@ class ChatTemplate:
             continue_final_message=continue_final_message,
             variables=variables,
         )
-        return Prompt(self._tokenizer.encode_marked(text), text.replace(MARK, ""))
+        return ChatPrompt(self._tokenizer.encode_marked(text), text.replace(MARK, ""))
 
     def text(
         self,
@@ -213,7 +213,7 @@ def _check_time() -> str:
 # -- what templates find in their environment
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class _TemplateEnvironment(ImmutableSandboxedEnvironment):
     """What `transformers` gives to templates. Each call and each turn of a loop looks at the clock."""
 
     def __init__(self) -> None:

@@ -17,12 +17,20 @@ from lamina.demo.run import CHECKPOINT
 from lamina.errors import ConfigError
 from lamina.model.tokenizer import Tokenizer
 from lamina.serve.chat.chat import AnswerReader, Chat
-from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatAnswer, ChatEvent, Content, Reasoning
-from lamina.serve.chat.request import ChatRequest, Function
-from lamina.serve.chat.template import ChatTemplate, Prompt
+from lamina.serve.chat.events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    ChatAnswer,
+    ChatEvent,
+    ContentDelta,
+    ReasoningDelta,
+)
+from lamina.serve.chat.request import ChatRequest, ToolFunction
+from lamina.serve.chat.template import ChatPrompt, ChatTemplate
 from tests.serve.chat.checkpoints import CONTEXT, STYLES, save
 
-WEATHER = Function(
+WEATHER = ToolFunction(
     "weather",
     {
         "type": "object",
@@ -30,7 +38,7 @@ WEATHER = Function(
         "required": ["city"],
     },
 )
-TIME = Function("time", {"type": "object", "properties": {"zone": {"type": "string"}}})
+TIME = ToolFunction("time", {"type": "object", "properties": {"zone": {"type": "string"}}})
 ASKED = ChatRequest([{"role": "user", "content": "Hi"}], functions=[WEATHER, TIME])
 
 
@@ -45,7 +53,7 @@ def chat(style: str) -> Chat:
 
 
 def reader(style: str, *, prompt: str = "", request: ChatRequest = ASKED) -> AnswerReader:
-    return chat(style).reader(request, Prompt([], prompt))
+    return chat(style).reader(request, ChatPrompt([], prompt))
 
 
 def read(style: str, *pieces: str, prompt: str = "", request: ChatRequest = ASKED) -> list[ChatEvent]:
@@ -211,7 +219,7 @@ def joined(events: list[ChatEvent]) -> list[tuple[Any, ...]]:
     runs: list[list[Any]] = []
     for event in events:
         match event:
-            case Content(text) | Reasoning(text):
+            case ContentDelta(text) | ReasoningDelta(text):
                 kind: list[Any] = [type(event)]
             case CallArguments(index, text):
                 kind = [type(event), index]
@@ -300,7 +308,7 @@ def test_special_tokens_that_mark_nothing_stay_hidden() -> None:
     assert chat("mistral").show_special
     assert not chat("qwen").show_special
     assert told(read("mistral", "a</s>b", "[IN", "ST]c")) == ("abc", "", [])
-    shown = chat("mistral").reader(ASKED, Prompt([], ""), hide_special=False)
+    shown = chat("mistral").reader(ASKED, ChatPrompt([], ""), hide_special=False)
     assert told([*shown.push("a</s>b"), *shown.finish()]) == ("a</s>b", "", [])
 
 

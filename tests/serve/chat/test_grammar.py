@@ -18,14 +18,14 @@ from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer
 from lamina.serve.chat.chat import Chat
 from lamina.serve.chat.events import ChatAnswer
-from lamina.serve.chat.request import ChatRequest, Function
-from lamina.serve.chat.template import ChatTemplate, Prompt
+from lamina.serve.chat.request import ChatRequest, ToolFunction
+from lamina.serve.chat.template import ChatPrompt, ChatTemplate
 from lamina.wire.requests import Constraint, Grammar, JsonObject, JsonSchema, OneOf, Regex
 from tests.serve.chat.checkpoints import CONTEXT, STYLES, save
 from tests.serve.chat.test_answers import TIME, WEATHER
 
 ASKED = [{"role": "user", "content": "Hi"}]
-STRICT = Function("weather", {**WEATHER.parameters, "additionalProperties": False}, strict=True)
+STRICT = ToolFunction("weather", {**WEATHER.parameters, "additionalProperties": False}, strict=True)
 
 
 class Model:
@@ -43,7 +43,7 @@ class Model:
         self.grammars = llguidance.hf.from_tokenizer(self.library)
 
     def constraint(self, request: ChatRequest, answer: Constraint | None = None, prompt: str = "") -> Constraint | None:
-        return self.chat.constraint(request, Prompt([], prompt), answer)
+        return self.chat.constraint(request, ChatPrompt([], prompt), answer)
 
     def accepts(self, grammar: Constraint | None, text: str) -> bool:
         """Return whether a grammar takes a whole text, token by token."""
@@ -74,7 +74,7 @@ class Model:
         return str(self.library.decode(ids, skip_special_tokens=False))
 
     def calls(self, request: ChatRequest, text: str, prompt: str = "") -> list[tuple[str, Any]]:
-        reader = self.chat.reader(request, Prompt([], prompt))
+        reader = self.chat.reader(request, ChatPrompt([], prompt))
         answer = ChatAnswer().take([*reader.push(text), *reader.finish()])
         return [(call.name, json.loads(call.arguments)) for call in answer.calls]
 
@@ -218,7 +218,9 @@ def test_arguments_with_marks_of_their_own_keep_their_types() -> None:
         "days": {"type": "array", "items": {"type": "integer"}},
     }
     request = ChatRequest(
-        ASKED, functions=[Function("f", {"properties": properties, "required": ["unit"]}, strict=True)], must_call=True
+        ASKED,
+        functions=[ToolFunction("f", {"properties": properties, "required": ["unit"]}, strict=True)],
+        must_call=True,
     )
     grammar = model("qwen_coder").constraint(request)
     text = "<tool_call>\n<function=f>\n<parameter=unit>\nC\n</parameter>\n<parameter=days>\n[1, 2]\n</parameter>\n"
@@ -232,7 +234,7 @@ def test_arguments_with_marks_of_their_own_keep_their_types() -> None:
         model("qwen_coder").constraint(
             ChatRequest(
                 ASKED,
-                functions=[Function("f", {"properties": {"a": {"type": "string", "maxLength": 3}}}, strict=True)],
+                functions=[ToolFunction("f", {"properties": {"a": {"type": "string", "maxLength": 3}}}, strict=True)],
                 must_call=True,
             )
         )

@@ -13,9 +13,9 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from lamina.errors import RequestError
-from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, Content, Reasoning
+from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, ContentDelta, ReasoningDelta
 from lamina.serve.chat.request import ChatFields, read_chat
-from lamina.serve.chat.response_events import Event, ResponseWriter, Usage
+from lamina.serve.chat.response_events import Event, ResponseUsage, ResponseWriter
 from lamina.serve.chat.responses import read_response
 
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True, "description": "d"}
@@ -29,7 +29,7 @@ def messages_of(items: Any, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_items_become_messages() -> None:
-    """Reasoning, text and calls between what others say are one message of the assistant."""
+    """ReasoningDelta, text and calls between what others say are one message of the assistant."""
     items = [
         {"role": "developer", "content": "Be brief"},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
@@ -137,19 +137,19 @@ def test_what_is_not_supported_is_named(body: dict[str, Any], error: str) -> Non
 
 
 ANSWER: list[ChatEvent] = [
-    Reasoning("H"),
-    Reasoning("m"),
-    Content("I "),
-    Content("look"),
+    ReasoningDelta("H"),
+    ReasoningDelta("m"),
+    ContentDelta("I "),
+    ContentDelta("look"),
     CallBegin(0, "call_1", "f"),
     CallArguments(0, '{"a"'),
     CallArguments(0, ": 1}"),
     CallEnd(0),
     CallBegin(1, "call_2", "f"),
     CallEnd(1),
-    Content("Done"),
+    ContentDelta("Done"),
 ]
-USAGE = Usage(prompt=7, answer=5, shared=3, reasoning=2)
+USAGE = ResponseUsage(prompt=7, answer=5, shared=3, reasoning=2)
 
 
 def writer(**body: Any) -> ResponseWriter:
@@ -216,7 +216,7 @@ def test_the_client_builds_up_the_answer_from_the_stream(reason: Any) -> None:
 def test_an_empty_answer_has_a_message() -> None:
     """Clients take the text of the last message."""
     one = writer(text={"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}, "verbosity": "low"})
-    response = read_by_client([*one.begin(), *one.push([Reasoning("Hm")]), *one.finish("stop", USAGE)])
+    response = read_by_client([*one.begin(), *one.push([ReasoningDelta("Hm")]), *one.finish("stop", USAGE)])
     assert response.output_text == ""
     assert response.output[-1].type == "message"
 
@@ -225,7 +225,7 @@ def test_logprobs_are_with_their_text() -> None:
     """Those of a delta are in the delta, and all are in the message."""
     about = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
     one = writer(include=["message.output_text.logprobs"])
-    events = [*one.begin(), *one.push([Content("a")], [about]), *one.push([Content("a")], [about])]
+    events = [*one.begin(), *one.push([ContentDelta("a")], [about]), *one.push([ContentDelta("a")], [about])]
     response = read_by_client([*events, *one.finish("stop", USAGE)])
     assert [event["logprobs"] for event in events if event["type"].endswith("text.delta")] == [[about], [about]]
     assert len(response.output[0].content[0].logprobs) == 2  # type: ignore[union-attr,index,arg-type]
@@ -234,7 +234,7 @@ def test_logprobs_are_with_their_text() -> None:
 def test_a_failed_answer_says_why() -> None:
     """The last event has the error."""
     one = writer()
-    response = read_by_client([*one.begin(), *one.push([Content("a")]), *one.fail("a node was lost")])
+    response = read_by_client([*one.begin(), *one.push([ContentDelta("a")]), *one.fail("a node was lost")])
     assert response.status == "failed"
     assert response.error is not None
     assert (response.error.code, response.error.message) == ("server_error", "a node was lost")
