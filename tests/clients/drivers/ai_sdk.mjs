@@ -46,7 +46,9 @@ const cases = {
 
   async streamed_tool() {
     const paint = makeTool({ description: "Paint it.", inputSchema: schema });
-    const answer = streamText({ ...settings({ tokens: server.room }), tools: { paint }, toolChoice: "required" });
+    const closing = { transformRequestBody: (body) => ({ ...body, logit_bias: server.closing }) };
+    const given = settings({ tokens: server.room, ...closing });
+    const answer = streamText({ ...given, tools: { paint }, toolChoice: "required" });
     const calls = await answer.toolCalls;
     return { name: calls[0].toolName, arguments: calls[0].input };
   },

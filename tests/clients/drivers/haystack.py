@@ -53,7 +53,8 @@ def stream(server: SimpleNamespace) -> Any:
 
 def tool(server: SimpleNamespace) -> Any:
     paint = Tool(name="paint", description="Paint it.", parameters=COLOUR, function=lambda colour: colour)
-    reply = _run(server, tools=[paint], tool_choice="required", max_completion_tokens=server.room)
+    more = {"tool_choice": "required", "max_completion_tokens": server.room, "logit_bias": server.closing}
+    reply = _run(server, tools=[paint], **more)
     return {"name": reply.tool_call.tool_name, "arguments": reply.tool_call.arguments}
 
 

@@ -96,7 +96,9 @@ def response_stream(server: SimpleNamespace) -> Any:
 
 def tool(server: SimpleNamespace) -> Any:
     forced = {"type": "function", "function": {"name": "paint"}}
-    call = _ask(server, tools=[TOOL], tool_choice=forced, max_tokens=server.room).choices[0].message.tool_calls[0]
+    [choice] = _ask(server, tools=[TOOL], tool_choice=forced, max_tokens=server.room).choices
+    assert choice.finish_reason in ("stop", "tool_calls")
+    [call] = choice.message.tool_calls
     return {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
 
 
@@ -106,6 +108,7 @@ def streamed_tool(server: SimpleNamespace) -> Any:
         messages=[{"role": "user", "content": server.question}],
         tools=[TOOL],
         tool_choice="required",
+        logit_bias=server.closing,
         temperature=0,
         max_tokens=server.room,
     ) as events:

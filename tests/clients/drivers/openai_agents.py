@@ -90,7 +90,7 @@ def response_structured(server: SimpleNamespace) -> Any:
 
 
 def _called(server: SimpleNamespace, kind: Any) -> Any:
-    settings = {"max_tokens": server.room, "tool_choice": "required"}
+    settings = {"max_tokens": server.room, "tool_choice": "required", "extra_body": {"logit_bias": server.closing}}
     agent = _agent(server, kind, tools=[paint], settings=settings, tool_use_behavior="stop_on_first_tool")
     return {"colour": Runner.run_sync(agent, server.question).final_output}
 

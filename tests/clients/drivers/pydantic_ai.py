@@ -63,7 +63,8 @@ async def response_stream(server: SimpleNamespace) -> Any:
 
 def tool_arguments(server: SimpleNamespace) -> Any:
     agent = Agent(_chat(server), output_type=Paint, retries=0)
-    return agent.run_sync(server.question, model_settings=_settings(server, max_tokens=server.room)).output.model_dump()
+    settings = _settings(server, max_tokens=server.room, logit_bias=server.closing)
+    return agent.run_sync(server.question, model_settings=settings).output.model_dump()
 
 
 def structured(server: SimpleNamespace) -> Any:
@@ -74,7 +75,8 @@ def structured(server: SimpleNamespace) -> Any:
 def response_tool_arguments(server: SimpleNamespace) -> Any:
     os.environ |= {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": server.key}
     agent = Agent(f"openai:{server.model}", output_type=Paint, retries=0)
-    return agent.run_sync(server.question, model_settings=_settings(server, max_tokens=server.room)).output.model_dump()
+    settings = _settings(server, max_tokens=server.room, extra_body={"logit_bias": server.closing})
+    return agent.run_sync(server.question, model_settings=settings).output.model_dump()
 
 
 def wrong_model(server: SimpleNamespace) -> Any:
