@@ -8,7 +8,14 @@ from typing import Any
 
 from lamina.errors import HttpError
 from lamina.serve.chat.chat import AnswerReader
-from lamina.serve.chat.events import CallArguments, CallBegin, ChatAnswer, ChatEvent, ContentDelta
+from lamina.serve.chat.events import (
+    CallArguments,
+    CallBegin,
+    ChatAnswer,
+    ChatEvent,
+    ContentDelta,
+    ReasoningDelta,
+)
 from lamina.serve.chat.request import ChatFields, ChatRequest, read_chat
 from lamina.serve.chat.template import ChatPrompt
 from lamina.serve.completions import prompt_logprobs
