@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.clients.environments import environment
-from tests.clients.server import MODEL, PROMPT, QUESTION, Server
+from tests.clients.server import KNOWN_MODEL, MODEL, PROMPT, QUESTION, Server
 
 FOLDER = Path(__file__).parent
 TOKENS = 12
@@ -72,6 +72,7 @@ def drive(client: str, cases: Sequence[str], server: Server, home: Path) -> dict
         "url": server.url,
         "key": "unused-key",
         "model": MODEL,
+        "known_model": KNOWN_MODEL,
         "question": QUESTION,
         "prompt": PROMPT,
         "tokens": TOKENS,

@@ -24,6 +24,8 @@ from lamina.demo.run import CHECKPOINT
 from tests import harness
 
 MODEL = "lamina-demo"
+KNOWN_MODEL = "gpt-4o-mini"
+"""Another name of it, by which some clients believe that it can do more."""
 QUESTION = "Tell me about the little dog."
 PROMPT = "Once upon a time there was a little"
 CONTEXT = 16384
@@ -126,7 +128,8 @@ def running(folder: Path) -> Iterator[Server]:
     )
     nodes = {node.name: harness.start_node(config, node.name) for node in config.node}
     [port] = harness.free_ports(1)
-    nodes["serve"] = harness.start(folder / "serve.log", "serve", str(config.file), "--port", str(port))
+    names = ("--served-model-name", MODEL, "--served-model-name", KNOWN_MODEL)
+    nodes["serve"] = harness.start(folder / "serve.log", "serve", str(config.file), "--port", str(port), *names)
     server = Server(config, checkpoint, port, nodes)
     try:
         server.wait()

@@ -11,21 +11,27 @@ from tests.clients.server import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-WAYS = ("server_tokenizer", "local_tokenizer", "many_at_a_time")
+WAYS = {
+    "server_tokenizer": "own",
+    "local_tokenizer": "own",
+    "local_tokenizer_with_begin": "own_with_begin",
+    "many_at_a_time": "own",
+}
+"""Ways through the server, and with what each is compared."""
 
 
 @pytest.fixture(scope="module")
 def results(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases = ("own", *WAYS, "own_chat", "chat")
+    cases = ("own", "own_with_begin", *WAYS, "own_chat", "chat")
     return drive("lm-eval", cases, server, tmp_path_factory.mktemp("lm-eval"))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_lm_eval_finds_what_its_own_backend_finds(way: str, results: dict[str, Any]) -> None:
     """Log-likelihoods to 1e-3, whether each token is the likeliest one, and texts until a stop."""
-    assert "value" in results["own"], results["own"]["traceback"]
-    assert "value" in results[way], results[way]["traceback"]
-    own, found = results["own"]["value"], results[way]["value"]
+    for case in (WAYS[way], way):
+        assert "value" in results[case], results[case]["traceback"]
+    own, found = results[WAYS[way]]["value"], results[way]["value"]
 
     for expected, answers in zip(own["choose"]["answers"], found["choose"]["answers"], strict=True):
         for (likelihood, greedy), (other, other_greedy) in zip(expected, answers, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import dspy
 
@@ -21,13 +21,11 @@ def plain(server: SimpleNamespace) -> Any:
 
 
 def structured(server: SimpleNamespace) -> Any:
-    """The adapter asks for a schema that it makes of the signature."""
-    from typing import Literal
-
+    """The adapter asks for a schema that it makes of the signature, of models that it knows by name."""
     signature = dspy.Signature(
         {"question": (str, dspy.InputField()), "colour": (Literal["red", "green"], dspy.OutputField())}
     )
-    with dspy.context(lm=_lm(server, max_tokens=server.room), adapter=dspy.JSONAdapter()):
+    with dspy.context(lm=_lm(server, model=f"openai/{server.known_model}", max_tokens=server.room), adapter=dspy.JSONAdapter()):
         return {"colour": dspy.Predict(signature)(question=server.question).colour}
 
 

@@ -31,7 +31,8 @@ async def _generate(
 def _facts(answer: Any) -> Any:
     return {
         "text": answer.completion,
-        "prompt_tokens": answer.usage.input_tokens,
+        # It keeps those that the server has found in its cache apart.
+        "prompt_tokens": answer.usage.input_tokens + (answer.usage.input_tokens_cache_read or 0),
         "completion_tokens": answer.usage.output_tokens,
     }
 

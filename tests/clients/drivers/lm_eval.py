@@ -73,20 +73,33 @@ def _through_server(server: SimpleNamespace, **more: Any) -> Any:
 
 
 def own(server: SimpleNamespace) -> Any:
-    arguments = {"pretrained": server.checkpoint, "dtype": "float32", "device": "cpu"}
+    # By default it would begin prompts as the tokenizer does, which it never does through a server.
+    arguments = {"pretrained": server.checkpoint, "dtype": "float32", "device": "cpu", "add_bos_token": False}
+    return _evaluate("hf", arguments, list(TASKS), batch_size=1)
+
+
+def own_with_begin(server: SimpleNamespace) -> Any:
+    arguments = {"pretrained": server.checkpoint, "dtype": "float32", "device": "cpu", "add_bos_token": True}
     return _evaluate("hf", arguments, list(TASKS), batch_size=1)
 
 
 def server_tokenizer(server: SimpleNamespace) -> Any:
-    return _through_server(server)
+    # It takes a token whose id is 0, as that of the beginning is here, for none.
+    return _through_server(server, custom_prefix_token_id=0)
 
 
 def local_tokenizer(server: SimpleNamespace) -> Any:
     return _through_server(server, tokenizer=server.checkpoint, tokenizer_backend="huggingface")
 
 
+def local_tokenizer_with_begin(server: SimpleNamespace) -> Any:
+    return _through_server(
+        server, tokenizer=server.checkpoint, tokenizer_backend="huggingface", add_bos_token=True
+    )
+
+
 def many_at_a_time(server: SimpleNamespace) -> Any:
-    return _through_server(server, batch_size=4, num_concurrent=2)
+    return _through_server(server, custom_prefix_token_id=0, batch_size=4, num_concurrent=2)
 
 
 def _chat(model: str, arguments: dict[str, Any], **more: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ def tool_call(server: SimpleNamespace) -> Any:
     answer = _model(server, max_tokens=server.room, logit_bias=server.closing)(_messages(server), tools_to_call_from=[paint])
     assert answer.tool_calls is not None
     call = answer.tool_calls[0].function
-    return {"name": call.name, "arguments": call.arguments}
+    return {"name": call.name, "arguments": json.loads(call.arguments)}
 
 
 def wrong_model(server: SimpleNamespace) -> Any:
