@@ -25,7 +25,9 @@ def structured(server: SimpleNamespace) -> Any:
     signature = dspy.Signature(
         {"question": (str, dspy.InputField()), "colour": (Literal["red", "green"], dspy.OutputField())}
     )
-    with dspy.context(lm=_lm(server, model=f"openai/{server.known_model}", max_tokens=server.room), adapter=dspy.JSONAdapter()):
+    with dspy.context(
+        lm=_lm(server, model=f"openai/{server.known_model}", max_tokens=server.room), adapter=dspy.JSONAdapter()
+    ):
         return {"colour": dspy.Predict(signature)(question=server.question).colour}
 
 

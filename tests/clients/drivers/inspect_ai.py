@@ -55,7 +55,11 @@ async def tool(server: SimpleNamespace) -> Any:
         name="paint", description="Paint it.", parameters=ToolParams(properties={"colour": colour}, required=["colour"])
     )
     answer = await _generate(
-        server, f"openai-api/lamina/{server.model}", tools=[info], tool_choice=ToolFunction("paint"), max_tokens=server.room
+        server,
+        f"openai-api/lamina/{server.model}",
+        tools=[info],
+        tool_choice=ToolFunction("paint"),
+        max_tokens=server.room,
     )
     call = answer.message.tool_calls[0]
     return {"name": call.function, "arguments": call.arguments}

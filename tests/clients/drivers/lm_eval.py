@@ -93,9 +93,7 @@ def local_tokenizer(server: SimpleNamespace) -> Any:
 
 
 def local_tokenizer_with_begin(server: SimpleNamespace) -> Any:
-    return _through_server(
-        server, tokenizer=server.checkpoint, tokenizer_backend="huggingface", add_bos_token=True
-    )
+    return _through_server(server, tokenizer=server.checkpoint, tokenizer_backend="huggingface", add_bos_token=True)
 
 
 def many_at_a_time(server: SimpleNamespace) -> Any:

@@ -56,7 +56,9 @@ def stream(server: SimpleNamespace) -> Any:
 
 def tool_call(server: SimpleNamespace) -> Any:
     """The agents' way: any of the tools, but one of them."""
-    answer = _model(server, max_tokens=server.room, logit_bias=server.closing)(_messages(server), tools_to_call_from=[paint])
+    answer = _model(server, max_tokens=server.room, logit_bias=server.closing)(
+        _messages(server), tools_to_call_from=[paint]
+    )
     assert answer.tool_calls is not None
     call = answer.tool_calls[0].function
     return {"name": call.name, "arguments": json.loads(call.arguments)}
