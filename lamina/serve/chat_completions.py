@@ -104,7 +104,7 @@ def _check(body: ChatBody) -> None:
         raise HttpError("max_tokens and max_completion_tokens mean the same, but differ", param="max_tokens")
     if 0 in both:
         raise HttpError("max_tokens: expected int >= 1, got 0", param="max_tokens")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise HttpError("top_logprobs: needs logprobs: true", param="top_logprobs")
     if body.stream and body.prompt_logprobs is not None:
         raise HttpError("prompt_logprobs: not possible in a stream", param="prompt_logprobs")

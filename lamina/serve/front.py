@@ -36,6 +36,8 @@ class FrontKeeper:
         """The numbers of requests, which differ."""
         self.status: Status | None = None
         """What the front last said of itself; None while it cannot be reached."""
+        self.reason = "it has not answered yet"
+        """Why it cannot be reached."""
 
     @property
     def is_reachable(self) -> bool:
@@ -50,7 +52,7 @@ class FrontKeeper:
     def link(self) -> FrontLink:
         """Return the link. HttpError if the front takes no requests now."""
         if self._link is None or self._link.failure or self.status is None:
-            raise unavailable(f"the front at {self._address} cannot be reached; retry in a moment")
+            raise unavailable(f"the front cannot be reached: {self.reason}; retry in a moment")
         if self.status.state != "ready":
             waiting = f" for {self.status.waiting_for}" if self.status.waiting_for else ""
             raise unavailable(f"the cluster is {self.status.state}{waiting} and takes no requests; retry in a moment")
@@ -58,14 +60,13 @@ class FrontKeeper:
 
     async def keep(self) -> None:
         """Connect, watch the state of the front, and begin anew when it is lost, until this is cancelled."""
-        said = ""
         while True:
             try:
                 await self._connect_and_watch()
             except LaminaError as e:
-                if self.status is not None or str(e) != said:  # each reason once, not every quarter of a second
-                    said = str(e)
-                    log.warning("event=front_away address=%s reason=%r", self._address, said)
+                if self.status is not None or str(e) != self.reason:  # each once, not every quarter of a second
+                    self.reason = str(e)
+                    log.warning("event=front_away address=%s reason=%r", self._address, self.reason)
             finally:
                 link, self._link, self.status = self._link, None, None
                 if link is not None:

@@ -11,7 +11,7 @@ from lamina.serve.service import Service
 async def health(service: Service, exchange: Exchange) -> None:
     """Say whether the front can be reached."""
     if not service.front.is_reachable:
-        raise problems.unavailable("the front cannot be reached")
+        raise problems.unavailable(f"the front cannot be reached: {service.front.reason}")
     await exchange.reply_json({"status": "ok", "front": service.front.state})
 
 

@@ -9,13 +9,14 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 import uvloop
 
 from lamina import log as logs
 from lamina.config import ClusterConfig
-from lamina.errors import ConnectError, LaminaError
+from lamina.errors import CheckpointError, ConnectError, LaminaError
 from lamina.serve.app import make_app
 from lamina.serve.facts import read_facts
 from lamina.serve.front import FrontKeeper
@@ -37,11 +38,14 @@ def run(config: ClusterConfig, options: ServeOptions) -> int:
     logs.configure("serve")
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it says of requests, this server says itself
     _raise_descriptor_limit()
-    uvloop.run(_main(config, options))
+    failure = uvloop.run(_main(config, options))
+    if failure:
+        raise CheckpointError(failure)
     return 0
 
 
-async def _main(config: ClusterConfig, options: ServeOptions) -> None:
+async def _main(config: ClusterConfig, options: ServeOptions) -> str:
+    """Serve until the end. Return why the model cannot be served, if that was the reason."""
     front = FrontKeeper(config.front.address, config.options())
     names = list(options.names) or [config.model_path.resolve().name]
     service = Service(front, names, options.max_body)
@@ -63,6 +67,8 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
         log.info("event=listening url=%s://%s:%d", scheme, options.host, address[1], extra={"progress": "connecting"})
         beside = (front.keep(), _read_model(service, config), _announce(service), _end_when_drained(service, server))
         tasks = [asyncio.create_task(work) for work in beside]
+        for task in tasks:
+            task.add_done_callback(partial(_end_after_error, server))
         try:
             await server.serve(sockets=[listening])
         finally:
@@ -71,6 +77,14 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
             service.workers.close()
     log.info("event=stopped")
+    return service.failure
+
+
+def _end_after_error(server: uvicorn.Server, task: asyncio.Task[None]) -> None:
+    """End the server if what it cannot do without has met an error that nobody expected."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("event=internal_error", exc_info=error)
+        server.should_exit = True
 
 
 async def _read_model(service: Service, config: ClusterConfig) -> None:
@@ -81,6 +95,7 @@ async def _read_model(service: Service, config: ClusterConfig) -> None:
     except LaminaError as e:
         service.failure = str(e)
         log.error("event=failed reason=%r", str(e), extra={"failure": e})
+        service.draining.set()  # it would never be ready
 
 
 async def _announce(service: Service) -> None:

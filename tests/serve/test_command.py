@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -77,6 +78,19 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "config.json" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_tokenizer_that_cannot_be_read_ends_the_server(cluster: ClusterConfig, tmp_path: Path) -> None:
+    """As it would never be ready."""
+    folder = tmp_path / "broken"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    config = write_cluster(tmp_path / "broken.toml", ModelConfig(path=str(folder)), cluster.node)
+
+    done = _run([str(config.file), "--port", "0"], tmp_path)
+
+    assert done.returncode == 1
+    assert f"lamina: {folder / 'tokenizer.json'}: the tokenizer cannot be read: " in done.stderr.splitlines()[-1]
 
 
 def test_a_port_in_use_is_named(cluster: ClusterConfig, server: Server, tmp_path: Path) -> None:
