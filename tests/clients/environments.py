@@ -100,7 +100,7 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def python_of(client: Client) -> str | None:
-    """A Python that is new enough for a client: this one if it is, else one of the PATH or of pyenv; None if none is."""
+    """A Python that is new enough for a client: this one, or one of the PATH or of pyenv; None if there is none."""
     least = tuple(map(int, client.python.split(".")))
     if sys.version_info >= least:
         return sys.executable

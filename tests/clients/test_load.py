@@ -139,11 +139,7 @@ def inference_perf(server: Server, home: Path) -> Report:
     summary = json.loads((home / "report" / "summary_lifecycle_metrics.json").read_text())
     assert summary["failures"]["count"] == 0
     found = summary["successes"]
-    return Report(
-        found["count"],
-        found["count"] * found["prompt_len"]["mean"],
-        found["count"] * found["output_tokens"]["mean"],
-    )
+    return Report(found["count"], found["prompt_tokens"]["total"], found["output_tokens"]["total"])
 
 
 def _words(arguments: dict[str, str]) -> list[str]:

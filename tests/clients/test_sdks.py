@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.clients.programs import TOKENS, drive
+from tests.clients.programs import ROOM, TOKENS, drive
 from tests.clients.server import PROMPT, QUESTION, Server
 
 CASES: dict[str, dict[str, str]] = {
@@ -61,7 +61,8 @@ CASES: dict[str, dict[str, str]] = {
         "broken_stream": "APIError",
     },
     "openai-agents": {
-        **dict.fromkeys(("plain", "stream", "response", "response_stream"), "chat"),
+        **dict.fromkeys(("plain", "stream"), "chat"),
+        **dict.fromkeys(("response", "response_stream"), "whole chat"),
         **dict.fromkeys(
             ("structured", "response_structured", "tool_arguments", "response_tool_arguments"), "arguments"
         ),
@@ -152,12 +153,13 @@ def test_a_client_gets_what_it_asks_for(
 
 
 def _compare(value: dict[str, Any], server: Server, kind: str) -> None:
-    prompt = server.chat_ids(QUESTION) if kind == "chat" else server.tokenizer(PROMPT)["input_ids"]
-    own = server.answer(prompt, TOKENS)
+    prompt = server.tokenizer(PROMPT)["input_ids"] if kind == "completion" else server.chat_ids(QUESTION)
+    own = server.answer(prompt, ROOM if kind == "whole chat" else TOKENS)
     if "pieces" in value:
         assert len(value["pieces"]) >= 1
     text = value["text"] if "text" in value else "".join(value["pieces"])
     assert text.strip() == own.text.strip()  # some clients strip what they show
-    assert value.get("prompt_tokens", len(prompt)) == len(prompt)
-    assert value["completion_tokens"] == len(own.tokens)
+    assert value["prompt_tokens"] in (len(prompt), None)
+    if value["completion_tokens"] is not None:  # llm shows no usage of completions
+        assert value["completion_tokens"] == len(own.tokens)
     assert value.get("finish", own.finish_reason) == own.finish_reason

@@ -52,7 +52,8 @@ def _facts(run: Any) -> Any:
 
 
 def response(server: SimpleNamespace) -> Any:
-    run = Runner.run_sync(_agent(server, OpenAIResponsesModel), server.question)
+    # An answer that is cut at max_output_tokens is an error for it, but not over chat.
+    run = Runner.run_sync(_agent(server, OpenAIResponsesModel, settings={"max_tokens": server.room}), server.question)
     return {"text": run.final_output, **_facts(run)}
 
 
@@ -76,7 +77,7 @@ async def stream(server: SimpleNamespace) -> Any:
 
 
 async def response_stream(server: SimpleNamespace) -> Any:
-    return await _stream(_agent(server, OpenAIResponsesModel), server.question)
+    return await _stream(_agent(server, OpenAIResponsesModel, settings={"max_tokens": server.room}), server.question)
 
 
 def structured(server: SimpleNamespace) -> Any:
