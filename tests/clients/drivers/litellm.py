@@ -48,7 +48,11 @@ def stream(server: SimpleNamespace) -> Any:
 def passed_on(server: SimpleNamespace) -> Any:
     """Keys that are no part of OpenAI's API reach the server."""
     answer = _ask(server, top_k=1, temperature=1.0, min_tokens=server.tokens)
-    return {"text": answer.choices[0].message.content, "completion_tokens": answer.usage.completion_tokens}
+    return {
+        "text": answer.choices[0].message.content,
+        "prompt_tokens": answer.usage.prompt_tokens,
+        "completion_tokens": answer.usage.completion_tokens,
+    }
 
 
 def tool(server: SimpleNamespace) -> Any:
