@@ -35,7 +35,7 @@ test: setup      ## the fast tests; those over RDMA too, where its kernel has be
 test-slow: setup ## the long tests
 	$(BIN)/python -m pytest -rs -m slow --ignore tests/clients
 
-test-clients: setup  ## programs that others wrote against the endpoint; they need the package indexes, 6 GB and an hour once
+test-clients: setup  ## programs that others wrote against the endpoint; once they need the package indexes, half an hour and 7 GB
 	$(BIN)/python -m pytest -rs -m 'slow or not slow' --durations 10 tests/clients $(if $(CLIENT),-k $(CLIENT))
 
 package: setup   ## build sdist and wheel, install them where nothing else is, run the demo and a few tests

@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, str]] = {
         "broken_stream": "RuntimeError",
     },
     "instructor": {
-        **dict.fromkeys(("tool_arguments", "structured", "streamed_tool_arguments"), "arguments"),
+        **dict.fromkeys(("tool_arguments", "structured", "streamed_tool_arguments", "json_object"), "arguments"),
         "wrong_model": "InstructorRetryException",
     },
     "pydantic-ai": {
@@ -92,6 +92,7 @@ CASES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("plain", "stream"), "chat"),
         **dict.fromkeys(("tool", "streamed_tool"), "tool"),
         "structured": "arguments",
+        "json_object": "object",
         "wrong_model": "AI_APICallError",
         "broken_stream": "Error",
     },
@@ -130,6 +131,8 @@ def _check(result: dict[str, Any], expected: str, server: Server) -> None:
     value = result["value"]
     if expected == "arguments":
         assert value in ({"colour": "red"}, {"colour": "green"})
+    elif expected == "object":
+        assert isinstance(value, dict)
     elif expected == "tool":
         assert value["name"].lower() == "paint"
         assert value["arguments"] in ({"colour": "red"}, {"colour": "green"})

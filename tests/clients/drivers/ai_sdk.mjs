@@ -18,6 +18,9 @@ function settings({ model = server.model, tokens = server.tokens, ...provider } 
   return { model: lamina(model), ...given };
 }
 
+// Without it, the demo model goes on for ever where it may.
+const closing = { transformRequestBody: (body) => ({ ...body, logit_bias: server.closing }) };
+
 const cases = {
   async plain() {
     const { text, usage, finishReason } = await generateText(settings());
@@ -46,7 +49,6 @@ const cases = {
 
   async streamed_tool() {
     const paint = makeTool({ description: "Paint it.", inputSchema: schema });
-    const closing = { transformRequestBody: (body) => ({ ...body, logit_bias: server.closing }) };
     const given = settings({ tokens: server.room, ...closing });
     const answer = streamText({ ...given, tools: { paint }, toolChoice: "required" });
     const calls = await answer.toolCalls;
@@ -55,6 +57,12 @@ const cases = {
 
   async structured() {
     const given = { ...settings({ tokens: server.room, supportsStructuredOutputs: true }), schema };
+    return (await generateObject(given)).object;
+  },
+
+  // Its default: a server is told of no schema, only that the answer is an object.
+  async json_object() {
+    const given = { ...settings({ tokens: server.room, ...closing }), schema: jsonSchema({ type: "object" }) };
     return (await generateObject(given)).object;
   },
 

@@ -34,6 +34,19 @@ def structured(server: SimpleNamespace) -> Any:
     return client.chat.completions.create(**given).model_dump()
 
 
+class AnyPaint(BaseModel):
+    """Paint it."""
+
+    colour: Literal["red", "green"] = "red"
+
+
+def json_object(server: SimpleNamespace) -> Any:
+    """The schema is only in the prompt, so the least object has to fit it."""
+    more = {"response_model": AnyPaint, "logit_bias": server.closing}
+    client, given = _ask(server, instructor.Mode.JSON, **more)
+    return client.chat.completions.create(**given).model_dump()
+
+
 def usage(server: SimpleNamespace) -> Any:
     client, given = _ask(server, instructor.Mode.TOOLS)
     _, raw = client.chat.completions.create_with_completion(**given)
