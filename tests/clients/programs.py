@@ -77,7 +77,7 @@ def drive(client: str, cases: Sequence[str], server: Server, home: Path) -> dict
         "prompt": PROMPT,
         "tokens": TOKENS,
         "room": ROOM,
-        "closing": {str(server.tokenizer.convert_tokens_to_ids(token)): 100 for token in ("}", "</s>")},
+        "closing": server.closing,
         "many": MANY,
         "checkpoint": str(server.checkpoint),
         "victim": server.nodes["c0"].process.pid,

@@ -104,6 +104,11 @@ class Server:
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.checkpoint)
 
+    @functools.cached_property
+    def closing(self) -> dict[int, float]:
+        """A bias for tokens with which objects and answers end, for where the model would go on for ever."""
+        return dict.fromkeys(map(self.tokenizer.convert_tokens_to_ids, ("}", "</s>")), 100.0)
+
     def chat_ids(self, question: str) -> list[int]:
         """The token ids of a chat, as transformers makes them."""
         ids = self.tokenizer.apply_chat_template(

@@ -51,9 +51,13 @@ def _facts(run: Any) -> Any:
     return {"prompt_tokens": usage.input_tokens, "completion_tokens": usage.output_tokens}
 
 
+def _ending(server: SimpleNamespace) -> dict[str, Any]:
+    """Settings with which an answer ends by itself: over responses, one that is cut is an error for this client."""
+    return {"max_tokens": server.room, "extra_body": {"logit_bias": server.closing, "min_tokens": server.tokens}}
+
+
 def response(server: SimpleNamespace) -> Any:
-    # An answer that is cut at max_output_tokens is an error for it, but not over chat.
-    run = Runner.run_sync(_agent(server, OpenAIResponsesModel, settings={"max_tokens": server.room}), server.question)
+    run = Runner.run_sync(_agent(server, OpenAIResponsesModel, settings=_ending(server)), server.question)
     return {"text": run.final_output, **_facts(run)}
 
 
@@ -77,7 +81,7 @@ async def stream(server: SimpleNamespace) -> Any:
 
 
 async def response_stream(server: SimpleNamespace) -> Any:
-    return await _stream(_agent(server, OpenAIResponsesModel, settings={"max_tokens": server.room}), server.question)
+    return await _stream(_agent(server, OpenAIResponsesModel, settings=_ending(server)), server.question)
 
 
 def structured(server: SimpleNamespace) -> Any:
