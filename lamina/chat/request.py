@@ -203,7 +203,8 @@ def read_chat(fields: ChatFields) -> ChatRequest:
         tools=tools,
         functions=functions,
         must_call=must_call,
-        parallel=fields.parallel_tool_calls is not False,
+        # A tool that is chosen by name is called once: clients that choose one read one call.
+        parallel=fields.parallel_tool_calls is not False and not isinstance(fields.tool_choice, dict),
         documents=fields.documents,
         variables=variables,
         include_reasoning=fields.include_reasoning is not False,

@@ -110,6 +110,7 @@ def test_tools_are_chosen() -> None:
     assert not chat(tools=tools, parallel_tool_calls=False).parallel
     named = chat(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}})
     assert ([f.name for f in named.functions], named.must_call, named.tools) == (["g"], True, tools)
+    assert not named.parallel
     none = chat(tools=tools, tool_choice="none")
     assert (none.tools, none.functions, none.must_call) == ([], [], False)
 
