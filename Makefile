@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The package's build compiles it.
 KERNEL := $(wildcard attention/native/*.cpp attention/native/*.h) attention/native/build.py hatch_build.py
 
-.PHONY: help setup demo docs test test-slow package test-rdma rdma-packages rdma-kernel check format bench soak checkpoint clean
+.PHONY: help setup demo docs test test-slow test-clients package test-rdma rdma-packages rdma-kernel check format bench soak checkpoint clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 15
@@ -33,7 +33,10 @@ test: setup      ## the fast tests; those over RDMA too, where its kernel has be
 	$(BIN)/python -m pytest -rs --numprocesses 2 --dist worksteal
 
 test-slow: setup ## the long tests
-	$(BIN)/python -m pytest -rs -m slow
+	$(BIN)/python -m pytest -rs -m slow --ignore tests/clients
+
+test-clients: setup  ## programs that others wrote against the endpoint; once they need the package indexes, half an hour and 7 GB
+	$(BIN)/python -m pytest -rs -m 'slow or not slow' --durations 10 tests/clients $(if $(CLIENT),-k $(CLIENT))
 
 package: setup   ## build sdist and wheel, install them where nothing else is, run the demo and a few tests
 	$(BIN)/python -m pytest -rs -m slow --durations 0 --durations-min 1 tests/packaging

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import lamina
+from lamina.chat.request import ChatFields
 from lamina.client.settings import Settings, asked_for
 from lamina.errors import ConfigError, ConnectError, RequestError, UsageError
 from lamina.wire.requests import JsonSchema, Regex, Request, Sampling
@@ -111,12 +112,17 @@ def test_settings_are_those_of_a_request() -> None:
     request = request_for("text", {"max_tokens": np.int64(3), "temperature": torch.tensor(0.5), "top_p": np.float32(1)})
     assert request == Request("text", 3, Sampling(temperature=0.5))
 
-    fields = {*Request.__struct_fields__, *Sampling.__struct_fields__} - {"prompt", "sampling"}
+    fields = {*Request.__struct_fields__, *Sampling.__struct_fields__} - {"prompt", "chat", "sampling"}
     assert set(lamina.Settings.__annotations__) == fields | {"deadline_s"}
     for kind in (lamina.Client, lamina.AsyncClient):
         for method in (kind.stream, kind.generate, kind.generate_many, kind.branches):
             *_, settings = inspect.signature(method).parameters.values()
             assert (settings.kind, settings.annotation) == (settings.VAR_KEYWORD, "Unpack[Settings]")
+        for method in (kind.chat, kind.chat_stream):
+            *_, settings = inspect.signature(method).parameters.values()
+            assert (settings.kind, settings.annotation) == (settings.VAR_KEYWORD, "Unpack[ChatSettings]")
+    parts = {*ChatFields.__struct_fields__} - {"messages", "include_reasoning"}  # a client leaves it out itself
+    assert set(lamina.ChatSettings.__annotations__) == set(lamina.Settings.__annotations__) | parts
 
 
 def test_settings_may_be_what_a_program_has() -> None:

@@ -59,6 +59,7 @@ REQUESTS = st.builds(
     st.booleans(),
     st.text(max_size=256),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 2**40),
     st.booleans(),
     st.lists(TEXTS, max_size=4),

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, Unpack
 
 from msgspec.structs import replace
 
+from lamina.client.chat import AsyncChatStream
 from lamina.client.front_link import FrontLink
 from lamina.client.many import answers_in_order
-from lamina.client.results import Completion
-from lamina.client.settings import Prompt, Settings, Wanted, asked_for
+from lamina.client.results import ChatCompletion, Completion
+from lamina.client.settings import ChatSettings, Prompt, Settings, Wanted, asked_for, asked_in_chat
 from lamina.client.stream import AsyncStream
 from lamina.config import read_secret
 from lamina.errors import ConfigError, LaminaError, RequestError, TransportError, UsageError
@@ -135,6 +136,21 @@ class AsyncClient:
     async def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
         """Return the whole answer. See `stream`."""
         async with self.stream(prompt, **settings) as stream:
+            return await stream.completion()
+
+    def chat_stream(self, messages: Sequence[Mapping[str, Any]], **settings: Unpack[ChatSettings]) -> AsyncChatStream:
+        """Stream the answer to messages: ``async for event in client.chat_stream(messages)``.
+
+        ``messages`` are maps with ``role`` and ``content``, as in the API of OpenAI. The cluster makes a prompt of them
+        with the chat template of its checkpoint; one without a template cannot chat. `ChatSettings` describes the
+        settings. Raises RequestError, here or when the stream is read, for what cannot be asked.
+        """
+        asked, chat = asked_in_chat(messages, settings)
+        return AsyncChatStream(self._stream(asked), chat)
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], **settings: Unpack[ChatSettings]) -> ChatCompletion:
+        """Return the whole answer to messages. See `chat_stream`."""
+        async with self.chat_stream(messages, **settings) as stream:
             return await stream.completion()
 
     def generate_many(

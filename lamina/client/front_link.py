@@ -19,6 +19,7 @@ from lamina.wire.requests import (
     Generated,
     Piece,
     PromptScored,
+    Rendered,
     Request,
     Score,
     ToClient,
@@ -36,6 +37,8 @@ class Inbox:
         """The tokens, and then the end of the answer."""
         self.prompt_scores: list[Score] = []
         """They are complete when the first item is here."""
+        self.rendered: Rendered | None = None
+        """What became of a conversation; is here before the first item, unless that is an error."""
         self.begun: asyncio.Event | None = None
         """Is set when the first item is here, or none will come."""
         self.timer: asyncio.TimerHandle | None = None
@@ -145,6 +148,9 @@ class FrontLink:
             case PromptScored(id=id_, scores=scores):
                 if inbox := self._inboxes.get(id_):
                     inbox.prompt_scores += scores
+            case Rendered(id=id_) as rendered:
+                if inbox := self._inboxes.get(id_):
+                    inbox.rendered = rendered
             case Failed(id=None) as failure:
                 self._fail(_error(failure))
             case Failed(id=int(id_)) as failure:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from lamina.chat.events import ToolCall
 from lamina.wire.requests import Score
 
 
@@ -46,3 +47,29 @@ class Completion:
     shared_tokens: int = field(default=0, compare=False)
     """How many tokens of the prompt the cluster still had keys and values of."""
     timings: Timings = field(default=Timings(), compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCompletion(Completion):
+    """Holds a whole answer to messages.
+
+    ``text`` is what the model says, without its reasoning and calls, and ``tokens`` are those of all three.
+    ``finish_reason`` is "tool_calls" if the answer came to its end and has calls.
+    """
+
+    reasoning: str = ""
+    """What the model has thought before."""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """Return the answer as a message, for the messages of the next request."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        return message

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias, TypedDict, T
 
 import msgspec
 
+from lamina.chat.request import ChatRequest, read_chat, read_fields
 from lamina.errors import RequestError
 from lamina.validation import explain, meant
 from lamina.wire.requests import Constraint, JsonSchema, Request, Sampling
@@ -79,6 +80,8 @@ class Settings(TypedDict, total=False):
     beginning, as by default."""
     name: str
     """How logs and traces call the request, in at most 256 characters. The front logs how one with a name ends."""
+    traceparent: str
+    """The span of the program that the trace of the request hangs on, as in the HTTP header of this name."""
     salt: str
     """Only requests with the same salt, of at most 256 characters, share anything. The default is empty."""
     parse_special: bool
@@ -88,6 +91,29 @@ class Settings(TypedDict, total=False):
     deadline_s: float | None
     """The seconds that the whole answer may take, from the moment when it is asked for. Then the request is cancelled,
     and DeadlineError raised. None, the default, is any number."""
+
+
+class ChatSettings(Settings, total=False):
+    """Lists the settings of a chat: what its prompt is made of beside messages, and those of any request. Of these,
+    ``parse_special`` is refused, as the chat template alone writes special tokens."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    """Functions that the model may call, each as ``{"type": "function", "function": {"name": ..., "parameters": ...}}``
+    with the JSON schema of its arguments."""
+    tool_choice: str | Mapping[str, Any] | None
+    """"auto", the default; "required", "none", or ``{"type": "function", "function": {"name": ...}}``."""
+    parallel_tool_calls: bool | None
+    """Whether the answer may have several calls, as by default; else it ends after its first."""
+    documents: Sequence[Mapping[str, Any]] | None
+    """What the template is given to quote from."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Variables of the template, such as ``enable_thinking``."""
+    reasoning_effort: str | None
+    """A variable of the template, too. "none" also sets ``enable_thinking`` and ``thinking`` to false."""
+    add_generation_prompt: bool | None
+    """Whether the prompt ends with the beginning of an answer, as by default unless the last message is continued."""
+    continue_final_message: bool | None
+    """Whether the answer goes on with the last message, which is then the assistant's. The default is false."""
 
 
 class Wanted(NamedTuple):
@@ -106,16 +132,42 @@ class _OwnSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def asked_for(prompt: Prompt, settings: Settings) -> Wanted:
     """Return what is asked for. RequestError says which setting or part of the prompt is wrong, and what is
     expected."""
-    known = list(Settings.__annotations__)
+    _require_known(settings, Settings)
+    return _wanted({"prompt": _plain_prompt(prompt)}, settings)
+
+
+def asked_in_chat(messages: Sequence[Mapping[str, Any]], settings: ChatSettings) -> tuple[Wanted, ChatRequest]:
+    """Return what is asked for by messages, also as the answer has to be read. RequestError says which setting, or
+    which part of a message, is wrong."""
+    _require_known(settings, ChatSettings)
+    given: dict[str, Any] = dict(settings)
+    chat = {"messages": messages, **{name: given.pop(name) for name in _OF_CHAT if name in given}}
+    try:
+        plain = {name: _plain_value(name, value) for name, value in chat.items()}
+        asked = read_chat(read_fields(plain))
+        text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise RequestError(f"messages: they, or the tools, cannot be written as JSON: {e}") from e
+    return _wanted({"prompt": text, "chat": True}, given), asked
+
+
+_OF_CHAT = [name for name in ChatSettings.__annotations__ if name not in Settings.__annotations__]
+
+
+def _require_known(settings: Mapping[str, Any], kind: type[Settings]) -> None:
+    known = list(kind.__annotations__)
     for name in settings:
         if name not in known:
             likely = meant(name, known)
             hint = f"did you mean {likely!r}?" if likely else f"expected some of {', '.join(known)}"
             raise RequestError(f"unknown setting {name!r}; {hint}")
+
+
+def _wanted(prompt: dict[str, Any], settings: Mapping[str, Any]) -> Wanted:
     values = {name: _plain(name, value) for name, value in settings.items()}
     sampling = _convert(_take(values, Sampling), Sampling)
     own = _convert(_take(values, _OwnSettings), _OwnSettings)
-    request = _convert({"prompt": _plain_prompt(prompt), "sampling": sampling, **values}, Request)
+    request = _convert({**prompt, "sampling": sampling, **values}, Request)
     return Wanted(request, own.deadline_s)
 
 

@@ -9,7 +9,7 @@ from lamina.client.front_link import FrontLink, Inbox
 from lamina.client.results import Completion, Timings, Token
 from lamina.client.settings import Wanted
 from lamina.errors import DeadlineError, LaminaError
-from lamina.wire.requests import Finished, Piece, Score
+from lamina.wire.requests import Finished, Piece, Rendered, Score
 
 
 class AsyncStream:
@@ -58,6 +58,11 @@ class AsyncStream:
         were asked for."""
         return None if self._asked.request.prompt_logprobs is None else self._inbox.prompt_scores
 
+    @property
+    def rendered(self) -> Rendered | None:
+        """Return what became of a conversation, which is here with the first token."""
+        return self._inbox.rendered
+
     def __aiter__(self) -> AsyncStream:
         return self
 
@@ -85,7 +90,10 @@ class AsyncStream:
 
     async def completion(self) -> Completion:
         """Return the whole answer, of all tokens that were not read yet."""
-        tokens = [token async for token in self]
+        return self.whole([token async for token in self])
+
+    def whole(self, tokens: list[Token]) -> Completion:
+        """Return the answer that has these tokens, once it is over."""
         return Completion(
             text="".join([token.text for token in tokens]) + self.held_back,
             tokens=[token.id for token in tokens],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from lamina.chat.events import ChatEvent
 from lamina.client.asynchronous import CONCURRENCY, AsyncClient, Secret, open_client
-from lamina.client.results import Completion, Timings, Token
-from lamina.client.settings import Prompt, Settings
+from lamina.client.chat import AsyncChatStream
+from lamina.client.results import ChatCompletion, Completion, Timings, Token
+from lamina.client.settings import ChatSettings, Prompt, Settings
 from lamina.client.stream import AsyncStream
 from lamina.errors import LaminaError, TransportError
 from lamina.transport import Address, TlsFiles
@@ -60,6 +62,18 @@ class Client:
     def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
         """Return the whole answer. See `AsyncClient.stream`."""
         return self._wait(self._client.generate(prompt, **settings))
+
+    def chat_stream(self, messages: Sequence[Mapping[str, Any]], **settings: Unpack[ChatSettings]) -> ChatStream:
+        """Stream the answer to messages. See `AsyncClient.chat_stream`."""
+
+        async def begin() -> AsyncChatStream:
+            return self._client.chat_stream(messages, **settings)
+
+        return ChatStream(self, self._wait(begin()))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **settings: Unpack[ChatSettings]) -> ChatCompletion:
+        """Return the whole answer to messages. See `AsyncClient.chat_stream`."""
+        return self._wait(self._client.chat(messages, **settings))
 
     def generate_many(
         self, prompts: Iterable[Prompt], *, concurrency: int = CONCURRENCY, **settings: Unpack[Settings]
@@ -182,6 +196,46 @@ class Stream:
         return self
 
     def __next__(self) -> Token:
+        try:
+            return self._client._wait(self._stream.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Abort the request if it is not over. Closing twice is fine."""
+        if not self._client._loop.is_closed():
+            self._client._wait(self._stream.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ChatStream:
+    """A stream gives what the model says, thinks and calls. It is an iterator and context manager; see
+    `AsyncChatStream`. It is left and closed as a `Stream` is."""
+
+    def __init__(self, client: Client, stream: AsyncChatStream) -> None:
+        self._client = client
+        self._stream = stream
+
+    @property
+    def finish_reason(self) -> str:
+        """See `AsyncChatStream`."""
+        return self._stream.finish_reason
+
+    def completion(self) -> ChatCompletion:
+        """Return the whole answer, also what of it has been read."""
+        return self._client._wait(self._stream.completion())
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ChatEvent:
         try:
             return self._client._wait(self._stream.__anext__())
         except StopAsyncIteration:

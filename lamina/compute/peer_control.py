@@ -37,7 +37,7 @@ class PeerControl:
         self.on_members: Callable[[Membership], None] | None = None
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
-        self._questions = Questions(link)
+        self._questions = Questions(link, in_parts=True)
         self._parts = Reassembly()
         self._error: NodeError | None = None
         self._greeting = self._questions.expect(Greeting)

@@ -13,9 +13,10 @@ from msgspec.structs import replace
 
 from lamina.errors import LaminaError, NodeError, ProtocolError, RequestError, TransportError
 from lamina.front.answer import AnswerText
+from lamina.front.encoder import Encoded, Encoder, texts_of
 from lamina.front.intake import End, Intake
 from lamina.front.sequence import Sequence
-from lamina.model.tokenizer import LONG_TEXT, Tokenizer
+from lamina.model.tokenizer import Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
@@ -32,6 +33,7 @@ from lamina.wire.requests import (
     Prompt,
     PromptPart,
     PromptScored,
+    Rendered,
     Request,
     Score,
     length_of,
@@ -46,8 +48,8 @@ SCORES = 1 << 10
 class ClientSession:
     """Serves one client on its link, on the node's loop. When the link ends, its requests are cancelled.
 
-    ``intake`` and ``tokenizer`` return those of the front. While there are none, they raise the error that the client
-    gets. Texts are encoded by ``workers``.
+    ``intake`` and ``encoder`` return those of the front. While there are none, they raise the error that the client
+    gets. Texts are encoded in ``workers``.
     """
 
     def __init__(
@@ -55,13 +57,13 @@ class ClientSession:
         link: Link,
         workers: BackgroundWorkers,
         intake: Callable[[], Intake],
-        tokenizer: Callable[[], Tokenizer],
+        encoder: Callable[[], Encoder],
         status: Callable[[], Status],
     ) -> None:
         self._link = link
         self._workers = workers
         self._intake = intake
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._status = status
         self._answers: dict[int, _ClientAnswer] = {}
         """The answers to requests that are not over, by the client's id."""
@@ -130,9 +132,10 @@ class ClientSession:
     def _require_fit(self, request: Request, length: int) -> None:
         """Raise the error for a request whose prompt, of this length, is too long, or that cannot be served, before it
         is kept or encoded."""
-        intake, tokenizer = self._intake(), self._tokenizer()
+        intake, encoder = self._intake(), self._encoder()
+        tokenizer = encoder.tokenizer
         if isinstance(request.prompt, str):
-            tokenizer.require_fit(length)
+            encoder.require_fit(request, length)
         else:
             intake.require_fit(length)
         if request.stop:
@@ -141,18 +144,19 @@ class ClientSession:
             tokenizer.require_text("show_special")
         if any(isinstance(word, str) for word in request.bad_words):
             tokenizer.require_text("bad_words")
-        if _texts(request):
+        if texts_of(request) or request.chat:
             intake.require_place(tokenizer.at_work)
 
     def _begin(self, id_: int, request: Request) -> None:
         """Encode the texts of a request, if it has any that the engine needs as tokens, and submit it."""
         loop = asyncio.get_running_loop()
         self._require_fit(request, length_of(request.prompt))
-        intake, tokenizer = self._intake(), self._tokenizer()
-        encoding: asyncio.Task[Request] | None = None
-        if texts := _texts(request):
-            is_long = sum(map(length_of, texts)) > LONG_TEXT
-            encoding = loop.create_task(self._workers.run(_encode, tokenizer, request, long=is_long))
+        intake, encoder = self._intake(), self._encoder()
+        tokenizer = encoder.tokenizer
+        encoding: asyncio.Task[Encoded] | None = None
+        if texts_of(request) or request.chat:
+            work = self._workers.run(encoder.encode, request, long=encoder.takes_long(request))
+            encoding = loop.create_task(work)
             tokenizer.at_work += 1
             encoding.add_done_callback(tokenizer.done)
         answer = self._answers[id_] = _ClientAnswer(self, id_)
@@ -164,11 +168,13 @@ class ClientSession:
         tokenizer: Tokenizer,
         answer: _ClientAnswer,
         request: Request,
-        encoding: asyncio.Task[Request] | None,
+        encoding: asyncio.Task[Encoded] | None,
     ) -> None:
         try:
             if encoding is not None:
-                request = await encoding
+                request, form = await encoding
+                if form is not None:
+                    self._send(Rendered(id=answer.id, prompt_tokens=len(request.prompt), form=form))
             prompt = cast("list[int]", request.prompt)
             answer.begin(AnswerText(answer.id, request, prompt, tokenizer))
             answer.work = await intake.submit(request, prompt, answer)
@@ -339,22 +345,6 @@ class _ClientAnswer:
         self._end = failed(error, self.id)
         self._session.has_news(self)
         self._session.flush()  # the node may be about to end
-
-
-def _texts(request: Request) -> list[str]:
-    """Return the texts of a request that the engine needs as tokens."""
-    return [text for text in (request.prompt, *request.bad_words) if isinstance(text, str)]
-
-
-def _encode(tokenizer: Tokenizer, request: Request) -> Request:
-    """Return the request with tokens instead of these texts."""
-    prompt, special = request.prompt, request.parse_special
-    if isinstance(prompt, str):
-        prompt = tokenizer.encode(prompt, special)
-    bad_words: list[str | list[int]] = []
-    for word in request.bad_words:
-        bad_words += tokenizer.spellings(word, special) if isinstance(word, str) else [word]
-    return replace(request, prompt=prompt, bad_words=bad_words)
 
 
 def failed(error: LaminaError, id_: int | None = None) -> Failed:

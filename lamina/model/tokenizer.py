@@ -48,7 +48,7 @@ class Tokenizer:
 
     Without one, which the log says, prompts are token ids and answers have no text. A CheckpointError says that
     tokenizer.json is there but cannot be read. ``read`` makes the library's tokenizer of a directory: what has
-    ``backend_tokenizer`` and ``unk_token_id``.
+    ``backend_tokenizer``, ``unk_token_id``, ``special_tokens_map`` and ``chat_template``.
     """
 
     def __init__(self, path: Path, context: int, read: Callable[[Path], Any] | None = None) -> None:
@@ -66,6 +66,10 @@ class Tokenizer:
         self.added_tokens: dict[str, int] = {}
         """All tokens that were added to the vocabulary: the special ones, and others such as marks around calls of
         tools."""
+        self.named_tokens: dict[str, str] = {}
+        """The spellings of special tokens by their names, such as ``bos_token``."""
+        self.chat_template: str | dict[str, str] | None = None
+        """The template of chats, or several by name."""
         files = sorted(file.name for pattern in _VOCABULARIES for file in path.glob(pattern))
         if not files:
             self._missing = f"{path} has no tokenizer.json, nor other files of a tokenizer"
@@ -100,6 +104,7 @@ class Tokenizer:
         self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
         self.added_tokens = {token.content: id_ for id_, token in added.items()}
         self._unknown = tokenizer.unk_token_id
+        self.chat_template, self.named_tokens = template_and_tokens(tokenizer)
         self._added: list[int] = self._library.encode("").ids
         """The special tokens that every prompt gets."""
         decoders = _parts(self._library.decoder)
@@ -314,6 +319,13 @@ def read_tokenizer(path: Path) -> Any:
     if not library.get_vocab().keys() - library.get_added_vocab().keys():
         raise ValueError("they are not those of this model's tokenizer")
     return library
+
+
+def template_and_tokens(library: Any) -> tuple[str | dict[str, str] | None, dict[str, str]]:
+    """Return the chat template of the library's tokenizer, or several by name, and the special tokens by theirs."""
+    template = library.chat_template
+    named = {name: str(token) for name, token in library.special_tokens_map.items() if isinstance(token, str)}
+    return template if isinstance(template, str | dict) else None, named
 
 
 def _byte_level_alphabet() -> dict[str, int]:

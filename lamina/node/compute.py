@@ -19,6 +19,7 @@ from lamina.compute.step import StepRunner, Steps
 from lamina.config import ClusterConfig, ComputeNodeConfig, format_range
 from lamina.errors import LaminaError, NodeError, TransportError, first_error
 from lamina.front.constraints import Constraints
+from lamina.front.encoder import Encoder
 from lamina.front.intake import Intake
 from lamina.front.members import Change, Members, State
 from lamina.front.session import ClientSession
@@ -101,7 +102,7 @@ class ComputeNode:
         self._runner: Steps | None = None
         self._front: Front | None = None
         self._follower: Follower | None = None
-        self._tokenizer: Tokenizer | None = None
+        self._encoder: Encoder | None = None
         self._traces: RequestTraces | None = None
         self._loss: NodeError | None = None
         self._lost = asyncio.Event()
@@ -250,7 +251,8 @@ class ComputeNode:
         enlisted = [peer.enlist(tenant) for peer in self._peers.values()]
         blocks = make_blocks(config, served, self._shards)
         self._runner = runner = await self._make_steps(served, lanes)
-        self._tokenizer = await self._there.call(Tokenizer, served.facts.path, served.context)
+        tokenizer = await self._there.call(Tokenizer, served.facts.path, served.context)
+        self._encoder = Encoder(tokenizer)
         await asyncio.gather(*enlisted)
         for entry in members.entries:
             members.serve(entry.id)
@@ -266,7 +268,7 @@ class ComputeNode:
             self._peers,
             self._home,
             self._host.random,
-            Constraints(self._workers, self._tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
+            Constraints(self._workers, tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
             self._mask_workers,
         )
         if (traces := open_traces(self._name)) is not None:
@@ -314,7 +316,7 @@ class ComputeNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
             link.deliver()
         elif role == "client":
-            session = ClientSession(link, self._workers, self.intake, self._ready_tokenizer, self._status_now)
+            session = ClientSession(link, self._workers, self.intake, self._ready_encoder, self._status_now)
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)
@@ -333,9 +335,9 @@ class ComputeNode:
             raise NodeError(reason, node=self._name)
         return self._front.intake
 
-    def _ready_tokenizer(self) -> Tokenizer:
-        assert self._tokenizer is not None, "made before the front"
-        return self._tokenizer
+    def _ready_encoder(self) -> Encoder:
+        assert self._encoder is not None, "made before the front"
+        return self._encoder
 
     @property
     def _ways(self) -> list[ShardControl | PeerControl]:

@@ -14,16 +14,16 @@ from starlette.requests import Request as StarletteRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lamina.chat.request import ChatFields
 from lamina.errors import LaminaError
 from lamina.serve import chat_completions, completions, health, models, page, problems, responses, tokens
 from lamina.serve.batch import endpoints
 from lamina.serve.batch.lines import URLS
-from lamina.serve.chat.request import ChatFields
-from lamina.serve.chat.responses import ResponseFields
 from lamina.serve.cluster_view import ClusterView
 from lamina.serve.docs import Documentation
 from lamina.serve.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from lamina.serve.gate import App, Gate, Keys
+from lamina.serve.response_request import ResponseFields
 from lamina.serve.service import Service
 
 log = logging.getLogger("lamina.serve")

@@ -6,9 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lamina.errors import HttpError
-from lamina.serve.chat.chat import AnswerReader
-from lamina.serve.chat.events import (
+from lamina.chat.events import (
     CallArguments,
     CallBegin,
     ChatAnswer,
@@ -16,8 +14,10 @@ from lamina.serve.chat.events import (
     ContentDelta,
     ReasoningDelta,
 )
-from lamina.serve.chat.request import ChatFields, ChatRequest, read_chat
-from lamina.serve.chat.template import ChatPrompt
+from lamina.chat.reader import AnswerReader
+from lamina.chat.request import ChatFields, ChatRequest, read_chat
+from lamina.chat.template import ChatPrompt
+from lamina.errors import HttpError
 from lamina.serve.completions import prompt_logprobs
 from lamina.serve.exchange import Exchange
 from lamina.serve.gathering import NewTokens
@@ -207,18 +207,19 @@ class _MessageAnswer:
 
     def whole(self, finished: Finished) -> Fields:
         answer = self._answer.take([*self._reader.push(finished.text), *self._reader.finish()])
-        self._calls = len(answer.calls)
+        calls = answer.calls
+        self._calls = len(calls)
         message: Fields = {
             "role": "assistant",
-            "content": answer.content if answer.content or not answer.calls else None,
+            "content": answer.content if answer.content or not calls else None,
             "refusal": None,
         }
         if answer.reasoning and self._shows_reasoning:
             message["reasoning_content"] = answer.reasoning
-        if answer.calls:
+        if calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in answer.calls
+                for call in calls
             ]
         fields: Fields = {
             "message": message,

@@ -15,20 +15,40 @@ if TYPE_CHECKING:
     from lamina.serve.batch.command import LocalModel
 
 
+Target = Annotated[
+    Path, typer.Argument(metavar="CONFIG|MODEL_DIR", help="The file of a running cluster, or a checkpoint directory.")
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Option(help="A name of the model for clients; repeatable; default: the name of its folder."),
+]
+Template = Annotated[Path | None, typer.Option(help="The file of a chat template; default: that of the checkpoint.")]
+Tools = Annotated[str | None, typer.Option(help="How the model writes calls of tools; default: as its template shows.")]
+Reasoning = Annotated[
+    str | None, typer.Option(help="How the model writes its reasoning; default: as its template shows.")
+]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="With MODEL_DIR: the size of the KV cache; default: of what memory is free.")
+]
+Dtypes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
+    ),
+]
+
+
 def serve(
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="CONFIG|MODEL_DIR", help="The file of a running cluster, or a checkpoint directory."),
-    ],
+    target: Target,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")] = 8000,
     api_key_file: Annotated[
         Path | None, typer.Option(help="The file with the API keys, one a line; only its owner may read it.")
     ] = None,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="A name of the model for clients; repeatable; default: the name of its folder."),
-    ] = None,
+    served_model_name: Names = None,
     tls_certificate: Annotated[
         Path | None, typer.Option(help="The certificate in PEM, for https; needs --tls-key.")
     ] = None,
@@ -38,31 +58,16 @@ def serve(
         typer.Option(help="An origin whose pages may use the server in browsers; repeatable; * is any."),
     ] = None,
     max_body: Annotated[str, typer.Option(help="The size of the largest body of a request.")] = "16MiB",
-    chat_template: Annotated[
-        Path | None, typer.Option(help="The file of a chat template; default: that of the checkpoint.")
-    ] = None,
-    tool_parser: Annotated[
-        str | None, typer.Option(help="How the model writes calls of tools; default: as its template shows.")
-    ] = None,
-    reasoning_parser: Annotated[
-        str | None, typer.Option(help="How the model writes its reasoning; default: as its template shows.")
-    ] = None,
+    chat_template: Template = None,
+    tool_parser: Tools = None,
+    reasoning_parser: Reasoning = None,
     files: Annotated[
         Path | None,
         typer.Option(help="The folder of uploaded files and batches; default: one of the user's state folder."),
     ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="With MODEL_DIR: the size of the KV cache; default: of what memory is free.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
-        ),
-    ] = None,
+    context: Context = None,
+    memory: Memory = None,
+    dtype: Dtypes = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="With MODEL_DIR: show all logs instead of keeping them in files.")
     ] = False,
@@ -103,36 +108,25 @@ def serve(
 
 
 def batch(
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="CONFIG|MODEL_DIR", help="The file of a running cluster, or a checkpoint directory."),
-    ],
+    target: Target,
     requests: Annotated[
         Path, typer.Argument(metavar="REQUESTS", help="The requests, one a line, in the batch format of OpenAI's API.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, with an answer for each line.")],
     concurrency: Annotated[int, typer.Option(min=1, max=4096, help="The most requests at the same time.")] = 512,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="A name of the model in requests; repeatable; default: the name of its folder."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="With MODEL_DIR: the most tokens of a request; default: the model's.")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="With MODEL_DIR: the size of the KV cache; default: of what memory is free.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
-        ),
-    ] = None,
+    served_model_name: Names = None,
+    chat_template: Template = None,
+    tool_parser: Tools = None,
+    reasoning_parser: Reasoning = None,
+    context: Context = None,
+    memory: Memory = None,
+    dtype: Dtypes = None,
 ) -> None:
     """Answer a file of requests; started again after an interruption, it goes on where it was."""
     from lamina.config import Dtype, load, parse_size
     from lamina.serve.app import BATCHED
     from lamina.serve.batch.command import LocalModel, run
+    from lamina.serve.options import ChatOptions
 
     if dtype is not None and dtype not in get_args(Dtype):
         raise ConfigError(f"--dtype: expected one of {', '.join(get_args(Dtype))}; got {dtype!r}")
@@ -145,5 +139,7 @@ def batch(
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"{wrong[0]}: not allowed with a cluster file; set it in the file")
         cluster = load(target)
+    chat = ChatOptions(chat_template, tool_parser, reasoning_parser)
+    chat.check()
     names = tuple(served_model_name or ())
-    raise typer.Exit(run(cluster, requests, output, BATCHED, concurrency=concurrency, names=names))
+    raise typer.Exit(run(cluster, requests, output, BATCHED, concurrency=concurrency, names=names, chat=chat))

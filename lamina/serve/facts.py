@@ -50,6 +50,8 @@ class _Described:
 
         self.backend_tokenizer = Library.from_str(tokenizer)
         self.unk_token_id = facts.unknown
+        self.special_tokens_map = facts.special
+        self.chat_template = facts.chat_template
 
 
 async def read_facts(path: Path) -> Facts:
@@ -97,7 +99,7 @@ def _collect(path: Path) -> Facts:
     """In the child: read everything with the library."""
     from lamina.model.checkpoint import Checkpoint
     from lamina.model.files import is_file, read_json
-    from lamina.model.tokenizer import read_tokenizer
+    from lamina.model.tokenizer import read_tokenizer, template_and_tokens
 
     checkpoint = Checkpoint.open(path)
     generation = path / "generation_config.json"
@@ -111,13 +113,11 @@ def _collect(path: Path) -> Facts:
     }
     try:
         library = read_tokenizer(path)
-        template = library.chat_template
-        if not isinstance(template, str | dict | None):
-            template = None
+        template, special = template_and_tokens(library)
         return Facts(
             tokenizer=library.backend_tokenizer.to_str(),
             unknown=library.unk_token_id,
-            special={name: str(token) for name, token in library.special_tokens_map.items() if isinstance(token, str)},
+            special=special,
             chat_template=template,
             **about,
         )

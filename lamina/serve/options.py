@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lamina.chat.formats import require_reasoning_format, require_tool_format
 from lamina.config import read_private
 from lamina.errors import ConfigError
-from lamina.serve.chat.formats import require_reasoning_format, require_tool_format
 from lamina.transport import Address
 
 DEFAULT_BODY = 16 << 20

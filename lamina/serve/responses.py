@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 
-from lamina.serve.chat.chat import AnswerReader
-from lamina.serve.chat.response_events import ResponseUsage, ResponseWriter
-from lamina.serve.chat.responses import read_response
+from lamina.chat.reader import AnswerReader
 from lamina.serve.chat_completions import PreparedChat, prepare_chat
 from lamina.serve.exchange import Exchange
 from lamina.serve.gathering import AnswerEnd, Event, Gathering, NewTokens
 from lamina.serve.generate import PATIENCE_S, PING_S, UsageMeter, gathered
 from lamina.serve.parameters import with_seed
+from lamina.serve.response_events import ResponseUsage, ResponseWriter
+from lamina.serve.response_request import read_response
 from lamina.serve.service import Service
 
 Fields = dict[str, Any]

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lamina.chat.chat import Chat
 from lamina.errors import HttpError
 from lamina.model.tokenizer import LONG_TEXT, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
 from lamina.serve import problems
-from lamina.serve.chat.chat import Chat
-from lamina.serve.chat.template import ChatTemplate
 from lamina.serve.facts import Facts, make_tokenizer
 from lamina.serve.front import FrontKeeper
 from lamina.serve.gathering import Gathering
@@ -42,8 +41,7 @@ class Model:
         chat = chat or ChatOptions()
         served = context or facts.context
         tokenizer = make_tokenizer(path, facts, served)
-        template = ChatTemplate(tokenizer, chat.read_template() or facts.chat_template, facts.special)
-        how = Chat(tokenizer, template, tools=chat.tools, reasoning=chat.reasoning)
+        how = Chat.of(tokenizer, chat.read_template(), tools=chat.tools, reasoning=chat.reasoning)
         return cls(facts, served, tokenizer, TokenTexts(tokenizer), how)
 
     @property

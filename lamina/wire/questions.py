@@ -23,8 +23,10 @@ class Questions:
     answer, with an error of its own, or with the error that ended the link, which its owner passes to `fail`.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, in_parts: bool = False) -> None:
+        """``in_parts``: the peer takes questions that are too long for one message in parts."""
         self._link = link
+        self._in_parts = in_parts
         self._waiting: dict[Hashable, deque[asyncio.Future[Any]]] = {}
         self._error: LaminaError | None = None
 
@@ -37,7 +39,10 @@ class Questions:
         waiting = self.expect(key)
         if not waiting.done():
             try:
-                send_whole(self._link, message)
+                if self._in_parts:
+                    send_whole(self._link, message)
+                else:
+                    self._link.send(encode(message))
             except ProtocolError:
                 self._waiting[key].remove(waiting)
                 raise

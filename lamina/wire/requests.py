@@ -94,6 +94,9 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """Whether it may share the keys and values of a prompt with the same beginning."""
     salt: Annotated[str, Meta(max_length=256)] = ""
     """Only requests with the same salt share anything."""
+    chat: bool = False
+    """Whether the prompt is a conversation: the fields of `lamina.chat.request.ChatFields` as JSON text, of which the
+    front makes a prompt with the chat template of the checkpoint."""
     parse_special: bool = False
     """Whether the text of a special token, such as ``</s>``, in a prompt's text is that token, and not text."""
     min_tokens: Count = 0
@@ -173,6 +176,29 @@ class Generated(Message):
     pieces: list[Piece]
 
 
+class ChatForm(Struct, frozen=True, forbid_unknown_fields=True):
+    """Says how the answer to a conversation is to be read, as `lamina.chat.reader` does."""
+
+    tools: str
+    """The name of the format in which the model calls tools."""
+    reasoning: str
+    """The name of that in which it shows its reasoning."""
+    opened: bool = False
+    """Whether the prompt ends with the beginning of reasoning."""
+    closed: bool = False
+    """Whether no reasoning follows the prompt."""
+    hidden: list[str] = []
+    """The special tokens in the answer's text that the model does not say."""
+
+
+class Rendered(Message):
+    """The conversation of a request has become a prompt. This comes before anything else of the answer."""
+
+    id: Count
+    prompt_tokens: Count
+    form: ChatForm
+
+
 class PromptScored(Message):
     """Holds the scores of the next tokens of a prompt, from its second token on, before any token of the answer."""
 
@@ -212,7 +238,7 @@ class Failed(Message):
 
 
 FromClient = Generate | PromptPart | Cancel | AskStatus
-ToClient = Generated | PromptScored | Finished | Failed | Status
+ToClient = Generated | Rendered | PromptScored | Finished | Failed | Status
 
 
 def length_of(prompt: Prompt) -> int:

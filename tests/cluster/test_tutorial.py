@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -22,11 +23,13 @@ def blocks(language: str, text: str) -> list[str]:
 
 
 def test_the_tutorial_works(tmp_path: Path) -> None:
-    """Each command and each program does what the page says, with other ports and a checkpoint beside the file."""
+    """Each command and each program does what the page says, with other ports and a checkpoint beside the file, which
+    has a chat template."""
     page, ports = PAGE, harness.free_ports(len(PORTS))
     for port, free in zip(PORTS, ports, strict=True):
         page = page.replace(port, str(free))
-    (tmp_path / "checkpoint").symlink_to(CHECKPOINT)
+    shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     (file,) = blocks("toml", page)
     (tmp_path / "cluster.toml").write_text(file)
     log = tmp_path / "up.log"
@@ -54,7 +57,7 @@ def test_the_tutorial_works(tmp_path: Path) -> None:
         assert run(program, tmp_path).strip() == story.strip()
         for other in (ROOT / "README.md", ROOT / "docs" / "client.md"):
             programs = [text for text in blocks("python", other.read_text()) if "import lamina" in text]
-            assert len(programs) == (3 if other.name == "client.md" else 2)
+            assert len(programs) == (4 if other.name == "client.md" else 2)
             for program in programs:
                 assert run(program.replace(PORTS[0], str(ports[0])), tmp_path).strip()
 

@@ -70,7 +70,7 @@ def test_a_chat_template_for_a_checkpoint_without_one(cluster: ClusterConfig, tm
         (["--api-key-file", "short"], "--api-key-file: short, line 2: expected a key of at least 8 ASCII characters"),
         (["--max-body", "large"], "--max-body: expected"),
         (["--chat-template", "nowhere"], "--chat-template: nowhere cannot be read: No such file or directory"),
-        (["--tool-parser", "hermess"], "--tool-parser: unknown format 'hermess'; known: "),
+        (["--tool-parser", "hermess"], "--tool-parser: unknown format 'hermess'; did you mean 'hermes'?"),
         (["--reasoning-parser", "x"], "--reasoning-parser: unknown format 'x'; known: none, think"),
         (["--memory", "1GiB"], "--memory: only allowed with a checkpoint directory; cluster.toml is a cluster file"),
     ],

@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina.chat.request import ChatFields, read_chat
 from lamina.errors import HttpError, RequestError
-from lamina.serve.chat.request import ChatFields, read_chat
 from lamina.serve.chat_completions import ChatBody
 from lamina.serve.completions import CompletionBody, _prompts
 from lamina.serve.parameters import constraint_of, convert, parse, request_of

@@ -95,6 +95,17 @@ def test_what_one_message_cannot_hold_comes_in_several() -> None:
         world.run(work(world))
 
 
+def test_a_checkpoint_without_a_template_cannot_chat() -> None:
+    """The error says what to do, and the next request is answered."""
+
+    async def work(client: AsyncClient) -> None:
+        with pytest.raises(RequestError, match=r"no chat template; .* add a chat_template\.jinja to the checkpoint"):
+            await client.chat([{"role": "user", "content": PROMPT}])
+        assert (await client.generate(PROMPT, max_tokens=2)).tokens
+
+    ask(DEMO, work)
+
+
 # -- where an answer ends
 
 

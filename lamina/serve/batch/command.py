@@ -27,7 +27,7 @@ from lamina.serve.batch.run import run as answer_all
 from lamina.serve.facts import read_facts
 from lamina.serve.front import FrontKeeper
 from lamina.serve.local import small_cluster
-from lamina.serve.options import DEFAULT_BODY
+from lamina.serve.options import DEFAULT_BODY, ChatOptions
 from lamina.serve.service import Model, Service
 
 PATIENCE_S = 10.0
@@ -52,6 +52,7 @@ def run(
     *,
     concurrency: int,
     names: Sequence[str] = (),
+    chat: ChatOptions | None = None,
 ) -> int:
     """Answer the lines of ``source`` that have no answer yet, and write ``output`` when all have one.
 
@@ -63,7 +64,7 @@ def run(
     journal = Journal(output, batch.digest)
     with journal:
         if not output.exists():
-            return int(uvloop.run(_Command(batch, journal, handlers, concurrency, names).run(cluster)))
+            return int(uvloop.run(_Command(batch, journal, handlers, concurrency, names, chat).run(cluster)))
         if not journal.was_there:
             journal.path.unlink()
             raise ConfigError(f"--output: {output} exists already; remove it, or name another file")
@@ -82,12 +83,14 @@ class _Command:
         handlers: Mapping[str, Handler],
         concurrency: int,
         names: Sequence[str],
+        chat: ChatOptions | None,
     ) -> None:
         self._batch = batch
         self._journal = journal
         self._handlers = handlers
         self._concurrency = concurrency
         self._names = names
+        self._chat = chat
         self._progress = BatchProgress()
 
     async def run(self, cluster: ClusterConfig | LocalModel) -> int:
@@ -139,18 +142,18 @@ class _Command:
                 working.result()
 
     async def _answer(self, config: ClusterConfig) -> None:
-        async with _service(config, self._names) as service:
+        async with _service(config, self._names, self._chat) as service:
             answer = Inside(service, self._handlers, patience_s=PATIENCE_S)
             await answer_all(self._batch, self._journal, answer, self._progress, concurrency=self._concurrency)
 
 
 @asynccontextmanager
-async def _service(config: ClusterConfig, names: Sequence[str]) -> AsyncIterator[Service]:
+async def _service(config: ClusterConfig, names: Sequence[str], chat: ChatOptions | None) -> AsyncIterator[Service]:
     """Give what endpoints need, as a server has it."""
     path = config.model_path
     front = FrontKeeper(config.front.address, config.options())
     service = Service(front, list(names) or [path.resolve().name], DEFAULT_BODY)
-    service.read = Model.make(path, await read_facts(path), config.model.context)
+    service.read = Model.make(path, await read_facts(path), config.model.context, chat)
     keeping = asyncio.create_task(front.keep())
     try:
         yield service

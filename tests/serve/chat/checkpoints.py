@@ -10,9 +10,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lamina.chat.template import ChatTemplate
 from lamina.demo.run import CHECKPOINT
 from lamina.model.tokenizer import Tokenizer
-from lamina.serve.chat.template import ChatTemplate
 
 CONTEXT = 4096
 

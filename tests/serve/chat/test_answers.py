@@ -13,11 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.demo.run import CHECKPOINT
-from lamina.errors import ConfigError
-from lamina.model.tokenizer import Tokenizer
-from lamina.serve.chat.chat import AnswerReader, Chat
-from lamina.serve.chat.events import (
+from lamina.chat.chat import Chat
+from lamina.chat.events import (
     CallArguments,
     CallBegin,
     CallEnd,
@@ -26,8 +23,12 @@ from lamina.serve.chat.events import (
     ContentDelta,
     ReasoningDelta,
 )
-from lamina.serve.chat.request import ChatRequest, ToolFunction
-from lamina.serve.chat.template import ChatPrompt, ChatTemplate
+from lamina.chat.reader import AnswerReader, answer_reader
+from lamina.chat.request import ChatRequest, ToolFunction
+from lamina.chat.template import ChatPrompt, ChatTemplate
+from lamina.demo.run import CHECKPOINT
+from lamina.errors import ConfigError
+from lamina.model.tokenizer import Tokenizer
 from tests.serve.chat.checkpoints import CONTEXT, STYLES, save
 
 WEATHER = ToolFunction(
@@ -308,7 +309,7 @@ def test_special_tokens_that_mark_nothing_stay_hidden() -> None:
     assert chat("mistral").show_special
     assert not chat("qwen").show_special
     assert told(read("mistral", "a</s>b", "[IN", "ST]c")) == ("abc", "", [])
-    shown = chat("mistral").reader(ASKED, ChatPrompt([], ""), hide_special=False)
+    shown = answer_reader(chat("mistral").form(ASKED, ChatPrompt([], ""), hide_special=False), ASKED)
     assert told([*shown.push("a</s>b"), *shown.finish()]) == ("a</s>b", "", [])
 
 

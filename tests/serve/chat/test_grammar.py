@@ -14,12 +14,12 @@ import llguidance.hf
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lamina.chat.chat import Chat
+from lamina.chat.events import ChatAnswer
+from lamina.chat.request import ChatRequest, ToolFunction
+from lamina.chat.template import ChatPrompt, ChatTemplate
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer
-from lamina.serve.chat.chat import Chat
-from lamina.serve.chat.events import ChatAnswer
-from lamina.serve.chat.request import ChatRequest, ToolFunction
-from lamina.serve.chat.template import ChatPrompt, ChatTemplate
 from lamina.wire.requests import Constraint, Grammar, JsonObject, JsonSchema, OneOf, Regex
 from tests.serve.chat.checkpoints import CONTEXT, STYLES, save
 from tests.serve.chat.test_answers import TIME, WEATHER

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from lamina.chat.request import ChatFields, ChatRequest, read_chat
 from lamina.errors import RequestError
-from lamina.serve.chat.request import ChatFields, ChatRequest, read_chat
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -110,6 +110,7 @@ def test_tools_are_chosen() -> None:
     assert not chat(tools=tools, parallel_tool_calls=False).parallel
     named = chat(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}})
     assert ([f.name for f in named.functions], named.must_call, named.tools) == (["g"], True, tools)
+    assert not named.parallel
     none = chat(tools=tools, tool_choice="none")
     assert (none.tools, none.functions, none.must_call) == ([], [], False)
 

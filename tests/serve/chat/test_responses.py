@@ -12,11 +12,11 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from lamina.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, ContentDelta, ReasoningDelta
+from lamina.chat.request import ChatFields, read_chat
 from lamina.errors import RequestError
-from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, ContentDelta, ReasoningDelta
-from lamina.serve.chat.request import ChatFields, read_chat
-from lamina.serve.chat.response_events import Event, ResponseUsage, ResponseWriter
-from lamina.serve.chat.responses import read_response
+from lamina.serve.response_events import Event, ResponseUsage, ResponseWriter
+from lamina.serve.response_request import read_response
 
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True, "description": "d"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -18,9 +18,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 from transformers import PreTrainedTokenizerFast
 
+from lamina.chat import template as module
+from lamina.chat.template import ChatPrompt, ChatTemplate
 from lamina.errors import CheckpointError, RequestError
-from lamina.serve.chat import template as module
-from lamina.serve.chat.template import ChatPrompt, ChatTemplate
 from tests.serve.chat.checkpoints import STYLES, load, save
 
 TOOLS = [
@@ -310,5 +310,5 @@ def test_a_checkpoint_without_a_template_cannot_chat(tmp_path: Path) -> None:
 
 def test_templates_need_no_torch() -> None:
     """A process that only renders templates does not pay for torch."""
-    code = "import lamina.serve.chat.template, sys; sys.exit('torch' in sys.modules)"
+    code = "import lamina.chat.template, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

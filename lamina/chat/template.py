@@ -18,9 +18,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from lamina.chat.marks import Marks
 from lamina.errors import CheckpointError, RequestError
 from lamina.model.tokenizer import MARK, Tokenizer
-from lamina.serve.chat.marks import Marks
 
 Message = dict[str, Any]
 
@@ -137,7 +137,7 @@ class ChatTemplate:
         has = f" called 'default', only {', '.join(map(repr, self._templates))}" if self._templates else ""
         raise RequestError(
             f"this model cannot chat: its checkpoint has no chat template{has}; ask for the completion of a text "
-            "instead, or start the server with --chat-template"
+            "instead, add a chat_template.jinja to the checkpoint, or start lamina serve with --chat-template"
         )
 
     def _rendered(self, template: jinja2.Template, variables: dict[str, Any]) -> str:

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 
-from lamina.serve.chat.feed import Feed, Marker, Steps
-from lamina.serve.chat.request import ToolFunction
+from lamina.chat.feed import Feed, Marker, Steps
+from lamina.chat.request import ToolFunction
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _HEAD = re.compile(

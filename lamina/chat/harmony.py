@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lamina.serve.chat.feed import Feed, Marker, Steps
-from lamina.serve.chat.request import ToolFunction
+from lamina.chat.feed import Feed, Marker, Steps
+from lamina.chat.request import ToolFunction
 
 _HEAD = Marker(["<|channel|>", "<|start|>"])
 _MESSAGE = Marker(["<|message|>", "<|end|>", "<|return|>", "<|call|>"])

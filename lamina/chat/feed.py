@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Collection, Generator
 from typing import TypeAlias, TypeVar
 
+from lamina.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, ContentDelta, ReasoningDelta
 from lamina.model.tokenizer import spelling
-from lamina.serve.chat.events import CallArguments, CallBegin, CallEnd, ChatEvent, ContentDelta, ReasoningDelta
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[None, None, T]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from lamina.chat import harmony, json_calls, marked_calls
+from lamina.chat.feed import Feed, Marker, Steps
+from lamina.chat.request import ToolFunction
 from lamina.errors import ConfigError
 from lamina.model.tokenizer import Tokenizer
-from lamina.serve.chat import harmony, json_calls, marked_calls
-from lamina.serve.chat.feed import Feed, Marker, Steps
-from lamina.serve.chat.request import ToolFunction
 from lamina.validation import meant
 
 F = TypeVar("F")

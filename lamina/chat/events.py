@@ -48,31 +48,23 @@ class CallEnd:
 ChatEvent: TypeAlias = ContentDelta | ReasoningDelta | CallBegin | CallArguments | CallEnd
 
 
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """A whole call, or one as far as it has come."""
 
-    def __init__(self, id_: str, name: str) -> None:
-        self.id = id_
-        self.name = name
-        self._arguments: list[str] = []
-
-    @property
-    def arguments(self) -> str:
-        """Return JSON text."""
-        return "".join(self._arguments)
-
-    def take(self, text: str) -> None:
-        """Add what comes next of the arguments."""
-        self._arguments.append(text)
+    id: str
+    name: str
+    arguments: str
+    """JSON text, as the model has written it."""
 
 
 class ChatAnswer:
     """A whole answer, or one as far as it has come."""
 
     def __init__(self) -> None:
-        self.calls: list[ToolCall] = []
         self._content: list[str] = []
         self._reasoning: list[str] = []
+        self._calls: list[tuple[CallBegin, list[str]]] = []
 
     @property
     def content(self) -> str:
@@ -84,6 +76,11 @@ class ChatAnswer:
         """Return what it has thought before."""
         return "".join(self._reasoning)
 
+    @property
+    def calls(self) -> list[ToolCall]:
+        """Return the tools that it calls."""
+        return [ToolCall(call.id, call.name, "".join(arguments)) for call, arguments in self._calls]
+
     def take(self, events: Iterable[ChatEvent]) -> ChatAnswer:
         """Add what comes next, and return this answer."""
         for event in events:
@@ -92,8 +89,8 @@ class ChatAnswer:
                     self._content.append(text)
                 case ReasoningDelta(text):
                     self._reasoning.append(text)
-                case CallBegin(_, id_, name):
-                    self.calls.append(ToolCall(id_, name))
+                case CallBegin():
+                    self._calls.append((event, []))
                 case CallArguments(index, text):
-                    self.calls[index].take(text)
+                    self._calls[index][1].append(text)
         return self

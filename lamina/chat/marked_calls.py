@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lamina.serve.chat.feed import Feed, Marker, Steps
-from lamina.serve.chat.request import ToolFunction
+from lamina.chat.feed import Feed, Marker, Steps
+from lamina.chat.request import ToolFunction
 
 _BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _CALL_END, _SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from lamina.chat.request import MAX_MESSAGES, MAX_TOOLS
 from lamina.errors import RequestError
-from lamina.serve.chat.request import MAX_MESSAGES, MAX_TOOLS
 from lamina.validation import explain, unknown_key
 from lamina.wire.codec import Positive
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from llguidance import regex_to_lark
 
+from lamina.chat.formats import ReasoningFormat, ToolFormat
+from lamina.chat.request import ChatRequest, ToolFunction
 from lamina.constrain.schema import prepare_schema
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer, spelling
-from lamina.serve.chat.formats import ReasoningFormat, ToolFormat
-from lamina.serve.chat.request import ChatRequest, ToolFunction
 from lamina.wire.requests import Constraint, Grammar, JsonObject, JsonSchema, OneOf, Regex
 
 _ANY = r"/(.|\n)*/"

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
-import string
 from typing import Any
 
+from lamina.chat.formats import reasoning_format, tool_format
+from lamina.chat.grammar import Grammars
+from lamina.chat.reader import LETTERS, AnswerReader, answer_reader
+from lamina.chat.request import ChatRequest, Message
+from lamina.chat.template import ChatPrompt, ChatTemplate
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer
-from lamina.serve.chat.events import ChatEvent
-from lamina.serve.chat.feed import Feed, Steps
-from lamina.serve.chat.formats import reasoning_format, tool_format
-from lamina.serve.chat.grammar import Grammars
-from lamina.serve.chat.request import ChatRequest, Message
-from lamina.serve.chat.template import ChatPrompt, ChatTemplate
-from lamina.wire.requests import Constraint
+from lamina.wire.requests import ChatForm, Constraint
 
-_LETTERS = string.ascii_letters + string.digits
 _PROBE = "lamina-probe"
 
 
 class Chat:
     """Knows how a checkpoint chats. Any thread may call it, and `prompt` belongs into one.
 
-    ``tools`` and ``reasoning`` name formats of `lamina.serve.chat.formats`; None: those that the template shows. Raises
+    ``tools`` and ``reasoning`` name formats of `lamina.chat.formats`; None: those that the template shows. Raises
     ConfigError for unknown ones.
     """
 
@@ -45,6 +41,19 @@ class Chat:
         """Whether requests have to ask for the text of special tokens, as some mark calls or reasoning."""
         self._hidden = special - shown if shown else frozenset()
 
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        *,
+        tools: str | None = None,
+        reasoning: str | None = None,
+    ) -> Chat:
+        """Return that of a checkpoint, with its own template or another. CheckpointError if that cannot be read."""
+        source = template or tokenizer.chat_template
+        return cls(tokenizer, ChatTemplate(tokenizer, source, tokenizer.named_tokens), tools=tools, reasoning=reasoning)
+
     def prompt(self, request: ChatRequest) -> ChatPrompt:
         """Return the prompt for a request. RequestError if the template refuses it."""
         return self._template.render(
@@ -62,25 +71,19 @@ class Chat:
             request, answer, opened=self._opens_reasoning(prompt), closed=self._ends_reasoning(request, prompt)
         )
 
-    def reader(self, request: ChatRequest, prompt: ChatPrompt, *, hide_special: bool = True) -> AnswerReader:
-        """Return what reads the answer to a prompt. ``hide_special``: special tokens are no part of the content."""
-        opened, closed = self._opens_reasoning(prompt), self._ends_reasoning(request, prompt)
-        feed = Feed(
-            _short_id if self.tools.short_ids else _long_id,
-            hidden=self._hidden if hide_special else (),
-            single=not request.parallel,
+    def form(self, request: ChatRequest, prompt: ChatPrompt, *, hide_special: bool = True) -> ChatForm:
+        """Return how the answer to a prompt is read. ``hide_special``: special tokens are no part of the content."""
+        return ChatForm(
+            tools=self.tools.name,
+            reasoning=self.reasoning.name,
+            opened=self._opens_reasoning(prompt),
+            closed=self._ends_reasoning(request, prompt),
+            hidden=sorted(self._hidden) if hide_special else [],
         )
 
-        def steps() -> Steps[None]:
-            if not closed:
-                yield from self.reasoning.read(feed, opened=opened)
-            if request.functions or self.tools.name == "harmony":
-                yield from self.tools.read(feed, request.functions)
-            else:
-                yield from feed.say()
-            feed.finish()
-
-        return AnswerReader(feed, steps())
+    def reader(self, request: ChatRequest, prompt: ChatPrompt) -> AnswerReader:
+        """Return what reads the answer to a prompt."""
+        return answer_reader(self.form(request, prompt), request)
 
     def _opens_reasoning(self, prompt: ChatPrompt) -> bool:
         begin = self.reasoning.begin
@@ -119,57 +122,9 @@ class Chat:
         return adapted
 
 
-class AnswerReader:
-    """Makes events of the text of one answer, piece by piece.
-
-    Nothing of a mark ever comes out in part. What looks like a call and is none comes out as content.
-    """
-
-    def __init__(self, feed: Feed, steps: Steps[None]) -> None:
-        self._feed = feed
-        self._steps = steps
-        next(steps)
-
-    @property
-    def over(self) -> bool:
-        """Return whether the answer is complete, whatever the model still says: it was to have one call, and has it."""
-        return self._feed.over
-
-    def push(self, text: str) -> list[ChatEvent]:
-        """Return what the next piece of the answer's text completes."""
-        feed = self._feed
-        if feed.over or not text:
-            return []
-        feed.text += text
-        next(self._steps)
-        return self._taken()
-
-    def finish(self) -> list[ChatEvent]:
-        """Return what is left, now that the text is complete."""
-        if self._feed.closed:
-            return []
-        self._feed.closed = True
-        if not self._feed.over:
-            for _ in self._steps:
-                raise AssertionError("a reader waits for text that will never come")
-        return self._taken()
-
-    def _taken(self) -> list[ChatEvent]:
-        events, self._feed.events = self._feed.events, []
-        return events
-
-
-def _long_id() -> str:
-    return "call_" + secrets.token_hex(12)
-
-
-def _short_id() -> str:
-    return "".join(secrets.choice(_LETTERS) for _ in range(9))
-
-
 def _shortened(id_: str) -> str:
     """Return an id of 9 letters and digits, the same for the same id."""
     if len(id_) == 9 and id_.isascii() and id_.isalnum():
         return id_
     number = int.from_bytes(hashlib.sha256(id_.encode()).digest())
-    return "".join(_LETTERS[number // len(_LETTERS) ** n % len(_LETTERS)] for n in range(9))
+    return "".join(LETTERS[number // len(LETTERS) ** n % len(LETTERS)] for n in range(9))

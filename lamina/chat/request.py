@@ -21,6 +21,8 @@ MAX_MESSAGES = 8192
 MAX_PARTS = 1024
 MAX_CALLS = 256
 MAX_TOOLS = 512
+MAX_BYTES = 1 << 24
+"""The most bytes of a conversation as JSON text."""
 
 
 class ContentPart(Struct, frozen=True):
@@ -158,6 +160,22 @@ class ChatRequest:
     continue_final_message: bool = False
 
 
+def read_fields(plain: dict[str, Any]) -> ChatFields:
+    """Return the parameters of a chat. A RequestError names what does not fit."""
+    return _convert(plain, ChatFields)
+
+
+def read_text(text: str) -> ChatRequest:
+    """Return what a client asks for in JSON. RequestError if that is none, or as `read_chat` says."""
+    try:
+        plain = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as e:
+        raise RequestError(f"the conversation is no JSON: {e}") from e
+    if not isinstance(plain, dict):
+        raise RequestError(f"the conversation: expected an object with messages, got {type(plain).__name__}")
+    return read_chat(read_fields(plain))
+
+
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 
 
@@ -185,7 +203,8 @@ def read_chat(fields: ChatFields) -> ChatRequest:
         tools=tools,
         functions=functions,
         must_call=must_call,
-        parallel=fields.parallel_tool_calls is not False,
+        # A tool that is chosen by name is called once: clients that choose one read one call.
+        parallel=fields.parallel_tool_calls is not False and not isinstance(fields.tool_choice, dict),
         documents=fields.documents,
         variables=variables,
         include_reasoning=fields.include_reasoning is not False,
