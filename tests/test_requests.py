@@ -37,7 +37,7 @@ SAMPLINGS = st.builds(
     st.floats(0, 1, exclude_min=True),
     st.none() | st.integers(0, 2**63 - 1),
     st.floats(0, 1),
-    st.floats(0, 100, exclude_min=True),
+    st.floats(0.01, 100),
     st.floats(-100, 100),
     st.floats(-100, 100),
     st.dictionaries(st.integers(0, 2**40), st.floats(-100, 100)),

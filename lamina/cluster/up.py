@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import fcntl
 import hashlib
 import logging
 import os
@@ -79,18 +80,32 @@ async def _main(config: ClusterConfig, *, verbose: bool, log_format: logs.Format
 
 def log_folder(path: Path) -> Path:
     """Return the folder of logs for a cluster file or a checkpoint, which only the user can read; it is made if it is
-    missing."""
+    missing. It is this process's until its end; while another one writes its logs there, there is a second folder."""
     file = path.resolve()
     name = f"{file.stem}-{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
     try:
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-        folder = state / "lamina" / name
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        folder, number = state / "lamina" / name, 1
+        while not _takes(folder):
+            number += 1
+            folder = state / "lamina" / f"{name}-{number}"
     except (OSError, RuntimeError):  # a user without a home that can be written
         folder = Path(tempfile.mkdtemp(prefix="lamina-"))
         atexit.register(_remove_if_empty, folder)
     return folder
+
+
+def _takes(folder: Path) -> bool:
+    """Make a folder and take it until the end of this process, if no other process has it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return False
+    return True
 
 
 def _remove_if_empty(folder: Path) -> None:

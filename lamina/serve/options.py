@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ DEFAULT_BODY = 16 << 20
 MAX_KEY_FILE = 1 << 16
 MIN_KEY = 8
 """The least characters of an API key."""
-
-
 MAX_TEMPLATE = 1 << 20
 """The most bytes of a chat template."""
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
+"""What browsers send as the origin of a page, which has no path: another text would match none."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ class ServeOptions:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_certificate, self.tls_key)
             except (OSError, ssl.SSLError) as e:
                 raise ConfigError(f"--tls-certificate: {self.tls_certificate} cannot be used: {e.strerror or e}") from e
+        if not all(self.names):
+            raise ConfigError("--served-model-name: expected a name, got an empty one")
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f'--cors-origin: expected one like "https://example.org", or *; got {origin!r:.200}')
         self.keys()
         self.chat.check()
 

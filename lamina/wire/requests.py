@@ -33,7 +33,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     """None: a random one, which the front draws when it takes the request."""
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Only tokens with at least this part of the probability of the likeliest one."""
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     """Divides the positive logits of tokens of prompt and answer, and multiplies the negative ones."""
     presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
     """Is subtracted from the logits of the tokens of the answer so far."""

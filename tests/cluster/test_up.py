@@ -308,3 +308,19 @@ def test_ctrl_c_while_it_is_imported(module: str, config: ClusterConfig) -> None
         rest = up.stderr.read()
     assert "Traceback" not in rest
     assert up.returncode in (130, -signal.SIGINT)
+
+
+def test_two_processes_do_not_share_a_folder_of_logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two servers of one checkpoint would overwrite each other's logs. Later, the first folder is free again."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    program = "import sys; from pathlib import Path; from lamina.cluster.up import log_folder\n"
+    program += "print(log_folder(Path('model')), flush=True); sys.stdin.read()"
+    command = [sys.executable, "-P", "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, text=True) as first:
+        assert first.stdout is not None
+        folder = first.stdout.readline().strip()
+        beside = subprocess.run(command, input="", capture_output=True, cwd=tmp_path, text=True, check=True)
+    later = subprocess.run(command, input="", capture_output=True, cwd=tmp_path, text=True, check=True)
+
+    assert beside.stdout.strip() == f"{folder}-2"
+    assert later.stdout.strip() == folder

@@ -72,6 +72,8 @@ def test_a_chat_template_for_a_checkpoint_without_one(cluster: ClusterConfig, tm
         (["--chat-template", "nowhere"], "--chat-template: nowhere cannot be read: No such file or directory"),
         (["--tool-parser", "hermess"], "--tool-parser: unknown format 'hermess'; did you mean 'hermes'?"),
         (["--reasoning-parser", "x"], "--reasoning-parser: unknown format 'x'; known: none, think"),
+        (["--cors-origin", "example.org"], '--cors-origin: expected one like "https://example.org", or *'),
+        (["--served-model-name", ""], "--served-model-name: expected a name, got an empty one"),
         (["--memory", "1GiB"], "--memory: only allowed with a checkpoint directory; cluster.toml is a cluster file"),
     ],
 )

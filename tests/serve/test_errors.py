@@ -19,6 +19,7 @@ from tests.serve.conftest import Server
         ({"temprature": 1}, "temprature", "unknown parameter 'temprature', did you mean 'temperature'?"),
         ({"temperature": "hot"}, "temperature", "temperature: expected float, got 'hot'"),
         ({"temperature": -1}, "temperature", "temperature: expected float >= 0.0, got -1"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty", "repetition_penalty: expected float >= 0.01, got 1e-40"),
         ({"best_of": 3}, "best_of", "best_of is not supported; use n"),
         ({"suffix": "end"}, "suffix", "suffix is not supported; leave it out"),
         ({"n": 0}, "n", "n: expected int >= 1, got 0"),
