@@ -10,6 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
@@ -443,6 +444,9 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Run the command; an error becomes one sentence on standard error and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the encoding lacks must not end the command
     try:
         for command in entry_points(group="lamina.commands"):
             app.add_typer(command.load(), name=command.name)

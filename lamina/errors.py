@@ -86,6 +86,10 @@ class CapacityError(LaminaError):
         self.retry_after_s = retry_after_s
 
 
+class StorageError(LaminaError):
+    """What has to be kept cannot be written, as on a full disk; the message names the file."""
+
+
 class TransportError(LaminaError):
     """Bytes could not be moved between two nodes."""
 

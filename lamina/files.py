@@ -11,6 +11,8 @@ from lamina.errors import ConfigError, LaminaError
 
 def check_target(path: Path, option: str) -> None:
     """Raise ConfigError, which names ``option``, if ``path`` cannot be written; called before the work begins."""
+    if str(path) == "-":
+        raise ConfigError(f"{option}: standard output is not possible here; name a file (./- if it has this name)")
     target = path.resolve()
     if target.is_dir():
         raise ConfigError(f"{option}: {path} is a folder; name a file in it")

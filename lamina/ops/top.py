@@ -36,8 +36,8 @@ _COLOURS = {"ready": "green", "starting": "yellow", "waiting": "yellow", "draini
 
 
 def run(config: ClusterConfig) -> int:
-    """Show the cluster until q or Ctrl-C. Without a terminal, print what it does in one second."""
-    if sys.stdout.isatty():
+    """Show the cluster until q or Ctrl-C. Without a terminal that can be drawn on, print what it does in one second."""
+    if sys.stdout.isatty() and not Console().is_dumb_terminal:
         asyncio.run(_live(config))
     else:
         console = Console(width=max(80, shutil.get_terminal_size().columns), highlight=False, force_terminal=False)

@@ -38,7 +38,7 @@ from lamina.model.checkpoint import check_checkpoint
 from lamina.model.files import find_weights, read_config, stored_dtype
 from lamina.serve.facts import Facts, read_facts
 from lamina.serve.options import ServeOptions
-from lamina.serve.run import DRAIN_S
+from lamina.serve.run import DRAIN_S, listen
 
 log = logging.getLogger("lamina.serve")
 
@@ -61,6 +61,7 @@ def run(
     """
     if options.port == 0:
         options = dataclasses.replace(options, port=free_ports(1)[0])  # the screen names it
+    listen(options).close()  # what cannot be is said before a large model is loaded
     model = model.resolve()
     return int(uvloop.run(_main(model, options, context, memory, cast("Dtype | None", dtype), verbose)))
 

@@ -89,7 +89,7 @@ class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     """0 is greedy. The default is what the checkpoint recommends, else 1."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 40)] | None = None
     """0 and -1: all."""
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
@@ -174,6 +174,8 @@ _NESTED = ("stream_options", "response_format", "structured_outputs")
 
 B = TypeVar("B", bound=Struct)
 _PLACE = re.compile(r" - at `\$\.?(.*)`$")
+_MISSING = re.compile(r"missing required field `(\w+)`$")
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,10}")
 
 
 def parse(plain: dict[str, Any], kind: type[B], beside: Sequence[str] = ()) -> B:
@@ -201,8 +203,8 @@ def convert(plain: dict[str, Any], kind: type[B]) -> B:
     try:
         return msgspec.convert(plain, kind)
     except msgspec.ValidationError as e:
-        place = _PLACE.search(str(e))
-        param = place[1] if place and "..." not in place[1] else None
+        place = _PLACE.search(str(e)) or _MISSING.search(str(e))
+        param = place[1].partition("[...]")[0] if place else None
         try:
             message = explain(e, plain, kind)
         except (KeyError, IndexError, TypeError):
@@ -236,7 +238,7 @@ def sampling_of(body: Body, recommended: Mapping[str, float | int]) -> Sampling:
 
     bias: dict[int, float] = {}
     for token, value in body.logit_bias.items():
-        if not (token.isascii() and token.isdecimal() and len(token) < 12):
+        if not _TOKEN_ID.fullmatch(token):  # two spellings of one id would be two biases
             raise HttpError(f"logit_bias: expected token ids as keys, got {token!r:.100}", param="logit_bias")
         bias[int(token)] = value
     return Sampling(
@@ -331,7 +333,9 @@ def constraint_of(body: Body) -> Constraint | None:
             try:
                 given.append(msgspec.convert(plain, kind))
             except msgspec.ValidationError as e:
-                raise HttpError(f"{at}.{name}: {explain(e, plain)}", param=f"{at}.{name}") from None
+                reason = explain(e, plain).removeprefix(kind.__struct_fields__[0]).removeprefix(": ")
+                colon = "" if reason.startswith("[") else ": "  # it begins with an index
+                raise HttpError(f"{at}.{name}{colon}{reason}", param=f"{at}.{name}") from None
     if len(given) != 1 or constraint is not None:
         raise HttpError(
             "structured_outputs: expected exactly one of json, json_object, regex, choice and grammar, and no "

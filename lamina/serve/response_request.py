@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from lamina.chat.request import MAX_MESSAGES, MAX_TOOLS
 from lamina.errors import RequestError
 from lamina.validation import explain, unknown_key
+from lamina.wire.codec import Positive
 
 
 class Format(Struct, frozen=True):
@@ -56,7 +57,7 @@ class ResponseFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_output_tokens: Positive | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -123,9 +124,11 @@ def read_response(body: dict[str, Any]) -> ResponseRequest:
         raise RequestError("background: true is not supported, as this server keeps no answers; leave it out")
     if fields.stream_options is not None and fields.stream_options.include_obfuscation:
         raise RequestError("stream_options.include_obfuscation: true is not supported; leave it out")
+    if not (messages := _messages_of(fields)):
+        raise RequestError("input: expected a message, a call or its output, got items without any of these")
     chat: dict[str, Any] = {
         **own,
-        "messages": _messages_of(fields),
+        "messages": messages,
         "model": fields.model,
         "tools": [_tool_of(tool, f"tools[{i}]") for i, tool in enumerate(fields.tools)] if fields.tools else None,
         "tool_choice": _choice_of(fields.tool_choice),

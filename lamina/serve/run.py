@@ -41,9 +41,13 @@ def run(config: ClusterConfig, options: ServeOptions) -> int:
     logs.configure("serve", format_=logs.choose_format(configured=config.log.format))
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it says of requests, this server says itself
     _raise_descriptor_limit()
-    failure = uvloop.run(_main(config, options))
-    if failure:
-        raise CheckpointError(failure)
+    try:
+        failure = uvloop.run(_main(config, options))
+        if failure:
+            raise CheckpointError(failure)
+    except LaminaError as e:
+        log.error("event=failed reason=%r", str(e), extra={"failure": e})
+        raise
     return 0
 
 
@@ -52,7 +56,7 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> str:
     front = FrontKeeper(config.front.address, config.options())
     names = list(options.names) or [config.model_path.resolve().name]
     service = Service(front, names, options.max_body)
-    listening = _listen(options)
+    listening = listen(options)
     view = ClusterView(config)
     server = _Server(make_app(service, view, keys=options.keys(), origins=options.origins), options)
     loop = asyncio.get_running_loop()
@@ -86,12 +90,15 @@ async def _main(config: ClusterConfig, options: ServeOptions) -> str:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
             await view.close()
             service.workers.close()
             if offline is not None:
                 offline.close()
     log.info("event=stopped")
+    for end in ends:
+        if isinstance(end, Exception):
+            raise end
     return service.failure
 
 
@@ -122,7 +129,6 @@ async def _read_model(service: Service, config: ClusterConfig, chat: ChatOptions
         service.read = await service.workers.run(Model.make, path, facts, config.model.context, chat, long=True)
     except LaminaError as e:
         service.failure = str(e)
-        log.error("event=failed reason=%r", str(e), extra={"failure": e})
         service.draining.set()  # it would never be ready
 
 
@@ -145,7 +151,7 @@ async def _end_when_drained(service: Service, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-def _listen(options: ServeOptions) -> socket.socket:
+def listen(options: ServeOptions) -> socket.socket:
     """Return a listening socket. ConnectError says why there can be none."""
     try:
         found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

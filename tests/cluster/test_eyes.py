@@ -156,6 +156,22 @@ def test_top_on_a_terminal_ends_quietly(config: ClusterConfig, key: str) -> None
     assert f"\x1b[?{ALTERNATE}h" in shown.decode(errors="replace")
 
 
+def test_top_where_nothing_can_be_drawn(config: ClusterConfig) -> None:
+    """A terminal without any abilities gets the snapshot, in the characters that it has."""
+    near, far = pty.openpty()
+    environment = {**os.environ, "TERM": "dumb", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*LAMINA, "top", str(config.file)], stdin=far, stdout=far, stderr=far, env=environment, timeout=60, check=False
+    )
+    shown = os.read(near, 1 << 16)
+    os.close(far)
+    os.close(near)
+
+    assert done.returncode == 0
+    assert shown.startswith(b"Lamina  cluster.toml  2 of 2 nodes ready")
+    assert b"c0 \\u2013 m0" in shown
+
+
 def _take_terminal() -> None:
     import fcntl
     import termios

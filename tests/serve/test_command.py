@@ -109,15 +109,42 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_server(cluster: ClusterConfig,
     assert f"lamina: {folder / 'tokenizer.json'}: the tokenizer cannot be read: " in done.stderr.splitlines()[-1]
 
 
-def test_a_port_in_use_is_named(cluster: ClusterConfig, server: Server, tmp_path: Path) -> None:
-    done = _run([str(cluster.file), "--port", str(server.port)], tmp_path)
+@pytest.mark.parametrize("form", ["cluster", "checkpoint"])
+def test_a_port_in_use_is_named(cluster: ClusterConfig, server: Server, tmp_path: Path, form: str) -> None:
+    """Also before the nodes of a checkpoint start."""
+    served = str(cluster.file if form == "cluster" else CHECKPOINT)
+
+    done = _run([served, "--port", str(server.port)], tmp_path)
 
     assert done.returncode == 1
-    assert f"cannot listen at 127.0.0.1:{server.port}: address already in use" in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"lamina: --host and --port: the server cannot listen at 127.0.0.1:{server.port}: address already in use; "
+        "choose another port"
+    )
+
+
+@pytest.mark.slow
+def test_the_cause_of_an_end_is_named(tmp_path: Path) -> None:
+    """Though it is the end of a child, which logs into a file."""
+    folder = tmp_path / "open"
+    folder.mkdir(mode=0o755)
+
+    done = _run([str(CHECKPOINT), "--port", "0", "--files", str(folder)], tmp_path)
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"lamina: --files: {folder} can be entered by others")
 
 
 def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*SERVE, *words], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [*SERVE, *words],
+        cwd=folder,
+        env=os.environ | {"XDG_STATE_HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
+import msgspec
 import openai
 import pytest
 
+from lamina.serve.completions import CompletionBody
 from tests.serve.conftest import Server
 
 
@@ -23,6 +26,13 @@ from tests.serve.conftest import Server
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "min_tokens: expected at most max_tokens, 3, got 9"),
         ({"logprobs": 21}, "logprobs", "logprobs: expected int <= 20, got 21"),
         ({"logit_bias": {"hello": 1}}, "logit_bias", "logit_bias: expected token ids as keys, got 'hello'"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "logit_bias[...]: expected float <= 100.0, got {'5': 101}"),
+        ({"logit_bias": {"05": 1}}, "logit_bias", "logit_bias: expected token ids as keys, got '05'"),
+        ({"prompt": None}, "prompt", "missing key 'prompt'"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex",
+         "structured_outputs.regex: expected str of length >= 1, got ''"),
+        ({"structured_outputs": {"choice": [7]}}, "structured_outputs.choice[0]",
+         "structured_outputs.choice[0]: expected str, got 7"),
         ({"stop": [""]}, "stop[0]", "stop[0]: expected str of length >= 1, got ''"),
         ({"prompt": []}, "prompt", "prompt: expected a text or token ids, got an empty list"),
         ({"prompt": [1, "a"]}, "prompt", "prompt: token ids stand among texts or lists; give a list of one kind"),
@@ -43,6 +53,26 @@ def test_a_wrong_parameter_is_named(server: Server, body: dict[str, Any], param:
     assert reply.status == 400
     assert (reply.error["param"], reply.error["message"]) == (param, message)
     assert reply.error["type"] == "invalid_request_error"
+
+
+def _is_number(kind: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType):
+        return any(map(_is_number, get_args(kind)))
+    return getattr(kind, "__origin__", kind) in (int, float)
+
+
+NUMBERS = [field.name for field in msgspec.structs.fields(CompletionBody) if _is_number(field.type)]
+
+
+@pytest.mark.parametrize("value", [1 << 63, -(1 << 63) - 1, 1 << 70])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_bounds(server: Server, name: str, value: int) -> None:
+    """One that is too large or too small for the messages to the front is refused by its own name, too."""
+    reply = server.complete(prompt="Once", **{name: value})
+
+    assert reply.status == 400
+    assert reply.error["param"] == name
+    assert reply.error["message"].startswith(f"{name}: expected")
 
 
 def test_every_unknown_parameter_is_named(server: Server) -> None:

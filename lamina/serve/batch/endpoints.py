@@ -25,7 +25,7 @@ MAX_FILE = 512 << 20
 """The most bytes of one upload."""
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")
 """What a file may be for. Only batches are run here."""
-_PAGE = 20, 100
+_PAGE = 20, 10_000
 """The entries of a list: by default, and at most."""
 _CHUNK = 1 << 20
 
@@ -174,9 +174,13 @@ def _found(look: Any) -> Any:
 
 
 def _query(exchange: Exchange, *known: str) -> dict[str, str]:
-    query = dict(parse_qsl(exchange.scope["query_string"].decode("latin-1"), max_num_fields=32))
-    if wrong := [name for name in query if name not in known]:
-        raise HttpError(f"unknown parameter {wrong[0]!r:.100}; expected some of {', '.join(known)}", param=wrong[0])
+    query: dict[str, str] = {}
+    for name, value in parse_qsl(exchange.scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        if name not in known:
+            raise HttpError(f"unknown parameter {name!r:.100}; expected some of {', '.join(known)}", param=name[:100])
+        if name in query:
+            raise HttpError(f"{name}: given twice; give one value", param=name)
+        query[name] = value
     return query
 
 
@@ -184,7 +188,7 @@ def _page(found: Sequence[_Shown], query: dict[str, str]) -> dict[str, Any]:
     """Return a page of a list, which begins behind the id ``after``."""
     default, most = _PAGE
     limit = query.get("limit", str(default))
-    if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= 10_000):
+    if not (limit.isascii() and limit.isdecimal() and len(limit) <= 5 and 1 <= int(limit) <= most):
         raise HttpError(f"limit: expected a number from 1 to {most}, got {limit!r:.100}", param="limit")
     if query.get("order", "desc") not in ("asc", "desc"):
         raise HttpError(f"order: expected asc or desc, got {query['order']!r:.100}", param="order")

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from lamina.errors import CapacityError, ConfigError, LaminaError, RequestError
+from lamina.errors import CapacityError, ConfigError, RequestError, StorageError
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 
@@ -51,7 +51,10 @@ class FileStore:
     async def add(
         self, chunks: AsyncIterator[bytes], *, filename: str, purpose: str, owner: str, now_s: float
     ) -> StoredFile:
-        """Keep what comes in ``chunks``. CapacityError says that there is no room for it; then nothing is kept."""
+        """Keep what comes in ``chunks``.
+
+        CapacityError says that there is no room for it, StorageError that it cannot be written; then nothing is kept.
+        """
         id_ = f"file-{secrets.token_hex(16)}"
         part = self.folder / f"{id_}.part"
         room, nbytes = self._limit - sum(file.bytes for file in self._all()), 0
@@ -67,14 +70,17 @@ class FileStore:
                     file.write(chunk)
             return self._keep(part, id_, nbytes, filename, purpose, owner, now_s)
         except OSError as e:
-            raise LaminaError(f"{part} cannot be written: {e.strerror}") from e
+            raise unwritable(part, e) from e
         finally:
             part.unlink(missing_ok=True)
 
     def take(self, path: Path, *, filename: str, purpose: str, owner: str, now_s: float) -> StoredFile:
-        """Move the file at ``path``, which is on the same disk, into the store."""
+        """Move the file at ``path``, which is on the same disk, into the store. StorageError if that fails."""
         id_ = f"file-{secrets.token_hex(16)}"
-        return self._keep(path, id_, path.stat().st_size, filename, purpose, owner, now_s)
+        try:
+            return self._keep(path, id_, path.stat().st_size, filename, purpose, owner, now_s)
+        except OSError as e:
+            raise unwritable(path, e) from e
 
     def path(self, id_: str, owner: str) -> Path:
         """Return where the contents of a file are. RequestError if there is none."""
@@ -106,7 +112,11 @@ class FileStore:
     ) -> StoredFile:
         found = StoredFile(id=id_, bytes=nbytes, created_at=int(now_s), filename=filename, purpose=purpose, owner=owner)
         path.replace(self.folder / id_)
-        write_json(self.folder / f"{id_}.json", found)
+        try:
+            write_json(self.folder / f"{id_}.json", found)
+        except StorageError:
+            (self.folder / id_).unlink()  # without a description, nobody could delete it
+            raise
         return found
 
     def _all(self) -> list[StoredFile]:
@@ -133,7 +143,16 @@ def private_folder(folder: Path) -> Path:
 
 
 def write_json(path: Path, value: msgspec.Struct) -> None:
-    """Write a description and put it into its place as a whole."""
+    """Write a description and put it into its place as a whole. StorageError if that fails."""
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(msgspec.json.encode(value))
-    part.replace(path)
+    try:
+        part.write_bytes(msgspec.json.encode(value))
+        part.replace(path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise unwritable(path, e) from e
+
+
+def unwritable(path: Path, error: OSError) -> StorageError:
+    """Return the error that says why a file cannot be written."""
+    return StorageError(f"{path} cannot be written: {error.strerror}")

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import msgspec
 
-from lamina.errors import ConfigError, LaminaError
+from lamina.errors import ConfigError, StorageError
 
 _VERSION = 1
 
@@ -76,7 +76,7 @@ class Journal:
         return len(self._answers)
 
     def add(self, line: int, answer: dict[str, Any]) -> None:
-        """Keep the answer to a line. LaminaError says that it cannot be written; then nothing of it is kept."""
+        """Keep the answer to a line. StorageError says that it cannot be written; then nothing of it is kept."""
         assert line not in self._answers
         self._append(msgspec.json.encode(_JournalLine(line, msgspec.Raw(msgspec.json.encode(answer)))), line)
 
@@ -146,8 +146,8 @@ class Journal:
             self._answers[line] = self._end, len(data)
         self._end += len(data)
 
-    def _unwritable(self, error: OSError) -> LaminaError:
-        return LaminaError(
+    def _unwritable(self, error: OSError) -> StorageError:
+        return StorageError(
             f"{error.filename or self.path} cannot be written: {error.strerror}; "
             "what was answered before is kept, so the same command goes on"
         )

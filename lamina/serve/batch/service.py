@@ -13,8 +13,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import replace
 
-from lamina.errors import LaminaError, RequestError, first_error
-from lamina.serve.batch.files import FileStore, private_folder, write_json
+from lamina.errors import LaminaError, RequestError, StorageError, first_error
+from lamina.serve.batch.files import FileStore, private_folder, unwritable, write_json
 from lamina.serve.batch.journal import Journal
 from lamina.serve.batch.lines import URLS, BadLine, BatchInput, read_input
 from lamina.serve.batch.run import Answer, AnsweredLine, run
@@ -25,6 +25,8 @@ WINDOW_S = 24 * 3600
 CONCURRENCY = 256
 """So many lines are under way at the same time: enough to fill the cluster, and few enough to leave its queue open."""
 _SAVE_EVERY_S = 1.0
+RETRY_S = 10.0
+"""A batch whose answers cannot be written is tried again so often, until its time is over."""
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 _OVER = ("failed", "completed", "expired", "cancelled")
@@ -149,7 +151,10 @@ class BatchService:
     # -- in the background
 
     async def serve(self) -> None:
-        """Run batches until cancelled. What is unfinished then is left for the next process."""
+        """Run batches until cancelled. What is unfinished then is left for the next process.
+
+        While the disk is full, batches wait: what was answered is kept, and whoever makes room lets them go on.
+        """
         while True:
             self._due.clear()
             waiting = sorted(
@@ -159,11 +164,21 @@ class BatchService:
             if not waiting:
                 await self._due.wait()
                 continue
-            batch = waiting[0]
             try:
-                await self._run(batch)
-            except Exception as e:  # trouble with one batch must not harm the others
-                self._fail(batch.id, first_error(e))
+                await self._run_or_fail(waiting[0])
+            except StorageError as e:
+                log.warning("event=batch_waits batch=%s seconds=%g reason=%r", waiting[0].id, RETRY_S, str(e))
+                await asyncio.sleep(RETRY_S)
+
+    async def _run_or_fail(self, batch: Batch) -> None:
+        """Run a batch to its end, whatever that is. StorageError says that its state cannot be written."""
+        try:
+            await self._run(batch)
+        except Exception as e:  # trouble with one batch must not harm the others
+            error = first_error(e)
+            if isinstance(error, StorageError):
+                raise error from e
+            self._fail(batch.id, error)
 
     def _fail(self, id_: str, error: BaseException) -> None:
         batch = self._batches[id_]
@@ -211,21 +226,34 @@ class BatchService:
         batch = self._batches[id_]
         parts = output.with_name(f"{id_}.answers.part"), output.with_name(f"{id_}.errors.part")
         counts = [0, 0]
-        with output.open("rb") as lines, parts[0].open("wb") as answers, parts[1].open("wb") as errors:
-            for line in lines:
-                response = msgspec.json.decode(line)["response"]
-                failed = response is None or response["status_code"] >= 400
-                counts[failed] += 1
-                (errors if failed else answers).write(line)
         ids: list[str | None] = [None, None]
-        for which, (part, name) in enumerate(zip(parts, ("output", "error"), strict=True)):
-            if counts[which]:
-                filename = f"{id_}_{name}.jsonl"
-                file = self._files.take(
-                    part, filename=filename, purpose="batch_output", owner=batch.owner, now_s=self._now()
-                )
-                ids[which] = file.id
-            part.unlink(missing_ok=True)
+        try:
+            with output.open("rb") as lines, parts[0].open("wb") as answers, parts[1].open("wb") as errors:
+                for line in lines:
+                    response = msgspec.json.decode(line)["response"]
+                    failed = response is None or response["status_code"] >= 400
+                    counts[failed] += 1
+                    (errors if failed else answers).write(line)
+            for which, (part, name) in enumerate(zip(parts, ("output", "error"), strict=True)):
+                if counts[which]:
+                    filename = f"{id_}_{name}.jsonl"
+                    file = self._files.take(
+                        part, filename=filename, purpose="batch_output", owner=batch.owner, now_s=self._now()
+                    )
+                    ids[which] = file.id
+            self._note_end(batch, ids, counts)
+        except (OSError, StorageError) as e:
+            for taken in ids:
+                if taken is not None:
+                    self._files.delete(taken, batch.owner)
+            raise unwritable(output, e) if isinstance(e, OSError) else e from e
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)
+
+    def _note_end(self, batch: Batch, ids: list[str | None], counts: list[int]) -> None:
+        """Note the files of a batch's answers and errors, and how many lines they have."""
         total = batch.request_counts.total or sum(counts)
         batch = replace(
             batch,
@@ -240,7 +268,6 @@ class BatchService:
                 self._change(batch, "expired")
             case _:
                 self._change(batch, "completed")
-        output.unlink(missing_ok=True)
 
     def _change(self, batch: Batch, status: Status, **others: Any) -> Batch:
         """Note that a batch has another state from now on."""
@@ -251,11 +278,8 @@ class BatchService:
         return batch
 
     def _save(self, batch: Batch) -> None:
-        self._batches[batch.id] = batch
-        try:
-            write_json(self._folder / f"{batch.id}.json", batch)
-        except OSError as e:
-            raise LaminaError(f"{self._folder / batch.id}.json cannot be written: {e.strerror}") from e
+        write_json(self._folder / f"{batch.id}.json", batch)
+        self._batches[batch.id] = batch  # only now, as a client may be told that it was not taken
 
     def _count(self, id_: str, counts: Counts) -> None:
         self._save(replace(self._batches[id_], request_counts=counts))

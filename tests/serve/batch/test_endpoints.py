@@ -130,6 +130,24 @@ def test_a_wrong_upload_is_refused(keyed: Server, body: bytes, kind: str, status
     assert reason in reply.error["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches"])
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("limit=0", "limit"),
+        ("limit=", "limit"),
+        ("limit=10001", "limit"),
+        ("limit=" + "1" * 5000, "limit"),
+        ("limit=1&limit=2", "limit"),
+        ("after=nothing", "after"),
+        ("&".join(f"a{i}=1" for i in range(40)), "a0"),
+    ],
+)
+def test_a_wrong_query_is_refused(keyed: Server, path: str, query: str, param: str) -> None:
+    reply = keyed.ask("GET", f"{path}?{query}")
+    assert (reply.status, reply.error["param"]) == (400, param)
+
+
 def test_a_second_server_does_without_the_folder(keyed: Server, cluster: ClusterConfig, tmp_path: Path) -> None:
     """Two servers do not run the same batches: the second one says whose folder it is and ends."""
     folder = keyed.log.parent / "files"
@@ -162,6 +180,9 @@ def test_lamina_batch_answers_a_file(cluster: ClusterConfig, server: Server, tmp
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 2
     assert again.stderr == f"lamina: --output: {output} exists already; remove it, or name another file\n"
+    nameless = subprocess.run(batch_command(cluster, source, Path("-")), capture_output=True, text=True, check=False)
+    assert nameless.returncode == 2
+    assert nameless.stderr.startswith("lamina: --output: standard output is not possible here; name a file")
 
 
 @pytest.mark.slow

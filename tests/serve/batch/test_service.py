@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lamina.errors import CapacityError, ConfigError, NodeError, RequestError
+from lamina.errors import CapacityError, ConfigError, NodeError, RequestError, StorageError
 from lamina.serve.batch.files import FileStore
 from lamina.serve.batch.lines import InputLine
 from lamina.serve.batch.run import AnsweredLine
@@ -227,3 +227,48 @@ def test_files_are_bounded_and_private(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(ConfigError, match=r"can be entered by others"):
         FileStore(tmp_path / "open", 1)
+
+
+def test_batches_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the server nor a batch ends, and what was answered is kept; with room, everything goes on."""
+    monkeypatch.setattr("lamina.serve.batch.service.RETRY_S", 0.01)
+
+    async def main() -> None:
+        asked = Asked()
+        server = Server(tmp_path, asked)
+        batches = tmp_path / "batches"
+        batch = server.create(await server.upload(lines(10)))
+        full = batches / f"{batch.id}.partial"
+        full.mkdir()  # it cannot be written, as on a full disk
+        (batches / f"{batch.id}.answers.part").symlink_to("/dev/full")  # and later, once, not be handed over
+
+        async def make_room() -> Batch:
+            await asyncio.sleep(0.1)
+            assert not asked.ids
+            assert server.batches.get(batch.id, "me").status != "failed"
+            full.rmdir()
+            return await server.until(batch.id, "completed", "failed")
+
+        ended: Batch = await serving(server, make_room)
+        assert ended.status == "completed"
+        assert len(server.answers(ended.output_file_id)) == 9
+        assert len(asked.ids) == 10
+        kept = {ended.input_file_id, ended.output_file_id, ended.error_file_id}
+        assert {file.id for file in server.files.of("me")} == kept
+        assert [path.name for path in batches.iterdir()] == [f"{batch.id}.json"]
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_cannot_be_noted_is_not_taken(tmp_path: Path) -> None:
+    """Whoever is told that the disk is full can be sure that nothing runs."""
+
+    async def main() -> None:
+        server = Server(tmp_path, Asked())
+        file = await server.upload(lines(3))
+        (tmp_path / "batches").rename(tmp_path / "away")  # stands for a full disk: nothing can be written there
+        with pytest.raises(StorageError, match=r"cannot be written"):
+            server.create(file)
+        assert server.batches.of("me") == []
+
+    asyncio.run(main())

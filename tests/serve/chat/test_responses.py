@@ -118,6 +118,8 @@ def test_parameters_become_those_of_a_chat() -> None:
         ({"truncation": "auto"}, "^truncation: "),
         ({"background": True}, "^background: "),
         ({"input": []}, "^input: "),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "^input: expected a message, a call or its output"),
+        ({"max_output_tokens": 10**30}, "^max_output_tokens: expected int <= "),
         ({"input": [{"type": "item_reference", "id": "x"}]}, r"^input\[0\]\.type: items of the type 'item_reference'"),
         ({"input": [{"foo": 1}]}, r"^input\[0\]\.type: missing"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, r"^input\[0\]\.content\[0\]\.type: "),
