@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("structured", "response_structured", "tool_arguments", "response_tool_arguments"), "arguments"
         ),
+        **dict.fromkeys(("tool_result", "response_tool_result"), "arguments"),
         "wrong_model": "NotFoundError",
         **dict.fromkeys(("broken_stream", "broken_response_stream"), "APIError"),
     },

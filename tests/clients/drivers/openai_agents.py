@@ -108,6 +108,24 @@ def response_tool_arguments(server: SimpleNamespace) -> Any:
     return _called(server, OpenAIResponsesModel)
 
 
+def _told(server: SimpleNamespace, kind: Any) -> Any:
+    """The tool's result goes back to the model, which then says something."""
+    settings = _ending(server) | {"tool_choice": "required"}
+    run = Runner.run_sync(_agent(server, kind, tools=[paint], settings=settings), server.question)
+    assert len(run.raw_responses) == 2
+    assert run.final_output
+    [output] = [item.output for item in run.new_items if item.type == "tool_call_output_item"]
+    return {"colour": output}
+
+
+def tool_result(server: SimpleNamespace) -> Any:
+    return _told(server, OpenAIChatCompletionsModel)
+
+
+def response_tool_result(server: SimpleNamespace) -> Any:
+    return _told(server, OpenAIResponsesModel)
+
+
 def wrong_model(server: SimpleNamespace) -> Any:
     return Runner.run_sync(_agent(server, OpenAIResponsesModel, model="absent"), server.question).final_output
 
