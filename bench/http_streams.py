@@ -57,8 +57,11 @@ class HttpConnection(asyncio.Protocol):
         self.answer = HttpAnswer(asked_s=time.perf_counter())
         self._streams = False
         self._done = asyncio.get_running_loop().create_future()
-        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        self.transport.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        self.transport.write(_head(method, path, body) + body)
+
+    def send_part(self, path: str, body: bytes, nbytes: int) -> None:
+        """Send the head of a request, and only ``nbytes`` of its body."""
+        self.transport.write(_head("POST", path, body) + body[:nbytes])
 
     async def end(self) -> HttpAnswer:
         """Wait for the end of the answer, and return it; it is not complete if the connection was closed before."""
@@ -114,3 +117,8 @@ class HttpConnection(asyncio.Protocol):
     def _finish(self) -> None:
         if self._done is not None and not self._done.done():
             self._done.set_result(self.answer)
+
+
+def _head(method: str, path: str, body: bytes) -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body)
