@@ -43,7 +43,7 @@ class HttpConnection(asyncio.Protocol):
         self.answer = HttpAnswer()
         self.closed = False
         self._parser: Any = httptools.HttpResponseParser(self)
-        self._streams = False
+        self._streams = self._is_head = False
         self._done: asyncio.Future[HttpAnswer] | None = None
 
     @classmethod
@@ -52,16 +52,16 @@ class HttpConnection(asyncio.Protocol):
         _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return connection
 
-    def send(self, path: str, body: bytes, *, method: str = "POST") -> None:
+    def send(self, path: str, body: bytes, *, method: str = "POST", kind: str = "application/json") -> None:
         """Send a request, whose answer `end` returns."""
         self.answer = HttpAnswer(asked_s=time.perf_counter())
-        self._streams = False
+        self._streams, self._is_head = False, method == "HEAD"
         self._done = asyncio.get_running_loop().create_future()
-        self.transport.write(_head(method, path, body) + body)
+        self.transport.write(_head(method, path, body, kind) + body)
 
     def send_part(self, path: str, body: bytes, nbytes: int) -> None:
         """Send the head of a request, and only ``nbytes`` of its body."""
-        self.transport.write(_head("POST", path, body) + body[:nbytes])
+        self.transport.write(_head("POST", path, body, "application/json") + body[:nbytes])
 
     async def end(self) -> HttpAnswer:
         """Wait for the end of the answer, and return it; it is not complete if the connection was closed before."""
@@ -78,6 +78,7 @@ class HttpConnection(asyncio.Protocol):
 
     def drop(self) -> None:
         """End the connection at once, as a client does that was killed."""
+        self.closed = True
         self.transport.abort()
 
     # -- from the transport
@@ -100,6 +101,9 @@ class HttpConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self.answer.status = self._parser.get_status_code()
         self._streams = self.answer.headers.get("content-type", "").startswith("text/event-stream")
+        if self._is_head:  # the parser would wait for a body
+            self.on_message_complete()
+            self.drop()
 
     def on_body(self, data: bytes) -> None:
         answer = self.answer
@@ -119,6 +123,6 @@ class HttpConnection(asyncio.Protocol):
             self._done.set_result(self.answer)
 
 
-def _head(method: str, path: str, body: bytes) -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+def _head(method: str, path: str, body: bytes, kind: str) -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\n"
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body)

@@ -14,6 +14,7 @@ from lamina.runtime.workers import BackgroundWorkers
 from lamina.serve import problems
 from lamina.serve.chat.chat import Chat
 from lamina.serve.chat.template import ChatTemplate
+from lamina.serve.exchange import BodyRoom
 from lamina.serve.facts import Facts, make_tokenizer
 from lamina.serve.front import FrontKeeper
 from lamina.serve.gathering import Gathering
@@ -59,6 +60,8 @@ class Service:
     max_body: int
     workers: BackgroundWorkers = field(default_factory=BackgroundWorkers)
     metrics: Metrics = field(default_factory=Metrics)
+    bodies: BodyRoom = field(init=False)
+    """Bounds the bodies of all requests."""
     created: int = field(default_factory=lambda: int(time.time()))
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Is set when the server is to end after its last answer."""
@@ -76,6 +79,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.idle.set()
+        self.bodies = BodyRoom(self.max_body)
 
     @property
     def model(self) -> Model:
