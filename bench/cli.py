@@ -159,6 +159,22 @@ def throughput(
 
 
 @app.command()
+def endpoint(
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Another server to compare with: vllm. The first run installs it.")
+    ] = None,
+    streams: Annotated[int, typer.Option(min=1, max=1024, help="How many answers stream at the same time.")] = 64,
+    tokens: Annotated[int, typer.Option(min=8, help="The number of tokens of each answer.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option(help="Measure shorter answers, in two rounds.")] = False,
+) -> None:
+    """Compare streams through the HTTP endpoint with those of the Python client, and of another server."""
+    from lamina.bench.endpoint import run
+
+    run(peer or (), streams=streams, tokens=tokens, as_json=as_json, quick=quick)
+
+
+@app.command()
 def plot(
     files: Annotated[list[Path], typer.Argument(help="What runs of one benchmark with --json printed.")],
     out: Annotated[Path, typer.Option(help="The picture to draw, such as decode.png or decode.svg.")],

@@ -231,6 +231,14 @@ def _transport(rows: Sequence[Row]) -> list[Chart]:
     return [trips, floods]
 
 
+def _endpoint(rows: Sequence[Row]) -> list[Chart]:
+    chart = Chart("tokens of all streams", "through", "tokens/s", bars=True)
+    for row in rows:
+        if not row["failed"]:
+            chart.add("median and range", row["system"], [turn["tokens_per_s"] for turn in row["rounds"]])
+    return [chart]
+
+
 def _exchange(rows: Sequence[Row]) -> list[Chart]:
     charts: dict[int, Chart] = {}
     for row in rows:
@@ -291,6 +299,7 @@ def _throughput(rows: Sequence[Row]) -> list[Chart]:
 CHARTS: dict[str, Callable[[Sequence[Row]], list[Chart]]] = {
     "attention": _attention,
     "decode": _decode,
+    "endpoint": _endpoint,
     "exchange": _exchange,
     "pipeline": _pipeline,
     "prefill": _prefill,

@@ -22,6 +22,7 @@ Row = dict[str, Any]
 TITLES = {
     "attention": "Attention on a memory node's CPU",
     "decode": "Decoding over local nodes, beside transformers in one process",
+    "endpoint": "Streams over HTTP, beside the Python client",
     "exchange": "What a layer of one batch costs besides its work",
     "pipeline": "Several batches in flight, on a compute and a memory node with one processor each",
     "prefill": "Decoding beside long prompts",
@@ -43,7 +44,16 @@ class Result(msgspec.Struct, frozen=True):
     """
 
     bench: Literal[
-        "attention", "decode", "exchange", "pipeline", "prefill", "simulate", "slices", "throughput", "transport"
+        "attention",
+        "decode",
+        "endpoint",
+        "exchange",
+        "pipeline",
+        "prefill",
+        "simulate",
+        "slices",
+        "throughput",
+        "transport",
     ]
     about: str
     rows: list[Row]

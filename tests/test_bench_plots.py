@@ -67,6 +67,10 @@ ROWS: dict[str, list[Row]] = {
     ],
     "exchange": [{"cores": 2, "batch": 1, "batches": n, "exchange_us": 90.0, "round_trip_us": 5.0} for n in (1, 2)],
     "simulate": [{"clock": c, "compute": 1, "memory": 4, "steps_per_s": 160.0} for c in ("null", "timed")],
+    "endpoint": [
+        {"system": name, "failed": "", "rounds": [{"tokens_per_s": 5000.0}, {"tokens_per_s": 5200.0}]}
+        for name in ("Python client", "lamina serve")
+    ],
     "prefill": [{"prefill_tokens": n, "alone_ms": 20.0, "beside_ms": 40.0, "bound_ms": 60.0} for n in (128, 512)],
     "pipeline": [
         {"load": "balanced", "batches": n, "step_ms": 50.0, "compute_ms": 20.0, "attention_ms": 20.0, "wire_ms": 9.0}

@@ -114,7 +114,7 @@ class _EndpointApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
         scope["lamina.endpoint"] = self._entry.path
-        exchange = Exchange(scope, receive, send, max_body=service.max_body)
+        exchange = Exchange(scope, receive, send, max_body=service.max_body, room=service.bodies)
         try:
             await self._entry.handler(service, exchange)
         except ClientGoneError:
@@ -125,6 +125,8 @@ class _EndpointApp:
             error = problems.as_http(e)
             scope["lamina.end"] = f" end=error reason={str(error)[:300]!r}"
             await exchange.fail(error)
+        finally:
+            exchange.end()
 
 
 async def _refuse(request: StarletteRequest, error: Exception) -> Response:

@@ -24,16 +24,51 @@ BODY_S = 60.0
 DISCARD = 8
 """Of a body that is too long, so many times the limit are read and dropped: a client that still sends would otherwise
 see a broken connection instead of the answer."""
+SLOWEST = 1 << 14
+"""The least bytes a second with which a file has to arrive, once it has had ``BODY_S``."""
+MAX_BODIES = 256 << 20
+"""The most bytes that the bodies of all requests in progress may have together, or twice the longest body."""
+RETRY_S = 1.0
+"""After how many seconds there may be room for another body."""
 MAX_DEPTH = 64
 """How deep values in a body may be nested."""
+MAX_BRACKETS = 1 << 18
+"""The most opening brackets of a body, of which each may be a list or a table: millions of them take seconds to read,
+and a text that has so many is longer than the context of most models."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 
-class Exchange:
-    """Reads a request and writes its answer."""
+class BodyRoom:
+    """Bounds what the bodies of all requests take together: many clients may send long ones, and slowly."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, max_body: int) -> None:
+    def __init__(self, max_body: int) -> None:
+        """``max_body`` is the most bytes of one body."""
+        self._most = self._left = max(MAX_BODIES, 2 * max_body)
+
+    def take(self, nbytes: int) -> None:
+        """Take room for so many bytes. HttpError if there is none."""
+        if nbytes > self._left:
+            raise HttpError(
+                f"the bodies of the requests in progress have {self._most} bytes, which is the limit; retry in a "
+                "moment",
+                status=503,
+                kind="server_error",
+                retry_after_s=RETRY_S,
+            )
+        self._left -= nbytes
+
+    def give(self, nbytes: int) -> None:
+        """Give room back."""
+        self._left += nbytes
+
+
+class Exchange:
+    """Reads a request and writes its answer. Its body counts in ``room`` until `end` is called."""
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, max_body: int, room: BodyRoom | None = None
+    ) -> None:
         self.scope = scope
         self.started = False
         """Whether the status of the answer has been sent."""
@@ -44,6 +79,14 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._max_body = max_body
+        self._room = room or BodyRoom(max_body)
+        self._held = 0
+        """The bytes of the body that count in the room."""
+
+    def end(self) -> None:
+        """Let others have the room of the body."""
+        self._room.give(self._held)
+        self._held = 0
 
     def header(self, name: bytes) -> str | None:
         """Return the value of a header, whose name is in lower case."""
@@ -58,14 +101,21 @@ class Exchange:
     # -- reading
 
     async def chunks(self, limit: int) -> AsyncGenerator[bytes, None]:
-        """Give the body as it arrives. HttpError if it has more than ``limit`` bytes, or pauses for too long."""
+        """Give the body as it arrives. HttpError if it has more than ``limit`` bytes, pauses for too long, or comes
+        too slowly."""
         arrived = 0
+        now = asyncio.get_running_loop().time
+        begun_s = now()
         while True:
             try:
-                async with asyncio.timeout(BODY_S):
+                async with asyncio.timeout_at(min(now(), begun_s + arrived / SLOWEST) + BODY_S):
                     message = await self._receive()
             except TimeoutError:
-                raise HttpError(f"nothing of the body arrived for {BODY_S:g} s", status=408) from None
+                raise HttpError(
+                    f"{arrived} bytes of the body arrived within {now() - begun_s:.0f} s; send at least {SLOWEST} "
+                    f"bytes a second, without a pause of {BODY_S:g} s",
+                    status=408,
+                ) from None
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             part = message.get("body", b"")
@@ -98,9 +148,12 @@ class Exchange:
                     part = message.get("body", b"")
                     arrived += len(part)
                     if arrived <= self._max_body:
+                        self._room.take(len(part))
+                        self._held += len(part)
                         parts.append(part)
                     else:
                         parts.clear()
+                        self.end()
                         if arrived > self._max_body * DISCARD:
                             raise too_long
                     if not message.get("more_body", False):
@@ -121,6 +174,8 @@ class Exchange:
         body = await self.body()
         if not body:
             raise HttpError("the body is empty; expected a JSON object")
+        if (brackets := body.count(b"[") + body.count(b"{")) > MAX_BRACKETS:
+            raise HttpError(f"the body has {brackets} opening brackets; the limit is {MAX_BRACKETS}")
         try:
             plain = msgspec.json.decode(body)
         except RecursionError:
@@ -211,9 +266,9 @@ def is_deeper(value: Any, limit: int) -> bool:
     for _ in range(limit + 1):
         inner: list[Any] = []
         for container in level:
-            inner += [
-                v for v in (container.values() if isinstance(container, dict) else container) if type(v) in _CONTAINERS
-            ]
+            values = container.values() if isinstance(container, dict) else container
+            if not _CONTAINERS.isdisjoint(map(type, values)):  # a list may have millions of numbers
+                inner += [value for value in values if type(value) in _CONTAINERS]
         if not inner:
             return False
         level = inner

@@ -13,6 +13,7 @@ from lamina.errors import HttpError
 from lamina.model.tokenizer import LONG_TEXT, Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
 from lamina.serve import problems
+from lamina.serve.exchange import BodyRoom
 from lamina.serve.facts import Facts, make_tokenizer
 from lamina.serve.front import FrontKeeper
 from lamina.serve.gathering import Gathering
@@ -60,6 +61,8 @@ class Service:
     max_body: int
     workers: BackgroundWorkers = field(default_factory=BackgroundWorkers)
     metrics: Metrics = field(default_factory=Metrics)
+    bodies: BodyRoom = field(init=False)
+    """Bounds the bodies of all requests."""
     created: int = field(default_factory=lambda: int(time.time()))
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Is set when the server is to end after its last answer."""
@@ -77,6 +80,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.idle.set()
+        self.bodies = BodyRoom(self.max_body)
 
     @property
     def model(self) -> Model:
