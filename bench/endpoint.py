@@ -72,7 +72,7 @@ def run(peers: Sequence[str], *, streams: int, tokens: int, as_json: bool, quick
         raise ConfigError(f"--tokens: expected at most {CONTEXT - PROMPT_TOKENS}, got {tokens}")
     console = Console(stderr=True)
     tokens = min(tokens, QUICK_TOKENS) if quick else tokens
-    comparison = _Comparison(console, streams, tokens, QUICK_ROUNDS if quick else ROUNDS)
+    comparison = _SourceComparison(console, streams, tokens, QUICK_ROUNDS if quick else ROUNDS)
     rows = uvloop.run(comparison.run(list(dict.fromkeys(peers))))
     for row in rows:
         if row["failed"]:
@@ -90,7 +90,7 @@ def run(peers: Sequence[str], *, streams: int, tokens: int, as_json: bool, quick
 
 
 @dataclass
-class Turn:
+class StreamedTurn:
     """What came in one turn."""
 
     begun_s: float
@@ -118,7 +118,7 @@ class Turn:
         return [later - before for times in self.times for before, later in itertools.pairwise(times)]
 
 
-class Contestant(Protocol):
+class TokenSource(Protocol):
     """A way to ask for tokens."""
 
     name: str
@@ -127,7 +127,7 @@ class Contestant(Protocol):
         """Start what it needs. LaminaError says why that is impossible."""
         ...
 
-    async def ask(self, prompts: list[list[int]], tokens: int) -> Turn:
+    async def ask(self, prompts: list[list[int]], tokens: int) -> StreamedTurn:
         """Answer all prompts at the same time; return when the tokens of each came."""
         ...
 
@@ -156,12 +156,12 @@ class PythonClient:
         self._client = await self._stack.enter_async_context(connect(self._config.front.address, peer_timeout=60.0))
         self._engine = await engine_of(self._cluster, self._config)
 
-    async def ask(self, prompts: list[list[int]], tokens: int) -> Turn:
+    async def ask(self, prompts: list[list[int]], tokens: int) -> StreamedTurn:
         async def read(stream: AsyncStream) -> list[float]:
             return [time.perf_counter() async for _ in stream]
 
         streams = [self._client.stream(prompt, max_tokens=tokens, ignore_eos=True) for prompt in prompts]
-        return Turn(time.perf_counter(), await asyncio.gather(*(read(stream) for stream in streams)))
+        return StreamedTurn(time.perf_counter(), await asyncio.gather(*(read(stream) for stream in streams)))
 
     def processes(self) -> dict[str, list[int]]:
         return {"endpoint": [], "engine": self._engine}
@@ -179,7 +179,7 @@ class HttpServer:
     def __init__(self) -> None:
         self.port = free_ports(1)[0]
 
-    async def ask(self, prompts: list[list[int]], tokens: int) -> Turn:
+    async def ask(self, prompts: list[list[int]], tokens: int) -> StreamedTurn:
         connections = [await HttpConnection.open(self.port) for _ in prompts]
         begun = time.perf_counter()
         for connection, prompt in zip(connections, prompts, strict=True):
@@ -187,7 +187,7 @@ class HttpServer:
         answers = await asyncio.gather(*(connection.end() for connection in connections))
         for connection in connections:
             connection.drop()
-        return Turn(begun, [self._times(answer, tokens) for answer in answers])
+        return StreamedTurn(begun, [self._times(answer, tokens) for answer in answers])
 
     def _times(self, answer: HttpAnswer, tokens: int) -> list[float]:
         """Return when the tokens of an answer came. LaminaError if they are not as many as were asked for."""
@@ -320,7 +320,7 @@ class VllmServe(HttpServer):
                 await self._process.wait()
 
 
-class _Comparison:
+class _SourceComparison:
     """All turns of one run."""
 
     def __init__(self, console: Console, streams: int, tokens: int, rounds: int) -> None:
@@ -339,7 +339,7 @@ class _Comparison:
     async def run(self, peers: Sequence[str]) -> list[report.Row]:
         """Return a row for each contestant."""
         failed: dict[str, str] = {}
-        turns: dict[str, list[Turn]] = {}
+        turns: dict[str, list[StreamedTurn]] = {}
         async with AsyncExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lamina-bench-")))
             log = stack.enter_context((folder / "nodes.log").open("wb"))
@@ -347,7 +347,7 @@ class _Comparison:
             progress = stack.enter_context(report.progress(self._console))
             cluster = await stack.enter_async_context(Cluster(config, log_file=log))
             await cluster.ready()
-            contestants: list[Contestant] = [PythonClient(config, cluster), LaminaServe(config, cluster, log)]
+            contestants: list[TokenSource] = [PythonClient(config, cluster), LaminaServe(config, cluster, log)]
             for peer in peers:
                 try:
                     with self._console.status(f"installing {peer}, which takes minutes the first time"):
@@ -355,7 +355,7 @@ class _Comparison:
                 except LaminaError as e:
                     failed[VllmServe.name] = str(e)
             task = progress.add_task("starting", total=len(contestants) * (1 + self.rounds))
-            there: list[Contestant] = []
+            there: list[TokenSource] = []
             for contestant in contestants:
                 stack.push_async_callback(contestant.close)
                 progress.update(task, description=f"starting {contestant.name}")
@@ -387,7 +387,7 @@ class _Comparison:
             pipeline=PipelineConfig(max_batch=self._streams),
         )
 
-    async def _turn(self, contestant: Contestant) -> Turn:
+    async def _turn(self, contestant: TokenSource) -> StreamedTurn:
         # Prompts are never the same twice, so that no server has the keys and values of one already.
         prompts = [[self._random.randrange(4, 1000) for _ in range(PROMPT_TOKENS)] for _ in range(self._streams)]
         await asyncio.sleep(SETTLE_S)
@@ -403,7 +403,7 @@ class _Comparison:
         return turn
 
 
-def row_of(name: str, turns: dict[str, list[Turn]], failed: dict[str, str]) -> report.Row:
+def row_of(name: str, turns: dict[str, list[StreamedTurn]], failed: dict[str, str]) -> report.Row:
     """Return what was measured of one contestant, or why nothing was."""
     own, yardstick = turns.get(name, []), turns.get(YARDSTICK, [])
     row: report.Row = {"system": name, **dict.fromkeys(list(COLUMNS)[1:]), "rounds": [], "failed": failed.get(name, "")}
