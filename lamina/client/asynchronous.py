@@ -19,7 +19,7 @@ from lamina.client.results import ChatCompletion, Completion
 from lamina.client.settings import ChatSettings, Prompt, Settings, Wanted, asked_for, asked_in_chat
 from lamina.client.stream import AsyncStream
 from lamina.config import read_secret
-from lamina.errors import ConfigError, LaminaError, RequestError, TransportError, UsageError
+from lamina.errors import ConfigError, ConnectError, LaminaError, NodeError, RequestError, TransportError, UsageError
 from lamina.transport import Address, Hello, Link, Options, TlsFiles
 from lamina.transport import connect as connect_link
 from lamina.wire.admin import Status
@@ -105,8 +105,8 @@ class _Connecting(AbstractAsyncContextManager["AsyncClient"]):
 class AsyncClient:
     """A client holds a connection to the front. Any number of requests may run on it at the same time.
 
-    When the front is lost, the requests that run fail with a NodeError. The next one connects anew, and fails like
-    `connect` if it cannot; until the front is ready again, it answers with a NodeError that says so. After `close`,
+    When the front is lost, the requests that run fail with a NodeError. The next one connects anew, and fails with the
+    same error if it cannot; until the front is ready again, it answers with a NodeError that says so. After `close`,
     everything fails with a TransportError.
     """
 
@@ -218,8 +218,14 @@ class AsyncClient:
         return opening.result()
 
     async def _open(self, reconnect: Callable[[], Awaitable[Link]]) -> FrontLink:
-        self._front.end("a new connection is made")
-        self._front = FrontLink(await reconnect())
+        before = self._front
+        before.end("a new connection is made")
+        try:
+            self._front = FrontLink(await reconnect())
+        except ConnectError as e:
+            if isinstance(before.failure, NodeError):  # why it is gone says more than that it is
+                raise NodeError(f"{before.failure}; since then, {e}", node=before.failure.node) from e
+            raise
         return self._front
 
     def _opened(self, opening: asyncio.Task[FrontLink]) -> None:
