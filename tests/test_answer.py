@@ -75,7 +75,7 @@ def test_the_text_ends_at_the_first_stop_string(
     ("last", "settings", "text"),
     [
         ("</s>", {}, "a"),
-        ("</s>", {"include_stop": True}, "a</s>"),
+        ("</s>", {"include_stop": True}, "a"),
         ("</s>", {"show_special": True}, " a</s>"),
         ("er", {}, "a"),
         ("er", {"show_special": True}, " a"),
@@ -85,8 +85,9 @@ def test_the_text_ends_at_the_first_stop_string(
 def test_the_token_that_stops_an_answer_has_no_text(
     tokenizer: Tokenizer, last: str, settings: dict[str, bool], text: str
 ) -> None:
-    """Unless it is asked for: what stopped the answer, or special tokens. It is one of the tokens in any case. Where
-    special tokens are seen, the one of the prompt is no beginning of a text, so the space of the word stays."""
+    """Unless it is asked for: a word by ``include_stop``, a special token by ``show_special``. It is one of the tokens
+    in any case. Where special tokens are seen, the one of the prompt is no beginning of a text, so the space of the
+    word stays."""
     (stop,) = ids(last)
     request = Request([1], stop=["</x>", "ab"], **settings)
     end = End("stop", stopped_by=stop)

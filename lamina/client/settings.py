@@ -58,8 +58,8 @@ class Settings(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     """The answer ends with one of these tokens."""
     include_stop: bool
-    """Whether the text of the answer includes what stopped it: the text of ``stop``, or that of a token. The default is
-    false."""
+    """Whether the text of the answer includes what stopped it: the text of ``stop``, or that of a token, unless it is a
+    special one. The default is false."""
     ignore_eos: bool
     """Whether the answer goes on behind the tokens that end sequences. The default is false."""
     bad_words: Sequence[str | Sequence[int]]

@@ -30,12 +30,11 @@ class AnswerText:
 
     def piece(self, token: int, score: Score | None, end: End | None = None) -> Piece:
         """Return the next piece. With the last one comes the ``end``, as the text of a token that stops the answer is
-        left out, unless the request asks for it."""
+        left out, unless the request asks for it. Special tokens have a setting of their own."""
         self._tokens += 1
         stopped = end is not None and end.stopped_by == token
         hidden = stopped and not self._request.include_stop and not self._tokenizer.is_special(token)
-        shown = stopped and self._request.include_stop
-        text = "" if hidden else self._text.push(token, special=shown)
+        text = "" if hidden else self._text.push(token)
         return Piece(self._id, token, self._stops.push(text, active=self._counts), score)
 
     def finished(self, end: End) -> Finished:

@@ -357,10 +357,10 @@ class TextStream:
         for token in tokenizer.last_with_text(prompt, 4, special):  # a character has 4 bytes at most
             self.push(token)
 
-    def push(self, token: int, *, special: bool = False) -> str:
-        """Return the text that ``token`` completes, which may be empty. ``special``: also if it is a special one."""
+    def push(self, token: int) -> str:
+        """Return the text that ``token`` completes, which may be empty."""
         tokenizer = self._tokenizer
-        if not tokenizer.has_text(token, special or self._special):
+        if not tokenizer.has_text(token, self._special):
             return ""
         before, self._before = self._before, token
         spelled = tokenizer.bytes_of(token)

@@ -171,6 +171,8 @@ class Exchange:
         kind = (self.header(b"content-type") or "application/json").partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             raise HttpError(f"content-type: expected application/json, got {kind!r:.100}", status=415)
+        if (coding := self.header(b"content-encoding") or "identity").lower() != "identity":
+            raise HttpError(f"content-encoding: {coding!r:.100} is not supported; send the body as it is", status=415)
         body = await self.body()
         if not body:
             raise HttpError("the body is empty; expected a JSON object")

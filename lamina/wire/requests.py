@@ -108,7 +108,8 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     stop_token_ids: Annotated[list[Count], Meta(max_length=1024)] = []
     """The answer ends with one of these tokens."""
     include_stop: bool = False
-    """Whether the text of the answer includes what stopped it: the text of ``stop``, or that of a stop token."""
+    """Whether the text of the answer includes what stopped it: the text of ``stop``, or that of a token, unless it is a
+    special one."""
     bad_words: Annotated[
         list[Stop | Annotated[list[Count], Meta(min_length=1, max_length=256)]], Meta(max_length=256)
     ] = []

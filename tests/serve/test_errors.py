@@ -137,3 +137,8 @@ def test_another_type_of_body_is_refused(server: Server) -> None:
     reply = server.ask("POST", "/v1/completions", b"prompt=a", {"Content-Type": "application/x-www-form-urlencoded"})
 
     assert (reply.status, reply.error["type"]) == (415, "invalid_request_error")
+
+    reply = server.ask("POST", "/v1/completions", b"\x1f\x8b", {"Content-Encoding": "gzip"})
+
+    assert reply.status == 415
+    assert "content-encoding: 'gzip' is not supported" in reply.error["message"]
