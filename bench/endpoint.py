@@ -1,8 +1,9 @@
 """The HTTP endpoint beside the Python client: tokens/s of many streams, and what the endpoint costs.
 
 One compute and one memory node with the demo's model serve both, and other servers serve the same checkpoint if they
-are asked for. All decode greedily in bfloat16: prompts of token ids, and answers of a fixed length. The contestants take turns, in another order each round, and ratios are those
-of rounds. One process asks all of them; its processor time stands beside that of the servers, as all share the cores.
+are asked for. All decode greedily in bfloat16: prompts of token ids, and answers of a fixed length. The contestants
+take turns, in another order each round, and ratios are those of rounds. One process asks all of them; its processor
+time stands beside that of the servers, as all share the cores.
 """
 
 from __future__ import annotations
