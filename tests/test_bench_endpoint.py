@@ -16,7 +16,7 @@ CPU_S = {"endpoint": 0.0003, "engine": 0.001, "client": 0.0001}
 def turn(step_s: float) -> StreamedTurn:
     """Two streams with five tokens each, from 1 s after they were asked for."""
     times = [[11 + step_s * i for i in range(5)] for _ in range(2)]
-    return StreamedTurn(10.0, times, CPU_S)
+    return StreamedTurn(10.0, times, 10, CPU_S)
 
 
 def test_the_ratio_is_that_of_rounds() -> None:

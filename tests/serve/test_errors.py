@@ -123,7 +123,7 @@ def test_there_is_no_other_endpoint_or_method(server: Server, method: str, path:
         (b'{"prompt": "\\ud83d"}', "the body is not valid JSON in UTF-8"),
         (b'{"prompt": "a"', "the body is not valid JSON in UTF-8"),
         (b'{"metadata": ' + b'{"a":' * 100 + b"1" + b"}" * 101, "the body nests values more than 64 deep"),
-        (b"[" * 1_000_000, "the body nests values more than 64 deep"),
+        (b"[" * 200_000, "the body nests values more than 64 deep"),
     ],
 )
 def test_a_body_that_is_no_json_object_is_refused(server: Server, body: bytes, message: str) -> None:
