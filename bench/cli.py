@@ -163,6 +163,7 @@ def endpoint(
     peer: Annotated[
         list[str] | None, typer.Option(help="Another server to compare with: vllm. The first run installs it.")
     ] = None,
+    model: Annotated[Path | None, typer.Option(help="The checkpoint directory; default: the one of the demo.")] = None,
     streams: Annotated[int, typer.Option(min=1, max=1024, help="How many answers stream at the same time.")] = 64,
     tokens: Annotated[int, typer.Option(min=8, help="The number of tokens of each answer.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -171,7 +172,7 @@ def endpoint(
     """Compare streams through the HTTP endpoint with those of the Python client, and of another server."""
     from lamina.bench.endpoint import run
 
-    run(peer or (), streams=streams, tokens=tokens, as_json=as_json, quick=quick)
+    run(peer or (), model=model, streams=streams, tokens=tokens, as_json=as_json, quick=quick)
 
 
 @app.command()

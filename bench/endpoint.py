@@ -1,9 +1,9 @@
 """The HTTP endpoint beside the Python client: tokens/s of many streams, and what the endpoint costs.
 
-One compute and one memory node with the demo's model serve both, and other servers serve the same checkpoint if they
-are asked for. All decode greedily in bfloat16: prompts of token ids, and answers of a fixed length. The contestants
-take turns, in another order each round, and ratios are those of rounds. One process asks all of them; its processor
-time stands beside that of the servers, as all share the cores.
+One compute and one memory node serve both with the demo's model, or another one; other servers serve the same
+checkpoint if they are asked for. All decode greedily in bfloat16: prompts of token ids, and answers of a fixed length.
+The contestants take turns, in another order each round, and ratios are those of rounds. One process asks all of them;
+its processor time stands beside that of the servers, as all share the cores.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ COLUMNS = {
 """Processor times are those of a token: of the processes that speak HTTP, of those behind them, and of this one."""
 
 
-def run(peers: Sequence[str], *, streams: int, tokens: int, as_json: bool, quick: bool) -> None:
-    """Measure and print."""
+def run(peers: Sequence[str], *, model: Path | None, streams: int, tokens: int, as_json: bool, quick: bool) -> None:
+    """Measure and print. ``model`` is a checkpoint directory, by default that of the demo."""
     if unknown := sorted(set(peers) - set(PEERS)):
         raise ConfigError(f"--peer: expected {', '.join(PEERS)}, got {', '.join(unknown)}")
     if tokens + PROMPT_TOKENS > CONTEXT:
         raise ConfigError(f"--tokens: expected at most {CONTEXT - PROMPT_TOKENS}, got {tokens}")
     console = Console(stderr=True)
     tokens = min(tokens, QUICK_TOKENS) if quick else tokens
-    comparison = _SourceComparison(console, streams, tokens, QUICK_ROUNDS if quick else ROUNDS)
+    comparison = _SourceComparison(console, model or CHECKPOINT, streams, tokens, QUICK_ROUNDS if quick else ROUNDS)
     rows = uvloop.run(comparison.run(list(dict.fromkeys(peers))))
     for row in rows:
         if row["failed"]:
@@ -81,7 +81,8 @@ def run(peers: Sequence[str], *, streams: int, tokens: int, as_json: bool, quick
     if others > MAX_OTHERS:
         busy = f"other work kept {others:.2f} cores busy during the turns"
         print_text(f"{busy}; processor times hold, the others are better on a quiet machine", console)
-    about = f"the demo's model, bfloat16, {streams} streams, prompts of {PROMPT_TOKENS} tokens, answers of {tokens}"
+    name = f"the model {model.resolve().name}" if model else "the demo's model"
+    about = f"{name}, bfloat16, {streams} streams, prompts of {PROMPT_TOKENS} tokens, answers of {tokens}"
     result = report.Result("endpoint", about, rows, {**report.machine(), "other_cores": others})
     if as_json:
         report.print_json(result)
@@ -262,9 +263,9 @@ class VllmServe(HttpServer):
 
     name = "vllm serve"
 
-    def __init__(self, environment: Environment, streams: int) -> None:
+    def __init__(self, environment: Environment, model: Path, streams: int) -> None:
         super().__init__()
-        self.model = str(CHECKPOINT)
+        self.model = str(model)
         self._environment = environment
         self._streams = streams
         self._process: asyncio.subprocess.Process | None = None
@@ -322,8 +323,9 @@ class VllmServe(HttpServer):
 class _SourceComparison:
     """All turns of one run."""
 
-    def __init__(self, console: Console, streams: int, tokens: int, rounds: int) -> None:
+    def __init__(self, console: Console, model: Path, streams: int, tokens: int, rounds: int) -> None:
         self.rounds = rounds
+        self._model = model
         self._console = console
         self._streams = streams
         self._tokens = tokens
@@ -350,7 +352,9 @@ class _SourceComparison:
             for peer in peers:
                 try:
                     with self._console.status(f"installing {peer}, which takes minutes the first time"):
-                        contestants.append(VllmServe(await asyncio.to_thread(install, peer), self._streams))
+                        contestants.append(
+                            VllmServe(await asyncio.to_thread(install, peer), self._model, self._streams)
+                        )
                 except LaminaError as e:
                     failed[VllmServe.name] = str(e)
             task = progress.add_task("starting", total=len(contestants) * (1 + self.rounds))
@@ -378,7 +382,7 @@ class _SourceComparison:
         front, other = free_addresses(2)
         return write_cluster(
             folder / "cluster.toml",
-            ModelConfig(path=str(CHECKPOINT.resolve()), dtype="bfloat16"),
+            ModelConfig(path=str(self._model.resolve()), dtype="bfloat16"),
             [
                 ComputeNodeConfig(name="c0", address=front, threads=1),
                 MemoryNodeConfig(name="m0", address=other, threads=1, memory=1 << 30),
