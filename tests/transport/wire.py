@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import msgpack
 
-VERSION = 6
+VERSION = 7
 HEADER_BYTES = 32
 WRITE, MESSAGE, NOTE, HEARTBEAT = 1, 2, 3, 4
 
