@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,8 +137,9 @@ def test_a_script_needs_no_event_loop(cluster: ClusterConfig) -> None:
             next(left)
         unread = client.stream(prompt, max_tokens=300)
         next(unread)
-        running = client.status().requests_running
-        assert running <= 1
+        deadline = time.monotonic() + 5
+        while client.status().requests_running > 1:  # until the step ends that they are in
+            assert time.monotonic() < deadline
     with pytest.raises(LaminaError, match="the client is closed"):
         client.status()
     client.close()
