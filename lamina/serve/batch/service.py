@@ -196,6 +196,7 @@ class BatchService:
             with Journal(output, found.digest) as journal:
                 if self._batches[batch.id].status == "validating":
                     self._change(self._batches[batch.id], "in_progress")
+                self._count(batch.id, replace(self._batches[batch.id].request_counts, total=found.total))
                 if self._batches[batch.id].status == "in_progress":
                     await self._answer_all(batch, found, journal)
                 self._change(self._batches[batch.id], self._batches[batch.id].status, finalizing_at=int(self._now()))
@@ -204,15 +205,16 @@ class BatchService:
 
     async def _answer_all(self, batch: Batch, found: BatchInput, journal: Journal) -> None:
         """Answer all lines, or, when the batch is cancelled or its time is over, some of them."""
+        left_s = batch.expires_at - self._now()
+        if left_s <= 0:
+            return
         watcher = _SavedCounts(self, batch.id, asyncio.get_running_loop().time)
         answering = asyncio.create_task(
             run(found, journal, self._answer(batch.owner), watcher, concurrency=CONCURRENCY)
         )
         self._answering = batch.id, answering
         try:
-            await asyncio.wait([answering], timeout=max(0.0, batch.expires_at - self._now()))
-            if not answering.done():
-                self._change(self._batches[batch.id], "expired")
+            await asyncio.wait([answering], timeout=left_s)
         finally:
             self._answering = None
             answering.cancel()
@@ -254,20 +256,18 @@ class BatchService:
 
     def _note_end(self, batch: Batch, ids: list[str | None], counts: list[int]) -> None:
         """Note the files of a batch's answers and errors, and how many lines they have."""
-        total = batch.request_counts.total or sum(counts)
+        completed, failed = counts
+        total = batch.request_counts.total
         batch = replace(
             batch,
             output_file_id=ids[0],
             error_file_id=ids[1],
-            request_counts=Counts(total, completed=counts[0], failed=counts[1]),
+            request_counts=Counts(total, completed=completed, failed=failed),
         )
-        match batch.status:
-            case "cancelling":
-                self._change(batch, "cancelled")
-            case "expired":
-                self._change(batch, "expired")
-            case _:
-                self._change(batch, "completed")
+        if batch.status == "cancelling":
+            self._change(batch, "cancelled")
+        else:  # lines without an answer are left only where the time was over
+            self._change(batch, "completed" if completed + failed == total else "expired")
 
     def _change(self, batch: Batch, status: Status, **others: Any) -> Batch:
         """Note that a batch has another state from now on."""
@@ -296,7 +296,7 @@ class _SavedCounts:
         self._saved_s = clock()
 
     def begun(self, total: int, done: int) -> None:
-        self._counts = replace(self._service._batches[self._id].request_counts, total=total)
+        self._counts = self._service._batches[self._id].request_counts
 
     def answered(self, answered: AnsweredLine) -> None:
         failed = int(answered.status >= 400)

@@ -145,6 +145,28 @@ def test_a_batch_goes_on_in_the_next_process(tmp_path: Path) -> None:
     assert len(asked.ids) == len(set(asked.ids)) == 3000
 
 
+def test_a_batch_whose_time_is_over_while_no_server_runs(tmp_path: Path) -> None:
+    """The next server hands over what was answered before; nothing of it is lost."""
+    asked, now = Asked(delay_s=0.001), NOW_S
+
+    async def first() -> str:
+        server = Server(tmp_path, asked, now=lambda: now)
+        batch = server.create(await server.upload(lines(3000)))
+        await serving(server, lambda: reached(lambda: len(asked.ids) >= 500))
+        return batch.id
+
+    async def second(id_: str) -> None:
+        server = Server(tmp_path, asked, now=lambda: now)
+        batch = await serving(server, lambda: server.until(id_, "expired"))
+        answers = server.answers(batch.output_file_id)
+        assert len(answers) == batch.request_counts.completed == len(set(asked.ids) - {"id 3"})
+        assert batch.request_counts.total == 3000
+
+    id_ = asyncio.run(first())
+    now += 25 * 3600
+    asyncio.run(second(id_))
+
+
 def test_a_cancelled_batch_keeps_its_answers(tmp_path: Path) -> None:
     """What has been answered becomes the output; a batch that is over cannot be cancelled."""
 
