@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Generic, Protocol, Self, TypeVar, Unpack
 
 from lamina.chat.events import ChatEvent
 from lamina.client.asynchronous import CONCURRENCY, AsyncClient, Secret, open_client
@@ -148,24 +148,67 @@ class Client:
         self._loop.close()
 
 
-class Stream:
+class _AsyncReading(Protocol):
+    """What an `AsyncStream` and an `AsyncChatStream` have in common."""
+
+    @property
+    def finish_reason(self) -> str: ...
+
+    def __anext__(self) -> Coroutine[Any, Any, Any]: ...
+
+    def aclose(self) -> Coroutine[Any, Any, None]: ...
+
+
+Reader = TypeVar("Reader", bound=_AsyncReading)
+Item = TypeVar("Item")
+
+
+class _Reading(Generic[Reader, Item]):
+    """Reads an answer without an event loop: an iterator and context manager over a stream of the client's loop."""
+
+    def __init__(self, client: Client, stream: Reader) -> None:
+        self._client = client
+        self._stream = stream
+
+    @property
+    def finish_reason(self) -> str:
+        """Return why the answer is over, or nothing while it goes on."""
+        return self._stream.finish_reason
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Item:
+        try:
+            item: Item = self._client._wait(self._stream.__anext__())
+            return item
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Abort the request if it is not over. Closing twice is fine."""
+        if not self._client._loop.is_closed():
+            self._client._wait(self._stream.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stream(_Reading[AsyncStream, Token]):
     """A stream gives the tokens of one answer. It is an iterator and context manager; see `AsyncStream`.
 
     ``close``, leaving a ``with`` on it, an interrupt, or dropping the last reference to it (as a loop over
     ``client.stream(...)`` does when it is left) aborts the request.
     """
 
-    def __init__(self, client: Client, stream: AsyncStream) -> None:
-        self._client = client
-        self._stream = stream
-
-    @property
-    def finish_reason(self) -> str:
-        """See `AsyncStream`, as for the other properties."""
-        return self._stream.finish_reason
-
     @property
     def prompt_tokens(self) -> int:
+        """See `AsyncStream`, as for the other properties."""
         return self._stream.prompt_tokens
 
     @property
@@ -192,67 +235,14 @@ class Stream:
         """Return the whole answer, of all tokens that were not read yet."""
         return self._client._wait(self._stream.completion())
 
-    def __iter__(self) -> Self:
-        return self
 
-    def __next__(self) -> Token:
-        try:
-            return self._client._wait(self._stream.__anext__())
-        except StopAsyncIteration:
-            raise StopIteration from None
-
-    def close(self) -> None:
-        """Abort the request if it is not over. Closing twice is fine."""
-        if not self._client._loop.is_closed():
-            self._client._wait(self._stream.aclose())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class ChatStream:
+class ChatStream(_Reading[AsyncChatStream, ChatEvent]):
     """A stream gives what the model says, thinks and calls. It is an iterator and context manager; see
     `AsyncChatStream`. It is left and closed as a `Stream` is."""
-
-    def __init__(self, client: Client, stream: AsyncChatStream) -> None:
-        self._client = client
-        self._stream = stream
-
-    @property
-    def finish_reason(self) -> str:
-        """See `AsyncChatStream`."""
-        return self._stream.finish_reason
 
     def completion(self) -> ChatCompletion:
         """Return the whole answer, also what of it has been read."""
         return self._client._wait(self._stream.completion())
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> ChatEvent:
-        try:
-            return self._client._wait(self._stream.__anext__())
-        except StopAsyncIteration:
-            raise StopIteration from None
-
-    def close(self) -> None:
-        """Abort the request if it is not over. Closing twice is fine."""
-        if not self._client._loop.is_closed():
-            self._client._wait(self._stream.aclose())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 async def _closed(answers: AsyncGenerator[Any]) -> None:
