@@ -15,7 +15,8 @@
     │   └── PeerLostError         the peer died, closed the connection or fell silent
     │       └── PeerSilentError   the peer fell silent: it hangs, or the network is cut
     ├── DeadlineError             an answer took longer than its request allowed
-    ├── NodeError                 a node reports a failure of its own; names the node
+    ├── NodeError                 a node is lost, or reports a failure of its own; names the node
+    │   └── SpaceLostError        a memory node no longer has what a step needs of some sequences
     └── DeadlockError             a simulation in which nothing can happen any more
 
 A message says what happened, where, the value seen, the value allowed and what to do, in one sentence or two.
@@ -134,6 +135,14 @@ class NodeError(LaminaError):
     def failed(cls, role: str, name: str, error: BaseException) -> NodeError:
         """Return the error for a node that has met an error that it did not expect."""
         return cls(f"{role} node {name} failed: {error!r}", node=name)
+
+
+class SpaceLostError(NodeError):
+    """A memory node gave up a step, as it does not have, and will not get, all that the step needs of ``sequences``."""
+
+    def __init__(self, node: str, sequences: list[int]) -> None:
+        super().__init__(f"memory node {node} does not have all of the sequences {sequences}", node=node)
+        self.sequences = sequences
 
 
 class DeadlockError(LaminaError):

@@ -25,6 +25,7 @@ from lamina.wire.tenants import (
     Release,
     Reserve,
     Reserved,
+    Void,
 )
 
 _ATTACH = "attach"
@@ -139,6 +140,9 @@ class ShardControl:
 
     def _on_message(self, plain: dict[str, object]) -> None:
         message = decode(plain, FromMemory)
+        if isinstance(message, Void):
+            self._there.post(self.lane.give_up, message.slot, message.step, message.sequences)
+            return
         key = _ATTACH if isinstance(message, Attached) or message.sequence is None else message.sequence
         if isinstance(message, Refused):
             reason = f"memory node {self.name}: {message.reason}"

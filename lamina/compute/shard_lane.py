@@ -8,7 +8,7 @@ from torch import Tensor
 from lamina.attention import LayerShape, Partial
 from lamina.compute.arrivals import Arrivals
 from lamina.compute.prompts import PromptKV
-from lamina.errors import NodeError, ProtocolError, TransportError
+from lamina.errors import NodeError, ProtocolError, SpaceLostError, TransportError
 from lamina.runtime.device import Device
 from lamina.runtime.mailbox import Mailbox
 from lamina.runtime.spans import ANSWER, QUERY, Activity
@@ -84,7 +84,7 @@ class ShardLane:
         answers sends no plan.
         """
         if asks:
-            offset = slot * self._geometry.plan_bytes
+            offset = self._geometry.plan_offset(slot, step)
             self._write(Lane.DECODE, self._remote.plans, offset, plan.packed, pack(Kind.PLAN, slot, 0, step))
         return ShardStep(self, slot, step, plan)
 
@@ -133,6 +133,11 @@ class ShardLane:
         if tag.kind is not Kind.CREDIT or tag.step >= CHUNKS:
             raise ProtocolError(f"{tag} on the bulk lane; expected a credit for a buffer below {CHUNKS}")
         self._idle_chunks.put(tag.step)
+
+    def give_up(self, slot: int, step: int, sequences: list[int]) -> None:
+        """The memory node has given up a step, as it does not have all of some sequences: the step raises
+        SpaceLostError."""
+        self._arrivals.give_up(slot, step, SpaceLostError(self.name, sequences))
 
     def fail(self, error: NodeError) -> None:
         """The memory node is lost: every step that waits for it, or writes to it, raises ``error``."""

@@ -12,7 +12,7 @@ from lamina.runtime.device import Device
 from lamina.transport import Link
 from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode, encode
-from lamina.wire.tenants import Attach, FromCompute, Publish, Refused, Release, Reserve, Reserved
+from lamina.wire.tenants import Attach, FromCompute, Publish, Refused, Release, Reserve, Reserved, Void
 
 
 class ServingControl:
@@ -43,7 +43,8 @@ class ServingControl:
     async def serve(self) -> None:
         """Answer until the link ends; raise the error that ended it, in an exception group."""
         link, member = self._link, self._attach.member
-        lane = ServingLane(link, self._attach, self._tenant)
+        home = Crossing(asyncio.get_running_loop())
+        lane = ServingLane(link, self._attach, self._tenant, lambda void: home.post(self._say, void))
         try:
             await self._there.call(self._tenant.join, member, lane)
             link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
@@ -80,6 +81,10 @@ class ServingControl:
                 self._link.send(encode(Refused(reason=str(e), sequence=message.sequence)))
             else:
                 self._link.send(encode(Reserved(sequence=message.sequence, shared=shared)))
+
+    def _say(self, void: Void) -> None:
+        if not self._link.state.closed:
+            self._link.send(encode(void))
 
     def _on_message(self, plain: dict[str, object]) -> None:
         message = decode(plain, FromCompute)

@@ -41,6 +41,9 @@ class Tenant:
         self.grown = asyncio.Event()
         self.lanes: dict[int, ServingLane] = {}
         self.members: set[int] = set()
+        self.broken: set[int] = set()
+        """The sequences that were here when a compute node left: what it had not sent yet of their prompts will not
+        come."""
         self.layers = 0
         self.stale_tags = 0
         self._to_publish: dict[int, list[bytes]] = {}
@@ -62,6 +65,8 @@ class Tenant:
         """A compute node is gone. Answers for it are dropped from now on."""
         if (lane := self.lanes.pop(member, None)) is not None:
             lane.close()
+        self.broken.update(self.cache.sequences)
+        self.grown.set()
 
     def describe(self, compute_nodes: list[str]) -> TenantStatus:
         """Return what the status of the node says about this tenant."""
@@ -96,6 +101,7 @@ class Tenant:
             self._publish_complete(message.sequence)
         else:
             self._to_publish.pop(message.sequence, None)
+            self.broken.discard(message.sequence)
             self.cache.release(message.sequence)
             self.grown.set()  # a step that waits for more of it waits in vain, and is to learn that
 

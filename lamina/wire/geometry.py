@@ -81,7 +81,8 @@ class Geometry:
     """Holds the sizes of the regions between a compute node and one memory node. Both ends compute it from the same
     facts.
 
-    Every region but that of the chunks has one part per batch in flight. Within a part lie, packed, the values of a
+    Every region but that of the chunks has one part per batch in flight, and that of the plans has two, for alternate
+    steps, so that the plan of the next step never overwrites one that is being read. Within a part lie, packed, the values of a
     layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer, behind
     ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far (float64), o
     [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and lse [rows,
@@ -100,6 +101,10 @@ class Geometry:
     @cached_property
     def plan_bytes(self) -> int:
         return aligned(plan_bytes(self.max_rows, len(self.layers)))
+
+    def plan_offset(self, slot: int, step: int) -> int:
+        """Return where the plan of a step of a batch slot lies."""
+        return (2 * slot + step % 2) * self.plan_bytes
 
     @cached_property
     def query_bytes(self) -> int:

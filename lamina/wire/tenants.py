@@ -119,5 +119,14 @@ class Refused(Message):
     sequence: Count | None = None
 
 
+class Void(Message):
+    """A memory node gives up a step: of these sequences something is not there and will not come."""
+
+    slot: Annotated[int, Meta(ge=0, lt=MAX_BATCHES)]
+    step: Count
+    """The low bits of the step's number."""
+    sequences: Annotated[list[Count], Meta(min_length=1, max_length=MAX_BATCH + MAX_REMOTE_TOKENS)]
+
+
 FromCompute = Attach | Reserve | Publish | Release
-FromMemory = Attached | Reserved | Refused
+FromMemory = Attached | Reserved | Refused | Void

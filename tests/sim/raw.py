@@ -18,7 +18,7 @@ from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
 from lamina.wire.plan import StepPlan
 from lamina.wire.tags import Kind, Tag, pack
-from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved
+from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved, Void
 from lamina.wire.views import StepViews
 
 PATIENCE_S = 30.0
@@ -34,6 +34,8 @@ class RawCompute:
         self._output_parts = views.parts(outputs.buffer, attach.slots, g.output_bytes, torch.uint8)
         self._replies: asyncio.Queue[Attached | Reserved | Refused] = asyncio.Queue()
         self._answers: asyncio.Queue[Tag] = asyncio.Queue()
+        self.voids: list[Void] = []
+        """The steps that the memory node has given up."""
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         link.deliver(
             on_message=self._on_message,
@@ -52,7 +54,9 @@ class RawCompute:
 
     def _on_message(self, plain: dict[str, Any]) -> None:
         message = decode(plain, FromMemory)
-        if isinstance(message, Refused) and message.sequence is None:
+        if isinstance(message, Void):
+            self.voids.append(message)
+        elif isinstance(message, Refused) and message.sequence is None:
             self._end(message.reason)
         else:
             self._replies.put_nowait(message)
@@ -84,7 +88,7 @@ class RawCompute:
 
     def plan(self, step: int, told: StepPlan, *, slot: int = 0) -> None:
         tag = pack(Kind.PLAN, slot, 0, step)
-        self.link.write(Lane.DECODE, self.remote.plans, slot * self._geometry.plan_bytes, [told.packed], tag)
+        self.link.write(Lane.DECODE, self.remote.plans, self._geometry.plan_offset(slot, step), [told.packed], tag)
 
     def query(self, layer: int, step: int, q: Tensor, *, slot: int = 0) -> None:
         tag = pack(Kind.QUERY, slot, layer, step)
