@@ -16,7 +16,8 @@
     │       └── PeerSilentError   the peer fell silent: it hangs, or the network is cut
     ├── DeadlineError             an answer took longer than its request allowed
     ├── NodeError                 a node is lost, or reports a failure of its own; names the node
-    │   └── SpaceLostError        a memory node no longer has what a step needs of some sequences
+    │   ├── SpaceLostError        a memory node no longer has what a step needs of some sequences
+    │   └── StaleOrderError       a compute node was told to run a step of members that have changed
     └── DeadlockError             a simulation in which nothing can happen any more
 
 A message says what happened, where, the value seen, the value allowed and what to do, in one sentence or two.
@@ -138,11 +139,15 @@ class NodeError(LaminaError):
 
 
 class SpaceLostError(NodeError):
-    """A memory node gave up a step, as it does not have, and will not get, all that the step needs of ``sequences``."""
+    """A node gave up a step, as it does not have, and will not get, all that the step needs of ``sequences``."""
 
     def __init__(self, node: str, sequences: list[int]) -> None:
-        super().__init__(f"memory node {node} does not have all of the sequences {sequences}", node=node)
+        super().__init__(f"{node} does not have all of the sequences {sequences}", node=node)
         self.sequences = sequences
+
+
+class StaleOrderError(NodeError):
+    """A compute node did not run a step, as it was ordered for members that have changed since."""
 
 
 class DeadlockError(LaminaError):

@@ -49,6 +49,8 @@ class ShardControl:
         self.link = link
         self.capacity_tokens = 0
         """Tokens of KV cache that the memory node has for this model's shard."""
+        self.term = 0
+        """The number of the front's attachment, once there is one."""
         self._device = device
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
@@ -57,6 +59,11 @@ class ShardControl:
         self._kv_heads = 0
         self._error: NodeError | None = None
         link.deliver(on_message=self._on_message, on_lost=self._on_lost, lane_loop=device.loop)
+
+    @property
+    def is_attached(self) -> bool:
+        """Return whether there is a lane."""
+        return self._lane is not None
 
     @property
     def lane(self) -> ShardLane:
@@ -110,6 +117,11 @@ class ShardControl:
         """Free the memory of this end. The link and the device's loop have ended."""
         if self._lane is not None:
             self._lane.close()
+
+    def drop(self, reason: str) -> None:
+        """End the link; to its owner, the memory node is lost."""
+        self.link.abort(reason)
+        self._on_lost(TransportError(reason))
 
     # -- the space of sequences
 

@@ -104,6 +104,8 @@ class ShardLane:
             begun_s = device.loop.time()
             i = await self._idle_chunks.get()
             self.bulk_waited_s += device.loop.time() - begun_s
+            if self._arrivals.error is not None:
+                raise self._arrivals.error
             nbytes, _ = await device.run(self._stage_chunk, i, prompt, layer, start, count, at)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks[offset : offset + nbytes]
@@ -175,6 +177,8 @@ class ShardStep:
 
     def stage_query(self, layer: int, q: Tensor) -> None:
         """Copy q [rows, Hq, Dk], of all heads or of the memory node's alone, of its rows in the order of its plan."""
+        if self._lane._arrivals.error is not None:
+            raise self._lane._arrivals.error
         self._views = views = self._views_of(layer)
         heads = self._lane._q_heads[layer]
         views.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])

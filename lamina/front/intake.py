@@ -101,6 +101,8 @@ class Intake:
         The seeds of requests that have none come from ``random``, their compiled constraints from ``constraints``.
         """
         self.draining = False
+        self.on_suspect: Callable[[str, str], None] = lambda node, reason: None
+        """Is told of nodes with which a step has failed, by name, and why."""
         self.meter = RequestMeter()
         """Counts requests by their ends, and the seconds they take."""
         self._name = name
@@ -357,6 +359,10 @@ class Intake:
 
     def _count(self, sequence: Sequence, end: End) -> None:
         self.meter.answered(sequence, end.reason, end.queued_s, end.prompt_s, end.answer_s)
+
+    def suspect(self, node: str, reason: str) -> None:
+        """See `lamina.front.engine.Desk`."""
+        self.on_suspect(node, reason)
 
     def refuse(self, sequence: Sequence, error: LaminaError) -> None:
         """See `lamina.front.engine.Desk`."""

@@ -69,11 +69,11 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
     return shards
 
 
-def shard_whole(layers: Sequence[LayerShape], names: Sequence[str]) -> list[HeadShard]:
-    """Give every memory node all heads of every layer."""
+def shard_whole(layers: Sequence[LayerShape]) -> HeadShard:
+    """Give a memory node all heads of every layer."""
     kv = tuple(range(layer.kv_heads) for layer in layers)
     q = tuple(range(layer.q_heads) for layer in layers)
-    return [HeadShard(kv, q, tuple(layers))] * len(names)
+    return HeadShard(kv, q, tuple(layers))
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Geometry:
     facts.
 
     Every region but that of the chunks has one part per batch in flight, and that of the plans has two, for alternate
-    steps, so that the plan of the next step never overwrites one that is being read. Within a part lie, packed, the values of a
-    layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer, behind
+    steps, so that the plan of the next step never overwrites one that is being read. Within a part lie, packed, the
+    values of a layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer, behind
     ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far (float64), o
     [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and lse [rows,
     Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.

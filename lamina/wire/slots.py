@@ -2,8 +2,8 @@
 
 In each step of a batch a compute node writes, over one link: the step plan; and for each layer that it runs, in
 increasing order, the query, then the keys and values if the step stores any. The memory node answers each query before
-the next one comes. A compute node gives up a step by sending the plan of the next one, at any moment. What belongs to an
-older step is stale.
+the next one comes. A compute node gives up a step by sending the plan of the next one, at any moment. What belongs to
+an older step is stale.
 """
 
 from __future__ import annotations
