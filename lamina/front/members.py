@@ -106,6 +106,11 @@ class Members:
         self._set(
             {entry.id: State(entry.state) for entry in told.members},
             terms={entry.id: entry.term for entry in told.members},
+            errors={
+                entry.id: NodeError.lost(entry.role, entry.name, "the front has lost it")
+                for entry in told.members
+                if entry.state == "lost"
+            },
             epoch=told.epoch,
         )
 
@@ -135,14 +140,14 @@ class Members:
 
     def lose(self, id_: int, error: NodeError) -> None:
         """A member is gone. A second report of the same loss changes nothing."""
-        self._set({id_: State.LOST}, error=error)
+        self._set({id_: State.LOST}, errors={id_: error})
 
     def _set(
         self,
         states: Mapping[int, State],
         *,
         terms: Mapping[int, int] | None = None,
-        error: NodeError | None = None,
+        errors: Mapping[int, NodeError] | None = None,
         epoch: int | None = None,
     ) -> None:
         """Change states and terms at once, and begin an epoch if any differs: the next one, or ``epoch``."""
@@ -158,7 +163,10 @@ class Members:
         for id_, before, after in changes:
             name = self._entries[id_].name
             log.info("event=member member=%s before=%s after=%s epoch=%d", name, before, after, epoch)
-        self._on_change([Change(self._entries[id_], before, after, epoch, error) for id_, before, after in changes])
+        errors = errors or {}
+        self._on_change(
+            [Change(self._entries[id_], before, after, epoch, errors.get(id_)) for id_, before, after in changes]
+        )
 
 
 def _names(entries: Iterable[MemberEntry]) -> str:

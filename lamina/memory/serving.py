@@ -132,8 +132,8 @@ class ServingLane:
             try:
                 if tag.kind is Kind.PLAN:
                     step = None  # until this one is planned, as it may name a sequence that is gone
-                    planned, planned.spent_s = await run(self._plan, number, tag.step, at=at)
-                    step = planned
+                    planned, spent_s = await run(self._plan, number, tag.step, at=at)
+                    planned.spent_s, step = spent_s, planned
                     slot.planned(tag.step, stores=step.storing is not None)
                 elif step is not None and tag.kind is Kind.QUERY:
                     await self._attend_layer(number, step, tag.layer)

@@ -194,18 +194,13 @@ class ComputeNode:
 
     def _node_lost(self, member: int, error: NodeError) -> None:
         """The link to another node has ended. During the start that ends the start."""
-        if not self._is_ready and self._loss is None:
-            self._loss = error
-            self._lost.set()
+        if not self._is_ready:
+            self._note_loss(error)
         if (side := self._roster or self._enlistment) is not None:
             side.lost(member, error)
 
     def _adopt(self, told: Membership) -> None:
         """Take over what the front says of the members."""
-        for entry in told.members:
-            if entry.state == "lost" and not self._is_ready and self._loss is None:
-                self._loss = NodeError.lost(entry.role, entry.name, "the front has lost it")
-                self._lost.set()
         if self._enlistment is not None:
             self._enlistment.adopt(told)
         else:
@@ -213,8 +208,16 @@ class ComputeNode:
 
     def _members_changed(self, changes: list[Change]) -> None:
         """Handle every change of membership; no other function does."""
+        for change in changes:
+            if change.error is not None and not self._is_ready:
+                self._note_loss(change.error)
         if self._roster is not None:
             self._roster.changed()
+
+    def _note_loss(self, error: NodeError) -> None:
+        if self._loss is None:
+            self._loss = error
+            self._lost.set()
 
     def _formed(self, formation: Formation, lost: frozenset[int]) -> None:
         """Run the steps that begin from now on with other members."""

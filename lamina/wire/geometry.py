@@ -83,10 +83,10 @@ class Geometry:
 
     Every region but that of the chunks has one part per batch in flight, and that of the plans has two, for alternate
     steps, so that the plan of the next step never overwrites one that is being read. Within a part lie, packed, the
-    values of a layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer, behind
-    ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far (float64), o
-    [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and lse [rows,
-    Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
+    values of a layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer,
+    behind ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far
+    (float64), o [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv]
+    and lse [rows, Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
     """
 
     layers: tuple[LayerShape, ...]
