@@ -144,10 +144,15 @@ class Roster:
         self._tell()
 
     def _settle(self) -> None:
-        if self._neighbours.waiting_for:
-            log.warning("event=settled missing=%s", ",".join(self._neighbours.waiting_for))
-            self.on_settled()
+        """A lost node has had its time to come back."""
+        if self._neighbours.waiting_for and not (self._divides and self._neighbours.shards):
+            self._give_up_missing()
         self._tell()
+
+    def _give_up_missing(self) -> None:
+        """Go on without the nodes that are missing."""
+        log.warning("event=given_up missing=%s", ",".join(self._neighbours.waiting_for))
+        self.on_settled()
 
     def _form(self) -> None:
         members = self._members
@@ -206,7 +211,7 @@ class Roster:
         while True:
             news, there = self._news, self._neighbours.shards
             patience_s = self._missing_since_s + self._config.recovery.grace - self._loop.time()
-            if not there or set(there) == set(self._division):
+            if not there or (set(there) == set(self._division) and self._is_divided()):
                 await news.wait()
             elif set(there) != every and patience_s > 0:
                 await asyncio.wait((asyncio.ensure_future(news.wait()),), timeout=patience_s)
@@ -236,6 +241,8 @@ class Roster:
         await self._until(lambda: not self._is_divided() or all(map(self._is_reached, division)))
         if self._is_divided():
             self._members.serve(*division)
+            if self._neighbours.waiting_for:
+                self._give_up_missing()
         else:
             self._division = {}
 
