@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lamina.config import PipelineConfig
 from lamina.sim.cluster import SimCluster
-from tests.families import VOCABULARY
-from tests.sim.clusters import PEER_TIMEOUT_S, eventually, is_idle, make_config, new_cluster, simulate
 from lamina.sim.world import World
-from tests.sim.clusters import LINK
+from tests.families import VOCABULARY
+from tests.sim.clusters import LINK, eventually, is_idle, make_config, new_cluster, simulate
 
 CONTEXT = 256
 _random = random.Random(5)
@@ -56,3 +54,65 @@ def test_a_memory_node_is_killed(partition: str, batches: int, returns: bool, ll
 
     with World(1, model=LINK, tracing=False, limit_s=60) as world:
         assert world.run(main(world)) == expected
+
+
+COMPUTE = {
+    "replicas": ((None,) * 3, True),
+    "replicas, one for good": ((None,) * 3, False),
+    "ranges": ((range(2), range(2, 4)), True),
+}
+
+
+@pytest.mark.parametrize("partition", ["heads", "requests"])
+@pytest.mark.parametrize("kind", COMPUTE)
+def test_a_compute_node_is_killed(kind: str, partition: str, llama: Path) -> None:
+    """The others take over at once; where it alone has its layers, all wait for it. Keys and values stay."""
+    compute, returns = COMPUTE[kind]
+    pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition, prefill_tokens=24)
+    config = make_config(llama, compute=compute, memory=8 << 20, context=CONTEXT, pipeline=pipeline)
+    expected = simulate(config, answers)
+
+    async def main(world: World) -> list[list[int]]:
+        async with new_cluster(world, config) as cluster:
+            await cluster.ready()
+            asked = asyncio.ensure_future(answers(cluster))
+            await asyncio.sleep(0.02)
+            cluster.kill("c1")
+            await asyncio.sleep(0.5)
+            if returns:
+                await cluster.start("c1")
+            found = await asked
+            print(world.loop.time())
+            await eventually(lambda: is_idle(cluster))
+            assert (await cluster.status("c0")).preemptions == 0
+            return found
+
+    with World(1, model=LINK, tracing=False, limit_s=60) as world:
+        assert world.run(main(world)) == expected
+
+
+@pytest.mark.parametrize("partition", ["heads", "requests"])
+@pytest.mark.parametrize("kind", COMPUTE)
+def test_the_front_starts_again(kind: str, partition: str, llama: Path) -> None:
+    """The other nodes have kept their weights and wait for it."""
+    compute, _ = COMPUTE[kind]
+    pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition, prefill_tokens=24)
+    config = make_config(llama, compute=compute, memory=8 << 20, context=CONTEXT, pipeline=pipeline)
+    expected = simulate(config, answers)
+
+    async def main(world: World) -> None:
+        async with new_cluster(world, config) as cluster:
+            await cluster.ready()
+            asked = asyncio.ensure_future(answers(cluster))
+            await asyncio.sleep(0.02)
+            cluster.kill("c0")
+            await asyncio.gather(asked, return_exceptions=True)
+            await asyncio.sleep(0.5)
+            await cluster.start("c0")
+            await cluster.ready()
+            assert await answers(cluster) == expected
+            await eventually(lambda: is_idle(cluster))
+            assert all(error is None for error in (await cluster.stop_all()).values()), cluster.ended
+
+    with World(1, model=LINK, tracing=False, limit_s=60) as world:
+        world.run(main(world))
