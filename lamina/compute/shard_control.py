@@ -106,7 +106,11 @@ class ShardControl:
             outputs=self.link.expose(outputs),
             quota=quota,
         )
-        attached: Attached = await self._questions.ask(attach, _ATTACH)
+        try:
+            attached: Attached = await self._questions.ask(attach, _ATTACH)
+        except BaseException:
+            outputs.close()
+            raise
         self.capacity_tokens = attached.capacity_tokens
         self._kv_heads = len(shard.kv[0])
         self._lane = lane = ShardLane(self.name, self.link, self._device, shard, geometry, attached, outputs)
@@ -136,9 +140,10 @@ class ShardControl:
         """
         return self._questions.ask(Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys), ahead=ahead), sequence)
 
-    def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
-        """Let others share the leading blocks of a sequence, when all has arrived that they are to hold."""
-        self._tell(Publish(sequence=sequence, keys=_joined(keys)))
+    def publish(self, sequence: int, keys: Sequence[bytes], first: int = 0) -> None:
+        """Let others share the blocks of a sequence from its ``first`` one there, when all has arrived that they are to
+        hold."""
+        self._tell(Publish(sequence=sequence, keys=_joined(keys), first=first))
 
     def release(self, sequence: int) -> None:
         """Give back a sequence's space."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -46,8 +47,8 @@ class Tenant:
         come."""
         self.layers = 0
         self.stale_tags = 0
-        self._to_publish: dict[int, list[bytes]] = {}
-        """The keys of sequences' leading blocks that are not complete yet."""
+        self._to_publish: dict[int, deque[tuple[int, list[bytes]]]] = {}
+        """By sequence, the keys of blocks that are not complete yet, with the number of the first of them."""
 
     def close(self) -> None:
         """Let go of the memory and of the share. No lane may serve any more."""
@@ -97,7 +98,7 @@ class Tenant:
         if message.sequence not in self.cache.sequences:
             return
         if isinstance(message, Publish):
-            self._to_publish[message.sequence] = _split(message.keys)
+            self._to_publish.setdefault(message.sequence, deque()).append((message.first, _split(message.keys)))
             self._publish_complete(message.sequence)
         else:
             self._to_publish.pop(message.sequence, None)
@@ -116,9 +117,15 @@ class Tenant:
 
     def _publish_complete(self, sequence: int) -> None:
         """Publish what is to be published, once all of it has arrived."""
-        keys = self._to_publish.get(sequence)
-        if keys and self.cache.complete(sequence) >= len(keys) * self.cache.layout.block_tokens:
-            self.cache.publish(sequence, self._to_publish.pop(sequence))
+        waiting = self._to_publish.get(sequence)
+        if not waiting:
+            return
+        complete = self.cache.complete(sequence) // self.cache.layout.block_tokens
+        while waiting and waiting[0][0] + len(waiting[0][1]) <= complete:
+            first, keys = waiting.popleft()
+            self.cache.publish(sequence, keys, first)
+        if not waiting:
+            del self._to_publish[sequence]
 
 
 def check_same(attach: Attach, front: Attach) -> None:

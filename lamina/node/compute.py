@@ -100,7 +100,7 @@ class ComputeNode:
         self._encoder: Encoder | None = None
         self._traces: RequestTraces | None = None
         self._loss: NodeError | None = None
-        """The first loss of a node during the start."""
+        """The first loss of a node during the start of the front."""
         self._lost = asyncio.Event()
         self._is_ready = False
         self._running: asyncio.Future[None] | None = None
@@ -193,9 +193,10 @@ class ComputeNode:
             side.found(control)
 
     def _node_lost(self, member: int, error: NodeError) -> None:
-        """The link to another node has ended. During the start that ends the start."""
-        if not self._is_ready:
-            self._note_loss(error)
+        """The link to another node has ended. During the start of the front that ends the start."""
+        if self._is_front and not self._is_ready and self._loss is None:
+            self._loss = error
+            self._lost.set()
         if (side := self._roster or self._enlistment) is not None:
             side.lost(member, error)
 
@@ -208,16 +209,8 @@ class ComputeNode:
 
     def _members_changed(self, changes: list[Change]) -> None:
         """Handle every change of membership; no other function does."""
-        for change in changes:
-            if change.error is not None and not self._is_ready:
-                self._note_loss(change.error)
         if self._roster is not None:
             self._roster.changed()
-
-    def _note_loss(self, error: NodeError) -> None:
-        if self._loss is None:
-            self._loss = error
-            self._lost.set()
 
     def _formed(self, formation: Formation, lost: frozenset[int]) -> None:
         """Run the steps that begin from now on with other members."""
@@ -262,7 +255,10 @@ class ComputeNode:
         config, members = self._config, self._members
         log.info("event=opening model=%s", config.model_path, extra={"progress": "reading the model"})
         opening = self._there.start(self._device.run(self._open_model, config))
-        meeting = asyncio.ensure_future(self._neighbours.meet())
+        # The front tells another compute node with which nodes it works.
+        front = members.id_of(config.front.name)
+        awaited = [entry.id for entry in members.entries if entry.id != front] if self._is_front else [front]
+        meeting = asyncio.ensure_future(self._neighbours.meet(awaited))
         try:  # what is wrong with the model is said at once, also where other nodes are missing
             (source, _), _ = await asyncio.gather(opening, meeting)
         finally:
@@ -408,6 +404,9 @@ class ComputeNode:
             return status
         assert self._served is not None
         status.state = "draining" if worker.draining else "ready"
+        missing = self._enlistment.missing if self._enlistment else self._roster.missing if self._roster else []
+        if missing:
+            status.state, status.waiting_for = "waiting", ", ".join(missing)
         status.model = self._served.facts.fingerprint
         status.layers = runner.layers
         status.stale_tags = sum(way.lane.stale_tags for way in self._ways)

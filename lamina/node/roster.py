@@ -102,6 +102,15 @@ class Roster:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    @property
+    def missing(self) -> list[str]:
+        """Return the nodes without which nothing goes on: those that have layers alone, and all memory nodes if none
+        serves."""
+        serving = self._members.in_state("compute", State.SERVING)
+        alone = [] if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
+        memory = [] if self.serving else self._members.of_others("memory", State.SERVING)
+        return [self._names[m] for m in (*alone, *memory)]
+
     # -- nodes come and go
 
     def found(self, control: Control) -> None:
@@ -188,7 +197,10 @@ class Roster:
         if isinstance(news, Reached):
             self._reached[compute, news.member] = news.term
             self._tell()
-        elif news.term == self._members.term(news.member):
+        elif (
+            news.term == self._members.term(news.member)
+            and self._members.state(compute) is State.SERVING  # one that joins has to find its way to all others
+        ):
             by = self._names[compute]
             self._neighbours.drop(news.member, f"{by} has lost it: {news.reason}")
 

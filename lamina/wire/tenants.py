@@ -100,10 +100,12 @@ class Reserved(Message):
 
 
 class Publish(Message):
-    """Let others share the leading blocks of a sequence, under these keys, when they are complete in every layer."""
+    """Let others share consecutive blocks of a sequence, under these keys, when they are complete in every layer."""
 
     sequence: Count
     keys: Keys
+    first: Count = 0
+    """The number of the first of these blocks on the memory node."""
 
 
 class Release(Message):
