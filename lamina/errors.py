@@ -16,6 +16,7 @@
     │       └── PeerSilentError   the peer fell silent: it hangs, or the network is cut
     ├── DeadlineError             an answer took longer than its request allowed
     ├── NodeError                 a node reports a failure of its own; names the node
+    │   └── SupersededError       a memory node serves this tenant in a later term
     └── DeadlockError             a simulation in which nothing can happen any more
 
 A message says what happened, where, the value seen, the value allowed and what to do, in one sentence or two.
@@ -134,6 +135,14 @@ class NodeError(LaminaError):
     def failed(cls, role: str, name: str, error: BaseException) -> NodeError:
         """Return the error for a node that has met an error that it did not expect."""
         return cls(f"{role} node {name} failed: {error!r}", node=name)
+
+
+class SupersededError(NodeError):
+    """The memory node ``node`` has heard from this tenant's front in the later term ``term``."""
+
+    def __init__(self, message: str, *, node: str, term: int) -> None:
+        super().__init__(message, node=node)
+        self.term = term
 
 
 class DeadlockError(LaminaError):

@@ -64,15 +64,15 @@ class PeerControl:
         """Let the lane take and hand over carries; called when the terms agree, before any step."""
         self.lane.open(*self._carries)
 
-    def enlist(self, tenant: str) -> asyncio.Future[Enlisted]:
+    def enlist(self, enlist: Enlist) -> asyncio.Future[Enlisted]:
         """Tell the peer, as the front, which tenant it belongs to. The future is done when the peer is ready."""
-        self.send(Enlist(tenant=tenant))
+        self.send(enlist)
         return self._enlisted
 
-    async def tenant(self) -> str:
+    async def enlisted_by(self) -> Enlist:
         """Wait until the peer, which is the front, says which tenant this node belongs to."""
         enlist: Enlist = await self._enlist
-        return enlist.tenant
+        return enlist
 
     # -- steps
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import NamedTuple
+
+import msgspec
 
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
@@ -162,16 +165,43 @@ async def agree(config: ClusterConfig, served: ServedModel, peers: Mapping[int, 
         peer.open()
 
 
+class TenantKey(NamedTuple):
+    """Names a cluster to its memory nodes, and proves that a compute node belongs to it."""
+
+    name: str
+    token: bytes
+
+    @classmethod
+    def of(cls, config: ClusterConfig, model: str) -> TenantKey:
+        """Return the key of the cluster of a file with the model of this fingerprint. It is the same at every start, so
+        that a front that starts anew finds what memory nodes have kept.
+
+        Only those who know the cluster's secret can make it. A cluster without one is open to all of this machine.
+        """
+        nodes = [(node.role, node.name, str(node.address)) for node in config.node]
+        told = msgspec.json.encode((model, nodes))
+        secret = hashlib.blake2b(config.links.secret or b"").digest()
+
+        def digest(purpose: bytes, nbytes: int) -> bytes:
+            return hashlib.blake2b(told, digest_size=nbytes, key=secret, person=purpose).digest()
+
+        return cls(f"{config.front.name}-{digest(b'lamina tenant', 16).hex()}", digest(b"lamina token", 32))
+
+
 async def attach(
     config: ClusterConfig,
     served: ServedModel,
     members: Members,
     member: int,
-    tenant: str,
+    key: TenantKey,
+    terms: Mapping[int, int],
     shards: Mapping[int, ShardControl],
 ) -> dict[int, ShardLane]:
     """Attach to all memory nodes as ``member`` of a tenant, and return their lanes by member id. Raises NodeError if
-    one refuses."""
+    one refuses.
+
+    ``terms`` are those of the front's attachments, by member id; the front itself has none, and begins new ones.
+    """
     pipeline = config.pipeline
     divide = shard_by_heads if pipeline.partition == "heads" else shard_whole
     heads = divide(served.facts.layers, [node.name for node in config.memory_nodes])
@@ -181,7 +211,10 @@ async def attach(
         lanes[shard.member] = await shard.attach(
             own,
             served.layout(own.layers),
-            tenant=tenant,
+            tenant=key.name,
+            token=key.token,
+            term=terms.get(shard.member, 1),
+            lease=config.recovery.lease,
             model=served.facts.fingerprint,
             dtype=served.facts.dtype,
             slots=pipeline.batches,

@@ -26,6 +26,7 @@ from lamina.front.session import ClientSession
 from lamina.model.tokenizer import Tokenizer
 from lamina.node.assemble import (
     Rendezvous,
+    TenantKey,
     agree,
     attach,
     limits,
@@ -44,7 +45,7 @@ from lamina.runtime.workers import BackgroundWorkers, ParallelWorkers
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Status
 from lamina.wire.codec import encode
-from lamina.wire.orders import Enlisted, GaveUp
+from lamina.wire.orders import Enlist, Enlisted, GaveUp
 from lamina.wire.requests import Failed
 
 log = logging.getLogger("lamina.compute")
@@ -144,6 +145,9 @@ class ComputeNode:
                 await self._traces.close()
             await listening.close()
             self._monitor.close()
+            if self._is_front and stopping.is_set():
+                for shard in self._shards.values():
+                    shard.detach()
             await asyncio.gather(*(link.close() for link in [*self._clients, *self._rendezvous.links]))
             self._device.close()
             self._workers.close()
@@ -246,9 +250,11 @@ class ComputeNode:
 
     async def _start_front(self, served: ServedModel) -> Intake:
         config, members = self._config, self._members
-        tenant = f"{self._name}-{self._host.random.getrandbits(64):016x}"
-        lanes = await attach(config, served, members, self._member, tenant, self._shards)
-        enlisted = [peer.enlist(tenant) for peer in self._peers.values()]
+        key = TenantKey.of(config, served.facts.fingerprint)
+        lanes = await attach(config, served, members, self._member, key, {}, self._shards)
+        terms = [(member, shard.term) for member, shard in self._shards.items()]
+        enlist = Enlist(tenant=key.name, token=key.token, terms=terms)
+        enlisted = [peer.enlist(enlist) for peer in self._peers.values()]
         blocks = make_blocks(config, served, self._shards)
         self._runner = runner = await self._make_steps(served, lanes)
         tokenizer = await self._there.call(Tokenizer, served.facts.path, served.context)
@@ -279,7 +285,9 @@ class ComputeNode:
     async def _start_follower(self, served: ServedModel) -> Follower:
         config, members = self._config, self._members
         front = self._peers[members.id_of(config.front.name)]
-        lanes = await attach(config, served, members, self._member, await front.tenant(), self._shards)
+        enlist = await front.enlisted_by()
+        key = TenantKey(enlist.tenant, enlist.token)
+        lanes = await attach(config, served, members, self._member, key, dict(enlist.terms), self._shards)
         self._runner = runner = await self._make_steps(served, lanes)
         self._follower = Follower(
             self._name, runner, self._there, front, limits(config, served, members), lambda: members.epoch
