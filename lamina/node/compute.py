@@ -23,6 +23,7 @@ from lamina.front.members import Change, Members
 from lamina.front.session import ClientSession
 from lamina.front.team import Formation
 from lamina.model.tokenizer import Tokenizer
+from lamina.node.assemble import TenantKey
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.enlistment import Enlistment
 from lamina.node.front import Front, make_blocks, open_front
@@ -149,6 +150,8 @@ class ComputeNode:
             self._monitor.close()
             if self._roster is not None:
                 await self._roster.close()
+                if stopping.is_set():
+                    self._roster.detach()
             await asyncio.gather(*(link.close() for link in self._clients), self._neighbours.close())
             self._device.close()
             self._workers.close()
@@ -271,8 +274,8 @@ class ComputeNode:
 
     async def _start_front(self, served: ServedModel) -> Intake:
         config, members = self._config, self._members
-        tenant = f"{self._name}-{self._host.random.getrandbits(64):016x}"
-        self._roster = roster = Roster(config, served, members, self._neighbours, member=self._member, tenant=tenant)
+        key = TenantKey.of(config, served.facts.fingerprint)
+        self._roster = roster = Roster(config, served, members, self._neighbours, member=self._member, key=key)
         roster.on_formed, roster.on_settled = self._formed, self._settled
         completing = asyncio.ensure_future(roster.complete())
         try:
@@ -299,7 +302,7 @@ class ComputeNode:
             Constraints(self._workers, tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
             self._mask_workers,
         )
-        front.intake.on_suspect = roster.suspect
+        front.intake.on_suspect, roster.on_superseded = roster.suspect, front.intake.fail
         if (traces := open_traces(self._name)) is not None:
             self._traces = traces
             front.intake.meter.on_end = traces.ended

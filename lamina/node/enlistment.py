@@ -13,7 +13,7 @@ from lamina.compute.step import Steps
 from lamina.config import ClusterConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.front.members import Members, State
-from lamina.node.assemble import agree, attach, limits
+from lamina.node.assemble import TenantKey, agree, attach, limits
 from lamina.node.model import ServedModel
 from lamina.node.neighbours import Control, Neighbours
 from lamina.node.roster import REFUSED_PAUSE_S
@@ -198,7 +198,8 @@ class Enlistment:
                 division,
                 member=self._own,
                 front=self._front,
-                tenant=enlist.tenant,
+                key=TenantKey(enlist.tenant, enlist.token),
+                term=term,
             )
         except NodeError as error:
             log.warning("event=not_attached peer=%s reason=%r", shard.name, str(error))

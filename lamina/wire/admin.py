@@ -71,6 +71,8 @@ class TenantStatus(Struct, frozen=True, kw_only=True):
     """The bytes of memory that only this tenant may use."""
     busy_s: float
     """The seconds that the device has computed for it."""
+    lease_s: float | None = None
+    """The seconds after which it ends unless its front comes back. None while the front is attached."""
 
 
 class Status(Message):

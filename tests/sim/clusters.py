@@ -19,6 +19,7 @@ from lamina.config import (
     ModelConfig,
     NodeConfig,
     PipelineConfig,
+    RecoveryConfig,
     TransportConfig,
 )
 from lamina.node.model import ModelFacts, ModelSource, OpenModel, open_checkpoint
@@ -61,6 +62,7 @@ def make_config(
     pipeline: PipelineConfig | None = None,
     dtype: Dtype = "float32",
     start_timeout: float = 60.0,
+    lease: float = RecoveryConfig().lease,
     **model_keys: Any,
 ) -> ClusterConfig:
     """A cluster of compute nodes ``c0``, ``c1``, ... and memory nodes ``m0``, ``m1``, ...
@@ -82,6 +84,7 @@ def make_config(
         node=nodes,
         pipeline=pipeline or PipelineConfig(),
         transport=transport,
+        recovery=RecoveryConfig(lease=lease),
         file=Path("cluster.toml"),
         links=transport.options(Path()),
     )
