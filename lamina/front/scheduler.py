@@ -114,16 +114,17 @@ class Scheduler:
 
     # -- requests
 
-    def submit(self, sequence: Sequence, *, retry_after_s: float | None = None) -> None:
+    def submit(self, sequence: Sequence, *, retry_after_s: float | None = None, restored: bool = False) -> None:
         """Queue a sequence. Raises CapacityError if it could never run, or, with ``retry_after_s``, if too many
-        wait."""
+        wait; one that is ``restored`` had its place before."""
         limit = self._block_manager.max_context
         if sequence.max_context > limit:
             raise CapacityError(
                 f"the request needs {sequence.max_context} tokens of KV cache ({len(sequence.prompt)} prompt + "
                 f"{sequence.max_tokens} new), the memory nodes hold {limit}; ask for fewer"
             )
-        self.require_place(retry_after_s=retry_after_s)
+        if not restored:
+            self.require_place(retry_after_s=retry_after_s)
         sequence.arrival = next(self._arrivals)
         self._waiting.push(sequence)
 
@@ -153,8 +154,8 @@ class Scheduler:
         sequence.confirmed = request.tokens
         if request.is_new:
             sequence.prefilled = sequence.shared = shared
-            if not sequence.preemptions:
-                sequence.found = shared
+            if not sequence.admitted:
+                sequence.admitted, sequence.found = True, shared
             sequence.local_tokens = 0 if shared else self._keepable(len(sequence.tokens))
             self.prompt_tokens += len(sequence.tokens)
             self.shared_tokens += shared

@@ -70,6 +70,8 @@ class Sequence:
     """The different tokens of the prompt as int32, once a penalty has needed them."""
     answer_array: array[int] = field(default_factory=lambda: array("i"))
     """The output as int32, as far as a penalty has needed it."""
+    admitted: bool = False
+    """Whether it has run before."""
     preemptions: int = 0
     yielding: bool = False
     """Whether it will be preempted when its present step ends."""
