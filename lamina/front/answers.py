@@ -205,7 +205,7 @@ class ClientAnswer:
         return End("stop")  # so early that nobody here knows more
 
 
-class Answers:
+class AnswerKeeper:
     """Has requests submitted, and keeps their answers for ``lease_s`` seconds for clients that are gone.
 
     It belongs to the node's loop. ``name`` is that of the node.

@@ -56,9 +56,7 @@ class Constraints:
             raise RequestError(f"the constraint was not compiled within {COMPILE_S:.0f} s; use a simpler one, or retry")
         return task.result()
 
-    async def begin(
-        self, constraint: Constraint, answer: Sequence[int], *, min_tokens: int
-    ) -> tuple[Matcher, bytes]:
+    async def begin(self, constraint: Constraint, answer: Sequence[int], *, min_tokens: int) -> tuple[Matcher, bytes]:
         """Return what follows an answer that has some tokens, and the mask of the next one. Raises RequestError, as
         `compiled` does, or if the answer cannot go on."""
         compiled = await self.compiled(constraint)

@@ -12,7 +12,7 @@ from typing import Any, cast
 from msgspec.structs import replace
 
 from lamina.errors import LaminaError, ProtocolError, RequestError, TransportError
-from lamina.front.answers import Answers, ClientAnswer
+from lamina.front.answers import AnswerKeeper, ClientAnswer
 from lamina.front.encoder import Encoded, Encoder, texts_of
 from lamina.front.intake import Intake
 from lamina.runtime.workers import BackgroundWorkers
@@ -46,7 +46,7 @@ LOOK_S = 0.01
 
 
 class ClientSession:
-    """Serves one client on its link, on the node's loop. When the link is lost, `Answers` has its requests.
+    """Serves one client on its link, on the node's loop. When the link is lost, `AnswerKeeper` has its requests.
 
     ``intake`` and ``encoder`` return those of the front. While there are none, they raise the error that the client
     gets. Texts are encoded in ``workers``.
@@ -56,7 +56,7 @@ class ClientSession:
         self,
         link: Link,
         workers: BackgroundWorkers,
-        answers: Answers,
+        answers: AnswerKeeper,
         intake: Callable[[], Intake],
         encoder: Callable[[], Encoder],
         status: Callable[[], Status],

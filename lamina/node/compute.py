@@ -18,9 +18,11 @@ from lamina.compute.shard_lane import ShardLane
 from lamina.compute.step import StepRunner, Steps
 from lamina.config import ClusterConfig, ComputeNodeConfig, format_range
 from lamina.errors import LaminaError, NodeError, TransportError, first_error
+from lamina.front.answers import AnswerKeeper
 from lamina.front.constraints import Constraints
 from lamina.front.encoder import Encoder
 from lamina.front.intake import Intake
+from lamina.front.journal import RequestJournal
 from lamina.front.members import Change, Members, State
 from lamina.front.session import ClientSession
 from lamina.model.tokenizer import Tokenizer
@@ -32,6 +34,7 @@ from lamina.node.assemble import (
 )
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.front import Front, make_blocks, open_front
+from lamina.node.journal import open_journal
 from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
@@ -86,6 +89,7 @@ class ComputeNode:
         self._make_runner = make_runner
         self._host = host or Host.own()
         self._workers = BackgroundWorkers()
+        self._journal_workers = BackgroundWorkers()
         self._mask_workers = ParallelWorkers()
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._member_changed)
@@ -101,6 +105,8 @@ class ComputeNode:
         self._served: ServedModel | None = None
         self._runner: Steps | None = None
         self._front: Front | None = None
+        self._answers = AnswerKeeper(node.name, config.recovery.lease)
+        self._journal: RequestJournal | None = None
         self._follower: Follower | None = None
         self._encoder: Encoder | None = None
         self._traces: RequestTraces | None = None
@@ -145,8 +151,12 @@ class ComputeNode:
             await listening.close()
             self._monitor.close()
             await asyncio.gather(*(link.close() for link in [*self._clients, *self._rendezvous.links]))
+            self._answers.close()
+            if self._journal is not None:
+                await self._journal.close()
             self._device.close()
             self._workers.close()
+            self._journal_workers.close()
             self._mask_workers.close()
             for way in self._ways:
                 way.close()
@@ -246,6 +256,8 @@ class ComputeNode:
 
     async def _start_front(self, served: ServedModel) -> Intake:
         config, members = self._config, self._members
+        self._journal = journal = open_journal(config, served, self._host, self._journal_workers)
+        kept = await journal.open(self._workers) if journal is not None else []
         tenant = f"{self._name}-{self._host.random.getrandbits(64):016x}"
         lanes = await attach(config, served, members, self._member, tenant, self._shards)
         enlisted = [peer.enlist(tenant) for peer in self._peers.values()]
@@ -270,7 +282,11 @@ class ComputeNode:
             self._host.random,
             Constraints(self._workers, tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
             self._mask_workers,
+            journal,
         )
+        self._answers.open(self._front.intake, tokenizer, kept)
+        if kept:
+            log.info("event=restored requests=%d", len(kept))
         if (traces := open_traces(self._name)) is not None:
             self._traces = traces
             self._front.intake.meter.on_end = traces.ended
@@ -316,7 +332,9 @@ class ComputeNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
             link.deliver()
         elif role == "client":
-            session = ClientSession(link, self._workers, self.intake, self._ready_encoder, self._status_now)
+            session = ClientSession(
+                link, self._workers, self._answers, self.intake, self._ready_encoder, self._status_now
+            )
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)
