@@ -65,6 +65,8 @@ class SimCluster:
         self._backend = backend
         self._seconds = seconds
         self._running: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
+        self._started: dict[str, asyncio.Task[None]] = {}
+        """The task of each node that was started last."""
 
     async def start(self, name: str) -> None:
         """Start one node, also one that has ended before."""
@@ -85,10 +87,13 @@ class SimCluster:
         self.ended.pop(name, None)
         self.nodes[name] = serving
         self._running[name] = task, stopping
+        self._started[name] = task
         task.add_done_callback(lambda done: self._note_end(name, done))
 
     def _note_end(self, name: str, task: asyncio.Task[None]) -> None:
-        self.ended[name] = asyncio.CancelledError() if task.cancelled() else task.exception()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if self._started[name] is task:  # else it was killed, and has started again meanwhile
+            self.ended[name] = error
 
     async def ready(self) -> Status:
         """Wait until the front takes requests; its status. The error of a node that ends before with one."""
