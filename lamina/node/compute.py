@@ -397,6 +397,11 @@ class ComputeNode:
             status.preemptions = counters.preemptions
             status.prompt_tokens = counters.prompt_tokens
             status.shared_tokens = counters.shared_tokens
+            status.requests_resumed = self._front.intake.meter.resumed
             status.kv_tokens_total = self._front.kv_tokens
             status.kv_tokens_free = counters.free_blocks * BLOCK_TOKENS
+        if (journal := self._journal) is not None:
+            status.journal = self._config.recovery.journal
+            status.journal_bytes = journal.bytes
+            status.journal_failure = "" if journal.failure is None else str(journal.failure)
         return status
