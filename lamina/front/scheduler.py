@@ -123,11 +123,12 @@ class Scheduler:
 
     # -- requests
 
-    def submit(self, sequence: Sequence, *, retry_after_s: float | None = None) -> None:
+    def submit(self, sequence: Sequence, *, retry_after_s: float | None = None, restored: bool = False) -> None:
         """Queue a sequence. Raises CapacityError if it could never run, or, with ``retry_after_s``, if too many
-        wait."""
+        wait; one that is ``restored`` had its place before."""
         self._require_fit(sequence)
-        self.require_place(retry_after_s=retry_after_s)
+        if not restored:
+            self.require_place(retry_after_s=retry_after_s)
         sequence.arrival = next(self._arrivals)
         self._waiting.push(sequence)
 

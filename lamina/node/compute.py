@@ -16,9 +16,11 @@ from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import StepRunner, Steps
 from lamina.config import ClusterConfig, ComputeNodeConfig, format_range
 from lamina.errors import LaminaError, NodeError, TransportError, first_error
+from lamina.front.answers import AnswerKeeper
 from lamina.front.constraints import Constraints
 from lamina.front.encoder import Encoder
 from lamina.front.intake import Intake
+from lamina.front.journal import RequestJournal
 from lamina.front.members import Change, Members
 from lamina.front.session import ClientSession
 from lamina.front.team import Formation
@@ -27,6 +29,7 @@ from lamina.node.assemble import TenantKey
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.enlistment import Enlistment
 from lamina.node.front import Front, make_blocks, open_front
+from lamina.node.journal import open_journal
 from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
@@ -83,6 +86,7 @@ class ComputeNode:
         self._make_runner = make_runner
         self._host = host or Host.own()
         self._workers = BackgroundWorkers()
+        self._journal_workers = BackgroundWorkers()
         self._mask_workers = ParallelWorkers()
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._members_changed)
@@ -98,6 +102,8 @@ class ComputeNode:
         self._roster: Roster | None = None
         self._front: Front | None = None
         self._enlistment: Enlistment | None = None
+        self._answers = AnswerKeeper(node.name, config.recovery.lease)
+        self._journal: RequestJournal | None = None
         self._encoder: Encoder | None = None
         self._traces: RequestTraces | None = None
         self._loss: NodeError | None = None
@@ -153,8 +159,12 @@ class ComputeNode:
                 if stopping.is_set():
                     self._roster.detach()
             await asyncio.gather(*(link.close() for link in self._clients), self._neighbours.close())
+            self._answers.close()
+            if self._journal is not None:
+                await self._journal.close()
             self._device.close()
             self._workers.close()
+            self._journal_workers.close()
             self._mask_workers.close()
             self._neighbours.free()
 
@@ -274,6 +284,8 @@ class ComputeNode:
 
     async def _start_front(self, served: ServedModel) -> Intake:
         config, members = self._config, self._members
+        self._journal = journal = open_journal(config, served, self._host, self._journal_workers)
+        kept = await journal.open(self._workers) if journal is not None else []
         key = TenantKey.of(config, served.facts.fingerprint)
         self._roster = roster = Roster(config, served, members, self._neighbours, member=self._member, key=key)
         roster.on_formed, roster.on_settled = self._formed, self._settled
@@ -301,12 +313,16 @@ class ComputeNode:
             self._host.random,
             Constraints(self._workers, tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
             self._mask_workers,
+            journal,
         )
         front.intake.on_suspect, roster.on_superseded = roster.suspect, front.intake.fail
         if (traces := open_traces(self._name)) is not None:
             self._traces = traces
             front.intake.meter.on_end = traces.ended
         self._front = front
+        self._answers.open(front.intake, tokenizer, kept)
+        if kept:
+            log.info("event=restored requests=%d", len(kept))
         return front.intake
 
     async def _start_follower(self, served: ServedModel) -> Enlistment:
@@ -357,7 +373,9 @@ class ComputeNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
             link.deliver()
         elif role == "client":
-            session = ClientSession(link, self._workers, self.intake, self._ready_encoder, self._status_now)
+            session = ClientSession(
+                link, self._workers, self._answers, self.intake, self._ready_encoder, self._status_now
+            )
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)
@@ -425,6 +443,11 @@ class ComputeNode:
             status.preemptions = counters.preemptions
             status.prompt_tokens = counters.prompt_tokens
             status.shared_tokens = counters.shared_tokens
+            status.requests_resumed = self._front.intake.meter.resumed
             status.kv_tokens_total = counters.blocks * BLOCK_TOKENS
             status.kv_tokens_free = counters.free_blocks * BLOCK_TOKENS
+        if (journal := self._journal) is not None:
+            status.journal = self._config.recovery.journal
+            status.journal_bytes = journal.bytes
+            status.journal_failure = "" if journal.failure is None else str(journal.failure)
         return status

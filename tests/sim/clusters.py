@@ -60,9 +60,9 @@ def make_config(
     memory: int | Sequence[int] = 16 << 20,
     quota: int | None = None,
     pipeline: PipelineConfig | None = None,
+    recovery: RecoveryConfig | None = None,
     dtype: Dtype = "float32",
     start_timeout: float = 60.0,
-    lease: float = RecoveryConfig().lease,
     **model_keys: Any,
 ) -> ClusterConfig:
     """A cluster of compute nodes ``c0``, ``c1``, ... and memory nodes ``m0``, ``m1``, ...
@@ -83,8 +83,8 @@ def make_config(
         model=ModelConfig(path=str(model), dtype=dtype, compile=False, **model_keys),
         node=nodes,
         pipeline=pipeline or PipelineConfig(),
+        recovery=recovery or RecoveryConfig(),
         transport=transport,
-        recovery=RecoveryConfig(lease=lease),
         file=Path("cluster.toml"),
         links=transport.options(Path()),
     )

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from lamina.attention import Run
-from lamina.config import ClusterConfig, PipelineConfig
+from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
 from lamina.errors import LaminaError, SupersededError, TransportError
 from lamina.node.assemble import TenantKey
 from lamina.sim.cluster import SimCluster
@@ -215,7 +215,7 @@ def test_a_front_that_was_killed_finds_its_prompts_again(
 
 def test_without_a_new_front_everything_is_free_after_the_lease() -> None:
     """And not before."""
-    config = make_config(memory_nodes=2, lease=20)
+    config = make_config(memory_nodes=2, recovery=RecoveryConfig(lease=20))
 
     async def main(world: World) -> None:
         async with new_cluster(world, config) as cluster:
@@ -235,7 +235,7 @@ def test_without_a_new_front_everything_is_free_after_the_lease() -> None:
 
 def test_a_front_that_is_told_to_stop_leaves_nothing() -> None:
     """Also one that leads other compute nodes, which end with it."""
-    config = make_config(compute=(None, None), memory_nodes=2, lease=1000)
+    config = make_config(compute=(None, None), memory_nodes=2, recovery=RecoveryConfig(lease=1000))
 
     async def main(world: World) -> None:
         async with new_cluster(world, config) as cluster:
@@ -255,7 +255,9 @@ def test_the_key_of_a_cluster_is_stable_and_its_own(tmp_path: Path) -> None:
     config = make_config()
     key = TenantKey.of(config, "model")
 
-    assert TenantKey.of(make_config(pipeline=PipelineConfig(batches=3), lease=1), "model") == key
+    assert (
+        TenantKey.of(make_config(pipeline=PipelineConfig(batches=3), recovery=RecoveryConfig(lease=1)), "model") == key
+    )
     links = msgspec.structs.replace(config, links=Options(secret=b"a secret of 32 bytes, or of more"))
     others = [
         TenantKey.of(config, "other"),
