@@ -272,12 +272,19 @@ app.command()(batch)
 
 
 @app.command()
-def status(config: ConfigFile, as_json: Json = False) -> None:
+def status(
+    config: ConfigFile,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Show it anew every second until q or Ctrl-C; with --json, one object a line."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show the state of every node of a cluster file; the exit status is 0 if all are ready, else 1."""
     from lamina.config import load
     from lamina.ops.status import run
 
-    raise typer.Exit(run(load(config), as_json=as_json))
+    raise typer.Exit(run(load(config), as_json=as_json, watch=watch))
 
 
 @app.command()

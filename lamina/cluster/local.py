@@ -229,8 +229,8 @@ class Cluster:
     async def _keep(self, node: NodeConfig) -> None:
         """Start a node again each time that it has ended, as long as that is allowed; then let the cluster fail."""
         restarts = Restarts()
-        status = await self._end_of(node)
-        while self._may_restart(status) and (delay_s := self._delay(node, restarts)) is not None:
+        died = await self._end_of(node)
+        while died and self._restart and self._was_ready and (delay_s := self._delay(node, restarts)) is not None:
             self._set(node.name, f"starts again in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             self._failing.discard(node.name)
@@ -242,16 +242,12 @@ class Cluster:
             except OSError as e:
                 self._note(_Rank.OWN, node.name, "lost", f"node {node.name} cannot be started: {e}")
             else:
-                status = await self._end_of(node)
+                died = await self._end_of(node)
         symptom = self._symptoms[node.name]
         # Silence is looked at four times in peer_timeout, so this process may notice it later than a node did.
         consequence_s = BLAME_AFTER_S + self._config.transport.peer_timeout / 2
         await asyncio.sleep(SETTLE_S if symptom.rank is _Rank.OWN else consequence_s)
         self._fail()
-
-    def _may_restart(self, status: int) -> bool:
-        """Whether a node that ended with this exit status may run again."""
-        return self._restart and self._was_ready and status not in (*TOLD_TO_STOP, UsageError.exit_status)
 
     def _delay(self, node: NodeConfig, restarts: Restarts) -> float | None:
         """Say that a node is started again, and return after how many seconds; or say that it is not, None."""
@@ -272,19 +268,24 @@ class Cluster:
         self._on_news(f"{node.role} {reason}; starting it again ({count} of {LIMIT})")
         return delay_s
 
-    async def _end_of(self, node: NodeConfig) -> int:
-        """Wait until a node has ended, which one that is lost is made to do; return its exit status."""
+    async def _end_of(self, node: NodeConfig) -> bool:
+        """Wait until a node has ended, which one that is lost is made to do.
+
+        Return False if it was told to stop, or said that the cluster file or the command line is wrong.
+        """
         child = self._children[node.name]
         lost = asyncio.ensure_future(self._watch_state(node, child))
         ended = asyncio.ensure_future(child.wait())
         try:
             await asyncio.wait((lost, ended), return_when=asyncio.FIRST_COMPLETED)
-            if not ended.done():
+            is_lost = not ended.done()
+            if is_lost:
                 await child.end(0.0)
             status = await ended
         finally:
             for task in (lost, ended):
                 task.cancel()
+        told_to_stop = status in TOLD_TO_STOP and node.name not in self._failing
         if status < 0:
             how, why = f"was killed by signal {-status}", f" ({signal.strsignal(-status)})"
             if status == -signal.SIGKILL:
@@ -292,7 +293,7 @@ class Cluster:
         else:
             how, why = f"ended with status {status}", ", as it was told to stop" if status == 0 else ""
         self._note(_Rank.OWN if status < 0 else _Rank.WORDLESS, node.name, how, f"node {node.name} {how}{why}")
-        return status
+        return is_lost or not (told_to_stop or status == UsageError.exit_status)
 
     async def _watch_state(self, node: NodeConfig, child: Child) -> None:
         """Ask for the state of a node until it is lost.

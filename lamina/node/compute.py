@@ -32,6 +32,7 @@ from lamina.node.assemble import (
 )
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.front import Front, make_blocks, open_front
+from lamina.node.member_times import MemberTimes
 from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
@@ -94,6 +95,7 @@ class ComputeNode:
         self._monitor = Monitor(
             node.name, device, network, self._options, self._status, {n.name: n.address for n in config.memory_nodes}
         )
+        self._times: MemberTimes
         self._rendezvous: Rendezvous
         self._shards: dict[int, ShardControl] = {}
         self._peers: Mapping[int, PeerControl] = {}
@@ -111,6 +113,7 @@ class ComputeNode:
         """Start and serve; when ``stopping`` is set, finish all requests and leave."""
         self._device.start()
         self._home = Crossing(asyncio.get_running_loop())
+        self._times = MemberTimes(self._members)
         self._rendezvous = Rendezvous(self._config, self._node, self._members, self._device, self._network)
         hello = Hello("compute", self._name)
         listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
@@ -191,6 +194,7 @@ class ComputeNode:
 
         A step that waits for the lost member fails as well, of the same error, and may be the first to end the work.
         """
+        self._times.note()
         if self._is_front:
             for peer in self._peers.values():
                 peer.send(self._members.membership())
@@ -357,6 +361,8 @@ class ComputeNode:
     def _status_now(self) -> Status:
         pid = self._host.pid
         status = Status(name=self._name, role="compute", state="starting", pid=pid, busy_s=self._device.busy_s)
+        status.epoch = self._members.epoch
+        status.members = self._times.describe() if self._is_front else []
         runner, worker = self._runner, self._front.intake if self._front else self._follower
         if worker is None or runner is None:
             if waiting := sorted(self._rendezvous.waiting_for):
