@@ -292,8 +292,8 @@ class MemoryNode:
             before = tenancy.attach
             if attach.term <= before.term:
                 raise StaleTermError(
-                    f"tenant {name} is in term {before.term} already; to take it over, {peer} has to begin a later one, "
-                    f"got {attach.term}",
+                    f"tenant {name} is in term {before.term} already; to take it over, {peer} has to begin a later "
+                    f"one, got {attach.term}",
                     before.term,
                 )
             over = StaleTermError(

@@ -105,9 +105,12 @@ def test_what_was_not_complete_is_not_found() -> None:
             await lose(front)
         async with raw_compute(memory, LAYERS, term=2) as front:
             assert await shared(front) == 0
-            for position in range(PUBLISHED + 1):
-                await rows.decode(front, position)
+            for layer in range(len(LAYERS)):
+                front.chunk(layer, 1, layer, 0, rows.k[layer, :PUBLISHED, 0], rows.v[layer, :PUBLISHED, 0])
+            await rows.decode(front, PUBLISHED)
             assert await shared(front, 2) == 0
+            front.send(Publish(sequence=1, keys=KEYS))
+            assert await shared(front, 3) == PUBLISHED
 
     simulate_memory(work)
 
