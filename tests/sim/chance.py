@@ -213,8 +213,8 @@ def run_loss(seed: int, *, requests: int = 8) -> Loss:
             except LaminaError:
                 assert not result.ready, "clients are told what became of their requests"
             await asyncio.sleep(max(0.0, at_s - world.loop.time()))
-            # A stopped process is killed in the end; and what waits for a node to start gives up.
-            await asyncio.sleep(config.transport.start_timeout + 3 * PEER_TIMEOUT_S)
+            # A stopped process is killed in the end; what waits for a node to start gives up, and leases end.
+            await asyncio.sleep(max(config.transport.start_timeout, config.recovery.lease) + 3 * PEER_TIMEOUT_S)
             if what == "freeze" and victim not in cluster.ended:
                 cluster.kill(victim)
                 await asyncio.sleep(2 * PEER_TIMEOUT_S)
