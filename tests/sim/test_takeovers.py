@@ -188,7 +188,7 @@ def test_two_fronts_of_a_cluster_do_not_mix(
 def test_a_front_that_was_killed_finds_its_prompts_again(
     compute: tuple[range | None, ...], partition: str, llama: Path, oracle: Oracle, agreement: Agreement
 ) -> None:
-    """Twice, in the midst of other answers; and nothing of those takes space from the next front."""
+    """Three times, in the midst of other answers; and nothing of those takes space from the next front."""
     prompt = [(11 * i) % VOCABULARY for i in range(100)]
     pipeline = PipelineConfig(batches=2, prefill_tokens=24, partition=partition)
     config = make_config(llama, compute=compute, pipeline=pipeline)
@@ -200,7 +200,7 @@ def test_a_front_that_was_killed_finds_its_prompts_again(
             async with cluster.client() as client:
                 first = await client.generate(prompt, max_tokens=20)
                 agreement.check(oracle, prompt, first.tokens, "the first front")
-                for i in range(2):
+                for i in range(3):
                     doomed = [asyncio.ensure_future(client.generate([i, t], max_tokens=300)) for t in range(8)]
                     await asyncio.sleep(0.05)
                     for name in names:
