@@ -126,6 +126,8 @@ class Intake:
         ``journal`` keeps those that have a ticket.
         """
         self.draining = False
+        self.on_suspect: Callable[[str, str], None] = lambda node, reason: None
+        """Is told of nodes with which a step has failed, by name, and why."""
         self.limits = RequestLimits(context, vocabulary)
         self.meter = RequestMeter()
         """Counts requests by their ends, and the seconds they take."""
@@ -435,6 +437,10 @@ class Intake:
 
     def _count(self, sequence: Sequence, end: End) -> None:
         self.meter.answered(sequence, end.reason, end.queued_s, end.prompt_s, end.answer_s)
+
+    def suspect(self, node: str, reason: str) -> None:
+        """See `lamina.front.engine.Desk`."""
+        self.on_suspect(node, reason)
 
     def refuse(self, sequence: Sequence, error: LaminaError) -> None:
         """See `lamina.front.engine.Desk`."""
