@@ -24,7 +24,7 @@ STREAMS = 8
 def test_streams_go_on_when_the_front_is_back(
     journal: str, memory_ports: list[int], tmp_path: Path, agreement: Agreement
 ) -> None:
-    """Killed by signal 9 in mid-answer, also twice: 8 streams, half of them of a client without asyncio, get each token once,
+    """Killed by signal 9 in mid-answer, also twice: 8 streams, half of them without asyncio, get each token once,
     and as `transformers` chooses them."""
     checkpoint = FAMILIES["llama"].save(tmp_path / "checkpoint")
     oracle = Oracle(checkpoint)

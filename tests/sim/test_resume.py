@@ -164,7 +164,7 @@ def run_with_kills(model: Path, seed: int) -> tuple[dict[str, list[Answer]], int
             for _ in range(kills):
                 await asyncio.sleep(0.12 * chance.random())
                 cluster.kill("c0")
-                await asyncio.sleep(chance.choice((0.01, 2.0)))
+                await asyncio.sleep(chance.choice((0.0, 0.01, 2.0)))
                 await cluster.start("c0")
                 # Sometimes it is killed while it starts.
                 if chance.random() < 0.7:
