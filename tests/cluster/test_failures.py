@@ -35,7 +35,7 @@ def write_config(folder: Path, checkpoint: Path, pipeline: PipelineConfig | None
 
 async def interrupt(config: ClusterConfig, victim: harness.Node, number: signal.Signals) -> tuple[LaminaError, float]:
     """Strike ``victim`` in the middle of an answer; the error that the client gets, and after how many seconds."""
-    async with harness.client(config) as client:
+    async with harness.client(config, reconnect_s=0) as client:
         struck = 0.0
         try:
             async for _ in client.stream([1, 2, 3], max_tokens=500):
