@@ -43,6 +43,8 @@ def _row(node: NodeConfig, state: Status | str) -> tuple[str | int | None, ...]:
     if isinstance(state, str):
         return (*where, state)
     told = f"{state.state} for {state.waiting_for}" if state.waiting_for else state.state
+    if state.journal_failure:
+        told += "; the journal cannot be written"
     if node.role == "compute" and not state.kv_tokens_total:
         return (*where, told)  # only the front counts requests
     running = state.requests_running if node.role == "compute" else state.sequences

@@ -11,6 +11,7 @@ from random import Random
 from lamina.admin import AdminClient
 from lamina.attention import BackendFactory
 from lamina.client import AsyncClient
+from lamina.client.asynchronous import RECONNECT_S
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.node.compute import ComputeNode
@@ -18,6 +19,7 @@ from lamina.node.memory import MemoryNode
 from lamina.node.model import OpenModel
 from lamina.runtime.host import Host
 from lamina.sim.device import Seconds
+from lamina.sim.storage import SimDisk
 from lamina.sim.world import World
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Status
@@ -64,6 +66,8 @@ class SimCluster:
     ) -> None:
         self.world = world
         self.config = config
+        self.disk = SimDisk()
+        """Where the front's journal is."""
         self.ended: dict[str, BaseException | None] = {}
         self.nodes: dict[str, ComputeNode | MemoryNode] = {}
         """Those that were started, by name."""
@@ -80,7 +84,7 @@ class SimCluster:
         node = self.config.find(name)
         device = self.world.device(name, self._seconds(node))
         network = self.world.network
-        host = Host(self._random, pid=0)
+        host = Host(self._random, pid=0, open_log=self.disk.open)
         serving: ComputeNode | MemoryNode
         if node.role == "compute":
             serving = ComputeNode(
@@ -143,16 +147,16 @@ class SimCluster:
             return await node.status()
 
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[AsyncClient]:
+    async def client(self, name: str = "client", *, reconnect_s: float = RECONNECT_S) -> AsyncIterator[AsyncClient]:
         """A client of the front."""
-        hello = Hello("client", "client")
+        hello = Hello("client", name)
 
         def open_link() -> Awaitable[Link]:
             return self.world.network.connect(
                 self.config.front.address, hello, self.config.options(), deadline_s=REACH_S
             )
 
-        client = AsyncClient(await open_link(), open_link)
+        client = AsyncClient(await open_link(), open_link, reconnect_s=reconnect_s)
         try:
             yield client
         finally:
@@ -163,6 +167,8 @@ class SimCluster:
         process = self._running.pop(name)
         process.told = True
         self.world.network.kill(name)
+        if name == self.config.front.name:
+            self.disk.kill()
         process.task.cancel()
 
     async def stop(self, name: str) -> None:
