@@ -104,6 +104,10 @@ class SimCluster:
         """Return whether a node was started and has not ended; it may have been told to stop."""
         return name in self._running and not self._running[name].task.done()
 
+    def is_told(self, name: str) -> bool:
+        """Return whether a node that was started was told to stop, or killed, since."""
+        return self._last[name].told
+
     def _note_end(self, name: str, task: asyncio.Task[None]) -> None:
         if self._last[name].task is task:  # else it was killed, and has been started anew before it was gone
             self.ended[name] = asyncio.CancelledError() if task.cancelled() else task.exception()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from random import Random
 from typing import NamedTuple
 
@@ -12,7 +14,11 @@ from msgspec.structs import replace as changed
 
 from lamina.attention import default_backend
 from lamina.attention.backend import require_backend
-from lamina.config import ClusterConfig, PipelineConfig
+from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
+from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.neighbours import PAUSES_S
+from lamina.node.roster import REFUSED_PAUSE_S
+from lamina.sim.cluster import REACH_S
 from lamina.sim.link import LinkModel
 from lamina.wire.requests import Sampling
 from tests.sim.clusters import BLOCK_TOKENS, JITTER, LINK, SECONDS, make_config
@@ -21,8 +27,11 @@ from tests.sim.faults import KINDS, RESTART_S, SLOW_TIMES, Fault, Kind, Nodes
 
 HEADS = 6
 CONTEXT = 80
-FIND_S = 3.0
-"""Virtual seconds within which nodes that are back find each other, beyond what they are told to wait."""
+FIND_S = PAUSES_S[1] + REFUSED_PAUSE_S + 1.0
+"""Virtual seconds within which nodes that are back find each other."""
+PATIENCE_S = 60.0
+"""Virtual seconds that clients wait for a front that is lost."""
+FRONT_STARTS = ("front.kill", "front.stop", "all.kill", "all.stop")
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Case:
     """Blocks that the scheduler reserves ahead: fewer than usual, so that sequences preempt each other."""
     link: LinkModel
     peer_timeout: float
+    grace: float
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
 
@@ -75,7 +85,8 @@ class Case:
                 + ", ".join(f"{name} of {held} blocks" for name, held in self.memory)
                 + f"; {self.least_memory} of them hold any request",
                 f"{self.layers} layers, partition {p.partition}, batches {p.batches} of {p.max_batch}, prefill_tokens "
-                f"{p.prefill_tokens}, prefill_kv {p.prefill_kv}, ahead_blocks {self.ahead_blocks}, peer_timeout {self.peer_timeout} s, {self.link}",
+                f"{p.prefill_tokens}, prefill_kv {p.prefill_kv}, ahead_blocks {self.ahead_blocks}, peer_timeout {self.peer_timeout} s, grace {self.grace} s, "
+                f"{self.link}",
                 *(f"ask {i} {ask}" for i, ask in enumerate(self.asks)),
                 *(f"fault {i} {fault}" for i, fault in enumerate(self.faults)),
             ]
@@ -95,7 +106,13 @@ class Case:
         )
         transport = changed(config.transport, peer_timeout=self.peer_timeout)
         named = [changed(n, name=name) for n, name in zip(config.node, self.nodes.all, strict=True)]
-        return changed(config, node=named, transport=transport, links=transport.options(config.file.parent))
+        return changed(
+            config,
+            node=named,
+            transport=transport,
+            links=transport.options(config.file.parent),
+            recovery=RecoveryConfig(grace=self.grace),
+        )
 
     def _bytes_of(self, held: int) -> int:
         heads = -(-HEADS // self.least_memory) if self.pipeline.partition == "heads" else HEADS
@@ -106,15 +123,31 @@ class Case:
     def kinds(self) -> list[Kind]:
         return [KINDS[fault.kind] for fault in self.faults]
 
-    @property
-    def loses(self) -> bool:
-        """Whether requests may fail."""
-        return any(kind.loses for kind in self.kinds)
+    # -- what may come of it
 
     @property
-    def stays_whole(self) -> bool:
-        """Whether no node loses another."""
-        return all(kind.stalls or kind.group == "slow" for kind in self.kinds)
+    def has_front_faults(self) -> bool:
+        """Whether the front has to start again, which it cannot while others are away."""
+        return any(fault.kind in FRONT_STARTS for fault in self.faults)
+
+    @cached_property
+    def may_fail(self) -> bool:
+        """Whether nodes are away for so long that requests need not be answered."""
+        away: Counter[str] = Counter()
+        for fault, kind in zip(self.faults, self.kinds, strict=True):
+            if kind.is_outage:
+                # Of two that are cut off from each other the front gives up either, but not itself.
+                names = [name for name in fault.who if len(fault.who) == 1 or name != self.nodes.compute[0]]
+                for name in names:
+                    away[name] += inf if fault.lasts_s is None else fault.lasts_s + self.lost_s
+        front = self.nodes.compute[0]
+        gone = {name for name, seconds in away.items() if seconds > (PATIENCE_S if name == front else self.grace)}
+        if front in gone or (self.has_front_faults and gone):
+            return True
+        has_ranges = self.compute[0][1] is not None
+        return (has_ranges and bool(gone & set(self.nodes.compute))) or (
+            len(set(self.nodes.memory) - gone) < self.least_memory
+        )
 
     # -- how long it may take
 
@@ -126,10 +159,20 @@ class Case:
         return (self.layers + 1) * (sum(SECONDS.values()) + messages)
 
     @property
+    def lost_s(self) -> float:
+        """The longest until a loss is noticed, plus the longest until a node that is back is found."""
+        return self.peer_timeout + RESTART_S + FIND_S
+
+    @property
     def trouble_s(self) -> float:
-        """The longest that faults may keep the cluster from working."""
-        lost_s = self.peer_timeout + RESTART_S + FIND_S
-        return sum((fault.lasts_s or 0.0) + lost_s for fault in self.faults)
+        """The longest that faults may keep the cluster from working, or requests from failing."""
+        return sum(self._trouble_s(fault, kind) for fault, kind in zip(self.faults, self.kinds, strict=True))
+
+    def _trouble_s(self, fault: Fault, kind: Kind) -> float:
+        lasts_s = fault.lasts_s
+        if lasts_s is None:
+            lasts_s = PATIENCE_S + REACH_S if self.nodes.compute[0] in fault.who else self.grace
+        return lasts_s + self.lost_s + (DRAIN_TIMEOUT_S if kind.is_drained else 0.0)
 
     @property
     def work_s(self) -> float:
@@ -141,10 +184,14 @@ class Case:
     @property
     def most_step_s(self) -> float:
         """The longest that a step may take: waiting for the batches in flight, and for everybody who stands still."""
-        still_s = sum(min(fault.lasts_s or self.peer_timeout, self.peer_timeout) for fault in self.faults)
         slow = SLOW_TIMES if any(kind.group == "slow" for kind in self.kinds) else 1.0
         rows = self.pipeline.batches * 4 * len(self.compute)
-        return rows * self.step_s * slow + still_s
+        return rows * self.step_s * slow + sum(self._still_s(fault) for fault in self.faults)
+
+    def _still_s(self, fault: Fault) -> float:
+        lasts_s = inf if fault.lasts_s is None else fault.lasts_s
+        # A front that stands still notices nothing.
+        return lasts_s if fault.kind == "front.freeze" else min(lasts_s, self.peer_timeout)
 
 
 COMPUTE: tuple[tuple[range | None, ...], ...] = (
@@ -179,6 +226,7 @@ def draw(seed: int, kinds: Sequence[str] = ()) -> Case:
     memory = [(name, need + chance.choice((0, 1, 2) if crowd else (0, 3, 6))) for name in names]
     ahead = 1 if crowd else chance.choice((1, 4))
     peer_timeout = chance.choice((0.5, 4.0))
+    grace = chance.choice((1.0, 10.0))
     link = chance.choice((LINK, LINK, JITTER))
     asks = _draw_asks(chance, crowd=crowd)
     nodes = Nodes(tuple(f"c{i}" for i in range(len(compute))), tuple(names))
@@ -197,6 +245,7 @@ def draw(seed: int, kinds: Sequence[str] = ()) -> Case:
         ahead_blocks=ahead,
         link=link,
         peer_timeout=peer_timeout,
+        grace=grace,
         asks=asks,
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
     )
@@ -253,7 +302,12 @@ class Part(NamedTuple):
         compute = tuple(node for node in case.compute if node[0] in self.nodes)
         memory = tuple(node for node in case.memory if node[0] in self.nodes)
         has_ranges = case.compute[0][1] is not None
-        if len(memory) < case.least_memory or not compute or compute[0] != case.compute[0] or (has_ranges and compute != case.compute):
+        if (
+            len(memory) < case.least_memory
+            or not compute
+            or compute[0] != case.compute[0]
+            or (has_ranges and compute != case.compute)
+        ):
             raise ValueError(f"no cluster has only the nodes {', '.join(self.nodes) or 'none'} of these")
         faults = []
         for fault in map(case.faults.__getitem__, self.faults):

@@ -130,7 +130,7 @@ class Troubled(SimCluster):
     @property
     def is_well(self) -> bool:
         """Whether no node is troubled, and all run."""
-        return all(self.is_running(node.name) for node in self.config.node) and not any(
+        return all(self.is_running(node.name) and not self.is_told(node.name) for node in self.config.node) and not any(
             any(trouble.values()) for trouble in (self._down, self._frozen, self._cut, self._slow_links)
         )
 
@@ -244,12 +244,20 @@ class Kind:
     lasts: Lasting = OUTAGE
     stalls: bool = False
     """Whether it lasts less than the ``peer_timeout`` of the case, so that nobody is lost."""
-    loses: bool = False
-    """Whether requests that it finds under way may fail, as nothing survives it."""
 
     @property
     def group(self) -> str:
         return self.name.partition(".")[0]
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether those whom it befalls may be lost."""
+        return not (self.stalls or self.group == "slow")
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether a node may finish its work first."""
+        return self.name.endswith(".stop")
 
     def draw(self, nodes: Nodes, chance: Random, within_s: float, peer_timeout: float) -> Fault | None:
         """A fault of this kind in the first seconds of a run."""
@@ -318,7 +326,7 @@ KINDS = {
         Kind("front.freeze", _front, _freeze, _thaw, SILENCE),
         Kind("network.cut", _pair, _cut, _mend, SILENCE),
         Kind("network.one-way", _directed_pair, _cut_one_way, _mend_one_way, SILENCE),
-        *_of_process("all", _all, loses=True),
+        *_of_process("all", _all),
     )
 }
 """All kinds, by name. Nodes that join, drain or move get theirs here."""
