@@ -30,6 +30,7 @@ from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.enlistment import Enlistment
 from lamina.node.front import Front, make_blocks, open_front
 from lamina.node.journal import open_journal
+from lamina.node.member_times import MemberTimes
 from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
@@ -95,6 +96,7 @@ class ComputeNode:
         self._monitor = Monitor(
             node.name, device, network, self._options, self._status, {n.name: n.address for n in config.memory_nodes}
         )
+        self._times: MemberTimes
         self._neighbours: Neighbours
         self._clients: dict[Link, None] = {}
         self._served: ServedModel | None = None
@@ -118,6 +120,7 @@ class ComputeNode:
         """Start and serve; when ``stopping`` is set, finish all requests and leave."""
         self._device.start()
         self._home = Crossing(asyncio.get_running_loop())
+        self._times = MemberTimes(self._members)
         self._neighbours = Neighbours(
             self._config, self._node, self._members, self._device, self._network, self._found, self._node_lost
         )
@@ -222,6 +225,7 @@ class ComputeNode:
 
     def _members_changed(self, changes: list[Change]) -> None:
         """Handle every change of membership; no other function does."""
+        self._times.note()
         if self._roster is not None:
             self._roster.changed()
 
@@ -418,6 +422,8 @@ class ComputeNode:
     def _status_now(self) -> Status:
         pid = self._host.pid
         status = Status(name=self._name, role="compute", state="starting", pid=pid, busy_s=self._device.busy_s)
+        status.epoch = self._members.epoch
+        status.members = self._times.describe() if self._is_front else []
         runner, worker = self._runner, self._front.intake if self._front else self._enlistment
         if worker is None or runner is None or not self._is_ready:
             if waiting := self._neighbours.waiting_for:

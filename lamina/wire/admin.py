@@ -75,6 +75,15 @@ class TenantStatus(Struct, frozen=True, kw_only=True):
     """The seconds after which it ends unless its front comes back. None while the front is attached."""
 
 
+class MemberStatus(Struct, frozen=True, kw_only=True):
+    """Describes a member of the cluster, as the front sees it."""
+
+    name: str
+    state: Literal["joining", "serving", "leaving", "lost"]
+    for_s: float
+    """The seconds that the member has been in this state."""
+
+
 class Status(Message):
     """Reports a node's state and its counters since it started. Times are seconds, sizes are bytes."""
 
@@ -112,6 +121,10 @@ class Status(Message):
     """How often a client came back for an answer."""
     peers: list[PeerStatus] = field(default_factory=list)
     tenants: list[TenantStatus] = field(default_factory=list)
+    epoch: int = 0
+    """The number of changes of the members, as a compute node knows it."""
+    members: list[MemberStatus] = field(default_factory=list)
+    """All members of the cluster; only the front tells them."""
 
 
 class Record(Message):

@@ -178,7 +178,7 @@ def test_two_fronts_of_a_cluster_do_not_mix(
 def test_a_front_that_was_killed_finds_its_prompts_again(
     compute: tuple[range | None, ...], partition: str, llama: Path, oracle: Oracle, agreement: Agreement
 ) -> None:
-    """Three times, in the midst of other answers; and nothing of those takes space from the next front."""
+    """Three times, in the midst of other answers, which go on; and nothing of the earlier front takes space."""
     prompt = [(11 * i) % VOCABULARY for i in range(100)]
     pipeline = PipelineConfig(batches=2, prefill_tokens=24, partition=partition)
     config = make_config(llama, compute=compute, pipeline=pipeline)
@@ -191,16 +191,14 @@ def test_a_front_that_was_killed_finds_its_prompts_again(
                 first = await client.generate(prompt, max_tokens=20)
                 agreement.check(oracle, prompt, first.tokens, "the first front")
                 for i in range(3):
-                    doomed = [asyncio.ensure_future(client.generate([i, t], max_tokens=300)) for t in range(8)]
+                    others = [asyncio.ensure_future(client.generate([i, t], max_tokens=100)) for t in range(8)]
                     await asyncio.sleep(0.05)
                     for name in names:
                         cluster.kill(name)
-                    assert all(
-                        isinstance(e, LaminaError) for e in await asyncio.gather(*doomed, return_exceptions=True)
-                    )
                     for name in names:
                         await cluster.start(name)
                     await cluster.ready()
+                    await asyncio.gather(*others)
                     await settled(cluster)
                     before = (await client.status()).shared_tokens
                     again = await client.generate(prompt, max_tokens=20)
