@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,17 @@ class LinkModel:
                 f"a modelled link must have a latency and a jitter of 0 s or more and more than 0 bytes/s, got {self}"
             )
 
+    def slowed(self, times: float) -> LinkModel:
+        """The same link, on which everything takes so many times as long."""
+        if times == 1:
+            return self
+        return replace(
+            self,
+            latency_s=self.latency_s * times,
+            bytes_per_s=self.bytes_per_s / times,
+            jitter_s=self.jitter_s * times,
+        )
+
 
 class SimLink(OwnedLink):
     """See ``Link``. Made in pairs by ``SimNetwork``; both ends belong to one loop.
@@ -78,8 +89,7 @@ class SimLink(OwnedLink):
     ) -> None:
         super().__init__(info)
         self._number = number
-        self._model = model
-        self._is_instant = model == LinkModel(windows=model.windows)
+        self.change(model)
         self._deliveries = deliveries
         self._loop = deliveries.loop
         self._random = random
@@ -222,6 +232,11 @@ class SimLink(OwnedLink):
             self._end(TransportError(f"closing the link to {self} was cancelled"))
 
     # -- for the network
+
+    def change(self, model: LinkModel) -> None:
+        """What is sent from now on takes what ``model`` says, and overtakes nothing that was sent before."""
+        self._model = model
+        self._is_instant = model == LinkModel(windows=model.windows)
 
     def vanish(self) -> None:
         """End the link as it ends with its process: no callback comes here, and the peer hears of a closed socket."""
