@@ -44,7 +44,7 @@ from lamina.front.engine import Engine
 from lamina.front.intake import End, Intake
 from lamina.front.scheduler import Scheduler
 from lamina.front.space import Space
-from lamina.front.team import Team
+from lamina.front.team import Formation, Team
 from lamina.model.tokenizer import Tokenizer
 from lamina.node.memory import MemoryNode
 from lamina.runtime.cpu import CpuDevice
@@ -261,6 +261,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
             heads,
             layout,
             tenant="none",
+            token=bytes(16),
             model="none",
             dtype=DTYPE,
             slots=batches,
@@ -271,7 +272,8 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
         dtype = getattr(torch, DTYPE)
         forward = EmptyForward([SHAPE] * LAYERS, rows=batch + 1, vocabulary=VOCABULARY, dtype=dtype)
         schedule = Schedule(LAYERS, (NEAR,), batches)
-        runner = StepRunner(forward, device, {FAR: lane}, dtype, schedule=schedule, member=NEAR)
+        runner = StepRunner(forward, device, dtype, member=NEAR)
+        runner.reform(schedule, {FAR: lane}, {})
         scheduler = Scheduler(
             batches=batches,
             max_batch=batch,
@@ -279,7 +281,8 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
             block_manager=BlockManager({FAR: shard.capacity_tokens // BLOCK_TOKENS}, BLOCK_TOKENS),
             max_waiting=batch * batches,
         )
-        team = Team(runner, device, home, schedule, member=NEAR)
+        formation = Formation(0, schedule, {FAR: shard.capacity_tokens // BLOCK_TOKENS}, {}, frozenset())
+        team = Team(runner, device, home, formation, member=NEAR)
         engine = Engine(scheduler, team, home, intake, batches=batches, workers=ParallelWorkers())
         intake.open(engine, Space({FAR: shard}, BLOCK_TOKENS, intake.reserved))
         running = asyncio.create_task(intake.run())

@@ -27,6 +27,7 @@ TABLES: tuple[type[Struct], ...] = (
     schema.MemoryNodeConfig,
     schema.TransportConfig,
     schema.RdmaConfig,
+    schema.RecoveryConfig,
     schema.LogConfig,
 )
 

@@ -15,7 +15,10 @@
     │   └── PeerLostError         the peer died, closed the connection or fell silent
     │       └── PeerSilentError   the peer fell silent: it hangs, or the network is cut
     ├── DeadlineError             an answer took longer than its request allowed
-    ├── NodeError                 a node reports a failure of its own; names the node
+    ├── NodeError                 a node is lost, or reports a failure of its own; names the node
+    │   ├── SpaceLostError        a memory node no longer has what a step needs of some sequences
+    │   ├── StaleOrderError       a compute node was told to run a step of members that have changed
+    │   └── SupersededError       a memory node serves this tenant in a later term
     └── DeadlockError             a simulation in which nothing can happen any more
 
 A message says what happened, where, the value seen, the value allowed and what to do, in one sentence or two.
@@ -134,6 +137,26 @@ class NodeError(LaminaError):
     def failed(cls, role: str, name: str, error: BaseException) -> NodeError:
         """Return the error for a node that has met an error that it did not expect."""
         return cls(f"{role} node {name} failed: {error!r}", node=name)
+
+
+class SpaceLostError(NodeError):
+    """A node gave up a step, as it does not have, and will not get, all that the step needs of ``sequences``."""
+
+    def __init__(self, node: str, sequences: list[int]) -> None:
+        super().__init__(f"{node} does not have all of the sequences {sequences}", node=node)
+        self.sequences = sequences
+
+
+class StaleOrderError(NodeError):
+    """A compute node did not run a step, as it was ordered for members that have changed since."""
+
+
+class SupersededError(NodeError):
+    """The memory node ``node`` has heard from this tenant's front in the later term ``term``."""
+
+    def __init__(self, message: str, *, node: str, term: int) -> None:
+        super().__init__(message, node=node)
+        self.term = term
 
 
 class DeadlockError(LaminaError):

@@ -14,3 +14,5 @@ MAX_STEP_TOKENS = MAX_BATCH + MAX_REMOTE_TOKENS + MAX_PREFILL_TOKENS
 """The most tokens of one step: decoding sequences and both kinds of prompt tokens."""
 MAX_BYTES = 2**60
 """The largest size that a file or message may name, far beyond the memory of any machine."""
+MAX_LEASE = 3600
+"""The most seconds for which what belongs to a lost node may be kept."""

@@ -21,6 +21,7 @@ from lamina.config import (
     NodeConfig,
     PipelineConfig,
     RdmaConfig,
+    RecoveryConfig,
     TransportConfig,
     format_cpus,
     format_range,
@@ -236,6 +237,23 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
             "[pipeline]",
             "[transport]\nstart_timeout = inf\n[pipeline]",
             "start_timeout: expected float <= 86400.0, got inf",
+        ),
+        ("[pipeline]", "[recovery]\nlease = -1\n[pipeline]", "recovery.lease: expected float >= 0.0, got -1"),
+        (
+            "[pipeline]",
+            "[recovery]\ngrace = 1e9\n[pipeline]",
+            "recovery.grace: expected float <= 3600.0, got 1000000000.0",
+        ),
+        (
+            "[pipeline]",
+            '[recovery]\njournal = "on"\n[pipeline]',
+            "recovery.journal: expected one of off, process, machine; got 'on'",
+        ),
+        ("[pipeline]", "[recovery]\nleese = 1\n[pipeline]", "recovery: unknown key 'leese'; did you mean 'lease'?"),
+        (
+            "[pipeline]",
+            '[recovery]\njournal_dir = ""\n[pipeline]',
+            "recovery.journal_dir: expected a folder like \"/var/lib/lamina\", got ''",
         ),
         ("[pipeline]", "[surprise]\n[pipeline]", "unknown key 'surprise'"),
         ("[pipeline]", "[pipeline", "not valid TOML"),
@@ -543,6 +561,13 @@ TRANSPORTS = st.builds(
         queue=st.integers(16, 16384),
     ),
 )
+RECOVERIES = st.builds(
+    RecoveryConfig,
+    grace=st.floats(0, 3600),
+    lease=st.floats(0, 3600),
+    journal=st.sampled_from(["off", "process", "machine"]),
+    journal_dir=_some(TEXTS.map(lambda text: text.replace("\0", "") or "d")),
+)
 SHARED = {
     "cpus": _some(st.frozensets(st.integers(0, 99_999), min_size=1)),
     "threads": _some(st.integers(1, 1024)),
@@ -579,15 +604,20 @@ def node_lists(draw: st.DrawFn) -> list[NodeConfig]:
     return nodes
 
 
-@given(MODELS, node_lists(), PIPELINES, TRANSPORTS)
+@given(MODELS, node_lists(), PIPELINES, TRANSPORTS, RECOVERIES)
 def test_what_is_written_is_read(
-    model: ModelConfig, nodes: list[NodeConfig], pipeline: PipelineConfig, transport: TransportConfig
+    model: ModelConfig,
+    nodes: list[NodeConfig],
+    pipeline: PipelineConfig,
+    transport: TransportConfig,
+    recovery: RecoveryConfig,
 ) -> None:
     """Every value, whatever characters and numbers are in it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cluster.toml"
-        config = write_cluster(file, model, nodes, pipeline=pipeline, transport=transport)
-        assert (config.model, config.node, config.pipeline, config.transport) == (model, nodes, pipeline, transport)
+        config = write_cluster(file, model, nodes, pipeline=pipeline, transport=transport, recovery=recovery)
+        assert (config.model, config.node) == (model, nodes)
+        assert (config.pipeline, config.transport, config.recovery) == (pipeline, transport, recovery)
         assert config == load(file)
 
 
@@ -661,7 +691,7 @@ def test_a_node_may_listen_elsewhere(tmp_path: Path) -> None:
     assert load(file).front.bind == load(file).front.address
 
 
-TABLES = {"model": ModelConfig, "pipeline": PipelineConfig, "transport": TransportConfig}
+TABLES = {"model": ModelConfig, "pipeline": PipelineConfig, "transport": TransportConfig, "recovery": RecoveryConfig}
 
 
 @pytest.mark.parametrize("wrong", ["-8", "[]", "{ x = 1 }", "nan", '"\\u0000"'])
@@ -670,7 +700,7 @@ TABLES = {"model": ModelConfig, "pipeline": PipelineConfig, "transport": Transpo
 )
 def test_a_wrong_value_is_answered_in_words_of_the_file(table: str, key: str, wrong: str, tmp_path: Path) -> None:
     """The answer names table and key, and says neither null nor object, which no TOML file has."""
-    tables = {"model": {"path": '"m"'}, "pipeline": {}, "transport": {}}
+    tables = {"model": {"path": '"m"'}, **{name: {} for name in TABLES if name != "model"}}
     tables[table][key] = wrong
     text = "".join(f"[{name}]\n" + "".join(f"{k} = {v}\n" for k, v in keys.items()) for name, keys in tables.items())
     file = write(tmp_path, text + GOOD[GOOD.index("[[node]]") :])

@@ -15,7 +15,7 @@ LOST = NodeError.lost("memory", "m0", "silent for 2 s")
 
 def _members() -> tuple[Members, list[Change]]:
     changes: list[Change] = []
-    return Members(Members.of_names(["c0", "c1"], ["m0", "m1"]), changes.append), changes
+    return Members(Members.of_names(["c0", "c1"], ["m0", "m1"]), changes.extend), changes
 
 
 def test_ids_belong_to_names() -> None:

@@ -12,7 +12,20 @@ from lamina.runtime.device import Device
 from lamina.transport import Link, Region
 from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode
-from lamina.wire.orders import Done, Enlist, Enlisted, Forget, FromPeer, GaveUp, Greeting, Membership, Order
+from lamina.wire.orders import (
+    Done,
+    Enlist,
+    Enlisted,
+    Forget,
+    FromPeer,
+    GaveUp,
+    GivenUp,
+    Greeting,
+    Membership,
+    Missing,
+    Order,
+    Reached,
+)
 from lamina.wire.parts import Part, Reassembly, send_whole
 from lamina.wire.questions import Questions
 
@@ -22,7 +35,8 @@ class PeerControl:
 
     Its counterpart on the device's loop is ``lane``. When the link is lost, every question fails, the lane fails, and
     ``on_lost`` is called: in a node, `lamina.front.members.Members.lose`. ``on_order`` takes the orders of the front,
-    and ``on_members`` its news of members; until they are set, such a message is an error.
+    ``on_members`` its news of members, and ``on_reach`` what another compute node says of memory nodes; until they are
+    set, such a message is an error.
     """
 
     def __init__(
@@ -35,6 +49,9 @@ class PeerControl:
         self.lane = lane = PeerLane(name, link)
         self.on_order: Callable[[Order | Forget], None] | None = None
         self.on_members: Callable[[Membership], None] | None = None
+        self.on_reach: Callable[[int, Reached | Missing], None] | None = None
+        self.is_open = False
+        """Whether the peer has agreed on the terms."""
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
         self._questions = Questions(link, in_parts=True)
@@ -63,29 +80,38 @@ class PeerControl:
     def open(self) -> None:
         """Let the lane take and hand over carries; called when the terms agree, before any step."""
         self.lane.open(*self._carries)
+        self.is_open = True
 
-    def enlist(self, tenant: str) -> asyncio.Future[Enlisted]:
+    def drop(self, reason: str) -> None:
+        """End the link; to its owner, the peer is lost."""
+        self.link.abort(reason)
+        self._on_lost(TransportError(reason))
+
+    def enlist(self, enlist: Enlist) -> asyncio.Future[Enlisted]:
         """Tell the peer, as the front, which tenant it belongs to. The future is done when the peer is ready."""
-        self.send(Enlist(tenant=tenant))
+        self.send(enlist)
         return self._enlisted
 
-    async def tenant(self) -> str:
+    async def enlisted_by(self) -> Enlist:
         """Wait until the peer, which is the front, says which tenant this node belongs to."""
         enlist: Enlist = await self._enlist
-        return enlist.tenant
+        return enlist
 
     # -- steps
 
     async def order(self, order: Order) -> Done:
-        """Have the peer run its slices of a step; only the front does that. Raises NodeError if it is lost or cannot be
-        told."""
+        """Have the peer run its slices of a step; only the front does that. Raises NodeError if it is lost, cannot be
+        told, or cannot do it."""
         try:
             done: Done = await self._questions.ask(order, (order.slot, order.step))
         except TransportError as e:
             raise NodeError(f"compute node {self.name} cannot be told what to do: {e}", node=self.name) from e
         return done
 
-    def send(self, message: Greeting | Membership | Enlist | Enlisted | Done | Forget | GaveUp) -> None:
+    def send(
+        self,
+        message: Greeting | Membership | Enlist | Enlisted | Reached | Missing | Done | GivenUp | Forget | GaveUp,
+    ) -> None:
         """Tell the peer something, unless it is lost, which is announced elsewhere."""
         if not self.link.state.closed:
             send_whole(self.link, message)
@@ -103,6 +129,10 @@ class PeerControl:
                 self.on_members(membership)
             case Done() as done if self._questions.answer(done, (done.slot, done.step)):
                 pass
+            case GivenUp() as answer if self._questions.refuse(answer.error(self.name), (answer.slot, answer.step)):
+                pass
+            case Reached() | Missing() as news if self.on_reach:
+                self.on_reach(self.member, news)
             case Greeting() | Enlist() | Enlisted() as message if self._questions.answer(message, type(message)):
                 pass
             case GaveUp(reason=reason):

@@ -57,6 +57,8 @@ class PeerLane:
 
     def stage(self, slot: int, values: Sequence[Tensor]) -> int:
         """Copy what the next slice starts from, within an operation of the device; return its size in bytes."""
+        if self._arrivals.error is not None:
+            raise self._arrivals.error
         start = stop = slot * self._carry_bytes
         for value in values:
             out = torch.frombuffer(self._out, dtype=torch.uint8, count=value.nbytes, offset=stop)

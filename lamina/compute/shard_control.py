@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from msgspec import structs
+
 from lamina.attention import KVLayout
 from lamina.compute.shard_lane import ShardLane
-from lamina.errors import CapacityError, NodeError, ProtocolError, TransportError
+from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, SupersededError, TransportError
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.transport import Link, Region
@@ -19,16 +21,20 @@ from lamina.wire.tenants import (
     MAX_KEYS,
     Attach,
     Attached,
+    Detach,
     FromMemory,
     Publish,
     Refused,
     Release,
     Reserve,
     Reserved,
+    Void,
 )
 
 _ATTACH = "attach"
 """The key of the question that Attached answers. Questions that Reserved answers have their sequence as key."""
+_ATTEMPTS = 5
+"""How often a front asks for a later term before it takes for certain that another one does the same."""
 
 
 class ShardControl:
@@ -48,6 +54,8 @@ class ShardControl:
         self.link = link
         self.capacity_tokens = 0
         """Tokens of KV cache that the memory node has for this model's shard."""
+        self.term = 0
+        """The term in which this node is attached."""
         self._device = device
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
@@ -56,6 +64,11 @@ class ShardControl:
         self._kv_heads = 0
         self._error: NodeError | None = None
         link.deliver(on_message=self._on_message, on_lost=self._on_lost, lane_loop=device.loop)
+
+    @property
+    def is_attached(self) -> bool:
+        """Return whether there is a lane."""
+        return self._lane is not None
 
     @property
     def lane(self) -> ShardLane:
@@ -69,23 +82,31 @@ class ShardControl:
         layout: KVLayout,
         *,
         tenant: str,
+        token: bytes,
         model: str,
         dtype: str,
         slots: int,
         max_rows: int,
         member: int,
         front: int,
+        term: int = 1,
+        lease: float = 0.0,
         quota: int | None = None,
     ) -> ShardLane:
         """Ask the memory node for a cache of ``layout``, in ``quota`` bytes, for the heads of ``shard``.
 
-        This node attaches as ``member`` of a tenant whose front is ``front``. Everything travels in the type ``dtype``,
-        in ``slots`` batches of at most ``max_rows`` rows. Raises NodeError if the node refuses.
+        This node attaches as ``member`` of a tenant whose front is ``front``. A front attaches in ``term``, or in the
+        next one of the tenant if that is later; then ``lease`` says for how many seconds the node keeps the tenant when
+        the link is lost. Everything travels in the type ``dtype``, in ``slots`` batches of at most ``max_rows`` rows.
+        Raises NodeError if the node refuses, SupersededError for a term that is over.
         """
         geometry = Geometry(shard.layers, dtype, slots, max_rows)
         outputs = Region(f"{self.name}.outputs", slots * geometry.output_bytes)
         attach = Attach(
             tenant=tenant,
+            token=token,
+            term=term,
+            lease=lease,
             member=member,
             front=front,
             model=model,
@@ -93,22 +114,51 @@ class ShardControl:
             kv_dtype=layout.dtype,  # type: ignore[arg-type]
             block_tokens=layout.block_tokens,
             layers=list(shard.layers),
+            first_heads=[heads.start for heads in shard.kv],
             slots=slots,
             max_rows=max_rows,
             outputs=self.link.expose(outputs),
             quota=quota,
         )
-        attached: Attached = await self._questions.ask(attach, _ATTACH)
+        try:
+            attached, self.term = await self._ask_for_term(attach)
+        except BaseException:
+            outputs.close()
+            raise
         self.capacity_tokens = attached.capacity_tokens
         self._kv_heads = len(shard.kv[0])
         self._lane = lane = ShardLane(self.name, self.link, self._device, shard, geometry, attached, outputs)
         self.link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
         return lane
 
+    async def _ask_for_term(self, attach: Attach) -> tuple[Attached, int]:
+        """Attach; a front does so in a term that is later than the tenant's. Return the answer, and the term."""
+        for _ in range(_ATTEMPTS):
+            try:
+                attached: Attached = await self._questions.ask(attach, _ATTACH)
+            except SupersededError as error:
+                if not attach.from_front:
+                    raise
+                superseded = error
+                attach = structs.replace(attach, term=error.term + 1)
+            else:
+                return attached, attach.term
+        raise superseded
+
+    def detach(self) -> None:
+        """Tell the memory node, as the front, that the tenant ends. Nothing else may be asked afterwards."""
+        if self._lane is not None:
+            self._tell(Detach())
+
     def close(self) -> None:
         """Free the memory of this end. The link and the device's loop have ended."""
         if self._lane is not None:
             self._lane.close()
+
+    def drop(self, reason: str) -> None:
+        """End the link; to its owner, the memory node is lost."""
+        self.link.abort(reason)
+        self._on_lost(TransportError(reason))
 
     # -- the space of sequences
 
@@ -123,15 +173,16 @@ class ShardControl:
         """
         return self._questions.ask(Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys), ahead=ahead), sequence)
 
-    def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
-        """Let others share the leading blocks of a sequence, when all has arrived that they are to hold."""
-        self._tell(Publish(sequence=sequence, keys=_joined(keys)))
+    def publish(self, sequence: int, keys: Sequence[bytes], first: int = 0) -> None:
+        """Let others share the blocks of a sequence from its ``first`` one there, when all has arrived that they are to
+        hold."""
+        self._tell(Publish(sequence=sequence, keys=_joined(keys), first=first))
 
     def release(self, sequence: int) -> None:
         """Give back a sequence's space."""
         self._tell(Release(sequence=sequence))
 
-    def _tell(self, message: Publish | Release) -> None:
+    def _tell(self, message: Publish | Release | Detach) -> None:
         if not self.link.state.closed:  # a lost node has forgotten the sequence anyway
             self.link.send(encode(message))
 
@@ -139,20 +190,36 @@ class ShardControl:
 
     def _on_message(self, plain: dict[str, object]) -> None:
         message = decode(plain, FromMemory)
+        if isinstance(message, Void):
+            self._there.post(self.lane.give_up, message.slot, message.step, message.sequences)
+            return
         key = _ATTACH if isinstance(message, Attached) or message.sequence is None else message.sequence
         if isinstance(message, Refused):
-            reason = f"memory node {self.name}: {message.reason}"
-            error = NodeError(reason, node=self.name) if key is _ATTACH else CapacityError(reason)
+            error = self._error_of(message)
             if self._questions.refuse(error, key):
                 return
-            self._on_lost(TransportError(message.reason))  # the memory node ends the tenant
+            if isinstance(error, SupersededError):
+                self._fail(error)
+            else:
+                self._on_lost(TransportError(message.reason))  # the memory node ends the tenant
         elif not self._questions.answer(message, key):
             raise ProtocolError(f"{self.name} answers {plain.get('type')!r} to a question that was not asked")
 
+    def _error_of(self, refused: Refused) -> LaminaError:
+        reason = f"memory node {self.name}: {refused.reason}"
+        if refused.sequence is not None:
+            return CapacityError(reason)
+        if refused.term is not None:
+            return SupersededError(reason, node=self.name, term=refused.term)
+        return NodeError(reason, node=self.name)
+
     def _on_lost(self, reason: TransportError) -> None:
+        self._fail(NodeError.lost("memory", self.name, reason))
+
+    def _fail(self, error: NodeError) -> None:
         if self._error is not None:
             return
-        self._error = error = NodeError.lost("memory", self.name, reason)
+        self._error = error
         self._questions.fail(error)
         if self._lane is not None:
             self._there.post(self._lane.fail, error)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lamina.attention import LayerShape, Partial
 from lamina.compute.arrivals import Arrivals
 from lamina.compute.prompts import PromptKV
-from lamina.errors import NodeError, ProtocolError, TransportError
+from lamina.errors import NodeError, ProtocolError, SpaceLostError, TransportError
 from lamina.runtime.device import Device
 from lamina.runtime.mailbox import Mailbox
 from lamina.runtime.spans import ANSWER, QUERY, Activity
@@ -84,7 +84,7 @@ class ShardLane:
         answers sends no plan.
         """
         if asks:
-            offset = slot * self._geometry.plan_bytes
+            offset = self._geometry.plan_offset(slot, step)
             self._write(Lane.DECODE, self._remote.plans, offset, plan.packed, pack(Kind.PLAN, slot, 0, step))
         return ShardStep(self, slot, step, plan)
 
@@ -104,6 +104,8 @@ class ShardLane:
             begun_s = device.loop.time()
             i = await self._idle_chunks.get()
             self.bulk_waited_s += device.loop.time() - begun_s
+            if self._arrivals.error is not None:
+                raise self._arrivals.error
             nbytes, _ = await device.run(self._stage_chunk, i, prompt, layer, start, count, at)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks[offset : offset + nbytes]
@@ -133,6 +135,11 @@ class ShardLane:
         if tag.kind is not Kind.CREDIT or tag.step >= CHUNKS:
             raise ProtocolError(f"{tag} on the bulk lane; expected a credit for a buffer below {CHUNKS}")
         self._idle_chunks.put(tag.step)
+
+    def give_up(self, slot: int, step: int, sequences: list[int]) -> None:
+        """The memory node has given up a step, as it does not have all of some sequences: the step raises
+        SpaceLostError."""
+        self._arrivals.give_up(slot, step, SpaceLostError(self.name, sequences))
 
     def fail(self, error: NodeError) -> None:
         """The memory node is lost: every step that waits for it, or writes to it, raises ``error``."""
@@ -170,6 +177,8 @@ class ShardStep:
 
     def stage_query(self, layer: int, q: Tensor) -> None:
         """Copy q [rows, Hq, Dk], of all heads or of the memory node's alone, of its rows in the order of its plan."""
+        if self._lane._arrivals.error is not None:
+            raise self._lane._arrivals.error
         self._views = views = self._views_of(layer)
         heads = self._lane._q_heads[layer]
         views.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, TypeVarTuple
@@ -19,6 +20,7 @@ from lamina.compute.sampler import sample
 from lamina.compute.schedule import Schedule
 from lamina.compute.scores import Asked, score
 from lamina.compute.shard_lane import ShardLane, ShardStep
+from lamina.errors import NodeError, SpaceLostError, StaleOrderError
 from lamina.model.slices import Head
 from lamina.runtime.device import Device
 from lamina.runtime.spans import CARRY, Activity, Place
@@ -41,11 +43,15 @@ class Steps(Protocol):
     async def run(self, order: Order) -> Done:
         """Run the slices of a step that are this node's. Raises NodeError if another node is lost meanwhile."""
 
+    def reform(self, schedule: Schedule | None, shards: Mapping[int, ShardLane], peers: Mapping[int, PeerLane]) -> None:
+        """Run the steps that begin from now on by ``schedule``, with these memory nodes and other compute nodes. What
+        was to be sent to others is dropped."""
+
     async def send_prompts(self) -> None:
         """Send the keys and values of prompts to memory nodes as buffers come free, until cancelled."""
 
-    def forget(self, sequences: Iterable[int]) -> None:
-        """Drop the keys and values of prompts of sequences that are over."""
+    def forget(self, sequences: Iterable[int] | None) -> None:
+        """Drop the keys and values of prompts of sequences that are over; None: of all."""
 
 
 class StepRunner:
@@ -62,38 +68,48 @@ class StepRunner:
         self,
         model: ForwardPass,
         device: Device,
-        shards: Mapping[int, ShardLane],
         dtype: torch.dtype,
         *,
-        schedule: Schedule,
         member: int,
-        peers: Mapping[int, PeerLane] | None = None,
     ) -> None:
-        """``member`` is the id of this node in the ``schedule``; ``shards`` and ``peers`` have theirs as keys."""
+        """``member`` is the id of this node. It runs steps when `reform` has been called."""
         self.model = model
         self.device = device
-        self.shards = shards
+        self.shards: Mapping[int, ShardLane] = {}
+        """The memory nodes, by member id."""
         self.dtype = dtype
         self.prompts: dict[int, PromptKV] = {}
         """Those that are being prefilled, by sequence."""
         self._unsent: WeakValueDictionary[int, PromptKV] = WeakValueDictionary()
         """Those of which something is still to be sent, by sequence: the queues of ``shards`` hold them."""
         self.layers = 0
-        self._schedule = schedule
+        self._schedule: Schedule | None = None
         self._member = member
-        self._peers = peers or {}
+        self._peers: Mapping[int, PeerLane] = {}
+        self._senders: asyncio.TaskGroup | None = None
+        """Of the tasks below, while `send_prompts` runs."""
+        self._sending: dict[ShardLane, asyncio.Task[None]] = {}
+
+    def reform(self, schedule: Schedule | None, shards: Mapping[int, ShardLane], peers: Mapping[int, PeerLane]) -> None:
+        """See `Steps.reform`."""
+        self._schedule, self.shards, self._peers = schedule, shards, peers
+        if self._senders is not None:
+            self._send_to_all(self._senders)
 
     async def run(self, order: Order) -> Done:
         """See `Steps.run`."""
         slot, number, own = order.slot, order.step, self._member
-        nodes = self._schedule.route(slot, number)
+        schedule, peers = self._schedule, self._peers
+        if schedule is None:
+            raise StaleOrderError("the members have changed", node="")
+        nodes = schedule.route(slot, number)
         last = len(nodes) - 1
         forward = _StepForward(self, order)
         compute_s = 0.0
         tokens: list[int | None] = []
         scores: list[Score | None] = []
         prompt_scores: list[list[Score | None]] = []
-        attention_s = dict.fromkeys(self._schedule.members, 0.0)
+        attention_s = dict.fromkeys(schedule.members, 0.0)
 
         async def operate(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
             nonlocal compute_s
@@ -103,7 +119,7 @@ class StepRunner:
 
         await operate(forward.begin, at=Place(slot, step=number))
         parts = forward.parts  # one for each memory node that takes part: none if no row is remote
-        answers = nodes[1:] if len(self._schedule.members) > 1 else ()
+        answers = nodes[1:] if len(schedule.members) > 1 else ()
         for part in parts:
             plan = replace(part.plan, answers=answers) if answers else part.plan
             part.begin(slot, number, plan, asks=own in nodes[:last])
@@ -112,7 +128,7 @@ class StepRunner:
                 continue
             at = Place(slot, layer, number)
             if layer and nodes[layer - 1] != own:
-                values = await self._await_carry(self._peers[nodes[layer - 1]], at, forward.carry_in(layer))
+                values = await self._await_carry(peers[nodes[layer - 1]], at, forward.carry_in(layer))
                 await operate(forward.take_over, values, at=at)
             if layer:
                 before = nodes[layer - 1]
@@ -142,7 +158,7 @@ class StepRunner:
                 self._queue_prompts(forward.local, layer)
                 await operate(forward.attend_to_prompts, layer, at=at)
             if nodes[layer + 1] != own:
-                peer = self._peers[nodes[layer + 1]]
+                peer = peers[nodes[layer + 1]]
                 nbytes = await operate(peer.stage, slot, forward.carry_out(), at=at)
                 peer.hand_over(slot, layer + 1, number, nbytes)
             self.layers += 1
@@ -170,13 +186,30 @@ class StepRunner:
 
     async def send_prompts(self) -> None:
         """See `Steps.send_prompts`."""
-        async with asyncio.TaskGroup() as tasks:
-            for shard in self.shards.values():
-                tasks.create_task(shard.send_prompts(self.device))
+        try:
+            async with asyncio.TaskGroup() as senders:
+                self._senders = senders
+                self._send_to_all(senders)
+                await self.device.loop.create_future()
+        finally:
+            self._senders = None
+            self._sending.clear()
 
-    def forget(self, sequences: Iterable[int]) -> None:
+    def _send_to_all(self, senders: asyncio.TaskGroup) -> None:
+        """Have one task for each memory node that is there."""
+        there = set(self.shards.values())
+        for shard in self._sending.keys() - there:
+            self._sending.pop(shard).cancel()
+        for shard in there - self._sending.keys():
+            self._sending[shard] = senders.create_task(self._send_to(shard))
+
+    async def _send_to(self, shard: ShardLane) -> None:
+        with contextlib.suppress(NodeError):  # it is lost, which is said elsewhere
+            await shard.send_prompts(self.device)
+
+    def forget(self, sequences: Iterable[int] | None) -> None:
         """See `Steps.forget`."""
-        for sequence in sequences:
+        for sequence in [*self.prompts, *self._unsent] if sequences is None else sequences:
             self.prompts.pop(sequence, None)
             if (prompt := self._unsent.get(sequence)) is not None:
                 prompt.is_over = True
@@ -188,7 +221,9 @@ class StepRunner:
             self._unsent[chunk.sequence] = prompt
             for start, count in placement.divide(chunk.start, len(chunk.tokens)):
                 for member in placement.owners(start):
-                    self.shards[member].queue_prompt(prompt, layer, start, count, placement.held(member, start))
+                    if (shard := self.shards.get(member)) is None:
+                        raise StaleOrderError(f"the memory node {member} is not there", node="")
+                    shard.queue_prompt(prompt, layer, start, count, placement.held(member, start))
 
 
 SCORED_ROWS = 64
@@ -241,6 +276,8 @@ class _StepForward:
         self._merged = sorted({row for own in routes.values() for row in own.rows[own.plan.whole :]})
         places = {row: place for place, row in enumerate(self._merged)}
         rows = self._remote_rows + self._local_count
+        if missing := routes.keys() - runner.shards.keys():
+            raise StaleOrderError(f"the memory nodes {sorted(missing)} are not there", node="")
         self.parts = [_MemberPart(runner.shards[member], own, places, rows) for member, own in routes.items()]
         self._same_rows = not (self.local or self._merged) and all(part.plan.whole == rows for part in self.parts)
         """Whether all memory nodes answer all rows, each for its own heads. Then no prompts attend here."""
@@ -266,6 +303,8 @@ class _StepForward:
             elif run.start == 0:
                 kept = PromptKV(run.sequence, run.local_tokens, self._shapes, self._dtype, self._model.device)
                 self._prompts[run.sequence] = kept
+            elif run.sequence not in self._prompts:
+                raise SpaceLostError("this compute node", [run.sequence])  # it has come after the prompt's beginning
             if run.targets:
                 self.targeted.append((len(token_ids) + run.targets.row, run.targets))
             token_ids += run.tokens

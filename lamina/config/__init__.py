@@ -15,6 +15,7 @@ from lamina.config.schema import (
     NodeConfig,
     PipelineConfig,
     RdmaConfig,
+    RecoveryConfig,
     TransportConfig,
     TransportKind,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "NodeConfig",
     "PipelineConfig",
     "RdmaConfig",
+    "RecoveryConfig",
     "TransportConfig",
     "TransportKind",
     "format_cpus",

@@ -11,7 +11,14 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
-from lamina.config.schema import ClusterConfig, ComputeNodeConfig, MemoryNodeConfig, NodeConfig, PipelineConfig
+from lamina.config.schema import (
+    ClusterConfig,
+    ComputeNodeConfig,
+    MemoryNodeConfig,
+    NodeConfig,
+    PipelineConfig,
+    RecoveryConfig,
+)
 from lamina.config.texts import format_range, format_size, text_fields
 from lamina.errors import ConfigError
 from lamina.limits import MAX_COMPUTE
@@ -43,8 +50,9 @@ def _load(path: Path) -> ClusterConfig:
     for key in ("file", "links"):
         if key in raw:
             raise ConfigError(unknown_key(key, public))
-    if isinstance(pipeline := raw.get("pipeline"), dict):
-        _parse_texts(pipeline, PipelineConfig, "pipeline")
+    for name, kind in (("pipeline", PipelineConfig), ("recovery", RecoveryConfig)):
+        if isinstance(table := raw.get(name), dict):
+            _parse_texts(table, kind, name)
     for i, node in enumerate(raw["node"] if isinstance(raw.get("node"), list) else ()):
         if isinstance(node, dict):
             _parse_node(node, f"node[{i}]")

@@ -15,9 +15,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from lamina.config.secret import read_secret
-from lamina.config.texts import Cpus, DeviceName, Layers, ListenAddress, NodeName, Size
+from lamina.config.texts import Cpus, DeviceName, Folder, Layers, ListenAddress, NodeName, Size
 from lamina.errors import ConfigError
-from lamina.limits import MAX_BATCH, MAX_BATCHES, MAX_PREFILL_TOKENS
+from lamina.limits import MAX_BATCH, MAX_BATCHES, MAX_LEASE, MAX_PREFILL_TOKENS
 from lamina.transport import Address
 from lamina.transport.options import (
     DEFAULT_PEER_TIMEOUT,
@@ -34,6 +34,7 @@ TransportKind = Literal["auto", "rdma", "shm", "tcp"]
 Positive = Annotated[int, Meta(ge=1)]
 PeerTimeout = Annotated[float, Meta(ge=MIN_PEER_TIMEOUT, le=MAX_PEER_TIMEOUT)]
 StartTimeout = Annotated[float, Meta(gt=0, le=86400)]
+Patience = Annotated[float, Meta(ge=0, le=MAX_LEASE)]
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,6 +146,22 @@ class TransportConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
 
 
+class RecoveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[recovery]``: what is kept when a node is lost, and for how long."""
+
+    grace: Patience = 10.0
+    """Seconds that a lost node may take to come back before the cluster goes on without it for good."""
+    lease: Patience = 60.0
+    """Seconds that memory nodes keep this cluster's cache, and the front its finished answers, for one that comes back.
+    0: the cache ends with the front."""
+    journal: Literal["off", "process", "machine"] = "process"
+    """What the front's record of requests and tokens outlives: nothing, as there is none; the front's process; or the
+    machine, which waits for the disk in every step."""
+    journal_dir: Folder | None = None
+    """Where the record is, relative to the file. None: a folder of this cluster's own in $XDG_STATE_HOME/lamina, or in
+    ~/.local/state/lamina."""
+
+
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``[log]``: how nodes write their logs. ``--log-format`` and LAMINA_LOG_FORMAT take precedence."""
 
@@ -218,6 +235,7 @@ class ClusterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     node: list[NodeConfig]
     pipeline: PipelineConfig = PipelineConfig()
     transport: TransportConfig = TransportConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     log: LogConfig = LogConfig()
     file: Path = Path()
     links: Options = Options()

@@ -18,6 +18,7 @@ from lamina.transport import Address
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE, _LAYERS, _CPUS = 'a size like "16GiB"', 'layers like "0-15"', 'processor numbers like "0-3,8"'
 _DEVICE = '"cpu" or "cuda:N"'
+_FOLDER = 'a folder like "/var/lib/lamina"'
 _NAME = 'a name like "m0", of at most 64 letters, digits, dots, dashes and underscores'
 
 _MAX_DIGITS = 20
@@ -120,6 +121,12 @@ def _parse_name(text: str) -> str:
     return text
 
 
+def _parse_folder(text: str) -> str:
+    if not text or "\0" in text:
+        raise ConfigError(f"expected {_FOLDER}, got {text!r:.200}")
+    return text
+
+
 Size = Annotated[int, Text(_SIZE, parse_size, format_size)]
 """Bytes."""
 Cpus = Annotated[frozenset[int], Text(_CPUS, parse_cpus, format_cpus)]
@@ -127,3 +134,4 @@ Layers = Annotated[range, Text(_LAYERS, parse_range, format_range)]
 ListenAddress = Annotated[Address, Text('an address like "tcp://10.0.0.1:7070"', Address.parse, str)]
 DeviceName = Annotated[str, Text(_DEVICE, _parse_device, str)]
 NodeName = Annotated[str, Text(_NAME, _parse_name, str)]
+Folder = Annotated[str, Text(_FOLDER, _parse_folder, str)]

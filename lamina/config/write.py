@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from lamina.config.read import load
-from lamina.config.schema import ClusterConfig, ModelConfig, NodeConfig, PipelineConfig, TransportConfig
+from lamina.config.schema import ClusterConfig, ModelConfig, NodeConfig, PipelineConfig, RecoveryConfig, TransportConfig
 from lamina.config.texts import text_fields
 from lamina.errors import ConfigError
 
@@ -23,13 +23,14 @@ def write_cluster(
     *,
     pipeline: PipelineConfig | None = None,
     transport: TransportConfig | None = None,
+    recovery: RecoveryConfig | None = None,
 ) -> ClusterConfig:
     """Write a cluster file and load it. Keys with their default values are left out.
 
     ConfigError if the file cannot be written, or if its parts do not fit together.
     """
     tables = [("[model]", _table(model))]
-    for name, section in (("pipeline", pipeline), ("transport", transport)):
+    for name, section in (("pipeline", pipeline), ("recovery", recovery), ("transport", transport)):
         if section is not None:
             tables.append((f"[{name}]", _table(section)))
     if transport is not None:

@@ -47,6 +47,8 @@ class BlockManager:
 
     Shared blocks count for every sequence that shares them, so that a memory node always has at least the free blocks
     counted here.
+
+    Memory nodes come and go. What lay on one that is gone is not counted any more, nor freed.
     """
 
     def __init__(
@@ -62,11 +64,33 @@ class BlockManager:
         self._partition = partition
         self._stripe = STRIPE_BLOCKS * block_tokens if stripes and window is None else None
         self._window = window
-        self._blocks = dict(sorted(blocks.items()))
-        self._free = dict(self._blocks)
+        self._blocks: dict[int, int] = {}
+        self._free: dict[int, int] = {}
         self._allocations: dict[Hashable, _Allocation] = {}
         self._first_members: OrderedDict[bytes, int] = OrderedDict()
         """The member on which the last sequence with a first block starts, by the key of that block."""
+        for member, number in blocks.items():
+            self.add(member, number)
+
+    # -- memory nodes
+
+    def add(self, member: int, blocks: int) -> None:
+        """A memory node has come, with so many blocks, all free."""
+        self._blocks = dict(sorted({**self._blocks, member: blocks}.items()))
+        self._free[member] = blocks
+
+    def remove(self, member: int) -> None:
+        """A memory node is gone. The sequences that hold blocks there still have to be freed."""
+        self._blocks.pop(member, None)
+        self._free.pop(member, None)
+        for allocation in self._allocations.values():
+            allocation.held.pop(member, None)
+
+    def has(self, member: int) -> bool:
+        """Return whether blocks of a member are counted."""
+        return member in self._blocks
+
+    # -- sequences
 
     @property
     def total_blocks(self) -> int:
@@ -81,7 +105,9 @@ class BlockManager:
     @property
     def max_context(self) -> int:
         """Return the longest possible context of a sequence that has all space to itself, on whichever node it
-        starts."""
+        starts. It is 0 without memory nodes."""
+        if not self._blocks:
+            return 0
         least, most = (of(self._blocks.values()) * self.block_tokens for of in (min, max))
         if self._partition == "heads":
             return least
@@ -113,6 +139,8 @@ class BlockManager:
         max_held = self.blocks_for(max_context)
         if self._window is not None and ahead is not None:
             max_held = min(max_held, window_blocks(self._window, ahead, self.block_tokens))
+        if not self._blocks:
+            return None
         if self.free_blocks - min(self.blocks_for(tokens), max_held) < spare:
             return None
         for placement in dict.fromkeys((self._choose(max_context, key), self._choose(max_context, None))):
@@ -158,10 +186,11 @@ class BlockManager:
     def free(self, sequence: Hashable) -> None:
         """Free all blocks of a sequence."""
         for member, held in self._allocations.pop(sequence).held.items():
-            self._free[member] += held
+            if member in self._free:
+                self._free[member] += held
 
     def _in_all(self, blocks: Mapping[int, int]) -> int:
-        return min(blocks.values()) if self._partition == "heads" else sum(blocks.values())
+        return min(blocks.values(), default=0) if self._partition == "heads" else sum(blocks.values())
 
     def _wanted(self, allocation: _Allocation, member: int, tokens: int) -> int:
         """Return the blocks on one member that hold its share of the positions 0..tokens-1."""

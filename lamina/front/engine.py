@@ -7,11 +7,11 @@ import itertools
 import logging
 from typing import NamedTuple, Protocol
 
-from lamina.errors import CapacityError, LaminaError, RequestError
+from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, SpaceLostError, StaleOrderError
 from lamina.front.masks import MaskMaker
 from lamina.front.scheduler import Scheduler
 from lamina.front.sequence import CacheChanges, ReservationRequest, ScheduledStep, Sequence, StepOutcome
-from lamina.front.team import StepResult, Team
+from lamina.front.team import Formation, StepResult, Team
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.workers import ParallelWorkers
 
@@ -23,6 +23,7 @@ class EngineCounters(NamedTuple):
 
     running: int = 0
     waiting: int = 0
+    blocks: int = 0
     free_blocks: int = 0
     steps: int = 0
     tokens: int = 0
@@ -46,6 +47,9 @@ class Desk(Protocol):
     def refuse(self, sequence: Sequence, error: LaminaError) -> None:
         """Tell a client that its request cannot go on: a memory node has no space for it, or its constraint ends."""
 
+    def suspect(self, node: str, reason: str) -> None:
+        """Take a node for lost, as a step has failed with it. `Engine.changed` tells of it later."""
+
 
 class Engine:
     """The engine does continuous batching over the compute nodes of one model and the memory nodes that attend for it.
@@ -66,7 +70,7 @@ class Engine:
         workers: ParallelWorkers,
     ) -> None:
         """``workers`` make the masks of constrained sequences."""
-        self.counters = EngineCounters(free_blocks=scheduler.free_blocks)
+        self.counters = EngineCounters(blocks=scheduler.total_blocks, free_blocks=scheduler.free_blocks)
         self._scheduler = scheduler
         self._team = team
         self._home = home
@@ -74,13 +78,14 @@ class Engine:
         self._work = [asyncio.Event() for _ in range(batches)]
         """Set, by slot, when there may be something to do."""
         self._masks = MaskMaker(workers, self._wake, self._cannot_go_on)
-        self._steps = self._tokens = 0
+        self._steps = self._tokens = self._failed_steps = 0
+        self._changed = asyncio.Event()
+        """Set, and replaced, when the members change."""
 
     # -- steps
 
     async def run(self) -> None:
-        """Drive all batches until cancelled; raise NodeError, in an exception group, if a node is lost in
-        the middle of a step."""
+        """Drive all batches until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._team.send_prompts())
             for slot in range(len(self._work)):
@@ -90,14 +95,20 @@ class Engine:
         """Run one batch, step after step."""
         for number in itertools.count():
             step = await self._schedule(slot)
-            result = await self._team.run(slot, number, step)
-            self._finish(slot, step, result)
+            try:
+                result = await self._team.run(slot, number, step)
+            except NodeError as error:
+                await self._give_up(slot, error)
+            else:
+                self._finish(slot, step, result)
 
     async def _schedule(self, slot: int) -> ScheduledStep:
         """Wait for the next step of a batch that has rows, and return it."""
         work, scheduler = self._work[slot], self._scheduler
         await self._masks.settle(slot)
         while True:
+            while not self._team.formation.is_whole:
+                await self._changed.wait()
             in_use = scheduler.batches_in_use
             step = scheduler.next_step(slot)
             if scheduler.batches_in_use > in_use:
@@ -131,11 +142,63 @@ class Engine:
         if outcome.changes.released:
             self._wake()  # space has come free, perhaps for a request that another slot can admit
 
+    async def _give_up(self, slot: int, error: NodeError) -> None:
+        """A step has failed, as a node is lost or lacks something: its rows come again, at the same positions."""
+        log.warning("event=step_failed slot=%d reason=%r", slot, str(error))
+        self._failed_steps += 1
+        changed = self._changed
+        self._tell(self._scheduler.give_up(slot))
+        if isinstance(error, SpaceLostError):
+            self._tell(self._scheduler.evict(error.sequences))
+        elif not isinstance(error, StaleOrderError) and error.node in self._team.formation.nodes:
+            # The loss has not been taken in yet.
+            self._home.post(self._desk.suspect, error.node, str(error))
+            await changed.wait()
+
+    def _tell(self, changes: CacheChanges) -> None:
+        """Have the memory nodes told of sequences that lost their space."""
+        if changes:
+            self._team.forget(changes.released)
+            self._home.post(self._desk.apply, changes)
+            self._count()
+        self._wake()
+
+    # -- members
+
+    def changed(self, formation: Formation, lost: frozenset[int] = frozenset()) -> None:
+        """Go on with other members. What lay on those that are ``lost`` is gone, also if they are back.
+
+        Sequences that have lost something wait to be prefilled again, from their prompts and what was answered so far.
+        """
+        before, scheduler = self._team.formation, self._scheduler
+        for member, blocks in before.blocks.items():
+            if member in lost or formation.blocks.get(member) != blocks:
+                self._tell(scheduler.lose(member))
+        if before.schedule != formation.schedule:
+            self._tell(scheduler.evict_unprefilled())
+        for member, blocks in formation.blocks.items():
+            if not scheduler.has(member):
+                scheduler.gain(member, blocks)
+        if (schedule := formation.schedule) is not None:
+            scheduler.keep_chunks = schedule.is_settled
+        self._team.change(formation)
+        self._count()
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._wake()
+
+    def settle(self) -> None:
+        """Nodes that were lost do not come back in time: requests that need more space than there is now fail."""
+        for sequence, error in self._scheduler.settle():
+            self._home.post(self._desk.refuse, sequence, error)
+            self.cancel(sequence)
+
     # -- requests
 
-    def submit(self, sequence: Sequence, retry_after_s: float | None = None) -> None:
-        """Queue a request. CapacityError says why it cannot be served; then nothing is queued."""
-        self._scheduler.submit(sequence, retry_after_s=retry_after_s)
+    def submit(self, sequence: Sequence, retry_after_s: float | None = None, restored: bool = False) -> None:
+        """Queue a request, or one that an earlier front had taken. CapacityError says why it cannot be served; then
+        nothing is queued."""
+        self._scheduler.submit(sequence, retry_after_s=retry_after_s, restored=restored)
         self._count()
         self._wake()
 
@@ -177,6 +240,7 @@ class Engine:
         self.counters = EngineCounters(
             running=scheduler.running,
             waiting=scheduler.waiting,
+            blocks=scheduler.total_blocks,
             free_blocks=scheduler.free_blocks,
             steps=self._steps,
             tokens=self._tokens,

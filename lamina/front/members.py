@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
@@ -44,15 +44,18 @@ class Members:
     """Holds the members of a cluster. Placements, schedules, orders and step plans name them by their ids.
 
     An id belongs to a name for as long as the cluster runs; a node that comes back under its name has its id again.
-    Every change begins a new ``epoch``. ``on_change`` is the one function that is called for changes, among them the
-    loss of a member. It belongs to the node's loop.
+    Every change begins a new ``epoch``. ``on_change`` is the one function that is called for changes: of states, if any
+    is in the list, and of terms. It belongs to the node's loop.
     """
 
-    def __init__(self, entries: Iterable[MemberEntry], on_change: Callable[[Change], None], *, epoch: int = 0) -> None:
+    def __init__(
+        self, entries: Iterable[MemberEntry], on_change: Callable[[list[Change]], None], *, epoch: int = 0
+    ) -> None:
         self.epoch = epoch
         self._entries = {entry.id: entry for entry in entries}
         self._ids = {entry.name: entry.id for entry in self._entries.values()}
         self._states = dict.fromkeys(self._entries, State.JOINING)
+        self._terms = dict.fromkeys(self._entries, 0)
         self._on_change = on_change
 
     @staticmethod
@@ -85,47 +88,89 @@ class Members:
 
     def membership(self) -> Membership:
         """Return what the other compute nodes are told."""
-        entries = [structs.replace(entry, state=self._states[entry.id].value) for entry in self.entries]
+        entries = [
+            structs.replace(entry, state=self._states[entry.id].value, term=self._terms[entry.id])
+            for entry in self.entries
+        ]
         return Membership(epoch=self.epoch, members=entries)
 
     def adopt(self, told: Membership) -> None:
         """Take over what the front says, on another compute node. Raises ConfigError if it has other nodes in its
         file."""
-        theirs = {entry.id: structs.replace(entry, state="joining") for entry in told.members}
+        theirs = {entry.id: structs.replace(entry, state="joining", term=0) for entry in told.members}
         if theirs != self._entries:
             raise ConfigError(
                 f"the front knows the nodes {_names(theirs.values())}, this node {_names(self._entries.values())}; "
                 "all compute nodes of a cluster need the same file"
             )
-        for entry in told.members:
-            gone = NodeError.lost(entry.role, entry.name, "the front has lost it") if entry.state == "lost" else None
-            self._set(entry.id, State(entry.state), gone)
-        self.epoch = told.epoch
+        self._set(
+            {entry.id: State(entry.state) for entry in told.members},
+            terms={entry.id: entry.term for entry in told.members},
+            errors={
+                entry.id: NodeError.lost(entry.role, entry.name, "the front has lost it")
+                for entry in told.members
+                if entry.state == "lost"
+            },
+            epoch=told.epoch,
+        )
+
+    def term(self, id_: int) -> int:
+        """Return the number of the front's latest attachment to a memory node."""
+        return self._terms[id_]
+
+    def in_state(self, role: Role, *states: State) -> tuple[int, ...]:
+        """Return the ids of the members of a role in one of these states, in ascending order."""
+        return tuple(e.id for e in self.entries if e.role == role and self._states[e.id] in states)
+
+    def of_others(self, role: Role, state: State) -> tuple[int, ...]:
+        """Return the ids of the members of a role that are not in this state, in ascending order."""
+        return tuple(e.id for e in self.entries if e.role == role and self._states[e.id] is not state)
 
     # -- changes
 
-    def serve(self, id_: int) -> None:
-        """A member is ready; one that was lost has come back."""
-        self._set(id_, State.SERVING)
+    def join(self, terms: Mapping[int, int]) -> None:
+        """Members are there, and get ready, all at once. For a memory node, the term counts the attachments of the
+        front to it; 0 says that it is not attached."""
+        self._set(dict.fromkeys(terms, State.JOINING), terms=terms)
+
+    def serve(self, *ids: int) -> None:
+        """Members are ready."""
+        self._set(dict.fromkeys(ids, State.SERVING))
 
     def leave(self, id_: int) -> None:
         """A member was told to stop and finishes what it has begun. A lost one stays lost."""
         if self._states[id_] is not State.LOST:
-            self._set(id_, State.LEAVING)
+            self._set({id_: State.LEAVING})
 
     def lose(self, id_: int, error: NodeError) -> None:
         """A member is gone. A second report of the same loss changes nothing."""
-        self._set(id_, State.LOST, error)
+        self._set({id_: State.LOST}, errors={id_: error})
 
-    def _set(self, id_: int, state: State, error: NodeError | None = None) -> None:
-        before = self._states[id_]
-        if before is state:
-            return
-        self._states[id_] = state
-        self.epoch += 1
-        entry = self._entries[id_]
-        log.info("event=member member=%s before=%s after=%s epoch=%d", entry.name, before, state, self.epoch)
-        self._on_change(Change(entry, before, state, self.epoch, error))
+    def _set(
+        self,
+        states: Mapping[int, State],
+        *,
+        terms: Mapping[int, int] | None = None,
+        errors: Mapping[int, NodeError] | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Change states and terms at once, and begin an epoch if any differs: the next one, or ``epoch``."""
+        new_terms = {id_: term for id_, term in (terms or {}).items() if self._terms[id_] != term}
+        changes = [(id_, self._states[id_], after) for id_, after in states.items() if self._states[id_] is not after]
+        self._terms.update(new_terms)
+        self._states.update(states)
+        if epoch is None:
+            if not (changes or new_terms):
+                return
+            epoch = self.epoch + 1
+        self.epoch = epoch
+        for id_, before, after in changes:
+            name = self._entries[id_].name
+            log.info("event=member member=%s before=%s after=%s epoch=%d", name, before, after, epoch)
+        errors = errors or {}
+        self._on_change(
+            [Change(self._entries[id_], before, after, epoch, errors.get(id_)) for id_, before, after in changes]
+        )
 
 
 def _names(entries: Iterable[MemberEntry]) -> str:

@@ -4,6 +4,7 @@ connection."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from collections.abc import Sequence as Listed
 
 from lamina.errors import CapacityError
@@ -64,6 +65,8 @@ class Scheduler:
         ahead_blocks: int = AHEAD_BLOCKS,
     ) -> None:
         self.cost = cost or CostModel()
+        self.keep_chunks = keep_chunks
+        """Whether the compute nodes keep the keys and values of a prompt from chunk to chunk."""
         self.preemptions = 0
         self.prompt_tokens = 0
         """Tokens of admitted sequences that had to be prefilled or found."""
@@ -75,10 +78,11 @@ class Scheduler:
         self._prefix = prefix if remote_tokens else None
         self._remote_tokens = remote_tokens
         self._prefill_kv_tokens = prefill_kv_tokens
-        self._keep_chunks = keep_chunks
         self._ahead_blocks = ahead_blocks
         self._slots = SlotBalancer(batches, max_batch, self.cost)
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
+        self._limit = block_manager.max_context
+        """The most positions that a sequence may come to need: what the memory nodes held when `settle` was called."""
         self._arrivals = itertools.count()
         self._ids = itertools.count()
 
@@ -91,6 +95,11 @@ class Scheduler:
     def running(self) -> int:
         """Return how many sequences run."""
         return self._slots.running
+
+    @property
+    def total_blocks(self) -> int:
+        """Return the blocks of all memory nodes, as the block manager counts them."""
+        return self._block_manager.total_blocks
 
     @property
     def free_blocks(self) -> int:
@@ -114,18 +123,22 @@ class Scheduler:
 
     # -- requests
 
-    def submit(self, sequence: Sequence, *, retry_after_s: float | None = None) -> None:
+    def submit(self, sequence: Sequence, *, retry_after_s: float | None = None, restored: bool = False) -> None:
         """Queue a sequence. Raises CapacityError if it could never run, or, with ``retry_after_s``, if too many
-        wait."""
-        limit = self._block_manager.max_context
-        if sequence.max_context > limit:
-            raise CapacityError(
-                f"the request needs {sequence.max_context} tokens of KV cache ({len(sequence.prompt)} prompt + "
-                f"{sequence.max_tokens} new), the memory nodes hold {limit}; ask for fewer"
-            )
-        self.require_place(retry_after_s=retry_after_s)
+        wait; one that is ``restored`` had its place before."""
+        self._require_fit(sequence)
+        if not restored:
+            self.require_place(retry_after_s=retry_after_s)
         sequence.arrival = next(self._arrivals)
         self._waiting.push(sequence)
+
+    def _require_fit(self, sequence: Sequence) -> None:
+        """Raise CapacityError if a sequence can never run."""
+        if sequence.max_context > self._limit:
+            raise CapacityError(
+                f"the request needs {sequence.max_context} tokens of KV cache ({len(sequence.prompt)} prompt + "
+                f"{sequence.max_tokens} new), the memory nodes hold {self._limit}; ask for fewer"
+            )
 
     def require_place(self, coming: int = 0, *, retry_after_s: float | None = None) -> None:
         """Raise CapacityError, which gives ``retry_after_s``, if the queue has no place left.
@@ -145,6 +158,55 @@ class Scheduler:
         sequence.cancelled = True
         return self._waiting.remove(sequence)
 
+    # -- memory nodes
+
+    def lose(self, member: int) -> CacheChanges:
+        """A memory node is gone. The sequences that had blocks there lose all their space and wait, in the place that
+        they had; those in the middle of a step do so when it ends."""
+        self._block_manager.remove(member)
+        return self._evict([s for s in self._slots.sequences() if member in s.placement.members])
+
+    def evict(self, ids: Iterable[int]) -> CacheChanges:
+        """Sequences have lost some of what was kept of them: they lose all their space and wait, as after a loss."""
+        gone = set(ids)
+        return self._evict([s for s in self._slots.sequences() if s.id in gone])
+
+    def evict_unprefilled(self) -> CacheChanges:
+        """A compute node is gone, and with it what it kept of prompts: those that are being prefilled begin anew."""
+        return self._evict([s for s in self._slots.sequences() if not s.is_decoding and s.confirmed])
+
+    def _evict(self, sequences: Iterable[Sequence]) -> CacheChanges:
+        changes = CacheChanges()
+        for sequence in sequences:
+            if self._slots[sequence.slot].stepping:
+                sequence.yielding = sequence.evicted = True
+            else:
+                self._wait_again(sequence, changes)
+        return changes
+
+    def gain(self, member: int, blocks: int) -> None:
+        """A memory node has come, with so many blocks."""
+        self._block_manager.add(member, blocks)
+        self._limit = max(self._limit, self._block_manager.max_context)
+
+    def settle(self) -> list[tuple[Sequence, CapacityError]]:
+        """Take the memory nodes that are there for all that there will be. Returns the sequences that can never run on
+        them, which the caller cancels, and why."""
+        self._limit = self._block_manager.max_context
+        unfit = []
+        for sequence in self._waiting:
+            try:
+                self._require_fit(sequence)
+            except CapacityError as error:
+                unfit.append((sequence, error))
+        return unfit
+
+    def has(self, member: int) -> bool:
+        """Return whether sequences may be placed on a memory node."""
+        return self._block_manager.has(member)
+
+    # -- reservations
+
     def confirm(self, request: ReservationRequest, shared: int = 0) -> None:
         """The memory nodes have reserved the space, and already had the first ``shared`` positions."""
         if not request.is_current:
@@ -153,8 +215,9 @@ class Scheduler:
         sequence.confirmed = request.tokens
         if request.is_new:
             sequence.prefilled = sequence.shared = shared
-            if not sequence.preemptions:
-                sequence.found = shared
+            sequence.published = shared // self.block_tokens
+            if not sequence.admitted:
+                sequence.admitted, sequence.found = True, shared
             sequence.local_tokens = 0 if shared else self._keepable(len(sequence.tokens))
             self.prompt_tokens += len(sequence.tokens)
             self.shared_tokens += shared
@@ -237,9 +300,20 @@ class Scheduler:
                 self._publish(sequence, sequence.context - 1, changes)
                 self._remove(sequence, changes)
             elif sequence.yielding:
-                self._preempt(sequence, changes)
+                self._yield(sequence, changes)
         broken, stuck = [[s for s in some if not s.cancelled] for some in (broken, stuck)]
         return StepOutcome(fresh, finished, cancelled, broken, stuck, scored, changes)
+
+    def give_up(self, slot: int) -> CacheChanges:
+        """A step has failed. Its rows come again in a later step, except those of sequences that have to leave now."""
+        own, changes = self._slots[slot], CacheChanges()
+        own.stepping = False
+        for sequence in list(own.sequences):
+            if sequence.cancelled:
+                self._remove(sequence, changes)
+            elif sequence.yielding:
+                self._yield(sequence, changes)
+        return changes
 
     def _compose(self, own: BatchSlot) -> tuple[tuple[DecodeRow, ...], tuple[PromptChunk, ...]]:
         """Return the rows of the sequences whose space the memory nodes have confirmed, and whose next token may be
@@ -257,7 +331,7 @@ class Scheduler:
                 (remote if s.prefilled >= s.local_tokens else local).append(s)
         prompts = divide_prefill(remote, min(self._remote_tokens, self._prefill_tokens))
         first = divide_prefill(local, self._prefill_tokens - sum(len(chunk.tokens) for chunk in prompts))
-        if not self._keep_chunks:
+        if not self.keep_chunks:
             for chunk in first:
                 chunk.sequence.local_tokens = len(chunk.tokens)
         return tuple(decode), tuple(prompts + first)
@@ -310,6 +384,8 @@ class Scheduler:
             request = ReservationRequest(sequence, sequence.id, sequence.placement, tokens, sequence.reserved)
             changes.reservations.append(request)
             sequence.reserved = tokens
+            # What is published is found again when the sequence has to be prefilled anew.
+            self._publish(sequence, sequence.context - 1, changes)
 
     def _make_space(self, sequence: Sequence, tokens: int, changes: CacheChanges) -> None:
         """Preempt sequences of a lower rank, at once or when the step ends that they are in."""
@@ -319,15 +395,26 @@ class Scheduler:
             else:
                 self._preempt(victim, changes)
 
+    def _yield(self, sequence: Sequence, changes: CacheChanges) -> None:
+        if sequence.evicted:
+            self._wait_again(sequence, changes)
+        else:
+            self._preempt(sequence, changes)
+
     def _preempt(self, sequence: Sequence, changes: CacheChanges) -> None:
+        """Take the space of a sequence for another one, and let it wait."""
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self._wait_again(sequence, changes)
+
+    def _wait_again(self, sequence: Sequence, changes: CacheChanges) -> None:
         """Take everything except its tokens from a sequence, and let it wait."""
         if sequence.is_decoding:
             self._publish(sequence, sequence.context - 1, changes)
         self._remove(sequence, changes)
         sequence.prefilled = sequence.shared = sequence.local_tokens = sequence.confirmed = sequence.reserved = 0
-        sequence.tokens, sequence.yielding = [], False
-        sequence.preemptions += 1
-        self.preemptions += 1
+        sequence.published = 0
+        sequence.tokens, sequence.yielding, sequence.evicted = [], False, False
         self._waiting.push(sequence)
 
     def _remove(self, sequence: Sequence, changes: CacheChanges) -> None:
@@ -346,8 +433,10 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence, tokens: int, changes: CacheChanges) -> None:
         """Let others share the blocks of the first ``tokens`` positions."""
-        if keys := self._keys(sequence, tokens):
-            changes.published.append(Publication(sequence.id, sequence.placement, keys))
+        first = sequence.published
+        if keys := self._keys(sequence, tokens)[first:]:
+            changes.published.append(Publication(sequence.id, sequence.placement, keys, first))
+            sequence.published = first + len(keys)
 
     def _keys(self, sequence: Sequence, tokens: int) -> tuple[bytes, ...]:
         """Return the keys of the full blocks of the first ``tokens`` positions; none for a sequence that shares

@@ -66,13 +66,19 @@ class Sequence:
     """Positions for which the memory nodes have confirmed the space."""
     keys: list[bytes] = field(default_factory=list)
     """The keys of its leading full blocks, as far as they have been needed."""
+    published: int = 0
+    """How many of its leading blocks others may share already."""
     prompt_bytes: bytes | None = None
     """The different tokens of the prompt as int32, once a penalty has needed them."""
     answer_array: array[int] = field(default_factory=lambda: array("i"))
     """The output as int32, as far as a penalty has needed it."""
+    admitted: bool = False
+    """Whether it has run before."""
     preemptions: int = 0
     yielding: bool = False
     """Whether it will be preempted when its present step ends."""
+    evicted: bool = False
+    """Whether it yields because a part of its space was lost, and not to another sequence."""
     cancelled: bool = False
 
     @property
@@ -185,11 +191,12 @@ class ReservationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """Names leading blocks of a sequence that others may share from now on."""
+    """Names blocks of a sequence that others may share from now on: those from number ``first`` on."""
 
     id: int
     placement: Placement
     keys: tuple[bytes, ...]
+    first: int = 0
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from lamina.wire.tenants import Reserved
 class Space:
     """Tells the memory nodes, by member id, what of the scheduler's decisions concerns them.
 
+    Those that are not among ``shards`` at a moment are lost, and so is what they held; the engine is told of it.
     ``on_answer`` gets every reservation with its answer: the number of leading positions that are shared, or the error
     of a memory node that refuses.
     """
@@ -35,9 +36,11 @@ class Space:
         """Tell the memory nodes: first publications, then releases, then reservations."""
         for publication in changes.published:
             placement = publication.placement
+            size, first = self._block_tokens, publication.first
             for member in placement.members:
-                if keys := placement.keys_on(member, publication.keys, self._block_tokens):
-                    self._shards[member].publish(publication.id, keys)
+                shard, keys = self._shards.get(member), placement.keys_on(member, publication.keys, size, first)
+                if shard is not None and keys:
+                    shard.publish(publication.id, keys, placement.held(member, first * size) // size)
         for sequence in changes.released:
             self._held.discard(sequence)
             for shard in self._shards.values():
@@ -83,9 +86,12 @@ class Space:
             if (tokens := place.held(member, request.tokens)) > place.held(member, request.reserved)
         }
         while request.id in self._held:
+            shards = {member: shard for member in held if (shard := self._shards.get(member)) is not None}
+            if len(shards) < len(held):
+                raise TransportError(f"a memory node of sequence {request.id} is lost")
             # Sent at once, so that a Release that is decided meanwhile comes after it.
             asked = [
-                self._shards[member].reserve(
+                shards[member].reserve(
                     request.id, tokens, place.keys_on(member, keys, self._block_tokens), request.ahead
                 )
                 for member, tokens in held.items()
@@ -104,6 +110,6 @@ class Space:
                 return shared
             if request.id in self._held:
                 keys = keys[: shared // self._block_tokens]
-                for member in held:
-                    self._shards[member].release(request.id)
+                for shard in shards.values():
+                    shard.release(request.id)
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -31,6 +32,25 @@ class StepResult(NamedTuple):
     prompt_scores: list[list[Score | None]] = []  # noqa: RUF012
 
 
+class Formation(NamedTuple):
+    """Says with which members steps run. It is one value, made on the node's loop, that crosses to the device's."""
+
+    epoch: int
+    schedule: Schedule | None
+    """Which compute node runs which slice. None while the layers of a lost one are missing."""
+    blocks: Mapping[int, int]
+    """The blocks of each memory node that serves, by member id."""
+    peers: Mapping[int, PeerControl]
+    """The other compute nodes, by member id."""
+    nodes: frozenset[str]
+    """The names of all that take part, but for this node's."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether steps can run."""
+        return self.schedule is not None
+
+
 class Team:
     """Has steps run by the compute nodes that the schedule names: by this one, and by its peers when it orders them to.
 
@@ -42,33 +62,26 @@ class Team:
         runner: Steps,
         device: Device,
         home: Crossing,
-        schedule: Schedule,
+        formation: Formation,
         *,
         member: int,
-        epoch: int = 0,
-        peers: Mapping[int, PeerControl] | None = None,
     ) -> None:
-        """``member`` is the id of this node, and ``home`` leads to the node's loop, where ``peers`` live.
-
-        Orders are made for the members at ``epoch``.
-        """
+        """``member`` is the id of this node, and ``home`` leads to the node's loop, where its peers live."""
         self._runner = runner
         self._device = device
         self._home = home
-        self._schedule = schedule
+        self.formation = formation
         self._member = member
-        self.epoch = epoch
-        self._peers = peers or {}
         self._begun = self._in_flight = 0
 
     async def run(self, slot: int, number: int, step: ScheduledStep) -> StepResult:
-        """Run step ``number`` of a batch slot. Raises NodeError if a node is lost meanwhile."""
+        """Run step ``number`` of a batch slot. Raises NodeError if a node is lost meanwhile, or cannot do its part."""
         now = self._device.loop.time
         begun_s, alone = now(), self._in_flight == 0
         self._begun, self._in_flight = self._begun + 1, self._in_flight + 1
         begun = self._begun
         try:
-            parts = await self._run_parts(order_of(slot, number, self.epoch, step))
+            parts = await self._run_parts(order_of(slot, number, self.formation.epoch, step))
         finally:
             self._in_flight -= 1
         if (recorder := self._device.recorder) is not None:
@@ -84,16 +97,28 @@ class Team:
         return StepResult(last.tokens, compute_s, attention_s, wire_s, last.scores, last.prompt_scores)
 
     async def _run_parts(self, order: Order) -> list[Done]:
-        members = set(self._schedule.route(order.slot, order.step))
+        schedule, peers = self.formation.schedule, self.formation.peers
+        assert schedule is not None, "the engine waits until the formation is whole"
+        members = set(schedule.route(order.slot, order.step))
         if members == {self._member}:
             return [await self._runner.run(order)]
-        ordered = [self._home.start(self._peers[m].order(order)) for m in sorted(members) if m != self._member]
+        parts = [self._home.start(peers[m].order(order)) for m in sorted(members) if m != self._member]
+        if self._member in members:
+            parts.insert(0, self._device.loop.create_task(self._runner.run(order)))
         try:
-            own = [await self._runner.run(order)] if self._member in members else []
-            return own + [await done for done in ordered]
+            # When one fails, the others may wait in vain for what it was to bring.
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
+            for part in done:
+                part.result()
+            return [part.result() for part in parts]
         finally:
-            for done in ordered:
-                done.cancel()
+            for part in parts:
+                if not part.cancel() and not part.cancelled():
+                    part.exception()  # perhaps a second one, of the same loss
+
+    def change(self, formation: Formation) -> None:
+        """Run the steps that begin from now on with other members."""
+        self.formation = formation
 
     async def send_prompts(self) -> None:
         """Send the keys and values of prompts that this node computed, until cancelled."""
@@ -104,7 +129,7 @@ class Team:
         over = list(sequences)
         if over:
             self._runner.forget(over)
-            for peer in self._peers.values():
+            for peer in self.formation.peers.values():
                 self._home.post(peer.send, Forget(sequences=over))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 FIRST_COME_EVERY = 8
@@ -37,6 +38,9 @@ class WaitingQueue(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._tickets)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._tickets)
 
     def push(self, item: T) -> None:
         """Add an item, perhaps for a second time after it was taken."""

@@ -12,17 +12,27 @@ from lamina.runtime.device import Device
 from lamina.transport import Link
 from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode, encode
-from lamina.wire.tenants import Attach, FromCompute, Publish, Refused, Release, Reserve, Reserved
+from lamina.wire.tenants import Attach, Detach, FromCompute, Publish, Refused, Release, Reserve, Reserved, Void
+
+
+class StaleTermError(TransportError):
+    """A compute node is of a term that is over, or has not begun; the tenant is in ``term``."""
+
+    def __init__(self, reason: str, term: int) -> None:
+        super().__init__(reason)
+        self.term = term
 
 
 class ServingControl:
     """Serves one link of a compute node of ``tenant``, from its Attach until the link ends.
 
     Its counterpart on the device's loop is a `ServingLane`. ``ended`` is set when neither serves any more.
+    ``has_detached`` says whether the front has ended its tenant.
     """
 
     def __init__(self, link: Link, attach: Attach, tenant: Tenant, device: Device) -> None:
         self.ended = asyncio.Event()
+        self.has_detached = False
         self._link = link
         self._attach = attach
         self._tenant = tenant
@@ -43,7 +53,8 @@ class ServingControl:
     async def serve(self) -> None:
         """Answer until the link ends; raise the error that ended it, in an exception group."""
         link, member = self._link, self._attach.member
-        lane = ServingLane(link, self._attach, self._tenant)
+        home = Crossing(asyncio.get_running_loop())
+        lane = ServingLane(link, self._attach, self._tenant, lambda void: home.post(self._say, void))
         try:
             await self._there.call(self._tenant.join, member, lane)
             link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
@@ -56,9 +67,9 @@ class ServingControl:
             self._there.post(self._tenant.leave, member)  # without a wait, in which this could be cancelled
             self.ended.set()
 
-    def end(self, reason: str) -> None:
-        """Have `serve` raise a TransportError that says why."""
-        self._on_lost(TransportError(reason))
+    def end(self, error: TransportError) -> None:
+        """Have `serve` raise an error that says why."""
+        self._on_lost(error)
 
     async def _serve_lane(self, lane: ServingLane) -> None:
         await self._there.run(lane.run())  # to its end, as the tenant's memory may be freed afterwards
@@ -81,6 +92,10 @@ class ServingControl:
             else:
                 self._link.send(encode(Reserved(sequence=message.sequence, shared=shared)))
 
+    def _say(self, void: Void) -> None:
+        if not self._link.state.closed:
+            self._link.send(encode(void))
+
     def _on_message(self, plain: dict[str, object]) -> None:
         message = decode(plain, FromCompute)
         if isinstance(message, Attach):
@@ -90,6 +105,10 @@ class ServingControl:
                 f"a {plain['type']} from compute node {self._attach.member} of tenant {self._tenant.name}; expected it "
                 f"only from the tenant's front, compute node {self._attach.front}"
             )
+        if isinstance(message, Detach):
+            self.has_detached = True
+            self.end(TransportError("it has left"))
+            return
         self._messages.put_nowait(message)
 
     def _on_lost(self, error: TransportError) -> None:

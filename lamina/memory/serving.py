@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from lamina.attention import Partial, Plan, Rows, Run
-from lamina.errors import ProtocolError, TransportError
+from lamina.errors import ProtocolError, TransportError, UsageError
 from lamina.memory.tenant import Tenant
 from lamina.runtime.mailbox import Mailbox
 from lamina.runtime.spans import ANSWER, QUERY, Activity, Place
@@ -18,14 +19,24 @@ from lamina.wire.geometry import CHUNK_TOKENS, CHUNKS
 from lamina.wire.plan import CHUNK_HEADER, SECONDS, ChunkHeader, StepPlan, unpack_plan
 from lamina.wire.slots import MemorySlot
 from lamina.wire.tags import Kind, Tag, pack, place_of
-from lamina.wire.tenants import Attach, Attached
+from lamina.wire.tenants import Attach, Attached, Void
 from lamina.wire.views import StepViews
 
 
-@dataclass(frozen=True, slots=True)
+class _GoneError(Exception):
+    """A step names sequences of which something is not here and will not come. The compute node is told."""
+
+    def __init__(self, sequences: list[int]) -> None:
+        super().__init__(f"the sequences {sequences} are not here")
+        self.sequences = sequences
+
+
+@dataclass(slots=True)
 class _PlannedStep:
     """Holds a step's plan as the backend needs it: one for the rows that are stored, and one for the others."""
 
+    number: int
+    """The low bits of the step's number."""
     plan: StepPlan
     storing: Plan | None
     reading: Plan | None
@@ -33,6 +44,12 @@ class _PlannedStep:
     """The runs of which some keys and values may still be on their way on the other lane."""
     views: dict[tuple[ServingLane, int], StepViews] = field(default_factory=dict)
     """The views by the receiver of the answer and the kind of layer."""
+    spent_s: float = 0.0
+    """The seconds that its operations have taken so far."""
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return (*self.plan.storing, *self.plan.reading)
 
 
 _Parts = tuple[Partial | None, Partial | None]
@@ -44,8 +61,10 @@ class ServingLane:
     What the link delivers on the lanes goes to `on_tag`.
     """
 
-    def __init__(self, link: Link, attach: Attach, tenant: Tenant) -> None:
+    def __init__(self, link: Link, attach: Attach, tenant: Tenant, say: Callable[[Void], None]) -> None:
+        """``say`` sends a message to the compute node, from any loop."""
         self._link = link
+        self._say = say
         self._peer = link.info.peer.name
         self._tenant = tenant
         self._device = tenant.device
@@ -55,11 +74,11 @@ class ServingLane:
         self._outputs_remote = attach.outputs
         self._dtype = dtype = getattr(torch, attach.dtype)
         n = attach.slots
-        self._plans = Region("plans", n * g.plan_bytes)
+        self._outputs = views.outgoing(link, attach.outputs, n * g.output_bytes)  # first, as the link may have ended
+        self._plans = Region("plans", g.plan_offset(n, 0))
         self._queries = Region("queries", n * g.query_bytes)
         self._keys_values = Region("keys_values", n * g.key_value_bytes)
         self._chunks = Region("chunks", CHUNKS * g.chunk_bytes)
-        self._outputs = views.outgoing(link, attach.outputs, n * g.output_bytes)
         self._query_parts = views.parts(self._queries.buffer, n, g.query_bytes, dtype)
         self._key_value_parts = views.parts(self._keys_values.buffer, n, g.key_value_bytes, dtype)
         self._output_parts = views.parts(self._outputs, n, g.output_bytes, torch.uint8)
@@ -102,33 +121,57 @@ class ServingLane:
     # -- decode
 
     async def _attend(self, number: int) -> None:
-        """Answer the steps of one batch: q attends to the past when it comes, k and v complete the result, o goes back.
+        """Answer the steps of one batch, each until the compute node gives it up."""
+        slot, arrived, run = self._slots[number], self._arrived[number], self._tenant.share.run
+        step: _PlannedStep | None = None
+        while True:
+            tag = await arrived.get()
+            if tag.step != slot.step:
+                continue  # given up, as a later plan has arrived
+            at = Place(number, step=tag.step, peer=self._peer)
+            try:
+                if tag.kind is Kind.PLAN:
+                    step = None  # until this one is planned, as it may name a sequence that is gone
+                    planned, spent_s = await run(self._plan, number, tag.step, at=at)
+                    planned.spent_s, step = spent_s, planned
+                    slot.planned(tag.step, stores=step.storing is not None)
+                elif step is not None and tag.kind is Kind.QUERY:
+                    await self._attend_layer(number, step, tag.layer)
+            except UsageError:  # a sequence was released after the step had been planned
+                assert step is not None
+                gone = self._gone(step.runs)
+                if not gone:
+                    raise
+                step = None
+                self._say(Void(slot=number, step=tag.step, sequences=gone))
+            except _GoneError as error:
+                step = None
+                self._say(Void(slot=number, step=tag.step, sequences=error.sequences))
+
+    async def _attend_layer(self, number: int, step: _PlannedStep, layer: int) -> None:
+        """Answer a query: q attends to the past when it comes, k and v complete the result, o goes back.
 
         Only the layers that the compute node runs come, in their order.
         """
         slot, arrived, run = self._slots[number], self._arrived[number], self._tenant.share.run
-        while True:
-            tag = await arrived.get()
-            if tag.kind is Kind.PLAN:
-                step, spent_s = await run(self._plan, number, at=Place(number, step=tag.step, peer=self._peer))
-                slot.planned(stores=step.storing is not None)
-                continue
-            layer, at = tag.layer, Place(number, tag.layer, tag.step, self._peer)
-            answers = step.plan.answers
-            receiver = self._tenant.lanes.get(answers[layer]) if answers else self  # None if that link has ended
-            view = self._view(step, number, layer, receiver or self)
-            if step.behind:
-                await self._filled(step, layer)
-            parts, past_s = await run(self._past, step, layer, view, at=at)
-            if step.storing:
-                await arrived.get()  # k and v, as the slot lets nothing else in before the answer
-            _, finish_s = await run(self._finish, step, layer, view, parts, receiver is not None, at=at)
-            spent_s += past_s + finish_s
-            self._tenant.layers += 1
-            slot.answered()
-            if receiver is not None:
-                packed = pack(Kind.OUTPUT, number, layer, tag.step)
-                receiver._answer(number, packed, view.answer_bytes, spent_s, own=receiver is self)
+        at = Place(number, layer, step.number, self._peer)
+        answers = step.plan.answers
+        receiver = self._tenant.lanes.get(answers[layer]) if answers else self  # None if that link has ended
+        view = self._view(step, number, layer, receiver or self)
+        if step.behind and not await self._filled(slot, step, layer):
+            return
+        parts, past_s = await run(self._past, step, layer, view, at=at)
+        if step.storing:
+            if (await arrived.peek()).kind is Kind.PLAN:
+                return  # the step is given up
+            await arrived.get()  # k and v
+        _, finish_s = await run(self._finish, step, layer, view, parts, receiver is not None, at=at)
+        step.spent_s += past_s + finish_s
+        self._tenant.layers += 1
+        slot.answered(step.number)
+        if receiver is not None:
+            packed = pack(Kind.OUTPUT, number, layer, step.number)
+            receiver._answer(number, packed, view.answer_bytes, step.spent_s, own=receiver is self)
 
     def _answer(self, number: int, tag: int, nbytes: int, spent_s: float, *, own: bool) -> None:
         """Send an answer that has been laid out for a slot. An answer to a query of another link is dropped if this
@@ -145,8 +188,9 @@ class ServingLane:
             if own or not self._link.state.closed:
                 raise
 
-    def _plan(self, number: int) -> _PlannedStep:
-        g, start, cache = self._geometry, number * self._geometry.plan_bytes, self._tenant.cache
+    def _plan(self, number: int, step: int) -> _PlannedStep:
+        g, cache = self._geometry, self._tenant.cache
+        start = g.plan_offset(number, step)
         told = unpack_plan(self._plans.buffer[start : start + g.plan_bytes], g.max_rows, len(g.layers))
         if unknown := set(told.answers) - self._tenant.members:
             raise ProtocolError(
@@ -154,25 +198,40 @@ class ServingLane:
                 f"{sorted(self._tenant.members)}"
             )
         runs, reserved = (*told.storing, *told.reading), cache.reserved
+        if gone := self._gone(runs):
+            raise _GoneError(gone)
         for run in runs:
-            if (tokens := reserved(run.sequence)) is None:
-                raise ProtocolError(f"step plan names sequence {run.sequence}, which has no space reserved")
-            if run.start > tokens:
+            if run.start > (tokens := reserved(run.sequence) or 0):
                 raise ProtocolError(
                     f"step plan names position {run.start} of sequence {run.sequence}, which has space for {tokens}"
                 )
         plan = self._tenant.backend.plan
         return _PlannedStep(
+            step,
             told,
             plan(Rows(told.storing)) if told.storing else None,
             plan(Rows(told.reading), store=False) if told.reading else None,
             cache.behind(runs),
         )
 
-    async def _filled(self, step: _PlannedStep, layer: int) -> None:
-        """Wait until the prompts' keys and values, which come on the other lane, are there."""
+    def _gone(self, runs: Iterable[Run]) -> list[int]:
+        """Return the sequences that have no space here: they were released, or this node has come back."""
+        return [run.sequence for run in runs if run.sequence not in self._tenant.cache.sequences]
+
+    async def _filled(self, slot: MemorySlot, step: _PlannedStep, layer: int) -> bool:
+        """Wait until the prompts' keys and values, which come on the other lane, are there; False if the step is given
+        up. Raises _GoneError for those that will not come."""
         tenant = self._tenant
-        while any(tenant.cache.filled(run.sequence, layer) < run.start for run in step.behind):
+        while True:
+            if gone := self._gone(step.behind):
+                raise _GoneError(gone)
+            late = [run for run in step.behind if tenant.cache.filled(run.sequence, layer) < run.start]
+            if not late:
+                return True
+            if slot.step != step.number:
+                return False
+            if broken := [run.sequence for run in late if run.sequence in tenant.broken]:
+                raise _GoneError(broken)
             tenant.grown.clear()
             await tenant.grown.wait()
 
@@ -257,6 +316,8 @@ class ServingLane:
         if tag.slot >= len(self._slots):
             raise ProtocolError(f"tag for batch slot {tag.slot}; this link has {len(self._slots)}")
         if self._slots[tag.slot].receive(tag):
+            if tag.kind is Kind.PLAN:
+                self._tenant.grown.set()  # the step before may wait for prompts
             if tag.kind is Kind.QUERY and (recorder := self._device.recorder) is not None:
                 recorder.mark(QUERY, place_of(packed, self._peer), self._device.loop.time(), Activity.ARRIVED)
             self._arrived[tag.slot].put(tag)

@@ -8,7 +8,6 @@ from random import Random
 from typing import NamedTuple
 
 from lamina.attention import KVLayout
-from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import Steps
 from lamina.config import ClusterConfig
@@ -19,12 +18,13 @@ from lamina.front.cost import CostModel
 from lamina.front.engine import Engine
 from lamina.front.fit import ANSWER_TOKENS, fit
 from lamina.front.intake import Intake
+from lamina.front.journal import RequestJournal
 from lamina.front.members import Members
 from lamina.front.prefix import PrefixKeys
 from lamina.front.scheduler import Scheduler
 from lamina.front.sequence import CacheChanges, ReservationRequest
 from lamina.front.space import Space
-from lamina.front.team import Team
+from lamina.front.team import Formation, Team
 from lamina.node.assemble import REMOTE_TOKENS
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.runtime.crossing import Crossing
@@ -33,11 +33,10 @@ from lamina.runtime.workers import ParallelWorkers
 
 
 class Front(NamedTuple):
-    """Holds the front's side on each loop, and the tokens of KV cache that it has."""
+    """Holds the front's side on each loop."""
 
     engine: Engine
     intake: Intake
-    kv_tokens: int
 
 
 def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int, ShardControl]) -> BlockManager:
@@ -93,16 +92,20 @@ async def open_front(
     runner: Steps,
     device: Device,
     shards: Mapping[int, ShardControl],
-    peers: Mapping[int, PeerControl],
+    formation: Formation,
     home: Crossing,
     random: Random,
     constraints: Constraints,
     workers: ParallelWorkers,
+    journal: RequestJournal | None,
 ) -> Front:
-    """Make the engine and fit its cost model, while no request uses the nodes. Seeds come from ``random``."""
+    """Make the engine and fit its cost model, while no request uses the nodes. Seeds come from ``random``.
+
+    ``shards`` are the memory nodes that serve, by member id, at any time.
+    """
     name, pipeline, there = config.front.name, config.pipeline, Crossing(device.loop)
     scheduler = make_scheduler(config, served, blocks)
-    team = Team(runner, device, home, served.schedule, member=members.id_of(name), epoch=members.epoch, peers=peers)
+    team = Team(runner, device, home, formation, member=members.id_of(name))
     intake = Intake(
         name,
         there,
@@ -112,6 +115,7 @@ async def open_front(
         max_waiting=pipeline.max_waiting,
         random=random,
         constraints=constraints,
+        journal=journal,
     )
     space = Space(shards, BLOCK_TOKENS, intake.reserved)
     if served.context > ANSWER_TOKENS:
@@ -121,7 +125,7 @@ async def open_front(
             raise first_error(group) from group
     engine = Engine(scheduler, team, home, intake, batches=pipeline.batches, workers=workers)
     intake.open(engine, space)
-    return Front(engine, intake, blocks.total_blocks * BLOCK_TOKENS)
+    return Front(engine, intake)
 
 
 async def _fit(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -128,6 +128,13 @@ class ServedModel:
     def facts(self) -> ModelFacts:
         """Return the facts about the model."""
         return self.source.facts
+
+    def schedule_of(self, members: Sequence[int]) -> Schedule | None:
+        """Return how steps are divided over these compute nodes alone; None if they do not have all layers."""
+        whole = self.schedule
+        if whole.first_layers is not None:
+            return whole if set(whole.members) == set(members) else None
+        return replace(whole, members=tuple(members)) if members else None
 
     @property
     def has_windows(self) -> bool:

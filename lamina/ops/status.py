@@ -95,6 +95,8 @@ def _sentences(views: Sequence[NodeView]) -> list[str]:
             continue
         if status.waiting_for:
             found.append(f"{name} waits for {status.waiting_for}")
+        if status.journal_failure:
+            found.append(f"{name} cannot write its journal: {status.journal_failure}")
         if member and not view.is_ready and (status.state == "ready" or member.state == "lost"):
             found.append(f"{name} is {status.state}, but {member.state} to the front")
     return found

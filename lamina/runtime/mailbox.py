@@ -36,3 +36,12 @@ class Mailbox(Generic[T]):
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         return items.popleft()
+
+    async def peek(self) -> T:
+        """Wait for the oldest item, and return it without taking it. Only the coroutine that takes items may call
+        this."""
+        items = self._items
+        while not items:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return items[0]

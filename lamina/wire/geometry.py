@@ -69,11 +69,11 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
     return shards
 
 
-def shard_whole(layers: Sequence[LayerShape], names: Sequence[str]) -> list[HeadShard]:
-    """Give every memory node all heads of every layer."""
+def shard_whole(layers: Sequence[LayerShape]) -> HeadShard:
+    """Give a memory node all heads of every layer."""
     kv = tuple(range(layer.kv_heads) for layer in layers)
     q = tuple(range(layer.q_heads) for layer in layers)
-    return [HeadShard(kv, q, tuple(layers))] * len(names)
+    return HeadShard(kv, q, tuple(layers))
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ class Geometry:
     """Holds the sizes of the regions between a compute node and one memory node. Both ends compute it from the same
     facts.
 
-    Every region but that of the chunks has one part per batch in flight. Within a part lie, packed, the values of a
-    layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer, behind
-    ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far (float64), o
-    [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv] and lse [rows,
-    Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
+    Every region but that of the chunks has one part per batch in flight, and that of the plans has two, for alternate
+    steps, so that the plan of the next step never overwrites one that is being read. Within a part lie, packed, the
+    values of a layer's rows: q [rows, Hq, Dk]; k [rows, Hkv, Dk] followed by v [rows, Hkv, Dv]; and of the answer,
+    behind ANSWER_HEADER bytes of which the first 8 are the seconds that the step's attention has taken so far
+    (float64), o [rows, Hq, Dv] of the rows that are whole, and from the next multiple of 64 bytes on o [rows, Hq, Dv]
+    and lse [rows, Hq] of the others in float32. A chunk is its header, then k and v of up to CHUNK_TOKENS positions.
     """
 
     layers: tuple[LayerShape, ...]
@@ -100,6 +101,10 @@ class Geometry:
     @cached_property
     def plan_bytes(self) -> int:
         return aligned(plan_bytes(self.max_rows, len(self.layers)))
+
+    def plan_offset(self, slot: int, step: int) -> int:
+        """Return where the plan of a step of a batch slot lies."""
+        return (2 * slot + step % 2) * self.plan_bytes
 
     @cached_property
     def query_bytes(self) -> int:

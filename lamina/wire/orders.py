@@ -7,13 +7,14 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from msgspec import Meta, Struct
 
-from lamina.errors import ProtocolError
+from lamina.errors import NodeError, ProtocolError, SpaceLostError, StaleOrderError
 from lamina.limits import MAX_BATCHES, MAX_COMPUTE, MAX_STEP_TOKENS
 from lamina.transport import RemoteRegion
 from lamina.wire.codec import Count, MemberId, Message
 from lamina.wire.parts import Part
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling, Score, Top
+from lamina.wire.tenants import Token
 
 MAX_BANNED = 4096
 """The most tokens that one choice bans: stop tokens and the ends of bad words, far more than requests may name."""
@@ -45,10 +46,15 @@ class MemberEntry(Struct, frozen=True, array_like=True):
     name: Annotated[str, Meta(min_length=1, max_length=128)]
     role: Literal["compute", "memory"]
     state: Literal["joining", "serving", "leaving", "lost"] = "joining"
+    term: Count = 0
+    """Of a memory node: the number of the front's latest attachment to it. 0: the front has never attached."""
 
 
 class Membership(Message):
-    """The front tells the other compute nodes the states of all members, after every change."""
+    """The front tells the other compute nodes the states of all members, after every change.
+
+    They attach to the memory nodes that are joining or serving, anew in each term, and run steps with those that serve.
+    """
 
     epoch: Count
     members: Annotated[list[MemberEntry], Meta(min_length=1, max_length=4096)]
@@ -58,10 +64,26 @@ class Enlist(Message):
     """The front tells a compute node the tenant under which it attaches to the memory nodes. Enlisted answers it."""
 
     tenant: Annotated[str, Meta(min_length=1, max_length=128)]
+    token: Token
 
 
 class Enlisted(Message):
-    """The compute node is ready for orders."""
+    """The compute node is ready for orders: it has loaded its weights, and has attached to all memory nodes."""
+
+
+class Reached(Message):
+    """A compute node has attached to a memory node in a term."""
+
+    member: MemberId
+    term: Count
+
+
+class Missing(Message):
+    """A compute node has lost its link to a member, or cannot attach to it."""
+
+    member: MemberId
+    term: Count
+    reason: str
 
 
 class GaveUp(Message):
@@ -243,10 +265,45 @@ class Done(Message):
     """The scores of the targets of each run that has some, in their order. None where the logits were not numbers."""
 
 
+class GivenUp(Message):
+    """Answers an order that was not carried out to its end."""
+
+    slot: Slot
+    step: Count
+    reason: str
+    node: str = ""
+    """The node that is to blame; none if the order was for members that have changed since."""
+    sequences: Annotated[list[Count], Meta(max_length=MAX_STEP_TOKENS)] = []  # noqa: RUF012
+    """The sequences of which something is missing, if that is why."""
+
+    @classmethod
+    def because(cls, order: Order, error: NodeError) -> GivenUp:
+        """Return the answer for an error that an order ended with."""
+        sequences = error.sequences if isinstance(error, SpaceLostError) else []
+        stale = isinstance(error, StaleOrderError)
+        return cls(
+            slot=order.slot,
+            step=order.step,
+            reason=str(error),
+            node="" if stale else error.node,
+            sequences=sequences,
+        )
+
+    def error(self, peer: str) -> NodeError:
+        """Return the error of the step, for the front; ``peer`` is the compute node that gave up."""
+        if self.sequences:
+            return SpaceLostError(self.node, self.sequences)
+        if not self.node:
+            return StaleOrderError(f"compute node {peer}: {self.reason}", node=peer)
+        return NodeError(f"compute node {peer}: {self.reason}", node=self.node)
+
+
 class Forget(Message):
     """Drop the keys and values that are kept of the prompts of these sequences: they are over."""
 
     sequences: Annotated[list[Count], Meta(max_length=MAX_STEP_TOKENS)]
 
 
-FromPeer = Greeting | Membership | Enlist | Enlisted | Order | Done | Forget | GaveUp | Part
+FromPeer = (
+    Greeting | Membership | Enlist | Enlisted | Reached | Missing | Order | Done | GivenUp | Forget | GaveUp | Part
+)

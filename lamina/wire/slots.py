@@ -2,7 +2,8 @@
 
 In each step of a batch a compute node writes, over one link: the step plan; and for each layer that it runs, in
 increasing order, the query, then the keys and values if the step stores any. The memory node answers each query before
-the next one comes. What belongs to an older step is stale: it may still arrive after its step was given up.
+the next one comes. A compute node gives up a step by sending the plan of the next one, at any moment. What belongs to
+an older step is stale.
 """
 
 from __future__ import annotations
@@ -39,8 +40,6 @@ class MemorySlot:
         self._number = number
         self._layers = layers
         self._phase = _Phase.IDLE
-        self._planning = False
-        """True from the arrival of a plan until the owner has read it. The step's first query may arrive meanwhile."""
         self._stores: bool | None = None
         """Whether the step stores keys and values; None until its plan has been read."""
 
@@ -48,12 +47,7 @@ class MemorySlot:
         """Take in a write of this slot; return False for a stale one. Raises ProtocolError for one that may not come
         now."""
         if tag.kind is Kind.PLAN:
-            if self._planning or self._phase is not _Phase.IDLE:
-                raise ProtocolError(
-                    f"a step plan for batch slot {self._number} in the middle of step {self.step}; expected it after "
-                    "the answer to the step's last query"
-                )
-            self.step, self.layer, self._planning, self._stores = tag.step, -1, True, None
+            self.step, self.layer, self._phase, self._stores = tag.step, -1, _Phase.IDLE, None
             return True
         if tag.kind not in (Kind.QUERY, Kind.KEY_VALUE) or tag.step != self.step:
             return False
@@ -63,18 +57,21 @@ class MemorySlot:
             self._key_value(tag.layer)
         return True
 
-    def planned(self, *, stores: bool) -> None:
-        """The plan has been read; ``stores`` says whether keys and values follow each query.
+    def planned(self, step: int, *, stores: bool) -> None:
+        """The plan of ``step`` has been read; ``stores`` says whether keys and values follow each query.
 
         Raises ProtocolError if some have come in a step that stores none.
         """
-        self._planning, self._stores = False, stores
+        if step != self.step:
+            return  # the step was given up meanwhile
+        self._stores = stores
         if self._phase is _Phase.STORED and not stores:
             raise self._stores_none(self.layer)
 
-    def answered(self) -> None:
-        """The last query has its answer."""
-        self._phase = _Phase.IDLE
+    def answered(self, step: int) -> None:
+        """The last query of ``step`` has its answer."""
+        if step == self.step:
+            self._phase = _Phase.IDLE
 
     def _query(self, layer: int) -> None:
         if self._phase is not _Phase.IDLE or not self.layer < layer < self._layers:

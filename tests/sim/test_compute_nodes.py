@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,19 +93,10 @@ def ends(
         return world.run(main(world))
 
 
-@pytest.mark.parametrize("compute", [RANGES, REPLICAS], ids=["ranges", "replicas"])
-def test_a_lost_front_ends_the_others(compute: tuple[range | None, ...]) -> None:
-    """With a word about it; which of two nodes says it first is not said."""
-    config = config_of("empty", compute)
-    ended = ends(config, {"c0": config, "c1": config}, kill="c0")
-    assert isinstance(ended["c0"], asyncio.CancelledError)
-    assert re.search("compute node c0 was lost|its front c0 is gone", str(ended["c1"]))
-
-
 @pytest.mark.parametrize("operation", ["head", "stage_chunk"])
 @pytest.mark.parametrize("node", ["c0", "c1"])
-def test_a_failure_in_a_step_is_named_everywhere(node: str, operation: str) -> None:
-    """By the node that fails, by the others, and by the client: in the slices of a step, and in sending prompts."""
+def test_a_failure_in_a_step_ends_its_node_alone(node: str, operation: str) -> None:
+    """In the slices of a step, and in sending prompts. It says why; where it was the front, the clients are told."""
     broken = False
 
     def seconds(config: NodeConfig) -> Callable[[str, Place | None], float]:
@@ -119,24 +109,25 @@ def test_a_failure_in_a_step_is_named_everywhere(node: str, operation: str) -> N
 
     config = config_of("empty", REPLICAS, batches=3)
 
-    async def main(world: World) -> tuple[dict[str, BaseException | None], LaminaError]:
+    async def main(world: World) -> tuple[dict[str, BaseException | None], object]:
         nonlocal broken
         async with new_cluster(world, config, seconds=seconds) as cluster, cluster.client() as client:
             await cluster.ready()
             broken = True
-            with pytest.raises(LaminaError) as told:
-                await generate(client, [[token] * 70 for token in range(8)], max_tokens=300)
+            asked = generate(client, [[token] * 70 for token in range(8)], max_tokens=300)
+            (told,) = await asyncio.gather(asked, return_exceptions=True)
             await asyncio.sleep(10)
-            return dict(cluster.ended), told.value
+            return dict(cluster.ended), told
 
     with World(1, model=LINK, tracing=False) as world:
         ended, told = world.run(main(world))
-    reason = f"compute node {node} failed: RuntimeError('the device is out of memory')"
-    (other,) = {"c0", "c1"} - {node}
+    assert list(ended) == [node]
     assert isinstance(ended[node], NodeError)
-    assert str(ended[node]) == reason
-    assert str(ended[other]) == f"compute node {node} gave up: {reason}"
-    assert str(told) == str(ended["c0"])
+    assert str(ended[node]) == f"compute node {node} failed: RuntimeError('the device is out of memory')"
+    if node == "c0":
+        assert str(told) == str(ended["c0"])
+    else:
+        assert told == [[0] * 300] * 8
 
 
 def test_files_that_differ_are_refused() -> None:

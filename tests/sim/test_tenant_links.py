@@ -105,7 +105,6 @@ def test_a_compute_node_that_does_not_fit_its_tenant_is_refused() -> None:
     async def work(memory: SimCluster) -> None:
         assert "wants to join tenant t, which is not here (tenants: none)" in await refusal(memory, **one)
         async with raw_compute(memory, LAYERS) as front, raw_compute(memory, LAYERS, member=2):
-            assert "tenant t is here already; tenants' names must differ" in await refusal(memory)
             assert "compute node 2 of tenant t is attached already, as t2" in await refusal(memory, member=2)
             assert "which is not here (tenants: t)" in await refusal(memory, tenant="u", **one)
             differing = {
@@ -150,7 +149,7 @@ def test_only_the_front_says_what_is_kept(message: Any) -> None:
     simulate_memory(work)
 
 
-def test_with_its_front_a_tenant_ends() -> None:
+def test_without_a_lease_a_tenant_ends_with_its_front() -> None:
     """The others are told why, and the next has all of the memory."""
 
     async def work(memory: SimCluster) -> None:
@@ -269,11 +268,6 @@ def test_nothing_of_a_tenant_is_seen_by_the_next() -> None:
 
 READ = StepPlan((), (Run(1, 5, 1),), 0)
 BAD: dict[str, tuple[StepPlan, Callable[[RawCompute, Rows], object], str]] = {
-    "a plan behind a query": (
-        step_of(5),
-        lambda node, rows: (node.query(0, 5, rows.q[0, 5]), node.plan(6, step_of(5))),
-        "a step plan for batch slot 0 in the middle of step 5",
-    ),
     "two queries at once": (
         step_of(5),
         lambda node, rows: (node.query(0, 5, rows.q[0, 5]), node.query(1, 5, rows.q[1, 5])),
@@ -315,17 +309,46 @@ BAD: dict[str, tuple[StepPlan, Callable[[RawCompute, Rows], object], str]] = {
         "bulk chunk in buffer 8; there are 8",
     ),
     "no such kind": (step_of(5), lambda node, rows: node.tag(7), "unknown kind 7"),
-    "no such sequence": (
-        StepPlan((Run(2, 0, 1),), (), 1),
-        lambda node, rows: None,
-        "step plan names sequence 2, which has no space reserved",
-    ),
     "no such position": (
         StepPlan((Run(1, 17, 1),), (), 1),
         lambda node, rows: None,
         "step plan names position 17 of sequence 1, which has space for 10",
     ),
 }
+
+
+@pytest.mark.parametrize("when", ["planned", "asked", "attended"])
+def test_a_step_whose_sequence_is_gone_is_given_up(when: str) -> None:
+    """At whichever point the sequence is released: the compute node is told, and its next step is served."""
+    rows = Rows(10)
+
+    async def work(memory: SimCluster) -> None:
+        async with raw_compute(memory, LAYERS) as node:
+            for sequence in (1, 2):
+                await node.reserve(sequence, 10)
+            if when == "planned":
+                node.release(1)
+                await asyncio.sleep(0.1)
+            node.plan(0, step_of(0))
+            if when == "asked":
+                await asyncio.sleep(0.1)
+                node.release(1)
+                await asyncio.sleep(0.1)
+            node.query(0, 0, rows.q[0, 0])
+            if when == "attended":
+                await asyncio.sleep(0.1)
+                node.release(1)
+                await asyncio.sleep(0.1)
+            node.key_value(0, 0, rows.k[0, 0], rows.v[0, 0])
+            await asyncio.sleep(0.1)
+            (void,) = node.voids
+            assert (void.slot, void.step, void.sequences) == (0, 0, [1])
+            node.plan(1, StepPlan((Run(2, 0, 1),), (), 1))
+            node.query(0, 1, rows.q[0, 0])
+            node.key_value(0, 1, rows.k[0, 0], rows.v[0, 0])
+            assert (await node.answer()).step == 1
+
+    simulate_memory(work)
 
 
 @pytest.mark.parametrize("what", BAD)

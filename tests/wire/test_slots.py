@@ -20,7 +20,7 @@ def _tag(kind: Kind, layer: int = 0, step: int = 3) -> Tag:
 def _begun(*, stores: bool = True) -> MemorySlot:
     slot = MemorySlot(0, LAYERS)
     assert slot.receive(_tag(Kind.PLAN))
-    slot.planned(stores=stores)
+    slot.planned(slot.step, stores=stores)
     return slot
 
 
@@ -30,7 +30,7 @@ def test_a_whole_step_is_let_in() -> None:
     for layer in range(LAYERS):
         assert slot.receive(_tag(Kind.QUERY, layer))
         assert slot.receive(_tag(Kind.KEY_VALUE, layer))
-        slot.answered()
+        slot.answered(3)
     assert slot.receive(_tag(Kind.PLAN, step=4))
 
 
@@ -38,7 +38,7 @@ def test_a_step_that_stores_nothing_has_queries_alone() -> None:
     """Queries come and are answered without keys; keys in such a step are an error."""
     slot = _begun(stores=False)
     assert slot.receive(_tag(Kind.QUERY, 0))
-    slot.answered()
+    slot.answered(slot.step)
     assert slot.receive(_tag(Kind.QUERY, 2))
     with pytest.raises(ProtocolError, match="keys and values of layer 2 in step 3 of batch slot 0, which stores none"):
         slot.receive(_tag(Kind.KEY_VALUE, 2))
@@ -50,19 +50,22 @@ def test_keys_that_came_before_the_plan_was_read_are_checked_then() -> None:
     for kind in (Kind.PLAN, Kind.QUERY, Kind.KEY_VALUE):
         assert slot.receive(_tag(kind))
     with pytest.raises(ProtocolError, match="which stores none"):
-        slot.planned(stores=False)
+        slot.planned(slot.step, stores=False)
 
 
-def test_a_plan_in_the_middle_of_a_step_is_an_error() -> None:
-    """Neither before the plan before has been read, nor before the last query has its answer."""
-    slot = MemorySlot(0, LAYERS)
-    assert slot.receive(_tag(Kind.PLAN))
-    with pytest.raises(ProtocolError, match="in the middle of step 3"):
-        slot.receive(_tag(Kind.PLAN, step=4))
-    slot = _begun()
-    assert slot.receive(_tag(Kind.QUERY, 1))
-    with pytest.raises(ProtocolError, match="in the middle of step 3"):
-        slot.receive(_tag(Kind.PLAN, step=4))
+def test_a_plan_gives_up_the_step_before() -> None:
+    """At any moment: what is still said of the step before is stale, and changes nothing."""
+    for asked in range(3):
+        slot = MemorySlot(0, LAYERS)
+        for kind in (Kind.PLAN, Kind.QUERY, Kind.KEY_VALUE)[: asked + 1]:
+            assert slot.receive(_tag(kind, 1))
+        assert slot.receive(_tag(Kind.PLAN, step=4))
+        slot.planned(3, stores=False)
+        slot.answered(3)
+        assert not slot.receive(_tag(Kind.KEY_VALUE, 1))
+        slot.planned(4, stores=True)
+        assert slot.receive(_tag(Kind.QUERY, 0, step=4))
+        assert slot.receive(_tag(Kind.KEY_VALUE, 0, step=4))
 
 
 @pytest.mark.parametrize("layer", [0, 1, LAYERS])
@@ -71,7 +74,7 @@ def test_layers_increase_and_exist(layer: int) -> None:
     slot = _begun()
     assert slot.receive(_tag(Kind.QUERY, 1))
     assert slot.receive(_tag(Kind.KEY_VALUE, 1))
-    slot.answered()
+    slot.answered(slot.step)
     with pytest.raises(ProtocolError, match=f"a query of layer {layer} .* after one of layer 1; expected increasing"):
         slot.receive(_tag(Kind.QUERY, layer))
 
@@ -109,13 +112,13 @@ def test_any_sequence_of_writes_is_let_in_exactly_if_the_protocol_allows_it() ->
     accepted = refused = 0
     for _ in range(3000):
         slot, stores = MemorySlot(0, LAYERS), dice.random() < 0.7
-        step, layer, asked, stored, planned = -1, -1, False, False, True
+        step, layer, asked, stored = -1, -1, False, False
         for _ in range(20):
             kind = dice.choice([Kind.PLAN, Kind.QUERY, Kind.KEY_VALUE])
             tag = Tag(kind, 0, min(LAYERS, max(0, layer + dice.randint(0, 2))), max(step, 0) + (kind is Kind.PLAN))
             stale = kind is not Kind.PLAN and tag.step & STEP_MASK != step
             allowed = {
-                Kind.PLAN: planned and not asked,
+                Kind.PLAN: True,
                 Kind.QUERY: not asked and layer < tag.layer < LAYERS,
                 Kind.KEY_VALUE: asked and not stored and stores and tag.layer == layer,
             }[kind]
@@ -129,14 +132,14 @@ def test_any_sequence_of_writes_is_let_in_exactly_if_the_protocol_allows_it() ->
             if stale:
                 continue
             if kind is Kind.PLAN:
-                step, layer = tag.step, -1
-                slot.planned(stores=stores)
+                step, layer, asked, stored = tag.step, -1, False, False
+                slot.planned(slot.step, stores=stores)
             elif kind is Kind.QUERY:
                 layer, asked, stored = tag.layer, True, False
             else:
                 stored = True
             if asked and (stored or not stores):
-                slot.answered()
+                slot.answered(slot.step)
                 asked = False
     assert accepted > 3000
     assert refused > 1000

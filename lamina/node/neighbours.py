@@ -1,0 +1,205 @@
+"""Keep links to all other nodes of the cluster, for as long as this node lives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from lamina.compute.peer_control import PeerControl
+from lamina.compute.shard_control import ShardControl
+from lamina.config import ClusterConfig, ComputeNodeConfig, NodeConfig
+from lamina.errors import ConnectError, HandshakeError, LaminaError, NodeError
+from lamina.front.members import Members
+from lamina.runtime.crossing import Crossing
+from lamina.runtime.device import Device
+from lamina.runtime.network import Network
+from lamina.transport import Hello, Link
+
+log = logging.getLogger("lamina.compute")
+
+SEEK_S = 5.0
+"""The seconds of one attempt to reach a node that was lost."""
+PAUSES_S = (0.1, 2.0)
+"""The seconds between two attempts: at first, and at most."""
+
+Control = ShardControl | PeerControl
+"""A link to another node."""
+
+
+@dataclass(eq=False)
+class _Neighbour:
+    """Another node. ``control`` is the present link to it, ``met`` is done when there has been one."""
+
+    node: NodeConfig
+    member: int
+    met: asyncio.Future[None]
+    control: Control | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Neighbours:
+    """Holds the links to all other nodes, and seeks those that are missing.
+
+    Every compute node connects to every memory node; of two compute nodes, the later one in the file connects to the
+    earlier one, which gets the link in `greet`. ``on_found`` is called with each new link, and ``on_lost`` with the
+    member and the reason when one has ended, unless `renew` ended it. It belongs to the node's loop.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        node: ComputeNodeConfig,
+        members: Members,
+        device: Device,
+        network: Network,
+        on_found: Callable[[Control], None],
+        on_lost: Callable[[int, NodeError], None],
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._there = Crossing(device.loop)
+        self._network = network
+        self._options = config.options(node)
+        self._hello = Hello("compute", node.name)
+        self._on_found, self._on_lost = on_found, on_lost
+        own = members.id_of(node.name)
+        loop = asyncio.get_running_loop()
+        self._others = {
+            members.id_of(other.name): _Neighbour(other, members.id_of(other.name), loop.create_future())
+            for other in config.node
+            if other.name != node.name
+        }
+        self._sought = [n for id_, n in self._others.items() if n.node.role == "memory" or id_ < own]
+        self._names = {n.node.name: n for n in self._others.values()}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._links: set[Link] = set()
+
+    @property
+    def shards(self) -> dict[int, ShardControl]:
+        """Return the memory nodes to which there is a link, by member id."""
+        return {id_: n.control for id_, n in self._others.items() if isinstance(n.control, ShardControl)}
+
+    @property
+    def peers(self) -> dict[int, PeerControl]:
+        """Return the compute nodes to which there is a link, by member id."""
+        return {id_: n.control for id_, n in self._others.items() if isinstance(n.control, PeerControl)}
+
+    @property
+    def controls(self) -> list[Control]:
+        """Return all links."""
+        return [n.control for n in self._others.values() if n.control is not None]
+
+    @property
+    def waiting_for(self) -> list[str]:
+        """Return the names of the nodes to which there is no link."""
+        return sorted(n.node.name for n in self._others.values() if n.control is None)
+
+    async def meet(self, members: Collection[int]) -> None:
+        """Begin to seek all nodes, and wait until there has been a link to each of ``members``. A ConnectError or
+        HandshakeError names one that does not come within ``transport.start_timeout`` seconds."""
+        self._tasks = [asyncio.ensure_future(self._seek(neighbour)) for neighbour in self._sought]
+        awaited = [self._others[member] for member in members]
+        await asyncio.gather(*(n.met if n in self._sought else self._expect(n) for n in awaited))
+
+    async def close(self) -> None:
+        """Seek no more, and end all links."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in list(self._links)))
+
+    def free(self) -> None:
+        """Free the memory of this end; links and the device's loop have ended."""
+        for control in self.controls:
+            control.close()
+
+    def greet(self, link: Link) -> bool:
+        """Take a link that another compute node has made; return False if it was not expected.
+
+        A node that makes a second link has lost the first, also if this end does not know that yet.
+        """
+        neighbour = self._names.get(link.info.peer.name)
+        if neighbour is None or neighbour in self._sought:
+            return False
+        if neighbour.control is not None:
+            neighbour.control.drop(f"{neighbour.node.name} has made another link")
+        self._take(neighbour, link)
+        return True
+
+    def drop(self, member: int, reason: str) -> None:
+        """End the link to a member, if there is one: it is lost, and sought again."""
+        if (control := self._others[member].control) is not None:
+            control.drop(reason)
+
+    def renew(self, member: int) -> None:
+        """Replace the link to a member that this node connects to. Nothing is lost by that."""
+        neighbour = self._others[member]
+        if (control := neighbour.control) is not None:
+            neighbour.control = None
+            control.drop("attached anew")
+
+    # -- inside
+
+    async def _seek(self, neighbour: _Neighbour) -> None:
+        """Have a link to a node, again and again."""
+        node, pause_s = neighbour.node, PAUSES_S[0]
+        while True:
+            met = neighbour.met.done()
+            try:
+                link = await self._connect(node, SEEK_S if met else self._config.transport.start_timeout)
+            except LaminaError as error:
+                if not met and not neighbour.met.done():
+                    neighbour.met.set_exception(error)
+                    neighbour.met.exception()  # nothing may wait for it
+                log.info("event=not_reached peer=%s reason=%r", node.name, str(error))
+            else:
+                pause_s = PAUSES_S[0]
+                self._take(neighbour, link)
+                await neighbour.ended.wait()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, PAUSES_S[1])
+
+    async def _connect(self, node: NodeConfig, deadline_s: float) -> Link:
+        log.info("event=waiting peer=%s address=%s deadline_s=%g", node.name, node.address, deadline_s)
+        try:
+            link = await self._network.connect(node.address, self._hello, self._options, deadline_s=deadline_s)
+        except ConnectError as e:
+            raise ConnectError(f"{node.role} node {node.name} could not be reached within {deadline_s:g} s: {e}") from e
+        peer = link.info.peer
+        if peer.role != node.role or (peer.role == "compute" and peer.name != node.name):
+            await link.close()
+            raise HandshakeError(
+                f"{node.address} should be {node.role} node {node.name}, but a {peer.role} node answers"
+                + (f", {peer.name}" if peer.role == node.role else "")
+            )
+        return link
+
+    async def _expect(self, neighbour: _Neighbour) -> None:
+        deadline_s = self._config.transport.start_timeout
+        log.info("event=waiting peer=%s deadline_s=%g", neighbour.node.name, deadline_s)
+        try:
+            await asyncio.wait_for(asyncio.shield(neighbour.met), deadline_s)
+        except TimeoutError as e:
+            raise ConnectError(f"compute node {neighbour.node.name} did not connect within {deadline_s:g} s") from e
+
+    def _take(self, neighbour: _Neighbour, link: Link) -> None:
+        node, member = neighbour.node, neighbour.member
+        log.info("event=connected peer=%s transport=%s choice=%r", node.name, link.info.transport, link.info.choice)
+        self._links = {known for known in self._links if not known.state.closed} | {link}
+        ended = neighbour.ended = asyncio.Event()
+
+        def lost(member: int, error: NodeError) -> None:
+            ended.set()
+            self._there.post(control.close)  # steps that still use it fail
+            if neighbour.control is control:
+                neighbour.control = None
+                self._on_lost(member, error)
+
+        kind = ShardControl if node.role == "memory" else PeerControl
+        control: Control = kind(member, node.name, link, self._device, lost)
+        neighbour.control = control
+        if not neighbour.met.done():
+            neighbour.met.set_result(None)
+        self._on_found(control)

@@ -1,0 +1,330 @@
+"""The front's account of the nodes: it takes them in, notices that they go, and forms the team of those that serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from lamina.compute.peer_control import PeerControl
+from lamina.compute.shard_control import ShardControl
+from lamina.config import ClusterConfig
+from lamina.errors import LaminaError, NodeError, SupersededError
+from lamina.front.members import Members, State
+from lamina.front.team import Formation
+from lamina.node.assemble import TenantKey, agree, attach
+from lamina.node.model import BLOCK_TOKENS, ServedModel
+from lamina.node.neighbours import Control, Neighbours
+from lamina.wire.orders import Enlist, Missing, Reached
+
+log = logging.getLogger("lamina.compute")
+
+REFUSED_PAUSE_S = 1.0
+"""The seconds before a node that could not be taken in is tried again."""
+
+
+class Roster:
+    """Takes nodes in and out, on the node's loop of the front.
+
+    A memory node serves when the front has attached to it, and after the front all compute nodes that serve. A compute
+    node serves when it agrees on the terms, has loaded its weights, and has attached to all memory nodes that serve.
+    Where heads are divided, memory nodes serve together or not at all: whenever one comes or goes, all heads are
+    divided anew, for which the front waits ``recovery.grace`` seconds for one that is lost.
+
+    Until `complete` has returned, the first thing that goes wrong is an error of the start. After that, what goes wrong
+    with a node is logged, and the node is tried again.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        served: ServedModel,
+        members: Members,
+        neighbours: Neighbours,
+        *,
+        member: int,
+        key: TenantKey,
+    ) -> None:
+        """``member`` is the id of this node, and ``key`` that of its tenant."""
+        self.serving: dict[int, ShardControl] = {}
+        """The memory nodes that serve, by member id."""
+        self.on_formed: Callable[[Formation, frozenset[int]], None] = lambda formation, lost: None
+        """Is told of every change of the formation, and which members were lost in between."""
+        self.on_settled: Callable[[], None] = lambda: None
+        """Is told when a lost node has not come back within the grace."""
+        self.on_superseded: Callable[[SupersededError], None] = lambda error: None
+        """Is told when another front has taken the tenant over: this one has to end."""
+        self._config = config
+        self._served = served
+        self._members = members
+        self._neighbours = neighbours
+        self._own = member
+        self._key = key
+        self._names = {entry.id: entry.name for entry in members.entries}
+        self._divides = config.pipeline.partition == "heads"
+        self._division: dict[int, str] = {}
+        """The memory nodes over which heads are divided at present, by member id."""
+        self._reached: dict[tuple[int, int], int] = {}
+        """By compute node and memory node, the latest term in which the one has attached to the other."""
+        self._latest: dict[int, int] = {}
+        """The last term in which this node has attached to a memory node, or tried to."""
+        self._lost: set[int] = set()
+        """The members that were lost since the last formation."""
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        """What takes a node in, by member id. That of this node itself divides heads."""
+        self._news = asyncio.Event()
+        """Set, and replaced, when something has changed."""
+        self._missing_since_s = 0.0
+        self._settling: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._failed: asyncio.Future[None] = self._loop.create_future()
+        self._is_complete = False
+
+    async def complete(self) -> None:
+        """Take in all nodes, and return when all serve. Raises the error of the first one that cannot be taken in."""
+        self._members.serve(self._own)
+        for control in self._neighbours.controls:
+            self.found(control)
+        if self._divides:
+            self._begin(self._own, self._divide())
+        everyone = asyncio.ensure_future(self._until(self._all_serve))
+        try:
+            await asyncio.wait((everyone, self._failed), return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            everyone.result()
+        finally:
+            everyone.cancel()
+        self._is_complete = True
+
+    async def close(self) -> None:
+        """Take in no more nodes."""
+        if self._settling is not None:
+            self._settling.cancel()
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    @property
+    def missing(self) -> list[str]:
+        """Return the nodes without which nothing goes on: those that have layers alone, and all memory nodes if none
+        serves."""
+        serving = self._members.in_state("compute", State.SERVING)
+        alone = [] if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
+        memory = [] if self.serving else self._members.of_others("memory", State.SERVING)
+        return [self._names[m] for m in (*alone, *memory)]
+
+    def detach(self) -> None:
+        """Tell the memory nodes that the tenant ends, as this node leaves in order."""
+        for shard in self._neighbours.shards.values():
+            if shard.is_attached:
+                shard.detach()
+
+    # -- nodes come and go
+
+    def found(self, control: Control) -> None:
+        """There is a link to a node."""
+        member = control.member
+        self._members.join({member: 0})
+        if isinstance(control, PeerControl):
+            control.on_reach = self._on_reach
+            self._begin(member, self._enlist(control))
+        elif not self._divides:
+            self._begin(member, self._attach(control))
+        self._tell()
+
+    def lost(self, member: int, error: NodeError) -> None:
+        """The link to a node has ended. One that still has steps to do for this node is lost to it."""
+        if (task := self._tasks.pop(member, None)) is not None:
+            task.cancel()
+        self._lost.add(member)
+        self._missing_since_s = self._loop.time()
+        if self._settling is not None:
+            self._settling.cancel()
+        self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
+        self._members.lose(member, error)
+        if isinstance(error, SupersededError):
+            self.on_superseded(error)
+        if not self._is_complete:
+            self._fail(error)
+
+    def suspect(self, node: str, reason: str) -> None:
+        """A step has failed, which is said to be the fault of a node."""
+        member = self._members.id_of(node)
+        if self._members.state(member) is State.SERVING:
+            self._neighbours.drop(member, reason)
+
+    def changed(self) -> None:
+        """The members have changed: tell the other compute nodes, and form the team anew."""
+        membership = self._members.membership()
+        for peer in self._neighbours.peers.values():
+            if peer.is_open:
+                peer.send(membership)
+        self._form()
+        self._tell()
+
+    def _settle(self) -> None:
+        """A lost node has had its time to come back."""
+        if self._neighbours.waiting_for and not (self._divides and self._neighbours.shards):
+            self._give_up_missing()
+        self._tell()
+
+    def _give_up_missing(self) -> None:
+        """Go on without the nodes that are missing."""
+        log.warning("event=given_up missing=%s", ",".join(self._neighbours.waiting_for))
+        self.on_settled()
+
+    def _form(self) -> None:
+        members = self._members
+        memory: tuple[int, ...] = members.in_state("memory", State.SERVING)
+        if self._divides and set(memory) != set(self._division):
+            memory = ()
+        shards, peers = self._neighbours.shards, self._neighbours.peers
+        self.serving.clear()
+        self.serving.update({m: shards[m] for m in memory if m in shards and shards[m].is_attached})
+        compute = members.in_state("compute", State.SERVING)
+        others = {m: peers[m] for m in compute if m in peers}
+        schedule = self._served.schedule_of([m for m in compute if m == self._own or m in others])
+        formation = Formation(
+            members.epoch,
+            schedule,
+            {m: shard.capacity_tokens // BLOCK_TOKENS for m, shard in self.serving.items()},
+            others,
+            frozenset(self._names[m] for m in (*self.serving, *others)),
+        )
+        lost, self._lost = frozenset(self._lost), set()
+        self.on_formed(formation, lost)
+
+    # -- compute nodes
+
+    async def _enlist(self, peer: PeerControl) -> None:
+        await agree(self._config, self._served, peer)
+        peer.send(self._members.membership())
+        await peer.enlist(Enlist(tenant=self._key.name, token=self._key.token))
+        await self._until(lambda: self._has_reached_all(peer.member))
+        self._members.serve(peer.member)
+
+    def _on_reach(self, compute: int, news: Reached | Missing) -> None:
+        if isinstance(news, Reached):
+            self._reached[compute, news.member] = news.term
+            self._tell()
+        elif (
+            news.term == self._members.term(news.member)
+            and self._members.state(compute) is State.SERVING  # one that joins has to find its way to all others
+        ):
+            by = self._names[compute]
+            self._neighbours.drop(news.member, f"{by} has lost it: {news.reason}")
+
+    def _has_reached_all(self, compute: int) -> bool:
+        serving = self._members.in_state("memory", State.SERVING)
+        return all(self._reached.get((compute, m)) == self._members.term(m) for m in serving)
+
+    # -- memory nodes
+
+    async def _attach(self, shard: ShardControl) -> None:
+        """Take in a memory node that has all heads of its sequences."""
+        await self._attach_to(shard, {shard.member: shard.name})
+        self._members.join({shard.member: shard.term})
+        await self._until(lambda: self._is_reached(shard.member))
+        self._members.serve(shard.member)
+
+    async def _divide(self) -> None:
+        """Divide the heads over the memory nodes that are there, whenever one comes or goes."""
+        every = {entry.id for entry in self._members.entries if entry.role == "memory"}
+        while True:
+            news, there = self._news, self._neighbours.shards
+            patience_s = self._missing_since_s + self._config.recovery.grace - self._loop.time()
+            if not there or (set(there) == set(self._division) and self._is_divided()):
+                await news.wait()
+            elif set(there) != every and patience_s > 0:
+                await asyncio.wait((asyncio.ensure_future(news.wait()),), timeout=patience_s)
+            elif old := [m for m, shard in there.items() if shard.is_attached]:
+                self._division = {}
+                self._members.join(dict.fromkeys(old, 0))
+                for member in old:  # each attachment has a link of its own
+                    self._neighbours.renew(member)
+                self._missing_since_s = self._loop.time()
+            else:
+                await self._divide_over(there)
+
+    async def _divide_over(self, shards: dict[int, ShardControl]) -> None:
+        division = {member: self._names[member] for member in sorted(shards)}
+        try:
+            await asyncio.gather(*(self._attach_to(shard, division) for shard in shards.values()))
+        except NodeError as error:
+            if not self._is_complete:
+                raise
+            log.warning("event=not_attached peer=%s reason=%r", error.node, str(error))
+            for member in shards:
+                self._neighbours.renew(member)
+            await asyncio.sleep(REFUSED_PAUSE_S)
+            return
+        self._division = division
+        self._members.join({member: shard.term for member, shard in shards.items()})
+        await self._until(lambda: not self._is_divided() or all(map(self._is_reached, division)))
+        if self._is_divided():
+            self._members.serve(*division)
+            if self._neighbours.waiting_for:
+                self._give_up_missing()
+        else:
+            self._division = {}
+
+    def _is_divided(self) -> bool:
+        """Return whether all nodes of the division are still attached."""
+        there = self._neighbours.shards
+        return all(m in there and there[m].is_attached for m in self._division)
+
+    async def _attach_to(self, shard: ShardControl, division: dict[int, str]) -> None:
+        self._latest[shard.member] = term = self._latest.get(shard.member, 0) + 1
+        await attach(
+            self._config,
+            self._served,
+            shard,
+            division,
+            member=self._own,
+            front=self._own,
+            key=self._key,
+            term=term,
+        )
+        self._latest[shard.member] = shard.term
+
+    def _is_reached(self, memory: int) -> bool:
+        """Return whether all compute nodes that serve have attached to a memory node in its present term."""
+        others = [c for c in self._members.in_state("compute", State.SERVING) if c != self._own]
+        return all(self._reached.get((c, memory)) == self._members.term(memory) for c in others)
+
+    # -- inside
+
+    def _all_serve(self) -> bool:
+        return all(self._members.state(entry.id) is State.SERVING for entry in self._members.entries)
+
+    def _begin(self, member: int, work: Coroutine[Any, Any, None]) -> None:
+        if (before := self._tasks.get(member)) is not None:
+            before.cancel()
+        self._tasks[member] = self._loop.create_task(self._try(member, work))
+
+    async def _try(self, member: int, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except LaminaError as error:
+            if not self._is_complete:
+                self._fail(error)
+                return
+            log.warning("event=not_taken_in peer=%s reason=%r", self._names[member], str(error))
+            await asyncio.sleep(REFUSED_PAUSE_S)
+            self._tasks.pop(member, None)
+            self._neighbours.drop(member, str(error))
+
+    def _fail(self, error: LaminaError) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+            self._failed.exception()  # `complete` may not have come to wait for it
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._news.wait()

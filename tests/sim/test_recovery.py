@@ -1,0 +1,148 @@
+"""Whichever node is lost: every request ends with the tokens that it would have had, and every block is free again."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from lamina.config import PipelineConfig
+from lamina.sim.cluster import SimCluster
+from lamina.sim.world import World
+from tests.families import VOCABULARY
+from tests.sim.clusters import LINK, eventually, generate, is_idle, make_config, new_cluster, simulate
+
+CONTEXT = 256
+_random = random.Random(5)
+PROMPTS = [[_random.randrange(VOCABULARY) for _ in range(_random.randint(1, 60))] for _ in range(8)]
+
+
+async def answers(cluster: SimCluster) -> list[list[int]]:
+    async with cluster.client() as client:
+        found = await asyncio.gather(
+            *(client.generate(p, max_tokens=60, temperature=0.7 * (i % 2), seed=i) for i, p in enumerate(PROMPTS))
+        )
+    return [answer.tokens for answer in found]
+
+
+@pytest.mark.parametrize("returns", [True, False])
+@pytest.mark.parametrize("partition", ["heads", "requests", "tokens"])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_memory_node_is_killed(partition: str, batches: int, returns: bool, llama: Path) -> None:
+    """Sixteen milliseconds into the answers, and started again a second later, or never."""
+    pipeline = PipelineConfig(batches=batches, max_batch=8, partition=partition)
+    config = make_config(llama, memory=8 << 20, context=CONTEXT, pipeline=pipeline)
+    expected = simulate(config, answers)
+
+    async def main(world: World) -> list[list[int]]:
+        async with new_cluster(world, config) as cluster:
+            await cluster.ready()
+            asked = asyncio.ensure_future(answers(cluster))
+            await asyncio.sleep(0.016)
+            cluster.kill("m1")
+            if returns:
+                await asyncio.sleep(1.0)
+                await cluster.start("m1")
+            found = await asked
+            if returns:
+                cluster.check()
+                await eventually(lambda: is_idle(cluster))
+            return found
+
+    with World(1, model=LINK, tracing=False, limit_s=60) as world:
+        assert world.run(main(world)) == expected
+
+
+COMPUTE = {
+    "replicas": ((None,) * 3, True),
+    "replicas, one for good": ((None,) * 3, False),
+    "ranges": ((range(2), range(2, 4)), True),
+}
+
+
+@pytest.mark.parametrize("partition", ["heads", "requests"])
+@pytest.mark.parametrize("kind", COMPUTE)
+def test_a_compute_node_is_killed(kind: str, partition: str, llama: Path) -> None:
+    """The others take over at once; where it alone has its layers, all wait for it. Keys and values stay."""
+    compute, returns = COMPUTE[kind]
+    pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition, prefill_tokens=24)
+    config = make_config(llama, compute=compute, memory=8 << 20, context=CONTEXT, pipeline=pipeline)
+    expected = simulate(config, answers)
+
+    async def main(world: World) -> list[list[int]]:
+        async with new_cluster(world, config) as cluster:
+            await cluster.ready()
+            asked = asyncio.ensure_future(answers(cluster))
+            await asyncio.sleep(0.02)
+            cluster.kill("c1")
+            await asyncio.sleep(0.5)
+            if returns:
+                await cluster.start("c1")
+            found = await asked
+            await eventually(lambda: is_idle(cluster))
+            assert (await cluster.status("c0")).preemptions == 0
+            return found
+
+    with World(1, model=LINK, tracing=False, limit_s=60) as world:
+        assert world.run(main(world)) == expected
+
+
+@pytest.mark.parametrize("partition", ["heads", "requests"])
+@pytest.mark.parametrize("kind", COMPUTE)
+def test_the_front_starts_again(kind: str, partition: str, llama: Path) -> None:
+    """The other nodes have kept their weights and wait for it."""
+    compute, _ = COMPUTE[kind]
+    pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition, prefill_tokens=24)
+    config = make_config(llama, compute=compute, memory=8 << 20, context=CONTEXT, pipeline=pipeline)
+    expected = simulate(config, answers)
+
+    async def main(world: World) -> None:
+        async with new_cluster(world, config) as cluster:
+            await cluster.ready()
+            asked = asyncio.ensure_future(answers(cluster))
+            await asyncio.sleep(0.02)
+            cluster.kill("c0")
+            await asyncio.gather(asked, return_exceptions=True)
+            await asyncio.sleep(0.5)
+            await cluster.start("c0")
+            await cluster.ready()
+            assert await answers(cluster) == expected
+            await eventually(lambda: is_idle(cluster))
+            assert all(error is None for error in (await cluster.stop_all()).values()), cluster.ended
+
+    with World(1, model=LINK, tracing=False, limit_s=60) as world:
+        world.run(main(world))
+
+
+def test_lost_nodes_leave_no_memory_behind() -> None:
+    """The regions of links to nodes that were lost are free on the nodes that go on, without the garbage collector."""
+    config = make_config(compute=(None, None), pipeline=PipelineConfig(batches=2, partition="requests"))
+
+    async def main(world: World) -> None:
+        async with new_cluster(world, config) as cluster, cluster.client() as client:
+            await cluster.ready()
+            counts = []
+            for turn in range(6):
+                asked = asyncio.ensure_future(generate(client, [[1] * 20] * 8, max_tokens=200))
+                await asyncio.sleep(0.02)
+                for name in ("m1", "c1"):
+                    cluster.kill(name)
+                    await asyncio.sleep(0.01)
+                    await cluster.start(name)
+                assert await asked == [[0] * 200] * 8
+                await asyncio.sleep(20)
+                counts.append(len(os.listdir("/proc/self/fd")))
+                if not turn:
+                    gc.collect()
+                    gc.disable()
+            assert counts[2:] == [counts[2]] * 4
+
+    try:
+        with World(1, model=LINK, tracing=False) as world:
+            world.run(main(world))
+    finally:
+        gc.enable()
