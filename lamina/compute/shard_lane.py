@@ -145,7 +145,7 @@ class ShardLane:
         self._arrivals.fail(error)
 
     def _require_memory(self) -> None:
-        """Raise the error of the loss. The memory of this end is freed soon after it, also of answers that have come."""
+        """Raise the error of the loss, after which the memory of this end is freed, also that of answers."""
         if self._arrivals.error is not None:
             raise self._arrivals.error
 
