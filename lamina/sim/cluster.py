@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from random import Random
 
@@ -19,6 +20,7 @@ from lamina.node.memory import MemoryNode
 from lamina.node.model import OpenModel
 from lamina.runtime.host import Host
 from lamina.sim.device import Seconds
+from lamina.sim.loop import VirtualTask
 from lamina.sim.storage import SimDisk
 from lamina.sim.world import World
 from lamina.transport import Hello, Link
@@ -38,12 +40,17 @@ def instant(node: NodeConfig) -> Seconds:
     return 0.0
 
 
+_PROCESS: ContextVar[object] = ContextVar("process", default=None)
+"""Which process a task belongs to: the one that made it."""
+
+
 @dataclass(eq=False)
 class _Process:
     """What there is of a node between its start and its end."""
 
     task: asyncio.Task[None]
     stopping: asyncio.Event
+    identity: object
     told: bool = False
     """Whether it was told to stop, or killed."""
 
@@ -94,10 +101,12 @@ class SimCluster:
             options = self.config.options(node)
             serving = MemoryNode(node, options, device=device, network=network, backend=self._backend, host=host)
         stopping = asyncio.Event()
-        task = asyncio.get_running_loop().create_task(serving.serve(stopping), name=name)
+        context, identity = copy_context(), object()
+        context.run(_PROCESS.set, identity)
+        task = self.world.loop.create_task(serving.serve(stopping), name=name, context=context)
         self.ended.pop(name, None)
         self.nodes[name] = serving
-        self._running[name] = self._last[name] = _Process(task, stopping)
+        self._running[name] = self._last[name] = _Process(task, stopping, identity)
         task.add_done_callback(lambda done: self._note_end(name, done))
 
     def is_running(self, name: str) -> bool:
@@ -173,7 +182,9 @@ class SimCluster:
         self.world.network.kill(name)
         if name == self.config.front.name:
             self.disk.kill()
-        process.task.cancel()
+        for task in asyncio.all_tasks():
+            if isinstance(task, VirtualTask) and task.context.get(_PROCESS) is process.identity:
+                task.cancel()
 
     async def stop(self, name: str) -> None:
         """Tell a node to stop, and wait until it has."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,8 @@ class SimLink(OwnedLink):
         self._on_end = on_end
         self._peer: SimLink
 
+        self._context = copy_context()
+        """That of the process which this end belongs to: what is called from here belongs to it as well."""
         self._reading = False
         self._held: list[Delivery] = []
         """What was due before this end read, or while the peer could not be heard."""
@@ -159,6 +162,7 @@ class SimLink(OwnedLink):
             if lane_loop is not self._loop:
                 raise UsageError(f"the lanes of {self} belong to the loop of the network, the only one there is")
         self._on_message, self._on_tag, self._on_lost = on_message, on_tag, on_lost
+        self._context = copy_context()
         if peer_timeout is not None:
             self._peer_timeout = peer_timeout
         if self._lost is not None:
@@ -305,7 +309,7 @@ class SimLink(OwnedLink):
             self._trace(f"{self._label} {_KINDS[kind]} tag={tag} bytes={nbytes}")
         if self._open and self._on_tag is not None:
             try:
-                self._on_tag(_LANES[kind], tag)
+                self._context.run(self._on_tag, _LANES[kind], tag)
             except Exception as error:
                 self._callback_failed(error)
 
@@ -335,7 +339,7 @@ class SimLink(OwnedLink):
             self._trace(f"{self._label} message type={message.get('type')} bytes={delivery.nbytes}")
         if self._open and self._on_message is not None:
             try:
-                self._on_message(message)
+                self._context.run(self._on_message, message)
             except Exception as error:
                 self._callback_failed(error)
 
@@ -376,6 +380,9 @@ class SimLink(OwnedLink):
         self._fail(PeerLostError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
 
     # -- the end
+
+    def _tell_lost(self) -> None:
+        self._context.copy().run(super()._tell_lost)  # a copy, as this may be called from within another callback
 
     def _end(self, error: TransportError | None) -> bool:
         if self._is_over:

@@ -221,19 +221,22 @@ class VirtualFuture(asyncio.Future[Any]):
 
 
 class VirtualTask(asyncio.Task[Any]):
-    """A task that hashes to its number, and is named after it unless it has another name."""
+    """A task that hashes to its number, and is named after it unless it has another name. ``context`` is its own."""
 
-    __slots__ = ("_number",)
+    __slots__ = ("_number", "context")
 
     def __init__(
         self,
         coroutine: Coroutine[Any, Any, Any] | Generator[Any, None, Any],
         loop: VirtualLoop,
         name: object = None,
+        context: Context | None = None,
         **options: Any,
     ) -> None:
-        self._number = loop._number()  # before all else: asyncio puts the task into a set
-        super().__init__(coroutine, loop=loop, name=f"task {self._number}" if name is None else str(name), **options)
+        self._number = number = loop._number()  # before all else: asyncio puts the task into a set
+        self.context = copy_context() if context is None else context
+        name = f"task {number}" if name is None else str(name)
+        super().__init__(coroutine, loop=loop, name=name, context=self.context, **options)
 
     def __hash__(self) -> int:
         return self._number

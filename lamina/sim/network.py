@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import copy_context
 from random import Random
 
 from lamina.errors import ConnectError, HandshakeError, UsageError
@@ -193,7 +194,7 @@ class SimNetwork:
         if self._trace is not None:
             self._trace(f"{hello.name}>{listener.hello.name}#{self._made} connected")
         try:
-            listener.on_link(far)
+            listener.context.copy().run(listener.on_link, far)
         except Exception as error:
             log.exception('event=callback_failed transport=%s peer="%s"', transport, far)
             far.abort(f"it could not be taken: {error!r}")
@@ -253,6 +254,8 @@ class SimListener:
         self.options = options
         self.on_link = on_link
         self.is_open = True
+        self.context = copy_context()
+        """That of the process which listens."""
         self._stop = stop
 
     async def close(self) -> None:
