@@ -12,7 +12,20 @@ from lamina.runtime.device import Device
 from lamina.transport import Link
 from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode, encode
-from lamina.wire.tenants import Attach, FromCompute, Publish, Refused, Release, Reserve, Reserved, Void
+from lamina.wire.tenants import (
+    Attach,
+    Expect,
+    Forget,
+    FromCompute,
+    MoveFailed,
+    Publish,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    Send,
+    Void,
+)
 
 
 class ServingControl:
@@ -28,7 +41,7 @@ class ServingControl:
         self._tenant = tenant
         self._device = device
         self._there = Crossing(device.loop)
-        self._messages: asyncio.Queue[Reserve | Publish | Release] = asyncio.Queue()
+        self._messages: asyncio.Queue[Reserve | Publish | Release | Expect | Send | Forget] = asyncio.Queue()
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -72,6 +85,11 @@ class ServingControl:
         tenant = self._tenant
         while True:
             message = await self._messages.get()
+            if isinstance(message, Expect | Send):
+                self._link.send(encode(MoveFailed(transfer=message.transfer, reason="blocks cannot be moved yet")))
+                continue
+            if isinstance(message, Forget):
+                continue
             if not isinstance(message, Reserve):
                 await self._there.start(self._device.run(tenant.publish_or_release, message))
                 continue
