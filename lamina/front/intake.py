@@ -17,7 +17,7 @@ from lamina.front.constraints import Constraints
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
 from lamina.front.meter import RequestMeter
-from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
+from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome, Transfer
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
 from lamina.wire.requests import Request, Score
@@ -372,6 +372,10 @@ class Intake:
     def reserved(self, request: ReservationRequest, answer: int | CapacityError) -> None:
         """Pass the answer to a reservation on to the engine."""
         self._there.post(self._engine.reserved, request, answer)
+
+    def transferred(self, transfer: Transfer, error: LaminaError | None) -> None:
+        """Pass the end of a transfer on to the engine."""
+        self._there.post(self._engine.transferred, transfer, error)
 
     # -- inside
 
