@@ -69,7 +69,8 @@ class Mover:
             for member in sequence.placement.members:
                 if member in nodes and sequence.reserved < sequence.max_context:
                     nodes[member].kept += self._ahead_blocks
-            if self._can_move(sequence):
+            lasts = sequence.max_context - sequence.context >= MIN_LEFT or bool(manager.draining)
+            if lasts and self.can_begin(sequence):
                 whole = {member: tokens // manager.block_tokens for member, tokens in shares.items()}
                 movable.append(Movable(sequence, {member: n for member, n in whole.items() if n and member in nodes}))
         proposals = propose(
@@ -82,16 +83,17 @@ class Mover:
             most=MAX_TRANSFERS - len(self._transfers),
         )
         for sequence, source, target, blocks in proposals:
-            self._begin(sequence, source, target, blocks, changes)
+            self.begin(sequence, source, target, blocks, changes)
 
-    def _can_move(self, sequence: Sequence) -> bool:
-        """Return whether a sequence has whole blocks that are worth a transfer, and nothing else to do."""
-        is_free = sequence.transfer is None and sequence.successor is None
+    @staticmethod
+    def can_begin(sequence: Sequence) -> bool:
+        """Return whether blocks of a sequence can move now: it is not about to leave, and nothing of it moves yet."""
         is_staying = not (sequence.yielding or sequence.cancelled or sequence.rooted)
-        lasts = sequence.max_context - sequence.context >= MIN_LEFT or bool(self._block_manager.draining)
-        return is_free and is_staying and lasts and sequence.is_settled
+        return is_staying and sequence.transfer is None and sequence.successor is None and sequence.is_settled
 
-    def _begin(self, sequence: Sequence, source: int, target: int, blocks: int, changes: CacheChanges) -> None:
+    def begin(self, sequence: Sequence, source: int, target: int, blocks: int, changes: CacheChanges) -> None:
+        """Begin to move the first whole blocks that a sequence has on one memory node to another one, if that has
+        space for them."""
         size = self._block_manager.block_tokens
         table = sequence.order.ranges(sequence.placement, source, sequence.stored // size * size)
         ranges = part_of(table, 0, blocks * size)

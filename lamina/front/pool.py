@@ -16,6 +16,8 @@ from lamina.front.sequence import Sequence
 
 MIN_GAIN = 0.03
 """Blocks move if that is expected to give this share of tokens per second more."""
+MAX_LOSS = 0.01
+"""To make room on a full node, so much of them may be given up."""
 MAX_BLOCKS = 256
 """The most blocks of one transfer. While it is under way, they take space on both nodes."""
 
@@ -68,8 +70,8 @@ def propose(
     """Return at most ``most`` moves, no two of which concern the same sequence, source or target, while ``rows``
     sequences run.
 
-    What is on ``draining`` members moves first, whatever it costs. Of two states between which moves lead, the later
-    one is better by `MIN_GAIN`, or has free space more evenly, so that nothing moves to and fro.
+    What is on ``draining`` members moves first, whatever it costs. Nothing moves to and fro: moves make steps faster by
+    `MIN_GAIN`, or relieve a node that is full, and no move makes one full.
     """
     nodes = {member: replace(load) for member, load in nodes.items()}
     left = sorted(movable, key=lambda m: (-sum(m.blocks.values()), m.sequence.arrival))
@@ -111,16 +113,13 @@ def _of_debtors(
         if own is None:
             continue
         for target in _creditors(nodes, (source, *busy)):
-            best = max(
-                (
-                    (gain, blocks)
-                    for blocks in _amounts(own.blocks[source], nodes[target])
-                    if (gain := speed.gain(own, source, target, blocks, block_tokens)) is not None
-                ),
-                default=None,
-            )
-            if best is not None:
-                yield Proposal(own.sequence, source, target, best[1])
+            amounts = {
+                worth: blocks
+                for blocks in _amounts(own.blocks[source], nodes[target])
+                if (worth := speed.worth(own, source, target, blocks, block_tokens)) is not None
+            }
+            if amounts:
+                yield Proposal(own.sequence, source, target, amounts[max(amounts)])
 
 
 def _creditors(nodes: Mapping[int, NodeLoad], without: Collection[int]) -> list[int]:
@@ -154,8 +153,11 @@ class _Speed:
         every = len(self._nodes)
         return self._cost.cost(StepLoad(every * load.rows, 0, every * load.context)).attention_s
 
-    def gain(self, own: Movable, source: int, target: int, blocks: int, block_tokens: int) -> float | None:
-        """Return the share of tokens per second that a move is expected to bring; None if it should not be made."""
+    def worth(
+        self, own: Movable, source: int, target: int, blocks: int, block_tokens: int
+    ) -> tuple[bool, float] | None:
+        """Return what a move is worth, to be compared with that of others: the share of tokens per second that it is
+        expected to bring, or less than any, the blocks that it frees on a full node. None: it should not be made."""
         here, there = self._nodes[source], self._nodes[target]
         moved = blocks * block_tokens
         after = replace(
@@ -169,7 +171,7 @@ class _Speed:
         after_s = max(map(self.seconds, (*unchanged, after, taken)))
         gain = (self._other_s + before_s) / max(self._other_s + after_s, 1e-12) - 1
         if gain >= MIN_GAIN and self.seconds(taken) <= self.seconds(after):
-            return gain
-        if gain >= 0 and here.is_full and taken.free / taken.blocks >= after.free / after.blocks:
-            return gain
+            return True, gain
+        if gain >= -MAX_LOSS and here.is_full and taken.free / taken.blocks >= after.free / after.blocks:
+            return False, blocks
         return None
