@@ -200,6 +200,9 @@ class Mover:
             self._pause = PLAN_EVERY
             self._transfers.discard(transfer)
             sequence.transfer = None
+            # What is published is so where it was. The copies are published with what comes next.
+            moved = min(start for start, _ in transfer.ranges) // self._block_manager.block_tokens
+            sequence.published = min(sequence.published, moved)
         return changes
 
     def refuse(self, request: ReservationRequest) -> CacheChanges:

@@ -38,12 +38,11 @@ class Space:
     def apply(self, changes: CacheChanges) -> None:
         """Tell the memory nodes, in the order of `CacheChanges`."""
         for publication in changes.published:
-            placement, order = publication.placement, publication.order
+            size, placement = self._block_tokens, publication.placement
             for member in placement.all_members:
-                shard = self._shards.get(member)
-                keys = order.keys_on(placement, member, publication.keys, self._block_tokens)
-                if shard is not None and keys:
-                    shard.publish(publication.id, keys)
+                runs = publication.order.runs_on(placement, member, publication.keys, size, publication.first)
+                for first, keys in runs if member in self._shards else ():
+                    self._shards[member].publish(publication.id, keys, first)
         for sequence in changes.released:
             self._held.discard(sequence)
             for shard in self._shards.values():

@@ -27,14 +27,25 @@ class TableOrder:
         brought = self.brought.get(member, ())
         return [*brought, *_joined(_without(own, brought))]
 
-    def keys_on(self, placement: Placement, member: int, keys: Sequence[bytes], block_tokens: int) -> list[bytes]:
-        """Return the keys of the blocks on ``member``, in the order of its table, out of the keys of leading
-        blocks."""
-        if not self.brought.get(member):
-            return placement.keys_on(member, keys, block_tokens)
+    def runs_on(
+        self, placement: Placement, member: int, keys: Sequence[bytes], block_tokens: int, first: int = 0
+    ) -> list[tuple[int, list[bytes]]]:
+        """Return the keys of blocks on ``member``, out of the keys of blocks from number ``first`` of the sequence on:
+        runs in its table, each with the number there of its first block."""
         size = block_tokens
-        ranges = self.ranges(placement, member, len(keys) * size)
-        return [keys[block] for start, stop in ranges for block in range(start // size, stop // size)]
+        if not self.brought.get(member):
+            own = placement.keys_on(member, keys, size, first)
+            return [(placement.held(member, first * size) // size, own)] if own else []
+        runs: list[tuple[int, list[bytes]]] = []
+        ranges = self.ranges(placement, member, (first + len(keys)) * size)
+        table = (block for start, stop in ranges for block in range(start // size, stop // size))
+        for number, block in enumerate(table):
+            if block < first:
+                continue
+            if not (runs and number == runs[-1][0] + len(runs[-1][1])):
+                runs.append((number, []))
+            runs[-1][1].append(keys[block - first])
+        return runs
 
     def moved(self, ranges: Sequence[Range], source: int, target: int) -> TableOrder:
         """Return the order when these positions have been brought from one member to another."""

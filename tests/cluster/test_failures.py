@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 
 from lamina.cluster.local import Cluster
 from lamina.config import ClusterConfig, PipelineConfig
@@ -94,9 +97,9 @@ def test_the_client_learns_which_node_is_lost(
     ids=["m0-killed", "m0-stopped", "c0-stopped"],
 )
 def test_up_ends_when_a_node_dies(victim: str, number: signal.Signals, checkpoint: Path, tmp_path: Path) -> None:
-    """It names the node, stops the others and leaves no process behind."""
+    """And may not start it again. It names the node, stops the others and leaves no process behind."""
     config = write_config(tmp_path, checkpoint)
-    up = start_up(config)
+    up = start_up(config, "--no-restart")
     try:
         pids = wait_until_ready(up, config)
         os.kill(pids[victim], number)
@@ -161,7 +164,10 @@ def test_up_does_not_drain_after_a_second_ctrl_c(checkpoint: Path, tmp_path: Pat
     assert not alive(pids)
 
 
-def test_a_start_that_is_given_up_leaves_no_node(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_a_start_that_is_given_up_leaves_no_node(
+    runner: Callable[[Coroutine[Any, Any, None]], None], checkpoint: Path, tmp_path: Path
+) -> None:
     """Cancelled at any point: before, between and after the starts of the processes."""
     config = write_config(tmp_path, checkpoint)
 
@@ -177,7 +183,7 @@ def test_a_start_that_is_given_up_leaves_no_node(checkpoint: Path, tmp_path: Pat
             assert not processes(config)
 
     with (tmp_path / "nodes.log").open("wb") as log:
-        asyncio.run(main())
+        runner(main())
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
 from lamina.wire.plan import StepPlan
 from lamina.wire.tags import Kind, Tag, pack
-from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved, Void
+from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved, Void, short_name
 from lamina.wire.views import StepViews
 
 PATIENCE_S = 30.0
@@ -122,6 +122,9 @@ def asking(
     layers: Sequence[LayerShape],
     *,
     tenant: str = "t",
+    token: bytes = b"the tenant's own",
+    term: int = 1,
+    lease: float = 0.0,
     member: int = 0,
     model: str = "m",
     dtype: str = "float32",
@@ -129,11 +132,15 @@ def asking(
     max_rows: int = 8,
     block_tokens: int = 16,
     quota: int | None = None,
+    first_heads: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What an Attach says, but for the outputs."""
     return {
         "layers": list(layers),
         "tenant": tenant,
+        "token": token,
+        "term": term,
+        "lease": lease,
         "member": member,
         "front": 0,
         "model": model,
@@ -143,6 +150,7 @@ def asking(
         "max_rows": max_rows,
         "block_tokens": block_tokens,
         "quota": quota,
+        "first_heads": list(first_heads),
     }
 
 
@@ -150,7 +158,7 @@ def asking(
 async def raw_compute(cluster: SimCluster, layers: Sequence[LayerShape], **told: Any) -> AsyncIterator[RawCompute]:
     """A compute node that is attached to the memory node m0. AssertionError with the reason if that refuses."""
     said = asking(layers, **told)
-    name = f"{said['tenant']}{said['member']}"
+    name = f"{short_name(said['tenant'])}{said['member']}"
     address, network = cluster.config.find("m0").address, cluster.world.network
     async with await network.connect(address, Hello("compute", name), Options(), deadline_s=PATIENCE_S) as link:
         geometry = Geometry(tuple(layers), said["dtype"], said["slots"], said["max_rows"])
