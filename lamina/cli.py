@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from lamina.errors import ConfigError, LaminaError
 from lamina.log import report_failure
+from lamina.ops.cli import ConfigFile, Json, doctor, drain, trace
 from lamina.runtime.cpu import let_idle_threads_sleep
 from lamina.serve.cli import batch, serve
 from lamina.table import discard_output
@@ -50,12 +51,10 @@ app = typer.Typer(
     cls=WholeHelp,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster file.")]
 LogFormat = Annotated[
     str | None,
     typer.Option(metavar="logfmt|json", help="How to write the log; default: as the cluster file says, else logfmt."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -409,36 +408,9 @@ def convert(
         found.print_tables()
 
 
-@app.command()
-def doctor(
-    config: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="CONFIG", help="The cluster file, to check and measure its nodes as well.", show_default=False
-        ),
-    ] = None,
-    step_ms: Annotated[
-        float, typer.Option(min=0.001, help="The time of a decode step in milliseconds, for the minimum bandwidth.")
-    ] = 50.0,
-    as_json: Json = False,
-) -> None:
-    """Check this machine and, with a cluster file, its nodes and the links between them."""
-    from lamina.ops.doctor.report import run
-
-    raise typer.Exit(run(config, step_ms=step_ms, as_json=as_json))
-
-
-@app.command()
-def trace(
-    config: ConfigFile,
-    out: Annotated[Path, typer.Option(help="The file to write, for ui.perfetto.dev or chrome://tracing.")],
-    seconds: Annotated[float, typer.Option(min=0.001, max=60, help="How many seconds to record.")] = 2.0,
-) -> None:
-    """Record what every node of a running cluster computes and waits for, by request, batch and layer."""
-    from lamina.config import load
-    from lamina.ops.trace import run
-
-    run(load(config), seconds, out)
+app.command()(doctor)
+app.command()(trace)
+app.command()(drain)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from lamina.attention import window_blocks
+from lamina.errors import CapacityError
 from lamina.limits import MAX_MOVED
 from lamina.wire.placement import Placement
 
@@ -115,6 +116,20 @@ class BlockManager:
     def has(self, member: int) -> bool:
         """Return whether blocks of a member are counted."""
         return member in self._blocks
+
+    def drain(self, member: int, context: int) -> None:
+        """Place nothing new on a memory node, as it is to be empty.
+
+        Raises CapacityError, and changes nothing, if the others cannot hold one request of ``context`` tokens.
+        """
+        self.draining.add(member)
+        if (most := self.max_context) < context:
+            self.draining.discard(member)
+            raise CapacityError(
+                f"the other memory nodes can hold {most} tokens of one request, fewer than the context of {context}; "
+                "add memory to the cluster first, or set model.context lower"
+            )
+        self.draining &= self._blocks.keys()
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -253,8 +268,7 @@ class BlockManager:
     def elsewhere(self, sequence: Hashable, stored: int, tokens: int) -> Placement | None:
         """Return where a sequence that stays where it is with the first ``stored`` positions could have the space for
         ``tokens`` of them, without draining members; None if nowhere."""
-        allocation = self._allocations[sequence]
-        place = allocation.placement
+        place = self._allocations[sequence].placement
         free = sorted(self.members, key=self._free.__getitem__, reverse=True)
         if place.stripe is None:
             rules = [Placement((member,)) for member in free if (member,) != place.members]
@@ -262,23 +276,24 @@ class BlockManager:
             rules = [Placement(tuple(free[:n]), place.stripe if n > 1 else None) for n in range(len(free), 0, -1)]
         for rule in rules:
             found = place.redirected(rule.members, rule.stripe, stored)
-            if found != place and len(found.moved) <= MAX_MOVED:
-                held = self._shares(allocation, found, tokens)
-                if all(self._free.get(m, 0) >= n for m, n in self._more(allocation, held).items()):
-                    return found
+            fits = len(found.moved) <= MAX_MOVED and self._has(self._more(found, stored, tokens))
+            if fits and found != place:
+                return found
         return None
 
-    def succeed(self, sequence: Hashable, placement: Placement, tokens: int) -> bool:
+    def succeed(self, sequence: Hashable, placement: Placement, stored: int, tokens: int) -> bool:
         """Allocate what it takes for the positions 0..tokens-1 to lie by another placement, besides what the sequence
-        holds until `go` or `stay`. Returns False, and changes nothing, if there is no space."""
-        allocation = self._allocations[sequence]
-        held = self._shares(allocation, placement, tokens)
-        more = self._more(allocation, held)
-        if any(self._free.get(member, 0) < n for member, n in more.items()):
+        holds until `go` or `stay`. Returns False, and changes nothing, if there is no space.
+
+        The memory nodes share the blocks of the first ``stored`` positions, which are there; those ahead of them are
+        set aside twice.
+        """
+        more = self._more(placement, stored, tokens)
+        if not self._has(more):
             return False
         for member, n in more.items():
             self._free[member] -= n
-        allocation.successor = _Successor(placement, held, more)
+        self._allocations[sequence].successor = _Successor(placement, self._held(placement, tokens), more)
         return True
 
     def go(self, sequence: Hashable) -> None:
@@ -300,15 +315,16 @@ class BlockManager:
             self._give_back(allocation.successor.more)
             allocation.successor = None
 
-    def _more(self, allocation: _Allocation, held: Mapping[int, int]) -> dict[int, int]:
-        """Return what has to be free so that a sequence can hold this in the place of what it holds: the memory nodes
-        share the blocks that it has, and those that have come."""
-        there = {member: allocation.held.get(member, 0) + allocation.coming[member] for member in held}
-        return {member: n - there[member] for member, n in held.items() if n > there[member]}
-
-    def _shares(self, allocation: _Allocation, placement: Placement, tokens: int) -> dict[int, int]:
+    def _held(self, placement: Placement, tokens: int) -> dict[int, int]:
         shares = placement.shares(tokens)
         return {member: self.blocks_for(shares.get(member, 0)) for member in placement.all_members}
+
+    def _more(self, placement: Placement, stored: int, tokens: int) -> dict[int, int]:
+        there = self._held(placement, stored)
+        return {member: n - there[member] for member, n in self._held(placement, tokens).items()}
+
+    def _has(self, blocks: Mapping[int, int]) -> bool:
+        return all(n <= self._free.get(member, 0) for member, n in blocks.items() if n)
 
     def _give_back(self, blocks: Mapping[int, int]) -> None:
         for member, n in blocks.items():

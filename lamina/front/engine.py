@@ -208,6 +208,11 @@ class Engine:
             self._home.post(self._desk.refuse, sequence, error)
             self.cancel(sequence)
 
+    @property
+    def can_move(self) -> bool:
+        """Return whether blocks can move from one memory node to another; any thread may ask."""
+        return self._scheduler.can_move
+
     def drain(self, member: int, context: int) -> None:
         """Let a memory node become empty: see `Scheduler.drain`. The counters say how far it is."""
         self._scheduler.drain(member, context)

@@ -173,7 +173,7 @@ class Mover:
         transfer: Transfer | None,
         changes: CacheChanges,
     ) -> bool:
-        if not self._block_manager.succeed(sequence, place, tokens):
+        if not self._block_manager.succeed(sequence, place, sequence.stored, tokens):
             return False
         before = sequence.placement.shares(sequence.reserved)
         known = frozenset(member for member, held in before.items() if held)

@@ -183,25 +183,18 @@ class Scheduler:
         return self._evict(unprefilled, CacheChanges())
 
     def drain(self, member: int, context: int) -> None:
-        """A memory node is to be empty: nothing new is placed there, and what lies there moves away by and by.
-
-        Raises CapacityError if the others cannot hold one request of ``context`` tokens.
-        """
-        manager = self._block_manager
-        if not manager.has(member):
-            return
-        manager.draining.add(member)
-        if (most := manager.max_context) < context:
-            manager.draining.discard(member)
-            raise CapacityError(
-                f"the other memory nodes can hold {most} tokens of one request, fewer than the context of {context}; "
-                "add memory to the cluster first, or set model.context lower"
-            )
+        """Let a memory node become empty by and by: see `BlockManager.drain`."""
+        self._block_manager.drain(member, context)
 
     def evacuate(self, member: int) -> CacheChanges:
         """What still lies on a draining memory node is given up: its sequences wait, and lie elsewhere afterwards."""
         there = [s for s in self._slots.sequences() if member in s.placement.all_members]
         return self._evict(there, CacheChanges())
+
+    @property
+    def can_move(self) -> bool:
+        """Return whether sequences can change where they lie while they run."""
+        return self._block_manager.can_move
 
     @property
     def draining(self) -> dict[int, int]:

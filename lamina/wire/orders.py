@@ -46,7 +46,7 @@ class MemberEntry(Struct, frozen=True, array_like=True):
     id: MemberId
     name: Annotated[str, Meta(min_length=1, max_length=128)]
     role: Literal["compute", "memory"]
-    state: Literal["joining", "serving", "leaving", "lost"] = "joining"
+    state: Literal["joining", "serving", "leaving", "gone", "lost"] = "joining"
     term: Count = 0
     """Of a memory node: the number of the front's latest attachment to it. 0: the front has never attached."""
 
