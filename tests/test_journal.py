@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.errors import StorageError
+from lamina.errors import ConfigError, StorageError
 from lamina.front import journal as journals
 from lamina.front.journal import MOST_STARTS, Beginning, EndRecord, JournalEntry, RequestJournal, StepRecord
 from lamina.runtime.storage import LocalLog
@@ -372,7 +372,7 @@ def test_one_process_at_a_time_has_it(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"front.journal cannot be opened: File exists"):
+    with pytest.raises(ConfigError, match=r"front.journal cannot be opened: File exists"):
         LocalLog(tmp_path / "file" / "front.journal")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol, cast
 
@@ -63,7 +64,7 @@ class ClientAnswer:
         """Ends it, if its client has not been heard of until then."""
         self._request: Request | None = None
         self._form: ChatForm | None = None
-        self._tokens: list[int] = []
+        self._tokens = array("I")
         self._scores: list[Score] = []
         self._prompt_scores: list[Score] = []
         self._end: End | Failed | None = None
@@ -100,7 +101,7 @@ class ClientAnswer:
 
     def restore(self, entry: JournalEntry) -> None:
         """Take what an earlier front has kept."""
-        self._tokens, self._scores = list(entry.tokens), list(entry.scores)
+        self._tokens, self._scores = entry.tokens[:], list(entry.scores)
         self._prompt_scores = list(entry.prompt_scores)
         match entry.end:
             case None:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import logging
 import struct
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -129,7 +130,7 @@ class JournalEntry:
     request: Request
     form: ChatForm | None
     starts: int = 0
-    tokens: list[int] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("I"))
     scores: list[Score] = field(default_factory=list)
     """That of each token, if the request wants them."""
     prompt_scores: list[Score] = field(default_factory=list)

@@ -158,7 +158,8 @@ class Enlistment:
                 self._reform()
                 continue
             for member in self._members.in_state("memory", State.LOST):
-                self._neighbours.drop(member, "the front has lost it")
+                if (shard := self._neighbours.shards.get(member)) is not None and shard.is_attached:
+                    self._neighbours.drop(member, "the front has lost it")
             await self._attach_to_all(front, self._enlist)
             if self._runner is None:
                 self._runner = await self._make_steps()

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from lamina.errors import StorageError
+from lamina.errors import ConfigError, StorageError
 
 
 class LogFile(Protocol):
@@ -40,7 +40,8 @@ class LogFile(Protocol):
 class LocalLog:
     """The log file at ``path``, which only its owner may read, and which one process at a time has open.
 
-    The folder is made if it is not there. StorageError says that it cannot be opened.
+    The folder is made if it is not there. ConfigError says that it cannot be opened, StorageError that another process
+    has it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +52,7 @@ class LocalLog:
             # The log itself is replaced, and a lock with it would be another one.
             self._lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
-            raise StorageError(f"{path} cannot be opened: {e.strerror}") from e
+            raise ConfigError(f"{path} cannot be opened: {e.strerror}") from e
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file = _open(path)
@@ -60,7 +61,7 @@ class LocalLog:
             raise StorageError(f"{path} is in use by another process") from None
         except OSError as e:
             os.close(self._lock)
-            raise StorageError(f"{path} cannot be opened: {e.strerror}") from e
+            raise ConfigError(f"{path} cannot be opened: {e.strerror}") from e
 
     def read(self) -> bytes:
         """See `LogFile`, as for all others."""

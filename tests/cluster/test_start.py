@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from lamina import AsyncClient
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, RecoveryConfig
 from lamina.errors import NodeError
 from lamina.transport import PROTOCOL_VERSION
 from tests import harness
@@ -134,6 +134,15 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         message = fails(["node", "--role", "memory", "--listen", address, "--memory", "1MiB"], 1)
     assert address in message
     assert "another process uses the port" in message
+
+
+def test_a_journal_that_cannot_be_kept(checkpoint: Path, memory_ports: list[int], tmp_path: Path) -> None:
+    """Its place is named, and what to do, before any client comes."""
+    (tmp_path / "file").write_text("")
+    recovery = RecoveryConfig(journal_dir="file")
+    config = harness.write_config(tmp_path, checkpoint, memory_ports[:1], recovery=recovery)
+    log = cannot_start(config, 2)
+    assert f"recovery.journal_dir: {tmp_path}/file/requests.journal cannot be opened: File exists; name a folder" in log
 
 
 def test_too_little_memory(checkpoint: Path, memory_ports: list[int], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lamina.transport import Hello, Lane, Link, Options, Region
 from lamina.wire import views
 from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
-from lamina.wire.plan import StepPlan
+from lamina.wire.plan import CHUNK_HEADER, ChunkHeader, StepPlan
 from lamina.wire.tags import Kind, Tag, pack
 from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved, Void, short_name
 from lamina.wire.views import StepViews
@@ -39,7 +39,7 @@ class RawCompute:
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         link.deliver(
             on_message=self._on_message,
-            on_tag=lambda _, tag: self._answers.put_nowait(Tag.unpack(tag)),
+            on_tag=self._on_tag,
             on_lost=lambda error: self._end(str(error)),
         )
         link.send(encode(attach))
@@ -60,6 +60,11 @@ class RawCompute:
             self._end(message.reason)
         else:
             self._replies.put_nowait(message)
+
+    def _on_tag(self, lane: Lane, packed: int) -> None:
+        tag = Tag.unpack(packed)
+        if tag.kind is not Kind.CREDIT:
+            self._answers.put_nowait(tag)
 
     def _end(self, reason: str) -> None:
         if not self.ended.done():
@@ -98,6 +103,12 @@ class RawCompute:
         tag = pack(Kind.KEY_VALUE, slot, layer, step)
         offset = slot * self._geometry.key_value_bytes
         self.link.write(Lane.DECODE, self.remote.keys_values, offset, [_bytes(k), _bytes(v)], tag)
+
+    def chunk(self, buffer: int, sequence: int, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Keys and values of a prompt, over the bulk lane."""
+        header = ChunkHeader(sequence, layer, start, len(k)).pack().ljust(CHUNK_HEADER, b"\0")
+        offset, tag = buffer * self._geometry.chunk_bytes, pack(Kind.CHUNK, 0, 0, buffer)
+        self.link.write(Lane.BULK, self.remote.chunks, offset, [header, _bytes(k), _bytes(v)], tag)
 
     async def answer(self) -> Tag:
         """The next answer's tag. AssertionError with the reason if the link ends first."""

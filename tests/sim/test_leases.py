@@ -91,6 +91,25 @@ def test_a_new_front_finds_published_blocks_and_all_space_free() -> None:
     simulate_memory(work)
 
 
+@pytest.mark.parametrize("lease", [0.0, LEASE_S])
+def test_the_end_of_a_front_that_was_superseded_ends_nothing(lease: float) -> None:
+    """The tenant is the new front's, and only the loss of that one begins a lease."""
+    rows = Rows(1)
+
+    async def work(memory: SimCluster) -> None:
+        async with (
+            raw_compute(memory, LAYERS, lease=lease) as front,
+            raw_compute(memory, LAYERS, term=2, lease=LEASE_S) as new,
+        ):
+            assert await front.end() == "superseded by t0, the front of tenant t in term 2"
+            await new.reserve(1, 1)
+            await asyncio.sleep(2 * LEASE_S)
+            await rows.decode(new, 0)
+            assert (await only_tenant(memory)).lease_s is None
+
+    simulate_memory(work)
+
+
 def test_what_was_not_complete_is_not_found() -> None:
     """A publication that still waits for keys and values dies with its term, although the new front has a sequence of
     the same number."""
@@ -105,9 +124,12 @@ def test_what_was_not_complete_is_not_found() -> None:
             await lose(front)
         async with raw_compute(memory, LAYERS, term=2) as front:
             assert await shared(front) == 0
-            for position in range(PUBLISHED + 1):
-                await rows.decode(front, position)
+            for layer in range(len(LAYERS)):
+                front.chunk(layer, 1, layer, 0, rows.k[layer, :PUBLISHED, 0], rows.v[layer, :PUBLISHED, 0])
+            await rows.decode(front, PUBLISHED)
             assert await shared(front, 2) == 0
+            front.send(Publish(sequence=1, keys=KEYS))
+            assert await shared(front, 3) == PUBLISHED
 
     simulate_memory(work)
 
