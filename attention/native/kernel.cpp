@@ -594,7 +594,9 @@ inline void round_row(const float *row, int n, int type, void *to, float &scale)
     }
 }
 
-// Write 16 pairs of numbers, one of each row.
+// Write 16 pairs of numbers, one of each row; and the reverse.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Pairs __attribute__((vector_size(32)));
 inline void interleave(const uint16_t *a, const uint16_t *b, uint16_t *to) {
     for (int d = 0; d < 16; d += W) {
         const U low = __builtin_convertvector(load<H>(a + d), U), high = __builtin_convertvector(load<H>(b + d), U);
@@ -602,7 +604,7 @@ inline void interleave(const uint16_t *a, const uint16_t *b, uint16_t *to) {
     }
 }
 inline void interleave(const uint8_t *a, const uint8_t *b, uint8_t *to) {
-    for (int d = 0; d < 16; ++d) to[2 * d] = a[d], to[2 * d + 1] = b[d];
+    store(to, __builtin_convertvector(load<Bytes>(a), Pairs) | __builtin_convertvector(load<Bytes>(b), Pairs) << 8);
 }
 inline void interleave(const uint32_t *, const uint32_t *, uint32_t *) {}  // no type of 32 bits is stored in pairs
 
@@ -614,18 +616,20 @@ inline void separate(const uint16_t *from, uint16_t *a, uint16_t *b) {
     }
 }
 inline void separate(const uint8_t *from, uint8_t *a, uint8_t *b) {
-    for (int d = 0; d < 16; ++d) a[d] = from[2 * d], b[d] = from[2 * d + 1];
+    const Pairs pairs = load<Pairs>(from);
+    store(a, __builtin_convertvector(pairs & 0xff, Bytes));
+    store(b, __builtin_convertvector(pairs >> 8, Bytes));
 }
 inline void separate(const uint32_t *, uint32_t *, uint32_t *) {}
 
 // to[i * to_stride + t] = from[t * from_stride + i], for 8 x 8 numbers or pairs.
 template <class T>
-inline void transpose8(const T *from, int from_stride, T *to, int to_stride) {
+inline void transpose8(const T *from, int64_t from_stride, T *to, int64_t to_stride) {
     for (int i = 0; i < 8; ++i)
         for (int t = 0; t < 8; ++t) to[i * to_stride + t] = from[t * from_stride + i];
 }
 #if __has_builtin(__builtin_shufflevector)
-inline void transpose8(const uint32_t *from, int from_stride, uint32_t *to, int to_stride) {
+inline void transpose8(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride) {
     typedef uint32_t U8 __attribute__((vector_size(32)));
     U8 a[8], b[8];  // by numbers, by pairs, by fours
     for (int r = 0; r < 8; ++r) a[r] = load<U8>(from + r * from_stride);
@@ -645,7 +649,7 @@ inline void transpose8(const uint32_t *from, int from_stride, uint32_t *to, int 
         store(to + (r + 4) * to_stride, high);
     }
 }
-inline void transpose8(const uint16_t *from, int from_stride, uint16_t *to, int to_stride) {
+inline void transpose8(const uint16_t *from, int64_t from_stride, uint16_t *to, int64_t to_stride) {
     typedef uint16_t H8 __attribute__((vector_size(16)));
     H8 a[8], b[8];
     for (int r = 0; r < 8; ++r) a[r] = load<H8>(from + r * from_stride);
@@ -660,26 +664,26 @@ inline void transpose8(const uint16_t *from, int from_stride, uint16_t *to, int 
 }
 #endif
 
-// to[i * PAGE + t] = from[t * n + i], for `tokens` tokens t and n numbers or pairs i, a multiple of 8.
+// to[i * PAGE + t] = from[t * stride + i], for `tokens` tokens t and n numbers or pairs i, a multiple of 8.
 template <class T>
-inline void transpose(const T *from, int tokens, int n, T *to) {
+inline void transpose(const T *from, int64_t stride, int tokens, int n, T *to) {
     for (int i = 0; i < n; i += 8) {
         if (tokens == PAGE) {
-            transpose8(from + i, n, to + i * PAGE, PAGE);
-            transpose8(from + 8 * n + i, n, to + i * PAGE + 8, PAGE);
+            transpose8(from + i, stride, to + i * PAGE, PAGE);
+            transpose8(from + 8 * stride + i, stride, to + i * PAGE + 8, PAGE);
             continue;
         }
         for (int j = i; j < i + 8; ++j)
-            for (int t = 0; t < tokens; ++t) to[j * PAGE + t] = from[t * n + j];
+            for (int t = 0; t < tokens; ++t) to[j * PAGE + t] = from[t * stride + j];
     }
 }
 
-// The reverse, for all tokens of a page: to[t * n + i] = from[i * PAGE + t].
+// The reverse, for all tokens of a page: to[t * stride + i] = from[i * PAGE + t].
 template <class T>
-inline void transpose_back(const T *from, int n, T *to) {
+inline void transpose_back(const T *from, int n, T *to, int64_t stride) {
     for (int i = 0; i < n; i += 8) {
-        transpose8(from + i * PAGE, PAGE, to + i, n);
-        transpose8(from + i * PAGE + 8, PAGE, to + 8 * n + i, n);
+        transpose8(from + i * PAGE, PAGE, to + i, stride);
+        transpose8(from + i * PAGE + 8, PAGE, to + 8 * stride + i, stride);
     }
 }
 
@@ -687,17 +691,19 @@ inline void transpose_back(const T *from, int n, T *to) {
 template <class T>
 using Pair = std::conditional_t<sizeof(T) == 1, uint16_t, std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>>;
 
-// Put the rows of `tokens` tokens, each of `width` numbers, into a page of K or V, from token `at` on.
+// Put the rows of `tokens` tokens, each of `width` numbers, `stride` numbers apart, into a page of K or V, from token
+// `at` on.
 template <class T>
-inline void put_rows(int type, bool is_v, const T *rows, int width, int at, int tokens, T *page) {
-    if (!is_v && paired(type)) return transpose((const Pair<T> *)rows, tokens, width / 2, (Pair<T> *)page + at);
-    if (!is_v) return transpose(rows, tokens, width, page + at);
+inline void put_rows(int type, bool is_v, const T *rows, int64_t stride, int width, int at, int tokens, T *page) {
+    if (!is_v && paired(type))
+        return transpose((const Pair<T> *)rows, stride / 2, tokens, width / 2, (Pair<T> *)page + at);
+    if (!is_v) return transpose(rows, stride, tokens, width, page + at);
     for (int c = 0; c < width / 16; ++c)
         for (int t = 0; t < tokens; ++t) {
             T *line = page + (c * (PAGE / 2) + (at + t) / 2) * LINE;
-            const T *from = rows + t * width + c * 16;
+            const T *from = rows + t * stride + c * 16;
             if (paired(type) && (at + t) % 2 == 0 && t + 1 < tokens)
-                interleave(from, from + width, line), ++t;
+                interleave(from, from + stride, line), ++t;
             else if (paired(type))
                 for (int d = 0; d < 16; ++d) line[2 * d + (at + t) % 2] = from[d];
             else
@@ -707,19 +713,19 @@ inline void put_rows(int type, bool is_v, const T *rows, int width, int at, int 
 
 // Get the rows of all tokens of a page of K or V.
 template <class T>
-inline void get_rows(int type, bool is_v, const T *page, int width, T *rows) {
-    if (!is_v && paired(type)) return transpose_back((const Pair<T> *)page, width / 2, (Pair<T> *)rows);
-    if (!is_v) return transpose_back(page, width, rows);
+inline void get_rows(int type, bool is_v, const T *page, int width, T *rows, int64_t stride) {
+    if (!is_v && paired(type)) return transpose_back((const Pair<T> *)page, width / 2, (Pair<T> *)rows, stride / 2);
+    if (!is_v) return transpose_back(page, width, rows, stride);
     for (int c = 0; c < width / 16; ++c)
         for (int t = 0; t < PAGE; t += 2) {
             const T *line = page + (c * (PAGE / 2) + t / 2) * LINE;
-            T *to = rows + t * width + c * 16;
+            T *to = rows + t * stride + c * 16;
             if (paired(type)) {
-                separate(line, to, to + width);
+                separate(line, to, to + stride);
                 continue;
             }
             std::memcpy(to, line, 16 * sizeof(T));
-            std::memcpy(to + width, line + 16, 16 * sizeof(T));
+            std::memcpy(to + stride, line + 16, 16 * sizeof(T));
         }
 }
 
@@ -754,7 +760,7 @@ void append_as(const Layer &layer, const Step &step, const void *k, const void *
                 round_row(s.o, width, layer.kv_type, staged + t * width, scale);
                 if (scaled(layer.kv_type)) (which ? to.v_scales : to.k_scales)[at + t] = scale;
             }
-            put_rows(layer.kv_type, which, staged, width, at, tokens, (T *)(which ? to.v : to.k));
+            put_rows(layer.kv_type, which, staged, width, width, at, tokens, (T *)(which ? to.v : to.k));
         }
         token += tokens;
     }
@@ -772,43 +778,53 @@ void append(const Layer &layer, const Step &step, const void *k, const void *v, 
 
 template <class T>
 void unpack_as(const Layer &layer, const Block &block, Scratch &s) {
-    const int heads = layer.kv_heads, head = block.head, dims[2] = {layer.qk_dim, layer.v_dim};
+    const int heads = layer.kv_heads, head = block.head, type = layer.kv_type, dims[2] = {layer.qk_dim, layer.v_dim};
     const PlainBlock plain(layer, block.plain);
-    T *rows = (T *)s.q;
     for (int page = 0; page < layer.pages(); ++page) {
         const Place from = place(layer, &block.at, head, page);
         for (int which = 0; which < 2; ++which) {
             const int dim = dims[which], width = padded(dim);
-            get_rows(layer.kv_type, which, (const T *)(which ? from.v : from.k), width, rows);
-            T *to = (T *)(which ? plain.v : plain.k) + size_t(page * PAGE * heads + head) * dim;
-            for (int t = 0; t < PAGE; ++t) std::memcpy(to + size_t(t) * heads * dim, rows + t * width, dim * sizeof(T));
-            if (!scaled(layer.kv_type)) continue;
-            for (int t = 0; t < PAGE; ++t)
-                (which ? plain.v_scales : plain.k_scales)[(page * PAGE + t) * heads + head] =
-                    (which ? from.v_scales : from.k_scales)[t];
+            const int64_t stride = int64_t(heads) * dim;
+            const T *own = (const T *)(which ? from.v : from.k);
+            T *to = (T *)(which ? plain.v : plain.k) + page * PAGE * stride + head * dim;
+            if (dim == width) {
+                get_rows(type, which, own, width, to, stride);
+            } else {
+                T *rows = (T *)s.q;
+                get_rows(type, which, own, width, rows, width);
+                for (int t = 0; t < PAGE; ++t) std::memcpy(to + t * stride, rows + t * width, dim * sizeof(T));
+            }
+            if (!scaled(type)) continue;
+            float *scales = (which ? plain.v_scales : plain.k_scales) + int64_t(page) * PAGE * heads + head;
+            for (int t = 0; t < PAGE; ++t) scales[int64_t(t) * heads] = (which ? from.v_scales : from.k_scales)[t];
         }
     }
 }
 
 template <class T>
 void pack_as(const Layer &layer, const Block &block, Scratch &s) {
-    const int heads = layer.kv_heads, head = block.head, dims[2] = {layer.qk_dim, layer.v_dim};
+    const int heads = layer.kv_heads, head = block.head, type = layer.kv_type, dims[2] = {layer.qk_dim, layer.v_dim};
     const PlainBlock plain(layer, block.plain);
-    T *rows = (T *)s.q;
     for (int page = 0; page < layer.pages(); ++page) {
         const Place to = place(layer, &block.at, head, page);
         for (int which = 0; which < 2; ++which) {
             const int dim = dims[which], width = padded(dim);
-            const T *from = (const T *)(which ? plain.v : plain.k) + size_t(page * PAGE * heads + head) * dim;
-            for (int t = 0; t < PAGE; ++t) {
-                std::memcpy(rows + t * width, from + size_t(t) * heads * dim, dim * sizeof(T));
-                std::memset(rows + t * width + dim, 0, (width - dim) * sizeof(T));
+            const int64_t stride = int64_t(heads) * dim;
+            T *own = (T *)(which ? to.v : to.k);
+            const T *from = (const T *)(which ? plain.v : plain.k) + page * PAGE * stride + head * dim;
+            if (dim == width) {
+                put_rows(type, which, from, stride, width, 0, PAGE, own);
+            } else {
+                T *rows = (T *)s.q;
+                for (int t = 0; t < PAGE; ++t) {
+                    std::memcpy(rows + t * width, from + t * stride, dim * sizeof(T));
+                    std::memset(rows + t * width + dim, 0, (width - dim) * sizeof(T));
+                }
+                put_rows(type, which, rows, width, width, 0, PAGE, own);
             }
-            put_rows(layer.kv_type, which, rows, width, 0, PAGE, (T *)(which ? to.v : to.k));
-            if (!scaled(layer.kv_type)) continue;
-            for (int t = 0; t < PAGE; ++t)
-                (which ? to.v_scales : to.k_scales)[t] =
-                    (which ? plain.v_scales : plain.k_scales)[(page * PAGE + t) * heads + head];
+            if (!scaled(type)) continue;
+            const float *scales = (which ? plain.v_scales : plain.k_scales) + int64_t(page) * PAGE * heads + head;
+            for (int t = 0; t < PAGE; ++t) (which ? to.v_scales : to.k_scales)[t] = scales[int64_t(t) * heads];
         }
     }
 }
