@@ -231,24 +231,25 @@ class KVCache(SequenceSlots):
                 there[usable] &= found >= usable - self._behind(group, usable * size)
         return size * max(usable for usable, every in enumerate(there) if every)
 
-    def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
-        """Let other sequences share the leading ``len(keys)`` blocks of a sequence; `UsageError` for incomplete blocks.
+    def publish(self, sequence: int, keys: Sequence[bytes], first: int = 0) -> None:
+        """Let other sequences share ``len(keys)`` blocks of a sequence, from number ``first`` on; `UsageError` for
+        incomplete blocks.
 
         The blocks are not overwritten from now on. A key that is taken already keeps its first block. Blocks that were
         freed behind a window are left out.
         """
         reservation = self._reservation(sequence)
-        stop = len(keys) * self.layout.block_tokens
+        stop = (first + len(keys)) * self.layout.block_tokens
         complete = self.complete(sequence)
         if stop > complete:
             raise UsageError(
-                f"sequence {sequence}: {len(keys)} blocks of {self.layout.block_tokens} positions are to be published, "
-                f"but only {complete} positions are stored in every layer"
+                f"sequence {sequence}: {first + len(keys)} blocks of {self.layout.block_tokens} positions are to be "
+                f"published, but only {complete} positions are stored in every layer"
             )
         for key in keys:
             check_key(key)
         for blocks, table in zip(self._blocks, reservation.tables, strict=True):
-            for key, block in zip(keys, table[: len(keys)].tolist(), strict=True):
+            for key, block in zip(keys, table[first : first + len(keys)].tolist(), strict=True):
                 if block >= 0:
                     blocks.publish(block, key)
         self._frozen[reservation.slot] = max(self._frozen[reservation.slot], stop)

@@ -261,6 +261,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
             heads,
             layout,
             tenant="none",
+            token=bytes(16),
             model="none",
             dtype=DTYPE,
             slots=batches,

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from typer.core import TyperGroup
 
 from lamina.errors import ConfigError, LaminaError
+from lamina.log import report_failure
 from lamina.runtime.cpu import let_idle_threads_sleep
 from lamina.serve.cli import batch, serve
 from lamina.table import discard_output
@@ -251,16 +252,19 @@ def up(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the logs of the nodes instead of keeping them in files.")
     ] = False,
+    no_restart: Annotated[
+        bool, typer.Option("--no-restart", help="End when a node dies, instead of starting it again.")
+    ] = False,
     log_format: LogFormat = None,
 ) -> None:
-    """Start all nodes of a cluster file on this machine and show their states until Ctrl-C."""
+    """Start all nodes of a cluster file on this machine, again where they die, and show their states until Ctrl-C."""
     from lamina.cluster.up import run
     from lamina.config import load
     from lamina.log import choose_format
 
     cluster = load(config)
     format_ = choose_format(log_format, cluster.log.format)
-    raise typer.Exit(run(cluster, verbose=verbose, log_format=format_))
+    raise typer.Exit(run(cluster, restart=not no_restart, verbose=verbose, log_format=format_))
 
 
 app.command()(serve)
@@ -268,12 +272,19 @@ app.command()(batch)
 
 
 @app.command()
-def status(config: ConfigFile, as_json: Json = False) -> None:
+def status(
+    config: ConfigFile,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Show it anew every second until q or Ctrl-C; with --json, one object a line."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show the state of every node of a cluster file; the exit status is 0 if all are ready, else 1."""
     from lamina.config import load
     from lamina.ops.status import run
 
-    raise typer.Exit(run(load(config), as_json=as_json))
+    raise typer.Exit(run(load(config), as_json=as_json, watch=watch))
 
 
 @app.command()
@@ -453,6 +464,7 @@ def main() -> None:
         status = app(prog_name="lamina", standalone_mode=False)
         sys.stdout.flush()
     except LaminaError as e:
+        report_failure(e)
         _fail(str(e), e.exit_status)
     except _UsageError as e:
         _fail_usage(e)

@@ -18,7 +18,8 @@
     ├── DeadlineError             an answer took longer than its request allowed
     ├── NodeError                 a node is lost, or reports a failure of its own; names the node
     │   ├── SpaceLostError        a memory node no longer has what a step needs of some sequences
-    │   └── StaleOrderError       a compute node was told to run a step of members that have changed
+    │   ├── StaleOrderError       a compute node was told to run a step of members that have changed
+    │   └── SupersededError       a memory node serves this tenant in a later term
     └── DeadlockError             a simulation in which nothing can happen any more
 
 A message says what happened, where, the value seen, the value allowed and what to do, in one sentence or two.
@@ -153,6 +154,14 @@ class SpaceLostError(NodeError):
 
 class StaleOrderError(NodeError):
     """A compute node did not run a step, as it was ordered for members that have changed since."""
+
+
+class SupersededError(NodeError):
+    """The memory node ``node`` has heard from this tenant's front in the later term ``term``."""
+
+    def __init__(self, message: str, *, node: str, term: int) -> None:
+        super().__init__(message, node=node)
+        self.term = term
 
 
 class DeadlockError(LaminaError):

@@ -139,6 +139,14 @@ def choose_format(asked: str | None = None, configured: Format = "logfmt") -> Fo
     return configured
 
 
+def report_failure(error: Exception) -> None:
+    """Tell the process that started this one why it ends before it has a log, if it asked for reports."""
+    descriptor = os.environ.pop(REPORT_VARIABLE, "")
+    if descriptor.isdecimal():
+        with suppress(OSError):
+            os.write(int(descriptor), msgspec.json.encode(NodeReport(failure=str(error))) + b"\n")
+
+
 def configure(node: str, file: Path | None = None, format_: Format = "logfmt") -> None:
     """Send the log of this process, as the node called ``node``, to ``file``, by default to standard error.
 

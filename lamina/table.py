@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -38,26 +38,26 @@ def print_table(
 
     On a terminal, the columns named in ``prose`` may be wrapped between words to make the table fit.
     """
-    filled: list[list[Cell]] = [[*row, *[None] * (len(headings) - len(row))] for row in rows]
+    filled = _filled(headings, rows)
     terminal = sys.stdout.isatty()
     if title:
         print_text(title)
-    if _fits(headings, filled, prose if terminal else ()):
-        _print_columns(headings, filled, prose)
-    elif terminal:
-        for number, row in enumerate(filled):
-            if number:
-                sys.stdout.write("\n")
-            _print_block(list(zip(headings, row, strict=True)))
+    if terminal or _fits(headings, filled, ()):
+        _print(_drawn(headings, filled, prose))
     else:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(headings)
         writer.writerows([_plain(cell) for cell in row] for row in filled)
 
 
+def draw_table(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> RenderableType:
+    """Return what `print_table` prints on a terminal, for one that is drawn anew again and again."""
+    return _drawn(headings, _filled(headings, rows), ())
+
+
 def print_facts(facts: Mapping[str, Cell]) -> None:
     """Print a ``name: value`` line for each fact that has a value; a terminal gets long values wrapped."""
-    _print_block(list(facts.items()))
+    _print(_block(list(facts.items())))
 
 
 def print_text(sentence: str, console: Console | None = None) -> None:
@@ -114,7 +114,21 @@ def _fits(headings: Sequence[str], rows: Sequence[Sequence[Cell]], prose: Collec
     return total <= shutil.get_terminal_size().columns
 
 
-def _print_columns(headings: Sequence[str], rows: Sequence[Sequence[Cell]], prose: Collection[str]) -> None:
+def _filled(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> list[list[Cell]]:
+    return [[*row, *[None] * (len(headings) - len(row))] for row in rows]
+
+
+def _drawn(headings: Sequence[str], rows: Sequence[Sequence[Cell]], prose: Collection[str]) -> RenderableType:
+    """Make columns, or a block for each row where they do not fit."""
+    if _fits(headings, rows, prose):
+        return _columns(headings, rows, prose)
+    parts: list[RenderableType] = []
+    for row in rows:
+        parts += [Text(), _block(list(zip(headings, row, strict=True)))]
+    return Group(*parts[1:])
+
+
+def _columns(headings: Sequence[str], rows: Sequence[Sequence[Cell]], prose: Collection[str]) -> Table:
     table = Table(box=_RULE, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0), header_style="bold")
     for i, heading in enumerate(headings):
         numbers = all(cell is None or isinstance(cell, int | float) for cell in (row[i] for row in rows))
@@ -127,22 +141,29 @@ def _print_columns(headings: Sequence[str], rows: Sequence[Sequence[Cell]], pros
         )
     for row in rows:
         table.add_row(*(Text(text(cell), cell.style if isinstance(cell, Text) else "") for cell in row))
-    console = _console()
-    with console.capture() as printed:
-        console.print(table)
-    sys.stdout.writelines(f"{line.rstrip()}\n" for line in printed.get().splitlines())
+    return table
 
 
-def _print_block(facts: Sequence[tuple[str, Cell]]) -> None:
-    console = _console()
+def _block(facts: Sequence[tuple[str, Cell]]) -> Group:
+    """Make a line for each fact that has a value, or several on a terminal where one would be too long."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     known = [(name, cell) for name, cell in facts if text(cell)]
     indent = 2 + max((cell_len(name) for name, _ in known), default=0)
+    lines = []
     for name, cell in known:
         label, style = f"{name}:".ljust(indent), cell.style if isinstance(cell, Text) else ""
-        lines = _wrapped(text(cell), console.width - indent) if console.is_terminal else [text(cell)]
-        for line in lines:
-            console.print(Text.assemble(label, (line, style)), soft_wrap=True)
+        for line in _wrapped(text(cell), width - indent) if width else [text(cell)]:
+            lines.append(Text.assemble(label, (line, style), no_wrap=True, overflow="ignore"))
             label = " " * indent
+    return Group(*lines)
+
+
+def _print(drawn: RenderableType) -> None:
+    """Print it without spaces at the ends of lines."""
+    console = _console()
+    with console.capture() as printed:
+        console.print(drawn, crop=False)
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in printed.get().splitlines())
 
 
 def _wrapped(sentence: str, width: int) -> list[str]:

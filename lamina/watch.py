@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +12,7 @@ from lamina.admin import AdminClient
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import ConnectError, LaminaError
 from lamina.runtime.network import Network
-from lamina.wire.admin import PeerStatus, Status
+from lamina.wire.admin import MemberStatus, PeerStatus, Status
 
 REACH_S = 1.5
 """How long a node may take to be reached, and to answer."""
@@ -40,6 +40,8 @@ class Rates:
     """Tokens that were prefilled or found."""
     shared_tokens: float
     steps: float
+    layers: float
+    """Attention layers that were run, each for a whole batch."""
     busy: float
     """The part of the time in which the device computed, from 0 to 1."""
     links: list[LinkRates]
@@ -54,6 +56,22 @@ class NodeView:
     reason: str = ""
     rates: Rates | None = None
     """None after the first answer of a process."""
+    member: MemberStatus | None = None
+    """What the front says of the node, or None where the front does not answer."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the node serves, and the front agrees."""
+        serving = self.member is None or self.member.state == "serving"
+        return self.status is not None and self.status.state == "ready" and serving
+
+    @property
+    def word(self) -> str:
+        """Return the state in a word: one of `Status`; or "lost", if the front has lost it as well, or
+        "unreachable"."""
+        if self.status is not None:
+            return self.status.state
+        return "lost" if self.member is not None and self.member.state == "lost" else "unreachable"
 
     @property
     def state(self) -> str:
@@ -101,7 +119,10 @@ class ClusterWatch:
 
     async def look(self) -> list[NodeView]:
         """Ask all nodes at once, and return the answers in the order of the file, within some seconds."""
-        return list(await asyncio.gather(*map(self._look_at, self._config.node)))
+        views = await asyncio.gather(*map(self._look_at, self._config.node))
+        front = next((view.status for view in views if view.node.name == self._config.front.name), None)
+        members = {member.name: member for member in front.members} if front else {}
+        return [replace(view, member=members.get(view.node.name)) for view in views]
 
     async def _look_at(self, node: NodeConfig) -> NodeView:
         seen = self._seen[node.name]
@@ -150,6 +171,7 @@ def rates_between(before: Status, after: Status, seconds: float) -> Rates:
         prompt_tokens=(after.prompt_tokens - before.prompt_tokens) / seconds,
         shared_tokens=(after.shared_tokens - before.shared_tokens) / seconds,
         steps=(after.steps - before.steps) / seconds,
+        layers=(after.layers - before.layers) / seconds,
         busy=min(1.0, (after.busy_s - before.busy_s) / seconds),
         links=[
             LinkRates(

@@ -19,6 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 keep_inductor_private()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nodes keep their journals, and servers their files, where no later run finds them."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def agreement(request: pytest.FixtureRequest) -> Iterator[Agreement]:
     """Ties of all comparisons together, which are reported: more than one in a thousand tokens is no coincidence."""

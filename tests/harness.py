@@ -28,6 +28,7 @@ from lamina.config import (
     ModelConfig,
     NodeConfig,
     PipelineConfig,
+    RecoveryConfig,
     TransportConfig,
     TransportKind,
     write_cluster,
@@ -166,6 +167,7 @@ def write_config(
     compute: Sequence[range | None] = (None,),
     dtype: Dtype = "float32",
     compiled: bool = False,
+    recovery: RecoveryConfig | None = None,
     **model_keys: Any,
 ) -> ClusterConfig:
     """A cluster file with compute nodes ``c0``, ``c1``, ... and memory nodes ``m0``, ``m1``, ... on ``memory_ports``.
@@ -201,6 +203,7 @@ def write_config(
         ModelConfig(path=str(model), dtype=dtype, compile=compiled, **model_keys),
         nodes,
         pipeline=pipeline,
+        recovery=recovery,
         transport=TransportConfig(
             kind=wiring.kind, peer_timeout=wiring.peer_timeout, start_timeout=start_timeout, **wiring.keys()
         ),

@@ -107,6 +107,8 @@ def test_messages_are_checked_when_they_arrive() -> None:
     layer = LayerShape(q_heads=4, kv_heads=2, qk_dim=8, v_dim=8, scale=1.0)
     attach = Attach(
         tenant="c0",
+        token=bytes(16),
+        term=1,
         model="x",
         dtype="float32",
         kv_dtype="int8",
@@ -125,6 +127,9 @@ def test_messages_are_checked_when_they_arrive() -> None:
         {"kv_dtype": "int3"},
         {"layers": []},
         {"extra": 1},
+        {"token": b"short"},
+        {"term": -1},
+        {"lease": 1e9},
         {"outputs": [1, "o"]},
     ):
         with pytest.raises(ProtocolError, match="'Attach'"):

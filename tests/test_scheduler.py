@@ -102,7 +102,7 @@ class WindowedNodes(Nodes):
     def tell(self, changes: CacheChanges) -> None:
         for publication in changes.published:
             if self.cache.complete(publication.id) >= BLOCK * len(publication.keys):
-                self.cache.publish(publication.id, publication.keys)
+                self.cache.publish(publication.id, publication.keys, publication.first)
         for id_ in changes.released:
             if self.space.pop(id_, None):
                 del self.stored[id_]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -28,6 +29,10 @@ Secret: TypeAlias = bytes | str | os.PathLike[str] | None
 """The cluster's secret itself, as bytes, or the path of the file that holds it."""
 
 
+RECONNECT_S = 60.0
+"""How long answers wait for a front that is lost, as clusters keep them for so long by default."""
+RETRY_S = 0.25
+"""The pause between two attempts to reach it."""
 CONCURRENCY = 64
 """How many prompts of `AsyncClient.generate_many` are asked at a time."""
 
@@ -41,21 +46,36 @@ def connect(
     tls: TlsFiles | None = None,
     deadline_s: float = 10.0,
     peer_timeout: float = 2.0,
+    reconnect_s: float = RECONNECT_S,
 ) -> AbstractAsyncContextManager[AsyncClient]:
     """Connect to the front at ``address``, such as ``tcp://127.0.0.1:7070``, with ``async with``.
 
     ``secret`` is the cluster's secret as bytes, or the path of the file that holds it, and ``tls`` (from
     ``lamina.transport``) names this client's certificate, if the cluster has these. Raises ConnectError if there is no
     answer within ``deadline_s`` seconds; after ``peer_timeout`` seconds of silence the front is lost. When it was lost,
-    the next request connects anew, in the same way. Leaving the block cancels what still runs.
+    the client connects anew by itself, and answers that are under way go on where they were; for ``reconnect_s``
+    seconds without a front they wait, then they fail. Leaving the block cancels what still runs.
     """
     return _Connecting(
-        lambda: open_client(address, secret=secret, tls=tls, deadline_s=deadline_s, peer_timeout=peer_timeout)
+        lambda: open_client(
+            address,
+            secret=secret,
+            tls=tls,
+            deadline_s=deadline_s,
+            peer_timeout=peer_timeout,
+            reconnect_s=reconnect_s,
+        )
     )
 
 
 async def open_client(
-    address: str | Address, *, secret: Secret, tls: TlsFiles | None, deadline_s: float, peer_timeout: float
+    address: str | Address,
+    *,
+    secret: Secret,
+    tls: TlsFiles | None,
+    deadline_s: float,
+    peer_timeout: float,
+    reconnect_s: float,
 ) -> AsyncClient:
     """Return a connected client, which its caller closes. See `connect`."""
     if not isinstance(address, str | Address):
@@ -64,6 +84,8 @@ async def open_client(
         secret = read_secret(Path(secret))
     elif not isinstance(secret, bytes | None):
         raise ConfigError(f"secret: expected bytes, or the path of a file, got {type(secret).__name__}")
+    if not (isinstance(reconnect_s, int | float) and 0 <= reconnect_s < math.inf):
+        raise ConfigError(f"reconnect_s: expected seconds >= 0, got {reconnect_s!r:.200}")
     options = Options(kind="control", secret=secret, tls=tls, peer_timeout=peer_timeout)
     hello = Hello("client", f"client-{os.getpid()}")
     front = Address.parse(address) if isinstance(address, str) else address
@@ -71,7 +93,7 @@ async def open_client(
     def open_link() -> Awaitable[Link]:
         return connect_link(front, hello, options, deadline_s=deadline_s)
 
-    return AsyncClient(await open_link(), open_link)
+    return AsyncClient(await open_link(), open_link, reconnect_s=reconnect_s)
 
 
 class _Connecting(AbstractAsyncContextManager["AsyncClient"]):
@@ -105,17 +127,26 @@ class _Connecting(AbstractAsyncContextManager["AsyncClient"]):
 class AsyncClient:
     """A client holds a connection to the front. Any number of requests may run on it at the same time.
 
-    When the front is lost, the requests that run fail with a NodeError. The next one connects anew, and fails with the
-    same error if it cannot; until the front is ready again, it answers with a NodeError that says so. After `close`,
-    everything fails with a TransportError.
+    When the front is lost, the client connects anew, and the answers that are under way go on behind the last token
+    that has come. They fail with a NodeError if the front does not come back in time, or without them. A new request
+    fails with it if no connection can be made at once; until the front is ready again, it answers with a NodeError that
+    says so. After `close`, everything fails with a TransportError.
     """
 
-    def __init__(self, link: Link, reconnect: Callable[[], Awaitable[Link]] | None = None) -> None:
-        """Nothing may be delivered from ``link`` yet. ``reconnect`` makes another link when it is lost; without it, all
-        requests fail from then on."""
-        self._front = FrontLink(link)
+    def __init__(
+        self,
+        link: Link,
+        reconnect: Callable[[], Awaitable[Link]] | None = None,
+        *,
+        reconnect_s: float = RECONNECT_S,
+    ) -> None:
+        """Nothing may be delivered from ``link`` yet. ``reconnect`` makes another link when it is lost, for which
+        answers wait for ``reconnect_s`` seconds; without it, all requests fail from then on."""
+        self._front = FrontLink(patience_s=reconnect_s if reconnect else 0.0, on_wait=self._begin_resuming)
+        self._front.use(link)
         self._reconnect = reconnect
         self._opening: asyncio.Task[FrontLink] | None = None
+        self._resuming: asyncio.Task[None] | None = None
         self._closed = False
         self._ids = itertools.count(1)
 
@@ -191,9 +222,10 @@ class AsyncClient:
     async def close(self) -> None:
         """Cancel what still runs and leave. Closing twice is fine."""
         self._closed = True
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.wait((self._opening,))
+        if tasks := [task for task in (self._resuming, self._opening) if task is not None]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
         await self._front.close(TransportError(_CLOSED))
 
     def _stream(self, asked: Wanted, after: asyncio.Event | None = None) -> AsyncStream:
@@ -218,20 +250,39 @@ class AsyncClient:
         return opening.result()
 
     async def _open(self, reconnect: Callable[[], Awaitable[Link]]) -> FrontLink:
-        before = self._front
-        before.end("a new connection is made")
+        front = self._front
         try:
-            self._front = FrontLink(await reconnect())
-        except ConnectError as e:
-            if isinstance(before.failure, NodeError):  # why it is gone says more than that it is
-                raise NodeError(f"{before.failure}; since then, {e}", node=before.failure.node) from e
+            front.use(await reconnect())
+        except LaminaError as e:
+            front.attempt = str(e)
+            if isinstance(e, ConnectError) and isinstance(front.failure, NodeError):
+                # Why it is gone says more than that it is.
+                raise NodeError(f"{front.failure}; since then, {e}", node=front.failure.node) from e
             raise
-        return self._front
+        return front
 
     def _opened(self, opening: asyncio.Task[FrontLink]) -> None:
         self._opening = None
         if not opening.cancelled():
             opening.exception()  # whoever waits for it gets it, if anybody still does
+
+    def _begin_resuming(self) -> None:
+        if self._resuming is None and not self._closed:
+            self._resuming = asyncio.create_task(self._resume())
+            self._resuming.add_done_callback(self._resumed)
+
+    async def _resume(self) -> None:
+        """Connect anew while answers wait for it, and the front might take them."""
+        while self._front.is_awaited:
+            try:
+                await self._connected()
+            except LaminaError:
+                await asyncio.sleep(RETRY_S)
+
+    def _resumed(self, resuming: asyncio.Task[None]) -> None:
+        self._resuming = None
+        if not resuming.cancelled():
+            resuming.result()
 
 
 def _branch(asked: Wanted, number: int) -> Wanted:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, Unpack
 
 from lamina.chat.events import ChatEvent
-from lamina.client.asynchronous import CONCURRENCY, AsyncClient, Secret, open_client
+from lamina.client.asynchronous import CONCURRENCY, RECONNECT_S, AsyncClient, Secret, open_client
 from lamina.client.chat import AsyncChatStream
 from lamina.client.results import ChatCompletion, Completion, Timings, Token
 from lamina.client.settings import ChatSettings, Prompt, Settings
@@ -37,6 +37,7 @@ class Client:
         tls: TlsFiles | None = None,
         deadline_s: float = 10.0,
         peer_timeout: float = 2.0,
+        reconnect_s: float = RECONNECT_S,
     ) -> None:
         """Connect to the front at ``address``."""
         self._loop = asyncio.new_event_loop()
@@ -45,7 +46,14 @@ class Client:
         self._thread.start()
         try:
             self._client: AsyncClient = self._wait(
-                open_client(address, secret=secret, tls=tls, deadline_s=deadline_s, peer_timeout=peer_timeout)
+                open_client(
+                    address,
+                    secret=secret,
+                    tls=tls,
+                    deadline_s=deadline_s,
+                    peer_timeout=peer_timeout,
+                    reconnect_s=reconnect_s,
+                )
             )
         except BaseException:
             self._stop()

@@ -42,19 +42,29 @@ class Child:
         """Run this Python with ``arguments``; ``threads`` is how many threads compute unless the environment says."""
         near, far = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # else files of the current folder, such as a token.py, would be imported as modules
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log_file or sys.stderr,
-                stderr=log_file,
-                pass_fds=(far,),
-                env={"OMP_NUM_THREADS": str(threads), **os.environ, REPORT_VARIABLE: str(far)},
-                # In a session of its own the node does not get Ctrl-C of the terminal, so that nodes stop in order.
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
+            starting = asyncio.ensure_future(
+                asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",  # else files of the current folder, such as a token.py, would be imported as modules
+                    *arguments,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log_file or sys.stderr,
+                    stderr=log_file,
+                    pass_fds=(far,),
+                    env={"OMP_NUM_THREADS": str(threads), **os.environ, REPORT_VARIABLE: str(far)},
+                    # In a session of its own the node does not get Ctrl-C of the terminal, so that nodes stop in order.
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,
+                )
             )
+            try:
+                process = await asyncio.shield(starting)
+            except asyncio.CancelledError:  # uvloop would leave the process behind
+                await asyncio.wait([starting])
+                if starting.exception() is None:
+                    starting.result().kill()
+                    await starting.result().wait()
+                raise
         except BaseException:
             os.close(near)
             raise

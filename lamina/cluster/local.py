@@ -18,6 +18,7 @@ from typing import IO
 from lamina.admin import AdminClient
 from lamina.cluster import preflight
 from lamina.cluster.child import Child
+from lamina.cluster.restarts import LIMIT, WITHIN_S, Restarts
 from lamina.config import (
     ClusterConfig,
     ComputeNodeConfig,
@@ -27,7 +28,15 @@ from lamina.config import (
     NodeConfig,
     write_cluster,
 )
-from lamina.errors import ConnectError, HandshakeError, LaminaError, NodeError, PeerLostError, PeerSilentError
+from lamina.errors import (
+    ConnectError,
+    HandshakeError,
+    LaminaError,
+    NodeError,
+    PeerLostError,
+    PeerSilentError,
+    UsageError,
+)
 from lamina.log import NodeReport
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.transport import Address
@@ -46,6 +55,8 @@ PAUSE_S = 0.75
 """This process was suspended, or had no processor, if its timers are later than that."""
 KILL_AFTER_S = 5.0
 """How long a process may take to end after it has drained, or if it need not drain."""
+TOLD_TO_STOP = (0, -signal.SIGTERM, -signal.SIGINT)
+"""The exit statuses of a node that was told to stop; a signal kills it only at the very beginning of its start."""
 
 
 def local_config(
@@ -107,6 +118,10 @@ class Cluster:
     name of a node after its state has changed. ``failed`` gets a NodeError when a node dies or falls silent, with the
     node's own words where it had any.
 
+    With ``restart``, a node that dies or falls silent is started again instead, as often as `Restarts` allows, once all
+    nodes were ready; ``on_news`` gets the sentences that say so. A node that was told to stop, or that finds the
+    cluster file wrong, is not started again.
+
     Entering it raises the LaminaError that the nodes would end with, where that is known before they are started.
     """
 
@@ -117,19 +132,27 @@ class Cluster:
         log_file: IO[bytes] | None = None,
         log_folder: Path | None = None,
         on_change: Callable[[str], None] | None = None,
+        restart: bool = False,
+        on_news: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
         self._log_file = log_file
         self._log_folder = log_folder
         self._on_change = on_change or (lambda name: None)
+        self._restart = restart
+        self._on_news = on_news or (lambda sentence: None)
         self._children: dict[str, Child] = {}
         self._monitors: dict[str, AdminClient] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._symptoms: list[_Symptom] = []
-        self._explained: set[str] = set()
-        """The nodes that have said themselves why they end."""
+        self._symptoms: dict[str, _Symptom] = {}
+        """The last failure of each node since all nodes were ready."""
+        self._failing: set[str] = set()
+        """The nodes of which it is known why they end."""
+        self._back: set[str] = set()
+        """The nodes that were started again and are not ready yet."""
         self._pauses = 0
         """How often this process was suspended."""
+        self._was_ready = False
         self._stopping = False
         self.states: dict[str, str] = {n.name: "starting" for n in config.node}
         self._progress = dict(self.states)
@@ -141,8 +164,7 @@ class Cluster:
             self._tasks.append(asyncio.create_task(self._count_pauses()))
             for node in self._config.node:
                 self._children[node.name] = await self._start(node)
-                self._tasks.append(asyncio.create_task(self._watch_process(node)))
-                self._tasks.append(asyncio.create_task(self._watch_state(node)))
+                self._tasks.append(asyncio.create_task(self._keep(node)))
         except BaseException:
             await self.stop(drain=False)
             raise
@@ -168,15 +190,17 @@ class Cluster:
         return {name: await monitor.status() for name, monitor in self._monitors.items()}
 
     async def stop(self, *, drain: bool) -> None:
-        """End all processes, compute nodes first; with ``drain`` they finish their requests before."""
+        """End all processes, compute nodes first; with ``drain`` they finish their requests before, if no node is
+        missing."""
         self._stopping = True
-        patience = DRAIN_TIMEOUT_S if drain else 0.0
-        for role in ("compute", "memory"):
-            names = [n.name for n in self._config.node if n.role == role and n.name in self._children]
-            await asyncio.gather(*(self._children[name].end(patience + KILL_AFTER_S) for name in names))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        missing = any(child.process.returncode is not None for child in self._children.values())
+        patience = DRAIN_TIMEOUT_S if drain and not missing else 0.0
+        for role in ("compute", "memory"):
+            names = [n.name for n in self._config.node if n.role == role and n.name in self._children]
+            await asyncio.gather(*(self._children[name].end(patience + KILL_AFTER_S) for name in names))
         for monitor in self._monitors.values():
             monitor.abort("the cluster is stopped")
         for child in self._children.values():
@@ -193,62 +217,120 @@ class Cluster:
         with ExitStack() as stack:
             log_file = self._log_file
             if self._log_folder:
-                log_file = stack.enter_context((self._log_folder / f"{node.name}.log").open("wb"))
+                # What a node that died has logged last is needed most.
+                mode = "ab" if node.name in self._children else "wb"
+                log_file = stack.enter_context((self._log_folder / f"{node.name}.log").open(mode))
             return await Child.start(
                 self.command(node), threads=share, log_file=log_file, on_report=partial(self._take_report, node.name)
             )
 
     # -- what happens to nodes
 
-    async def _watch_process(self, node: NodeConfig) -> None:
-        status = await self._children[node.name].wait()
-        if node.name in self._explained:
-            return
-        if status < 0:
-            how = f"was killed by signal {-status} ({signal.strsignal(-status)})"
-            if status == -signal.SIGKILL:
-                how += ", perhaps because the machine ran out of memory"
-        else:
-            how = f"ended with status {status}"
-        self._set(node.name, how)
-        self._suffer(_Rank.OWN if status < 0 else _Rank.WORDLESS, node.name, f"node {node.name} {how}")
+    async def _keep(self, node: NodeConfig) -> None:
+        """Start a node again each time that it has ended, as long as that is allowed; then let the cluster fail."""
+        restarts = Restarts()
+        died = await self._end_of(node)
+        while died and self._restart and self._was_ready and (delay_s := self._delay(node, restarts)) is not None:
+            self._set(node.name, f"starts again in {delay_s:g} s")
+            await asyncio.sleep(delay_s)
+            self._failing.discard(node.name)
+            self._back.add(node.name)
+            self._progress[node.name] = "starting"
+            self._set(node.name, "starting")
+            try:
+                self._children[node.name] = await self._start(node)
+            except OSError as e:
+                self._note(_Rank.OWN, node.name, "lost", f"node {node.name} cannot be started: {e}")
+            else:
+                died = await self._end_of(node)
+        symptom = self._symptoms[node.name]
+        # Silence is looked at four times in peer_timeout, so this process may notice it later than a node did.
+        consequence_s = BLAME_AFTER_S + self._config.transport.peer_timeout / 2
+        await asyncio.sleep(SETTLE_S if symptom.rank is _Rank.OWN else consequence_s)
+        self._fail()
 
-    async def _watch_state(self, node: NodeConfig) -> None:
+    def _delay(self, node: NodeConfig, restarts: Restarts) -> float | None:
+        """Say that a node is started again, and return after how many seconds; or say that it is not, None."""
+        reason = str(self._symptoms[node.name].error)
+        delay_s = restarts.next_s(asyncio.get_running_loop().time())
+        if delay_s is None:
+            log.error("event=restart_limit member=%s restarts=%d reason=%r", node.name, LIMIT, reason)
+            self._on_news(
+                f"{node.role} {reason}; it was started again {LIMIT} times within {WITHIN_S / 60:g} minutes, "
+                "so the cluster ends"
+            )
+            return None
+        count = restarts.count
+        log.warning(
+            "event=restarting member=%s restart=%d limit=%d delay_s=%g reason=%r",
+            node.name, count, LIMIT, delay_s, reason,
+        )  # fmt: skip
+        self._on_news(f"{node.role} {reason}; starting it again ({count} of {LIMIT})")
+        return delay_s
+
+    async def _end_of(self, node: NodeConfig) -> bool:
+        """Wait until a node has ended, which one that is lost is made to do.
+
+        Return False if it was told to stop, or said that the cluster file or the command line is wrong.
+        """
+        child = self._children[node.name]
+        lost = asyncio.ensure_future(self._watch_state(node, child))
+        ended = asyncio.ensure_future(child.wait())
+        try:
+            await asyncio.wait((lost, ended), return_when=asyncio.FIRST_COMPLETED)
+            is_lost = not ended.done()
+            if is_lost:
+                await child.end(0.0)
+            status = await ended
+        finally:
+            for task in (lost, ended):
+                task.cancel()
+        told_to_stop = status in TOLD_TO_STOP and node.name not in self._failing
+        if status < 0:
+            how, why = f"was killed by signal {-status}", f" ({signal.strsignal(-status)})"
+            if status == -signal.SIGKILL:
+                why += ", perhaps because the machine ran out of memory"
+        else:
+            how, why = f"ended with status {status}", ", as it was told to stop" if status == 0 else ""
+        self._note(_Rank.OWN if status < 0 else _Rank.WORDLESS, node.name, how, f"node {node.name} {how}{why}")
+        return is_lost or not (told_to_stop or status == UsageError.exit_status)
+
+    async def _watch_state(self, node: NodeConfig, child: Child) -> None:
         """Ask for the state of a node until it is lost.
 
         A node gives up a link whose other end is silent. That is no failure of the node if this process was suspended.
         """
         deadline_s = self._config.transport.start_timeout
+        connected = False
         while True:
             pauses = self._pauses
             try:
                 monitor = self._monitors[node.name] = await AdminClient.connect(
                     node.address, self._config.options(), name="up", deadline_s=deadline_s
                 )
+                connected = True
                 while True:
                     status = await monitor.status()
                     pauses = self._pauses
-                    if status.pid == self._children[node.name].process.pid:  # else another process has the port
+                    if status.pid == child.process.pid:  # else another process has the port
                         self._take(status, node.name)
                     await asyncio.sleep(ASK_EVERY_S)
             except LaminaError as e:
                 # The end of a process says more than its broken link, and whether there was a pause is known soon.
                 closed = isinstance(e, PeerLostError) and not isinstance(e, PeerSilentError)
-                ended = await self._ends_within(node, KILL_AFTER_S if closed and self._pauses == pauses else PAUSE_S)
-                if ended:
+                if await self._ends_within(child, KILL_AFTER_S if closed and self._pauses == pauses else PAUSE_S):
                     return
                 if self._pauses != pauses:
-                    deadline_s = RECONNECT_S if node.name in self._monitors else deadline_s
+                    deadline_s = RECONNECT_S if connected else deadline_s
                     continue
                 how = "does not answer" if isinstance(e, ConnectError | HandshakeError) else "was lost"
-                self._set(node.name, "lost")
-                self._suffer(_Rank.OWN, node.name, f"node {node.name} {how}: {e}")
+                self._note(_Rank.OWN, node.name, "lost", f"node {node.name} {how}: {e}")
                 return
 
-    async def _ends_within(self, node: NodeConfig, seconds: float) -> bool:
-        """Whether the process of a node ends so soon, which `_watch_process` explains; or a pause shows."""
+    async def _ends_within(self, child: Child, seconds: float) -> bool:
+        """Whether the process of a node ends so soon, which `_end_of` explains; or a pause shows."""
         deadline, pauses = asyncio.get_running_loop().time() + seconds, self._pauses
-        while self._children[node.name].process.returncode is None:
+        while child.process.returncode is None:
             if asyncio.get_running_loop().time() > deadline or self._pauses != pauses:
                 return False
             await asyncio.sleep(ASK_EVERY_S)
@@ -264,32 +346,41 @@ class Cluster:
 
     def _take(self, status: Status, name: str) -> None:
         """Take over the state that a node tells; how far its start is, it has reported before."""
+        if name in self._failing:
+            return
         state = self._progress[name] if status.state == "starting" else status.state
         self._set(name, f"waiting for {status.waiting_for}" if status.waiting_for else state)
 
     def _take_report(self, name: str, report: NodeReport) -> None:
         if report.failure:
-            self._explained.add(name)
-            self._set(name, "failed")
-            self._suffer(_Rank.BLAMING if report.blamed else _Rank.OWN, name, f"node {name}: {report.failure}")
+            rank = _Rank.BLAMING if report.blamed else _Rank.OWN
+            self._note(rank, name, "failed", f"node {name}: {report.failure}")
         elif self.states[name] != "ready":
             self._progress[name] = report.progress
             self._set(name, report.progress)
 
     def _set(self, name: str, state: str) -> None:
-        if self.states[name] != state and not self._stopping:
-            self.states[name] = state
-            self._on_change(name)
+        if self.states[name] == state or self._stopping:
+            return
+        self.states[name] = state
+        self._on_change(name)
+        if state == "ready" and name in self._back:
+            self._back.discard(name)
+            log.info("event=ready_again member=%s", name)
+            self._on_news(f"{self._config.find(name).role} node {name} is ready again")
+        if self.is_ready:
+            self._was_ready = True
+            self._symptoms.clear()
 
-    def _suffer(self, rank: _Rank, name: str, sentence: str) -> None:
-        """Take a symptom of a failure, which ends the cluster when its cause has had time to show."""
-        loop = asyncio.get_running_loop()
-        self._symptoms.append(_Symptom(rank, loop.time(), NodeError(sentence, node=name)))
-        # Silence is looked at four times in peer_timeout, so this process may notice it later than a node did.
-        consequence_s = BLAME_AFTER_S + self._config.transport.peer_timeout / 2
-        loop.call_later(SETTLE_S if rank is _Rank.OWN else consequence_s, self._fail)
+    def _note(self, rank: _Rank, name: str, state: str, sentence: str) -> None:
+        """Take the first sign that a node has failed. What comes later, such as the end of its process, says less."""
+        if name not in self._failing:
+            self._failing.add(name)
+            self._symptoms[name] = _Symptom(rank, asyncio.get_running_loop().time(), NodeError(sentence, node=name))
+            self._set(name, state)
 
     def _fail(self) -> None:
+        """End the cluster with the cause of what has happened to its nodes."""
         if not self.failed.done() and not self._stopping:
-            self.failed.set_exception(min(self._symptoms).error)
+            self.failed.set_exception(min(self._symptoms.values()).error)
             self.failed.exception()  # mark the error as seen, as no task may be waiting for it

@@ -1,4 +1,4 @@
-"""``lamina up``: all nodes of a cluster file on this machine, until Ctrl-C or until a node dies.
+"""``lamina up``: all nodes of a cluster file on this machine, until Ctrl-C or until a node dies again and again.
 
 The first Ctrl-C lets the nodes finish their answers; the second one stops them at once.
 """
@@ -27,16 +27,17 @@ from lamina.config import ClusterConfig
 log = logging.getLogger("lamina.up")
 
 
-def run(config: ClusterConfig, *, verbose: bool, log_format: logs.Format) -> int:
+def run(config: ClusterConfig, *, restart: bool, verbose: bool, log_format: logs.Format) -> int:
     """Start the nodes, show their states, and stop them. Return the exit status. NodeError names a node that died.
 
-    Logs go into a folder of the user, or to standard error if ``verbose``.
+    With ``restart`` nodes that die are started again, as `Cluster` says. Logs go into a folder of the user, or to
+    standard error if ``verbose``.
     """
     os.environ[logs.FORMAT_VARIABLE] = log_format  # the nodes get it as well
-    return int(uvloop.run(_main(config, verbose=verbose, log_format=log_format)))
+    return int(uvloop.run(_main(config, restart=restart, verbose=verbose, log_format=log_format)))
 
 
-async def _main(config: ClusterConfig, *, verbose: bool, log_format: logs.Format) -> int:
+async def _main(config: ClusterConfig, *, restart: bool, verbose: bool, log_format: logs.Format) -> int:
     asked, asked_again = asyncio.Event(), asyncio.Event()
 
     def interrupt() -> None:
@@ -56,7 +57,7 @@ async def _main(config: ClusterConfig, *, verbose: bool, log_format: logs.Format
             screen.say(f'ready; next: lamina generate {config.file} "Once upon a time" (Ctrl-C here stops the nodes)')
 
     folder = None if verbose else log_folder(config.file)
-    cluster = Cluster(config, log_folder=folder, on_change=on_change)
+    cluster = Cluster(config, log_folder=folder, on_change=on_change, restart=restart, on_news=screen.say)
     async with cluster:
         # Not before: a cluster of this file that runs already has its logs there.
         logs.configure("up", folder and folder / "up.log", log_format)

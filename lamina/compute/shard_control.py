@@ -6,9 +6,19 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from msgspec import structs
+
 from lamina.attention import KVLayout
 from lamina.compute.shard_lane import ShardLane
-from lamina.errors import CapacityError, MoveError, NodeError, ProtocolError, TransportError
+from lamina.errors import (
+    CapacityError,
+    LaminaError,
+    MoveError,
+    NodeError,
+    ProtocolError,
+    SupersededError,
+    TransportError,
+)
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.transport import Address, Link, Region
@@ -20,6 +30,7 @@ from lamina.wire.tenants import (
     MAX_KEYS,
     Attach,
     Attached,
+    Detach,
     Expect,
     Expected,
     Forget,
@@ -37,6 +48,8 @@ from lamina.wire.tenants import (
 
 _ATTACH = "attach"
 """The key of the question that Attached answers. Questions that Reserved answers have their sequence as key."""
+_ATTEMPTS = 5
+"""How often a front asks for a later term before it takes for certain that another one does the same."""
 _EXPECT, _MOVE = "expect", "move"
 """With the number of the transfer, the keys of the questions that Expected answers, and that Moved answers."""
 
@@ -70,7 +83,7 @@ class ShardControl:
         self.capacity_tokens = 0
         """Tokens of KV cache that the memory node has for this model's shard."""
         self.term = 0
-        """The number of the front's attachment, once there is one."""
+        """The term in which this node is attached."""
         self._device = device
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
@@ -97,23 +110,31 @@ class ShardControl:
         layout: KVLayout,
         *,
         tenant: str,
+        token: bytes,
         model: str,
         dtype: str,
         slots: int,
         max_rows: int,
         member: int,
         front: int,
+        term: int = 1,
+        lease: float = 0.0,
         quota: int | None = None,
     ) -> ShardLane:
         """Ask the memory node for a cache of ``layout``, in ``quota`` bytes, for the heads of ``shard``.
 
-        This node attaches as ``member`` of a tenant whose front is ``front``. Everything travels in the type ``dtype``,
-        in ``slots`` batches of at most ``max_rows`` rows. Raises NodeError if the node refuses.
+        This node attaches as ``member`` of a tenant whose front is ``front``. A front attaches in ``term``, or in the
+        next one of the tenant if that is later; then ``lease`` says for how many seconds the node keeps the tenant when
+        the link is lost. Everything travels in the type ``dtype``, in ``slots`` batches of at most ``max_rows`` rows.
+        Raises NodeError if the node refuses, SupersededError for a term that is over.
         """
         geometry = Geometry(shard.layers, dtype, slots, max_rows)
         outputs = Region(f"{self.name}.outputs", slots * geometry.output_bytes)
         attach = Attach(
             tenant=tenant,
+            token=token,
+            term=term,
+            lease=lease,
             member=member,
             front=front,
             model=model,
@@ -121,17 +142,41 @@ class ShardControl:
             kv_dtype=layout.dtype,  # type: ignore[arg-type]
             block_tokens=layout.block_tokens,
             layers=list(shard.layers),
+            first_heads=[heads.start for heads in shard.kv],
             slots=slots,
             max_rows=max_rows,
             outputs=self.link.expose(outputs),
             quota=quota,
         )
-        attached: Attached = await self._questions.ask(attach, _ATTACH)
+        try:
+            attached, self.term = await self._ask_for_term(attach)
+        except BaseException:
+            outputs.close()
+            raise
         self.capacity_tokens = attached.capacity_tokens
         self._kv_heads = len(shard.kv[0])
         self._lane = lane = ShardLane(self.name, self.link, self._device, shard, geometry, attached, outputs)
         self.link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
         return lane
+
+    async def _ask_for_term(self, attach: Attach) -> tuple[Attached, int]:
+        """Attach; a front does so in a term that is later than the tenant's. Return the answer, and the term."""
+        for _ in range(_ATTEMPTS):
+            try:
+                attached: Attached = await self._questions.ask(attach, _ATTACH)
+            except SupersededError as error:
+                if not attach.from_front:
+                    raise
+                superseded = error
+                attach = structs.replace(attach, term=error.term + 1)
+            else:
+                return attached, attach.term
+        raise superseded
+
+    def detach(self) -> None:
+        """Tell the memory node, as the front, that the tenant ends. Nothing else may be asked afterwards."""
+        if self._lane is not None:
+            self._tell(Detach())
 
     def close(self) -> None:
         """Free the memory of this end. The link and the device's loop have ended."""
@@ -176,9 +221,10 @@ class ShardControl:
         derived = Reserve(sequence=sequence, tokens=tokens, parent=parent, without=without, transfer=transfer)
         return self._questions.ask(derived, sequence)
 
-    def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
-        """Let others share the leading blocks of a sequence, when all has arrived that they are to hold."""
-        self._tell(Publish(sequence=sequence, keys=_joined(keys)))
+    def publish(self, sequence: int, keys: Sequence[bytes], first: int = 0) -> None:
+        """Let others share the blocks of a sequence from its ``first`` one there, when all has arrived that they are to
+        hold."""
+        self._tell(Publish(sequence=sequence, keys=_joined(keys), first=first))
 
     def release(self, sequence: int) -> None:
         """Give back a sequence's space."""
@@ -215,7 +261,7 @@ class ShardControl:
             )
         self._tell(Forget(transfer=transfer))
 
-    def _tell(self, message: Publish | Release | Forget) -> None:
+    def _tell(self, message: Publish | Release | Forget | Detach) -> None:
         if not self.link.state.closed:  # a lost node has forgotten the sequence anyway
             self.link.send(encode(message))
 
@@ -231,11 +277,13 @@ class ShardControl:
             return
         key = _ATTACH if isinstance(message, Attached) or message.sequence is None else message.sequence
         if isinstance(message, Refused):
-            reason = f"memory node {self.name}: {message.reason}"
-            error = NodeError(reason, node=self.name) if key is _ATTACH else CapacityError(reason)
+            error = self._error_of(message)
             if self._questions.refuse(error, key):
                 return
-            self._on_lost(TransportError(message.reason))  # the memory node ends the tenant
+            if isinstance(error, SupersededError):
+                self._fail(error)
+            else:
+                self._on_lost(TransportError(message.reason))  # the memory node ends the tenant
         elif not self._questions.answer(message, key):
             raise ProtocolError(f"{self.name} answers {plain.get('type')!r} to a question that was not asked")
 
@@ -249,10 +297,21 @@ class ShardControl:
         else:
             self._questions.answer(message, (_EXPECT if isinstance(message, Expected) else _MOVE, transfer))
 
+    def _error_of(self, refused: Refused) -> LaminaError:
+        reason = f"memory node {self.name}: {refused.reason}"
+        if refused.sequence is not None:
+            return CapacityError(reason)
+        if refused.term is not None:
+            return SupersededError(reason, node=self.name, term=refused.term)
+        return NodeError(reason, node=self.name)
+
     def _on_lost(self, reason: TransportError) -> None:
+        self._fail(NodeError.lost("memory", self.name, reason))
+
+    def _fail(self, error: NodeError) -> None:
         if self._error is not None:
             return
-        self._error = error = NodeError.lost("memory", self.name, reason)
+        self._error = error
         self._questions.fail(error)
         if self._lane is not None:
             self._there.post(self._lane.fail, error)

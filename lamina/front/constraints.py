@@ -6,11 +6,11 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from lamina.constrain.matcher import Compiled, Vocabulary
+from lamina.constrain.matcher import Compiled, Matcher, Vocabulary
 from lamina.errors import RequestError
 from lamina.model.tokenizer import Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
@@ -56,6 +56,14 @@ class Constraints:
             raise RequestError(f"the constraint was not compiled within {COMPILE_S:.0f} s; use a simpler one, or retry")
         return task.result()
 
+    async def begin(self, constraint: Constraint, answer: Sequence[int], *, min_tokens: int) -> tuple[Matcher, bytes]:
+        """Return what follows an answer that has some tokens, and the mask of the next one. Raises RequestError, as
+        `compiled` does, or if the answer cannot go on."""
+        compiled = await self.compiled(constraint)
+        if not answer:
+            return compiled.matcher(min_tokens=min_tokens), compiled.first_mask(min_tokens=min_tokens)
+        return await self._workers.run(_follow, compiled, answer, min_tokens, long=True)
+
     def _compile(self, constraint: Constraint) -> Compiled:
         """Compile, in the thread. The vocabulary is made when it is first needed, as most models may do without."""
         if self._vocabulary is None:
@@ -66,3 +74,8 @@ class Constraints:
         """Forget what failed, so that only what works takes space."""
         if (task.cancelled() or task.exception() is not None) and self._kept.get(key) is task:
             del self._kept[key]
+
+
+def _follow(compiled: Compiled, answer: Sequence[int], min_tokens: int) -> tuple[Matcher, bytes]:
+    matcher = compiled.matcher(answer, min_tokens=min_tokens)
+    return matcher, matcher.mask()

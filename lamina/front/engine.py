@@ -195,9 +195,10 @@ class Engine:
 
     # -- requests
 
-    def submit(self, sequence: Sequence, retry_after_s: float | None = None) -> None:
-        """Queue a request. CapacityError says why it cannot be served; then nothing is queued."""
-        self._scheduler.submit(sequence, retry_after_s=retry_after_s)
+    def submit(self, sequence: Sequence, retry_after_s: float | None = None, restored: bool = False) -> None:
+        """Queue a request, or one that an earlier front had taken. CapacityError says why it cannot be served; then
+        nothing is queued."""
+        self._scheduler.submit(sequence, retry_after_s=retry_after_s, restored=restored)
         self._count()
         self._wake()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Literal, NamedTuple, Protocol, TypeVarTuple
 
@@ -16,11 +17,13 @@ from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, f
 from lamina.front.constraints import Constraints
 from lamina.front.cost import ThroughputEstimate
 from lamina.front.engine import Engine, EngineCounters
+from lamina.front.journal import Beginning, EndRecord, JournalEntry, RequestJournal, StepRecord
+from lamina.front.limits import RequestLimits
 from lamina.front.meter import RequestMeter
 from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
-from lamina.wire.requests import Request, Score
+from lamina.wire.requests import ChatForm, Failed, Request, Score
 
 Ts = TypeVarTuple("Ts")
 
@@ -38,6 +41,13 @@ class End(NamedTuple):
     queued_s: float = 0.0
     prompt_s: float = 0.0
     answer_s: float = 0.0
+
+    @classmethod
+    def restored(cls, beginning: Beginning | None, end: EndRecord) -> End:
+        """Return the end of an answer that an earlier front has kept."""
+        reason: Literal["stop", "length"] = "stop" if end.reason == "stop" else "length"
+        begun = beginning or Beginning(0, 0.0, 0.0)
+        return cls(reason, end.stopped_by, begun.shared_tokens, begun.queued_s, begun.prompt_s, end.answer_s)
 
 
 class Answer(Protocol):
@@ -66,6 +76,19 @@ class _Open:
     admitted_s: float = math.nan
     first_s: float = math.nan
     last_s: float = math.nan
+    entry: JournalEntry | None = None
+    """Keeps it, if a client may come back for it."""
+
+    def restored(self, beginning: Beginning | None) -> None:
+        """Have begun in an earlier front, if it has."""
+        if beginning is not None:
+            self.first_s = self.last_s = self.arrived_s
+            self.admitted_s = self.first_s - beginning.prompt_s
+            self.arrived_s = self.admitted_s - beginning.queued_s
+
+    def beginning(self, sequence: Sequence) -> Beginning:
+        """Describe how it got its first token."""
+        return Beginning(sequence.found, self.admitted_s - self.arrived_s, self.first_s - self.admitted_s)
 
     def end(self, sequence: Sequence) -> End:
         return End(
@@ -95,24 +118,26 @@ class Intake:
         max_waiting: int,
         random: Random,
         constraints: Constraints,
+        journal: RequestJournal | None = None,
     ) -> None:
         """``name`` is that of the node; ``context`` and ``vocabulary`` bound what a prompt may be.
 
-        The seeds of requests that have none come from ``random``, their compiled constraints from ``constraints``.
+        The seeds of requests that have none come from ``random``, their compiled constraints from ``constraints``. The
+        ``journal`` keeps those that have a ticket.
         """
         self.draining = False
         self.on_suspect: Callable[[str, str], None] = lambda node, reason: None
         """Is told of nodes with which a step has failed, by name, and why."""
+        self.limits = RequestLimits(context, vocabulary)
         self.meter = RequestMeter()
         """Counts requests by their ends, and the seconds they take."""
         self._name = name
         self._there = device
-        self._context = context
-        self._vocabulary = vocabulary
         self._stop_tokens = stop_tokens
         self._max_waiting = max_waiting
         self._random = random
         self._constraints = constraints
+        self._journal = journal
         self._engine: Engine
         self._space: Space
         self._open: dict[Sequence, _Open] = {}
@@ -136,38 +161,95 @@ class Intake:
 
     # -- from clients
 
-    async def submit(self, request: Request, prompt: list[int], answer: Answer) -> Sequence:
+    async def submit(
+        self,
+        request: Request,
+        prompt: list[int],
+        answer: Answer,
+        *,
+        ticket: str = "",
+        form: ChatForm | None = None,
+    ) -> Sequence:
         """Queue a request with the tokens of its prompt.
 
-        RequestError, CapacityError or NodeError say why it cannot be served; then nothing is queued.
+        By its ``ticket``, if it has one, and with its ``form`` it is kept in the journal. RequestError, CapacityError,
+        StorageError or NodeError say why it cannot be served; then nothing is queued, nor kept.
         """
         self._require_serving()
-        max_tokens = self._check(request, prompt)
+        max_tokens = self.limits.max_tokens(request, prompt)
         self.require_place(0)
-        arrived_s = self._loop.time()
+        own = _Open(answer, self._loop.time())
+        sequence = self._sequence(self._with_seed(request), prompt, max_tokens)
+        try:
+            await self._follow_constraint(sequence)
+            if ticket and self._journal is not None:
+                own.entry = self._journal.accept(ticket, sequence.request, form)
+            await self._enter(sequence, own)
+        except LaminaError:
+            self.drop(ticket)
+            raise
+        return sequence
+
+    async def restore(self, entry: JournalEntry, answer: Answer) -> Sequence:
+        """Go on with a request that an earlier front has kept, however many wait.
+
+        Raises the errors of `submit`, if it cannot be served any more.
+        """
+        own = _Open(answer, self._loop.time(), entry=entry)
+        own.restored(entry.beginning)
+        try:
+            self._require_serving()
+            sequence = self._sequence(entry.request, entry.prompt, self.limits.max_tokens(entry.request, entry.prompt))
+            sequence.output, sequence.scored = list(entry.tokens), len(entry.prompt_scores)
+            if entry.beginning is not None:
+                sequence.admitted, sequence.found = True, entry.beginning.shared_tokens
+            if sequence.finish_reason is None:
+                await self._follow_constraint(sequence)
+                await self._enter(sequence, own, restored=True)
+            else:  # the end is all that is missing
+                end = own.end(sequence)
+                self._note_end(own, EndRecord(end.reason, end.stopped_by))
+                answer.finished(end)
+        except LaminaError as e:
+            self._note_end(own, EndRecord("failed", failure=Failed.of(e)))
+            raise
+        return sequence
+
+    def _sequence(self, request: Request, prompt: list[int], max_tokens: int) -> Sequence:
         # A constrained answer can end in no other way than by the model's end tokens.
         ignores = request.ignore_eos and request.constraint is None
         ends = frozenset(request.stop_token_ids) | (frozenset() if ignores else self._stop_tokens)
-        sequence = Sequence(self._with_seed(request), prompt, max_tokens, ends)
+        return Sequence(request, prompt, max_tokens, ends)
+
+    async def _follow_constraint(self, sequence: Sequence) -> None:
+        """Have a sequence follow its constraint, if it has one, behind the output that it has."""
+        request = sequence.request
+        if request.constraint is not None:
+            self._coming += 1
+            try:
+                sequence.matcher, sequence.mask = await self._constraints.begin(
+                    request.constraint, sequence.output, min_tokens=request.min_tokens
+                )
+            finally:
+                self._coming -= 1
+            self._require_serving()
+
+    async def _enter(self, sequence: Sequence, own: _Open, *, restored: bool = False) -> None:
+        """Hand a sequence over to the engine, which refuses it if too many wait, unless it is ``restored``."""
+        self._open[sequence] = own
+        self._idle.clear()
         self._coming += 1
         try:
-            if request.constraint is not None:
-                compiled = await self._constraints.compiled(request.constraint)
-                sequence.matcher = compiled.matcher(min_tokens=request.min_tokens)
-                sequence.mask = compiled.first_mask(min_tokens=request.min_tokens)
-                self._require_serving()
-            self._open[sequence] = _Open(answer, arrived_s)
-            self._idle.clear()
-            await self._there.call(self._engine.submit, sequence, self._retry_after_s())
+            await self._there.call(self._engine.submit, sequence, self._retry_after_s(), restored)
         except asyncio.CancelledError:
             self.cancel(sequence)
             raise
         except LaminaError:
-            self._forget(sequence)
+            self._open.pop(sequence, None)
+            self._note_idle()
             raise
         finally:
             self._coming -= 1
-        return sequence
 
     def _require_serving(self) -> None:
         if self._failure:
@@ -189,66 +271,29 @@ class Intake:
                 retry_after_s=retry_after_s,
             )
 
-    def require_fit(self, prompt_tokens: int) -> None:
-        """Raise RequestError if a prompt of so many tokens leaves no room for an answer."""
-        if prompt_tokens >= self._context:
-            raise RequestError(
-                f"the prompt has {prompt_tokens} tokens, the context is {self._context} and must leave room for an "
-                f"answer; use at most {self._context - 1}"
-            )
-
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; its space is free after the step that it is in. A request that is over is ignored."""
         if own := self._open.pop(sequence, None):
             self.meter.left(sequence, self._loop.time() - own.arrived_s)
             self._there.post(self._engine.cancel, sequence)
+            if own.entry is not None:
+                self.drop(own.entry.ticket)
             self._note_idle()
+
+    def drop(self, ticket: str) -> None:
+        """Keep a request no longer, if it is kept."""
+        if self._journal is not None:
+            self._journal.drop(ticket)
 
     def stop(self, sequence: Sequence) -> End:
         """Forget a request that is not over, as its text has come to its end; return how that came."""
-        end = self._open.pop(sequence).end(sequence)._replace(reason="stop", stopped_by=None)
+        own = self._open.pop(sequence)
+        end = own.end(sequence)._replace(reason="stop", stopped_by=None)
+        self._note_end(own, EndRecord("stop", answer_s=end.answer_s))
         self._count(sequence, end)
         self._there.post(self._engine.cancel, sequence)
         self._note_idle()
         return end
-
-    def _check(self, request: Request, prompt: list[int]) -> int:
-        """Return the most tokens that the answer may have; raise RequestError for what cannot be served."""
-        if not prompt:
-            raise RequestError("the prompt is empty; expected at least one token")
-        self.require_fit(len(prompt))
-        if max(prompt) >= self._vocabulary:
-            position, token = next((i, t) for i, t in enumerate(prompt) if t >= self._vocabulary)
-            raise RequestError(
-                f"token {token} at position {position} of the prompt is not in the vocabulary of {self._vocabulary}"
-            )
-        self._require_known("stop_token_ids", request.stop_token_ids)
-        self._require_known("sampling.logit_bias", request.sampling.logit_bias)
-        for i, word in enumerate(request.bad_words):
-            if isinstance(word, str):
-                raise RequestError(f"bad_words[{i}] is the text {word!r}; here only its token ids are understood")
-            self._require_known(f"bad_words[{i}]", word)
-        left, max_tokens = self._context - len(prompt), request.max_tokens
-        if max_tokens is not None and max_tokens > left:
-            raise RequestError(
-                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {self._context}; "
-                f"ask for at most {left}"
-            )
-        most = max_tokens or left
-        if request.min_tokens > most:
-            raise RequestError(
-                f"min_tokens is {request.min_tokens}, but the answer can have {most} tokens at most; ask for {most} or "
-                "fewer"
-            )
-        return most
-
-    def _require_known(self, field: str, tokens: Iterable[int]) -> None:
-        """Raise RequestError for a token that the vocabulary lacks."""
-        for token in tokens:
-            if token >= self._vocabulary:
-                raise RequestError(
-                    f"{field} has token {token}, which is not in the vocabulary; expected less than {self._vocabulary}"
-                )
 
     # -- serving
 
@@ -297,21 +342,46 @@ class Intake:
     def answer(self, outcome: StepOutcome) -> None:
         """See `lamina.front.engine.Desk`."""
         self._space.apply(outcome.changes)
-        now_s = self._loop.time()
+        step = self._noted(outcome)
+        if step and self._journal is not None:
+            self._journal.write(step, partial(self._give, outcome))
+        else:
+            self._give(outcome)
+
+    def _noted(self, outcome: StepOutcome) -> StepRecord:
+        """Note when tokens came; return what has to be kept before clients get it."""
+        now_s, step = self._loop.time(), StepRecord()
         for sequence, scores in outcome.prompt_scores:
-            if own := self._open.get(sequence):
-                self._tell(sequence, own.answer.prompt_scored, scores)
+            if (own := self._open.get(sequence)) and own.entry is not None:
+                step.prompt_scored(own.entry, scores)
         for sequence, token, score in outcome.tokens:
             if own := self._open.get(sequence):
                 if math.isnan(own.first_s):
                     own.first_s = now_s
                     self.meter.first_token(sequence, now_s - own.arrived_s)
+                    if own.entry is not None:
+                        step.begin(own.entry, own.beginning(sequence))
                 else:
                     self.meter.inter_token_latency.observe(now_s - own.last_s)
                 own.last_s = now_s
+                if own.entry is not None:
+                    step.token(own.entry, token, score)
+        for sequence in outcome.finished:
+            if (own := self._open.get(sequence)) and own.entry is not None:
+                end = own.end(sequence)
+                step.end(own.entry, EndRecord(end.reason, end.stopped_by, end.answer_s))
+        return step
+
+    def _give(self, outcome: StepOutcome) -> None:
+        """Give the clients what a step brought."""
+        for sequence, scores in outcome.prompt_scores:
+            if own := self._open.get(sequence):
+                self._tell(sequence, own.answer.prompt_scored, scores)
+        for sequence, token, score in outcome.tokens:
+            if own := self._open.get(sequence):
                 self._tell(sequence, own.answer.token, token, score)
         if outcome.finished:
-            self._estimate.note_ended(now_s, len(outcome.finished))
+            self._estimate.note_ended(self._loop.time(), len(outcome.finished))
         for sequence in outcome.finished:
             if own := self._open.get(sequence):
                 end = own.end(sequence)
@@ -354,8 +424,16 @@ class Intake:
 
     def _fail(self, sequence: Sequence, error: LaminaError) -> None:
         if own := self._open.pop(sequence, None):
-            self.meter.broken_off(sequence, error, self._loop.time() - own.arrived_s)
-            own.answer.failed(error)
+            self._break_off(sequence, own, error)
+
+    def _break_off(self, sequence: Sequence, own: _Open, error: LaminaError) -> None:
+        self.meter.broken_off(sequence, error, self._loop.time() - own.arrived_s)
+        self._note_end(own, EndRecord("failed", failure=Failed.of(error)))
+        own.answer.failed(error)
+
+    def _note_end(self, own: _Open, end: EndRecord) -> None:
+        if own.entry is not None and self._journal is not None:
+            self._journal.end(own.entry, end)
 
     def _count(self, sequence: Sequence, end: End) -> None:
         self.meter.answered(sequence, end.reason, end.queued_s, end.prompt_s, end.answer_s)
@@ -385,10 +463,6 @@ class Intake:
     def _retry_after_s(self) -> float:
         return self._estimate.retry_after_s(self.counters.waiting)
 
-    def _forget(self, sequence: Sequence) -> None:
-        self._open.pop(sequence, None)
-        self._note_idle()
-
     def _note_idle(self) -> None:
         if not self._open:
             self._estimate.note_idle()
@@ -399,8 +473,7 @@ class Intake:
         self._failure = error
         log.error("event=failed requests=%d reason=%r", len(self._open), str(error))
         for sequence, own in list(self._open.items()):
-            self.meter.broken_off(sequence, error, self._loop.time() - own.arrived_s)
-            own.answer.failed(error)
+            self._break_off(sequence, own, error)
         self._open.clear()
         self._idle.set()
         return error

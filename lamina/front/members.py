@@ -122,6 +122,10 @@ class Members:
         """Return the ids of the members of a role in one of these states, in ascending order."""
         return tuple(e.id for e in self.entries if e.role == role and self._states[e.id] in states)
 
+    def of_others(self, role: Role, state: State) -> tuple[int, ...]:
+        """Return the ids of the members of a role that are not in this state, in ascending order."""
+        return tuple(e.id for e in self.entries if e.role == role and self._states[e.id] is not state)
+
     # -- changes
 
     def join(self, terms: Mapping[int, int]) -> None:

@@ -49,6 +49,8 @@ class RequestMeter:
         self.failed: Counter[str] = Counter(RequestError=0, CapacityError=0, NodeError=0)
         """Requests that failed or were refused, by the class of the error."""
         self.cancelled = 0
+        self.resumed = 0
+        """How often a client came back for an answer."""
         self.on_end: Callable[[EndedRequest], None] | None = None
         """Is told of every request that had arrived at the engine and is over."""
 

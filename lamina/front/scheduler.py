@@ -123,11 +123,12 @@ class Scheduler:
 
     # -- requests
 
-    def submit(self, sequence: Sequence, *, retry_after_s: float | None = None) -> None:
+    def submit(self, sequence: Sequence, *, retry_after_s: float | None = None, restored: bool = False) -> None:
         """Queue a sequence. Raises CapacityError if it could never run, or, with ``retry_after_s``, if too many
-        wait."""
+        wait; one that is ``restored`` had its place before."""
         self._require_fit(sequence)
-        self.require_place(retry_after_s=retry_after_s)
+        if not restored:
+            self.require_place(retry_after_s=retry_after_s)
         sequence.arrival = next(self._arrivals)
         self._waiting.push(sequence)
 
@@ -214,6 +215,7 @@ class Scheduler:
         sequence.confirmed = request.tokens
         if request.is_new:
             sequence.prefilled = sequence.shared = shared
+            sequence.published = shared // self.block_tokens
             if not sequence.admitted:
                 sequence.admitted, sequence.found = True, shared
             sequence.local_tokens = 0 if shared else self._keepable(len(sequence.tokens))
@@ -382,6 +384,8 @@ class Scheduler:
             request = ReservationRequest(sequence, sequence.id, sequence.placement, tokens, sequence.reserved)
             changes.reservations.append(request)
             sequence.reserved = tokens
+            # What is published is found again when the sequence has to be prefilled anew.
+            self._publish(sequence, sequence.context - 1, changes)
 
     def _make_space(self, sequence: Sequence, tokens: int, changes: CacheChanges) -> None:
         """Preempt sequences of a lower rank, at once or when the step ends that they are in."""
@@ -409,6 +413,7 @@ class Scheduler:
             self._publish(sequence, sequence.context - 1, changes)
         self._remove(sequence, changes)
         sequence.prefilled = sequence.shared = sequence.local_tokens = sequence.confirmed = sequence.reserved = 0
+        sequence.published = 0
         sequence.tokens, sequence.yielding, sequence.evicted = [], False, False
         self._waiting.push(sequence)
 
@@ -428,8 +433,10 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence, tokens: int, changes: CacheChanges) -> None:
         """Let others share the blocks of the first ``tokens`` positions."""
-        if keys := self._keys(sequence, tokens):
-            changes.published.append(Publication(sequence.id, sequence.placement, keys))
+        first = sequence.published
+        if keys := self._keys(sequence, tokens)[first:]:
+            changes.published.append(Publication(sequence.id, sequence.placement, keys, first))
+            sequence.published = first + len(keys)
 
     def _keys(self, sequence: Sequence, tokens: int) -> tuple[bytes, ...]:
         """Return the keys of the full blocks of the first ``tokens`` positions; none for a sequence that shares

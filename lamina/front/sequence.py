@@ -66,6 +66,8 @@ class Sequence:
     """Positions for which the memory nodes have confirmed the space."""
     keys: list[bytes] = field(default_factory=list)
     """The keys of its leading full blocks, as far as they have been needed."""
+    published: int = 0
+    """How many of its leading blocks others may share already."""
     prompt_bytes: bytes | None = None
     """The different tokens of the prompt as int32, once a penalty has needed them."""
     answer_array: array[int] = field(default_factory=lambda: array("i"))
@@ -189,11 +191,12 @@ class ReservationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """Names leading blocks of a sequence that others may share from now on."""
+    """Names blocks of a sequence that others may share from now on: those from number ``first`` on."""
 
     id: int
     placement: Placement
     keys: tuple[bytes, ...]
+    first: int = 0
 
 
 @dataclass(slots=True)

@@ -36,10 +36,11 @@ class Space:
         """Tell the memory nodes: first publications, then releases, then reservations."""
         for publication in changes.published:
             placement = publication.placement
+            size, first = self._block_tokens, publication.first
             for member in placement.members:
-                shard, keys = self._shards.get(member), placement.keys_on(member, publication.keys, self._block_tokens)
+                shard, keys = self._shards.get(member), placement.keys_on(member, publication.keys, size, first)
                 if shard is not None and keys:
-                    shard.publish(publication.id, keys)
+                    shard.publish(publication.id, keys, placement.held(member, first * size) // size)
         for sequence in changes.released:
             self._held.discard(sequence)
             for shard in self._shards.values():

@@ -14,6 +14,7 @@ from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode, encode
 from lamina.wire.tenants import (
     Attach,
+    Detach,
     Expect,
     Forget,
     FromCompute,
@@ -28,14 +29,24 @@ from lamina.wire.tenants import (
 )
 
 
+class StaleTermError(TransportError):
+    """A compute node is of a term that is over, or has not begun; the tenant is in ``term``."""
+
+    def __init__(self, reason: str, term: int) -> None:
+        super().__init__(reason)
+        self.term = term
+
+
 class ServingControl:
     """Serves one link of a compute node of ``tenant``, from its Attach until the link ends.
 
     Its counterpart on the device's loop is a `ServingLane`. ``ended`` is set when neither serves any more.
+    ``has_detached`` says whether the front has ended its tenant.
     """
 
     def __init__(self, link: Link, attach: Attach, tenant: Tenant, device: Device) -> None:
         self.ended = asyncio.Event()
+        self.has_detached = False
         self._link = link
         self._attach = attach
         self._tenant = tenant
@@ -70,9 +81,9 @@ class ServingControl:
             self._there.post(self._tenant.leave, member)  # without a wait, in which this could be cancelled
             self.ended.set()
 
-    def end(self, reason: str) -> None:
-        """Have `serve` raise a TransportError that says why."""
-        self._on_lost(TransportError(reason))
+    def end(self, error: TransportError) -> None:
+        """Have `serve` raise an error that says why."""
+        self._on_lost(error)
 
     async def _serve_lane(self, lane: ServingLane) -> None:
         await self._there.run(lane.run())  # to its end, as the tenant's memory may be freed afterwards
@@ -113,6 +124,10 @@ class ServingControl:
                 f"a {plain['type']} from compute node {self._attach.member} of tenant {self._tenant.name}; expected it "
                 f"only from the tenant's front, compute node {self._attach.front}"
             )
+        if isinstance(message, Detach):
+            self.has_detached = True
+            self.end(TransportError("it has left"))
+            return
         self._messages.put_nowait(message)
 
     def _on_lost(self, error: TransportError) -> None:

@@ -74,11 +74,11 @@ class ServingLane:
         self._outputs_remote = attach.outputs
         self._dtype = dtype = getattr(torch, attach.dtype)
         n = attach.slots
+        self._outputs = views.outgoing(link, attach.outputs, n * g.output_bytes)  # first, as the link may have ended
         self._plans = Region("plans", g.plan_offset(n, 0))
         self._queries = Region("queries", n * g.query_bytes)
         self._keys_values = Region("keys_values", n * g.key_value_bytes)
         self._chunks = Region("chunks", CHUNKS * g.chunk_bytes)
-        self._outputs = views.outgoing(link, attach.outputs, n * g.output_bytes)
         self._query_parts = views.parts(self._queries.buffer, n, g.query_bytes, dtype)
         self._key_value_parts = views.parts(self._keys_values.buffer, n, g.key_value_bytes, dtype)
         self._output_parts = views.parts(self._outputs, n, g.output_bytes, torch.uint8)

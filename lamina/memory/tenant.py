@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from lamina.errors import ProtocolError
 from lamina.memory.fair_queue import FairQueue, Share
 from lamina.wire.admin import TenantStatus
 from lamina.wire.geometry import Geometry
-from lamina.wire.tenants import KEY_BYTES, Attach, Publish, Release, Reserve
+from lamina.wire.tenants import KEY_BYTES, Attach, Publish, Release, Reserve, short_name
 
 if TYPE_CHECKING:
     from lamina.memory.serving import ServingLane
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 class Tenant:
     """Holds what a memory node has for one tenant: a cache, the backend that attends over it, a share of the device.
 
-    ``attach`` is what the tenant's front asked for. ``lanes`` are the links of its compute nodes, by member id, and
-    ``members`` all that were ever attached. ``grown`` is set when more of a sequence is there, or the sequence is over.
-    ``layers`` and ``stale_tags`` count over all links. It belongs to the device's loop, and its methods that touch the
-    cache are operations of the device.
+    ``attach`` is what the tenant's front asked for; ``name`` is what people are shown. ``lanes`` are the links of its
+    compute nodes, by member id, and ``members`` all that were attached in this term of the front. ``grown`` is set when
+    more of a sequence is there, or the sequence is over. ``layers`` and ``stale_tags`` count over all links. It belongs
+    to the device's loop, and its methods that touch the cache are operations of the device.
     """
 
     def __init__(self, attach: Attach, backend: str | BackendFactory, memory: MemoryRange, queue: FairQueue) -> None:
@@ -32,7 +33,7 @@ class Tenant:
         layout = KVLayout(layers=tuple(attach.layers), dtype=attach.kv_dtype, block_tokens=attach.block_tokens)
         self.device = device = queue.device
         self.attach = attach
-        self.name = attach.tenant
+        self.name = short_name(attach.tenant)
         self.memory = memory
         self.backend = create_backend(backend, layout, memory, threads=device.threads, cpus=device.cpus)
         self.cache = self.backend.cache
@@ -46,8 +47,8 @@ class Tenant:
         come."""
         self.layers = 0
         self.stale_tags = 0
-        self._to_publish: dict[int, list[bytes]] = {}
-        """The keys of sequences' leading blocks that are not complete yet."""
+        self._to_publish: dict[int, deque[tuple[int, list[bytes]]]] = {}
+        """By sequence, the keys of blocks that are not complete yet, with the number of the first of them."""
 
     def close(self) -> None:
         """Let go of the memory and of the share. No lane may serve any more."""
@@ -68,7 +69,15 @@ class Tenant:
         self.broken.update(self.cache.sequences)
         self.grown.set()
 
-    def describe(self, compute_nodes: list[str]) -> TenantStatus:
+    def take_over(self) -> None:
+        """A new term begins: all sequences are over, published blocks stay. No lane may serve any more."""
+        for sequence in list(self.cache.sequences):
+            self.cache.release(sequence)
+        self._to_publish.clear()
+        self.broken.clear()
+        self.members.clear()
+
+    def describe(self, compute_nodes: list[str], lease_s: float | None) -> TenantStatus:
         """Return what the status of the node says about this tenant."""
         return TenantStatus(
             name=self.name,
@@ -79,6 +88,7 @@ class Tenant:
             kv_tokens_free=self.cache.free_tokens,
             quota=self.memory.nbytes,
             busy_s=self.share.busy_s,
+            lease_s=lease_s,
         )
 
     # -- space
@@ -97,7 +107,7 @@ class Tenant:
         if message.sequence not in self.cache.sequences:
             return
         if isinstance(message, Publish):
-            self._to_publish[message.sequence] = _split(message.keys)
+            self._to_publish.setdefault(message.sequence, deque()).append((message.first, _split(message.keys)))
             self._publish_complete(message.sequence)
         else:
             self._to_publish.pop(message.sequence, None)
@@ -116,22 +126,35 @@ class Tenant:
 
     def _publish_complete(self, sequence: int) -> None:
         """Publish what is to be published, once all of it has arrived."""
-        keys = self._to_publish.get(sequence)
-        if keys and self.cache.complete(sequence) >= len(keys) * self.cache.layout.block_tokens:
-            self.cache.publish(sequence, self._to_publish.pop(sequence))
+        waiting = self._to_publish.get(sequence)
+        if not waiting:
+            return
+        complete = self.cache.complete(sequence) // self.cache.layout.block_tokens
+        while waiting and waiting[0][0] + len(waiting[0][1]) <= complete:
+            first, keys = waiting.popleft()
+            self.cache.publish(sequence, keys, first)
+        if not waiting:
+            del self._to_publish[sequence]
+
+
+def find_difference(attach: Attach, front: Attach) -> tuple[str, object, object] | None:
+    """Return what is different in the caches that two compute nodes ask for, and how the ``front`` and the other one
+    want it; None if they ask for the same."""
+    for name in Attach.__struct_fields__:
+        own, asked = getattr(front, name), getattr(attach, name)
+        if name in ("member", "outputs", "token", "term", "lease") or own == asked:
+            continue
+        return _layer_difference(own, asked) if name == "layers" else (name, own, asked)
+    return None
 
 
 def check_same(attach: Attach, front: Attach) -> None:
     """Raise ProtocolError if a compute node does not ask for the same as the ``front`` of its tenant."""
-    for name in Attach.__struct_fields__:
-        own, asked = getattr(front, name), getattr(attach, name)
-        if name in ("member", "outputs") or own == asked:
-            continue
-        if name == "layers":
-            name, own, asked = _difference(own, asked)
+    if (difference := find_difference(attach, front)) is not None:
+        name, own, asked = difference
         raise ProtocolError(
-            f"compute node {attach.member} of tenant {front.tenant} asks for {name} {asked!s:.300}, its front asked "
-            f"for {own!s:.300}; all compute nodes of a tenant have to ask for the same"
+            f"compute node {attach.member} of tenant {short_name(front.tenant)} asks for {name} {asked!s:.300}, its "
+            f"front asked for {own!s:.300}; all compute nodes of a tenant have to ask for the same"
         )
 
 
@@ -142,7 +165,7 @@ def _split(keys: bytes) -> list[bytes]:
     return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
 
 
-def _difference(own: list[object], asked: list[object]) -> tuple[str, object, object]:
+def _layer_difference(own: list[object], asked: list[object]) -> tuple[str, object, object]:
     """Return where two lists of layers differ first: in their number, or in a layer."""
     if len(own) != len(asked):
         return "a number of layers of", len(own), len(asked)

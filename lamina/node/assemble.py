@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
 
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
@@ -50,6 +54,29 @@ async def agree(config: ClusterConfig, served: ServedModel, peer: PeerControl) -
     peer.open()
 
 
+class TenantKey(NamedTuple):
+    """Names a cluster to its memory nodes, and proves that a compute node belongs to it."""
+
+    name: str
+    token: bytes
+
+    @classmethod
+    def of(cls, config: ClusterConfig, model: str) -> TenantKey:
+        """Return the key of the cluster of a file with the model of this fingerprint. It is the same at every start, so
+        that a front that starts anew finds what memory nodes have kept.
+
+        Only those who know the cluster's secret can make it. A cluster without one is open to all of this machine.
+        """
+        nodes = [(node.role, node.name, str(node.address)) for node in config.node]
+        told = msgspec.json.encode((model, nodes))
+        secret = hashlib.blake2b(config.links.secret or b"").digest()
+
+        def digest(purpose: bytes, nbytes: int) -> bytes:
+            return hashlib.blake2b(told, digest_size=nbytes, key=secret, person=purpose).digest()
+
+        return cls(f"{config.front.name}-{digest(b'lamina tenant', 16).hex()}", digest(b"lamina token", 32))
+
+
 async def attach(
     config: ClusterConfig,
     served: ServedModel,
@@ -58,9 +85,11 @@ async def attach(
     *,
     member: int,
     front: int,
-    tenant: str,
+    key: TenantKey,
+    term: int,
 ) -> None:
-    """Attach to a memory node as ``member`` of a tenant. Raises NodeError if it refuses.
+    """Attach to a memory node as ``member`` of a tenant, in ``term``, or, as the front, in the next one that it allows.
+    Raises NodeError if it refuses.
 
     Where heads are divided, ``division`` has the names of all memory nodes that have some, by member id.
     """
@@ -74,7 +103,10 @@ async def attach(
     await shard.attach(
         own,
         served.layout(own.layers),
-        tenant=tenant,
+        tenant=key.name,
+        token=key.token,
+        term=term,
+        lease=config.recovery.lease,
         model=served.facts.fingerprint,
         dtype=served.facts.dtype,
         slots=pipeline.batches,

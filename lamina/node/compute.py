@@ -16,16 +16,21 @@ from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import StepRunner, Steps
 from lamina.config import ClusterConfig, ComputeNodeConfig, format_range
 from lamina.errors import LaminaError, NodeError, TransportError, first_error
+from lamina.front.answers import AnswerKeeper
 from lamina.front.constraints import Constraints
 from lamina.front.encoder import Encoder
 from lamina.front.intake import Intake
+from lamina.front.journal import RequestJournal
 from lamina.front.members import Change, Members
 from lamina.front.session import ClientSession
 from lamina.front.team import Formation
 from lamina.model.tokenizer import Tokenizer
+from lamina.node.assemble import TenantKey
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.enlistment import Enlistment
 from lamina.node.front import Front, make_blocks, open_front
+from lamina.node.journal import open_journal
+from lamina.node.member_times import MemberTimes
 from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
@@ -82,6 +87,7 @@ class ComputeNode:
         self._make_runner = make_runner
         self._host = host or Host.own()
         self._workers = BackgroundWorkers()
+        self._journal_workers = BackgroundWorkers()
         self._mask_workers = ParallelWorkers()
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._members_changed)
@@ -90,6 +96,7 @@ class ComputeNode:
         self._monitor = Monitor(
             node.name, device, network, self._options, self._status, {n.name: n.address for n in config.memory_nodes}
         )
+        self._times: MemberTimes
         self._neighbours: Neighbours
         self._clients: dict[Link, None] = {}
         self._served: ServedModel | None = None
@@ -97,10 +104,12 @@ class ComputeNode:
         self._roster: Roster | None = None
         self._front: Front | None = None
         self._enlistment: Enlistment | None = None
+        self._answers = AnswerKeeper(node.name, config.recovery.lease)
+        self._journal: RequestJournal | None = None
         self._encoder: Encoder | None = None
         self._traces: RequestTraces | None = None
         self._loss: NodeError | None = None
-        """The first loss of a node during the start."""
+        """The first loss of a node during the start of the front."""
         self._lost = asyncio.Event()
         self._is_ready = False
         self._running: asyncio.Future[None] | None = None
@@ -111,6 +120,7 @@ class ComputeNode:
         """Start and serve; when ``stopping`` is set, finish all requests and leave."""
         self._device.start()
         self._home = Crossing(asyncio.get_running_loop())
+        self._times = MemberTimes(self._members)
         self._neighbours = Neighbours(
             self._config, self._node, self._members, self._device, self._network, self._found, self._node_lost
         )
@@ -149,9 +159,15 @@ class ComputeNode:
             self._monitor.close()
             if self._roster is not None:
                 await self._roster.close()
+                if stopping.is_set():
+                    self._roster.detach()
             await asyncio.gather(*(link.close() for link in self._clients), self._neighbours.close())
+            self._answers.close()
+            if self._journal is not None:
+                await self._journal.close()
             self._device.close()
             self._workers.close()
+            self._journal_workers.close()
             self._mask_workers.close()
             self._neighbours.free()
 
@@ -193,9 +209,10 @@ class ComputeNode:
             side.found(control)
 
     def _node_lost(self, member: int, error: NodeError) -> None:
-        """The link to another node has ended. During the start that ends the start."""
-        if not self._is_ready:
-            self._note_loss(error)
+        """The link to another node has ended. During the start of the front that ends the start."""
+        if self._is_front and not self._is_ready and self._loss is None:
+            self._loss = error
+            self._lost.set()
         if (side := self._roster or self._enlistment) is not None:
             side.lost(member, error)
 
@@ -208,16 +225,9 @@ class ComputeNode:
 
     def _members_changed(self, changes: list[Change]) -> None:
         """Handle every change of membership; no other function does."""
-        for change in changes:
-            if change.error is not None and not self._is_ready:
-                self._note_loss(change.error)
+        self._times.note()
         if self._roster is not None:
             self._roster.changed()
-
-    def _note_loss(self, error: NodeError) -> None:
-        if self._loss is None:
-            self._loss = error
-            self._lost.set()
 
     def _formed(self, formation: Formation, lost: frozenset[int]) -> None:
         """Run the steps that begin from now on with other members."""
@@ -262,7 +272,10 @@ class ComputeNode:
         config, members = self._config, self._members
         log.info("event=opening model=%s", config.model_path, extra={"progress": "reading the model"})
         opening = self._there.start(self._device.run(self._open_model, config))
-        meeting = asyncio.ensure_future(self._neighbours.meet())
+        # The front tells another compute node with which nodes it works.
+        front = members.id_of(config.front.name)
+        awaited = [entry.id for entry in members.entries if entry.id != front] if self._is_front else [front]
+        meeting = asyncio.ensure_future(self._neighbours.meet(awaited))
         try:  # what is wrong with the model is said at once, also where other nodes are missing
             (source, _), _ = await asyncio.gather(opening, meeting)
         finally:
@@ -275,8 +288,10 @@ class ComputeNode:
 
     async def _start_front(self, served: ServedModel) -> Intake:
         config, members = self._config, self._members
-        tenant = f"{self._name}-{self._host.random.getrandbits(64):016x}"
-        self._roster = roster = Roster(config, served, members, self._neighbours, member=self._member, tenant=tenant)
+        self._journal = journal = open_journal(config, served, self._host, self._journal_workers)
+        kept = await journal.open(self._workers) if journal is not None else []
+        key = TenantKey.of(config, served.facts.fingerprint)
+        self._roster = roster = Roster(config, served, members, self._neighbours, member=self._member, key=key)
         roster.on_formed, roster.on_settled = self._formed, self._settled
         completing = asyncio.ensure_future(roster.complete())
         try:
@@ -302,12 +317,16 @@ class ComputeNode:
             self._host.random,
             Constraints(self._workers, tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
             self._mask_workers,
+            journal,
         )
-        front.intake.on_suspect = roster.suspect
+        front.intake.on_suspect, roster.on_superseded = roster.suspect, front.intake.fail
         if (traces := open_traces(self._name)) is not None:
             self._traces = traces
             front.intake.meter.on_end = traces.ended
         self._front = front
+        self._answers.open(front.intake, tokenizer, kept)
+        if kept:
+            log.info("event=restored requests=%d", len(kept))
         return front.intake
 
     async def _start_follower(self, served: ServedModel) -> Enlistment:
@@ -358,7 +377,9 @@ class ComputeNode:
             link.send(encode(Failed(kind="RequestError", message=refusal)))
             link.deliver()
         elif role == "client":
-            session = ClientSession(link, self._workers, self.intake, self._ready_encoder, self._status_now)
+            session = ClientSession(
+                link, self._workers, self._answers, self.intake, self._ready_encoder, self._status_now
+            )
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)
@@ -401,6 +422,8 @@ class ComputeNode:
     def _status_now(self) -> Status:
         pid = self._host.pid
         status = Status(name=self._name, role="compute", state="starting", pid=pid, busy_s=self._device.busy_s)
+        status.epoch = self._members.epoch
+        status.members = self._times.describe() if self._is_front else []
         runner, worker = self._runner, self._front.intake if self._front else self._enlistment
         if worker is None or runner is None or not self._is_ready:
             if waiting := self._neighbours.waiting_for:
@@ -408,6 +431,9 @@ class ComputeNode:
             return status
         assert self._served is not None
         status.state = "draining" if worker.draining else "ready"
+        missing = self._enlistment.missing if self._enlistment else self._roster.missing if self._roster else []
+        if missing:
+            status.state, status.waiting_for = "waiting", ", ".join(missing)
         status.model = self._served.facts.fingerprint
         status.layers = runner.layers
         status.stale_tags = sum(way.lane.stale_tags for way in self._ways)
@@ -423,6 +449,11 @@ class ComputeNode:
             status.preemptions = counters.preemptions
             status.prompt_tokens = counters.prompt_tokens
             status.shared_tokens = counters.shared_tokens
+            status.requests_resumed = self._front.intake.meter.resumed
             status.kv_tokens_total = counters.blocks * BLOCK_TOKENS
             status.kv_tokens_free = counters.free_blocks * BLOCK_TOKENS
+        if (journal := self._journal) is not None:
+            status.journal = self._config.recovery.journal
+            status.journal_bytes = journal.bytes
+            status.journal_failure = "" if journal.failure is None else str(journal.failure)
         return status

@@ -13,9 +13,10 @@ from lamina.compute.step import Steps
 from lamina.config import ClusterConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.front.members import Members, State
-from lamina.node.assemble import agree, attach, limits
+from lamina.node.assemble import TenantKey, agree, attach, limits
 from lamina.node.model import ServedModel
 from lamina.node.neighbours import Control, Neighbours
+from lamina.node.roster import REFUSED_PAUSE_S
 from lamina.runtime.crossing import Crossing
 from lamina.wire.orders import Enlist, Enlisted, Membership, Missing, Reached
 
@@ -25,8 +26,8 @@ log = logging.getLogger("lamina.compute")
 class Enlistment:
     """Follows what the front says of the members, on the node's loop.
 
-    While the front is lost, the node keeps its weights and waits for it. Until `complete` has returned, the first thing
-    that goes wrong is an error of the start.
+    While the front is lost, the node keeps its weights and waits for it. What goes wrong with other nodes is told to
+    the front, and tried again.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Enlistment:
         self._enlisted_by: PeerControl | None = None
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = loop.create_future()
         self._front_left: asyncio.Event = asyncio.Event()
 
@@ -71,7 +72,8 @@ class Enlistment:
         return self._earlier_steps + (self._follower.steps if self._follower else 0)
 
     async def run(self) -> None:
-        """Serve until cancelled. Raises the first error of the start, and one of this node at any time."""
+        """Serve until cancelled, or until an error of this node itself, which is raised; also if its file is not that
+        of the front."""
         for control in self._neighbours.controls:
             self.found(control)
         working = asyncio.ensure_future(self._work())
@@ -102,6 +104,11 @@ class Enlistment:
         self.draining = True
         await self._front_left.wait()
 
+    @property
+    def missing(self) -> list[str]:
+        """Return the front, while this node waits for it."""
+        return [] if self._enlisted_by is not None else [self._config.front.name]
+
     # -- nodes come and go
 
     def found(self, control: Control) -> None:
@@ -112,8 +119,6 @@ class Enlistment:
 
     def lost(self, member: int, error: NodeError) -> None:
         """The link to a node has ended."""
-        if not self._ready.is_set():
-            self._fail(error)
         if member == self._front:
             log.warning("event=front_lost reason=%r", str(error))
             self._enlist = self._enlisted_by = None
@@ -133,9 +138,8 @@ class Enlistment:
             if peer.member == self._front:
                 self._front_left.clear()
                 self._enlist = await peer.enlisted_by()
-        except NodeError as error:
-            if not self._ready.is_set():
-                self._fail(error)
+        except NodeError:
+            pass  # it is lost, which is said elsewhere
         except LaminaError as error:
             self._fail(error)
         finally:
@@ -154,7 +158,8 @@ class Enlistment:
                 self._reform()
                 continue
             for member in self._members.in_state("memory", State.LOST):
-                self._neighbours.drop(member, "the front has lost it")
+                if (shard := self._neighbours.shards.get(member)) is not None and shard.is_attached:
+                    self._neighbours.drop(member, "the front has lost it")
             await self._attach_to_all(front, self._enlist)
             if self._runner is None:
                 self._runner = await self._make_steps()
@@ -194,15 +199,20 @@ class Enlistment:
                 division,
                 member=self._own,
                 front=self._front,
-                tenant=enlist.tenant,
+                key=TenantKey(enlist.tenant, enlist.token),
+                term=term,
             )
         except NodeError as error:
-            if not self._ready.is_set():
-                self._fail(error)
+            log.warning("event=not_attached peer=%s reason=%r", shard.name, str(error))
             front.send(Missing(member=shard.member, term=term, reason=str(error)))
+            self._loop.call_later(REFUSED_PAUSE_S, self._try_again, shard)
             return
         self._attached[shard] = term
         front.send(Reached(member=shard.member, term=term))
+
+    def _try_again(self, shard: ShardControl) -> None:
+        if self._neighbours.shards.get(shard.member) is shard and not shard.is_attached:
+            self._neighbours.renew(shard.member)
 
     def _has_all(self) -> bool:
         """Return whether this node has all that it needs to run steps: memory nodes, and other compute nodes."""

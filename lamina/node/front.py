@@ -18,6 +18,7 @@ from lamina.front.cost import CostModel
 from lamina.front.engine import Engine
 from lamina.front.fit import ANSWER_TOKENS, fit
 from lamina.front.intake import Intake
+from lamina.front.journal import RequestJournal
 from lamina.front.members import Members
 from lamina.front.prefix import PrefixKeys
 from lamina.front.scheduler import Scheduler
@@ -96,6 +97,7 @@ async def open_front(
     random: Random,
     constraints: Constraints,
     workers: ParallelWorkers,
+    journal: RequestJournal | None,
 ) -> Front:
     """Make the engine and fit its cost model, while no request uses the nodes. Seeds come from ``random``.
 
@@ -113,6 +115,7 @@ async def open_front(
         max_waiting=pipeline.max_waiting,
         random=random,
         constraints=constraints,
+        journal=journal,
     )
     space = Space(shards, BLOCK_TOKENS, intake.reserved)
     if served.context > ANSWER_TOKENS:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from hmac import compare_digest
 from typing import Any
 
 from prometheus_client.metrics_core import Metric
@@ -16,10 +18,10 @@ from lamina.attention.backend import require_backend
 from lamina.attention.native.library import choose_isa
 from lamina.attention.pool import numa_node_of, numa_nodes
 from lamina.config import MemoryNodeConfig
-from lamina.errors import ConfigError, LaminaError, ProtocolError, first_error
-from lamina.memory.control import ServingControl
+from lamina.errors import CapacityError, ConfigError, LaminaError, ProtocolError, TransportError, first_error
+from lamina.memory.control import ServingControl, StaleTermError
 from lamina.memory.fair_queue import FairQueue
-from lamina.memory.tenant import Tenant, check_same
+from lamina.memory.tenant import Tenant, check_same, find_difference
 from lamina.node import probe
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.metrics import of_status, served
@@ -32,19 +34,31 @@ from lamina.transport import Hello, Link, Options
 from lamina.wire.admin import Status, TenantStatus
 from lamina.wire.codec import decode, encode
 from lamina.wire.requests import Failed
-from lamina.wire.tenants import Attach, Refused
+from lamina.wire.tenants import Attach, Refused, short_name
 
 log = logging.getLogger("lamina.memory")
 
 
 @dataclass(eq=False)
 class _Tenancy:
-    """Holds the node's loop's part of a tenant: what its front asked for, its memory, and its links by member id."""
+    """Holds the node's loop's part of a tenant: what its front asked for in the present term, its memory, and its links
+    by member id. ``lease`` ends it; None while the front is there."""
 
     attach: Attach
     tenant: Tenant
     memory: MemoryRange
     links: dict[int, ServingControl] = field(default_factory=dict)
+    lease: asyncio.TimerHandle | None = None
+
+    @property
+    def lease_s(self) -> float | None:
+        """Return the seconds that are left of the lease."""
+        return None if self.lease is None else max(0.0, self.lease.when() - asyncio.get_running_loop().time())
+
+    def cancel_lease(self) -> None:
+        if self.lease is not None:
+            self.lease.cancel()
+            self.lease = None
 
 
 class MemoryNode:
@@ -78,7 +92,7 @@ class MemoryNode:
         self._tenancies: dict[str, _Tenancy] = {}
         self._changing = asyncio.Lock()
         """Held while a compute node is admitted or a tenant ends, so that the next one finds the memory that is
-        left."""
+        left, and so that of two fronts one comes after the other."""
         self._layers = self._stale_tags = 0
         """The counts of tenants that are gone."""
         self._monitor = Monitor(node.name, device, network, options, self._status)
@@ -116,6 +130,8 @@ class MemoryNode:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            for tenancy in list(self._tenancies.values()):  # those in lease
+                await self._close(tenancy, TransportError(f"memory node {self._name} was told to stop"))
             await asyncio.gather(*(link.close() for link in self._links))
             self._device.close()
 
@@ -163,20 +179,19 @@ class MemoryNode:
         if role == "client":
             refusal = f"{self._name} is a memory node; clients talk to the compute node"
             link.send(encode(Failed(kind="RequestError", message=refusal)))
-
-        def on_message(plain: dict[str, Any]) -> None:
-            match decode(plain, Attach | Asked):
-                case Attach() as attach:
-                    self._attach(link, attach)
-                case asked:
-                    self._monitor.ask(link, asked)
-
         link.deliver(
-            on_message=on_message,
+            on_message=lambda plain: self._on_message(link, plain),
             on_lost=lambda _: self._links.pop(link, None),
             lane_loop=self._device.loop if role == "compute" else None,
             peer_timeout=None if role == "compute" else CALLER_TIMEOUT_S,
         )
+
+    def _on_message(self, link: Link, plain: dict[str, Any]) -> None:
+        match decode(plain, Attach | Asked):
+            case Attach() as attach:
+                self._attach(link, attach)
+            case asked:
+                self._monitor.ask(link, asked)
 
     def _attach(self, link: Link, attach: Attach) -> None:
         if link.info.peer.role != "compute":
@@ -186,7 +201,10 @@ class MemoryNode:
             link.send(encode(Refused(reason="is draining and takes no compute node")))
             return
         link.deliver(on_message=lambda _: link.abort("a message before the answer to Attach"))
-        task = asyncio.get_running_loop().create_task(self._serve_link(link, attach))
+        self._begin(self._serve_link(link, attach))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks[task] = None
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
@@ -194,89 +212,170 @@ class MemoryNode:
         """Hold the cache of a compute node's tenant, until the link ends."""
         peer = link.info.peer.name
         tenancy: _Tenancy | None = None
-        reason = f"memory node {self._name} was told to stop"
+        reason, term, has_left = f"memory node {self._name} was told to stop", None, False
         try:
             assert self._taken is not None
             quotas, _ = await asyncio.shield(self._taken)
             async with self._changing:
-                tenancy = await self._admit(attach, quotas)
+                tenancy = await self._admit(attach, quotas, peer)
                 control = ServingControl(link, attach, tenancy.tenant, self._device)
                 tenancy.links[attach.member] = control
             self._log_attached(link, attach, tenancy)
             try:
                 await control.serve()
             finally:
-                tenancy.links.pop(attach.member, None)
+                has_left = control.has_detached
+                del tenancy.links[attach.member]
         except* LaminaError as group:
-            reason = str(first_error(group))
+            error = first_error(group)
+            reason, term = str(error), error.term if isinstance(error, StaleTermError) else None
         except* Exception as group:
             log.exception("event=shard_failed peer=%s", peer)
             reason = f"internal error: {first_error(group)!r}"
         finally:
             if tenancy is not None and attach.from_front:
-                await self._end(tenancy, f"tenant {attach.tenant} has ended, as its front {peer} is gone: {reason}")
-        if link.state.closed:
+                gone = f"its front {peer} is gone: {reason}"
+                await (self._end(tenancy, attach, gone) if has_left else self._keep(tenancy, attach, gone))
+        if has_left or link.state.closed:
             log.info("event=detached peer=%s reason=%r", peer, reason)
         else:  # the next compute node need not wait until this one has heard it
             log.error("event=refused peer=%s reason=%r", peer, reason)
-            link.send(encode(Refused(reason=reason)))
+            link.send(encode(Refused(reason=reason, term=term)))
+        if tenancy is None and term is not None and attach.from_front:  # it may ask again, in a later term
+            link.deliver(
+                on_message=lambda plain: self._on_message(link, plain), on_lost=lambda _: self._links.pop(link, None)
+            )
+            return
+        if not link.state.closed:
             await link.close()
         self._links.pop(link, None)
 
     # -- tenants
 
-    async def _admit(self, attach: Attach, quotas: QuotaPool) -> _Tenancy:
-        """Return the tenant of a compute node, after making it for a front. A LaminaError says why that is
-        impossible."""
-        name = attach.tenant
-        tenancy = self._tenancies.get(name)
-        if not attach.from_front:
-            if tenancy is None:
-                raise ProtocolError(
-                    f"compute node {attach.member} wants to join tenant {name}, which is not here (tenants: "
-                    f"{', '.join(self._tenancies) or 'none'}); its front has to attach first"
-                )
-            if (known := tenancy.links.get(attach.member)) is not None:
-                raise ProtocolError(
-                    f"compute node {attach.member} of tenant {name} is attached already, as {known.peer}; "
-                    f"member ids must differ"
-                )
-            check_same(attach, tenancy.attach)
-            return tenancy
+    async def _admit(self, attach: Attach, quotas: QuotaPool, peer: str) -> _Tenancy:
+        """Return the tenant of a compute node, after making it for a front, or taking it over. A LaminaError says why
+        that is impossible."""
+        tenancy = self._tenancies.get(attach.tenant)
+        name = short_name(attach.tenant)
+        if tenancy is not None and not compare_digest(attach.token, tenancy.attach.token):
+            raise ProtocolError(
+                f"tenant {name} is here, and compute node {peer} does not have its token; the compute nodes of a "
+                "cluster need the same secret, model and nodes in their files"
+            )
+        if attach.from_front:
+            return await self._admit_front(tenancy, attach, quotas, peer)
+        if tenancy is None:
+            here = ", ".join(other.tenant.name for other in self._tenancies.values())
+            raise ProtocolError(
+                f"compute node {attach.member} wants to join tenant {name}, which is not here (tenants: "
+                f"{here or 'none'}); its front has to attach first"
+            )
+        if (present := tenancy.attach.term) != attach.term:
+            do = "attach again, in the present term" if attach.term < present else "its front has to attach first"
+            raise StaleTermError(
+                f"compute node {attach.member} wants to join tenant {name} in term {attach.term}, which is in term "
+                f"{present}; {do}",
+                present,
+            )
+        if (known := tenancy.links.get(attach.member)) is not None:
+            raise ProtocolError(
+                f"compute node {attach.member} of tenant {name} is attached already, as {known.peer}; "
+                f"member ids must differ"
+            )
+        check_same(attach, tenancy.attach)
+        return tenancy
+
+    async def _admit_front(self, tenancy: _Tenancy | None, attach: Attach, quotas: QuotaPool, peer: str) -> _Tenancy:
+        """Begin a term, in the cache of the term before if there is one and it fits."""
+        name = short_name(attach.tenant)
         if tenancy is not None:
-            raise ProtocolError(f"tenant {name} is here already; tenants' names must differ")
-        memory = quotas.allocate(name, attach.quota)
+            before = tenancy.attach
+            if attach.term <= before.term:
+                raise StaleTermError(
+                    f"tenant {name} is in term {before.term} already; to take it over, {peer} has to begin a later "
+                    f"one, got {attach.term}",
+                    before.term,
+                )
+            over = StaleTermError(
+                f"superseded by {peer}, the front of tenant {name} in term {attach.term}", attach.term
+            )
+            if (difference := find_difference(attach, before)) is None:
+                tenancy.cancel_lease()
+                tenancy.attach = attach
+                await self._end_links(tenancy, over)
+                await self._there.start(self._device.run(tenancy.tenant.take_over))
+                return tenancy
+            log.info("event=renewed tenant=%s reason=%r", name, "{}: {!s:.100}, before {!s:.100}".format(*difference))
+            await self._close(tenancy, over)
+        try:
+            memory = quotas.allocate(name, attach.quota)
+        except CapacityError as error:
+            raise CapacityError(f"{error}{self._leases()}") from error
         try:
             tenant, _ = await self._there.start(self._device.run(Tenant, attach, self._attention, memory, self._queue))
         except BaseException:
             quotas.free(name)
             raise
-        self._tenancies[name] = tenancy = _Tenancy(attach, tenant, memory)
+        self._tenancies[attach.tenant] = tenancy = _Tenancy(attach, tenant, memory)
         return tenancy
 
-    async def _end(self, tenancy: _Tenancy, reason: str) -> None:
-        """End a tenant whose front is gone: first the links of its other compute nodes, then its cache."""
-        assert self._taken is not None
+    async def _keep(self, tenancy: _Tenancy, attach: Attach, reason: str) -> None:
+        """Keep a tenant whose front is gone, which attached as ``attach`` says, for its lease."""
+        if not self._is_present(tenancy, attach):
+            return  # a later front has taken over
+        if attach.lease == 0:
+            await self._end(tenancy, attach, reason)
+            return
+        log.info("event=leased tenant=%s seconds=%g reason=%r", tenancy.tenant.name, attach.lease, reason)
+        after = f"{reason}; it did not come back within {attach.lease:g} s"
+        loop = asyncio.get_running_loop()
+        tenancy.lease = loop.call_later(attach.lease, lambda: self._begin(self._end(tenancy, attach, after)))
+
+    async def _end(self, tenancy: _Tenancy, attach: Attach, reason: str) -> None:
+        """End a tenant, unless a later front than the one that attached as ``attach`` says has taken over."""
         async with self._changing:
-            tenant = tenancy.tenant
-            del self._tenancies[tenant.name]
-            others = list(tenancy.links.values())
-            for other in others:
-                other.end(reason)
-            await asyncio.gather(*(other.ended.wait() for other in others))
-            await self._there.start(self._device.run(tenant.close))
-            self._taken.result()[0].free(tenant.name)
-            self._layers += tenant.layers
-            self._stale_tags += tenant.stale_tags
+            if self._is_present(tenancy, attach):
+                name = tenancy.tenant.name
+                await self._close(tenancy, TransportError(f"tenant {name} has ended, as {reason}"))
+
+    def _is_present(self, tenancy: _Tenancy, attach: Attach) -> bool:
+        return self._tenancies.get(attach.tenant) is tenancy and tenancy.attach is attach
+
+    async def _close(self, tenancy: _Tenancy, reason: TransportError) -> None:
+        """End all links of a tenant, then its cache."""
+        assert self._taken is not None
+        tenant = tenancy.tenant
+        del self._tenancies[tenancy.attach.tenant]
+        tenancy.cancel_lease()
+        await self._end_links(tenancy, reason)
+        await self._there.start(self._device.run(tenant.close))
+        self._taken.result()[0].free(tenant.name)
+        self._layers += tenant.layers
+        self._stale_tags += tenant.stale_tags
+        log.info("event=tenant_ended tenant=%s reason=%r", tenant.name, str(reason))
+
+    async def _end_links(self, tenancy: _Tenancy, reason: TransportError) -> None:
+        """End all links of a tenant; none is served any more when this returns."""
+        controls = list(tenancy.links.values())
+        for control in controls:
+            control.end(reason)
+        await asyncio.gather(*(control.ended.wait() for control in controls))
+
+    def _leases(self) -> str:
+        """Return what a compute node is told that found no room, about the tenants whose front is gone."""
+        kept = [(t.tenant.name, t.lease_s) for t in self._tenancies.values()]
+        told = [f"{name} for {seconds:.0f} s more" for name, seconds in kept if seconds is not None]
+        return f"; kept for fronts that may come back: {', '.join(told)}" if told else ""
 
     def _log_attached(self, link: Link, attach: Attach, tenancy: _Tenancy) -> None:
         log.info(
-            "event=attached peer=%s transport=%s choice=%r tenant=%r compute=%d model=%r layers=%d kv_heads=%d "
+            "event=attached peer=%s transport=%s choice=%r tenant=%s term=%d compute=%d model=%r layers=%d kv_heads=%d "
             "bytes=%d capacity_tokens=%d",
             link.info.peer.name,
             link.info.transport,
             link.info.choice,
-            attach.tenant,
+            tenancy.tenant.name,
+            attach.term,
             attach.member,
             attach.model,
             len(attach.layers),
@@ -289,15 +388,18 @@ class MemoryNode:
 
     async def _status(self) -> Status:
         tenancies = list(self._tenancies.values())
-        named = [(t.tenant, [link.peer for _, link in sorted(t.links.items())]) for t in tenancies]
+        named = [(t.tenant, [link.peer for _, link in sorted(t.links.items())], t.lease_s) for t in tenancies]
         told = await self._there.call(_describe, named) if named else []
         there = self._taken is not None and self._taken.done()
-        state = "draining" if self._draining else "ready" if told else "waiting" if there else "starting"
+        used = any(tenancy.links for tenancy in tenancies)
+        state = "draining" if self._draining else "ready" if used else "waiting" if there else "starting"
+        leased = [f"{t.tenant.name} ({t.lease_s:.0f} s left)" for t in tenancies if t.lease_s is not None]
+        waiting_for = f"the front of {', '.join(leased)}" if leased else "a compute node"
         return Status(
             name=self._name,
             role="memory",
             state=state,  # type: ignore[arg-type]
-            waiting_for="a compute node" if state == "waiting" else "",
+            waiting_for=waiting_for if state == "waiting" else "",
             pid=self._host.pid,
             busy_s=self._device.busy_s,
             layers=self._layers + sum(tenancy.tenant.layers for tenancy in tenancies),
@@ -314,6 +416,6 @@ class MemoryNode:
         return of_status(await self._status())
 
 
-def _describe(named: list[tuple[Tenant, list[str]]]) -> list[TenantStatus]:
+def _describe(named: list[tuple[Tenant, list[str], float | None]]) -> list[TenantStatus]:
     """Describe tenants, on the device's loop."""
-    return [tenant.describe(compute_nodes) for tenant, compute_nodes in named]
+    return [tenant.describe(compute_nodes, lease_s) for tenant, compute_nodes, lease_s in named]

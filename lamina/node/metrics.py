@@ -128,6 +128,9 @@ def of_front(status: Status, meter: RequestMeter) -> list[Metric]:
             [({"kind": kind}, count) for kind, count in meter.failed.items()],
         ),
         counter("lamina_requests_cancelled_total", "Requests whose client gave them up.", meter.cancelled),
+        counter("lamina_requests_resumed_total", "How often a client came back for an answer.", meter.resumed),
+        gauge("lamina_journal_bytes", "Length of the journal of requests.", status.journal_bytes),
+        gauge("lamina_journal_failed", "1 while the journal cannot be written.", int(bool(status.journal_failure))),
         meter.queue_time.family("lamina_queue_time_seconds", "Seconds from a request's arrival to its admission."),
         meter.time_to_first_token.family(
             "lamina_time_to_first_token_seconds", "Seconds from a request's arrival to its first token."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from lamina.compute.peer_control import PeerControl
@@ -96,13 +96,12 @@ class Neighbours:
         """Return the names of the nodes to which there is no link."""
         return sorted(n.node.name for n in self._others.values() if n.control is None)
 
-    async def meet(self) -> None:
-        """Begin to seek, and wait until there has been a link to each node. A ConnectError or HandshakeError names one
-        that does not come within ``transport.start_timeout`` seconds."""
+    async def meet(self, members: Collection[int]) -> None:
+        """Begin to seek all nodes, and wait until there has been a link to each of ``members``. A ConnectError or
+        HandshakeError names one that does not come within ``transport.start_timeout`` seconds."""
         self._tasks = [asyncio.ensure_future(self._seek(neighbour)) for neighbour in self._sought]
-        greeted = [n for n in self._others.values() if n not in self._sought]
-        waiting = [self._expect(neighbour) for neighbour in greeted]
-        await asyncio.gather(*(n.met for n in self._sought), *waiting)
+        awaited = [self._others[member] for member in members]
+        await asyncio.gather(*(n.met if n in self._sought else self._expect(n) for n in awaited))
 
     async def close(self) -> None:
         """Seek no more, and end all links."""
@@ -151,10 +150,9 @@ class Neighbours:
             try:
                 link = await self._connect(node, SEEK_S if met else self._config.transport.start_timeout)
             except LaminaError as error:
-                if not met:
-                    if not neighbour.met.done():
-                        neighbour.met.set_exception(error)
-                    return
+                if not met and not neighbour.met.done():
+                    neighbour.met.set_exception(error)
+                    neighbour.met.exception()  # nothing may wait for it
                 log.info("event=not_reached peer=%s reason=%r", node.name, str(error))
             else:
                 pause_s = PAUSES_S[0]

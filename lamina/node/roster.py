@@ -10,10 +10,10 @@ from typing import Any
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
 from lamina.config import ClusterConfig
-from lamina.errors import LaminaError, NodeError
+from lamina.errors import LaminaError, NodeError, SupersededError
 from lamina.front.members import Members, State
 from lamina.front.team import Formation
-from lamina.node.assemble import agree, attach
+from lamina.node.assemble import TenantKey, agree, attach
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.node.neighbours import Control, Neighbours
 from lamina.wire.orders import Enlist, Missing, Reached
@@ -44,27 +44,31 @@ class Roster:
         neighbours: Neighbours,
         *,
         member: int,
-        tenant: str,
+        key: TenantKey,
     ) -> None:
-        """``member`` is the id of this node, and ``tenant`` the name under which it attaches."""
+        """``member`` is the id of this node, and ``key`` that of its tenant."""
         self.serving: dict[int, ShardControl] = {}
         """The memory nodes that serve, by member id."""
         self.on_formed: Callable[[Formation, frozenset[int]], None] = lambda formation, lost: None
         """Is told of every change of the formation, and which members were lost in between."""
         self.on_settled: Callable[[], None] = lambda: None
         """Is told when a lost node has not come back within the grace."""
+        self.on_superseded: Callable[[SupersededError], None] = lambda error: None
+        """Is told when another front has taken the tenant over: this one has to end."""
         self._config = config
         self._served = served
         self._members = members
         self._neighbours = neighbours
         self._own = member
-        self._tenant = tenant
+        self._key = key
         self._names = {entry.id: entry.name for entry in members.entries}
         self._divides = config.pipeline.partition == "heads"
         self._division: dict[int, str] = {}
         """The memory nodes over which heads are divided at present, by member id."""
         self._reached: dict[tuple[int, int], int] = {}
         """By compute node and memory node, the latest term in which the one has attached to the other."""
+        self._latest: dict[int, int] = {}
+        """The last term in which this node has attached to a memory node, or tried to."""
         self._lost: set[int] = set()
         """The members that were lost since the last formation."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -102,6 +106,21 @@ class Roster:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    @property
+    def missing(self) -> list[str]:
+        """Return the nodes without which nothing goes on: those that have layers alone, and all memory nodes if none
+        serves."""
+        serving = self._members.in_state("compute", State.SERVING)
+        alone = [] if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
+        memory = [] if self.serving else self._members.of_others("memory", State.SERVING)
+        return [self._names[m] for m in (*alone, *memory)]
+
+    def detach(self) -> None:
+        """Tell the memory nodes that the tenant ends, as this node leaves in order."""
+        for shard in self._neighbours.shards.values():
+            if shard.is_attached:
+                shard.detach()
+
     # -- nodes come and go
 
     def found(self, control: Control) -> None:
@@ -125,6 +144,8 @@ class Roster:
             self._settling.cancel()
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
         self._members.lose(member, error)
+        if isinstance(error, SupersededError):
+            self.on_superseded(error)
         if not self._is_complete:
             self._fail(error)
 
@@ -180,7 +201,7 @@ class Roster:
     async def _enlist(self, peer: PeerControl) -> None:
         await agree(self._config, self._served, peer)
         peer.send(self._members.membership())
-        await peer.enlist(Enlist(tenant=self._tenant))
+        await peer.enlist(Enlist(tenant=self._key.name, token=self._key.token))
         await self._until(lambda: self._has_reached_all(peer.member))
         self._members.serve(peer.member)
 
@@ -188,7 +209,10 @@ class Roster:
         if isinstance(news, Reached):
             self._reached[compute, news.member] = news.term
             self._tell()
-        elif news.term == self._members.term(news.member):
+        elif (
+            news.term == self._members.term(news.member)
+            and self._members.state(compute) is State.SERVING  # one that joins has to find its way to all others
+        ):
             by = self._names[compute]
             self._neighbours.drop(news.member, f"{by} has lost it: {news.reason}")
 
@@ -252,10 +276,18 @@ class Roster:
         return all(m in there and there[m].is_attached for m in self._division)
 
     async def _attach_to(self, shard: ShardControl, division: dict[int, str]) -> None:
+        self._latest[shard.member] = term = self._latest.get(shard.member, 0) + 1
         await attach(
-            self._config, self._served, shard, division, member=self._own, front=self._own, tenant=self._tenant
+            self._config,
+            self._served,
+            shard,
+            division,
+            member=self._own,
+            front=self._own,
+            key=self._key,
+            term=term,
         )
-        shard.term = max(self._members.term(shard.member), shard.term) + 1
+        self._latest[shard.member] = shard.term
 
     def _is_reached(self, memory: int) -> bool:
         """Return whether all compute nodes that serve have attached to a memory node in its present term."""

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import shutil
-import signal
 import sys
-import termios
-import tty
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from lamina.config import ClusterConfig
-from lamina.watch import ClusterWatch, NodeView
+from lamina.ops.live import COLOURS, can_draw, compact, draw_until_q, head, look_once, number
+from lamina.watch import NodeView
 
-EVERY_S = 1.0
-"""The seconds between two looks, over which rates are taken."""
 HISTORY = 60
 """How many looks the curve of tokens per second shows."""
 
@@ -32,74 +24,24 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 _PARTS = " ▏▎▍▌▋▊▉█"
 _BAR = 10
 """Characters of a bar."""
-_COLOURS = {"ready": "green", "starting": "yellow", "waiting": "yellow", "draining": "yellow"}
 
 
 def run(config: ClusterConfig) -> int:
     """Show the cluster until q or Ctrl-C. Without a terminal that can be drawn on, print what it does in one second."""
-    if sys.stdout.isatty() and not Console().is_dumb_terminal:
-        asyncio.run(_live(config))
+    if can_draw():
+        curve: deque[float] = deque(maxlen=HISTORY)
+
+        def draw(views: list[NodeView]) -> RenderableType:
+            curve.append(sum(view.rates.tokens for view in views if view.rates))
+            return screen(config.file, views, curve, footer="q quits")
+
+        draw_until_q(config, "top", draw)
     else:
         console = Console(width=max(80, shutil.get_terminal_size().columns), highlight=False, force_terminal=False)
         with console.capture() as printed:
-            console.print(asyncio.run(_once(config)))
+            console.print(screen(config.file, look_once(config, "top"), []))
         sys.stdout.writelines(f"{line.rstrip()}\n" for line in printed.get().splitlines())
     return 0
-
-
-async def _once(config: ClusterConfig) -> RenderableType:
-    async with ClusterWatch(config, name="top") as watch:
-        await watch.look()
-        await asyncio.sleep(EVERY_S)
-        return screen(config.file, await watch.look(), [])
-
-
-async def _live(config: ClusterConfig) -> None:
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ended.set)
-    console = Console(highlight=False)
-    curve: deque[float] = deque(maxlen=HISTORY)
-    views: list[NodeView] = []
-    with _keys(ended), Live(console=console, screen=True, auto_refresh=False, vertical_overflow="ellipsis") as live:
-        live.update(Text(f"asking {len(config.node)} nodes", style="dim"), refresh=True)
-        async with ClusterWatch(config, name="top") as watch:
-            asking = asyncio.ensure_future(ended.wait())
-            while not ended.is_set():
-                looking = asyncio.ensure_future(watch.look())
-                await asyncio.wait((looking, asking), return_when=asyncio.FIRST_COMPLETED)
-                if not looking.done():
-                    looking.cancel()
-                    await asyncio.wait((looking,))
-                    break
-                views = looking.result()
-                curve.append(sum(view.rates.tokens for view in views if view.rates))
-                live.update(screen(config.file, views, curve, footer="q quits"), refresh=True)
-                await asyncio.wait((asking,), timeout=EVERY_S)
-            asking.cancel()
-
-
-@contextmanager
-def _keys(ended: asyncio.Event) -> Iterator[None]:
-    """Set ``ended`` when q is pressed; keys are not shown meanwhile."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    loop, descriptor = asyncio.get_running_loop(), sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-
-    def pressed() -> None:
-        with suppress(OSError):
-            if set(os.read(descriptor, 64) or b"q") & set(b"qQ"):  # nothing to read: the terminal is gone
-                ended.set()
-
-    tty.setcbreak(descriptor)
-    loop.add_reader(descriptor, pressed)
-    try:
-        yield
-    finally:
-        loop.remove_reader(descriptor)
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 # -- what is shown
@@ -107,21 +49,13 @@ def _keys(ended: asyncio.Event) -> Iterator[None]:
 
 def screen(file: Path, views: Sequence[NodeView], curve: Sequence[float], footer: str = "") -> RenderableType:
     """Return what ``views`` say: the cluster, its nodes, its links. It fits 80 columns."""
-    parts: list[RenderableType] = [_head(file, views), _summary(views, curve), Text(), _nodes(views)]
+    parts: list[RenderableType] = [head(file, views), _summary(views, curve), Text(), _nodes(views)]
     links = _links(views)
     if links.row_count:
         parts += [Text(), links]
     if footer:
         parts += [Text(), Text(footer, style="dim")]
     return Group(*parts)
-
-
-def _head(file: Path, views: Sequence[NodeView]) -> Text:
-    ready = sum(view.status is not None and view.status.state == "ready" for view in views)
-    style = "green" if ready == len(views) else "yellow"
-    head = Text.assemble(("Lamina", "bold"), f"  {file.name}  ", (f"{ready} of {len(views)} nodes ready", style))
-    head.no_wrap, head.overflow = True, "ellipsis"
-    return head
 
 
 def _summary(views: Sequence[NodeView], curve: Sequence[float]) -> RenderableType:
@@ -165,7 +99,7 @@ def _nodes(views: Sequence[NodeView]) -> Table:
         table.add_row(
             view.node.name,
             view.node.role,
-            Text(view.state, style=_COLOURS.get(status.state, "")),
+            Text(view.state, style=COLOURS.get(status.state, "")),
             busy,
             kv,
             f"{status.sequences:,}" if total else "",
@@ -213,16 +147,3 @@ def sparkline(values: Sequence[float]) -> str:
     """Return a curve of one line; its highest value fills the line."""
     highest = max(values) or 1.0
     return "".join(_LEVELS[round(value / highest * (len(_LEVELS) - 1))] for value in values)
-
-
-def compact(count: int) -> str:
-    """Return a count in four characters or so: 950, 32.8k, 1.05M."""
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
-
-
-def number(value: float) -> str:
-    """Return a rate with no more digits than are worth reading."""
-    return f"{value:,.0f}" if value >= 10 or not value else f"{value:.1f}"

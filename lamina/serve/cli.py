@@ -12,7 +12,7 @@ from lamina.validation import option_name, parse_option
 
 if TYPE_CHECKING:
     from lamina.config import ClusterConfig, Dtype
-    from lamina.serve.batch.command import LocalModel
+    from lamina.serve.local import LocalModel
 
 
 Target = Annotated[
@@ -38,6 +38,9 @@ Dtypes = Annotated[
     typer.Option(
         metavar="float32|bfloat16|float16", help="With MODEL_DIR: the data type to run in; default: as stored."
     ),
+]
+NoRestart = Annotated[
+    bool, typer.Option("--no-restart", help="With MODEL_DIR: end when a node dies, instead of starting it again.")
 ]
 
 
@@ -68,12 +71,13 @@ def serve(
     context: Context = None,
     memory: Memory = None,
     dtype: Dtypes = None,
+    no_restart: NoRestart = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="With MODEL_DIR: show all logs instead of keeping them in files.")
     ] = False,
 ) -> None:
     """Serve a cluster over HTTP, as OpenAI's API does; for a checkpoint, start a cluster on this machine first."""
-    from lamina.config import load, parse_size
+    from lamina.config import ClusterConfig, parse_size
     from lamina.serve.options import ChatOptions, ServeOptions
 
     options = ServeOptions(
@@ -89,22 +93,14 @@ def serve(
         files=files,
     )
     options.check()
-    if target.is_dir():
-        from lamina.model.files import DTYPES
-        from lamina.serve import local
+    cluster = _cluster(target, context, memory, dtype, no_restart=no_restart, verbose=verbose)
+    if isinstance(cluster, ClusterConfig):
+        from lamina.serve.run import run
 
-        if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-        size = None if memory is None else parse_option("memory", parse_size, memory)
-        raise typer.Exit(local.run(target, options, context=context, memory=size, dtype=dtype, verbose=verbose))
-    for key, given in (("context", context), ("memory", memory), ("dtype", dtype), ("verbose", verbose or None)):
-        if given is not None:
-            raise ConfigError(
-                f"{option_name(key)}: only allowed with a checkpoint directory; {target} is a cluster file"
-            )
-    from lamina.serve.run import run
+        raise typer.Exit(run(cluster, options))
+    from lamina.serve import local
 
-    raise typer.Exit(run(load(target), options))
+    raise typer.Exit(local.run(cluster, options, verbose=verbose))
 
 
 def batch(
@@ -121,25 +117,37 @@ def batch(
     context: Context = None,
     memory: Memory = None,
     dtype: Dtypes = None,
+    no_restart: NoRestart = False,
 ) -> None:
     """Answer a file of requests; started again after an interruption, it goes on where it was."""
-    from lamina.config import Dtype, load, parse_size
     from lamina.serve.app import BATCHED
-    from lamina.serve.batch.command import LocalModel, run
+    from lamina.serve.batch.command import run
     from lamina.serve.options import ChatOptions
 
-    if dtype is not None and dtype not in get_args(Dtype):
-        raise ConfigError(f"--dtype: expected one of {', '.join(get_args(Dtype))}; got {dtype!r}")
-    cluster: ClusterConfig | LocalModel
-    if target.is_dir():
-        size = None if memory is None else parse_option("memory", parse_size, memory)
-        cluster = LocalModel(target, context, size, cast("Dtype | None", dtype))
-    else:
-        given = {"--context": context, "--memory": memory, "--dtype": dtype}
-        if wrong := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"{wrong[0]}: not allowed with a cluster file; set it in the file")
-        cluster = load(target)
+    cluster = _cluster(target, context, memory, dtype, no_restart=no_restart)
     chat = ChatOptions(chat_template, tool_parser, reasoning_parser)
     chat.check()
     names = tuple(served_model_name or ())
     raise typer.Exit(run(cluster, requests, output, BATCHED, concurrency=concurrency, names=names, chat=chat))
+
+
+def _cluster(
+    target: Path, context: int | None, memory: str | None, dtype: str | None, **flags: bool
+) -> ClusterConfig | LocalModel:
+    """Return the cluster of a file; or, for a checkpoint, the one to start. ``flags`` are more options that only a
+    checkpoint can have."""
+    from lamina.config import Dtype, load, parse_size
+
+    if not target.is_dir():
+        for key, given in {"context": context, "memory": memory, "dtype": dtype, **flags}.items():
+            if given:
+                raise ConfigError(
+                    f"{option_name(key)}: only allowed with a checkpoint directory; {target} is a cluster file"
+                )
+        return load(target)
+    from lamina.serve.local import LocalModel
+
+    if dtype is not None and dtype not in get_args(Dtype):
+        raise ConfigError(f"--dtype: expected one of {', '.join(get_args(Dtype))}; got {dtype!r}")
+    size = None if memory is None else parse_option("memory", parse_size, memory)
+    return LocalModel(target, context, size, cast("Dtype | None", dtype), restart=not flags["no_restart"])

@@ -90,7 +90,7 @@ def described(views: list[NodeView]) -> dict[str, Any]:
     status, rates = (front.status, front.rates) if front else (None, None)
     return {
         "object": "cluster",
-        "ready": all(view.status is not None and view.status.state == "ready" for view in views),
+        "ready": all(view.is_ready for view in views),
         "requests": {
             "running": status.requests_running if status else None,
             "waiting": status.requests_waiting if status else None,

@@ -26,12 +26,15 @@ RETRY_S = 0.25
 
 
 class FrontKeeper:
-    """Holds the link to the front at ``address``, while there is one; `keep` runs beside all that use it."""
+    """Holds the link to the front at ``address``, while there is one; `keep` runs beside all that use it.
 
-    def __init__(self, address: Address, options: Options) -> None:
+    When it is lost, answers that are under way wait for the next one for ``patience_s`` seconds, and then go on.
+    """
+
+    def __init__(self, address: Address, options: Options, *, patience_s: float) -> None:
         self._address = address
         self._options = options
-        self._link: FrontLink | None = None
+        self._link = FrontLink(patience_s=patience_s)
         self.ids = itertools.count(1)
         """The numbers of requests, which differ."""
         self.status: Status | None = None
@@ -51,7 +54,7 @@ class FrontKeeper:
 
     def link(self) -> FrontLink:
         """Return the link. HttpError if the front takes no requests now."""
-        if self._link is None or self._link.failure or self.status is None:
+        if self._link.failure or self.status is None:
             raise unavailable(f"the front cannot be reached: {self.reason}; retry in a moment")
         if self.status.state != "ready":
             waiting = f" for {self.status.waiting_for}" if self.status.waiting_for else ""
@@ -60,24 +63,26 @@ class FrontKeeper:
 
     async def keep(self) -> None:
         """Connect, watch the state of the front, and begin anew when it is lost, until this is cancelled."""
-        while True:
-            try:
-                await self._connect_and_watch()
-            except LaminaError as e:
-                if self.status is not None or str(e) != self.reason:  # each once, not every quarter of a second
-                    self.reason = str(e)
-                    log.warning("event=front_away address=%s reason=%r", self._address, self.reason)
-            finally:
-                link, self._link, self.status = self._link, None, None
-                if link is not None:
-                    with suppress(LaminaError):
-                        await link.close(TransportError("the server ends its connection to the front"))
-            await asyncio.sleep(RETRY_S)
+        try:
+            while True:
+                try:
+                    await self._connect_and_watch()
+                except LaminaError as e:
+                    if self.status is not None or str(e) != self.reason:  # each once, not every quarter of a second
+                        self.reason = str(e)
+                        log.warning("event=front_away address=%s reason=%r", self._address, self.reason)
+                    self._link.attempt = self.reason
+                self.status = None
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self.status = None
+            with suppress(LaminaError):
+                await self._link.close(TransportError("the server ends its connection to the front"))
 
     async def _connect_and_watch(self) -> None:
         hello = Hello("client", f"http-{os.getpid()}")
-        opened = await connect_link(self._address, hello, self._options, deadline_s=CONNECT_S)
-        link = self._link = FrontLink(opened)
+        link = self._link
+        link.use(await connect_link(self._address, hello, self._options, deadline_s=CONNECT_S))
         while True:
             status = await link.status()
             if self.state != status.state:

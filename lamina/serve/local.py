@@ -12,8 +12,9 @@ import signal
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import uvloop
 
@@ -51,40 +52,49 @@ _LEAST_CONTEXT = 64
 _KILL_AFTER_S = 5.0
 
 
-def run(
-    model: Path, options: ServeOptions, *, context: int | None, memory: int | None, dtype: str | None, verbose: bool
-) -> int:
+@dataclass(frozen=True)
+class LocalModel:
+    """Says how to start a small cluster for the checkpoint ``path``.
+
+    None takes the context of the model, of the free memory as much as is of use, and the type as stored. With
+    ``restart`` nodes that die are started again, as `Cluster` says.
+    """
+
+    path: Path
+    context: int | None = None
+    memory: int | None = None
+    dtype: Dtype | None = None
+    restart: bool = True
+
+
+def run(model: LocalModel, options: ServeOptions, *, verbose: bool) -> int:
     """Serve a checkpoint until Ctrl-C. Return the exit status. LaminaError says what failed.
 
-    None takes the context of the model, of the free memory as much as is of use, and the type as stored. Logs go into
-    a folder of the user, or to standard error if ``verbose``.
+    Logs go into a folder of the user, or to standard error if ``verbose``.
     """
     if options.port == 0:
         options = dataclasses.replace(options, port=free_ports(1)[0])  # the screen names it
     listen(options).close()  # what cannot be is said before a large model is loaded
-    model = model.resolve()
-    return int(uvloop.run(_main(model, options, context, memory, cast("Dtype | None", dtype), verbose)))
+    return int(uvloop.run(_main(model, options, verbose=verbose)))
 
 
-async def _main(
-    model: Path, options: ServeOptions, context: int | None, memory: int | None, dtype: Dtype | None, verbose: bool
-) -> int:
+async def _main(model: LocalModel, options: ServeOptions, *, verbose: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="lamina-serve-") as folder:
-        config = await small_cluster(model, Path(folder), context=context, memory=memory, dtype=dtype)
-        return await _Serving(config, options, None if verbose else log_folder(model)).run()
+        config = await small_cluster(model, Path(folder))
+        logs_at = None if verbose else log_folder(model.path)
+        return await _Serving(config, options, logs_at, restart=model.restart).run()
 
 
-async def small_cluster(
-    model: Path, folder: Path, *, context: int | None, memory: int | None, dtype: Dtype | None
-) -> ClusterConfig:
-    """Write the file of a cluster of two nodes on this machine for a checkpoint into ``folder``. See `run`."""
-    check_checkpoint(model)
-    facts = await read_facts(model)
-    memory, context = _sizes(model, facts, context, memory, dtype)
+async def small_cluster(model: LocalModel, folder: Path) -> ClusterConfig:
+    """Write the file of a cluster of two nodes on this machine for a checkpoint into ``folder``."""
+    path = model.path.resolve()
+    check_checkpoint(path)
+    facts = await read_facts(path)
+    memory, context = _sizes(path, facts, model.context, model.memory, model.dtype)
     front, other = free_addresses(2)
     return write_cluster(
         folder / "cluster.toml",
-        ModelConfig(path=str(model), dtype=dtype, context=context),
+        ModelConfig(path=str(path), dtype=model.dtype, context=context),
         [ComputeNodeConfig(name="c0", address=front), MemoryNodeConfig(name="m0", address=other, memory=memory)],
     )
 
@@ -118,7 +128,7 @@ def _sizes(
 class _Serving:
     """The processes, from their start to their end."""
 
-    def __init__(self, config: ClusterConfig, options: ServeOptions, folder: Path | None) -> None:
+    def __init__(self, config: ClusterConfig, options: ServeOptions, folder: Path | None, *, restart: bool) -> None:
         self._config = config
         self._options = options
         self._folder = folder
@@ -129,7 +139,9 @@ class _Serving:
         self._state = "starting"
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = False
-        self._cluster = Cluster(config, log_folder=folder, on_change=self._show)
+        self._cluster = Cluster(
+            config, log_folder=folder, on_change=self._show, restart=restart, on_news=self._screen.say
+        )
 
     async def run(self) -> int:
         asked, asked_again = asyncio.Event(), asyncio.Event()

@@ -7,7 +7,7 @@ import re
 
 import msgspec
 
-from lamina.errors import CapacityError, HttpError, LaminaError, NodeError, RequestError, TransportError
+from lamina.errors import CapacityError, HttpError, LaminaError, NodeError, RequestError, StorageError, TransportError
 
 LONGEST_RETRY_S = 119
 """Clients do not retry at all where they are told to wait for longer."""
@@ -31,7 +31,7 @@ def as_http(error: Exception) -> HttpError:
             return HttpError(str(error))  # it would never fit
         case CapacityError(retry_after_s=seconds):
             return HttpError(str(error), status=429, kind=_KINDS[429], retry_after_s=seconds)
-        case NodeError() | TransportError():
+        case NodeError() | TransportError() | StorageError():
             return unavailable(str(error))
         case LaminaError():
             return HttpError(str(error), status=500, kind="server_error")

@@ -10,6 +10,7 @@ from random import Random
 from lamina.admin import AdminClient
 from lamina.attention import BackendFactory
 from lamina.client import AsyncClient
+from lamina.client.asynchronous import RECONNECT_S
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.node.compute import ComputeNode
@@ -17,6 +18,7 @@ from lamina.node.memory import MemoryNode
 from lamina.node.model import OpenModel
 from lamina.runtime.host import Host
 from lamina.sim.device import Seconds
+from lamina.sim.storage import SimDisk
 from lamina.sim.world import World
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Status
@@ -53,6 +55,8 @@ class SimCluster:
     ) -> None:
         self.world = world
         self.config = config
+        self.disk = SimDisk()
+        """Where the front's journal is."""
         self.ended: dict[str, BaseException | None] = {}
         self.nodes: dict[str, ComputeNode | MemoryNode] = {}
         """Those that were started, by name."""
@@ -61,13 +65,15 @@ class SimCluster:
         self._backend = backend
         self._seconds = seconds
         self._running: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
+        self._started: dict[str, asyncio.Task[None]] = {}
+        """The task of each node that was started last."""
 
     async def start(self, name: str) -> None:
         """Start one node, also one that has ended before."""
         node = self.config.find(name)
         device = self.world.device(name, self._seconds(node))
         network = self.world.network
-        host = Host(self._random, pid=0)
+        host = Host(self._random, pid=0, open_log=self.disk.open)
         serving: ComputeNode | MemoryNode
         if node.role == "compute":
             serving = ComputeNode(
@@ -81,10 +87,13 @@ class SimCluster:
         self.ended.pop(name, None)
         self.nodes[name] = serving
         self._running[name] = task, stopping
+        self._started[name] = task
         task.add_done_callback(lambda done: self._note_end(name, done))
 
     def _note_end(self, name: str, task: asyncio.Task[None]) -> None:
-        self.ended[name] = asyncio.CancelledError() if task.cancelled() else task.exception()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if self._started[name] is task:  # else it was killed, and has started again meanwhile
+            self.ended[name] = error
 
     async def ready(self) -> Status:
         """Wait until the front takes requests; its status. The error of a node that ends before with one."""
@@ -121,16 +130,16 @@ class SimCluster:
             return await node.status()
 
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[AsyncClient]:
+    async def client(self, name: str = "client", *, reconnect_s: float = RECONNECT_S) -> AsyncIterator[AsyncClient]:
         """A client of the front."""
-        hello = Hello("client", "client")
+        hello = Hello("client", name)
 
         def open_link() -> Awaitable[Link]:
             return self.world.network.connect(
                 self.config.front.address, hello, self.config.options(), deadline_s=REACH_S
             )
 
-        client = AsyncClient(await open_link(), open_link)
+        client = AsyncClient(await open_link(), open_link, reconnect_s=reconnect_s)
         try:
             yield client
         finally:
@@ -140,6 +149,8 @@ class SimCluster:
         """The node's process is gone, as by a signal that it cannot catch."""
         task, _ = self._running.pop(name)
         self.world.network.kill(name)
+        if name == self.config.front.name:
+            self.disk.kill()
         task.cancel()
 
     async def stop(self, name: str) -> None:

@@ -71,6 +71,17 @@ class TenantStatus(Struct, frozen=True, kw_only=True):
     """The bytes of memory that only this tenant may use."""
     busy_s: float
     """The seconds that the device has computed for it."""
+    lease_s: float | None = None
+    """The seconds after which it ends unless its front comes back. None while the front is attached."""
+
+
+class MemberStatus(Struct, frozen=True, kw_only=True):
+    """Describes a member of the cluster, as the front sees it."""
+
+    name: str
+    state: Literal["joining", "serving", "leaving", "lost"]
+    for_s: float
+    """The seconds that the member has been in this state."""
 
 
 class Status(Message):
@@ -100,8 +111,20 @@ class Status(Message):
     kv_tokens_total: int = 0
     kv_tokens_free: int = 0
     stale_tags: int = 0
+    journal: Literal["off", "process", "machine"] = "off"
+    """What the front's journal outlives, if it has one."""
+    journal_bytes: int = 0
+    """The length of its file."""
+    journal_failure: str = ""
+    """Why it cannot be written, so that no request is taken."""
+    requests_resumed: int = 0
+    """How often a client came back for an answer."""
     peers: list[PeerStatus] = field(default_factory=list)
     tenants: list[TenantStatus] = field(default_factory=list)
+    epoch: int = 0
+    """The number of changes of the members, as a compute node knows it."""
+    members: list[MemberStatus] = field(default_factory=list)
+    """All members of the cluster; only the front tells them."""
 
 
 class Record(Message):

@@ -14,6 +14,7 @@ from lamina.wire.codec import Count, MemberId, Message
 from lamina.wire.parts import Part
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling, Score, Top
+from lamina.wire.tenants import Token
 
 MAX_BANNED = 4096
 """The most tokens that one choice bans: stop tokens and the ends of bad words, far more than requests may name."""
@@ -63,6 +64,7 @@ class Enlist(Message):
     """The front tells a compute node the tenant under which it attaches to the memory nodes. Enlisted answers it."""
 
     tenant: Annotated[str, Meta(min_length=1, max_length=128)]
+    token: Token
 
 
 class Enlisted(Message):

@@ -55,9 +55,9 @@ class Placement:
             default=tokens,
         )
 
-    def keys_on(self, member: int, keys: Sequence[bytes], block_tokens: int) -> list[bytes]:
-        """Return the keys of the blocks that lie on ``member``, out of the keys of leading blocks."""
-        return [key for block, key in enumerate(keys) if member in self.owners(block * block_tokens)]
+    def keys_on(self, member: int, keys: Sequence[bytes], block_tokens: int, first: int = 0) -> list[bytes]:
+        """Return the keys of the blocks that lie on ``member``, out of the keys of blocks from number ``first`` on."""
+        return [key for block, key in enumerate(keys, first) if member in self.owners(block * block_tokens)]
 
     def until_next(self, position: int) -> int | None:
         """Return how many positions from ``position`` on have the same owners; None means all of them."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from lamina.errors import LaminaError
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Count, Message, Positive
 
@@ -79,6 +80,8 @@ TRACEPARENT = "^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$"
 """What the recommendation of the W3C on trace contexts allows in version 00, or nothing."""
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Top = Annotated[int, Meta(ge=0, le=20)]
+TICKET = "^[0-9a-f]{32}$"
+"""128 random bits, by which a client finds its request again on another link, also at a front that started anew."""
 
 
 class Request(Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,6 +139,9 @@ class Generate(Message):
     length: Count | None = None
     """The length of the whole prompt, as `length_of` gives it, if it begins here and goes on in `PromptPart` messages.
     On one link, one prompt at a time comes in parts."""
+    ticket: Annotated[str, Meta(pattern=f"{TICKET}|^$")] = ""
+    """By this, `Resume` names the request. Without one, the request ends with its link. With one, the answer is kept
+    for a while when its link is lost; and when it is over, until the client has sent `Cancel`, as it has all of it."""
 
 
 class PromptPart(Message):
@@ -146,9 +152,20 @@ class PromptPart(Message):
 
 
 class Cancel(Message):
-    """Stop answering a request."""
+    """Nothing more is wanted of a request: stop answering it, or forget the answer."""
 
     id: Count
+
+
+class Resume(Message):
+    """Go on with the answer to a request of an earlier link, which is called ``id`` on this one. `Resumed` answers."""
+
+    id: Count
+    ticket: Annotated[str, Meta(pattern=TICKET)]
+    tokens: Count
+    """So many tokens of it have come; the next message has the one behind them."""
+    prompt_scores: Count = 0
+    """So many scores of tokens of the prompt have come."""
 
 
 class Score(Struct, frozen=True, array_like=True):
@@ -190,6 +207,13 @@ class ChatForm(Struct, frozen=True, forbid_unknown_fields=True):
     """Whether no reasoning follows the prompt."""
     hidden: list[str] = []
     """The special tokens in the answer's text that the model does not say."""
+
+
+class Resumed(Message):
+    """The rest of an answer follows; or the request is not ``known``, and nothing does."""
+
+    id: Count
+    known: bool = True
 
 
 class Rendered(Message):
@@ -237,9 +261,20 @@ class Failed(Message):
     retry_after_s: float | None = None
     """Seconds after which the same request may be accepted."""
 
+    @classmethod
+    def of(cls, error: LaminaError, id_: int | None = None) -> Failed:
+        """Return an error as it travels."""
+        return cls(
+            kind=type(error).__name__,
+            message=str(error),
+            id=id_,
+            node=getattr(error, "node", None),
+            retry_after_s=getattr(error, "retry_after_s", None),
+        )
 
-FromClient = Generate | PromptPart | Cancel | AskStatus
-ToClient = Generated | Rendered | PromptScored | Finished | Failed | Status
+
+FromClient = Generate | PromptPart | Cancel | Resume | AskStatus
+ToClient = Generated | Rendered | PromptScored | Finished | Failed | Resumed | Status
 
 
 def length_of(prompt: Prompt) -> int:
@@ -247,12 +282,13 @@ def length_of(prompt: Prompt) -> int:
     return len(prompt.encode()) if isinstance(prompt, str) else len(prompt)
 
 
-def messages_for(id_: int, request: Request) -> Iterator[Message]:
+def messages_for(id_: int, request: Request, ticket: str = "") -> Iterator[Message]:
     """Return the messages that ask for a request: several if its prompt is long."""
     prompt = request.prompt
     if len(prompt) <= PART:
-        yield Generate(id=id_, request=request)
+        yield Generate(id=id_, request=request, ticket=ticket)
         return
-    yield Generate(id=id_, request=replace(request, prompt=prompt[:PART]), length=length_of(prompt))
+    first = replace(request, prompt=prompt[:PART])
+    yield Generate(id=id_, request=first, length=length_of(prompt), ticket=ticket)
     for start in range(PART, len(prompt), PART):
         yield PromptPart(id=id_, part=prompt[start : start + PART])

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from lamina.attention import LayerShape
 from lamina.errors import ProtocolError
-from lamina.limits import MAX_BATCH, MAX_BATCHES, MAX_BYTES, MAX_REMOTE_TOKENS
+from lamina.limits import MAX_BATCH, MAX_BATCHES, MAX_BYTES, MAX_LEASE, MAX_REMOTE_TOKENS
 from lamina.transport import RemoteRegion
 from lamina.wire.codec import Count, MemberId, Message, Positive
 
@@ -18,16 +18,26 @@ KEY_BYTES = 16
 MAX_KEYS = 2**15
 """The most keys of one message."""
 
+Token = Annotated[bytes, Meta(min_length=16, max_length=64)]
+"""Proves that a compute node belongs to a tenant."""
+
 
 class Attach(Message):
     """A compute node asks a memory node to hold a shard of the KV cache of its model.
 
     The compute nodes of a tenant share one cache. Its front attaches first, and alone reserves, publishes and
-    releases; the others send the same but for ``member`` and ``outputs``.
+    releases; the others send the same but for ``member``, ``outputs`` and ``lease``.
+
+    Each attachment of the front begins a new *term*. It ends the links of the term before and releases all sequences;
+    published blocks stay if the front asks for the same cache as before.
     """
 
     tenant: Annotated[str, Meta(min_length=1, max_length=128)]
     """The name of the tenant."""
+    token: Token
+    """The same for all compute nodes of the tenant, in all terms."""
+    term: Count
+    """From the front: greater than that of the tenant if it is here. From the others: the present one."""
     model: str
     """Fingerprint of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -47,6 +57,11 @@ class Attach(Message):
     """The member id of this compute node."""
     front: MemberId = 0
     """The member id of the tenant's front."""
+    lease: Annotated[float, Meta(ge=0, le=MAX_LEASE)] = 0.0
+    """The seconds for which the tenant stays when the link of its front is lost. Only the front's counts."""
+    first_heads: Annotated[list[Count], Meta(max_length=1024)] = []  # noqa: RUF012
+    """The number of the first of this node's KV heads in every layer, as shapes do not tell one node's heads from
+    another's."""
     quota: Annotated[int, Meta(ge=1, le=MAX_BYTES)] | None = None
     """The most bytes that the tenant may take here. None means all that no other tenant has."""
 
@@ -122,10 +137,12 @@ class Reserved(Message):
 
 
 class Publish(Message):
-    """Let others share the leading blocks of a sequence, under these keys, when they are complete in every layer."""
+    """Let others share consecutive blocks of a sequence, under these keys, when they are complete in every layer."""
 
     sequence: Count
     keys: Keys
+    first: Count = 0
+    """The number of the first of these blocks on the memory node."""
 
 
 class Release(Message):
@@ -190,11 +207,18 @@ class MoveFailed(Message):
     reason: str
 
 
+class Detach(Message):
+    """The front leaves for good: the tenant ends at once."""
+
+
 class Refused(Message):
     """A memory node cannot do what was asked. ``sequence`` is None if the answer is not to a Reserve."""
 
     reason: str
     sequence: Count | None = None
+    term: Count | None = None
+    """The present term of the tenant, if the compute node was of an earlier one. A front may attach again, in a later
+    one."""
 
 
 class Void(Message):
@@ -206,5 +230,11 @@ class Void(Message):
     sequences: Annotated[list[Count], Meta(min_length=1, max_length=MAX_BATCH + MAX_REMOTE_TOKENS)]
 
 
-FromCompute = Attach | Reserve | Publish | Release | Expect | Send | Forget
+FromCompute = Attach | Reserve | Publish | Release | Expect | Send | Forget | Detach
 FromMemory = Attached | Reserved | Refused | Void | Expected | Moved | MoveFailed
+
+
+def short_name(tenant: str) -> str:
+    """Return what people are shown of a tenant's name: the front's, and the beginning of the digest behind it."""
+    front, dash, digest = tenant.rpartition("-")
+    return f"{front}{dash}{digest[:8]}"

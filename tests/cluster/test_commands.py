@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,13 +90,70 @@ def test_where_a_text_ends(config: ClusterConfig, text: str) -> None:
 
 def test_status_of_a_running_cluster(config: ClusterConfig) -> None:
     """A row for each node in a pipe, everything in the JSON object; the exit status says that all are ready."""
-    done, facts = lamina("status", str(config.file)), lamina("status", str(config.file), "--json")
+    command = [*LAMINA, "generate", str(config.file), PROMPT, "--ignore-eos"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as generate:
+        assert generate.stdout
+        generate.stdout.read(3)
+        done = lamina("status", str(config.file), env={k: v for k, v in os.environ.items() if k != "COLUMNS"})
+        facts = json.loads(lamina("status", str(config.file), "--json").stdout)
+        generate.kill()
 
-    assert (done.returncode, facts.returncode) == (0, 0)
-    rows = [line.replace(",", " ").split() for line in done.stdout.splitlines()[1:]]
-    ready = [[n.name, n.role, str(n.address).removeprefix("tcp://"), "ready"] for n in config.node]
-    assert [row[:4] for row in rows if row[0] in ("c0", "m0")] == ready
-    assert [(n["name"], n["state"]) for n in json.loads(facts.stdout)["nodes"]] == [("c0", "ready"), ("m0", "ready")]
+    assert (done.returncode, done.stderr) == (0, "")
+    head, headings, _, front, memory = done.stdout.splitlines()
+    assert re.fullmatch(r"Lamina  cluster\.toml  2 of 2 nodes ready  epoch \d+", head)
+    assert headings.split() == ["node", "role", "state", "for", "KV", "requests", "links", "rate"]
+    assert re.fullmatch(r"c0 +compute +ready +\w+ +[1-9]\d?% +1 +\w+ +[\d.,]+ tokens/s", front)
+    assert re.fullmatch(r"m0 +memory +ready +\w+ +[1-9]\d?% +1 +\w+ +[1-9][\d.k]* layers/s", memory)
+    assert facts["ready"] is True
+    assert facts["epoch"] > 0
+    assert [(n["name"], n["state"], n["address"]) for n in facts["nodes"]] == [
+        (n.name, "ready", str(n.address)) for n in config.node
+    ]
+    assert [n["member"]["state"] for n in facts["nodes"]] == ["serving", "serving"]
+    assert facts["nodes"][0]["requests_running"] == 1
+    assert facts["nodes"][0]["rates"]["tokens"] > 0
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["blocks", "json"])
+def test_status_again_and_again_in_a_pipe(config: ClusterConfig, options: tuple[str, ...]) -> None:
+    """A block or a line each second, at once, until Ctrl-C, after which it ends well."""
+    command = [*LAMINA, "status", str(config.file), "--watch", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as status:
+        assert status.stdout
+        assert status.stderr
+        shown = [status.stdout.readline() for _ in range(2 if options else 12)]
+        status.send_signal(signal.SIGINT)
+        shown.append(status.stdout.read())
+        assert (status.wait(20), status.stderr.read()) == (0, "")
+    if options:
+        looks = [json.loads(line) for line in shown[:2]]
+        assert [look["ready"] for look in looks] == [True, True]
+        assert looks[0]["nodes"][1]["rates"] is None
+        assert looks[1]["nodes"][1]["rates"]["layers"] == 0
+    else:
+        assert [line.partition(" ")[0].strip("-\n") for line in shown[:6]] == ["Lamina", "node", "", "c0", "m0", ""]
+        assert shown[6].startswith("Lamina  cluster.toml  2 of 2 nodes ready")
+
+
+def test_status_where_a_node_does_not_answer(config: ClusterConfig, tmp_path: Path) -> None:
+    """The others are shown as always, and the exit status is 1. No line is longer than 80 columns."""
+    (port,) = harness.free_ports(1)
+    away = tmp_path / "away.toml"
+    memory = config.memory_nodes[0].address
+    away.write_text(config.file.read_text().replace(str(memory), str(memory).replace(str(memory.port), str(port))))
+    done = lamina("status", str(away), env={k: v for k, v in os.environ.items() if k != "COLUMNS"})
+    facts = json.loads(lamina("status", str(away), "--json").stdout)
+
+    assert (done.returncode, done.stderr) == (1, "")
+    head, _, _, front, row, why = done.stdout.splitlines()
+    assert "1 of 2 nodes ready" in head
+    assert front.split()[:3] == ["c0", "compute", "ready"]
+    assert row.split()[:3] == ["m0", "memory", "unreachable"]
+    assert why == f"m0, tcp://127.0.0.1:{port}: not running"
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert facts["ready"] is False
+    assert facts["nodes"][1]["state"] == "unreachable"
+    assert facts["nodes"][1]["member"]["state"] == "serving"
 
 
 def test_status_of_a_cluster_that_does_not_run(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_top_in_a_pipe_is_one_snapshot(config: ClusterConfig) -> None:
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Lamina  cluster.toml  2 of 2 nodes ready")
     assert re.match(r"1 running +0 waiting +0 preempted +[1-9][\d.,]* tokens/s", lines[1])
-    assert [line.split()[:3] for line in lines if "ready " in line[1:]] == [
+    assert [line.split()[:3] for line in lines[1:] if "ready " in line] == [
         ["c0", "compute", "ready"],
         ["m0", "memory", "ready"],
     ]
@@ -132,17 +132,20 @@ def test_top_in_a_pipe_is_one_snapshot(config: ClusterConfig) -> None:
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.parametrize("options", [("top",), ("status", "--watch")], ids=["top", "status"])
 @pytest.mark.parametrize("key", ["q", "\x03"], ids=["q", "Ctrl-C"])
-def test_top_on_a_terminal_ends_quietly(config: ClusterConfig, key: str) -> None:
+def test_what_is_kept_up_to_date_on_a_terminal_ends_quietly(
+    config: ClusterConfig, key: str, options: tuple[str, ...]
+) -> None:
     """It is drawn on the other screen, which is left again, and the terminal is as it was."""
     near, far = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
-    command = [*LAMINA, "top", str(config.file)]
+    command = [*LAMINA, options[0], str(config.file), *options[1:]]
     with subprocess.Popen(
         command, stdin=far, stdout=far, stderr=far, env=environment, start_new_session=True, preexec_fn=_take_terminal
     ) as top:
         shown = b""
-        while b"KV cache" not in shown:
+        while b"m0" not in shown or b"q quits" not in shown:
             shown += os.read(near, 1 << 16)
         os.write(near, key.encode())
         drain = threading.Thread(target=_read_all, args=(near,), daemon=True)

@@ -191,12 +191,12 @@ def test_a_terminal_shows_states_and_what_comes_next(config: ClusterConfig, tmp_
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start ``lamina up`` of a file; it is killed at the end."""
+    """Start ``lamina up`` of a file, without restarts; it is killed at the end."""
     started: list[subprocess.Popen[str]] = []
 
     def start(file: Path, **settings: Any) -> subprocess.Popen[str]:
         given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        started.append(subprocess.Popen([*UP, str(file)], **(given | settings)))
+        started.append(subprocess.Popen([*UP, str(file), "--no-restart"], **(given | settings)))
         return started[-1]
 
     yield start

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,13 +23,14 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "t
 
 @pytest.fixture(scope="module")
 def config(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterConfig]:
-    """A cluster of its own, as its front is killed; the queue holds one request."""
+    """A cluster of its own, as its front is killed, and keeps nothing then; the queue holds one request."""
     folder = tmp_path_factory.mktemp("front")
     (port,) = harness.free_ports(1)
     memory = harness.start_memory(folder, port)
     pipeline = harness.PipelineConfig(max_waiting=1, max_batch=1)
     with harness.running(memory):
-        yield harness.write_config(folder, checkpoint, [port], pipeline=pipeline, context=1600)
+        recovery = harness.RecoveryConfig(lease=0)
+        yield harness.write_config(folder, checkpoint, [port], pipeline=pipeline, recovery=recovery, context=1600)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,63 @@ def test_a_lost_front_breaks_streams_and_is_found_again(
         assert "draining" in small.complete(prompt="a").error["message"]
         assert read_all(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert small.process.wait(10) == 0
+
+
+def test_a_stream_goes_on_when_the_front_is_back(checkpoint: Path, tmp_path: Path) -> None:
+    """Whoever reads it sees a pause and nothing else: the whole text, the count of tokens, and the end; also of a chat,
+    and of an answer that is no stream."""
+    (port,) = harness.free_ports(1)
+    memory = harness.start_memory(tmp_path, port)
+    config = harness.write_config(tmp_path, checkpoint, [port], context=1600)
+    asked = LONG | {"max_tokens": 700, "stream_options": {"include_usage": True}}
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 700, "ignore_eos": True}
+    chat |= {"stream": True, "temperature": 0}
+    plain = asked | {"stream": False}
+    del plain["stream_options"]
+
+    def post(path: str, body: dict[str, Any]) -> socket.socket:
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\nHost: a\nConnection: close\nContent-Length: {len(data)}"
+        connection = server.send(head, data)
+        connection.settimeout(100)
+        return connection
+
+    def events(connection: socket.socket) -> list[dict[str, Any]]:
+        text = read_all(connection).replace(b"\r\n", b"\n").decode()
+        *parts, done = [part.partition("data: ")[2] for part in text.split("\n\n") if "data: " in part]
+        assert done == "[DONE]"
+        return [json.loads(part) for part in parts]
+
+    def text_of(stream: list[dict[str, Any]]) -> str:
+        choices = [event["choices"][0] for event in stream if event["choices"]]
+        return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+
+    front = harness.start_node(config, "c0")
+    with harness.running(memory, front):
+        asyncio.run(harness.ready(config, front))
+        with serving(config, tmp_path / "serve.log") as server:
+            server.ready()
+            connections = [post("/v1/completions", asked), post("/v1/chat/completions", chat)]
+            connections.append(post("/v1/completions", plain))
+
+            def generated() -> int:
+                return asyncio.run(harness.status_of(config, config.front)).tokens_generated
+
+            _eventually(lambda: generated() > 150, 60)
+            front.signal(signal.SIGKILL)
+            front.wait()
+            again = harness.start_node(config, "c0")
+            with harness.running(again):
+                completion, talk = events(connections[0]), events(connections[1])
+                whole = json.loads(read_all(connections[2]).partition(b"\r\n\r\n")[2])
+                assert completion[-1]["usage"]["completion_tokens"] == 700
+                assert whole["usage"]["completion_tokens"] == 700
+                assert text_of(completion) == whole["choices"][0]["text"]
+                # Undisturbed, it is the same.
+                undisturbed = server.ask("POST", "/v1/completions", plain).json
+                assert undisturbed["choices"] == whole["choices"]
+                assert text_of(talk) == text_of(events(post("/v1/chat/completions", chat)))
+                assert asyncio.run(harness.status_of(config, config.front)).requests_resumed == 3
 
 
 def _post(server: Server, body: dict[str, object]) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Random runs of simulated clusters: random files, clients that come and change their minds, nodes that are lost."""
+"""Random runs of simulated clusters: random files, clients that come and change their minds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from random import Random
 
 from lamina.client import AsyncClient
 from lamina.config import ClusterConfig, PipelineConfig
-from lamina.errors import ConnectError, LaminaError
+from lamina.errors import LaminaError
 from lamina.sim.cluster import SimCluster
-from lamina.sim.link import LinkModel
 from lamina.sim.world import World
 from tests.sim.clusters import (
     BLOCK_TOKENS,
     EMPTY_VOCABULARY,
     JITTER,
     LINK,
-    PEER_TIMEOUT_S,
     make_config,
     new_cluster,
     settled,
@@ -147,87 +145,6 @@ def run_traffic(seed: int, model: Path | str = "empty", *, requests: int = 12, t
             return Traffic(config, asked, front.steps, front.kv_tokens_total, front.preemptions, world.trace)
 
     with World(seed, model=chance.choice((LINK, JITTER)), tracing=tracing) as world:
-        return world.run(main(world))
-
-
-# -- losses
-
-EVENTS = ("kill", "freeze", "cut")
-
-
-@dataclass
-class Loss:
-    """A run in which a node is lost, and what came of it."""
-
-    seed: int
-    what: str
-    victim: str
-    at_s: float
-    asked: list[Asked]
-    ended: dict[str, BaseException | None]
-    ready: bool
-
-    def __str__(self) -> str:
-        return f"seed {self.seed}: {self.what} {self.victim} at {self.at_s:.4f} s"
-
-
-def run_loss(seed: int, *, requests: int = 8) -> Loss:
-    """A node is killed, frozen or cut off from its neighbour at a random moment of a random run.
-
-    Nothing hangs, every compute node ends by itself, and the memory nodes that are left have given all back.
-    """
-    chance = Random(f"loss {seed}")
-    config = random_config(chance)
-    what = chance.choice(EVENTS)
-    at_s = chance.choice((READY_S, 0.2, 0.6)) * chance.random()
-    victim = chance.choice([node.name for node in config.node])
-    front = config.front.name
-    # What is cut off loses the front; the front itself loses a node that it needs.
-    other = front if victim != front else chance.choice([node.name for node in config.node if node.name != front])
-    link: LinkModel = chance.choice((LINK, JITTER))
-
-    async def main(world: World) -> Loss:
-        async with new_cluster(world, config, layers=LAYERS, context=CONTEXT) as cluster:
-            lost = other if what == "cut" and victim == front else victim
-            result = Loss(seed, what, lost, at_s, [], cluster.ended, ready=False)
-
-            async def use() -> None:
-                await cluster.ready()
-                result.ready = True
-                result.asked = await ask_all(cluster, requests)
-
-            def strike() -> None:
-                if what == "kill":
-                    cluster.kill(victim)
-                elif what == "freeze":
-                    world.network.freeze(victim)
-                else:
-                    world.network.cut(victim, other)
-
-            using = asyncio.ensure_future(use())
-            world.loop.call_at(at_s, strike)
-            try:
-                await using
-            except ConnectError:
-                assert not result.ready or world.loop.time() > at_s, "a client may come when the front has left"
-            except LaminaError:
-                assert not result.ready, "clients are told what became of their requests"
-            await asyncio.sleep(max(0.0, at_s - world.loop.time()))
-            # A stopped process is killed in the end; and what waits for a node to start gives up.
-            await asyncio.sleep(config.transport.start_timeout + 3 * PEER_TIMEOUT_S)
-            if what == "freeze" and victim not in cluster.ended:
-                cluster.kill(victim)
-                await asyncio.sleep(2 * PEER_TIMEOUT_S)
-            for node in config.compute_nodes:
-                assert node.name in cluster.ended, f"{result}: {node.name} goes on"
-            for node in config.memory_nodes:
-                if node.name not in cluster.ended and what != "cut":
-                    assert (await cluster.status(node.name)).tenants == [], f"{result}: {node.name} holds a tenant"
-            await cluster.stop_all()
-            assert set(cluster.ended) == {node.name for node in config.node}, f"{result}: {cluster.ended}"
-            return result
-
-    with World(seed, model=link, tracing=False, limit_s=NEVER_S) as world:
         return world.run(main(world))
 
 

@@ -19,6 +19,7 @@ from lamina.config import (
     ModelConfig,
     NodeConfig,
     PipelineConfig,
+    RecoveryConfig,
     TransportConfig,
 )
 from lamina.node.model import ModelFacts, ModelSource, OpenModel, open_checkpoint
@@ -59,6 +60,7 @@ def make_config(
     memory: int | Sequence[int] = 16 << 20,
     quota: int | None = None,
     pipeline: PipelineConfig | None = None,
+    recovery: RecoveryConfig | None = None,
     dtype: Dtype = "float32",
     start_timeout: float = 60.0,
     **model_keys: Any,
@@ -81,6 +83,7 @@ def make_config(
         model=ModelConfig(path=str(model), dtype=dtype, compile=False, **model_keys),
         node=nodes,
         pipeline=pipeline or PipelineConfig(),
+        recovery=recovery or RecoveryConfig(),
         transport=transport,
         file=Path("cluster.toml"),
         links=transport.options(Path()),

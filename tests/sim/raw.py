@@ -16,9 +16,9 @@ from lamina.transport import Hello, Lane, Link, Options, Region
 from lamina.wire import views
 from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
-from lamina.wire.plan import StepPlan
+from lamina.wire.plan import CHUNK_HEADER, ChunkHeader, StepPlan
 from lamina.wire.tags import Kind, Tag, pack
-from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved, Void
+from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved, Void, short_name
 from lamina.wire.views import StepViews
 
 PATIENCE_S = 30.0
@@ -39,7 +39,7 @@ class RawCompute:
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         link.deliver(
             on_message=self._on_message,
-            on_tag=lambda _, tag: self._answers.put_nowait(Tag.unpack(tag)),
+            on_tag=self._on_tag,
             on_lost=lambda error: self._end(str(error)),
         )
         link.send(encode(attach))
@@ -60,6 +60,11 @@ class RawCompute:
             self._end(message.reason)
         else:
             self._replies.put_nowait(message)
+
+    def _on_tag(self, lane: Lane, packed: int) -> None:
+        tag = Tag.unpack(packed)
+        if tag.kind is not Kind.CREDIT:
+            self._answers.put_nowait(tag)
 
     def _end(self, reason: str) -> None:
         if not self.ended.done():
@@ -99,6 +104,12 @@ class RawCompute:
         offset = slot * self._geometry.key_value_bytes
         self.link.write(Lane.DECODE, self.remote.keys_values, offset, [_bytes(k), _bytes(v)], tag)
 
+    def chunk(self, buffer: int, sequence: int, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Keys and values of a prompt, over the bulk lane."""
+        header = ChunkHeader(sequence, layer, start, len(k)).pack().ljust(CHUNK_HEADER, b"\0")
+        offset, tag = buffer * self._geometry.chunk_bytes, pack(Kind.CHUNK, 0, 0, buffer)
+        self.link.write(Lane.BULK, self.remote.chunks, offset, [header, _bytes(k), _bytes(v)], tag)
+
     async def answer(self) -> Tag:
         """The next answer's tag. AssertionError with the reason if the link ends first."""
         answer = asyncio.ensure_future(self._answers.get())
@@ -122,6 +133,9 @@ def asking(
     layers: Sequence[LayerShape],
     *,
     tenant: str = "t",
+    token: bytes = b"the tenant's own",
+    term: int = 1,
+    lease: float = 0.0,
     member: int = 0,
     model: str = "m",
     dtype: str = "float32",
@@ -129,11 +143,15 @@ def asking(
     max_rows: int = 8,
     block_tokens: int = 16,
     quota: int | None = None,
+    first_heads: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What an Attach says, but for the outputs."""
     return {
         "layers": list(layers),
         "tenant": tenant,
+        "token": token,
+        "term": term,
+        "lease": lease,
         "member": member,
         "front": 0,
         "model": model,
@@ -143,6 +161,7 @@ def asking(
         "max_rows": max_rows,
         "block_tokens": block_tokens,
         "quota": quota,
+        "first_heads": list(first_heads),
     }
 
 
@@ -150,7 +169,7 @@ def asking(
 async def raw_compute(cluster: SimCluster, layers: Sequence[LayerShape], **told: Any) -> AsyncIterator[RawCompute]:
     """A compute node that is attached to the memory node m0. AssertionError with the reason if that refuses."""
     said = asking(layers, **told)
-    name = f"{said['tenant']}{said['member']}"
+    name = f"{short_name(said['tenant'])}{said['member']}"
     address, network = cluster.config.find("m0").address, cluster.world.network
     async with await network.connect(address, Hello("compute", name), Options(), deadline_s=PATIENCE_S) as link:
         geometry = Geometry(tuple(layers), said["dtype"], said["slots"], said["max_rows"])

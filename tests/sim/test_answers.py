@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from lamina.client import AsyncClient, AsyncStream, Completion, Token
-from lamina.config import PipelineConfig
+from lamina.config import PipelineConfig, RecoveryConfig
 from lamina.demo.run import CHECKPOINT as DEMO
 from lamina.errors import DeadlineError, LaminaError, NodeError, RequestError, TransportError, UsageError
+from lamina.front.answers import AnswerKeeper
 from lamina.front.session import ClientSession
 from lamina.model.tokenizer import Tokenizer
 from lamina.runtime.workers import BackgroundWorkers
@@ -84,7 +85,7 @@ def test_what_one_message_cannot_hold_comes_in_several() -> None:
         messages: list[Generated] = []
         client.deliver(on_message=lambda plain: messages.append(decode(plain, ToClient)))
         await eventually(lambda: asyncio.sleep(0, links))
-        session = ClientSession(links[0], BackgroundWorkers(), *[pytest.fail] * 3)
+        session = ClientSession(links[0], BackgroundWorkers(), AnswerKeeper("c0", 0.0), *[pytest.fail] * 3)
         session._send_pieces(pieces)
         await eventually(lambda: asyncio.sleep(0, sum(len(m.pieces) for m in messages) == len(pieces)))
         assert [piece for message in messages for piece in message.pieces] == pieces
@@ -317,11 +318,12 @@ def test_a_stream_has_one_reader() -> None:
 
 
 def test_a_front_that_starts_again_is_found_again() -> None:
-    """Requests that ran have failed; the next one connects anew, all at the same time on one connection."""
-    config = make_config(pipeline=PIPELINE)
+    """Where nothing is kept, requests that ran have failed; the next one connects anew, all at the same time on one
+    connection."""
+    config = make_config(pipeline=PIPELINE, recovery=RecoveryConfig(lease=0))
 
     async def work(cluster: SimCluster) -> None:
-        async with cluster.client() as client:
+        async with cluster.client(reconnect_s=0) as client:
             running = asyncio.create_task(client.generate([1], max_tokens=400))
             await asyncio.sleep(0.01)
             cluster.kill("c0")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import random
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from lamina.config import PipelineConfig
 from lamina.sim.cluster import SimCluster
 from lamina.sim.world import World
 from tests.families import VOCABULARY
-from tests.sim.clusters import LINK, eventually, is_idle, make_config, new_cluster, simulate
+from tests.sim.clusters import LINK, eventually, generate, is_idle, make_config, new_cluster, simulate
 
 CONTEXT = 256
 _random = random.Random(5)
@@ -46,7 +48,6 @@ def test_a_memory_node_is_killed(partition: str, batches: int, returns: bool, ll
                 await asyncio.sleep(1.0)
                 await cluster.start("m1")
             found = await asked
-            print(world.loop.time())
             if returns:
                 cluster.check()
                 await eventually(lambda: is_idle(cluster))
@@ -82,7 +83,6 @@ def test_a_compute_node_is_killed(kind: str, partition: str, llama: Path) -> Non
             if returns:
                 await cluster.start("c1")
             found = await asked
-            print(world.loop.time())
             await eventually(lambda: is_idle(cluster))
             assert (await cluster.status("c0")).preemptions == 0
             return found
@@ -116,3 +116,33 @@ def test_the_front_starts_again(kind: str, partition: str, llama: Path) -> None:
 
     with World(1, model=LINK, tracing=False, limit_s=60) as world:
         world.run(main(world))
+
+
+def test_lost_nodes_leave_no_memory_behind() -> None:
+    """The regions of links to nodes that were lost are free on the nodes that go on, without the garbage collector."""
+    config = make_config(compute=(None, None), pipeline=PipelineConfig(batches=2, partition="requests"))
+
+    async def main(world: World) -> None:
+        async with new_cluster(world, config) as cluster, cluster.client() as client:
+            await cluster.ready()
+            counts = []
+            for turn in range(6):
+                asked = asyncio.ensure_future(generate(client, [[1] * 20] * 8, max_tokens=200))
+                await asyncio.sleep(0.02)
+                for name in ("m1", "c1"):
+                    cluster.kill(name)
+                    await asyncio.sleep(0.01)
+                    await cluster.start(name)
+                assert await asked == [[0] * 200] * 8
+                await asyncio.sleep(20)
+                counts.append(len(os.listdir("/proc/self/fd")))
+                if not turn:
+                    gc.collect()
+                    gc.disable()
+            assert counts[2:] == [counts[2]] * 4
+
+    try:
+        with World(1, model=LINK, tracing=False) as world:
+            world.run(main(world))
+    finally:
+        gc.enable()

@@ -99,6 +99,7 @@ async def attached(cluster: SimCluster) -> AsyncIterator[Ends]:
                 heads,
                 layout,
                 tenant="m",
+                token=bytes(16),
                 model="m",
                 dtype="float32",
                 slots=1,

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from lamina.client import Completion
-from lamina.config import ClusterConfig, PipelineConfig
+from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.runtime.spans import Place
 from lamina.sim.cluster import SimCluster
@@ -85,7 +85,10 @@ def test_two_models_share_a_memory_node(checkpoints: dict[str, Path], agreement:
     one, other = MODELS
 
     async def work(world: World, memory: SimCluster) -> None:
-        clusters = {name: await add(world, file_of(name, checkpoints[name], 6 << 20)) for name in MODELS}
+        clusters = {
+            name: await add(world, file_of(name, checkpoints[name], 6 << 20, recovery=RecoveryConfig(lease=0)))
+            for name in MODELS
+        }
         found = await asyncio.gather(*(answers(clusters[name]) for name in MODELS))
         for name, own in zip(MODELS, found, strict=True):
             check(agreement, oracles[name], own, f"{name} beside another")
@@ -204,7 +207,7 @@ def test_a_tenant_that_comes_and_goes_leaves_nothing() -> None:
         leaving = asyncio.Event()
         using = asyncio.ensure_future(use())
         for i in range(20):
-            guest = await add(world, file_of("guest", "empty", None), context=64)
+            guest = await add(world, file_of("guest", "empty", None, recovery=RecoveryConfig(lease=0)), context=64)
             async with guest.client() as client:
                 asked = asyncio.ensure_future(client.generate([1], max_tokens=50))
                 await asyncio.sleep(0.001 * (i + 1))

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
@@ -16,7 +15,7 @@ import uvloop
 from lamina import log as logs
 from lamina.cluster.local import Cluster
 from lamina.cluster.up import log_folder
-from lamina.config import ClusterConfig, Dtype
+from lamina.config import ClusterConfig
 from lamina.errors import ConfigError, LaminaError, first_error
 from lamina.files import check_target
 from lamina.serve.batch.inside import Handler, Inside
@@ -26,22 +25,12 @@ from lamina.serve.batch.progress import BatchProgress
 from lamina.serve.batch.run import run as answer_all
 from lamina.serve.facts import read_facts
 from lamina.serve.front import FrontKeeper
-from lamina.serve.local import small_cluster
+from lamina.serve.local import LocalModel, small_cluster
 from lamina.serve.options import DEFAULT_BODY, ChatOptions
 from lamina.serve.service import Model, Service
 
 PATIENCE_S = 10.0
 """How long the front may be away before the command ends."""
-
-
-@dataclass(frozen=True)
-class LocalModel:
-    """Says how to start a small cluster for the checkpoint ``path``. See `lamina.serve.local.run`."""
-
-    path: Path
-    context: int | None = None
-    memory: int | None = None
-    dtype: Dtype | None = None
 
 
 def run(
@@ -124,14 +113,13 @@ class _Command:
         """Answer with a cluster that lives as long as this."""
         logs_at = log_folder(model.path)
         with tempfile.TemporaryDirectory(prefix="lamina-batch-") as folder:
-            config = await small_cluster(
-                model.path.resolve(), Path(folder), context=model.context, memory=model.memory, dtype=model.dtype
-            )
-            async with Cluster(config, log_folder=logs_at) as cluster:
+            config = await small_cluster(model, Path(folder))
+            async with Cluster(config, log_folder=logs_at, restart=model.restart, on_news=_say) as cluster:
                 logs.configure("batch", logs_at / "batch.log")
                 sys.stderr.write(f"starting two nodes; logs: {logs_at}\n")
                 await cluster.ready()
-                working = asyncio.ensure_future(self._answer(config))
+                # Whether the front comes back, the cluster knows.
+                working = asyncio.ensure_future(self._answer(config, patience_s=None))
                 try:
                     await asyncio.wait([working, cluster.failed], return_when=asyncio.FIRST_COMPLETED)
                     if cluster.failed.done():
@@ -141,17 +129,22 @@ class _Command:
                     await asyncio.wait([working])
                 working.result()
 
-    async def _answer(self, config: ClusterConfig) -> None:
+    async def _answer(self, config: ClusterConfig, *, patience_s: float | None = PATIENCE_S) -> None:
         async with _service(config, self._names, self._chat) as service:
-            answer = Inside(service, self._handlers, patience_s=PATIENCE_S)
+            answer = Inside(service, self._handlers, patience_s=patience_s)
             await answer_all(self._batch, self._journal, answer, self._progress, concurrency=self._concurrency)
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(sentence + "\n")
+    sys.stderr.flush()
 
 
 @asynccontextmanager
 async def _service(config: ClusterConfig, names: Sequence[str], chat: ChatOptions | None) -> AsyncIterator[Service]:
     """Give what endpoints need, as a server has it."""
     path = config.model_path
-    front = FrontKeeper(config.front.address, config.options())
+    front = FrontKeeper(config.front.address, config.options(), patience_s=config.recovery.lease)
     service = Service(front, list(names) or [path.resolve().name], DEFAULT_BODY)
     service.read = Model.make(path, await read_facts(path), config.model.context, chat)
     keeping = asyncio.create_task(front.keep())

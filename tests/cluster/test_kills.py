@@ -1,0 +1,154 @@
+"""Nodes are killed while clients stream: every request is answered, with the tokens of ``transformers``."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import statistics
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lamina import AsyncClient
+from lamina.config import ClusterConfig, PipelineConfig
+from lamina.errors import LaminaError
+from tests import harness
+from tests.families import FAMILIES, VOCABULARY
+from tests.oracle import Agreement, Oracle
+
+STREAMS = 16
+TOKENS = 150
+
+
+@dataclass
+class Run:
+    """What clients saw while nodes were killed."""
+
+    agreement: Agreement
+    oracle: Oracle
+    answers: int = 0
+    kills: dict[str, int] = field(default_factory=dict)
+    struck_s: list[float] = field(default_factory=list)
+    """When nodes were killed."""
+    arrivals: list[list[float]] = field(default_factory=lambda: [[] for _ in range(STREAMS)])
+    """When each client got tokens."""
+
+    def gaps(self) -> list[float]:
+        """The longest time without a token of each client that spans a kill."""
+        found = []
+        for struck in self.struck_s:
+            for times in self.arrivals:
+                before = max((t for t in times if t <= struck), default=None)
+                after = min((t for t in times if t > struck), default=None)
+                if before is not None and after is not None:
+                    found.append(after - before)
+        return sorted(found)
+
+    def report(self) -> str:
+        steps = [b - a for times in self.arrivals for a, b in pairwise(times)]
+        gaps, kills = self.gaps(), ", ".join(f"{n} of {name}" for name, n in sorted(self.kills.items()))
+        return (
+            f"{sum(self.kills.values())} kills ({kills}); "
+            f"{self.answers} answers of {TOKENS} tokens, all as transformers gives them; time to the next token over a "
+            f"kill: p50 {statistics.median(gaps):.2f} s, p99 {gaps[int(0.99 * (len(gaps) - 1))]:.2f} s; between "
+            f"tokens otherwise: p50 {1000 * statistics.median(steps):.1f} ms"
+        )
+
+
+async def stream(client: AsyncClient, number: int, run: Run, over: asyncio.Event) -> None:
+    """Ask again and again, until it is over."""
+    chance = random.Random(number)
+    while not over.is_set():
+        prompt = [chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 48))]
+        tokens = []
+        async for piece in client.stream(prompt, max_tokens=TOKENS):
+            tokens.append(piece.token)
+            run.arrivals[number].append(time.monotonic())
+        assert len(tokens) == TOKENS
+        run.agreement.check(run.oracle, prompt, tokens, f"client {number}")
+        run.answers += 1
+
+
+async def whole(config: ClusterConfig) -> bool:
+    """Whether all nodes serve."""
+    try:
+        status = await harness.status_of(config, config.front)
+    except LaminaError:
+        return False
+    return status.state == "ready" and all(member.state == "serving" for member in status.members)
+
+
+async def strike(config: ClusterConfig, nodes: dict[str, harness.Node], run: Run, kills: int, seed: int) -> None:
+    """Kill one node after the other at random moments, and start each again."""
+    chance = random.Random(seed)
+    names = list(nodes)
+    for number in range(kills):
+        await asyncio.sleep(chance.uniform(0.1, 1.0))
+        victim = names[number] if number < len(names) else chance.choice(names)
+        nodes[victim].signal(signal.SIGKILL)
+        run.struck_s.append(time.monotonic())
+        run.kills[victim] = run.kills.get(victim, 0) + 1
+        await asyncio.to_thread(nodes[victim].wait)
+        nodes[victim] = harness.start_node(config, victim)
+        await harness.eventually(lambda: whole(config), timeout_s=60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "partition", "kills"),
+    [
+        ("shm", "requests", 4),
+        pytest.param("tcp", "heads", 4, marks=pytest.mark.slow),
+        pytest.param("shm", "requests", 50, marks=(pytest.mark.slow, pytest.mark.timeout(3000))),
+        pytest.param("tcp", "tokens", 50, marks=(pytest.mark.slow, pytest.mark.timeout(3000))),
+    ],
+)
+def test_kills_cost_no_request(
+    kind: str,
+    partition: str,
+    kills: int,
+    tmp_path: Path,
+    agreement: Agreement,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each node once, then any: the front, a replica, memory nodes."""
+    checkpoint = FAMILIES["llama"].save(tmp_path / "checkpoint")
+    pipeline = PipelineConfig(batches=2, partition=partition)
+    config = harness.write_config(
+        tmp_path,
+        checkpoint,
+        harness.free_ports(2),
+        compute=(None, None),
+        pipeline=pipeline,
+        wiring=harness.wire(kind, tmp_path),
+    )
+    run = Run(agreement, Oracle(checkpoint))
+    nodes = {node.name: harness.start_node(config, node.name) for node in config.node}
+
+    async def main() -> None:
+        await harness.ready(config, nodes["c0"])
+        over = asyncio.Event()
+        async with harness.client(config) as client, asyncio.TaskGroup() as clients:
+            for number in range(STREAMS):
+                clients.create_task(stream(client, number, run, over))
+            try:
+                await strike(config, nodes, run, kills, seed=kills)
+            finally:
+                over.set()
+
+    try:
+        asyncio.run(main())
+    except BaseException:
+        for name in nodes:
+            print(f"--- {name}\n{(tmp_path / f'{name}.log').read_text()[-3000:]}")  # noqa: T201
+        raise
+    finally:
+        for node in nodes.values():
+            if node.process.is_alive():
+                node.kill()
+    with capsys.disabled():
+        print("\n" + run.report())  # noqa: T201
+    assert run.answers >= STREAMS

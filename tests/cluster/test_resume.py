@@ -1,0 +1,97 @@
+"""Real processes: the front is killed and starts again, and its clients' streams go on."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import lamina
+from lamina.config import PipelineConfig, RecoveryConfig
+from tests import harness
+from tests.families import FAMILIES, VOCABULARY
+from tests.oracle import Agreement, Oracle
+
+TOKENS = 300
+STREAMS = 8
+
+
+@pytest.mark.parametrize("journal", ["process", "machine"])
+def test_streams_go_on_when_the_front_is_back(
+    journal: str, memory_ports: list[int], tmp_path: Path, agreement: Agreement
+) -> None:
+    """Killed by signal 9 in mid-answer, also twice: 8 streams, half of them without asyncio, get each token once,
+    and as `transformers` chooses them."""
+    checkpoint = FAMILIES["llama"].save(tmp_path / "checkpoint")
+    oracle = Oracle(checkpoint)
+    config = harness.write_config(
+        tmp_path,
+        checkpoint,
+        memory_ports[:2],
+        pipeline=PipelineConfig(batches=2, max_batch=4, prefill_tokens=24),
+        recovery=RecoveryConfig(journal=journal, journal_dir=str(tmp_path / "journal")),  # type: ignore[arg-type]
+    )
+    chosen = random.Random(3)
+    asked = [[chosen.randrange(VOCABULARY) for _ in range(chosen.randint(1, 60))] for _ in range(STREAMS)]
+    counts = [0] * STREAMS
+    fronts = [harness.start_node(config, "c0")]
+
+    async def read(client: lamina.AsyncClient, number: int) -> list[int]:
+        tokens = []
+        async for token in client.stream(asked[number], max_tokens=TOKENS):
+            tokens.append(token.id)
+            counts[number] = len(tokens)
+        return tokens
+
+    def read_without_loop(client: lamina.Client, number: int) -> list[int]:
+        tokens = []
+        for token in client.stream(asked[number], max_tokens=TOKENS):
+            tokens.append(token.id)
+            counts[number] = len(tokens)
+        return tokens
+
+    async def kill_when(tokens: int) -> None:
+        async def all_have() -> bool:
+            return min(counts) >= tokens
+
+        await harness.eventually(all_have, 60)
+        assert max(counts) < TOKENS
+        fronts[-1].signal(signal.SIGKILL)
+        fronts[-1].wait()
+        fronts.append(harness.start_node(config, "c0"))
+
+    async def main() -> None:
+        await harness.ready(config, fronts[0])
+        loop = asyncio.get_running_loop()
+        plain = {"secret": config.links.secret, "tls": config.links.tls, "peer_timeout": config.links.peer_timeout}
+        with ThreadPoolExecutor(STREAMS) as pool:
+            blocking = await loop.run_in_executor(pool, lambda: lamina.Client(config.front.address, **plain))
+            async with harness.client(config) as client:
+                half = STREAMS // 2
+                reading = [asyncio.ensure_future(read(client, number)) for number in range(half)]
+                reading += [
+                    loop.run_in_executor(pool, read_without_loop, blocking, number) for number in range(half, STREAMS)
+                ]
+                await kill_when(5)
+                if journal == "process":
+                    await kill_when(40)
+                answers = await asyncio.gather(*reading)
+                status = await client.status()
+            await loop.run_in_executor(pool, blocking.close)
+        assert (status.journal, status.requests_resumed) == (journal, STREAMS)
+        for number, answer in enumerate(answers):
+            assert len(answer) == TOKENS
+            agreement.check(oracle, asked[number], answer, f"stream {number}")
+        assert fronts[-1].stop() == 0
+
+    try:
+        asyncio.run(main())
+        assert "event=restored requests=8" in fronts[1].log.read_text()
+    finally:
+        for front in fronts:
+            if front.process.is_alive():
+                front.kill()

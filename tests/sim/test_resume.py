@@ -1,0 +1,476 @@
+"""The front is killed, or a link is lost: clients come back for the rest, and get what an undisturbed run gives."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from lamina.client import AsyncClient, Completion
+from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
+from lamina.demo.run import CHECKPOINT as DEMO
+from lamina.errors import DeadlineError, NodeError, StorageError
+from lamina.node.compute import ComputeNode
+from lamina.sim.cluster import SimCluster
+from lamina.sim.world import World
+from lamina.transport import Hello, Link
+from lamina.wire.codec import decode, encode
+from lamina.wire.requests import (
+    Cancel,
+    Finished,
+    Generate,
+    Generated,
+    Regex,
+    Request,
+    Resume,
+    Resumed,
+    Score,
+    ToClient,
+)
+from tests.sim.clusters import JITTER, eventually, make_config, new_cluster, settled, simulate
+
+PIPELINE = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24, max_waiting=64)
+PROMPT = "Once upon a time"
+LONG = "Once upon a time there was a little girl named Lily. She loved to play outside in the park."
+MESSAGES = [{"role": "user", "content": "Tell me a story."}]
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+TOKENS = 60
+SEEDS, SLOW_SEEDS = range(10), range(10, 300)
+
+Ask = Callable[[AsyncClient], Awaitable[list[Completion]]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint, which can chat."""
+    path = tmp_path_factory.mktemp("demo") / "checkpoint"
+    shutil.copytree(DEMO, path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+def one(prompt: Any, **settings: Any) -> Ask:
+    async def ask(client: AsyncClient) -> list[Completion]:
+        return [await client.generate(prompt, **{"max_tokens": TOKENS, "ignore_eos": True} | settings)]
+
+    return ask
+
+
+async def chat(client: AsyncClient) -> list[Completion]:
+    async with client.chat_stream(MESSAGES, max_tokens=TOKENS, temperature=1.0, seed=5) as stream:
+        return [await stream.completion()]
+
+
+async def branches(client: AsyncClient) -> list[Completion]:
+    streams = await client.branches(LONG, 3, max_tokens=TOKENS, temperature=1.0, seed=7)
+    return await asyncio.gather(*(stream.completion() for stream in streams))
+
+
+ASKED: dict[str, Ask] = {
+    "greedy": one(PROMPT),
+    "long prompt": one([1, *range(3, 203)]),
+    "sampled": one(LONG, temperature=1.2, top_p=0.95, seed=3),
+    "penalties": one(LONG, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2, bad_words=["Lily"]),
+    "logprobs": one(PROMPT, logprobs=2, prompt_logprobs=1),
+    "scored prompt": one([1, *range(3, 153)], prompt_logprobs=0, max_tokens=5),
+    "stop": one(PROMPT, stop=["happy", "park", "nowhere"], max_tokens=200),
+    "never stops": one(PROMPT, stop=["nowhere to be found"]),
+    "constraint": one(PROMPT, constraint=Regex("[a-z ]{50,200}"), ignore_eos=False),
+    "chat": chat,
+    "branches": branches,
+    "short": one(PROMPT, max_tokens=1),
+}
+"""What clients ask for: whatever has a state that the front must find again."""
+
+
+@dataclass
+class Answer:
+    """The parts of an answer that do not depend on when it was computed."""
+
+    exact: tuple[Any, ...]
+    logprobs: list[float]
+
+    @classmethod
+    def of(cls, whole: Completion) -> Answer:
+        scores: list[Score] = [*(whole.prompt_logprobs or []), *(whole.logprobs or [])]
+        exact = whole.tokens, whole.text, whole.finish_reason, whole.stopped_by, whole.prompt_tokens, len(scores)
+        return cls(exact, [value for s in scores for value in (s.logprob, *(p for _, p in s.top))])
+
+
+async def ask_all(cluster: SimCluster, chance: Random, *, clients: int = 3) -> dict[str, list[Answer]]:
+    """Ask for everything, with several clients, within a while."""
+    found: dict[str, list[Answer]] = {}
+
+    async def ask(client: AsyncClient, name: str, within_s: float) -> None:
+        await asyncio.sleep(within_s)
+        while name not in found:
+            try:
+                found[name] = [Answer.of(whole) for whole in await ASKED[name](client)]
+            except NodeError as e:
+                if "is still starting" not in str(e):  # else it was never taken
+                    raise
+                await asyncio.sleep(0.01)
+
+    names = list(ASKED)
+    chance.shuffle(names)
+
+    async def use(number: int) -> None:
+        async with cluster.client(f"client{number}") as client, asyncio.TaskGroup() as tasks:
+            for name in names[number::clients]:
+                tasks.create_task(ask(client, name, 0.02 * chance.random()))
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(clients):
+            tasks.create_task(use(number))
+    return found
+
+
+def config_of(model: Path, **recovery: Any) -> ClusterConfig:
+    return make_config(model, memory=4 << 20, pipeline=PIPELINE, recovery=RecoveryConfig(**recovery))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path) -> dict[str, list[Answer]]:
+    """What a run without losses gives."""
+    return simulate(config_of(model), lambda cluster: ask_all(cluster, Random(0)))
+
+
+def check(found: dict[str, list[Answer]], expected: dict[str, list[Answer]], what: str) -> None:
+    assert found.keys() == expected.keys()
+    for name, answers in found.items():
+        for answer, other in zip(answers, expected[name], strict=True):
+            assert answer.exact == other.exact, f"{what}: {name}"
+            assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-3), f"{what}: {name}"
+
+
+def run_with_kills(model: Path, seed: int) -> tuple[dict[str, list[Answer]], int]:
+    """All answers of a run in which the front is killed at random moments, and how many requests were resumed."""
+    chance = Random(f"resume {seed}")
+    config = config_of(model, journal=chance.choice(("process", "machine")))
+    kills = chance.choice((1, 1, 2, 3))
+    resumed = 0
+
+    async def main(world: World) -> dict[str, list[Answer]]:
+        nonlocal resumed
+        async with new_cluster(world, config) as cluster:
+            await cluster.ready()
+            asking = asyncio.create_task(ask_all(cluster, chance))
+            for _ in range(kills):
+                await asyncio.sleep(0.12 * chance.random())
+                cluster.kill("c0")
+                await asyncio.sleep(chance.choice((0.0, 0.01, 2.0)))
+                await cluster.start("c0")
+                # Sometimes it is killed while it starts.
+                if chance.random() < 0.7:
+                    await cluster.ready()
+            found = await asking
+            await cluster.ready()
+            resumed = (await cluster.status("c0")).requests_resumed
+            await settled(cluster)
+            assert all(error is None for error in (await cluster.stop_all()).values()), cluster.ended
+            return found
+
+    with World(seed, model=JITTER, tracing=False) as world:
+        return world.run(main(world)), resumed
+
+
+@pytest.mark.parametrize(
+    "seeds", [SEEDS, pytest.param(SLOW_SEEDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_a_front_that_is_killed_at_any_moment_goes_on(
+    seeds: range, model: Path, undisturbed: dict[str, list[Answer]]
+) -> None:
+    """Once or several times, also while it starts: each client gets every token once, and the same texts, scores and
+    ends, for whatever it has asked."""
+    resumed = 0
+    for seed in seeds:
+        found, count = run_with_kills(model, seed)
+        check(found, undisturbed, f"seed {seed}")
+        resumed += count
+    assert resumed > 3 * len(seeds)
+
+
+def front_of(cluster: SimCluster) -> ComputeNode:
+    front = cluster.nodes["c0"]
+    assert isinstance(front, ComputeNode)
+    return front
+
+
+async def restart(cluster: SimCluster) -> None:
+    """Kill the front, and start it again."""
+    cluster.kill("c0")
+    await cluster.start("c0")
+    await cluster.ready()
+
+
+async def kept(cluster: SimCluster) -> int:
+    """How many requests are in the journal."""
+    journal = front_of(cluster)._journal
+    return 0 if journal is None else len(journal.entries)
+
+
+EMPTY = PipelineConfig(batches=2, max_batch=4, prefill_tokens=24)
+
+
+@pytest.mark.parametrize("journal", ["off", "process"])
+def test_a_client_that_is_cut_off_for_a_while_goes_on(journal: Any) -> None:
+    """The front lives, and keeps the answers, also those that end meanwhile; it needs no journal for that."""
+    config = make_config(pipeline=EMPTY, recovery=RecoveryConfig(journal=journal, lease=30.0))
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            lengths = [5, 100, 400]
+            streams = [client.stream([1], max_tokens=n) for n in lengths]
+            asked = [asyncio.create_task(stream.completion()) for stream in streams]
+            await asyncio.sleep(0.03)
+            assert asked[0].done()
+            cluster.world.network.cut("client", "c0")
+            await asyncio.sleep(15)
+            cluster.world.network.mend("client", "c0")
+            assert [len((await answer).tokens) for answer in asked] == lengths
+            assert (await client.status()).requests_resumed == 2
+            assert await kept(cluster) == 0
+
+    simulate(config, work)
+
+
+def test_a_client_that_does_not_come_back_is_given_up() -> None:
+    """After the lease, neither earlier nor later: its requests are cancelled, and are in no later front either."""
+    config = make_config(pipeline=EMPTY, recovery=RecoveryConfig(lease=0.05))
+
+    async def work(cluster: SimCluster) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def running() -> int:
+            return (await cluster.status("c0")).requests_running
+
+        for _ in range(2):
+            async with cluster.client("gone") as client, cluster.client("watching"):
+                asked = asyncio.create_task(client.generate([1], max_tokens=400))
+                await asyncio.sleep(0.02)
+                cluster.world.network.kill("gone")
+                left_s = loop.time()
+                while await running():  # noqa: ASYNC110 - the front has no event for it
+                    await asyncio.sleep(0.001)
+                assert 0.05 <= loop.time() - left_s < 0.06
+                asked.cancel()
+                await asyncio.wait((asked,))
+            assert await kept(cluster) == 0
+            await restart(cluster)
+            assert await kept(cluster) == 0
+
+    simulate(config, work)
+
+
+def test_a_restored_request_waits_for_its_client_as_long() -> None:
+    """What nobody comes back for is cancelled, and the space is free."""
+    config = make_config(pipeline=EMPTY, recovery=RecoveryConfig(lease=5.0))
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client("gone", reconnect_s=0) as client:
+            asked = [asyncio.create_task(client.generate([1], max_tokens=n)) for n in (50, 400)]
+            await asyncio.sleep(0.02)
+            await restart(cluster)
+            assert all(isinstance(e, NodeError) for e in await asyncio.gather(*asked, return_exceptions=True))
+        assert await kept(cluster) == 2
+        await asyncio.sleep(4.9)
+        assert await kept(cluster) == 2
+        await asyncio.sleep(0.2)
+        assert await kept(cluster) == 0
+
+    simulate(config, work)
+
+
+def test_what_is_cancelled_while_the_front_is_away_is_cancelled_when_it_is_back() -> None:
+    """At once, and not after the lease; and so are deadlines. The other streams go on."""
+    config = make_config(pipeline=EMPTY, recovery=RecoveryConfig(lease=1000.0))
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            streams = [client.stream([n], max_tokens=400) for n in range(3)]
+            late = asyncio.create_task(client.generate([7], max_tokens=400, deadline_s=1.0))
+            for stream in streams:
+                await anext(stream)
+            cluster.kill("c0")
+            await asyncio.sleep(0.1)
+            await streams[0].aclose()
+            with pytest.raises(DeadlineError):
+                await late
+            await cluster.start("c0")
+            await cluster.ready()
+            await asyncio.sleep(0.001)
+            await streams[1].aclose()
+            await asyncio.sleep(0.01)
+            assert (await cluster.status("c0")).requests_running == 1
+            assert len([token async for token in streams[2]]) == 399
+            await asyncio.sleep(0.01)
+            assert await kept(cluster) == 0
+
+    simulate(config, work)
+
+
+def test_a_front_that_does_not_come_back_is_told() -> None:
+    """With the error of the loss, after the time that the client allows; and what it asks later fails at once."""
+
+    async def work(cluster: SimCluster) -> None:
+        loop = asyncio.get_running_loop()
+        async with cluster.client(reconnect_s=7.0) as client:
+            streams = [client.stream([n], max_tokens=400) for n in range(3)]
+            for stream in streams:
+                await anext(stream)
+            cluster.kill("c0")
+            lost_s = loop.time()
+            for stream in streams:
+                with pytest.raises(NodeError, match=r"^compute node c0 was lost: .*; it has not come back within 7 s"):
+                    await stream.completion()
+            assert loop.time() - lost_s == pytest.approx(7.0, abs=0.01)
+            await cluster.start("c0")
+            await cluster.ready()
+            assert len((await client.generate([1], max_tokens=3)).tokens) == 3
+        await asyncio.sleep(120)
+
+    simulate(make_config(pipeline=EMPTY), work)
+
+
+def test_the_start_of_the_front_may_take_its_time() -> None:
+    """While it is there and starts, clients wait: here for a memory node that comes back after a minute."""
+    config = make_config(memory_nodes=1, pipeline=EMPTY, start_timeout=500.0)
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client(reconnect_s=5.0) as client:
+            asked = asyncio.create_task(client.generate([1], max_tokens=400))
+            await asyncio.sleep(0.02)
+            cluster.kill("c0")
+            cluster.kill("m0")
+            await cluster.start("c0")
+            await asyncio.sleep(60)
+            await cluster.start("m0")
+            assert len((await asked).tokens) == 400
+
+    simulate(config, work)
+
+
+def test_without_a_journal_a_lost_front_loses_what_has_begun() -> None:
+    """With an error; what has not begun is asked again."""
+    pipeline = PipelineConfig(batches=1, max_batch=2)
+    config = make_config(pipeline=pipeline, recovery=RecoveryConfig(journal="off"))
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            asked = [asyncio.create_task(client.generate([n], max_tokens=100)) for n in range(6)]
+            await asyncio.sleep(0.02)
+            await restart(cluster)
+            ends = await asyncio.gather(*asked, return_exceptions=True)
+            broken = [end for end in ends if isinstance(end, NodeError)]
+            assert [len(end.tokens) for end in ends if isinstance(end, Completion)] == [100] * 4
+            assert len(broken) == 2
+            assert "compute node c0 was lost: " in str(broken[0])
+            assert "; it has come back without this request" in str(broken[0])
+
+    simulate(config, work)
+
+
+def test_a_full_disk_refuses_new_requests_and_ends_none() -> None:
+    """The error and the status say why. When there is room again, requests are taken, and what ran meanwhile survives
+    the front as if nothing had been."""
+
+    async def work(cluster: SimCluster) -> None:
+        async with cluster.client() as client:
+            streams = [client.stream([n], max_tokens=400) for n in range(3)]
+            for stream in streams:
+                await anext(stream)
+            cluster.disk.is_full = True
+            for _ in range(20):
+                await anext(streams[0])
+            for _ in range(2):
+                with pytest.raises(
+                    StorageError, match=r"no request is taken, as it could not be kept: .* No space left"
+                ):
+                    await client.generate([1])
+            status = await client.status()
+            assert (status.journal, status.requests_running) == ("process", 3)
+            assert "No space left on device" in status.journal_failure
+            cluster.disk.is_full = False
+            await asyncio.sleep(1.1)  # in which one of them may end
+            status = await client.status()
+            assert status.journal_failure == ""
+            assert len((await client.generate([1], max_tokens=3)).tokens) == 3
+
+            running = client.stream([9], max_tokens=400)
+            await anext(running)
+            cluster.disk.is_full = True  # the front goes on undurable, and is lost: the beginning is computed again
+            for _ in range(20):
+                await anext(running)
+            cluster.kill("c0")
+            cluster.disk.is_full = False
+            await cluster.start("c0")
+            assert len([token async for token in running]) == 379
+            assert [len([token async for token in stream]) for stream in streams] == [379, 399, 399]
+
+    simulate(make_config(pipeline=EMPTY), work)
+
+
+def test_another_start_finds_the_place_of_its_journal_taken() -> None:
+    """The second front says so, and touches nothing."""
+    config = make_config(pipeline=EMPTY)
+
+    async def work(cluster: SimCluster) -> None:
+        (path,) = cluster.disk.files
+        assert path.name == "requests.journal"
+        with pytest.raises(StorageError, match=r"is in use by another process"):
+            cluster.disk.open(path)
+
+    simulate(config, work)
+
+
+def test_a_client_that_comes_back_twice_gets_every_token_once() -> None:
+    """Its second link overtakes the first one, while that is still being served."""
+    config = make_config(pipeline=PipelineConfig(batches=1, max_batch=1))
+
+    async def work(cluster: SimCluster) -> None:
+        network, ticket = cluster.world.network, "0123456789abcdef" * 2
+
+        async def connect(told: list[Any]) -> Link:
+            link = await network.connect(config.front.address, Hello("client", "raw"), config.options(), deadline_s=1)
+            link.deliver(on_message=lambda plain: told.append(decode(plain, ToClient)))
+            return link
+
+        def tokens(told: list[Any]) -> int:
+            return sum(len(message.pieces) for message in told if isinstance(message, Generated))
+
+        first: list[Any] = []
+        second: list[Any] = []
+        third: list[Any] = []
+        links = [await connect(told) for told in (first, second, third)]
+        links[0].send(encode(Generate(id=1, request=Request([1], 400), ticket=ticket)))
+        await asyncio.sleep(0.02)
+        links[1].send(encode(Resume(id=5, ticket=ticket, tokens=3)))
+        links[2].send(encode(Resume(id=9, ticket=ticket, tokens=7)))
+        await eventually(lambda: asyncio.sleep(0, any(isinstance(m, Finished) for m in third)))
+        assert third[0] == Resumed(id=9)
+        assert tokens(third) == 400 - 7
+        assert tokens(first) < 40
+        assert tokens(second) < 40
+        assert not any(isinstance(m, Finished) for m in first + second)
+
+        links[0].send(encode(Resume(id=2, ticket=ticket, tokens=400)))  # the end is still kept
+        links[1].send(encode(Resume(id=6, ticket="f" * 32, tokens=0)))
+        await asyncio.sleep(0.01)
+        assert [m.id for m in first if isinstance(m, Finished)] == [2]
+        assert second[-1] == Resumed(id=6, known=False)
+        links[0].send(encode(Cancel(id=2)))
+        await asyncio.sleep(0.01)
+        assert await kept(cluster) == 0
+        links[0].send(encode(Resume(id=3, ticket=ticket, tokens=400)))
+        await asyncio.sleep(0.01)
+        assert first[-1] == Resumed(id=3, known=False)
+        for link in links:
+            await link.close()
+
+    simulate(config, work)
