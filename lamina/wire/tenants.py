@@ -151,10 +151,6 @@ class Release(Message):
     sequence: Count
 
 
-class Detach(Message):
-    """The front leaves for good: the tenant ends at once."""
-
-
 class Expect(Message):
     """Hold space for ``blocks`` blocks of every layer, which another memory node is going to send.
 
@@ -211,6 +207,10 @@ class MoveFailed(Message):
     reason: str
 
 
+class Detach(Message):
+    """The front leaves for good: the tenant ends at once."""
+
+
 class Refused(Message):
     """A memory node cannot do what was asked. ``sequence`` is None if the answer is not to a Reserve."""
 
@@ -230,7 +230,7 @@ class Void(Message):
     sequences: Annotated[list[Count], Meta(min_length=1, max_length=MAX_BATCH + MAX_REMOTE_TOKENS)]
 
 
-FromCompute = Attach | Reserve | Publish | Release | Detach | Expect | Send | Forget
+FromCompute = Attach | Reserve | Publish | Release | Expect | Send | Forget | Detach
 FromMemory = Attached | Reserved | Refused | Void | Expected | Moved | MoveFailed
 
 
