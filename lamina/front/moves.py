@@ -19,6 +19,8 @@ PLAN_EVERY = 16
 """The steps between two plans, and after a failure before the next; twice as many after the next failure, and so on."""
 MAX_PAUSE = 1024
 """The most steps between two plans."""
+MAX_REFUSALS = 3
+"""A sequence stays where it is when memory nodes have refused a successor so often."""
 MIN_LEFT = 64
 """A sequence that is going to end after fewer tokens is not worth a transfer."""
 
@@ -49,7 +51,8 @@ class Mover:
         """Begin the transfers that are worth it; called with every step."""
         manager = self._block_manager
         self._steps_left -= 1
-        if self._steps_left > 0 or not manager.can_move or len(self._transfers) >= MAX_TRANSFERS:
+        is_due = self._steps_left <= (self._pause - PLAN_EVERY if manager.draining else 0)
+        if not is_due or not manager.can_move or len(self._transfers) >= MAX_TRANSFERS:
             return
         self._steps_left = self._pause
         nodes = {
@@ -88,7 +91,7 @@ class Mover:
     @staticmethod
     def can_begin(sequence: Sequence) -> bool:
         """Return whether blocks of a sequence can move now: it is not about to leave, and nothing of it moves yet."""
-        is_staying = not (sequence.yielding or sequence.cancelled or sequence.rooted)
+        is_staying = not (sequence.yielding or sequence.cancelled or sequence.refusals >= MAX_REFUSALS)
         return is_staying and sequence.transfer is None and sequence.successor is None and sequence.is_settled
 
     def begin(self, sequence: Sequence, source: int, target: int, blocks: int, changes: CacheChanges) -> None:
@@ -116,7 +119,8 @@ class Mover:
 
     def _fail(self) -> None:
         self.failures += 1
-        self._steps_left = self._pause = min(2 * self._pause, MAX_PAUSE)
+        self._pause = min(2 * self._pause, MAX_PAUSE)
+        self._steps_left = self._pause
 
     def _forget(self, transfer: Transfer) -> None:
         self._transfers.discard(transfer)
@@ -135,7 +139,7 @@ class Mover:
             transfer = sequence.transfer
             if transfer is not None and transfer.arrived:
                 self._take_over(sequence, transfer, changes)
-            elif not transfer and not draining.isdisjoint(sequence.placement.members) and not sequence.rooted:
+            elif not transfer and not draining.isdisjoint(sequence.placement.members):
                 tokens = min(sequence.max_context, sequence.stored + self._ahead_blocks * size)
                 self.redirect(sequence, tokens, changes)
 
@@ -146,8 +150,7 @@ class Mover:
         """
         manager = self._block_manager
         stored, size = sequence.stored, manager.block_tokens
-        busy = sequence.transfer is not None or sequence.successor is not None or sequence.rooted
-        if not manager.can_move or busy or stored % size or not sequence.is_settled:
+        if not manager.can_move or stored % size or not self.can_begin(sequence):
             return False
         for wanted in (tokens, min(tokens, stored + size)):
             place = manager.elsewhere(sequence, stored, wanted)
@@ -206,10 +209,10 @@ class Mover:
         return changes
 
     def refuse(self, request: ReservationRequest) -> CacheChanges:
-        """A memory node does not take the successor of a sequence, which goes on as it was, and stays there."""
+        """A memory node does not take the successor of a sequence, which goes on as it was."""
         sequence, changes = request.sequence, CacheChanges()
         self._fail()
-        sequence.rooted = True
+        sequence.refusals += 1
         self.drop(sequence, changes)
         return changes
 
@@ -241,6 +244,6 @@ class Mover:
         then on any other member."""
         manager = self._block_manager
         yield manager.shortage(sequence, tokens)
-        if manager.can_move and not sequence.rooted and len(sequence.placement.moved) < MAX_MOVED:
+        if manager.can_move and sequence.refusals < MAX_REFUSALS and len(sequence.placement.moved) < MAX_MOVED:
             for member in sorted(manager.members, key=manager.free_on, reverse=True):
                 yield {member: 1}

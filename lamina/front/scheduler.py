@@ -466,7 +466,7 @@ class Scheduler:
         self._slots[sequence.slot].remove(sequence)
         self._block_manager.free(sequence)
         changes.released.append(sequence.id)
-        sequence.id, sequence.placement, sequence.order, sequence.rooted = -1, NOWHERE, IN_ORDER, False
+        sequence.id, sequence.placement, sequence.order, sequence.refusals = -1, NOWHERE, IN_ORDER, 0
 
     def _with_blocks_ahead(self, sequence: Sequence, tokens: int) -> int:
         """Return the positions of ``tokens`` and of some blocks more, up to what the sequence can need."""

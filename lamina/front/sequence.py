@@ -54,8 +54,8 @@ class Sequence:
     """Its blocks that are on their way from one memory node to another."""
     successor: ReservationRequest | None = None
     """Asks the memory nodes to let it go on under another id. Until they have answered it sits out."""
-    rooted: bool = False
-    """Whether a memory node has refused that since it was admitted."""
+    refusals: int = 0
+    """How often a memory node has refused that since it was admitted."""
     tokens: list[int] = field(default_factory=list)
     """The tokens to prefill: the prompt, and the output up to the last preemption."""
     prefilled: int = 0
