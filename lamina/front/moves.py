@@ -43,18 +43,19 @@ class Mover:
         self._cost = cost
         self._ahead_blocks = ahead_blocks
         self._transfers: set[Transfer] = set()
-        self._steps_left = self._pause = PLAN_EVERY
+        self._pause, self._steps = PLAN_EVERY, 0
+        """The steps between two plans, and those since the last one."""
 
     # -- transfers
 
     def plan(self, running: Iterable[Sequence], changes: CacheChanges) -> None:
         """Begin the transfers that are worth it; called with every step."""
         manager = self._block_manager
-        self._steps_left -= 1
-        is_due = self._steps_left <= (self._pause - PLAN_EVERY if manager.draining else 0)
+        self._steps += 1
+        is_due = self._steps >= (PLAN_EVERY if manager.draining else self._pause)
         if not is_due or not manager.can_move or len(self._transfers) >= MAX_TRANSFERS:
             return
-        self._steps_left = self._pause
+        self._steps = 0
         nodes = {
             member: NodeLoad(manager.blocks_on(member), manager.free_on(member))
             for member in (*manager.members, *manager.draining)
@@ -119,8 +120,7 @@ class Mover:
 
     def _fail(self) -> None:
         self.failures += 1
-        self._pause = min(2 * self._pause, MAX_PAUSE)
-        self._steps_left = self._pause
+        self._pause, self._steps = min(2 * self._pause, MAX_PAUSE), 0
 
     def _forget(self, transfer: Transfer) -> None:
         self._transfers.discard(transfer)
