@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from lamina.errors import ConfigError, LaminaError
 from lamina.log import report_failure
-from lamina.ops.cli import ConfigFile, Json, doctor, drain, trace
+from lamina.ops.cli import ConfigFile, Json, doctor, drain, status, top, trace
 from lamina.runtime.cpu import let_idle_threads_sleep
 from lamina.serve.cli import batch, serve
 from lamina.table import discard_output
@@ -256,7 +256,8 @@ def up(
     ] = False,
     log_format: LogFormat = None,
 ) -> None:
-    """Start all nodes of a cluster file on this machine, again where they die, and show their states until Ctrl-C."""
+    """Run all nodes of a cluster file on this machine and show their states until Ctrl-C; one that dies starts
+    again."""
     from lamina.cluster.up import run
     from lamina.config import load
     from lamina.log import choose_format
@@ -268,31 +269,8 @@ def up(
 
 app.command()(serve)
 app.command()(batch)
-
-
-@app.command()
-def status(
-    config: ConfigFile,
-    watch: Annotated[
-        bool,
-        typer.Option("--watch", help="Show it anew every second until q or Ctrl-C; with --json, one object a line."),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Show the state of every node of a cluster file; the exit status is 0 if all are ready, else 1."""
-    from lamina.config import load
-    from lamina.ops.status import run
-
-    raise typer.Exit(run(load(config), as_json=as_json, watch=watch))
-
-
-@app.command()
-def top(config: ConfigFile) -> None:
-    """Show live what the nodes of a cluster file do; q ends it. In a pipe, print what they do in one second."""
-    from lamina.config import load
-    from lamina.ops.top import run
-
-    raise typer.Exit(run(load(config)))
+app.command()(status)
+app.command()(top)
 
 
 @app.command()

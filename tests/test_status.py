@@ -8,7 +8,7 @@ from lamina.config import ClusterConfig, ComputeNodeConfig, MemoryNodeConfig, Mo
 from lamina.ops import status
 from lamina.transport import Address
 from lamina.watch import LinkRates, NodeView, Rates
-from lamina.wire.admin import MemberStatus, PeerStatus, Status
+from lamina.wire.admin import MemberStatus, PeerStatus, Status, TenantStatus
 
 CONFIG = ClusterConfig(
     model=ModelConfig(path="model"),
@@ -22,6 +22,20 @@ BUSY = Rates(
     tokens=123456.0, prompt_tokens=0, shared_tokens=0, steps=9.0, layers=123456.0, busy=1.0, links=list[LinkRates]()
 )
 LINK = PeerStatus(name="x", transport="rdma", choice="", kv_heads=1, bytes_sent=0, bytes_received=0)
+
+
+def test_a_lease_is_told_with_the_time_that_is_left() -> None:
+    """Of each tenant whose front is gone, and of no other."""
+    tenants = [
+        TenantStatus(
+            name=name, model="", compute_nodes=[], sequences=0, kv_tokens_total=16, kv_tokens_free=16, quota=0,
+            busy_s=0.0, lease_s=lease_s,
+        )
+        for name, lease_s in (("c0-11", 31.6), ("c0-22", None))
+    ]  # fmt: skip
+    view = NodeView(MEMORY, Status(name="memory-0", role="memory", state="ready", tenants=tenants))
+
+    assert status._sentences([view]) == ["memory-0 keeps what c0-11 has there for 32 s without its front"]
 
 
 def view_of_memory(state: str | None, member: str | None) -> NodeView:

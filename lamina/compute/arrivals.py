@@ -37,19 +37,21 @@ class Arrivals:
             self._early[slot] = tag
 
     async def wait(self, slot: int, tag: int) -> None:
-        """Wait until the tag has come; raise the error of `fail`."""
+        """Wait until the tag has come; raise the error of `fail`, also if it has come, as what came with it is gone."""
         early = self._early.pop(slot, None)
+        if self.error:
+            raise self.error
         if early == tag:
             return
         self.stale += early is not None
-        if self.error:
-            raise self.error
         step, error = self._given_up.pop(slot, (-1, None))
         if error is not None and step == tag & STEP_MASK:
             raise error
         done = asyncio.get_running_loop().create_future()
         self._awaited[slot] = tag, done
         await done
+        if self.error:
+            raise self.error
 
     def give_up(self, slot: int, step: int, error: LaminaError) -> None:
         """Nothing more will arrive for a step: its wait in this slot raises ``error``."""

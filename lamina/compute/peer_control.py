@@ -66,10 +66,17 @@ class PeerControl:
 
     async def greet(self, terms: dict[str, str], slots: int, carry_bytes: int) -> dict[str, str]:
         """Exchange terms and the regions for carries, of ``carry_bytes`` for each of ``slots``; return the peer's
-        terms."""
+        terms. Raises NodeError if the peer is lost."""
         own = Region(f"carries from {self.name}", slots * carry_bytes)
-        self.send(Greeting(carries=self.link.expose(own), terms=terms))
-        greeting: Greeting = await self._greeting
+        try:
+            self.send(Greeting(carries=self.link.expose(own), terms=terms))
+            greeting: Greeting = await self._greeting
+        except TransportError as e:
+            own.close()
+            raise NodeError.lost("compute", self.name, e) from e
+        except BaseException:
+            own.close()
+            raise
         self._carries = own, greeting.carries, carry_bytes
         return greeting.terms
 

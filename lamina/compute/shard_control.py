@@ -130,6 +130,11 @@ class ShardControl:
         """
         geometry = Geometry(shard.layers, dtype, slots, max_rows)
         outputs = Region(f"{self.name}.outputs", slots * geometry.output_bytes)
+        try:
+            exposed = self.link.expose(outputs)
+        except TransportError as e:
+            outputs.close()
+            raise NodeError.lost("memory", self.name, e) from e
         attach = Attach(
             tenant=tenant,
             token=token,
@@ -145,7 +150,7 @@ class ShardControl:
             first_heads=[heads.start for heads in shard.kv],
             slots=slots,
             max_rows=max_rows,
-            outputs=self.link.expose(outputs),
+            outputs=exposed,
             quota=quota,
         )
         try:

@@ -104,8 +104,7 @@ class ShardLane:
             begun_s = device.loop.time()
             i = await self._idle_chunks.get()
             self.bulk_waited_s += device.loop.time() - begun_s
-            if self._arrivals.error is not None:
-                raise self._arrivals.error
+            self._require_memory()
             nbytes, _ = await device.run(self._stage_chunk, i, prompt, layer, start, count, at)
             offset = i * self._geometry.chunk_bytes
             source = self._chunks[offset : offset + nbytes]
@@ -145,9 +144,13 @@ class ShardLane:
         """The memory node is lost: every step that waits for it, or writes to it, raises ``error``."""
         self._arrivals.fail(error)
 
-    def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: int) -> None:
-        if self._arrivals.error:
+    def _require_memory(self) -> None:
+        """Raise the error of the loss, after which the memory of this end is freed, also that of answers."""
+        if self._arrivals.error is not None:
             raise self._arrivals.error
+
+    def _write(self, lane: Lane, remote: RemoteRegion, offset: int, source: bytes | memoryview, tag: int) -> None:
+        self._require_memory()
         try:
             self._link.write(lane, remote, offset, [source], tag)
         except TransportError as error:
@@ -177,8 +180,6 @@ class ShardStep:
 
     def stage_query(self, layer: int, q: Tensor) -> None:
         """Copy q [rows, Hq, Dk], of all heads or of the memory node's alone, of its rows in the order of its plan."""
-        if self._lane._arrivals.error is not None:
-            raise self._lane._arrivals.error
         self._views = views = self._views_of(layer)
         heads = self._lane._q_heads[layer]
         views.q.copy_(q if q.shape[1] == heads.stop - heads.start else q[:, heads])
@@ -249,6 +250,7 @@ class ShardStep:
 
     def _views_of(self, layer: int) -> StepViews:
         lane, slot = self._lane, self._slot
+        lane._require_memory()
         kind = lane._geometry.kinds[layer]
         views = self._views_by_kind.get(kind)
         if views is None:

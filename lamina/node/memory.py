@@ -393,7 +393,7 @@ class MemoryNode:
         there = self._taken is not None and self._taken.done()
         used = any(tenancy.links for tenancy in tenancies)
         state = "draining" if self._draining else "ready" if used else "waiting" if there else "starting"
-        leased = [f"{t.tenant.name} ({t.lease_s:.0f} s left)" for t in tenancies if t.lease_s is not None]
+        leased = [t.tenant.name for t in tenancies if t.lease_s is not None]
         waiting_for = f"the front of {', '.join(leased)}" if leased else "a compute node"
         return Status(
             name=self._name,

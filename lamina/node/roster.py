@@ -240,9 +240,13 @@ class Roster:
             news.term == self._members.term(news.member)
             and self._members.state(compute) is State.SERVING  # one that joins has to find its way to all others
             and news.member not in self._out
+            and not (self._is_peer(news.member) and self._members.state(news.member) is State.JOINING)  # it is back
         ):
             by = self._names[compute]
             self._neighbours.drop(news.member, f"{by} has lost it: {news.reason}")
+
+    def _is_peer(self, member: int) -> bool:
+        return self._members.entry(member).role == "compute"
 
     def _has_reached_all(self, compute: int) -> bool:
         serving = self._members.in_state("memory", State.SERVING, State.LEAVING)

@@ -1,4 +1,4 @@
-"""The commands of operators: ``lamina doctor``, ``trace`` and ``drain``."""
+"""The commands ``lamina status``, ``top``, ``doctor``, ``trace`` and ``drain``, which ask the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -11,6 +11,29 @@ from lamina.limits import MAX_LEASE
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def status(
+    config: ConfigFile,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Show it anew every second until q or Ctrl-C; with --json, one object a line."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the state of every node of a cluster file; the exit status is 0 if all are ready, else 1."""
+    from lamina.config import load
+    from lamina.ops.status import run
+
+    raise typer.Exit(run(load(config), as_json=as_json, watch=watch))
+
+
+def top(config: ConfigFile) -> None:
+    """Show live what the nodes of a cluster file do; q ends it. In a pipe, print what they do in one second."""
+    from lamina.config import load
+    from lamina.ops.top import run
+
+    raise typer.Exit(run(load(config)))
 
 
 def doctor(

@@ -77,7 +77,7 @@ def _row(view: NodeView) -> tuple[Cell, ...]:
         requests = compact(status.sequences)
         if status.requests_waiting:
             requests += f", {compact(status.requests_waiting)} wait"
-    if rates and status.state in ("ready", "draining"):
+    if rates and (total or status.state == "ready"):
         is_front = status.role == "compute" and total  # the others count no tokens
         per_s, unit = (rates.tokens, "tokens/s") if is_front else (rates.layers, "layers/s")
         rate = f"{number(per_s) if per_s < 1000 else compact(round(per_s))} {unit}"
@@ -95,6 +95,8 @@ def _sentences(views: Sequence[NodeView]) -> list[str]:
             continue
         if status.waiting_for:
             found.append(f"{name} waits for {status.waiting_for}")
+        leased = [tenant for tenant in status.tenants if tenant.lease_s is not None]
+        found += [f"{name} keeps what {t.name} has there for {t.lease_s:.0f} s without its front" for t in leased]
         if status.journal_failure:
             found.append(f"{name} cannot write its journal: {status.journal_failure}")
         if member and not view.is_ready and (status.state == "ready" or member.state == "lost"):

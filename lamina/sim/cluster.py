@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
 from random import Random
 
 from lamina.admin import AdminClient
@@ -18,6 +20,7 @@ from lamina.node.memory import MemoryNode
 from lamina.node.model import OpenModel
 from lamina.runtime.host import Host
 from lamina.sim.device import Seconds
+from lamina.sim.loop import VirtualTask
 from lamina.sim.storage import SimDisk
 from lamina.sim.world import World
 from lamina.transport import Hello, Link
@@ -35,6 +38,21 @@ NodeSeconds = Callable[[NodeConfig], Seconds]
 def instant(node: NodeConfig) -> Seconds:
     """Operations that take no time."""
     return 0.0
+
+
+_PROCESS: ContextVar[object] = ContextVar("process", default=None)
+"""Which process a task belongs to: the one that made it."""
+
+
+@dataclass(eq=False)
+class _Process:
+    """What there is of a node between its start and its end."""
+
+    task: asyncio.Task[None]
+    stopping: asyncio.Event
+    identity: object
+    told: bool = False
+    """Whether it was told to stop, or killed."""
 
 
 class SimCluster:
@@ -64,9 +82,9 @@ class SimCluster:
         self._open_model = open_model
         self._backend = backend
         self._seconds = seconds
-        self._running: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
-        self._started: dict[str, asyncio.Task[None]] = {}
-        """The task of each node that was started last."""
+        self._running: dict[str, _Process] = {}
+        """Those that were started and not killed, by name."""
+        self._last: dict[str, _Process] = {}
 
     async def start(self, name: str) -> None:
         """Start one node, also one that has ended before."""
@@ -83,17 +101,29 @@ class SimCluster:
             options = self.config.options(node)
             serving = MemoryNode(node, options, device=device, network=network, backend=self._backend, host=host)
         stopping = asyncio.Event()
-        task = asyncio.get_running_loop().create_task(serving.serve(stopping), name=name)
+        context, identity = copy_context(), object()
+        context.run(_PROCESS.set, identity)
+        task = self.world.loop.create_task(serving.serve(stopping), name=name, context=context)
         self.ended.pop(name, None)
         self.nodes[name] = serving
-        self._running[name] = task, stopping
-        self._started[name] = task
+        self._running[name] = self._last[name] = _Process(task, stopping, identity)
         task.add_done_callback(lambda done: self._note_end(name, done))
 
+    def is_running(self, name: str) -> bool:
+        """Return whether a node was started and has not ended; it may have been told to stop."""
+        return name in self._running and not self._running[name].task.done()
+
+    def is_told(self, name: str) -> bool:
+        """Return whether a node that was started was told to stop, or killed, since."""
+        return self._last[name].told
+
     def _note_end(self, name: str, task: asyncio.Task[None]) -> None:
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if self._started[name] is task:  # else it was killed, and has started again meanwhile
-            self.ended[name] = error
+        if self._last[name].task is task:  # else it was killed, and has been started anew before it was gone
+            self.ended[name] = asyncio.CancelledError() if task.cancelled() else task.exception()
+            self.on_end(name, told=self._last[name].told)
+
+    def on_end(self, name: str, *, told: bool) -> None:
+        """A node has ended as ``ended`` says, by itself unless it was ``told`` to, or killed."""
 
     async def ready(self) -> Status:
         """Wait until the front takes requests; its status. The error of a node that ends before with one."""
@@ -147,17 +177,21 @@ class SimCluster:
 
     def kill(self, name: str) -> None:
         """The node's process is gone, as by a signal that it cannot catch."""
-        task, _ = self._running.pop(name)
+        process = self._running.pop(name)
+        process.told = True
         self.world.network.kill(name)
         if name == self.config.front.name:
             self.disk.kill()
-        task.cancel()
+        for task in asyncio.all_tasks():
+            if isinstance(task, VirtualTask) and task.context.get(_PROCESS) is process.identity:
+                task.cancel()
 
     async def stop(self, name: str) -> None:
         """Tell a node to stop, and wait until it has."""
-        task, stopping = self._running.pop(name)
-        stopping.set()
-        await asyncio.wait((task,))
+        process = self._running[name]
+        process.told = True
+        process.stopping.set()
+        await asyncio.wait((process.task,))
 
     async def stop_all(self) -> Mapping[str, BaseException | None]:
         """Stop all nodes that run, compute nodes first; how each one ended."""
@@ -172,6 +206,7 @@ class SimCluster:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task, _stopping in self._running.values():
+        tasks = [process.task for process in self._running.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*(task for task, _ in self._running.values()), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextvars import copy_context
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,17 @@ class LinkModel:
                 f"a modelled link must have a latency and a jitter of 0 s or more and more than 0 bytes/s, got {self}"
             )
 
+    def slowed(self, times: float) -> LinkModel:
+        """The same link, on which everything takes so many times as long."""
+        if times == 1:
+            return self
+        return replace(
+            self,
+            latency_s=self.latency_s * times,
+            bytes_per_s=self.bytes_per_s / times,
+            jitter_s=self.jitter_s * times,
+        )
+
 
 class SimLink(OwnedLink):
     """See ``Link``. Made in pairs by ``SimNetwork``; both ends belong to one loop.
@@ -78,8 +90,7 @@ class SimLink(OwnedLink):
     ) -> None:
         super().__init__(info)
         self._number = number
-        self._model = model
-        self._is_instant = model == LinkModel(windows=model.windows)
+        self.change(model)
         self._deliveries = deliveries
         self._loop = deliveries.loop
         self._random = random
@@ -88,6 +99,8 @@ class SimLink(OwnedLink):
         self._on_end = on_end
         self._peer: SimLink
 
+        self._context = copy_context()
+        """That of the process which this end belongs to: what is called from here belongs to it as well."""
         self._reading = False
         self._held: list[Delivery] = []
         """What was due before this end read, or while the peer could not be heard."""
@@ -149,6 +162,7 @@ class SimLink(OwnedLink):
             if lane_loop is not self._loop:
                 raise UsageError(f"the lanes of {self} belong to the loop of the network, the only one there is")
         self._on_message, self._on_tag, self._on_lost = on_message, on_tag, on_lost
+        self._context = copy_context()
         if peer_timeout is not None:
             self._peer_timeout = peer_timeout
         if self._lost is not None:
@@ -223,6 +237,11 @@ class SimLink(OwnedLink):
 
     # -- for the network
 
+    def change(self, model: LinkModel) -> None:
+        """What is sent from now on takes what ``model`` says, and overtakes nothing that was sent before."""
+        self._model = model
+        self._is_instant = model == LinkModel(windows=model.windows)
+
     def vanish(self) -> None:
         """End the link as it ends with its process: no callback comes here, and the peer hears of a closed socket."""
         self._end(TransportError(f"the process {self._info.local.name} of the link to {self} was killed"))
@@ -290,7 +309,7 @@ class SimLink(OwnedLink):
             self._trace(f"{self._label} {_KINDS[kind]} tag={tag} bytes={nbytes}")
         if self._open and self._on_tag is not None:
             try:
-                self._on_tag(_LANES[kind], tag)
+                self._context.run(self._on_tag, _LANES[kind], tag)
             except Exception as error:
                 self._callback_failed(error)
 
@@ -320,7 +339,7 @@ class SimLink(OwnedLink):
             self._trace(f"{self._label} message type={message.get('type')} bytes={delivery.nbytes}")
         if self._open and self._on_message is not None:
             try:
-                self._on_message(message)
+                self._context.run(self._on_message, message)
             except Exception as error:
                 self._callback_failed(error)
 
@@ -361,6 +380,9 @@ class SimLink(OwnedLink):
         self._fail(PeerLostError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
 
     # -- the end
+
+    def _tell_lost(self) -> None:
+        self._context.copy().run(super()._tell_lost)  # a copy, as this may be called from within another callback
 
     def _end(self, error: TransportError | None) -> bool:
         if self._is_over:

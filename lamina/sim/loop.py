@@ -19,6 +19,8 @@ Ts = TypeVarTuple("Ts")
 
 TASKS_NAMED = 20
 """The most tasks that an error names."""
+MOST_ROUNDS = 100_000
+"""Rounds of callbacks at one moment above which they are taken to go on for ever."""
 MANY_CANCELLED = 1000
 """Cancelled timers above which, when they are the majority, the heap is rid of them."""
 
@@ -29,7 +31,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     Callbacks take no virtual time. When none is ready, the clock jumps to the next timer; timers of one moment run in
     the order in which they were set. When no timer is left either, nothing can ever happen again, and the loop raises
     ``DeadlockError``. It does so as well where the next timer lies behind ``limit_s``, since periodic timers would keep
-    a run alive for ever.
+    a run alive for ever, and where callbacks go on and on at one moment.
 
     Two runs of the same program make the same choices: tasks and futures hash to their number, so that sets of them
     have one order, and what is handed to an executor runs at once, in this thread. The loop belongs to one thread;
@@ -44,6 +46,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.limit_s = limit_s
         self._now = 0.0
+        self._rounds = 0
+        """Those at the present moment."""
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._cancelled_timers = 0
         self._number = itertools.count(1).__next__
@@ -131,6 +135,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if self._stopping:
                 return
             self._jump()
+        self._rounds += 1
+        if self._rounds > MOST_ROUNDS:
+            raise self._deadlock(f"callbacks have gone on for {MOST_ROUNDS} rounds without an end")
         for _ in range(len(ready)):
             handle = ready.popleft()
             if handle._cancelled:
@@ -152,6 +159,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if not timers or timers[0][0] > self.limit_s:
             raise self._deadlock()
         self._now = now = timers[0][0]
+        self._rounds = 0
         while timers and timers[0][0] == now:
             timer = heappop(timers)[2]
             timer._scheduled = False  # type: ignore[attr-defined]
@@ -160,12 +168,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
             else:
                 self._ready.append(timer)
 
-    def _deadlock(self) -> DeadlockError:
+    def _deadlock(self, what: str = "") -> DeadlockError:
         tasks = sorted(asyncio.all_tasks(self), key=hash)
         waiting = "; ".join(_where(task) for task in tasks[:TASKS_NAMED])
         if len(tasks) > TASKS_NAMED:
             waiting += f"; and {len(tasks) - TASKS_NAMED} more"
-        if self._timers:
+        if what:
+            pass
+        elif self._timers:
             what = (
                 f"the next timer, at {self._timers[0][0]:g} s, lies behind the limit of {self.limit_s:g} s: "
                 "something runs for ever, or limit_s is too small"
@@ -211,19 +221,22 @@ class VirtualFuture(asyncio.Future[Any]):
 
 
 class VirtualTask(asyncio.Task[Any]):
-    """A task that hashes to its number, and is named after it unless it has another name."""
+    """A task that hashes to its number, and is named after it unless it has another name. ``context`` is its own."""
 
-    __slots__ = ("_number",)
+    __slots__ = ("_number", "context")
 
     def __init__(
         self,
         coroutine: Coroutine[Any, Any, Any] | Generator[Any, None, Any],
         loop: VirtualLoop,
         name: object = None,
+        context: Context | None = None,
         **options: Any,
     ) -> None:
-        self._number = loop._number()  # before all else: asyncio puts the task into a set
-        super().__init__(coroutine, loop=loop, name=f"task {self._number}" if name is None else str(name), **options)
+        self._number = number = loop._number()  # before all else: asyncio puts the task into a set
+        self.context = copy_context() if context is None else context
+        name = f"task {number}" if name is None else str(name)
+        super().__init__(coroutine, loop=loop, name=name, context=self.context, **options)
 
     def __hash__(self) -> int:
         return self._number

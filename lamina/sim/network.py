@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import copy_context
 from random import Random
 
 from lamina.errors import ConnectError, HandshakeError, UsageError
@@ -46,7 +47,9 @@ class SimNetwork:
         """The ends that live, in the order in which they were made."""
         self._made = 0
         self._frozen: set[str] = set()
-        self._cut: set[frozenset[str]] = set()
+        self._cut: set[tuple[str, str]] = set()
+        """From whom nothing reaches whom."""
+        self._slowed: dict[frozenset[str], float] = {}
         self._killed: dict[str, int] = {}
         """How often each process was killed."""
         self._changed = asyncio.Event()
@@ -65,11 +68,11 @@ class SimNetwork:
             async with asyncio.timeout(deadline_s):
                 while True:
                     listener = self._listeners.get(address)
-                    if listener is not None and self._reaches(hello.name, listener.hello.name):
+                    if listener is not None and self._reach_each_other(hello.name, listener.hello.name):
                         await asyncio.sleep(2 * self._model_of(hello.name, listener.hello.name).latency_s)
                         if self._killed.get(hello.name, 0) != killed:
                             raise ConnectError(f"{address}: the process {hello.name}, which connects, was killed")
-                        if listener.is_open and self._reaches(hello.name, listener.hello.name):
+                        if listener.is_open and self._reach_each_other(hello.name, listener.hello.name):
                             return self._make_link(listener, hello, options)
                     else:
                         await self._changed.wait()
@@ -90,6 +93,11 @@ class SimNetwork:
         self._listeners[address] = listener
         self._changes()
         return listener
+
+    @property
+    def links(self) -> tuple[SimLink, ...]:
+        """Return the ends of links that live, in the order in which they were made."""
+        return tuple(self._links)
 
     # -- how fast it is, and what befalls it
 
@@ -123,17 +131,28 @@ class SimNetwork:
         self._frozen.discard(name)
         self._listen_again()
 
-    def cut(self, name: str, other: str) -> None:
-        """Nothing passes between two processes: each loses the other after its peer_timeout."""
+    def cut(self, name: str, other: str, *, one_way: bool = False) -> None:
+        """Nothing passes between two processes: each loses the other after its peer_timeout.
+
+        ``one_way``: only what ``name`` sends does not reach ``other``, which loses it then, and tells it so.
+        """
         if name == other:
             raise UsageError(f"the process {name} cannot be cut off from itself; name two, or freeze it")
-        self._cut.add(frozenset((name, other)))
+        self._cut |= {(name, other)} if one_way else {(name, other), (other, name)}
         self._listen_again()
 
     def mend(self, name: str, other: str) -> None:
         """Everything passes again between two processes, if it did not; what was on its way arrives."""
-        self._cut.discard(frozenset((name, other)))
+        self._cut -= {(name, other), (other, name)}
         self._listen_again()
+
+    def slow(self, name: str, other: str, times: float) -> None:
+        """Links between two processes take so many ``times`` as long as their model says, also those that there are;
+        1 is as before."""
+        self._slowed[frozenset((name, other))] = times
+        for link in self._links:
+            if {link.info.local.name, link.info.peer.name} == {name, other}:
+                link.change(self._model_of(name, other))
 
     # -- inside
 
@@ -175,14 +194,15 @@ class SimNetwork:
         if self._trace is not None:
             self._trace(f"{hello.name}>{listener.hello.name}#{self._made} connected")
         try:
-            listener.on_link(far)
+            listener.context.copy().run(listener.on_link, far)
         except Exception as error:
             log.exception('event=callback_failed transport=%s peer="%s"', transport, far)
             far.abort(f"it could not be taken: {error!r}")
         return near
 
     def _model_of(self, name: str, other: str) -> LinkModel:
-        return self._models.get(frozenset((name, other)), self._model)
+        pair = frozenset((name, other))
+        return self._models.get(pair, self._model).slowed(self._slowed.get(pair, 1.0))
 
     def _free_address(self, address: Address) -> Address:
         for port in range(self._next_port, LAST_PORT + 1):
@@ -198,12 +218,16 @@ class SimNetwork:
         listener.is_open = False
 
     def _reaches(self, name: str, other: str) -> bool:
-        return not (name in self._frozen or other in self._frozen or frozenset((name, other)) in self._cut)
+        """Whether what one process sends reaches another."""
+        return not (name in self._frozen or other in self._frozen or (name, other) in self._cut)
+
+    def _reach_each_other(self, name: str, other: str) -> bool:
+        return self._reaches(name, other) and self._reaches(other, name)
 
     def _listen_again(self) -> None:
         for link in list(self._links):
             name = link.info.local.name
-            link.hear(silent=not self._reaches(name, link.info.peer.name), judges=name not in self._frozen)
+            link.hear(silent=not self._reaches(link.info.peer.name, name), judges=name not in self._frozen)
         self._changes()
 
     def _changes(self) -> None:
@@ -230,6 +254,8 @@ class SimListener:
         self.options = options
         self.on_link = on_link
         self.is_open = True
+        self.context = copy_context()
+        """That of the process which listens."""
         self._stop = stop
 
     async def close(self) -> None:

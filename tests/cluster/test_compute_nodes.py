@@ -55,7 +55,7 @@ def test_a_lost_compute_node_costs_no_request(
             async def ask(token: int) -> list[int]:
                 tokens = []
                 async for piece in client.stream([token, 2, 3], max_tokens=200):
-                    tokens.append(piece.token)
+                    tokens.append(piece.id)
                     answering.set()
                 return tokens
 

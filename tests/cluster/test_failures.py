@@ -60,7 +60,7 @@ def test_an_answer_survives_a_lost_node(
         async with harness.client(config) as client:
             async for piece in client.stream([1, 2, 3], max_tokens=200):
                 gap = max(gap, time.monotonic() - struck if struck and len(tokens) < 25 else 0.0)
-                tokens.append(piece.token)
+                tokens.append(piece.id)
                 if len(tokens) == 20:
                     struck = strike(nodes[victim], number)
                     if victim == "c0":

@@ -66,7 +66,7 @@ async def stream(client: AsyncClient, number: int, run: Run, over: asyncio.Event
         prompt = [chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 48))]
         tokens = []
         async for piece in client.stream(prompt, max_tokens=TOKENS):
-            tokens.append(piece.token)
+            tokens.append(piece.id)
             run.arrivals[number].append(time.monotonic())
         assert len(tokens) == TOKENS
         run.agreement.check(run.oracle, prompt, tokens, f"client {number}")

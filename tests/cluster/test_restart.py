@@ -111,7 +111,7 @@ def test_nodes_that_die_come_back(up: Command, config: ClusterConfig, tmp_path: 
     assert up.end(signal.SIGINT) == 0
     assert up.errors == ""
     assert up.output.endswith("all nodes stopped\n")
-    (folder,) = (tmp_path / "state" / "lamina").iterdir()
+    (folder,) = (file.parent for file in tmp_path.glob("state/lamina/*/up.log"))
     assert (folder / "m0.log").read_text().count("event=memory ") == 2
     log = (folder / "up.log").read_text()
     assert "event=restarting member=m0 restart=1 limit=5 delay_s=0.5 reason='node m0 was killed by signal 9" in log
