@@ -133,8 +133,7 @@ class KVCache(SequenceSlots):
         layers have windows.
         """
         self._require_new(sequence, tokens)
-        if self._windowed:
-            raise UsageError(f"sequence {sequence} cannot be derived, as layers have a window")
+        self.require_movable()
         if parent is None and transfer is None:
             raise UsageError(f"sequence {sequence} is derived from neither a parent nor a transfer")
         size, nothing = self.layout.block_tokens, [np.zeros(0, np.int64)] * len(self.groups)
@@ -208,12 +207,19 @@ class KVCache(SequenceSlots):
     def full_blocks(self, sequence: int, first: int, count: int) -> list[Integers]:
         """Return blocks of a sequence in each group, as byte offsets; `UsageError` unless they are full in every
         layer."""
+        self.require_movable()
         stop, complete = first + count, self.complete(sequence) // self.layout.block_tokens
         if not 0 <= first <= stop <= complete:
             raise UsageError(
                 f"sequence {sequence} has {complete} full blocks; expected {stop} at least, from {first} on"
             )
         return [table[first:stop].copy() for table in self._reservation(sequence).tables]
+
+    def require_movable(self) -> None:
+        """Raise `UsageError` where layers have windows: blocks behind these are gone, and others depend on positions."""
+        if self._windowed:
+            window = self.groups[self._windowed[0]].window
+            raise UsageError(f"blocks cannot be moved or derived, as layers have a window of {window} tokens")
 
     # -- prompts that are shared
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from lamina.attention.blocks import BlockPools
@@ -21,6 +23,9 @@ class Transfers:
 
     def __contains__(self, transfer: object) -> bool:
         return transfer in self._blocks
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
 
     def __len__(self) -> int:
         return len(self._blocks)

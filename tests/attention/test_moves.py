@@ -174,12 +174,13 @@ def test_blocks_of_another_size_are_refused(target: Target) -> None:
 # -- the account
 
 
-def test_a_sequence_with_a_window_cannot_be_derived() -> None:
+def test_blocks_behind_windows_stay_where_they_are() -> None:
     cache = make(4, layers=(FULL, SLIDING))
     cache.reserve(0, 4)
 
-    with pytest.raises(UsageError, match="sequence 1 cannot be derived, as layers have a window"):
-        cache.derive(1, 4, parent=0)
+    for operation in (lambda: cache.derive(1, 4, parent=0), lambda: cache.full_blocks(0, 0, 1)):
+        with pytest.raises(UsageError, match="cannot be moved or derived, as layers have a window of 6 tokens"):
+            operation()
 
 
 def test_only_full_blocks_are_left_out() -> None:
