@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
-from lamina.attention.layout import KVLayout, LayerShape
+from lamina.attention.layout import KVLayout, LayerShape, plain_parts
 from lamina.attention.rows import Rows
 from lamina.errors import ConfigError, UsageError, install_extra
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lamina.attention.cache import KVCache
     from lamina.attention.partial import Partial
+    from lamina.attention.placement import Integers
     from lamina.attention.pool import ExtentPool, MemoryRange
 
 log = logging.getLogger("lamina.attention")
@@ -83,6 +84,18 @@ class Backend(Protocol):
         q: [T, Hq, Dk]; k: [T, Hkv, Dk]; v: [T, Hkv, Dv]. The sinks of the layer, which `past` leaves out, join here.
         Errors are those of `append`; `UsageError` also for a plan that is no longer valid.
         """
+        ...
+
+    def read(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        """Copy what full blocks hold in a layer to ``plain``, uint8 [n, bytes], in the form of `plain_parts`.
+
+        ``blocks``, int64 [n], are byte offsets in the memory, as block tables have them. ``plain`` is contiguous and
+        lies on the CPU. What is read is what every other backend stores with `write`, bit for bit.
+        """
+        ...
+
+    def write(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        """Store in blocks what `read`, of any backend with the same layout, has returned of a layer."""
         ...
 
     def close(self) -> None:
@@ -183,6 +196,14 @@ def check_past(layer: int, shape: LayerShape, tokens: int, past: Partial, device
     the torch device of the cache."""
     _check(layer, "o", past.o, (tokens, shape.q_heads, shape.v_dim), ("float32",), device)
     _check(layer, "lse", past.lse, (tokens, shape.q_heads), ("float32",), device)
+
+
+def check_plain(layer: int, cache: KVCache, blocks: Integers, plain: Tensor) -> None:
+    """Raise `UsageError` unless plain is [blocks, bytes], contiguous, for these blocks of a layer of the cache."""
+    nbytes = sum(plain_parts(cache.shape(layer), cache.layout.dtype, cache.layout.block_tokens))
+    _check(layer, "blocks", plain, (len(blocks), nbytes), ("uint8",), "cpu")
+    if not plain.is_contiguous():
+        raise UsageError(f"layer {layer}: expected blocks that lie one after the other, got strides {plain.stride()}")
 
 
 def _check(layer: int, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Sequence[str], device: str) -> None:

@@ -1,9 +1,9 @@
-"""A `BlockPool` keeps account of the blocks of one layer group."""
+"""A `BlockPool` keeps account of the blocks of one layer group, `BlockPools` of those of all groups of a cache."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lamina.attention.pool import ExtentPool
@@ -54,7 +54,7 @@ class BlockPool:
         self._published: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._holders: dict[int, int] = {}
-        """This counts the sequences that hold each published block."""
+        """This counts the sequences that hold a block, if it is published or several hold it."""
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -138,13 +138,15 @@ class BlockPool:
         """Let a sequence free its blocks; a published block that no other sequence holds becomes idle."""
         for block in blocks:
             extent = self._extents[block // self._extent_bytes]
-            if block in self._keys:
+            if block in self._holders:
                 self._holders[block] -= 1
                 if self._holders[block]:
                     self._doubled -= self._returning
                     continue
+            if block in self._keys:
                 self._idle[block] = None
             else:
+                self._holders.pop(block, None)
                 self._put_back(block)
             extent.used -= 1
             if not extent.used:
@@ -155,24 +157,25 @@ class BlockPool:
         return self._published.get(key)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Let one more sequence hold these published blocks."""
+        """Let one more sequence hold these blocks, which are published or held by another."""
         for block in blocks:
-            if self._holders[block]:
+            holders = self._holders.get(block, 1)
+            if holders:
                 self._doubled += self._returning
             else:
                 del self._idle[block]
                 self._use(self._extents[block // self._extent_bytes], 1)
-            self._holders[block] += 1
+            self._holders[block] = holders + 1
 
     def publish(self, block: int, key: bytes) -> None:
-        """Let others find a block that one sequence holds.
+        """Let others find a block that a sequence holds.
 
         A key keeps the first block that was published under it, and a block keeps its first key.
         """
         if key not in self._published and block not in self._keys:
             self._published[key] = block
             self._keys[block] = key
-            self._holders[block] = 1
+            self._holders.setdefault(block, 1)
 
     def _unpublish(self, block: int) -> None:
         del self._published[self._keys.pop(block)], self._holders[block]
@@ -189,6 +192,45 @@ class BlockPool:
         if not extent.used:
             del self._unused[extent.index]
         extent.used += blocks
+
+
+class BlockPools:
+    """The block pools of all layer groups of a cache share the extents of one pool. Counts are by group, in order."""
+
+    def __init__(self, pool: ExtentPool, sizes: Sequence[int], blocks: int, returning: Sequence[bool]) -> None:
+        """Make pools for blocks of these ``sizes``, of which ``blocks`` of each fit together. See `BlockPool`."""
+        self._pool = pool
+        self.groups = [
+            BlockPool(pool, size, share=-(-blocks // (pool.extent_bytes // size)), returning=returns)
+            for size, returns in zip(sizes, returning, strict=True)
+        ]
+
+    def fit(self, needs: Sequence[int]) -> bool:
+        """Return whether each group could promise this many more blocks."""
+        wanted = sum(blocks.extents_for(need) for blocks, need in zip(self.groups, needs, strict=True))
+        beyond = sum(blocks.extents_beyond(need) for blocks, need in zip(self.groups, needs, strict=True))
+        return wanted <= self._pool.available + beyond
+
+    def most(self, limit: int) -> int:
+        """Return how many more blocks, at most ``limit``, every group could promise at once."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.fit([middle] * len(self.groups)):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def make_room(self, needs: Sequence[int]) -> None:
+        """Take the extents that promises need, from other groups if the pool has none left; they have to `fit`."""
+        for blocks, need in zip(self.groups, needs, strict=True):
+            for _ in range(blocks.extents_for(need)):
+                if self._pool.available < 1:
+                    next(b for b, n in zip(self.groups, needs, strict=True) if b.extents_beyond(n)).shrink()
+                blocks.grow()
+        for blocks, need in zip(self.groups, needs, strict=True):
+            blocks.keep_idle(need)
 
 
 def check_key(key: bytes) -> None:

@@ -5,27 +5,26 @@ The backend stores the keys and values themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lamina.attention.blocks import BlockPool, check_key
-from lamina.attention.layout import KVLayout, LayerGroup, LayerShape, window_blocks
+from lamina.attention.blocks import BlockPools, check_key
+from lamina.attention.layout import ALIGNMENT, KVLayout, LayerGroup, LayerShape, window_blocks
 from lamina.attention.placement import BlockPlacement, BlockReservation, Integers
-from lamina.attention.pool import ALIGNMENT, ExtentPool, most_blocks
-from lamina.attention.rows import Rows, Run
+from lamina.attention.pool import ExtentPool, most_blocks
+from lamina.attention.rows import Rows
+from lamina.attention.slots import SequenceSlots
+from lamina.attention.transfers import Transfers
 from lamina.errors import CapacityError, UsageError
 
-T = TypeVar("T", bound=np.generic)
 LayerBytes = Callable[[LayerShape, str, int], int]
 """A backend says with this how many bytes one layer takes in a block: it is called with the shape of the layer, the
 type stored and the tokens of a block."""
 
 
-class KVCache:
+class KVCache(SequenceSlots):
     """The cache keeps account of the blocks of many sequences, in extents of a pool that only this cache uses.
 
     The layers of a `LayerGroup` share blocks: a block holds ``layout.block_tokens`` positions in all layers of its
@@ -41,12 +40,10 @@ class KVCache:
 
         The cache takes extents from the pool when sequences reserve blocks.
         """
-        self._pool = pool
-        self.layout = layout
+        super().__init__(layout)
         self.memory = pool.memory
         self.extent_bytes = pool.extent_bytes
         """A block begins at a multiple of its size, counted from a multiple of this."""
-        self.groups: tuple[LayerGroup, ...] = layout.groups
         self._group_of = [0] * len(layout.layers)
         self._offsets = [0] * len(layout.layers)
         self.block_bytes: list[int] = []
@@ -67,53 +64,19 @@ class KVCache:
             )
         self.capacity_tokens = blocks * layout.block_tokens
         """The cache can hold this many positions if no window saves space."""
-        self._blocks = [
-            BlockPool(pool, size, share=-(-blocks // (pool.extent_bytes // size)), returning=bool(group.window))
-            for group, size in zip(self.groups, self.block_bytes, strict=True)
-        ]
+        self._pools = BlockPools(pool, self.block_bytes, blocks, [bool(group.window) for group in self.groups])
+        self._blocks = self._pools.groups
+        self.transfers = Transfers(self._pools)
+        """Blocks that another cache sends."""
         self._windowed = [index for index, group in enumerate(self.groups) if group.window is not None]
-        self._held: dict[int, BlockReservation] = {}
-        # A sequence has a slot, its column in these arrays, so that all sequences of a step are looked up at once.
-        self._free_slots: list[int] = []
-        groups, layers = len(self.groups), len(layout.layers)
-        self._tokens = np.zeros(0, np.int64)
-        self._totals = np.zeros(0, np.int64)
-        """All tokens of the sequence need this many blocks in each group."""
-        self._frozen = np.zeros(0, np.int64)
-        """Positions below this one are in published blocks."""
-        self._generation = np.zeros(0, np.int64)
-        """This counts the sequences that have left the slot."""
-        self._filled = np.zeros((layers, 0), np.int64)
-        """These are the watermarks: positions 0..filled-1 are stored."""
-        self._first = np.zeros((groups, 0), np.int64)
-        """Blocks before this one were freed or never needed; from here up to ``_next`` blocks are assigned."""
-        self._next = np.zeros((groups, 0), np.int64)
-        self._counts = np.zeros((groups, 0), np.int64)
-        """The sequence may hold this many blocks at once."""
-        self._promised = np.zeros((groups, 0), np.int64)
-        """This many blocks are set aside for the sequence and not assigned yet."""
-        self._addresses = np.zeros((groups, 0), np.uint64)
-        """The block tables of the sequence begin at these addresses in memory."""
-        self._grow_slots(64)
         self._losses = 0
         """This counts how often stored positions were lost: by a release, or because a window had passed a block."""
 
     @property
     def free_tokens(self) -> int:
         """The cache has space for this many more positions, in whole blocks, if no window saves space."""
-        low, high = 0, self.capacity_tokens // self.layout.block_tokens
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._fits([middle] * len(self.groups)):
-                low = middle
-            else:
-                high = middle - 1
-        return low * self.layout.block_tokens
-
-    @property
-    def sequences(self) -> Collection[int]:
-        """These sequences hold a reservation."""
-        return self._held.keys()
+        size = self.layout.block_tokens
+        return size * self._pools.most(self.capacity_tokens // size)
 
     # -- reservations
 
@@ -126,10 +89,7 @@ class KVCache:
         and are shared now, in whole blocks; every watermark of the sequence starts there. Where groups have windows,
         the result is below ``tokens``.
         """
-        if sequence in self._held:
-            raise UsageError(f"sequence {sequence} already holds a reservation; release it first")
-        if tokens < 1:
-            raise UsageError(f"sequence {sequence}: expected a reservation of at least 1 token, got {tokens}")
+        self._require_new(sequence, tokens)
         if ahead is not None and ahead < 1:
             raise UsageError(f"sequence {sequence}: expected ahead >= 1, got {ahead}")
         size = self.layout.block_tokens
@@ -140,30 +100,71 @@ class KVCache:
         needs = [min(count - len(own), total - shared // size) for count, (_, own) in zip(counts, found, strict=True)]
         for blocks, (_, own) in zip(self._blocks, found, strict=True):
             blocks.hold(own)
-        if not self._fits(needs):
+        if not self._pools.fit(needs):
             for blocks, (_, own) in zip(self._blocks, found, strict=True):
                 blocks.free(own)
             raise self._missing(sequence, tokens)
-        self._make_room(needs)
+        self._pools.make_room(needs)
 
-        if not self._free_slots:
-            self._grow_slots(2 * len(self._tokens))
-        slot = self._free_slots.pop()
-        tables = []
-        for index, (first, own) in enumerate(found):
-            table = np.full(total, -1, dtype=np.int64)
-            table[first : first + len(own)] = own
-            tables.append(table)
-            self._addresses[index, slot] = table.ctypes.data
-            self._first[index, slot], self._next[index, slot] = first, shared // size
-            self._counts[index, slot], self._totals[slot] = counts[index], total
-            self._promised[index, slot] = needs[index]
-            self._blocks[index].promised += needs[index]
-        self._tokens[slot] = tokens
-        self._frozen[slot] = shared
-        self._filled[:, slot] = shared
-        self._held[sequence] = BlockReservation(slot, tokens, ahead, tables)
+        tables = [_table(total, first, own) for first, own in found]
+        slot = self._enter(sequence, tokens, ahead, tables)
+        self._set_aside(slot, counts, needs)
+        self._first[:, slot], self._next[:, slot] = [first for first, _ in found], shared // size
+        self._frozen[slot] = self._filled[:, slot] = shared
         return shared
+
+    def derive(
+        self,
+        sequence: int,
+        tokens: int,
+        *,
+        parent: int | None = None,
+        without: tuple[int, int] = (0, 0),
+        transfer: int | None = None,
+    ) -> int:
+        """Reserve space for the positions 0..tokens-1 of a new sequence that consists of blocks that are there.
+
+        It has the blocks of ``transfer``, which belong to it from now on, then those of ``parent``, also its last one,
+        except (first, number) ``without``, which have to be full. Both sequences hold these; full ones are not
+        overwritten for the new one, and a last one that is not full only one of the two may go on with. The result is
+        how many leading positions are stored in every layer.
+
+        `CapacityError` if there is too little space. `UsageError` for blocks that are not there or not full, and where
+        layers have windows.
+        """
+        self._require_new(sequence, tokens)
+        self.require_movable()
+        if parent is None and transfer is None:
+            raise UsageError(f"sequence {sequence} is derived from neither a parent nor a transfer")
+        size, nothing = self.layout.block_tokens, [np.zeros(0, np.int64)] * len(self.groups)
+        moved = nothing if transfer is None else self.transfers.blocks(transfer)
+        kept, filled = nothing, np.zeros(len(self.layout.layers), np.int64)
+        if parent is not None:
+            first, count = without
+            self.full_blocks(parent, first, count)  # or an error
+            reservation = self._reservation(parent)
+            held = zip(reservation.tables, self._next[:, reservation.slot].tolist(), strict=True)
+            kept = [np.delete(table[:stop], np.s_[first : first + count]) for table, stop in held]
+            filled = self._filled[:, reservation.slot] - count * size
+        filled = filled + len(moved[0]) * size
+        own = [np.concatenate(parts) for parts in zip(moved, kept, strict=True)]
+        total = -(-tokens // size)
+        if filled.max() > tokens or len(own[0]) > total:
+            raise UsageError(f"sequence {sequence} has {len(own[0])} blocks of {size}, but space for {tokens} tokens")
+        needs = [total - len(blocks) for blocks in own]
+        if not self._pools.fit(needs):
+            raise self._missing(sequence, tokens)
+        self._pools.make_room(needs)
+        for blocks, shared in zip(self._blocks, kept, strict=True):
+            blocks.hold(shared.tolist())
+        if transfer is not None:
+            self.transfers.take(transfer)
+        slot = self._enter(sequence, tokens, None, [_table(total, 0, blocks) for blocks in own])
+        self._set_aside(slot, [total] * len(own), needs)
+        self._first[:, slot], self._next[:, slot] = 0, [len(blocks) for blocks in own]
+        self._filled[:, slot], complete = filled, int(filled.min())
+        self._frozen[slot] = complete // size * size
+        return complete
 
     def extend(self, sequence: int, tokens: int) -> None:
         """Reserve space for more positions than before, 0..tokens-1; `CapacityError` if there is too little."""
@@ -175,9 +176,9 @@ class KVCache:
         slot, total = reservation.slot, -(-tokens // self.layout.block_tokens)
         counts = [self._count(group, total, reservation.ahead or tokens) for group in self.groups]
         needs = [self._unassigned(i, slot, c, total) - int(self._promised[i, slot]) for i, c in enumerate(counts)]
-        if not self._fits(needs):
+        if not self._pools.fit(needs):
             raise self._missing(sequence, tokens - reservation.tokens, "more ")
-        self._make_room(needs)
+        self._pools.make_room(needs)
         for index, table in enumerate(reservation.tables):
             if total > len(table):
                 # The table grows by half, so that it is not copied each time that its sequence grows a little.
@@ -186,9 +187,7 @@ class KVCache:
                 reservation.outgrown.append((index, table))
                 reservation.tables[index] = wider
                 self._addresses[index, slot] = wider.ctypes.data
-            self._counts[index, slot] = counts[index]
-            self._promised[index, slot] += needs[index]
-            self._blocks[index].promised += needs[index]
+        self._set_aside(slot, counts, needs)
         self._totals[slot] = total
         self._tokens[slot] = reservation.tokens = tokens
 
@@ -202,30 +201,25 @@ class KVCache:
             blocks.free(table[table >= 0][::-1].tolist())
             blocks.promised -= int(self._promised[index, slot])
             blocks.tidy()
-        self._generation[slot] += 1
         self._losses += 1
-        self._free_slots.append(slot)
-        del self._held[sequence]
+        self._leave(sequence)
 
-    def filled(self, sequence: int, layer: int) -> int:
-        """Return the watermark of a layer: its positions 0..filled-1 are stored."""
-        self.shape(layer)
-        return int(self._filled[layer, self._reservation(sequence).slot])
+    def full_blocks(self, sequence: int, first: int, count: int) -> list[Integers]:
+        """Return blocks of a sequence in each group, as byte offsets; `UsageError` unless they are full in every
+        layer."""
+        self.require_movable()
+        stop, complete = first + count, self.complete(sequence) // self.layout.block_tokens
+        if not 0 <= first <= stop <= complete:
+            raise UsageError(
+                f"sequence {sequence} has {complete} full blocks; expected {stop} at least, from {first} on"
+            )
+        return [table[first:stop].copy() for table in self._reservation(sequence).tables]
 
-    def reserved(self, sequence: int) -> int | None:
-        """Return how many positions a sequence has space for; None if it holds no reservation."""
-        reservation = self._held.get(sequence)
-        return None if reservation is None else reservation.tokens
-
-    def complete(self, sequence: int) -> int:
-        """Return how many leading positions of a sequence are stored in every layer."""
-        return int(self._filled[:, self._reservation(sequence).slot].min())
-
-    def behind(self, runs: Sequence[Run]) -> tuple[Run, ...]:
-        """Return the runs before whose start some position is not stored yet in some layer."""
-        slots = np.array([self._reservation(run.sequence).slot for run in runs], dtype=np.int64)
-        late = self._filled[:, slots].min(axis=0) < np.array([run.start for run in runs], dtype=np.int64)
-        return tuple(run for run, is_late in zip(runs, late.tolist(), strict=True) if is_late) if late.any() else ()
+    def require_movable(self) -> None:
+        """Raise `UsageError` where layers have windows: blocks behind these are gone, and others depend on positions."""
+        if self._windowed:
+            window = self.groups[self._windowed[0]].window
+            raise UsageError(f"blocks cannot be moved or derived, as layers have a window of {window} tokens")
 
     # -- prompts that are shared
 
@@ -357,12 +351,6 @@ class KVCache:
         if not placement.store:
             raise UsageError("rows that were planned without store are to be stored; plan them with it")
 
-    def shape(self, layer: int) -> LayerShape:
-        """Return the shape of a layer; `UsageError` if there is no such layer."""
-        if not 0 <= layer < len(self.layout.layers):
-            raise UsageError(f"layer {layer}: expected 0 <= layer < {len(self.layout.layers)}")
-        return self.layout.layers[layer]
-
     def group_of(self, layer: int) -> int:
         """Return the number of the layer group to which a layer belongs."""
         return self._group_of[layer]
@@ -373,11 +361,18 @@ class KVCache:
 
     # -- inside
 
-    def _reservation(self, sequence: int) -> BlockReservation:
-        reservation = self._held.get(sequence)
-        if reservation is None:
-            raise UsageError(f"sequence {sequence} holds no reservation in this KV cache")
-        return reservation
+    def _require_new(self, sequence: int, tokens: int) -> None:
+        if sequence in self._held:
+            raise UsageError(f"sequence {sequence} already holds a reservation; release it first")
+        if tokens < 1:
+            raise UsageError(f"sequence {sequence}: expected a reservation of at least 1 token, got {tokens}")
+
+    def _set_aside(self, slot: int, counts: Sequence[int], needs: Sequence[int]) -> None:
+        """Promise a sequence ``needs`` more blocks of each group, of which it may hold ``counts`` at once."""
+        self._counts[:, slot] = counts
+        for index, need in enumerate(needs):
+            self._promised[index, slot] += need
+            self._blocks[index].promised += need
 
     def _count(self, group: LayerGroup, total: int, ahead: int) -> int:
         """Return how many blocks of a group a sequence can hold at once."""
@@ -397,22 +392,6 @@ class KVCache:
             own = [blocks.find(key) for key in keys[first:]]
             found.append((first, [block for block in own if block is not None]))
         return found
-
-    def _fits(self, needs: Sequence[int]) -> bool:
-        """Return whether each group could promise this many more blocks."""
-        wanted = sum(blocks.extents_for(need) for blocks, need in zip(self._blocks, needs, strict=True))
-        beyond = sum(blocks.extents_beyond(need) for blocks, need in zip(self._blocks, needs, strict=True))
-        return wanted <= self._pool.available + beyond
-
-    def _make_room(self, needs: Sequence[int]) -> None:
-        """Take the extents that the promises need, from other groups if the pool has none left; see `_fits`."""
-        for blocks, need in zip(self._blocks, needs, strict=True):
-            for _ in range(blocks.extents_for(need)):
-                if self._pool.available < 1:
-                    next(b for b, n in zip(self._blocks, needs, strict=True) if b.extents_beyond(n)).shrink()
-                blocks.grow()
-        for blocks, need in zip(self._blocks, needs, strict=True):
-            blocks.keep_idle(need)
 
     def _new_first(
         self, group: int, rows: Rows, slots: Integers, starts: Integers, last: Integers, *, attend: bool
@@ -479,17 +458,9 @@ class KVCache:
             f"{self.free_tokens} of {self.capacity_tokens} are free"
         )
 
-    def _grow_slots(self, slots: int) -> None:
-        """Make room for this many sequences at once."""
-        before = len(self._tokens)
-        self._free_slots += range(slots - 1, before - 1, -1)
 
-        def widened(array: NDArray[T]) -> NDArray[T]:
-            more = np.zeros((*array.shape[:-1], slots - before), array.dtype)
-            return np.concatenate([array, more], axis=-1)
-
-        self._tokens, self._totals = widened(self._tokens), widened(self._totals)
-        self._frozen, self._generation = widened(self._frozen), widened(self._generation)
-        self._filled, self._addresses = widened(self._filled), widened(self._addresses)
-        self._first, self._next = widened(self._first), widened(self._next)
-        self._counts, self._promised = widened(self._counts), widened(self._promised)
+def _table(total: int, first: int, blocks: Sequence[int] | Integers) -> Integers:
+    """Return a block table of this length, with blocks from number ``first`` on."""
+    table = np.full(total, -1, dtype=np.int64)
+    table[first : first + len(blocks)] = blocks
+    return table

@@ -15,6 +15,9 @@ SCALED = frozenset({"float8_e4m3fn", "int8"})
 
 SCALE_BYTES = 4
 
+ALIGNMENT = 64
+"""Extents, blocks and the parts of blocks begin at multiples of this many bytes, a cache line."""
+
 MAX_SIZE = 1 << 16
 """A layer has at most this many heads, a head this many numbers and a block this many tokens: far more than any model
 needs, and few enough that kernels may multiply two of them."""
@@ -106,6 +109,19 @@ class KVLayout:
         return sum(
             layer.kv_heads * ((layer.qk_dim + layer.v_dim) * ITEM_BYTES[self.dtype] + scales) for layer in self.layers
         )
+
+
+def plain_parts(shape: LayerShape, dtype: str, block_tokens: int) -> list[int]:
+    """Return the bytes of each part of a block of one layer in its plain form.
+
+    In this form blocks move from one cache to another, whatever backends these have; it is also that in which the
+    reference backend stores them. Its parts are k [block_tokens, Hkv, Dk], v [block_tokens, Hkv, Dv] and, where the
+    type has scales, those of k and those of v, float32 [block_tokens, Hkv]. Each is padded to whole cache lines.
+    """
+    rows = [shape.kv_heads * dim * ITEM_BYTES[dtype] for dim in (shape.qk_dim, shape.v_dim)]
+    if dtype in SCALED:
+        rows += [shape.kv_heads * SCALE_BYTES] * 2
+    return [-(-row * block_tokens // ALIGNMENT) * ALIGNMENT for row in rows]
 
 
 def window_blocks(window: int, ahead: int, block_tokens: int) -> int:

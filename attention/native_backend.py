@@ -6,7 +6,7 @@ A block holds the KV heads of a layer one after the other, each in pages of 16 t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.attention.backend import Plan, check_key_value, check_past, check_query
+from lamina.attention.backend import Plan, check_key_value, check_past, check_plain, check_query
 from lamina.attention.cache import KVCache
 from lamina.attention.layout import LayerShape
 from lamina.attention.native.library import KernelLayer, KernelStep, Workers, load
 from lamina.attention.partial import Partial
-from lamina.attention.placement import Addresses, BlockPlacement
+from lamina.attention.placement import Addresses, BlockPlacement, Integers
 from lamina.attention.rows import Rows
 from lamina.errors import ConfigError
 
@@ -163,8 +163,20 @@ class NativeBackend:
         self.cache.advance(layer, plan.placement)
         return out
 
+    def read(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        self._copy(_library.lamina_unpack, layer, blocks, plain)
+
+    def write(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        self._copy(_library.lamina_pack, layer, blocks, plain)
+
     def close(self) -> None:
         self.workers.close()
+
+    def _copy(self, copy: Callable[..., int], layer: int, blocks: Integers, plain: Tensor) -> None:
+        check_plain(layer, self.cache, blocks, plain)
+        own = byref(self._layers[torch.float32][layer])  # the type of inputs plays no part
+        blocks = np.ascontiguousarray(blocks)
+        copy(self.workers.handle, own, blocks.ctypes.data, len(blocks), plain.data_ptr(), plain.shape[1])
 
     def _plan(self, placement: BlockPlacement) -> NativePlan:
         addresses = np.ascontiguousarray(placement.addresses)

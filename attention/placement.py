@@ -33,10 +33,10 @@ class BlockPlacement:
     """The rows of a step are stored here: number i in each array belongs to ``rows.runs[i]``.
 
     The positions of a run begin at ``starts``, are ``counts`` in number and end before ``stops``; ``row_starts`` is its
-    first row. Positions below ``frozen`` are in published blocks, which are not overwritten. ``addresses``, uint64
-    [groups, runs], are the addresses of the block tables in memory. ``attend`` and ``store`` are what was given to
-    `KVCache.place`. ``sound`` says for each layer that `KVCache.require_past` has nothing to find, as long as the cache
-    still counts ``losses``.
+    first row. Positions below ``frozen`` are in blocks that are published or shared, which are not overwritten.
+    ``addresses``, uint64 [groups, runs], are the addresses of the block tables in memory. ``attend`` and ``store`` are
+    what was given to `KVCache.place`. ``sound`` says for each layer that `KVCache.require_past` has nothing to find, as
+    long as the cache still counts ``losses``.
     """
 
     rows: Rows

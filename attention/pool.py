@@ -16,10 +16,8 @@ import numpy as np
 import torch
 
 from lamina.attention.available import available_bytes
+from lamina.attention.layout import ALIGNMENT
 from lamina.errors import CapacityError, ConfigError, UsageError
-
-ALIGNMENT = 64
-"""Extents and blocks begin at multiples of this many bytes, a cache line."""
 
 EXTENT_BYTES = 2 << 20
 """Extents have this size where memory is plentiful: that of a huge page."""

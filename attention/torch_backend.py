@@ -3,8 +3,7 @@
 The runs of a step are cut into pieces of a few queries. Pieces with equally many queries attend together: their
 contexts are gathered from the cache and padded to the longest. Only stored positions are ever read.
 
-A layer has four parts in a block: k [block_tokens, Hkv, Dk], v [block_tokens, Hkv, Dv], and, where the type has scales,
-those of k and those of v, float32 [block_tokens, Hkv]. Each part begins at a multiple of 64 bytes.
+A block holds each layer in its plain form: see `lamina.attention.layout.plain_parts`.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.attention.backend import Plan, check_key_value, check_past, check_query
+from lamina.attention.backend import Plan, check_key_value, check_past, check_plain, check_query
 from lamina.attention.cache import KVCache
 from lamina.attention.dense import attend_visible, visible_keys
-from lamina.attention.layout import ITEM_BYTES, SCALE_BYTES, SCALED, LayerShape
+from lamina.attention.layout import ALIGNMENT, SCALED, LayerShape, plain_parts
 from lamina.attention.partial import Partial, add_sinks, merge
 from lamina.attention.placement import BlockPlacement, Integers
-from lamina.attention.pool import ALIGNMENT
 from lamina.attention.quantise import dequantise, quantise
 from lamina.attention.rows import Rows
 
@@ -119,7 +117,7 @@ class TorchBackend:
     @staticmethod
     def layer_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> int:
         """Return the bytes of a block in one layer."""
-        return sum(_part_bytes(shape, dtype, block_tokens))
+        return sum(plain_parts(shape, dtype, block_tokens))
 
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         shape = self.cache.shape(layer)
@@ -154,8 +152,22 @@ class TorchBackend:
         # The new tokens are read back from the cache, so that they weigh exactly what they will weigh in later steps.
         return add_sinks(merge(past, self._attend(plan.new[group], layer, q)), shape.sinks)
 
+    def read(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        for row, block in zip(self._plain(layer, blocks, plain), plain, strict=True):
+            block.copy_(row)
+
+    def write(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        for row, block in zip(self._plain(layer, blocks, plain), plain, strict=True):
+            row.copy_(block)
+
     def close(self) -> None:
         self._stores.clear()
+
+    def _plain(self, layer: int, blocks: Integers, plain: Tensor) -> list[Tensor]:
+        """Return the bytes of a layer in each of the blocks."""
+        check_plain(layer, self.cache, blocks, plain)
+        offset, size = self.cache.layer_offset(layer), plain.shape[1]
+        return [self.cache.memory.tensor[start : start + size] for start in (blocks + offset).tolist()]
 
     # -- storing
 
@@ -264,7 +276,7 @@ class _LayerStore:
             rows += [(torch.float32, (heads,))] * 2
         self.parts: list[_LayerPart] = []
         start = cache.layer_offset(layer)
-        for row, nbytes in zip(rows, _part_bytes(shape, name, cache.layout.block_tokens), strict=True):
+        for row, nbytes in zip(rows, plain_parts(shape, name, cache.layout.block_tokens), strict=True):
             self.parts.append(_LayerPart(cache.memory.tensor, start, *row))
             start += nbytes
 
@@ -297,13 +309,6 @@ class _LayerPart:
 
     def write(self, rows: Tensor, values: Tensor) -> None:
         self._rows.index_copy_(0, rows, values.reshape(-1, self.width).view(self._rows.dtype))
-
-
-def _part_bytes(shape: LayerShape, dtype: str, block_tokens: int) -> list[int]:
-    rows = [shape.kv_heads * dim * ITEM_BYTES[dtype] for dim in (shape.qk_dim, shape.v_dim)]
-    if dtype in SCALED:
-        rows += [shape.kv_heads * SCALE_BYTES] * 2
-    return [-(-row * block_tokens // ALIGNMENT) * ALIGNMENT for row in rows]
 
 
 def _pieces(rows: Rows, window: int | None, *, new: bool) -> Iterator[QueryPiece]:

@@ -9,7 +9,7 @@ from lamina.errors import TransportError
 from lamina.runtime.network import Network
 from lamina.runtime.sockets import Sockets
 from lamina.transport import Address, Hello, Link, Options
-from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Spans, Status
+from lamina.wire.admin import AskSpans, AskStatus, Drain, Draining, Probe, Probed, Record, Spans, Status
 from lamina.wire.codec import Message, decode
 from lamina.wire.questions import Questions
 
@@ -58,6 +58,11 @@ class AdminClient:
         probed: Probed = await self._questions.ask(Probe(node=node, kind=kind), Probed)
         return probed
 
+    async def drain(self, node: str, patience_s: float) -> Draining:
+        """Have the front let a memory node leave, or tell how far that is; see `lamina.wire.admin.Drain`."""
+        draining: Draining = await self._questions.ask(Drain(node=node, patience=patience_s), Draining)
+        return draining
+
     async def close(self) -> None:
         """Close the link."""
         await self._link.close()
@@ -75,7 +80,7 @@ class AdminClient:
         await self.close()
 
     def _on_message(self, plain: dict[str, Any]) -> None:
-        message: Message = decode(plain, Status | Spans | Probed)
+        message: Message = decode(plain, Status | Spans | Probed | Draining)
         self._questions.answer(message, type(message))
 
     def _on_lost(self, error: TransportError) -> None:

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from lamina.errors import ConfigError, LaminaError
 from lamina.log import report_failure
-from lamina.ops.cli import ConfigFile, Json, doctor, status, top, trace
+from lamina.ops.cli import ConfigFile, Json, doctor, drain, status, top, trace
 from lamina.runtime.cpu import let_idle_threads_sleep
 from lamina.serve.cli import batch, serve
 from lamina.table import discard_output
@@ -388,6 +388,7 @@ def convert(
 
 app.command()(doctor)
 app.command()(trace)
+app.command()(drain)
 
 
 @app.command()

@@ -14,6 +14,7 @@
     │   ├── ProtocolError         the peer sent something that the protocol does not allow
     │   └── PeerLostError         the peer died, closed the connection or fell silent
     │       └── PeerSilentError   the peer fell silent: it hangs, or the network is cut
+    ├── MoveError                 blocks could not be moved from one memory node to another
     ├── DeadlineError             an answer took longer than its request allowed
     ├── NodeError                 a node is lost, or reports a failure of its own; names the node
     │   ├── SpaceLostError        a memory node no longer has what a step needs of some sequences
@@ -115,6 +116,10 @@ class PeerLostError(TransportError):
 
 class PeerSilentError(PeerLostError):
     """The peer was silent for longer than ``peer_timeout``, while its connection was open."""
+
+
+class MoveError(LaminaError):
+    """Blocks could not be moved from one memory node to another. Nothing has changed, and both nodes may be well."""
 
 
 class DeadlineError(LaminaError):

@@ -16,3 +16,5 @@ MAX_BYTES = 2**60
 """The largest size that a file or message may name, far beyond the memory of any machine."""
 MAX_LEASE = 3600
 """The most seconds for which what belongs to a lost node may be kept."""
+MAX_MOVED = 512
+"""The most parts of one sequence that may lie elsewhere than by the rule of its placement."""

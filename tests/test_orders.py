@@ -20,12 +20,16 @@ from lamina.wire.parts import Part, Reassembly
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling, Score
 
-LIMITS = Limits(slots=2, tokens=16, memory_nodes=frozenset({0, 1, 2}), context=100, vocabulary=1000)
+LIMITS = Limits(slots=2, tokens=16, memory_nodes=frozenset({0, 1, 2}), context=100, vocabulary=1000, block_tokens=4)
 RUN = TokenRun(7, 10, [1, 2], Placement((0, 2), 256), choice=Choice(Sampling(seed=0), 12))
 
 
 def order(*runs: TokenRun, slot: int = 0) -> Order:
     return Order(epoch=1, slot=slot, step=3, runs=list(runs))
+
+
+def moved(*parts: tuple[int, int, int]) -> TokenRun:
+    return changed(RUN, placement=replace(RUN.placement, moved=parts))
 
 
 TOKENS = st.lists(st.integers(0, 999), max_size=5).map(lambda tokens: array("i", tokens).tobytes())
@@ -35,13 +39,23 @@ def chosen(**changes: Any) -> Order:
     return order(changed(RUN, choice=changed(RUN.choice, **changes)))
 
 
+def batched(bounds: list[int]) -> list[tuple[int, int]]:
+    """Every second gap between bounds."""
+    return list(zip(bounds[::2], bounds[1::2], strict=False))
+
+
 RUNS = st.builds(
     TokenRun,
     st.integers(0, 2**40),
     st.integers(0, 50),
     st.lists(st.integers(0, 999), min_size=1, max_size=4),
     st.builds(
-        Placement, st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple), st.none() | st.integers(1, 256)
+        Placement,
+        st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple),
+        st.none() | st.integers(1, 256),
+        st.sets(st.integers(0, 25), max_size=6).map(
+            lambda bounds: tuple((4 * a, 4 * b, 1) for a, b in batched(sorted(bounds)))
+        ),
     ),
     st.just(0),
     st.none()
@@ -105,6 +119,13 @@ def test_a_choice_without_a_seed_is_refused() -> None:
         (order(changed(RUN, placement=Placement((-1,)))), "memory nodes among"),
         (order(changed(RUN, placement=Placement(()))), "memory nodes among"),
         (order(changed(RUN, placement=replace(RUN.placement, stripe=0))), "stripe=0"),
+        (order(moved((0, 4, 3))), "memory nodes among"),
+        (order(moved((4, 12, 1), (8, 16, 2))), "moved parts"),
+        (order(moved((8, 12, 1), (0, 4, 2))), "moved parts"),
+        (order(moved((0, 6, 1))), "whole blocks of 4"),
+        (order(moved((4, 4, 1))), "moved parts"),
+        (order(moved((0, 400, 1))), "moved parts"),
+        (order(moved((-4, 4, 1))), "moved parts"),
         (order(changed(RUN, start=99)), "positions below 100"),
         (order(changed(RUN, local_tokens=2**39)), "positions below 100"),
         (order(changed(RUN, tokens=[1000])), "tokens below 1000"),

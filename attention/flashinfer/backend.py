@@ -96,6 +96,12 @@ class FlashInferBackend:
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         self._torch.append(layer, rows, k, v)
 
+    def read(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        self._torch.read(layer, blocks, plain)
+
+    def write(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        self._torch.write(layer, blocks, plain)
+
     def close(self) -> None:
         self._idle_decodes.clear()
         self._idle_prefills.clear()

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lamina.attention.cache import KVCache
+from lamina.attention.layout import ALIGNMENT
 from lamina.attention.placement import Integers
-from lamina.attention.pool import ALIGNMENT
 from lamina.attention.torch_backend import TorchBackend
 from lamina.errors import ConfigError
 

@@ -594,7 +594,9 @@ inline void round_row(const float *row, int n, int type, void *to, float &scale)
     }
 }
 
-// Write 16 pairs of numbers, one of each row.
+// Write 16 pairs of numbers, one of each row; and the reverse.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Pairs __attribute__((vector_size(32)));
 inline void interleave(const uint16_t *a, const uint16_t *b, uint16_t *to) {
     for (int d = 0; d < 16; d += W) {
         const U low = __builtin_convertvector(load<H>(a + d), U), high = __builtin_convertvector(load<H>(b + d), U);
@@ -602,46 +604,130 @@ inline void interleave(const uint16_t *a, const uint16_t *b, uint16_t *to) {
     }
 }
 inline void interleave(const uint8_t *a, const uint8_t *b, uint8_t *to) {
-    for (int d = 0; d < 16; ++d) to[2 * d] = a[d], to[2 * d + 1] = b[d];
+    store(to, __builtin_convertvector(load<Bytes>(a), Pairs) | __builtin_convertvector(load<Bytes>(b), Pairs) << 8);
 }
 inline void interleave(const uint32_t *, const uint32_t *, uint32_t *) {}  // no type of 32 bits is stored in pairs
 
-// to[i * PAGE + t] = from[t * n + i], for `tokens` tokens t and n numbers or pairs i, a multiple of 8.
+inline void separate(const uint16_t *from, uint16_t *a, uint16_t *b) {
+    for (int d = 0; d < 16; d += W) {
+        const U pairs = load<U>(from + 2 * d);
+        store(a + d, __builtin_convertvector(pairs, H));
+        store(b + d, __builtin_convertvector(pairs >> 16, H));
+    }
+}
+inline void separate(const uint8_t *from, uint8_t *a, uint8_t *b) {
+    const Pairs pairs = load<Pairs>(from);
+    store(a, __builtin_convertvector(pairs & 0xff, Bytes));
+    store(b, __builtin_convertvector(pairs >> 8, Bytes));
+}
+inline void separate(const uint32_t *, uint32_t *, uint32_t *) {}
+
+// to[i * to_stride + t] = from[t * from_stride + i], for 8 x 8 numbers or pairs.
 template <class T>
-inline void transpose(const T *from, int tokens, int n, T *to) {
-    for (int i = 0; i < n; ++i)
-        for (int t = 0; t < tokens; ++t) to[i * PAGE + t] = from[t * n + i];
+inline void transpose8(const T *from, int64_t from_stride, T *to, int64_t to_stride) {
+    for (int i = 0; i < 8; ++i)
+        for (int t = 0; t < 8; ++t) to[i * to_stride + t] = from[t * from_stride + i];
 }
 #if __has_builtin(__builtin_shufflevector)
-inline void transpose(const uint32_t *from, int tokens, int n, uint32_t *to) {
+inline void transpose8(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride) {
     typedef uint32_t U8 __attribute__((vector_size(32)));
-    if (tokens != PAGE) return transpose<uint32_t>(from, tokens, n, to);
-    for (int i = 0; i < n; i += 8)
-        for (int t = 0; t < PAGE; t += 8) {  // 8 x 8 at a time: by numbers, by pairs, by fours
-            U8 a[8], b[8];
-            for (int r = 0; r < 8; ++r) a[r] = load<U8>(from + (t + r) * n + i);
-            for (int r = 0; r < 8; r += 2) {
-                b[r] = __builtin_shufflevector(a[r], a[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-                b[r + 1] = __builtin_shufflevector(a[r], a[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-            }
-            for (int r = 0; r < 8; r += 4)
-                for (int h = 0; h < 2; ++h) {
-                    a[r + 2 * h] = __builtin_shufflevector(b[r + h], b[r + 2 + h], 0, 1, 8, 9, 4, 5, 12, 13);
-                    a[r + 2 * h + 1] = __builtin_shufflevector(b[r + h], b[r + 2 + h], 2, 3, 10, 11, 6, 7, 14, 15);
-                }
-            for (int r = 0; r < 4; ++r) {
-                const U8 low = __builtin_shufflevector(a[r], a[r + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-                const U8 high = __builtin_shufflevector(a[r], a[r + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-                store(to + (i + r) * PAGE + t, low);
-                store(to + (i + r + 4) * PAGE + t, high);
-            }
+    U8 a[8], b[8];  // by numbers, by pairs, by fours
+    for (int r = 0; r < 8; ++r) a[r] = load<U8>(from + r * from_stride);
+    for (int r = 0; r < 8; r += 2) {
+        b[r] = __builtin_shufflevector(a[r], a[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        b[r + 1] = __builtin_shufflevector(a[r], a[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int r = 0; r < 8; r += 4)
+        for (int h = 0; h < 2; ++h) {
+            a[r + 2 * h] = __builtin_shufflevector(b[r + h], b[r + 2 + h], 0, 1, 8, 9, 4, 5, 12, 13);
+            a[r + 2 * h + 1] = __builtin_shufflevector(b[r + h], b[r + 2 + h], 2, 3, 10, 11, 6, 7, 14, 15);
         }
+    for (int r = 0; r < 4; ++r) {
+        const U8 low = __builtin_shufflevector(a[r], a[r + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        const U8 high = __builtin_shufflevector(a[r], a[r + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        store(to + r * to_stride, low);
+        store(to + (r + 4) * to_stride, high);
+    }
+}
+inline void transpose8(const uint16_t *from, int64_t from_stride, uint16_t *to, int64_t to_stride) {
+    typedef uint16_t H8 __attribute__((vector_size(16)));
+    H8 a[8], b[8];
+    for (int r = 0; r < 8; ++r) a[r] = load<H8>(from + r * from_stride);
+    for (int round = 0; round < 3; ++round) {  // each shuffles rows and columns perfectly
+        for (int r = 0; r < 4; ++r) {
+            b[2 * r] = __builtin_shufflevector(a[r], a[r + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            b[2 * r + 1] = __builtin_shufflevector(a[r], a[r + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+        for (int r = 0; r < 8; ++r) a[r] = b[r];
+    }
+    for (int r = 0; r < 8; ++r) store(to + r * to_stride, a[r]);
 }
 #endif
+
+// to[i * PAGE + t] = from[t * stride + i], for `tokens` tokens t and n numbers or pairs i, a multiple of 8.
+template <class T>
+inline void transpose(const T *from, int64_t stride, int tokens, int n, T *to) {
+    for (int i = 0; i < n; i += 8) {
+        if (tokens == PAGE) {
+            transpose8(from + i, stride, to + i * PAGE, PAGE);
+            transpose8(from + 8 * stride + i, stride, to + i * PAGE + 8, PAGE);
+            continue;
+        }
+        for (int j = i; j < i + 8; ++j)
+            for (int t = 0; t < tokens; ++t) to[j * PAGE + t] = from[t * stride + j];
+    }
+}
+
+// The reverse, for all tokens of a page: to[t * stride + i] = from[i * PAGE + t].
+template <class T>
+inline void transpose_back(const T *from, int n, T *to, int64_t stride) {
+    for (int i = 0; i < n; i += 8) {
+        transpose8(from + i * PAGE, PAGE, to + i, stride);
+        transpose8(from + i * PAGE + 8, PAGE, to + 8 * stride + i, stride);
+    }
+}
 
 // A pair holds two neighbouring numbers.
 template <class T>
 using Pair = std::conditional_t<sizeof(T) == 1, uint16_t, std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>>;
+
+// Put the rows of `tokens` tokens, each of `width` numbers, `stride` numbers apart, into a page of K or V, from token
+// `at` on.
+template <class T>
+inline void put_rows(int type, bool is_v, const T *rows, int64_t stride, int width, int at, int tokens, T *page) {
+    if (!is_v && paired(type))
+        return transpose((const Pair<T> *)rows, stride / 2, tokens, width / 2, (Pair<T> *)page + at);
+    if (!is_v) return transpose(rows, stride, tokens, width, page + at);
+    for (int c = 0; c < width / 16; ++c)
+        for (int t = 0; t < tokens; ++t) {
+            T *line = page + (c * (PAGE / 2) + (at + t) / 2) * LINE;
+            const T *from = rows + t * stride + c * 16;
+            if (paired(type) && (at + t) % 2 == 0 && t + 1 < tokens)
+                interleave(from, from + stride, line), ++t;
+            else if (paired(type))
+                for (int d = 0; d < 16; ++d) line[2 * d + (at + t) % 2] = from[d];
+            else
+                std::memcpy(line + (at + t) % 2 * 16, from, 16 * sizeof(T));
+        }
+}
+
+// Get the rows of all tokens of a page of K or V.
+template <class T>
+inline void get_rows(int type, bool is_v, const T *page, int width, T *rows, int64_t stride) {
+    if (!is_v && paired(type)) return transpose_back((const Pair<T> *)page, width / 2, (Pair<T> *)rows, stride / 2);
+    if (!is_v) return transpose_back(page, width, rows, stride);
+    for (int c = 0; c < width / 16; ++c)
+        for (int t = 0; t < PAGE; t += 2) {
+            const T *line = page + (c * (PAGE / 2) + t / 2) * LINE;
+            T *to = rows + t * stride + c * 16;
+            if (paired(type)) {
+                separate(line, to, to + stride);
+                continue;
+            }
+            std::memcpy(to, line, 16 * sizeof(T));
+            std::memcpy(to + stride, line + 16, 16 * sizeof(T));
+        }
+}
 
 template <class T>
 void append_as(const Layer &layer, const Step &step, const void *k, const void *v, const Piece &piece, Scratch &s) {
@@ -674,23 +760,7 @@ void append_as(const Layer &layer, const Step &step, const void *k, const void *
                 round_row(s.o, width, layer.kv_type, staged + t * width, scale);
                 if (scaled(layer.kv_type)) (which ? to.v_scales : to.k_scales)[at + t] = scale;
             }
-            T *page = (T *)(which ? to.v : to.k);
-            if (!which && paired(layer.kv_type))
-                transpose((const Pair<T> *)staged, tokens, width / 2, (Pair<T> *)page + at);
-            else if (!which)
-                transpose(staged, tokens, width, page + at);
-            else
-                for (int c = 0; c < width / 16; ++c)
-                    for (int t = 0; t < tokens; ++t) {
-                        T *line = page + (c * (PAGE / 2) + (at + t) / 2) * LINE;
-                        const T *from = staged + t * width + c * 16;
-                        if (paired(layer.kv_type) && (at + t) % 2 == 0 && t + 1 < tokens)
-                            interleave(from, from + width, line), ++t;
-                        else if (paired(layer.kv_type))
-                            for (int d = 0; d < 16; ++d) line[2 * d + (at + t) % 2] = from[d];
-                        else
-                            std::memcpy(line + (at + t) % 2 * 16, from, 16 * sizeof(T));
-                    }
+            put_rows(layer.kv_type, which, staged, width, width, at, tokens, (T *)(which ? to.v : to.k));
         }
         token += tokens;
     }
@@ -701,6 +771,77 @@ void append(const Layer &layer, const Step &step, const void *k, const void *v, 
         case 4: return append_as<uint32_t>(layer, step, k, v, piece, s);
         case 2: return append_as<uint16_t>(layer, step, k, v, piece, s);
         default: return append_as<uint8_t>(layer, step, k, v, piece, s);
+    }
+}
+
+// -- blocks in the form in which they are moved
+
+template <class T>
+void unpack_as(const Layer &layer, const Block &block, Scratch &s) {
+    const int heads = layer.kv_heads, head = block.head, type = layer.kv_type, dims[2] = {layer.qk_dim, layer.v_dim};
+    const PlainBlock plain(layer, block.plain);
+    for (int page = 0; page < layer.pages(); ++page) {
+        const Place from = place(layer, &block.at, head, page);
+        for (int which = 0; which < 2; ++which) {
+            const int dim = dims[which], width = padded(dim);
+            const int64_t stride = int64_t(heads) * dim;
+            const T *own = (const T *)(which ? from.v : from.k);
+            T *to = (T *)(which ? plain.v : plain.k) + page * PAGE * stride + head * dim;
+            if (dim == width) {
+                get_rows(type, which, own, width, to, stride);
+            } else {
+                T *rows = (T *)s.q;
+                get_rows(type, which, own, width, rows, width);
+                for (int t = 0; t < PAGE; ++t) std::memcpy(to + t * stride, rows + t * width, dim * sizeof(T));
+            }
+            if (!scaled(type)) continue;
+            float *scales = (which ? plain.v_scales : plain.k_scales) + int64_t(page) * PAGE * heads + head;
+            for (int t = 0; t < PAGE; ++t) scales[int64_t(t) * heads] = (which ? from.v_scales : from.k_scales)[t];
+        }
+    }
+}
+
+template <class T>
+void pack_as(const Layer &layer, const Block &block, Scratch &s) {
+    const int heads = layer.kv_heads, head = block.head, type = layer.kv_type, dims[2] = {layer.qk_dim, layer.v_dim};
+    const PlainBlock plain(layer, block.plain);
+    for (int page = 0; page < layer.pages(); ++page) {
+        const Place to = place(layer, &block.at, head, page);
+        for (int which = 0; which < 2; ++which) {
+            const int dim = dims[which], width = padded(dim);
+            const int64_t stride = int64_t(heads) * dim;
+            T *own = (T *)(which ? to.v : to.k);
+            const T *from = (const T *)(which ? plain.v : plain.k) + page * PAGE * stride + head * dim;
+            if (dim == width) {
+                put_rows(type, which, from, stride, width, 0, PAGE, own);
+            } else {
+                T *rows = (T *)s.q;
+                for (int t = 0; t < PAGE; ++t) {
+                    std::memcpy(rows + t * width, from + t * stride, dim * sizeof(T));
+                    std::memset(rows + t * width + dim, 0, (width - dim) * sizeof(T));
+                }
+                put_rows(type, which, rows, width, width, 0, PAGE, own);
+            }
+            if (!scaled(type)) continue;
+            const float *scales = (which ? plain.v_scales : plain.k_scales) + int64_t(page) * PAGE * heads + head;
+            for (int t = 0; t < PAGE; ++t) (which ? to.v_scales : to.k_scales)[t] = scales[int64_t(t) * heads];
+        }
+    }
+}
+
+void unpack(const Layer &layer, const Block &block, Scratch &s) {
+    switch (item_bytes(layer.kv_type)) {
+        case 4: return unpack_as<uint32_t>(layer, block, s);
+        case 2: return unpack_as<uint16_t>(layer, block, s);
+        default: return unpack_as<uint8_t>(layer, block, s);
+    }
+}
+
+void pack(const Layer &layer, const Block &block, Scratch &s) {
+    switch (item_bytes(layer.kv_type)) {
+        case 4: return pack_as<uint32_t>(layer, block, s);
+        case 2: return pack_as<uint16_t>(layer, block, s);
+        default: return pack_as<uint8_t>(layer, block, s);
     }
 }
 
@@ -718,6 +859,6 @@ uint64_t read(const uint8_t *bytes, size_t count) {
 }  // namespace
 
 extern const Kernel LAMINA_JOIN(LAMINA_ISA, _kernel);
-const Kernel LAMINA_JOIN(LAMINA_ISA, _kernel) = {LAMINA_STRING(LAMINA_ISA), attend, append, read};
+const Kernel LAMINA_JOIN(LAMINA_ISA, _kernel) = {LAMINA_STRING(LAMINA_ISA), attend, append, unpack, pack, read};
 
 }  // namespace lamina

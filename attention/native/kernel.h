@@ -94,6 +94,28 @@ struct Piece {
     int64_t first, count;
 };
 
+// Blocks move from one memory node to another in a plain form, that of the reference backend: k [tokens, Hkv, Dk], v
+// [tokens, Hkv, Dv] and, for 8-bit types, their scales, [tokens, Hkv] each. Each part begins at a multiple of 64 bytes.
+struct PlainBlock {
+    uint8_t *k, *v;
+    float *k_scales, *v_scales;
+
+    PlainBlock(const Layer &layer, uint8_t *plain) : k(plain) {
+        const size_t rows = size_t(layer.block_tokens) * layer.kv_heads, item = item_bytes(layer.kv_type);
+        v = k + whole_lines(rows * layer.qk_dim * item);
+        k_scales = (float *)(v + whole_lines(rows * layer.v_dim * item));
+        v_scales = (float *)((uint8_t *)k_scales + whole_lines(rows * sizeof(float)));
+    }
+    static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+};
+
+// One KV head of a block, in the cache at the byte offset `at`, and the block in its plain form.
+struct Block {
+    int64_t at;
+    int32_t head;
+    uint8_t *plain;
+};
+
 // An attention call reads and writes this. o: [T, Hq, Dv]; lse: [T, Hq].
 struct Call {
     const void *q;
@@ -118,6 +140,9 @@ struct Kernel {
     void (*attend)(const Layer &, const Step &, const Call &, const Chunk &, Scratch &);
     // k: [T, Hkv, Dk]; v: [T, Hkv, Dv], of the layer's input type.
     void (*append)(const Layer &, const Step &, const void *k, const void *v, const Piece &, Scratch &);
+    // Copy one KV head of a block out of the cache, into its plain form; and the reverse.
+    void (*unpack)(const Layer &, const Block &, Scratch &);
+    void (*pack)(const Layer &, const Block &, Scratch &);
     // Read all of the bytes, a multiple of 4096, with vector loads; the result depends on every one of them.
     uint64_t (*read)(const uint8_t *, size_t);
 };

@@ -14,7 +14,7 @@ from torch import Tensor
 from lamina.attention.native.build import LIBRARY
 from lamina.errors import CapacityError, ConfigError, UsageError
 
-ABI = 2
+ABI = 3
 """This number has to equal ``ABI`` in workers.cpp."""
 
 REBUILD = "install g++ and run: python -m lamina.attention.native.build"
@@ -80,6 +80,10 @@ def load() -> ctypes.CDLL:
             (c_void_p, POINTER(KernelLayer), POINTER(KernelLayer), POINTER(KernelStep), *(c_void_p,) * 7),
         ),
         "lamina_append": (c_int, (c_void_p, POINTER(KernelLayer), POINTER(KernelStep), c_void_p, c_void_p)),
+        **dict.fromkeys(
+            ("lamina_unpack", "lamina_pack"),
+            (c_int, (c_void_p, POINTER(KernelLayer), c_void_p, c_int64, c_void_p, c_int64)),
+        ),
         "lamina_read": (c_int, (c_void_p, c_void_p, c_int64)),
     }
     try:

@@ -11,6 +11,9 @@
 #endif
 
 namespace lamina {
+// Without a name, because the linker would keep one version of a function for all instruction sets, and these pass
+// vectors to functions in different ways.
+namespace {
 
 #if LAMINA_WIDE
 constexpr int W = 16;
@@ -205,4 +208,5 @@ inline I dot_int16(I acc, I16 a, I16 b) {
 // Prefetch into the second-level cache, which can have far more lines on their way than the first.
 inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
+}  // namespace
 }  // namespace lamina

@@ -17,7 +17,7 @@
 namespace lamina {
 namespace {
 
-constexpr int ABI = 2;              // to be counted up when a call changes its meaning; see library.py
+constexpr int ABI = 3;              // to be counted up when a call changes its meaning; see library.py
 constexpr int SPINS = 4000;         // tens of us, in which the next layer of a step usually comes; then a worker sleeps
 constexpr int64_t PART_TILES = 32;  // per part of a long context: merging a part costs less than one of its tiles
 constexpr int ROWS_AT_ONCE = 64;    // of several queries: more would not fit into the second-level cache
@@ -345,6 +345,29 @@ int lamina_finish(void *handle, const Layer *layer, const Layer *stores, const S
 
 int lamina_append(void *handle, const Layer *layer, const Step *step, const void *k, const void *v) {
     return guarded([&] { append(*static_cast<Workers *>(handle), *layer, *step, k, v, 0); });
+}
+
+// Copy `count` blocks, at these byte offsets in the cache, to or from `plain`, where each takes `plain_bytes`.
+static int move(void *handle, const Layer *layer, const int64_t *blocks, int64_t count, uint8_t *plain,
+                int64_t plain_bytes, void (*Kernel::*copy)(const Layer &, const Block &, Scratch &)) {
+    return guarded([&] {
+        Workers &workers = *static_cast<Workers *>(handle);
+        const int64_t heads = layer->kv_heads;
+        workers.run(count * heads, count * heads * layer->pages() < PAGES_ALONE, [&](int64_t i, Scratch &scratch) {
+            const int64_t block = i / heads;
+            (workers.kernel.*copy)(*layer, {blocks[block], int32_t(i % heads), plain + block * plain_bytes}, scratch);
+        });
+    });
+}
+
+int lamina_unpack(void *handle, const Layer *layer, const int64_t *blocks, int64_t count, uint8_t *plain,
+                  int64_t plain_bytes) {
+    return move(handle, layer, blocks, count, plain, plain_bytes, &Kernel::unpack);
+}
+
+int lamina_pack(void *handle, const Layer *layer, const int64_t *blocks, int64_t count, uint8_t *plain,
+                int64_t plain_bytes) {
+    return move(handle, layer, blocks, count, plain, plain_bytes, &Kernel::pack);
 }
 
 // Read `count` bytes, a multiple of 4096.

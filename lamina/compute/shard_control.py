@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from msgspec import structs
 
 from lamina.attention import KVLayout
 from lamina.compute.shard_lane import ShardLane
-from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, SupersededError, TransportError
+from lamina.errors import (
+    CapacityError,
+    LaminaError,
+    MoveError,
+    NodeError,
+    ProtocolError,
+    SupersededError,
+    TransportError,
+)
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
-from lamina.transport import Link, Region
+from lamina.transport import Address, Link, Region
 from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode, encode
 from lamina.wire.geometry import Geometry, HeadShard
@@ -22,12 +31,18 @@ from lamina.wire.tenants import (
     Attach,
     Attached,
     Detach,
+    Expect,
+    Expected,
+    Forget,
     FromMemory,
+    Moved,
+    MoveFailed,
     Publish,
     Refused,
     Release,
     Reserve,
     Reserved,
+    Send,
     Void,
 )
 
@@ -35,6 +50,19 @@ _ATTACH = "attach"
 """The key of the question that Attached answers. Questions that Reserved answers have their sequence as key."""
 _ATTEMPTS = 5
 """How often a front asks for a later term before it takes for certain that another one does the same."""
+_EXPECT, _MOVE = "expect", "move"
+"""With the number of the transfer, the keys of the questions that Expected answers, and that Moved answers."""
+
+
+class Arrival(NamedTuple):
+    """Blocks that a memory node expects from another one.
+
+    ``held`` is done when it holds the space for them, and raises MoveError if there is none; ``complete`` is done when
+    they are all there, and raises MoveError if they will not come. The space is free again after an error.
+    """
+
+    held: asyncio.Future[Expected]
+    complete: asyncio.Future[Moved]
 
 
 class ShardControl:
@@ -178,6 +206,26 @@ class ShardControl:
         """
         return self._questions.ask(Reserve(sequence=sequence, tokens=tokens, keys=_joined(keys), ahead=ahead), sequence)
 
+    def derive(
+        self,
+        sequence: int,
+        tokens: int,
+        *,
+        parent: int | None,
+        without: tuple[int, int] | None = None,
+        transfer: int | None = None,
+    ) -> asyncio.Future[Reserved]:
+        """Reserve space for a new sequence out of blocks that are there.
+
+        It has the blocks that ``transfer`` has brought, then all of ``parent``, except a number of blocks from one on
+        (``without``, (first, blocks)); and space up to ``tokens`` positions. The answer says how many positions are
+        there. The parent keeps what it has, and nothing of it may be stored any more, once something of the new
+        sequence is. The future raises CapacityError, and nothing has changed, if there is no space or something is not
+        there.
+        """
+        derived = Reserve(sequence=sequence, tokens=tokens, parent=parent, without=without, transfer=transfer)
+        return self._questions.ask(derived, sequence)
+
     def publish(self, sequence: int, keys: Sequence[bytes], first: int = 0) -> None:
         """Let others share the blocks of a sequence from its ``first`` one there, when all has arrived that they are to
         hold."""
@@ -187,7 +235,38 @@ class ShardControl:
         """Give back a sequence's space."""
         self._tell(Release(sequence=sequence))
 
-    def _tell(self, message: Publish | Release | Detach) -> None:
+    # -- blocks that move to another memory node
+
+    def expect(self, transfer: int, blocks: int) -> Arrival:
+        """Have the memory node hold space for ``blocks`` blocks that another one is going to send.
+
+        ``transfer`` is a number that no other transfer has ever had, also of other fronts: see
+        `lamina.wire.tenants.Expect`.
+        """
+        complete = self._questions.expect((_MOVE, transfer))
+        return Arrival(self._questions.ask(Expect(transfer=transfer, blocks=blocks), (_EXPECT, transfer)), complete)
+
+    def send(
+        self, transfer: int, sequence: int, first: int, blocks: int, *, to: Address, name: str
+    ) -> asyncio.Future[Moved]:
+        """Have the memory node send blocks of a sequence to the memory node ``name``, which holds the space for them.
+
+        ``first`` counts the blocks in this node's table of the sequence. All of them are full. The sequence goes on
+        meanwhile. The future raises MoveError if they are not all there in the end.
+        """
+        message = Send(transfer=transfer, sequence=sequence, first=first, blocks=blocks, to=str(to), name=name)
+        return self._questions.ask(message, (_MOVE, transfer))
+
+    def forget(self, transfer: int) -> None:
+        """Stop a transfer, and free the blocks that it brought here, unless a sequence has them. It may be over
+        already. What was asked about it raises MoveError."""
+        for kind in (_EXPECT, _MOVE):
+            self._questions.refuse(
+                MoveError(f"memory node {self.name}: transfer {transfer} was given up"), (kind, transfer)
+            )
+        self._tell(Forget(transfer=transfer))
+
+    def _tell(self, message: Publish | Release | Forget | Detach) -> None:
         if not self.link.state.closed:  # a lost node has forgotten the sequence anyway
             self.link.send(encode(message))
 
@@ -197,6 +276,9 @@ class ShardControl:
         message = decode(plain, FromMemory)
         if isinstance(message, Void):
             self._there.post(self.lane.give_up, message.slot, message.step, message.sequences)
+            return
+        if isinstance(message, Expected | Moved | MoveFailed):
+            self._on_move(message)
             return
         key = _ATTACH if isinstance(message, Attached) or message.sequence is None else message.sequence
         if isinstance(message, Refused):
@@ -209,6 +291,16 @@ class ShardControl:
                 self._on_lost(TransportError(message.reason))  # the memory node ends the tenant
         elif not self._questions.answer(message, key):
             raise ProtocolError(f"{self.name} answers {plain.get('type')!r} to a question that was not asked")
+
+    def _on_move(self, message: Expected | Moved | MoveFailed) -> None:
+        """Take in what concerns a transfer. It may have been given up here meanwhile; then nobody waits for it."""
+        transfer = message.transfer
+        if isinstance(message, MoveFailed):
+            error = MoveError(f"memory node {self.name}: {message.reason}")
+            for kind in (_EXPECT, _MOVE):
+                self._questions.refuse(error, (kind, transfer))
+        else:
+            self._questions.answer(message, (_EXPECT if isinstance(message, Expected) else _MOVE, transfer))
 
     def _error_of(self, refused: Refused) -> LaminaError:
         reason = f"memory node {self.name}: {refused.reason}"

@@ -69,6 +69,9 @@ class PipelineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     partition: Literal["heads", "requests", "tokens"] = "heads"
     """What each memory node holds: some KV heads of all sequences, whole sequences, or stripes of the tokens of every
     long sequence."""
+    moves: bool = True
+    """Let sequences lie on several memory nodes in parts, and move parts from full nodes to others. Not possible where
+    heads are divided, nor for a model with sliding windows."""
 
 
 class RdmaConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -5,12 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from lamina.errors import CapacityError, LaminaError, NodeError, RequestError, SpaceLostError, StaleOrderError
 from lamina.front.masks import MaskMaker
 from lamina.front.scheduler import Scheduler
-from lamina.front.sequence import CacheChanges, ReservationRequest, ScheduledStep, Sequence, StepOutcome
+from lamina.front.sequence import (
+    CacheChanges,
+    ReservationRequest,
+    ScheduledStep,
+    Sequence,
+    StepOutcome,
+    Transfer,
+)
 from lamina.front.team import Formation, StepResult, Team
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.workers import ParallelWorkers
@@ -30,6 +39,12 @@ class EngineCounters(NamedTuple):
     preemptions: int = 0
     prompt_tokens: int = 0
     shared_tokens: int = 0
+    moves: int = 0
+    moved_blocks: int = 0
+    failed_moves: int = 0
+    redirections: int = 0
+    draining: Mapping[int, int] = MappingProxyType({})
+    """The blocks that are still held on each memory node that is to be empty, by member id."""
 
 
 class Desk(Protocol):
@@ -193,6 +208,22 @@ class Engine:
             self._home.post(self._desk.refuse, sequence, error)
             self.cancel(sequence)
 
+    @property
+    def can_move(self) -> bool:
+        """Return whether blocks can move from one memory node to another; any thread may ask."""
+        return self._scheduler.can_move
+
+    def drain(self, member: int, context: int) -> None:
+        """Let a memory node become empty: see `Scheduler.drain`. The counters say how far it is."""
+        self._scheduler.drain(member, context)
+        self._count()
+        self._wake()
+
+    def evacuate(self, member: int) -> None:
+        """What still lies on a memory node that is to be empty is computed anew elsewhere."""
+        self._tell(self._scheduler.evacuate(member))
+        self._count()
+
     # -- requests
 
     def submit(self, sequence: Sequence, retry_after_s: float | None = None, restored: bool = False) -> None:
@@ -215,13 +246,22 @@ class Engine:
         If one refuses, only that request fails.
         """
         if isinstance(answer, CapacityError):
-            if request.is_current:
+            if request.succession is not None:
+                log.warning("event=move_refused sequence=%d reason=%r", request.id, str(answer))
+                self._tell(self._scheduler.refuse(request))
+            elif request.is_current:
                 name = request.sequence.request.name
                 log.warning("event=refused sequence=%d request=%r reason=%r", request.id, name, str(answer))
                 self._home.post(self._desk.refuse, request.sequence, answer)
                 self.cancel(request.sequence)
             return
-        self._scheduler.confirm(request, answer)
+        self._tell(self._scheduler.confirm(request, answer))
+
+    def transferred(self, transfer: Transfer, error: LaminaError | None) -> None:
+        """Blocks of a sequence have arrived where they were sent, or will not. Then the sequence stays as it is."""
+        if error is not None:
+            log.warning("event=move_failed sequence=%d reason=%r", transfer.id, str(error))
+        self._scheduler.mover.transferred(transfer, error)
         self._wake()
 
     def _cannot_go_on(self, sequence: Sequence, error: RequestError) -> None:
@@ -236,7 +276,7 @@ class Engine:
             event.set()
 
     def _count(self) -> None:
-        scheduler = self._scheduler
+        scheduler, mover = self._scheduler, self._scheduler.mover
         self.counters = EngineCounters(
             running=scheduler.running,
             waiting=scheduler.waiting,
@@ -247,4 +287,9 @@ class Engine:
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.prompt_tokens,
             shared_tokens=scheduler.shared_tokens,
+            moves=mover.moves,
+            moved_blocks=mover.moved_blocks,
+            failed_moves=mover.failures,
+            redirections=mover.redirections,
+            draining=MappingProxyType(scheduler.draining),
         )

@@ -20,7 +20,7 @@ from lamina.front.engine import Engine, EngineCounters
 from lamina.front.journal import Beginning, EndRecord, JournalEntry, RequestJournal, StepRecord
 from lamina.front.limits import RequestLimits
 from lamina.front.meter import RequestMeter
-from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome
+from lamina.front.sequence import CacheChanges, ReservationRequest, Sequence, StepOutcome, Transfer
 from lamina.front.space import Space
 from lamina.runtime.crossing import Crossing
 from lamina.wire.requests import ChatForm, Failed, Request, Score
@@ -450,6 +450,10 @@ class Intake:
     def reserved(self, request: ReservationRequest, answer: int | CapacityError) -> None:
         """Pass the answer to a reservation on to the engine."""
         self._there.post(self._engine.reserved, request, answer)
+
+    def transferred(self, transfer: Transfer, error: LaminaError | None) -> None:
+        """Pass the end of a transfer on to the engine."""
+        self._there.post(self._engine.transferred, transfer, error)
 
     # -- inside
 

@@ -25,7 +25,9 @@ class State(StrEnum):
     SERVING = "serving"
     """It takes part in steps."""
     LEAVING = "leaving"
-    """It takes part in the steps that have begun, and in no others."""
+    """It takes part in steps, and takes nothing new, until it has nothing more to do."""
+    GONE = "gone"
+    """It has left, and nothing was lost with it."""
     LOST = "lost"
     """It is gone, together with what it held."""
 
@@ -138,9 +140,14 @@ class Members:
         self._set(dict.fromkeys(ids, State.SERVING))
 
     def leave(self, id_: int) -> None:
-        """A member was told to stop and finishes what it has begun. A lost one stays lost."""
+        """A member is to leave, and finishes what it has begun. A lost one stays lost."""
         if self._states[id_] is not State.LOST:
             self._set({id_: State.LEAVING})
+
+    def part(self, id_: int) -> None:
+        """A member that was leaving has nothing more to do."""
+        if self._states[id_] is State.LEAVING:
+            self._set({id_: State.GONE})
 
     def lose(self, id_: int, error: NodeError) -> None:
         """A member is gone. A second report of the same loss changes nothing."""

@@ -9,17 +9,17 @@ from lamina.front.sequence import Sequence
 
 
 def choose_victims(
-    sequence: Sequence, tokens: int, running: Iterable[Sequence], block_manager: BlockManager
-) -> list[Sequence]:
-    """Return the sequences to preempt so that ``sequence`` can hold the positions 0..tokens-1, the lowest rank first.
+    sequence: Sequence, shortage: Mapping[int, int], running: Iterable[Sequence], block_manager: BlockManager
+) -> list[Sequence] | None:
+    """Return the sequences to preempt so that the blocks come free that ``sequence`` lacks, by member id, the lowest
+    rank first.
 
     Only sequences of a lower rank give way, and no more of them than necessary. The space of those that leave anyway
-    counts first. The list is empty if all of them together have too little.
+    counts first. None says that all of them together have too little.
     """
-    shortage = block_manager.shortage(sequence, tokens)
     below = [s for s in running if s.rank > sequence.rank]
     if _reduced(shortage, block_manager.held_by(below)):
-        return []
+        return None
     leaving = [s for s in below if s.yielding or s.cancelled]
     shortage = _reduced(shortage, block_manager.held_by(leaving))
     victims = []

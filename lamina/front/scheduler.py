@@ -10,6 +10,7 @@ from collections.abc import Sequence as Listed
 from lamina.errors import CapacityError
 from lamina.front.blocks import BlockManager
 from lamina.front.cost import CostModel, StepLoad
+from lamina.front.moves import Mover
 from lamina.front.preemption import choose_victims
 from lamina.front.prefill import divide_prefill
 from lamina.front.prefix import PrefixKeys
@@ -25,6 +26,7 @@ from lamina.front.sequence import (
     StepOutcome,
 )
 from lamina.front.slots import BatchSlot, SlotBalancer
+from lamina.front.tables import IN_ORDER
 from lamina.front.waiting import WaitingQueue
 from lamina.wire.orders import NONE_ALLOWED
 from lamina.wire.requests import Score
@@ -38,9 +40,9 @@ class Scheduler:
 
     Waiting sequences are admitted in the order of `Sequence.rank`, when ``block_manager`` has space for their tokens
     and some blocks ahead. A running sequence reserves more, a few blocks at a time and one step before it needs them.
-    When there are none left, sequences of a higher rank preempt those of the lowest; a sequence with none below it sits
-    out. So the first running sequence by rank always goes on to its end, and then another one is the first: no sequence
-    blocks all others.
+    When there are none left, it goes on on other memory nodes that have some, if the block manager allows that; else
+    sequences of a higher rank preempt those of the lowest, and one with none below it sits out. So the first running
+    sequence by rank always goes on to its end, and then another one is the first: no sequence blocks all others.
 
     The slots get equal work by ``cost``, which also says how many of them are worth using. A step has at most
     ``prefill_tokens`` prompt tokens, of which the past of at most ``remote_tokens`` lies on the memory nodes. It lies
@@ -85,6 +87,8 @@ class Scheduler:
         """The most positions that a sequence may come to need: what the memory nodes held when `settle` was called."""
         self._arrivals = itertools.count()
         self._ids = itertools.count()
+        self.mover = Mover(block_manager, self._ids, self.cost, ahead_blocks)
+        """Moves what is stored of running sequences."""
 
     @property
     def waiting(self) -> int:
@@ -164,19 +168,40 @@ class Scheduler:
         """A memory node is gone. The sequences that had blocks there lose all their space and wait, in the place that
         they had; those in the middle of a step do so when it ends."""
         self._block_manager.remove(member)
-        return self._evict([s for s in self._slots.sequences() if member in s.placement.members])
+        changes = self.mover.lose(member, self._slots.sequences())
+        self._evict([s for s in self._slots.sequences() if member in s.placement.all_members], changes)
+        return changes
 
     def evict(self, ids: Iterable[int]) -> CacheChanges:
         """Sequences have lost some of what was kept of them: they lose all their space and wait, as after a loss."""
         gone = set(ids)
-        return self._evict([s for s in self._slots.sequences() if s.id in gone])
+        return self._evict([s for s in self._slots.sequences() if s.id in gone], CacheChanges())
 
     def evict_unprefilled(self) -> CacheChanges:
         """A compute node is gone, and with it what it kept of prompts: those that are being prefilled begin anew."""
-        return self._evict([s for s in self._slots.sequences() if not s.is_decoding and s.confirmed])
+        unprefilled = [s for s in self._slots.sequences() if not s.is_decoding and s.confirmed]
+        return self._evict(unprefilled, CacheChanges())
 
-    def _evict(self, sequences: Iterable[Sequence]) -> CacheChanges:
-        changes = CacheChanges()
+    def drain(self, member: int, context: int) -> None:
+        """Let a memory node become empty by and by: see `BlockManager.drain`."""
+        self._block_manager.drain(member, context)
+
+    def evacuate(self, member: int) -> CacheChanges:
+        """What still lies on a draining memory node is given up: its sequences wait, and lie elsewhere afterwards."""
+        there = [s for s in self._slots.sequences() if member in s.placement.all_members]
+        return self._evict(there, CacheChanges())
+
+    @property
+    def can_move(self) -> bool:
+        """Return whether sequences can change where they lie while they run."""
+        return self._block_manager.can_move
+
+    @property
+    def draining(self) -> dict[int, int]:
+        """Return how many blocks are still held on each draining memory node."""
+        return {member: self._block_manager.used_on(member) for member in sorted(self._block_manager.draining)}
+
+    def _evict(self, sequences: Iterable[Sequence], changes: CacheChanges) -> CacheChanges:
         for sequence in sequences:
             if self._slots[sequence.slot].stepping:
                 sequence.yielding = sequence.evicted = True
@@ -207,10 +232,12 @@ class Scheduler:
 
     # -- reservations
 
-    def confirm(self, request: ReservationRequest, shared: int = 0) -> None:
+    def confirm(self, request: ReservationRequest, shared: int = 0) -> CacheChanges:
         """The memory nodes have reserved the space, and already had the first ``shared`` positions."""
         if not request.is_current:
-            return
+            return CacheChanges()
+        if request.succession:
+            return self.mover.confirm(request)
         sequence = request.sequence
         sequence.confirmed = request.tokens
         if request.is_new:
@@ -221,6 +248,7 @@ class Scheduler:
             sequence.local_tokens = 0 if shared else self._keepable(len(sequence.tokens))
             self.prompt_tokens += len(sequence.tokens)
             self.shared_tokens += shared
+        return CacheChanges()
 
     def _keepable(self, tokens: int) -> int:
         """Return how many of the tokens of a new prompt the compute node still has room to keep."""
@@ -228,6 +256,10 @@ class Scheduler:
             return tokens
         kept = sum(s.local_tokens for s in self._slots.sequences() if s.prefilled < s.local_tokens)
         return min(tokens, max(0, self._prefill_kv_tokens - kept))
+
+    def refuse(self, request: ReservationRequest) -> CacheChanges:
+        """A memory node refuses a successor of a sequence, which goes on as it was."""
+        return self.mover.refuse(request) if request.is_current else CacheChanges()
 
     # -- steps
 
@@ -240,7 +272,9 @@ class Scheduler:
         self._slots.choose_in_use(len(self._waiting), head.context if head else 0)
         moved = self._slots.rebalance(own)
         self._admit(own, changes)
+        self.mover.switch(own.sequences, changes)
         self._grow(own, changes)
+        self.mover.plan(self._slots.sequences(), changes)
         decode, prompts = self._compose(own)
         step = ScheduledStep(decode, prompts, changes, moved)
         own.stepping = step.has_rows
@@ -322,7 +356,7 @@ class Scheduler:
         local: list[Sequence] = []
         remote: list[Sequence] = []
         for s in own.sequences:
-            if s.lacks_mask:
+            if s.lacks_mask or s.successor is not None:
                 continue
             if s.is_decoding:
                 if (context := s.context) <= s.confirmed:
@@ -345,6 +379,7 @@ class Scheduler:
             first = self._with_blocks_ahead(sequence, len(tokens))
             # Running sequences keep blocks to grow into once more; else the new one would soon be preempted again.
             growing = sum(s.reserved < s.max_context for s in self._slots.sequences())
+            moving = sum(self.draining.values())
             # Never all tokens: the next token is sampled from the last one, which has to be computed.
             # None either while the prompt's scores are wanted, which only come from computing it.
             keys = () if sequence.is_unscored else self._keys(sequence, len(tokens) - 1)
@@ -355,7 +390,7 @@ class Scheduler:
                 first,
                 sequence.max_context,
                 ahead=ahead,
-                spare=growing * self._ahead_blocks,
+                spare=growing * self._ahead_blocks + moving,
                 key=keys[0] if keys else None,
             )
             if placement is None:
@@ -371,15 +406,15 @@ class Scheduler:
         """Reserve more blocks for sequences that will need them in the next step, or need them in this one."""
         short = [s for s in own.sequences if s.reserved <= s.context and s.is_decoding and s.reserved < s.max_context]
         for sequence in sorted(short, key=lambda s: s.rank):
-            if sequence.id < 0:
-                continue  # preempted by an earlier one of this loop
+            if sequence.id < 0 or sequence.successor is not None:
+                continue  # preempted by an earlier one of this loop, or about to lie elsewhere
             tokens = self._with_blocks_ahead(sequence, sequence.reserved)
             if not self._block_manager.extend(sequence, tokens):
                 # While it has space for this step, it waits for others to free theirs.
-                if sequence.context <= sequence.reserved:
+                if sequence.context <= sequence.reserved or self.mover.redirect(sequence, tokens, changes):
                     continue
                 self._make_space(sequence, tokens, changes)
-                if not self._block_manager.extend(sequence, tokens):
+                if not (sequence.id >= 0 and self._block_manager.extend(sequence, tokens)):
                     continue
             request = ReservationRequest(sequence, sequence.id, sequence.placement, tokens, sequence.reserved)
             changes.reservations.append(request)
@@ -389,11 +424,19 @@ class Scheduler:
 
     def _make_space(self, sequence: Sequence, tokens: int, changes: CacheChanges) -> None:
         """Preempt sequences of a lower rank, at once or when the step ends that they are in."""
-        for victim in choose_victims(sequence, tokens, self._slots.sequences(), self._block_manager):
-            if self._slots[victim.slot].stepping:
-                victim.yielding = True
-            else:
-                self._preempt(victim, changes)
+        running = list(self._slots.sequences())
+        for shortage in self.mover.shortages(sequence, tokens):
+            victims = choose_victims(sequence, shortage, running, self._block_manager)
+            if victims is None:
+                continue
+            for victim in victims:
+                if self._slots[victim.slot].stepping:
+                    victim.yielding = True
+                else:
+                    self._preempt(victim, changes)
+            return
+        if sequence.placement.moved and sequence.rank == min(s.rank for s in running):
+            self._preempt(sequence, changes)  # it lies in such parts that it could not even go on alone
 
     def _yield(self, sequence: Sequence, changes: CacheChanges) -> None:
         if sequence.evicted:
@@ -419,10 +462,11 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence, changes: CacheChanges) -> None:
         """Remove a sequence from its slot and free its space."""
+        self.mover.drop(sequence, changes)
         self._slots[sequence.slot].remove(sequence)
         self._block_manager.free(sequence)
         changes.released.append(sequence.id)
-        sequence.id, sequence.placement = -1, NOWHERE
+        sequence.id, sequence.placement, sequence.order, sequence.refusals = -1, NOWHERE, IN_ORDER, 0
 
     def _with_blocks_ahead(self, sequence: Sequence, tokens: int) -> int:
         """Return the positions of ``tokens`` and of some blocks more, up to what the sequence can need."""
@@ -435,7 +479,7 @@ class Scheduler:
         """Let others share the blocks of the first ``tokens`` positions."""
         first = sequence.published
         if keys := self._keys(sequence, tokens)[first:]:
-            changes.published.append(Publication(sequence.id, sequence.placement, keys, first))
+            changes.published.append(Publication(sequence.id, sequence.placement, keys, first, sequence.order))
             sequence.published = first + len(keys)
 
     def _keys(self, sequence: Sequence, tokens: int) -> tuple[bytes, ...]:

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple
 
 from lamina.constrain.matcher import Matcher
 from lamina.front.cost import StepLoad
+from lamina.front.tables import IN_ORDER, TableOrder
 from lamina.wire.orders import Targets
-from lamina.wire.placement import Placement
+from lamina.wire.placement import Placement, Range
 from lamina.wire.requests import Request, Score
 
 MAX_PREEMPTIONS = 4
@@ -47,6 +48,14 @@ class Sequence:
     slot: int = -1
     placement: Placement = NOWHERE
     """The memory nodes that hold its keys and values while it runs."""
+    order: TableOrder = IN_ORDER
+    """In which order they have its blocks."""
+    transfer: Transfer | None = None
+    """Its blocks that are on their way from one memory node to another."""
+    successor: ReservationRequest | None = None
+    """Asks the memory nodes to let it go on under another id. Until they have answered it sits out."""
+    refusals: int = 0
+    """How often a memory node has refused that since it was admitted."""
     tokens: list[int] = field(default_factory=list)
     """The tokens to prefill: the prompt, and the output up to the last preemption."""
     prefilled: int = 0
@@ -105,6 +114,17 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Return whether all tokens before the last are stored, or on their way to the memory nodes."""
         return 0 < len(self.tokens) == self.prefilled
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether all its tokens before the last are on the memory nodes, after a step with its row, and all
+        space that was requested is there."""
+        return 0 < len(self.tokens) < self.context - 1 and self.is_decoding and self.confirmed == self.reserved
+
+    @property
+    def stored(self) -> int:
+        """Return how many positions of a decoding sequence are stored, between two of its steps."""
+        return self.context - 1
 
     @property
     def rank(self) -> tuple[int, ...]:
@@ -177,6 +197,8 @@ class ReservationRequest:
     """The keys of the leading full blocks that a new sequence may share with others."""
     ahead: int | None = None
     """How many positions the layers of a new sequence can be apart at most. None: any number."""
+    succession: Succession | None = None
+    """What a sequence that is new to the memory nodes consists of, if it has run under another id."""
 
     @property
     def is_new(self) -> bool:
@@ -185,8 +207,46 @@ class ReservationRequest:
 
     @property
     def is_current(self) -> bool:
-        """Return whether the sequence still runs under this id."""
-        return self.sequence.id == self.id
+        """Return whether the sequence still runs under this id, or is to do so."""
+        return self.sequence.id == self.id or self.sequence.successor is self
+
+
+@dataclass(eq=False, slots=True)
+class Transfer:
+    """Blocks of a running sequence go from one memory node to another, and are on both until it goes on without those
+    on the first."""
+
+    sequence: Sequence
+    id: int
+    """The id of the sequence meanwhile."""
+    source: int
+    target: int
+    first: int
+    """The number of the first block, in the table of the source."""
+    blocks: int
+    ranges: list[Range]
+    """Their positions, in the order of that table."""
+    arrived: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Return how many positions they have."""
+        return sum(stop - start for start, stop in self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """Says from what a sequence is made that goes on under another id: from the blocks that it had under the id
+    before, and from those that a transfer has brought."""
+
+    parent: int
+    members: frozenset[int]
+    """The members that know the parent."""
+    stored: int
+    """The positions that are there."""
+    order: TableOrder
+    """The order of its blocks from now on."""
+    transfer: Transfer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,19 +257,23 @@ class Publication:
     placement: Placement
     keys: tuple[bytes, ...]
     first: int = 0
+    order: TableOrder = IN_ORDER
 
 
 @dataclass(slots=True)
 class CacheChanges:
-    """Lists what the memory nodes have to be told, in this order: publications, releases, reservations."""
+    """Lists what the memory nodes have to be told, in this order: publications, releases, transfers that are given up,
+    reservations, transfers that begin."""
 
     published: list[Publication] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     """The ids of sequences that no longer run."""
+    dropped: list[Transfer] = field(default_factory=list)
     reservations: list[ReservationRequest] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.published or self.released or self.reservations)
+        return bool(self.published or self.released or self.dropped or self.reservations or self.transfers)
 
 
 @dataclass(frozen=True, slots=True)

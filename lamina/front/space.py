@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from lamina.compute.shard_control import ShardControl
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
-from lamina.front.sequence import CacheChanges, ReservationRequest
+from lamina.front.sequence import CacheChanges, ReservationRequest, Succession
+from lamina.front.transfers import Transfers
 from lamina.wire.tenants import Reserved
 
 
@@ -16,7 +17,7 @@ class Space:
 
     Those that are not among ``shards`` at a moment are lost, and so is what they held; the engine is told of it.
     ``on_answer`` gets every reservation with its answer: the number of leading positions that are shared, or the error
-    of a memory node that refuses.
+    of a memory node that refuses. ``transfers`` are carried out between the same nodes; None: nothing ever moves.
     """
 
     def __init__(
@@ -24,27 +25,30 @@ class Space:
         shards: Mapping[int, ShardControl],
         block_tokens: int,
         on_answer: Callable[[ReservationRequest, int | CapacityError], None],
+        transfers: Transfers | None = None,
     ) -> None:
         self._shards = shards
         self._block_tokens = block_tokens
         self._on_answer = on_answer
+        self._transfers = transfers
         self._held: set[int] = set()
         """The ids of sequences that have space, or for which it was asked."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def apply(self, changes: CacheChanges) -> None:
-        """Tell the memory nodes: first publications, then releases, then reservations."""
+        """Tell the memory nodes, in the order of `CacheChanges`."""
         for publication in changes.published:
-            placement = publication.placement
-            size, first = self._block_tokens, publication.first
-            for member in placement.members:
-                shard, keys = self._shards.get(member), placement.keys_on(member, publication.keys, size, first)
-                if shard is not None and keys:
-                    shard.publish(publication.id, keys, placement.held(member, first * size) // size)
+            size, placement = self._block_tokens, publication.placement
+            for member in placement.all_members:
+                runs = publication.order.runs_on(placement, member, publication.keys, size, publication.first)
+                for first, keys in runs if member in self._shards else ():
+                    self._shards[member].publish(publication.id, keys, first)
         for sequence in changes.released:
             self._held.discard(sequence)
             for shard in self._shards.values():
                 shard.release(sequence)
+        for transfer in changes.dropped:
+            self._moving.drop(transfer)
         released = set(changes.released)
         for request in changes.reservations:
             if request.id in released:
@@ -54,6 +58,13 @@ class Space:
             task = asyncio.get_running_loop().create_task(self._reserve(request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        for transfer in changes.transfers:
+            self._moving.begin(transfer)
+
+    @property
+    def _moving(self) -> Transfers:
+        assert self._transfers is not None, "something moves"
+        return self._transfers
 
     async def _reserve(self, request: ReservationRequest) -> None:
         try:
@@ -79,10 +90,12 @@ class Space:
         less each time, so this ends. Once the sequence is released, nothing more is requested. Raises CapacityError if
         a node has too little space; the others hold theirs until the release.
         """
+        if request.succession is not None:
+            return await self._succeed(request, request.succession)
         keys, place = request.keys, request.placement
         held = {
             member: tokens
-            for member in place.members
+            for member in place.all_members
             if (tokens := place.held(member, request.tokens)) > place.held(member, request.reserved)
         }
         while request.id in self._held:
@@ -113,3 +126,35 @@ class Space:
                 for shard in shards.values():
                     shard.release(request.id)
         return 0
+
+    # -- blocks that move
+
+    async def _succeed(self, request: ReservationRequest, succession: Succession) -> int:
+        """Have the memory nodes make a sequence of another one and of what a transfer has brought."""
+        place, transfer = request.placement, succession.transfer
+        if request.id not in self._held:
+            return 0
+        asked, expected = [], []
+        for member, tokens in place.shares(request.tokens).items():
+            if not tokens:
+                continue
+            if (shard := self._shards.get(member)) is None:
+                raise TransportError(f"a memory node of sequence {request.id} is lost")
+            parent = succession.parent if member in succession.members else None
+            without = brought = None
+            if transfer is not None and member == transfer.source:
+                without = transfer.first, transfer.blocks
+            if transfer is not None and member == transfer.target:
+                brought = self._moving.number(transfer)
+            if parent is None and brought is None:
+                asked.append(shard.reserve(request.id, tokens))
+            else:
+                asked.append(shard.derive(request.id, tokens, parent=parent, without=without, transfer=brought))
+            expected.append(place.held(member, succession.stored))
+        answers: list[Reserved] = await asyncio.gather(*asked)
+        if any(answer.shared < tokens for answer, tokens in zip(answers, expected, strict=True)):
+            found = [answer.shared for answer in answers]
+            raise CapacityError(f"sequence {request.id} has {found} positions on its memory nodes, it needs {expected}")
+        if transfer is not None:
+            self._moving.taken(transfer)
+        return succession.stored

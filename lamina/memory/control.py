@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import asyncio
 
-from lamina.errors import CapacityError, ProtocolError, TransportError
+from lamina.errors import CapacityError, ProtocolError, TransportError, UsageError
+from lamina.memory.couriers import Couriers, OpenLink
 from lamina.memory.serving import ServingLane
 from lamina.memory.tenant import Tenant
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.transport import Link
 from lamina.wire.admin import PeerStatus
-from lamina.wire.codec import decode, encode
-from lamina.wire.tenants import Attach, Detach, FromCompute, Publish, Refused, Release, Reserve, Reserved, Void
+from lamina.wire.codec import Message, decode, encode
+from lamina.wire.tenants import (
+    Attach,
+    Detach,
+    Expect,
+    Expected,
+    Forget,
+    FromCompute,
+    Moved,
+    MoveFailed,
+    Publish,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    Send,
+)
 
 
 class StaleTermError(TransportError):
@@ -30,15 +46,20 @@ class ServingControl:
     ``has_detached`` says whether the front has ended its tenant.
     """
 
-    def __init__(self, link: Link, attach: Attach, tenant: Tenant, device: Device) -> None:
+    def __init__(
+        self, link: Link, attach: Attach, tenant: Tenant, device: Device, open_link: OpenLink, peer_timeout: float
+    ) -> None:
+        """``open_link`` connects to other memory nodes; one that does nothing for ``peer_timeout`` seconds is lost."""
         self.ended = asyncio.Event()
         self.has_detached = False
         self._link = link
         self._attach = attach
         self._tenant = tenant
         self._device = device
+        self._open_link = open_link
+        self._peer_timeout = peer_timeout
         self._there = Crossing(device.loop)
-        self._messages: asyncio.Queue[Reserve | Publish | Release] = asyncio.Queue()
+        self._messages: asyncio.Queue[Reserve | Publish | Release | Expect | Send | Forget] = asyncio.Queue()
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -60,10 +81,21 @@ class ServingControl:
             link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost)
             link.send(encode(lane.attached()))
             async with asyncio.TaskGroup() as tasks:
+                couriers = Couriers(
+                    self._attach,
+                    self._tenant,
+                    self._device,
+                    self._open_link,
+                    self._peer_timeout,
+                    self._say_end,
+                    tasks.create_task,
+                )
                 tasks.create_task(self._serve_lane(lane))
-                tasks.create_task(self._obey())
+                tasks.create_task(self._obey(couriers))
                 tasks.create_task(self._watch())
         finally:
+            if self._attach.from_front:
+                self._there.post(self._tenant.forget_all)
             self._there.post(self._tenant.leave, member)  # without a wait, in which this could be cancelled
             self.ended.set()
 
@@ -77,24 +109,54 @@ class ServingControl:
     async def _watch(self) -> None:
         await self._gone
 
-    async def _obey(self) -> None:
-        """Reserve, publish and release, in the order of the messages."""
+    async def _obey(self, couriers: Couriers) -> None:
+        """Reserve, publish, release and move, in the order of the messages."""
         tenant = self._tenant
         while True:
             message = await self._messages.get()
-            if not isinstance(message, Reserve):
-                await self._there.start(self._device.run(tenant.publish_or_release, message))
-                continue
-            try:
-                shared, _ = await self._there.start(self._device.run(tenant.reserve, message))
-            except CapacityError as e:
-                self._link.send(encode(Refused(reason=str(e), sequence=message.sequence)))
-            else:
-                self._link.send(encode(Reserved(sequence=message.sequence, shared=shared)))
+            match message:
+                case Reserve():
+                    await self._reserve(message)
+                case Expect():
+                    await self._expect(message)
+                case Send():
+                    couriers.send(message)
+                case Forget():
+                    couriers.forget(message.transfer)
+                    await self._there.start(self._device.run(tenant.forget, message.transfer))
+                case _:
+                    await self._there.start(self._device.run(tenant.publish_or_release, message))
 
-    def _say(self, void: Void) -> None:
+    async def _reserve(self, message: Reserve) -> None:
+        try:
+            shared, _ = await self._there.start(self._device.run(self._tenant.reserve, message))
+        except (CapacityError, UsageError) as error:
+            if isinstance(error, UsageError) and not message.is_derived:
+                raise
+            self._say(Refused(reason=str(error), sequence=message.sequence))
+        else:
+            self._say(Reserved(sequence=message.sequence, shared=shared))
+
+    async def _expect(self, message: Expect) -> None:
+        home, transfer = Crossing(asyncio.get_running_loop()), message.transfer
+
+        def on_end(transfer: int, failure: str | None) -> None:
+            home.post(self._say_end, transfer, failure)
+
+        try:
+            await self._there.start(self._device.run(self._tenant.expect, message, on_end))
+        except (CapacityError, UsageError) as error:
+            self._say_end(transfer, str(error))
+        else:
+            self._say(Expected(transfer=transfer))
+
+    def _say_end(self, transfer: int, failure: str | None) -> None:
+        """Tell the front that all blocks of a transfer are there, or why they are not."""
+        self._say(Moved(transfer=transfer) if failure is None else MoveFailed(transfer=transfer, reason=failure))
+
+    def _say(self, message: Message) -> None:
         if not self._link.state.closed:
-            self._link.send(encode(void))
+            self._link.send(encode(message))
 
     def _on_message(self, plain: dict[str, object]) -> None:
         message = decode(plain, FromCompute)

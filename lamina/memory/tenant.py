@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lamina.attention import BackendFactory, KVLayout, MemoryRange, Rows, Run, create_backend
-from lamina.errors import ProtocolError
+from lamina.errors import ProtocolError, UsageError
 from lamina.memory.fair_queue import FairQueue, Share
+from lamina.memory.moves import Arriving
 from lamina.wire.admin import TenantStatus
 from lamina.wire.geometry import Geometry
-from lamina.wire.tenants import KEY_BYTES, Attach, Publish, Release, Reserve, short_name
+from lamina.wire.tenants import KEY_BYTES, Attach, Expect, Publish, Release, Reserve, short_name
 
 if TYPE_CHECKING:
     from lamina.memory.serving import ServingLane
@@ -45,6 +47,8 @@ class Tenant:
         self.broken: set[int] = set()
         """The sequences that were here when a compute node left: what it had not sent yet of their prompts will not
         come."""
+        self.arriving: dict[int, Arriving] = {}
+        """The transfers that are expected and not wholly here, by number."""
         self.layers = 0
         self.stale_tags = 0
         self._to_publish: dict[int, deque[tuple[int, list[bytes]]]] = {}
@@ -94,13 +98,27 @@ class Tenant:
     # -- space
 
     def reserve(self, message: Reserve) -> int:
-        """Set space aside, and return the number of leading positions that are shared. Errors are those of the
-        cache."""
+        """Set space aside, and return the number of leading positions that are there. Errors are those of the cache."""
+        if message.is_derived:
+            return self._derive(message)
         if message.sequence not in self.cache.sequences:
             keys = _split(message.keys)
             return self.cache.reserve(message.sequence, message.tokens, ahead=message.ahead, keys=keys)
         self.cache.extend(message.sequence, message.tokens)
         return 0
+
+    def _derive(self, message: Reserve) -> int:
+        parent, transfer = message.parent, message.transfer
+        if transfer in self.arriving:
+            raise UsageError(
+                f"sequence {message.sequence} is to have transfer {transfer}, which is not wholly here yet"
+            )
+        found = self.cache.derive(
+            message.sequence, message.tokens, parent=parent, without=message.without or (0, 0), transfer=transfer
+        )
+        if parent in self.broken:
+            self.broken.add(message.sequence)
+        return found
 
     def publish_or_release(self, message: Publish | Release) -> None:
         """Let others share a sequence's leading blocks, or give back its space. A sequence that is over is ignored."""
@@ -114,6 +132,36 @@ class Tenant:
             self.broken.discard(message.sequence)
             self.cache.release(message.sequence)
             self.grown.set()  # a step that waits for more of it waits in vain, and is to learn that
+
+    # -- blocks that move
+
+    def expect(self, message: Expect, on_end: Callable[[int, str | None], None]) -> None:
+        """Hold space for a transfer, whose end ``on_end`` is told. Errors are those of the cache."""
+        self.cache.require_movable()
+        self.cache.transfers.expect(message.transfer, message.blocks)
+        self.arriving[message.transfer] = Arriving(message.transfer, message.blocks, on_end)
+
+    def end_arrival(self, arriving: Arriving, failure: str | None) -> None:
+        """All of a transfer is here; or it has failed, and its space is free. If it was given up, nothing happens."""
+        if self.arriving.get(arriving.transfer) is not arriving:
+            return
+        del self.arriving[arriving.transfer]
+        if failure is not None:
+            self.cache.transfers.forget(arriving.transfer)
+        arriving.on_end(arriving.transfer, failure)
+
+    def forget(self, transfer: int) -> None:
+        """Give up a transfer, and free its space unless it belongs to a sequence. Its end is not told."""
+        self.arriving.pop(transfer, None)
+        if transfer in self.cache.transfers:
+            self.cache.transfers.forget(transfer)
+
+    def forget_all(self) -> None:
+        """The front is gone: nobody will use what other memory nodes send."""
+        for transfer in list(self.cache.transfers):
+            self.forget(transfer)
+
+    # -- prompts
 
     def append(self, layer: int, run: Run, k: Tensor, v: Tensor) -> bool:
         """Store keys and values of a prompt; return False for a sequence that is over."""

@@ -13,7 +13,7 @@ from lamina.compute.shard_control import ShardControl
 from lamina.config import ClusterConfig, format_range, format_size
 from lamina.errors import ConfigError
 from lamina.front.members import Members
-from lamina.node.model import ServedModel
+from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.wire.geometry import shard_by_heads, shard_whole
 from lamina.wire.orders import Limits
 
@@ -35,6 +35,7 @@ def limits(config: ClusterConfig, served: ServedModel, members: Members) -> Limi
         memory_nodes=frozenset(entry.id for entry in members.entries if entry.role == "memory"),
         context=served.context,
         vocabulary=served.facts.vocabulary,
+        block_tokens=BLOCK_TOKENS,
     )
 
 

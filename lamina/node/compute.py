@@ -27,6 +27,7 @@ from lamina.front.team import Formation
 from lamina.model.tokenizer import Tokenizer
 from lamina.node.assemble import TenantKey
 from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.drains import Drains
 from lamina.node.enlistment import Enlistment
 from lamina.node.front import Front, make_blocks, open_front
 from lamina.node.journal import open_journal
@@ -43,7 +44,7 @@ from lamina.runtime.host import Host
 from lamina.runtime.network import Network
 from lamina.runtime.workers import BackgroundWorkers, ParallelWorkers
 from lamina.transport import Hello, Link
-from lamina.wire.admin import Status
+from lamina.wire.admin import Drain, Draining, Status
 from lamina.wire.codec import encode
 from lamina.wire.orders import GaveUp, Membership
 from lamina.wire.requests import Failed
@@ -94,7 +95,13 @@ class ComputeNode:
         self._member = self._members.id_of(node.name)
         self._is_front = node.name == config.front.name
         self._monitor = Monitor(
-            node.name, device, network, self._options, self._status, {n.name: n.address for n in config.memory_nodes}
+            node.name,
+            device,
+            network,
+            self._options,
+            self._status,
+            {n.name: n.address for n in config.memory_nodes},
+            self._drain if self._is_front else None,
         )
         self._times: MemberTimes
         self._neighbours: Neighbours
@@ -103,6 +110,7 @@ class ComputeNode:
         self._runner: Steps | None = None
         self._roster: Roster | None = None
         self._front: Front | None = None
+        self._drains: Drains | None = None
         self._enlistment: Enlistment | None = None
         self._answers = AnswerKeeper(node.name, config.recovery.lease)
         self._journal: RequestJournal | None = None
@@ -157,6 +165,8 @@ class ComputeNode:
                 await self._traces.close()
             await listening.close()
             self._monitor.close()
+            if self._drains is not None:
+                await self._drains.close()
             if self._roster is not None:
                 await self._roster.close()
                 if stopping.is_set():
@@ -324,6 +334,7 @@ class ComputeNode:
             self._traces = traces
             front.intake.meter.on_end = traces.ended
         self._front = front
+        self._drains = Drains(config, served, members, roster, front.engine, self._there)
         self._answers.open(front.intake, tokenizer, kept)
         if kept:
             log.info("event=restored requests=%d", len(kept))
@@ -414,6 +425,11 @@ class ComputeNode:
     async def _status(self) -> Status:
         return self._status_now()
 
+    async def _drain(self, asked: Drain) -> Draining:
+        if self._drains is None or not self._is_ready:
+            return Draining(error=f"compute node {self._name} is still starting; try again soon")
+        return await self._drains.ask(asked)
+
     async def metrics(self) -> list[Metric]:
         """Return what Prometheus gets at this moment."""
         status = self._status_now()
@@ -449,6 +465,9 @@ class ComputeNode:
             status.preemptions = counters.preemptions
             status.prompt_tokens = counters.prompt_tokens
             status.shared_tokens = counters.shared_tokens
+            status.moves, status.failed_moves = counters.moves, counters.failed_moves
+            status.moved_bytes = counters.moved_blocks * BLOCK_TOKENS * self._served.bytes_per_token
+            status.redirections = counters.redirections
             status.requests_resumed = self._front.intake.meter.resumed
             status.kv_tokens_total = counters.blocks * BLOCK_TOKENS
             status.kv_tokens_free = counters.free_blocks * BLOCK_TOKENS

@@ -175,7 +175,7 @@ class Enlistment:
         members, shards = self._members, self._neighbours.shards
         wanted = {
             m: members.entry(m).name
-            for m in members.in_state("memory", State.JOINING, State.SERVING)
+            for m in members.in_state("memory", State.JOINING, State.SERVING, State.LEAVING)
             if members.term(m)
         }
         new = []
@@ -217,10 +217,12 @@ class Enlistment:
     def _has_all(self) -> bool:
         """Return whether this node has all that it needs to run steps: memory nodes, and other compute nodes."""
         there, members = self._serving_shards(), self._members
-        memory = [m for m in members.in_state("memory", State.JOINING, State.SERVING) if members.term(m)]
+        memory = members.in_state("memory", State.JOINING, State.SERVING, State.LEAVING)
         others = [m for m in members.in_state("compute", State.SERVING) if m != self._own]
         peers = self._neighbours.peers
-        return all(m in there for m in memory) and all(m in peers and peers[m].is_open for m in others)
+        return all(m in there for m in memory if members.term(m)) and all(
+            m in peers and peers[m].is_open for m in others
+        )
 
     def _serving_shards(self) -> dict[int, ShardControl]:
         return {

@@ -25,6 +25,7 @@ from lamina.front.scheduler import Scheduler
 from lamina.front.sequence import CacheChanges, ReservationRequest
 from lamina.front.space import Space
 from lamina.front.team import Formation, Team
+from lamina.front.transfers import Transfers
 from lamina.node.assemble import REMOTE_TOKENS
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.runtime.crossing import Crossing
@@ -50,6 +51,7 @@ def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int,
         config.pipeline.partition,
         stripes=not served.has_windows,
         window=None if others else group.window,
+        moves=config.pipeline.moves and not served.has_windows,
     )
     if blocks.max_context < served.context:
         least = min(shards.values(), key=lambda shard: shard.capacity_tokens)
@@ -117,7 +119,9 @@ async def open_front(
         constraints=constraints,
         journal=journal,
     )
-    space = Space(shards, BLOCK_TOKENS, intake.reserved)
+    addresses = {members.id_of(node.name): node.address for node in config.memory_nodes}
+    transfers = Transfers(shards, addresses, random, intake.transferred)
+    space = Space(shards, BLOCK_TOKENS, intake.reserved, transfers)
     if served.context > ANSWER_TOKENS:
         try:
             await there.start(_fit(scheduler, team, space, device, home, config, served))

@@ -20,6 +20,7 @@ from lamina.attention.pool import numa_node_of, numa_nodes
 from lamina.config import MemoryNodeConfig
 from lamina.errors import CapacityError, ConfigError, LaminaError, ProtocolError, TransportError, first_error
 from lamina.memory.control import ServingControl, StaleTermError
+from lamina.memory.couriers import Receiver
 from lamina.memory.fair_queue import FairQueue
 from lamina.memory.tenant import Tenant, check_same, find_difference
 from lamina.node import probe
@@ -30,9 +31,10 @@ from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.host import Host
 from lamina.runtime.network import Network
-from lamina.transport import Hello, Link, Options
+from lamina.transport import Address, Hello, Link, Options
 from lamina.wire.admin import Status, TenantStatus
 from lamina.wire.codec import decode, encode
+from lamina.wire.moves import Join, layout_digest
 from lamina.wire.requests import Failed
 from lamina.wire.tenants import Attach, Refused, short_name
 
@@ -42,12 +44,14 @@ log = logging.getLogger("lamina.memory")
 @dataclass(eq=False)
 class _Tenancy:
     """Holds the node's loop's part of a tenant: what its front asked for in the present term, its memory, and its links
-    by member id. ``lease`` ends it; None while the front is there."""
+    by member id. ``receivers`` are those on which other memory nodes send blocks. ``lease`` ends it; None while the
+    front is there."""
 
     attach: Attach
     tenant: Tenant
     memory: MemoryRange
     links: dict[int, ServingControl] = field(default_factory=dict)
+    receivers: list[Receiver] = field(default_factory=list)
     lease: asyncio.TimerHandle | None = None
 
     @property
@@ -182,14 +186,16 @@ class MemoryNode:
         link.deliver(
             on_message=lambda plain: self._on_message(link, plain),
             on_lost=lambda _: self._links.pop(link, None),
-            lane_loop=self._device.loop if role == "compute" else None,
-            peer_timeout=None if role == "compute" else CALLER_TIMEOUT_S,
+            lane_loop=self._device.loop if role in ("compute", "memory") else None,
+            peer_timeout=None if role in ("compute", "memory") else CALLER_TIMEOUT_S,
         )
 
     def _on_message(self, link: Link, plain: dict[str, Any]) -> None:
-        match decode(plain, Attach | Asked):
+        match decode(plain, Attach | Join | Asked):
             case Attach() as attach:
                 self._attach(link, attach)
+            case Join() as join:
+                self._join(link, join)
             case asked:
                 self._monitor.ask(link, asked)
 
@@ -202,6 +208,21 @@ class MemoryNode:
             return
         link.deliver(on_message=lambda _: link.abort("a message before the answer to Attach"))
         self._begin(self._serve_link(link, attach))
+
+    def _join(self, link: Link, join: Join) -> None:
+        if link.info.peer.role != "memory":
+            link.abort(f"a {link.info.peer.role} cannot send blocks; only memory nodes can")
+            return
+        if self._draining:
+            link.send(encode(Refused(reason="is draining and takes no blocks")))
+            return
+        link.deliver(on_message=lambda _: link.abort("a message before the answer to Join"))
+        self._begin(self._receive(link, join))
+
+    async def _open_link(self, address: Address) -> Link:
+        """Connect to another memory node. Errors are those of `Network.connect`."""
+        hello = Hello("memory", self._name)
+        return await self._network.connect(address, hello, self._options, deadline_s=self._options.peer_timeout)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -218,7 +239,9 @@ class MemoryNode:
             quotas, _ = await asyncio.shield(self._taken)
             async with self._changing:
                 tenancy = await self._admit(attach, quotas, peer)
-                control = ServingControl(link, attach, tenancy.tenant, self._device)
+                control = ServingControl(
+                    link, attach, tenancy.tenant, self._device, self._open_link, self._options.peer_timeout
+                )
                 tenancy.links[attach.member] = control
             self._log_attached(link, attach, tenancy)
             try:
@@ -250,7 +273,43 @@ class MemoryNode:
             await link.close()
         self._links.pop(link, None)
 
+    async def _receive(self, link: Link, join: Join) -> None:
+        """Take the blocks that another memory node sends, until the link ends."""
+        peer, name = link.info.peer.name, short_name(join.tenant)
+        reason = f"memory node {self._name} was told to stop"
+        try:
+            async with self._changing:
+                tenancy = self._joined(join)
+                receiver = Receiver(link, join, tenancy.tenant, self._device, self._options.peer_timeout)
+                tenancy.receivers.append(receiver)
+            log.info("event=joined peer=%s transport=%s tenant=%s", peer, link.info.transport, name)
+            try:
+                await receiver.serve()
+            finally:
+                tenancy.receivers.remove(receiver)
+        except* LaminaError as group:
+            reason = str(first_error(group))
+        except* Exception as group:
+            log.exception("event=receiver_failed peer=%s", peer)
+            reason = f"internal error: {first_error(group)!r}"
+        log.info("event=parted peer=%s tenant=%s reason=%r", peer, name, reason)
+        if not link.state.closed:
+            link.send(encode(Refused(reason=reason)))
+            await link.close()
+        self._links.pop(link, None)
+
     # -- tenants
+
+    def _joined(self, join: Join) -> _Tenancy:
+        """Return the tenant for which another memory node has blocks; a LaminaError says why it cannot take them."""
+        tenancy, name = self._tenancies.get(join.tenant), short_name(join.tenant)
+        if tenancy is None or not compare_digest(join.token, tenancy.attach.token):
+            raise ProtocolError(f"no tenant {name} with this token is here; its front has to attach first")
+        if join.layout != layout_digest(tenancy.attach):
+            raise ProtocolError(
+                f"blocks of tenant {name} hold something else here: model, types or heads are different"
+            )
+        return tenancy
 
     async def _admit(self, attach: Attach, quotas: QuotaPool, peer: str) -> _Tenancy:
         """Return the tenant of a compute node, after making it for a front, or taking it over. A LaminaError says why
@@ -356,7 +415,7 @@ class MemoryNode:
 
     async def _end_links(self, tenancy: _Tenancy, reason: TransportError) -> None:
         """End all links of a tenant; none is served any more when this returns."""
-        controls = list(tenancy.links.values())
+        controls: list[ServingControl | Receiver] = [*tenancy.links.values(), *tenancy.receivers]
         for control in controls:
             control.end(reason)
         await asyncio.gather(*(control.ended.wait() for control in controls))

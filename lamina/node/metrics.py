@@ -105,6 +105,14 @@ def of_front(status: Status, meter: RequestMeter) -> list[Metric]:
         gauge("lamina_requests_running", "Requests that have space and are computed.", status.requests_running),
         gauge("lamina_requests_waiting", "Requests that wait for admission.", status.requests_waiting),
         counter("lamina_preemptions_total", "How often a request lost its space to others.", status.preemptions),
+        counter("lamina_moves_total", "How often blocks of a request moved to another memory node.", status.moves),
+        counter("lamina_moved_bytes_total", "Bytes of keys and values that moved.", status.moved_bytes),
+        counter("lamina_failed_moves_total", "Moves of which nothing came.", status.failed_moves),
+        counter(
+            "lamina_redirections_total",
+            "How often a request went on on another memory node as its own was full, without a copy.",
+            status.redirections,
+        ),
         counter(
             "lamina_prefix_tokens_queried_total",
             "Tokens of admitted requests that had to be prefilled or found.",

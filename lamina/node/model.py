@@ -141,6 +141,11 @@ class ServedModel:
         """Return whether any layer has a sliding window."""
         return any(layer.window is not None for layer in self.facts.layers)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Return the bytes of keys and values of one position, in all layers and heads."""
+        return self.layout(self.facts.layers).bytes_per_token
+
     def layout(self, layers: tuple[LayerShape, ...]) -> KVLayout:
         """Return the layout in which a memory node stores these heads of the model's layers."""
         return KVLayout(layers=layers, dtype=self.kv_dtype, block_tokens=BLOCK_TOKENS)

@@ -15,7 +15,7 @@ from lamina.runtime.device import Device
 from lamina.runtime.network import Network
 from lamina.runtime.spans import Recorder, Span
 from lamina.transport import Address, Link, Options
-from lamina.wire.admin import AskSpans, AskStatus, Probe, Probed, Record, Spans, Status
+from lamina.wire.admin import AskSpans, AskStatus, Drain, Draining, Probe, Probed, Record, Spans, Status
 from lamina.wire.codec import Message, decode
 from lamina.wire.questions import send_unless_gone
 
@@ -25,14 +25,14 @@ and a user may suspend them for a moment."""
 MAX_PROBES = 64
 """The number of measurements that may wait for their turn."""
 
-Asked = AskStatus | Record | AskSpans | Probe
+Asked = AskStatus | Record | AskSpans | Probe | Drain
 
 
 class Monitor:
     """Answers the questions of operators about one node, on the node's loop.
 
     The node is called ``name``, and ``status`` returns its state. It measures links to the nodes in ``ways`` and to no
-    others.
+    others. ``drain`` lets memory nodes leave, on the front alone.
     """
 
     def __init__(
@@ -43,12 +43,14 @@ class Monitor:
         options: Options,
         status: Callable[[], Coroutine[Any, Any, Status]],
         ways: Mapping[str, Address] | None = None,
+        drain: Callable[[Drain], Coroutine[Any, Any, Draining]] | None = None,
     ) -> None:
         self._name = name
         self._network = network
         self._options = options
         self._status = status
         self._ways = ways or {}
+        self._drain = drain
         self._tracing = _Tracing(device)
         self._probing = asyncio.Lock()
         self._probes = 0
@@ -85,6 +87,10 @@ class Monitor:
                 reply = await self._status()
             case Probe():
                 reply = await self._probe(asked)
+            case Drain() if self._drain is not None:
+                reply = await self._drain(asked)
+            case Drain():
+                reply = Draining(error=f"{self._name} is not the front of a cluster, which decides what nodes hold")
             case _:
                 reply = await self._tracing.reply(asked)
         send_unless_gone(link, reply)

@@ -71,6 +71,10 @@ class Roster:
         """The last term in which this node has attached to a memory node, or tried to."""
         self._lost: set[int] = set()
         """The members that were lost since the last formation."""
+        self._out: set[int] = set()
+        """The members that have left, and have not been started anew since."""
+        self._parting: set[int] = set()
+        """Those whose link is about to end because of that."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """What takes a node in, by member id. That of this node itself divides heads."""
         self._news = asyncio.Event()
@@ -126,6 +130,8 @@ class Roster:
     def found(self, control: Control) -> None:
         """There is a link to a node."""
         member = control.member
+        if member in self._out:
+            return
         self._members.join({member: 0})
         if isinstance(control, PeerControl):
             control.on_reach = self._on_reach
@@ -136,6 +142,12 @@ class Roster:
 
     def lost(self, member: int, error: NodeError) -> None:
         """The link to a node has ended. One that still has steps to do for this node is lost to it."""
+        if member in self._parting:
+            self._parting.discard(member)
+            return
+        if member in self._out:  # it may come back
+            self._out.discard(member)
+            return
         if (task := self._tasks.pop(member, None)) is not None:
             task.cancel()
         self._lost.add(member)
@@ -152,8 +164,17 @@ class Roster:
     def suspect(self, node: str, reason: str) -> None:
         """A step has failed, which is said to be the fault of a node."""
         member = self._members.id_of(node)
-        if self._members.state(member) is State.SERVING:
+        if self._members.state(member) in (State.SERVING, State.LEAVING):
             self._neighbours.drop(member, reason)
+
+    def part(self, member: int) -> None:
+        """A memory node that was leaving is empty. It is not used again before it has been started anew."""
+        shard = self._neighbours.shards.get(member)
+        self._out.add(member)
+        if shard is not None and shard.is_attached:
+            self._parting.add(member)
+            shard.detach()
+        self._members.part(member)
 
     def changed(self) -> None:
         """The members have changed: tell the other compute nodes, and form the team anew."""
@@ -166,18 +187,24 @@ class Roster:
 
     def _settle(self) -> None:
         """A lost node has had its time to come back."""
-        if self._neighbours.waiting_for and not (self._divides and self._neighbours.shards):
+        if self._absent and not (self._divides and self._neighbours.shards):
             self._give_up_missing()
         self._tell()
 
     def _give_up_missing(self) -> None:
         """Go on without the nodes that are missing."""
-        log.warning("event=given_up missing=%s", ",".join(self._neighbours.waiting_for))
+        log.warning("event=given_up missing=%s", ",".join(self._absent))
         self.on_settled()
+
+    @property
+    def _absent(self) -> list[str]:
+        """Return the names of the nodes that are missed."""
+        gone = {entry.name for entry in self._members.entries if self._members.state(entry.id) is State.GONE}
+        return [name for name in self._neighbours.waiting_for if name not in gone]
 
     def _form(self) -> None:
         members = self._members
-        memory: tuple[int, ...] = members.in_state("memory", State.SERVING)
+        memory: tuple[int, ...] = members.in_state("memory", State.SERVING, State.LEAVING)
         if self._divides and set(memory) != set(self._division):
             memory = ()
         shards, peers = self._neighbours.shards, self._neighbours.peers
@@ -212,6 +239,7 @@ class Roster:
         elif (
             news.term == self._members.term(news.member)
             and self._members.state(compute) is State.SERVING  # one that joins has to find its way to all others
+            and news.member not in self._out
             and not (self._is_peer(news.member) and self._members.state(news.member) is State.JOINING)  # it is back
         ):
             by = self._names[compute]
@@ -221,7 +249,7 @@ class Roster:
         return self._members.entry(member).role == "compute"
 
     def _has_reached_all(self, compute: int) -> bool:
-        serving = self._members.in_state("memory", State.SERVING)
+        serving = self._members.in_state("memory", State.SERVING, State.LEAVING)
         return all(self._reached.get((compute, m)) == self._members.term(m) for m in serving)
 
     # -- memory nodes
@@ -235,9 +263,10 @@ class Roster:
 
     async def _divide(self) -> None:
         """Divide the heads over the memory nodes that are there, whenever one comes or goes."""
-        every = {entry.id for entry in self._members.entries if entry.role == "memory"}
+        all_memory = {entry.id for entry in self._members.entries if entry.role == "memory"}
         while True:
-            news, there = self._news, self._neighbours.shards
+            every = all_memory - {m for m in all_memory if self._members.state(m) in (State.LEAVING, State.GONE)}
+            news, there = self._news, {m: shard for m, shard in self._neighbours.shards.items() if m in every}
             patience_s = self._missing_since_s + self._config.recovery.grace - self._loop.time()
             if not there or (set(there) == set(self._division) and self._is_divided()):
                 await news.wait()
@@ -269,7 +298,7 @@ class Roster:
         await self._until(lambda: not self._is_divided() or all(map(self._is_reached, division)))
         if self._is_divided():
             self._members.serve(*division)
-            if self._neighbours.waiting_for:
+            if self._absent:
                 self._give_up_missing()
         else:
             self._division = {}

@@ -1,4 +1,4 @@
-"""The commands ``lamina status``, ``top``, ``doctor`` and ``trace``, which ask the nodes of a cluster."""
+"""The commands ``lamina status``, ``top``, ``doctor``, ``trace`` and ``drain``, which ask the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lamina.limits import MAX_LEASE
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -62,3 +64,23 @@ def trace(
     from lamina.ops.trace import run
 
     run(load(config), seconds, out)
+
+
+def drain(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The memory node that is to leave.")],
+    config: ConfigFile,
+    patience: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=MAX_LEASE,
+            help="The seconds after which what finds no room on the other nodes is computed anew there.",
+        ),
+    ] = 60.0,
+) -> None:
+    """Empty a memory node of a running cluster, and take it out; no request fails. It comes back when it is started
+    again."""
+    from lamina.config import load
+    from lamina.ops.drain import run
+
+    run(load(config), name, patience)

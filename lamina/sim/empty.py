@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lamina.attention import KVCache, LayerShape, Partial, Rows
 from lamina.attention.backend import Plan
-from lamina.attention.placement import BlockPlacement
+from lamina.attention.placement import BlockPlacement, Integers
 from lamina.compute.peer_lane import Shape
 from lamina.model.slices import Head, Tail
 from lamina.node.model import ModelFacts
@@ -119,6 +119,12 @@ class EmptyBackend:
         assert isinstance(plan, BlockPlacement)
         self.cache.advance(layer, plan)
         return past
+
+    def read(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        """See `Backend.read`."""
+
+    def write(self, layer: int, blocks: Integers, plain: Tensor) -> None:
+        """See `Backend.write`."""
 
     def close(self) -> None:
         """See `Backend.close`."""

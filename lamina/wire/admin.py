@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
+from lamina.limits import MAX_LEASE
 from lamina.runtime.spans import Span
 from lamina.transport import Lane, Link, RemoteRegion
 from lamina.wire.codec import Message
@@ -79,7 +80,7 @@ class MemberStatus(Struct, frozen=True, kw_only=True):
     """Describes a member of the cluster, as the front sees it."""
 
     name: str
-    state: Literal["joining", "serving", "leaving", "lost"]
+    state: Literal["joining", "serving", "leaving", "gone", "lost"]
     for_s: float
     """The seconds that the member has been in this state."""
 
@@ -107,6 +108,14 @@ class Status(Message):
     """The number of tokens that had to be prefilled or found."""
     shared_tokens: int = 0
     """How many of these the memory nodes already held."""
+    moves: int = 0
+    """How often blocks of a sequence went from one memory node to another."""
+    moved_bytes: int = 0
+    """The bytes of keys and values in them."""
+    failed_moves: int = 0
+    """How often that was begun, and nothing came of it."""
+    redirections: int = 0
+    """How often a sequence went on on another memory node, without a copy."""
     sequences: int = 0
     kv_tokens_total: int = 0
     kv_tokens_free: int = 0
@@ -165,6 +174,28 @@ class Probed(Message):
     p50_s: float = 0.0
     p99_s: float = 0.0
     bytes_per_s: float = 0.0
+    error: str = ""
+
+
+class Drain(Message):
+    """Ask the front to let memory node ``node`` leave: all that it holds goes elsewhere. Draining answers how far that
+    is; asked again, it tells that again.
+
+    What finds no room elsewhere within ``patience`` seconds is computed anew there.
+    """
+
+    node: Annotated[str, Meta(max_length=64)]
+    patience: Annotated[float, Meta(ge=0, le=MAX_LEASE)]
+
+
+class Draining(Message):
+    """Reports how far a memory node is that is to leave; or, in ``error``, why it is not to."""
+
+    state: Literal["leaving", "gone", "lost"] = "leaving"
+    tokens: int = 0
+    """The positions of KV cache that are still held there."""
+    note: str = ""
+    """What is special about this cluster."""
     error: str = ""
 
 

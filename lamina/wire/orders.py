@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from msgspec import Meta, Struct
 
 from lamina.errors import NodeError, ProtocolError, SpaceLostError, StaleOrderError
-from lamina.limits import MAX_BATCHES, MAX_COMPUTE, MAX_STEP_TOKENS
+from lamina.limits import MAX_BATCHES, MAX_COMPUTE, MAX_MOVED, MAX_STEP_TOKENS
 from lamina.transport import RemoteRegion
 from lamina.wire.codec import Count, MemberId, Message
 from lamina.wire.parts import Part
@@ -45,7 +46,7 @@ class MemberEntry(Struct, frozen=True, array_like=True):
     id: MemberId
     name: Annotated[str, Meta(min_length=1, max_length=128)]
     role: Literal["compute", "memory"]
-    state: Literal["joining", "serving", "leaving", "lost"] = "joining"
+    state: Literal["joining", "serving", "leaving", "gone", "lost"] = "joining"
     term: Count = 0
     """Of a memory node: the number of the front's latest attachment to it. 0: the front has never attached."""
 
@@ -201,13 +202,14 @@ class Order(Message):
 
 class Limits(NamedTuple):
     """Holds the limits of orders on a compute node: batch slots, tokens of a step, the member ids of memory nodes,
-    positions of a sequence, and the vocabulary."""
+    positions of a sequence, the vocabulary, and positions of a block."""
 
     slots: int
     tokens: int
     memory_nodes: frozenset[int]
     context: int
     vocabulary: int
+    block_tokens: int
 
     def check(self, order: Order) -> None:
         """Raise ProtocolError for an order that could not be carried out."""
@@ -224,15 +226,16 @@ class Limits(NamedTuple):
                 not place.members
                 or not self.memory_nodes.issuperset(place.members)
                 or (place.stripe is not None and place.stripe < 1)
+                or (place.moved and not self._are_blocks(place.moved))
                 or max(run.local_tokens, run.start + len(run.tokens)) > self.context
                 or max(run.tokens) >= self.vocabulary
             ):
                 raise ProtocolError(
                     f"an order for {len(run.tokens)} positions from {run.start} of a sequence on {place}; expected "
-                    f"positions below {self.context}, tokens below {self.vocabulary}, and memory nodes among "
-                    f"{sorted(self.memory_nodes)}"
+                    f"positions below {self.context}, tokens below {self.vocabulary}, memory nodes among "
+                    f"{sorted(self.memory_nodes)}, and at most {MAX_MOVED} moved parts of whole blocks of "
+                    f"{self.block_tokens}, in order"
                 )
-
             if (choice := run.choice) and not choice.fits(self.context, self.vocabulary):
                 raise ProtocolError(
                     f"a choice for position {choice.position} with tokens that do not fit; expected tokens below "
@@ -244,6 +247,18 @@ class Limits(NamedTuple):
                     f"{len(run.tokens)} tokens; expected no more rows than it has, and targets below "
                     f"{self.vocabulary}"
                 )
+
+    def _are_blocks(self, moved: Sequence[tuple[int, int, int]]) -> bool:
+        """Return whether parts of a sequence can lie where they are said to lie."""
+        bounds = [0, *(bound for start, stop, _ in moved for bound in (start, stop))]
+        return (
+            len(moved) <= MAX_MOVED
+            and bounds == sorted(bounds)
+            and bounds[-1] <= self.context + self.block_tokens
+            and all(start < stop for start, stop, _ in moved)
+            and not any(bound % self.block_tokens for bound in bounds)
+            and self.memory_nodes.issuperset(member for _, _, member in moved)
+        )
 
 
 class Done(Message):

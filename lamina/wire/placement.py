@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lamina.attention import Run
 from lamina.wire.plan import StepPlan
+
+Range = tuple[int, int]
+"""Positions from the first one up to the second one, which is not among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +22,44 @@ class Placement:
     only one member. With ``stripe`` the positions go round the members in stripes of this length. A memory node knows
     nothing about stripes: it numbers the positions that it holds from 0, because rotary positions are already applied
     to the keys it gets.
+
+    ``moved`` has the exceptions: (start, stop, member) says that the positions from start up to stop lie on this member
+    alone, and not where the rule would have them. They are whole blocks, in ascending order, and no two of them could
+    be one. Where heads are divided, nothing is ever moved.
     """
 
     members: tuple[int, ...]
     stripe: int | None = None
+    moved: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def all_members(self) -> tuple[int, ...]:
+        """Return the members that hold positions by the rule, and then those that only hold moved ones."""
+        if not self.moved:
+            return self.members
+        others = {member for _, _, member in self.moved}.difference(self.members)
+        return self.members + tuple(sorted(others))
 
     def held(self, member: int, tokens: int) -> int:
         """Return how many of the first ``tokens`` positions lie on ``member``; also the number there of its next
         position."""
+        return self.shares(tokens).get(member, 0) if self.moved else self._by_rule(member, tokens)
+
+    def shares(self, tokens: int) -> dict[int, int]:
+        """Return, by member, how many of the first ``tokens`` positions lie there."""
+        by_rule = self._by_rule
+        shares = {member: by_rule(member, tokens) for member in self.members}
+        for start, stop, there in self.moved:
+            stop = min(stop, tokens)
+            if start >= stop:
+                break
+            for member in self.members:
+                shares[member] -= by_rule(member, stop) - by_rule(member, start)
+            shares[there] = shares.get(there, 0) + stop - start
+        return shares
+
+    def _by_rule(self, member: int, tokens: int) -> int:
+        """Return how many of the first ``tokens`` positions would lie on ``member`` if nothing had moved."""
         if member not in self.members:
             return 0
         if self.stripe is None:
@@ -36,6 +70,11 @@ class Placement:
 
     def position(self, member: int, index: int) -> int:
         """Return the position that is number ``index`` on ``member``: the inverse of `held`."""
+        if self.moved:
+            behind = self.moved[-1][1]
+            if index < (before := self.held(member, behind)):
+                return bisect_left(range(behind), index + 1, key=lambda p: self.held(member, p + 1))
+            index += self._by_rule(member, behind) - before
         if self.stripe is None:
             return index
         rounds, rest = divmod(index, self.stripe)
@@ -43,6 +82,9 @@ class Placement:
 
     def owners(self, position: int) -> tuple[int, ...]:
         """Return the members that hold a position."""
+        for start, stop, member in self.moved:
+            if start <= position < stop:
+                return (member,)
         if self.stripe is None:
             return self.members
         return (self.members[position // self.stripe % len(self.members)],)
@@ -60,8 +102,14 @@ class Placement:
         return [key for block, key in enumerate(keys, first) if member in self.owners(block * block_tokens)]
 
     def until_next(self, position: int) -> int | None:
-        """Return how many positions from ``position`` on have the same owners; None means all of them."""
-        return None if self.stripe is None else self.stripe - position % self.stripe
+        """Return how many positions from ``position`` on have the same owners, at least; None means all of them."""
+        same = None if self.stripe is None else self.stripe - position % self.stripe
+        for start, stop, _ in self.moved:
+            if position < stop:
+                if start <= position:
+                    return stop - position
+                return start - position if same is None else min(same, start - position)
+        return same
 
     def divide(self, start: int, count: int) -> Iterable[tuple[int, int]]:
         """Cut positions into pieces (start, count), each with the same owners throughout."""
@@ -71,6 +119,35 @@ class Placement:
             piece = stop - start if same is None else min(same, stop - start)
             yield start, piece
             start += piece
+
+    # -- other placements of the same sequence
+
+    def relocated(self, ranges: Iterable[Range], member: int) -> Placement:
+        """Return where the sequence lies when these positions have moved to ``member``."""
+        pieces = list(self.moved)
+        for start, stop in ranges:
+            kept = []
+            for first, last, there in pieces:
+                kept += [(a, b, there) for a, b in ((first, min(last, start)), (max(first, stop), last)) if a < b]
+            pieces = [*kept, (start, stop, member)]
+        return Placement(self.members, self.stripe, self._exceptions(pieces))
+
+    def redirected(self, members: tuple[int, ...], stripe: int | None, start: int) -> Placement:
+        """Return where the sequence lies if it goes on from position ``start`` by another rule."""
+        lies = [(first, first + count, self.owners(first)[0]) for first, count in self.divide(0, start)]
+        return Placement(members, stripe, Placement(members, stripe)._exceptions(lies))
+
+    def _exceptions(self, pieces: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+        """Return ``moved`` for pieces that lie on these members, of which some may lie where the rule has them."""
+        rule = Placement(self.members, self.stripe)
+        found: list[tuple[int, int, int]] = []
+        for start, stop, member in sorted(pieces):
+            for first, count in rule.divide(start, stop - start):
+                if rule.owners(first) == (member,):
+                    continue
+                joined = found.pop()[0] if found and found[-1][1:] == (first, member) else first
+                found.append((joined, first + count, member))
+        return tuple(found)
 
 
 class RemoteRun(NamedTuple):
@@ -96,7 +173,7 @@ class MemberRows:
 
 def route(runs: Sequence[RemoteRun]) -> dict[int, MemberRows]:
     """Divide the rows of a step over the memory nodes that take part in it: by member id, in ascending order."""
-    if runs and all(run.placement.stripe is None for run in runs):
+    if runs and all(run.placement.stripe is None and not run.placement.moved for run in runs):
         members = runs[0].placement.members
         if all(run.placement.members == members for run in runs):  # as where heads are divided: all have the same rows
             storing = tuple([Run(run.sequence, run.start, run.count) for run in runs])
@@ -108,6 +185,9 @@ def route(runs: Sequence[RemoteRun]) -> dict[int, MemberRows]:
         place, rows = run.placement, range(row, row + run.count)
         row += run.count
         members, stripe = place.members, place.stripe
+        if place.moved:
+            _divide_moved(run, rows, parts)
+            continue
         if stripe is None:
             # All members hold the same positions, so that they can share one description.
             same = Run(run.sequence, run.start, run.count)
@@ -136,6 +216,26 @@ def route(runs: Sequence[RemoteRun]) -> dict[int, MemberRows]:
                 part.whole.append(own)
                 part.whole_rows += rows
     return {member: parts[member].rows() for member in sorted(parts)}
+
+
+def _divide_moved(run: RemoteRun, rows: range, parts: dict[int, _Parts]) -> None:
+    """Add a run of a sequence of which something has moved to the parts of the members that have to do with it."""
+    place, start = run.placement, run.start
+    owners = place.owners(start)
+    shares = dict.fromkeys(owners, 0) | place.shares(start)
+    held = {member: n for member, n in shares.items() if n or member in owners}
+    for member, before in held.items():
+        part = parts.get(member) or parts.setdefault(member, _Parts())
+        own = Run(run.sequence, before, run.count)
+        if member not in owners:
+            part.reading.append(own)
+            part.reading_rows += rows
+        elif len(held) > len(owners):
+            part.partial.append(own)
+            part.partial_rows += rows
+        else:
+            part.whole.append(own)
+            part.whole_rows += rows
 
 
 @dataclass(slots=True)

@@ -1,5 +1,5 @@
-"""A compute node and a memory node exchange these messages: to attach as a tenant, and about the space of its
-sequences."""
+"""A compute node and a memory node exchange these messages: to attach as a tenant, about the space of its sequences,
+and about blocks that move from one memory node to another."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from lamina.attention import LayerShape
+from lamina.errors import ProtocolError
 from lamina.limits import MAX_BATCH, MAX_BATCHES, MAX_BYTES, MAX_LEASE, MAX_REMOTE_TOKENS
 from lamina.transport import RemoteRegion
 from lamina.wire.codec import Count, MemberId, Message, Positive
@@ -104,6 +105,27 @@ class Reserve(Message):
     ahead: Positive | None = None
     """For a new sequence, the most positions by which its layers can be apart, a step's own rows included: where these
     have windows, less is set aside. None: any number."""
+    parent: Count | None = None
+    """A new sequence is derived from this one: it shares all of its blocks, also the one that is not full."""
+    without: tuple[Count, Positive] | None = None
+    """The first block, in the parent's table, and the number of blocks that a derived sequence does not share. They are
+    full in every layer."""
+    transfer: Count | None = None
+    """The blocks that a transfer has brought come before those of the parent, and belong to the sequence from now
+    on."""
+
+    def __post_init__(self) -> None:
+        if self.is_derived and (self.keys or self.ahead is not None):
+            raise ProtocolError(
+                f"sequence {self.sequence} has a parent or a transfer, and keys or a distance of layers"
+            )
+        if self.without is not None and self.parent is None:
+            raise ProtocolError(f"sequence {self.sequence} leaves out blocks of a parent, but names none")
+
+    @property
+    def is_derived(self) -> bool:
+        """Return whether the sequence consists of blocks that are there already."""
+        return self.parent is not None or self.transfer is not None
 
 
 class Reserved(Message):
@@ -111,7 +133,7 @@ class Reserved(Message):
 
     sequence: Count
     shared: Count = 0
-    """Leading positions of a new sequence that were found."""
+    """Leading positions of a new sequence that were found, or that a derived one consists of."""
 
 
 class Publish(Message):
@@ -127,6 +149,62 @@ class Release(Message):
     """The sequence is over; its space is free again."""
 
     sequence: Count
+
+
+class Expect(Message):
+    """Hold space for ``blocks`` blocks of every layer, which another memory node is going to send.
+
+    Expected or MoveFailed answers it; when all blocks have come, Moved says so. MoveFailed says that they will not
+    come, and that the space is free again.
+    """
+
+    transfer: Count
+    """A number that the front draws at random, so that no other transfer ever has it."""
+    blocks: Positive
+
+
+class Expected(Message):
+    """The memory node holds the space for a transfer."""
+
+    transfer: Count
+
+
+class Send(Message):
+    """Send ``blocks`` blocks of a sequence, from number ``first`` of its table here on, to another memory node.
+
+    They are full in every layer. The node there holds the space already. Moved or MoveFailed answers it.
+    """
+
+    transfer: Count
+    sequence: Count
+    first: Count
+    blocks: Positive
+    to: Annotated[str, Meta(max_length=512)]
+    """The address of the other memory node."""
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    """The name of the other memory node."""
+
+
+class Forget(Message):
+    """Stop a transfer, at either end, and free the blocks that it has brought, unless they belong to a sequence.
+
+    A transfer that is not known is ignored. It has no answer, and the transfer is not spoken of any more.
+    """
+
+    transfer: Count
+
+
+class Moved(Message):
+    """All blocks of a transfer are there: said by the node that sent them, and by the one that has them."""
+
+    transfer: Count
+
+
+class MoveFailed(Message):
+    """A transfer has ended before all its blocks were there."""
+
+    transfer: Count
+    reason: str
 
 
 class Detach(Message):
@@ -152,8 +230,8 @@ class Void(Message):
     sequences: Annotated[list[Count], Meta(min_length=1, max_length=MAX_BATCH + MAX_REMOTE_TOKENS)]
 
 
-FromCompute = Attach | Reserve | Publish | Release | Detach
-FromMemory = Attached | Reserved | Refused | Void
+FromCompute = Attach | Reserve | Publish | Release | Expect | Send | Forget | Detach
+FromMemory = Attached | Reserved | Refused | Void | Expected | Moved | MoveFailed
 
 
 def short_name(tenant: str) -> str:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from lamina.attention import Backend, Rows, Run
-from lamina.attention.layout import ITEM_BYTES, SCALE_BYTES, SCALED, LayerShape
+from lamina.attention.layout import ALIGNMENT, ITEM_BYTES, SCALE_BYTES, SCALED, LayerShape
 from lamina.attention.placement import Integers
-from lamina.attention.pool import ALIGNMENT
 
 PAGE, LINE = 16, 32
 """The tokens of a page and the numbers of a line, as in native/kernel.h."""

@@ -12,7 +12,7 @@ import pytest
 
 from lamina.attention.native.build import BuildError, build, compiler
 
-CONFORMANCE = [str(Path(__file__).with_name(name)) for name in ("test_backend.py", "test_stored.py")]
+CONFORMANCE = [str(Path(__file__).with_name(name)) for name in ("test_backend.py", "test_stored.py", "test_moves.py")]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -162,27 +162,37 @@ def simulate(
 
 
 def simulate_memory(
-    work: Work[T], *, memory: int = 1 << 20, link: LinkModel = LINK, seconds: NodeSeconds = seconds
+    work: Work[T],
+    *,
+    memory: int | Sequence[int] = 1 << 20,
+    link: LinkModel = LINK,
+    seconds: NodeSeconds = seconds,
+    nodes: int = 1,
 ) -> T:
-    """Start the memory node m0, do ``work``, see that no tenant is left, and stop it in order."""
-    config = make_config(memory_nodes=1, memory=memory)
+    """Start the memory nodes m0, m1, ..., do ``work``, see that no tenant is left, and stop in order those that were
+    not killed."""
+    config = make_config(memory_nodes=nodes, memory=memory)
 
     async def main(world: World) -> T:
         cluster = SimCluster(world, config, open_model=open_real, seconds=seconds)
-        await cluster.start("m0")
+        names = [node.name for node in config.memory_nodes]
+        for name in names:
+            await cluster.start(name)
         result = await work(cluster)
-        if "m0" not in cluster.ended:
-            await eventually(lambda: has_no_tenant(cluster))
-        assert await cluster.stop_all() == {"m0": None}
+        for name in names:
+            if name not in cluster.ended:
+                await eventually(partial(has_no_tenant, cluster, name))
+        ended = await cluster.stop_all()
+        assert all(ended[name] is None or isinstance(ended[name], asyncio.CancelledError) for name in names), ended
         return result
 
     with World(1, model=link, tracing=False) as world:
         return world.run(main(world))
 
 
-async def has_no_tenant(cluster: SimCluster) -> bool:
-    """Whether no compute node is attached to the memory node m0."""
-    return not (await cluster.status("m0")).tenants
+async def has_no_tenant(cluster: SimCluster, name: str = "m0") -> bool:
+    """Whether no compute node is attached to a memory node."""
+    return not (await cluster.status(name)).tenants
 
 
 async def statuses(cluster: SimCluster, names: Iterable[str] | None = None) -> list[Status]:

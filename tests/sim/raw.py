@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.attention import LayerShape
+from lamina.attention import LayerShape, Partial
+from lamina.config import NodeConfig
 from lamina.sim.cluster import SimCluster
 from lamina.transport import Hello, Lane, Link, Options, Region
 from lamina.wire import views
@@ -18,7 +19,23 @@ from lamina.wire.codec import Message, decode, encode
 from lamina.wire.geometry import Geometry
 from lamina.wire.plan import CHUNK_HEADER, ChunkHeader, StepPlan
 from lamina.wire.tags import Kind, Tag, pack
-from lamina.wire.tenants import Attach, Attached, FromMemory, Refused, Release, Reserve, Reserved, Void, short_name
+from lamina.wire.tenants import (
+    Attach,
+    Attached,
+    Expect,
+    Expected,
+    Forget,
+    FromMemory,
+    Moved,
+    MoveFailed,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    Send,
+    Void,
+    short_name,
+)
 from lamina.wire.views import StepViews
 
 PATIENCE_S = 30.0
@@ -34,6 +51,8 @@ class RawCompute:
         self._output_parts = views.parts(outputs.buffer, attach.slots, g.output_bytes, torch.uint8)
         self._replies: asyncio.Queue[Attached | Reserved | Refused] = asyncio.Queue()
         self._answers: asyncio.Queue[Tag] = asyncio.Queue()
+        self.moves: asyncio.Queue[Expected | Moved | MoveFailed] = asyncio.Queue()
+        """What the memory node says of transfers."""
         self.voids: list[Void] = []
         """The steps that the memory node has given up."""
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -56,6 +75,8 @@ class RawCompute:
         message = decode(plain, FromMemory)
         if isinstance(message, Void):
             self.voids.append(message)
+        elif isinstance(message, Expected | Moved | MoveFailed):
+            self.moves.put_nowait(message)
         elif isinstance(message, Refused) and message.sequence is None:
             self._end(message.reason)
         else:
@@ -77,14 +98,31 @@ class RawCompute:
     def send(self, message: Message) -> None:
         self.link.send(encode(message))
 
-    async def reserve(self, sequence: int, tokens: int) -> Reserved | Refused:
-        self.send(Reserve(sequence=sequence, tokens=tokens))
+    async def reserve(self, sequence: int, tokens: int, **told: Any) -> Reserved | Refused:
+        self.send(Reserve(sequence=sequence, tokens=tokens, **told))
         reply = await asyncio.wait_for(self._replies.get(), PATIENCE_S)
         assert not isinstance(reply, Attached)
         return reply
 
     def release(self, sequence: int) -> None:
         self.send(Release(sequence=sequence))
+
+    async def move(self) -> Expected | Moved | MoveFailed:
+        """What the memory node says next of a transfer."""
+        return await asyncio.wait_for(self.moves.get(), PATIENCE_S)
+
+    async def expect(self, transfer: int, blocks: int) -> Expected | Moved | MoveFailed:
+        """Have space held, and return the answer."""
+        self.send(Expect(transfer=transfer, blocks=blocks))
+        return await self.move()
+
+    def send_blocks(self, transfer: int, sequence: int, first: int, blocks: int, to: NodeConfig) -> None:
+        """Have blocks sent to another memory node."""
+        told = Send(transfer=transfer, sequence=sequence, first=first, blocks=blocks, to=str(to.address), name=to.name)
+        self.send(told)
+
+    def forget(self, transfer: int) -> None:
+        self.send(Forget(transfer=transfer))
 
     def tag(self, kind: int, slot: int = 0, layer: int = 0, step: int = 0, lane: Lane = Lane.DECODE) -> None:
         """Nothing but a tag."""
@@ -121,8 +159,15 @@ class RawCompute:
 
     def output(self, told: StepPlan, layer: int, *, slot: int = 0) -> Tensor:
         """The attention that has arrived of the rows that are whole."""
+        return self._views(told, layer, slot).whole.clone()
+
+    def partial(self, told: StepPlan, layer: int, *, slot: int = 0) -> Partial:
+        """The attention that has arrived of the other rows."""
+        return Partial(*(part.clone() for part in self._views(told, layer, slot).partial))
+
+    def _views(self, told: StepPlan, layer: int, slot: int) -> StepViews:
         empty, shape = torch.empty(1 << 16), self._geometry.layers[layer]
-        return StepViews.of(told, shape, empty, empty, self._output_parts[slot], self._dtype).whole.clone()
+        return StepViews.of(told, shape, empty, empty, self._output_parts[slot], self._dtype)
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -139,6 +184,7 @@ def asking(
     member: int = 0,
     model: str = "m",
     dtype: str = "float32",
+    kv_dtype: str | None = None,
     slots: int = 1,
     max_rows: int = 8,
     block_tokens: int = 16,
@@ -156,7 +202,7 @@ def asking(
         "front": 0,
         "model": model,
         "dtype": dtype,
-        "kv_dtype": dtype,
+        "kv_dtype": kv_dtype or dtype,
         "slots": slots,
         "max_rows": max_rows,
         "block_tokens": block_tokens,
@@ -166,11 +212,13 @@ def asking(
 
 
 @asynccontextmanager
-async def raw_compute(cluster: SimCluster, layers: Sequence[LayerShape], **told: Any) -> AsyncIterator[RawCompute]:
-    """A compute node that is attached to the memory node m0. AssertionError with the reason if that refuses."""
+async def raw_compute(
+    cluster: SimCluster, layers: Sequence[LayerShape], *, node: str = "m0", **told: Any
+) -> AsyncIterator[RawCompute]:
+    """A compute node that is attached to a memory node. AssertionError with the reason if that refuses."""
     said = asking(layers, **told)
     name = f"{short_name(said['tenant'])}{said['member']}"
-    address, network = cluster.config.find("m0").address, cluster.world.network
+    address, network = cluster.config.find(node).address, cluster.world.network
     async with await network.connect(address, Hello("compute", name), Options(), deadline_s=PATIENCE_S) as link:
         geometry = Geometry(tuple(layers), said["dtype"], said["slots"], said["max_rows"])
         outputs = Region("outputs", said["slots"] * geometry.output_bytes)
