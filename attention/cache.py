@@ -216,7 +216,7 @@ class KVCache(SequenceSlots):
         return [table[first:stop].copy() for table in self._reservation(sequence).tables]
 
     def require_movable(self) -> None:
-        """Raise `UsageError` where layers have windows: blocks behind these are gone, and others depend on positions."""
+        """Raise `UsageError` where layers have windows: blocks behind these are gone, others depend on positions."""
         if self._windowed:
             window = self.groups[self._windowed[0]].window
             raise UsageError(f"blocks cannot be moved or derived, as layers have a window of {window} tokens")

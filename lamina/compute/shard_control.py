@@ -33,7 +33,7 @@ from lamina.wire.tenants import (
     Detach,
     Expect,
     Expected,
-    Forget,
+    ForgetTransfer,
     FromMemory,
     Moved,
     MoveFailed,
@@ -264,9 +264,9 @@ class ShardControl:
             self._questions.refuse(
                 MoveError(f"memory node {self.name}: transfer {transfer} was given up"), (kind, transfer)
             )
-        self._tell(Forget(transfer=transfer))
+        self._tell(ForgetTransfer(transfer=transfer))
 
-    def _tell(self, message: Publish | Release | Forget | Detach) -> None:
+    def _tell(self, message: Publish | Release | ForgetTransfer | Detach) -> None:
         if not self.link.state.closed:  # a lost node has forgotten the sequence anyway
             self.link.send(encode(message))
 

@@ -25,7 +25,7 @@ MIN_LEFT = 64
 """A sequence that is going to end after fewer tokens is not worth a transfer."""
 
 
-class Mover:
+class MoveSchedule:
     """Gives running sequences other placements. This is the part of the scheduler that has no part in admission.
 
     In a *transfer*, a memory node copies whole blocks of a sequence to another one while the sequence goes on. A

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Listed
 from lamina.errors import CapacityError
 from lamina.front.blocks import BlockManager
 from lamina.front.cost import CostModel, StepLoad
-from lamina.front.moves import Mover
+from lamina.front.moves import MoveSchedule
 from lamina.front.preemption import choose_victims
 from lamina.front.prefill import divide_prefill
 from lamina.front.prefix import PrefixKeys
@@ -87,7 +87,7 @@ class Scheduler:
         """The most positions that a sequence may come to need: what the memory nodes held when `settle` was called."""
         self._arrivals = itertools.count()
         self._ids = itertools.count()
-        self.mover = Mover(block_manager, self._ids, self.cost, ahead_blocks)
+        self.mover = MoveSchedule(block_manager, self._ids, self.cost, ahead_blocks)
         """Moves what is stored of running sequences."""
 
     @property

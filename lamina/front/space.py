@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from lamina.compute.shard_control import ShardControl
 from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, TransportError
 from lamina.front.sequence import CacheChanges, ReservationRequest, Succession
-from lamina.front.transfers import Transfers
+from lamina.front.transfers import TransferAsker
 from lamina.wire.tenants import Reserved
 
 
@@ -25,7 +25,7 @@ class Space:
         shards: Mapping[int, ShardControl],
         block_tokens: int,
         on_answer: Callable[[ReservationRequest, int | CapacityError], None],
-        transfers: Transfers | None = None,
+        transfers: TransferAsker | None = None,
     ) -> None:
         self._shards = shards
         self._block_tokens = block_tokens
@@ -62,7 +62,7 @@ class Space:
             self._moving.begin(transfer)
 
     @property
-    def _moving(self) -> Transfers:
+    def _moving(self) -> TransferAsker:
         assert self._transfers is not None, "something moves"
         return self._transfers
 

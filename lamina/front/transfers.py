@@ -15,7 +15,7 @@ TRANSFER_S = 60.0
 """The seconds that a transfer may take. Nothing waits for it meanwhile, but it holds space on both nodes."""
 
 
-class Transfers:
+class TransferAsker:
     """Carries out transfers between the memory nodes of ``shards``, which reach each other at their ``addresses``; both
     are by member id.
 

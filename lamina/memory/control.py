@@ -18,7 +18,7 @@ from lamina.wire.tenants import (
     Detach,
     Expect,
     Expected,
-    Forget,
+    ForgetTransfer,
     FromCompute,
     Moved,
     MoveFailed,
@@ -59,7 +59,7 @@ class ServingControl:
         self._open_link = open_link
         self._peer_timeout = peer_timeout
         self._there = Crossing(device.loop)
-        self._messages: asyncio.Queue[Reserve | Publish | Release | Expect | Send | Forget] = asyncio.Queue()
+        self._messages: asyncio.Queue[Reserve | Publish | Release | Expect | Send | ForgetTransfer] = asyncio.Queue()
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -121,7 +121,7 @@ class ServingControl:
                     await self._expect(message)
                 case Send():
                     couriers.send(message)
-                case Forget():
+                case ForgetTransfer():
                     couriers.forget(message.transfer)
                     await self._there.start(self._device.run(tenant.forget, message.transfer))
                 case _:

@@ -218,7 +218,7 @@ class _Courier:
                 raise _IdleError from None
 
 
-class Receiver:
+class CourierReceiver:
     """Serves one link on which another memory node sends blocks of ``tenant``, from its Join until the link ends.
 
     Its counterpart on the device's loop is a `ReceivingLane`. ``ended`` is set when neither serves any more.

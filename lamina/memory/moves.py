@@ -14,7 +14,7 @@ from lamina.memory.fair_queue import ROUNDS
 from lamina.runtime.mailbox import Mailbox
 from lamina.transport import Lane, Link, Region, RemoteRegion
 from lamina.wire import views
-from lamina.wire.moves import MOVE_CHUNKS, MOVE_HEADER, MoveGeometry, MoveHeader, Span
+from lamina.wire.moves import MOVE_CHUNKS, MOVE_HEADER, BlockSpan, MoveGeometry, MoveHeader
 from lamina.wire.tags import Kind, Tag, pack
 from lamina.wire.tenants import Send
 
@@ -26,7 +26,7 @@ _REFUSED = 1
 
 
 class Sending:
-    """A transfer on its way out: how many of its pieces were sent, and the reason if it has ended before its time."""
+    """A transfer on its way out: how many of its pieces were sent, and the reason if it has ended early."""
 
     def __init__(self, message: Send) -> None:
         self.message = message
@@ -241,7 +241,7 @@ class Arriving:
         """The pieces that are there."""
 
 
-def _plain(part: Tensor, span: Span, geometry: MoveGeometry) -> Tensor:
+def _plain(part: Tensor, span: BlockSpan, geometry: MoveGeometry) -> Tensor:
     """Return a view of some blocks in a chunk, uint8 [blocks, bytes]."""
     return views.shaped(part, (span.stop - span.start, geometry.piece_bytes[span.layer]), span.offset)
 

@@ -25,7 +25,7 @@ from lamina.front.scheduler import Scheduler
 from lamina.front.sequence import CacheChanges, ReservationRequest
 from lamina.front.space import Space
 from lamina.front.team import Formation, Team
-from lamina.front.transfers import Transfers
+from lamina.front.transfers import TransferAsker
 from lamina.node.assemble import REMOTE_TOKENS
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.runtime.crossing import Crossing
@@ -120,7 +120,7 @@ async def open_front(
         journal=journal,
     )
     addresses = {members.id_of(node.name): node.address for node in config.memory_nodes}
-    transfers = Transfers(shards, addresses, random, intake.transferred)
+    transfers = TransferAsker(shards, addresses, random, intake.transferred)
     space = Space(shards, BLOCK_TOKENS, intake.reserved, transfers)
     if served.context > ANSWER_TOKENS:
         try:

@@ -83,7 +83,7 @@ class MoveHeader(NamedTuple):
         return cls(*_CHUNK.unpack_from(buffer))
 
 
-class Span(NamedTuple):
+class BlockSpan(NamedTuple):
     """Some blocks of one layer in a chunk: numbers ``start``..``stop``-1 of the transfer, from byte ``offset`` on."""
 
     layer: int
@@ -118,7 +118,7 @@ class MoveGeometry:
         """Return the number of pieces of a transfer of this many blocks."""
         return blocks * len(self.layers)
 
-    def spans(self, blocks: int, first: int) -> Iterator[Span]:
+    def spans(self, blocks: int, first: int) -> Iterator[BlockSpan]:
         """Yield what a chunk holds that begins with piece ``first`` of a transfer of ``blocks`` blocks: as much as fits
         into it."""
         offset, total = MOVE_HEADER, self.pieces(blocks)
@@ -127,6 +127,6 @@ class MoveGeometry:
             stop = min(blocks, start + (self.chunk_bytes - offset) // self.piece_bytes[layer])
             if stop == start:
                 return
-            yield Span(layer, start, stop, offset)
+            yield BlockSpan(layer, start, stop, offset)
             offset += (stop - start) * self.piece_bytes[layer]
             first += stop - start

@@ -185,7 +185,7 @@ class Send(Message):
     """The name of the other memory node."""
 
 
-class Forget(Message):
+class ForgetTransfer(Message):
     """Stop a transfer, at either end, and free the blocks that it has brought, unless they belong to a sequence.
 
     A transfer that is not known is ignored. It has no answer, and the transfer is not spoken of any more.
@@ -230,7 +230,7 @@ class Void(Message):
     sequences: Annotated[list[Count], Meta(min_length=1, max_length=MAX_BATCH + MAX_REMOTE_TOKENS)]
 
 
-FromCompute = Attach | Reserve | Publish | Release | Expect | Send | Forget | Detach
+FromCompute = Attach | Reserve | Publish | Release | Expect | Send | ForgetTransfer | Detach
 FromMemory = Attached | Reserved | Refused | Void | Expected | Moved | MoveFailed
 
 

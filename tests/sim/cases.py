@@ -51,8 +51,9 @@ class Ask:
         how = "greedy" if not s.temperature else f"temperature {s.temperature} top_k {s.top_k} seed {s.seed}"
         leaves = "" if self.leaves_after is None else f", left after {self.leaves_after}"
         return (
-            f"at {self.at_s:.4f} s client {self.client}: {len(self.asking.prompt)} tokens, {self.asking.tokens} wanted, "
-            f"{how}, priority {self.priority}{'' if self.shares else ', shares nothing'}{leaves}"
+            f"at {self.at_s:.4f} s client {self.client}: {len(self.asking.prompt)} tokens, "
+            f"{self.asking.tokens} wanted, {how}, priority {self.priority}"
+            f"{'' if self.shares else ', shares nothing'}{leaves}"
         )
 
 
@@ -84,9 +85,11 @@ class Case:
                 "memory: "
                 + ", ".join(f"{name} of {held} blocks" for name, held in self.memory)
                 + f"; {self.least_memory} of them hold any request",
-                f"{self.layers} layers, partition {p.partition}, batches {p.batches} of {p.max_batch}, prefill_tokens "
-                f"{p.prefill_tokens}, prefill_kv {p.prefill_kv}, ahead_blocks {self.ahead_blocks}, peer_timeout {self.peer_timeout} s, grace {self.grace} s, "
-                f"{self.link}",
+                (
+                    f"{self.layers} layers, partition {p.partition}, batches {p.batches} of {p.max_batch}, "
+                    f"prefill_tokens {p.prefill_tokens}, prefill_kv {p.prefill_kv}, ahead_blocks {self.ahead_blocks}, "
+                    f"peer_timeout {self.peer_timeout} s, grace {self.grace} s, {self.link}"
+                ),
                 *(f"ask {i} {ask}" for i, ask in enumerate(self.asks)),
                 *(f"fault {i} {fault}" for i, fault in enumerate(self.faults)),
             ]
@@ -259,7 +262,7 @@ def _draw_asks(chance: Random, *, crowd: bool) -> tuple[Ask, ...]:
     for _ in range(chance.randint(3, 4) if crowd else chance.randint(3, 8)):
         shared = [] if crowd else beginning[: chance.choice((0, 0, 0, 20, 34, 48))]
         own = [chance.randrange(VOCABULARY) for _ in range(chance.choice((1, 2, 5, 5 if crowd else 20)))]
-        prompt = tuple([*shared, *own])
+        prompt = (*shared, *own)
         sampling = chance.choice(
             (
                 Sampling(seed=0),

@@ -20,20 +20,20 @@ from dataclasses import dataclass, field
 
 from tests.sim.cases import Case, Part, draw
 from tests.sim.faults import KINDS, kinds_of
-from tests.sim.trials import Failure, Outcome, attempt, run
+from tests.sim.trials import BrokenPromiseError, Outcome, attempt, run
 
 # -- smaller cases
 
 
-def shrink(case: Case, failure: Failure, part: Part) -> tuple[Part, Failure]:
+def shrink(case: Case, failure: BrokenPromiseError, part: Part) -> tuple[Part, BrokenPromiseError]:
     """Leave out faults, requests and nodes, one after the other, as long as a case fails in the same way."""
 
-    def fails(smaller: Part) -> Failure | None:
+    def fails(smaller: Part) -> BrokenPromiseError | None:
         try:
             run(smaller.of(case))
         except ValueError:
             return None
-        except Failure as found:
+        except BrokenPromiseError as found:
             return found if found.what == failure.what else None
         return None
 
@@ -88,7 +88,7 @@ def _say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def _tell(whole: Case, part: Part, failure: Failure, command: str, *, shrinks: bool) -> None:
+def _tell(whole: Case, part: Part, failure: BrokenPromiseError, command: str, *, shrinks: bool) -> None:
     """Say how a case fails, and how its smallest part does."""
     _say(f"\nseed {whole.seed} fails: {failure}\n{part.of(whole)}\nagain: {command}")
     if not shrinks:

@@ -38,7 +38,7 @@ TYPED = (NodeError, CapacityError, ConnectError)
 """What a request may fail with that cannot be answered."""
 
 
-class Failure(AssertionError):
+class BrokenPromiseError(AssertionError):
     """What a run promised and did not keep: ``what`` in a word, and all about it."""
 
     def __init__(self, what: str, text: str) -> None:
@@ -80,16 +80,16 @@ class Outcome:
 
 
 def run(case: Case) -> Outcome:
-    """Run a case; Failure if anything is not as it has to be."""
+    """Run a case; BrokenPromiseError if anything is not as it has to be."""
     outcome, failure = attempt(case)
     if failure is not None:
         raise failure
     return outcome
 
 
-def attempt(case: Case, *, tracing: bool = False) -> tuple[Outcome, Failure | None]:
+def attempt(case: Case, *, tracing: bool = False) -> tuple[Outcome, BrokenPromiseError | None]:
     """Run a case; what came of it, and what was not as it has to be."""
-    failure: Failure | None = None
+    failure: BrokenPromiseError | None = None
     with (
         _errors_noted() as noted,
         _small_scale(case),
@@ -100,16 +100,20 @@ def attempt(case: Case, *, tracing: bool = False) -> tuple[Outcome, Failure | No
         try:
             with chaos.steps_timed():
                 world.run(chaos.main())
-        except Failure as error:
+        except BrokenPromiseError as error:
             failure = error
         except DeadlockError as error:
-            failure = Failure("hang", str(error))
+            failure = BrokenPromiseError("hang", str(error))
         except LaminaError as error:
-            failure = Failure("error", repr(error))
+            failure = BrokenPromiseError("error", repr(error))
         chaos.outcome.trace = world.trace
     if noted:
         inside = "; ".join(noted[:3])
-        failure = Failure("internal", inside) if failure is None else Failure(failure.what, f"{failure}; {inside}")
+        failure = (
+            BrokenPromiseError("internal", inside)
+            if failure is None
+            else BrokenPromiseError(failure.what, f"{failure}; {inside}")
+        )
     return chaos.outcome, failure
 
 
@@ -146,7 +150,7 @@ class _Run:
             due_s = loop.time() + case.lost_s
             while (after := _without_given_up(await self._settled())) != _without_given_up(whole):
                 if loop.time() > due_s:
-                    raise Failure("leak", f"more than there was: {after - whole}; less: {whole - after}")
+                    raise BrokenPromiseError("leak", f"more than there was: {after - whole}; less: {whole - after}")
                 await asyncio.sleep(0.1)
             self._count(await self._cluster.status(case.config.front.name))
             await self._stop()
@@ -161,7 +165,7 @@ class _Run:
         _, late = await asyncio.wait(tasks, timeout=due_s - loop.time()) if tasks else ((), ())
         if late:
             waiting = "; ".join(str(asked.ask) for asked in self.outcome.asked if not asked.ended_s)
-            raise Failure("late", f"not ended {due_s - begun_s:.1f} s after the beginning: {waiting}")
+            raise BrokenPromiseError("late", f"not ended {due_s - begun_s:.1f} s after the beginning: {waiting}")
         for task in tasks:
             task.result()
         wanted = expected([ask.asking for ask in case.asks], layers=case.layers, heads=HEADS)
@@ -205,18 +209,20 @@ class _Run:
         ask, got = asked.ask, asked.tokens
         if got != tokens[: len(got)]:
             first = next(i for i, (one, other) in enumerate(zip(got, tokens, strict=False)) if one != other)
-            raise Failure("tokens", f"token {first} of {len(got)} is {got[first]} instead of {tokens[first]}: {ask}")
+            raise BrokenPromiseError(
+                "tokens", f"token {first} of {len(got)} is {got[first]} instead of {tokens[first]}: {ask}"
+            )
         under_way = any(asked.began_s <= strike_s <= asked.ended_s for strike_s in self._strikes)
         if asked.error is None:
             if not asked.left and len(got) != len(tokens):
-                raise Failure("short", f"{len(got)} tokens instead of {len(tokens)}: {ask}")
+                raise BrokenPromiseError("short", f"{len(got)} tokens instead of {len(tokens)}: {ask}")
             self.outcome.recovered += under_way and not asked.left
             return
         self.outcome.failed += 1
         if not self._case.may_fail:
-            raise Failure("failed", f"{asked.error!r}: {ask}")
+            raise BrokenPromiseError("failed", f"{asked.error!r}: {ask}")
         if not isinstance(asked.error, TYPED):
-            raise Failure("untyped", f"{asked.error!r}: {ask}")
+            raise BrokenPromiseError("untyped", f"{asked.error!r}: {ask}")
 
     async def _probe(self) -> None:
         """See that a request is answered now."""
@@ -224,7 +230,7 @@ class _Run:
             answer = await client.generate(PROBE.prompt, max_tokens=PROBE.tokens)
         (wanted,) = expected([PROBE], layers=self._case.layers, heads=HEADS)
         if answer.tokens != wanted:
-            raise Failure("tokens", f"in the end the cluster says {answer.tokens} instead of {wanted}")
+            raise BrokenPromiseError("tokens", f"in the end the cluster says {answer.tokens} instead of {wanted}")
 
     # -- faults
 
@@ -258,7 +264,7 @@ class _Run:
         while not (self._cluster.is_well and await self._is_ready()):
             if self._loop.time() > due_s:
                 ended = {name: repr(error) for name, error in self._cluster.ended.items()}
-                raise Failure("unwell", f"not ready within {within_s:.1f} s; ended: {ended or 'none'}")
+                raise BrokenPromiseError("unwell", f"not ready within {within_s:.1f} s; ended: {ended or 'none'}")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.5)
 
@@ -278,7 +284,7 @@ class _Run:
             if self._loop.time() > due_s:
                 front, *memory = [await self._cluster.status(n.name) for n in (self._case.config.front, *self._memory)]
                 told = [(s.name, s.sequences, s.kv_tokens_free, s.kv_tokens_total) for s in (front, *memory)]
-                raise Failure("leak", f"of name, sequences, free and all tokens: {told}")
+                raise BrokenPromiseError("leak", f"of name, sequences, free and all tokens: {told}")
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.01)
         found = Counter(f"link {link.info.local.name}>{link.info.peer.name}" for link in self._world.network.links)
@@ -296,9 +302,9 @@ class _Run:
         """See that no node has ended by itself, but for a front that could not start again yet."""
         ended = self._cluster.by_themselves
         if set(ended) - ({self._case.config.front.name} if self._case.has_front_faults else set()):
-            raise Failure("ended", f"{ {name: repr(error) for name, error in ended.items()} }")
+            raise BrokenPromiseError("ended", f"{ {name: repr(error) for name, error in ended.items()} }")
         if self.outcome.longest_step_s > self._case.most_step_s:
-            raise Failure(
+            raise BrokenPromiseError(
                 "slow", f"a step took {self.outcome.longest_step_s:.3f} s, {self._case.most_step_s:.3f} are allowed"
             )
 
@@ -306,12 +312,12 @@ class _Run:
         self._cluster.end_supervision()
         ended = await self._cluster.stop_all()
         if any(ended.values()):
-            raise Failure("stop", f"{ended}")
+            raise BrokenPromiseError("stop", f"{ended}")
         await asyncio.sleep(0.01)
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         links = list(self._world.network.links)
         if tasks or links:
-            raise Failure("leak", f"after all nodes have stopped: {tasks} {links}")
+            raise BrokenPromiseError("leak", f"after all nodes have stopped: {tasks} {links}")
 
     def _count(self, front: Any) -> None:
         self.outcome.steps = front.steps
