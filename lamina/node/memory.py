@@ -20,7 +20,7 @@ from lamina.attention.pool import numa_node_of, numa_nodes
 from lamina.config import MemoryNodeConfig
 from lamina.errors import CapacityError, ConfigError, LaminaError, ProtocolError, TransportError, first_error
 from lamina.memory.control import ServingControl, StaleTermError
-from lamina.memory.couriers import Receiver
+from lamina.memory.couriers import CourierReceiver
 from lamina.memory.fair_queue import FairQueue
 from lamina.memory.tenant import Tenant, check_same, find_difference
 from lamina.node import probe
@@ -51,7 +51,7 @@ class _Tenancy:
     tenant: Tenant
     memory: MemoryRange
     links: dict[int, ServingControl] = field(default_factory=dict)
-    receivers: list[Receiver] = field(default_factory=list)
+    receivers: list[CourierReceiver] = field(default_factory=list)
     lease: asyncio.TimerHandle | None = None
 
     @property
@@ -280,7 +280,7 @@ class MemoryNode:
         try:
             async with self._changing:
                 tenancy = self._joined(join)
-                receiver = Receiver(link, join, tenancy.tenant, self._device, self._options.peer_timeout)
+                receiver = CourierReceiver(link, join, tenancy.tenant, self._device, self._options.peer_timeout)
                 tenancy.receivers.append(receiver)
             log.info("event=joined peer=%s transport=%s tenant=%s", peer, link.info.transport, name)
             try:
@@ -415,7 +415,7 @@ class MemoryNode:
 
     async def _end_links(self, tenancy: _Tenancy, reason: TransportError) -> None:
         """End all links of a tenant; none is served any more when this returns."""
-        controls: list[ServingControl | Receiver] = [*tenancy.links.values(), *tenancy.receivers]
+        controls: list[ServingControl | CourierReceiver] = [*tenancy.links.values(), *tenancy.receivers]
         for control in controls:
             control.end(reason)
         await asyncio.gather(*(control.ended.wait() for control in controls))
