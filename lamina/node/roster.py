@@ -148,8 +148,8 @@ class Roster:
         if member in self._out:  # it may come back
             self._out.discard(member)
             return
-        if (task := self._tasks.pop(member, None)) is not None:
-            task.cancel()
+        if self._is_complete and (task := self._tasks.pop(member, None)) is not None:
+            task.cancel()  # in the start, it may know better why, as where the node has refused this one
         self._lost.add(member)
         self._missing_since_s = self._loop.time()
         if self._settling is not None:
@@ -158,8 +158,6 @@ class Roster:
         self._members.lose(member, error)
         if isinstance(error, SupersededError):
             self.on_superseded(error)
-        if not self._is_complete:
-            self._fail(error)
 
     def suspect(self, node: str, reason: str) -> None:
         """A step has failed, which is said to be the fault of a node."""

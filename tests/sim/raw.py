@@ -24,7 +24,7 @@ from lamina.wire.tenants import (
     Attached,
     Expect,
     Expected,
-    Forget,
+    ForgetTransfer,
     FromMemory,
     Moved,
     MoveFailed,
@@ -122,7 +122,7 @@ class RawCompute:
         self.send(told)
 
     def forget(self, transfer: int) -> None:
-        self.send(Forget(transfer=transfer))
+        self.send(ForgetTransfer(transfer=transfer))
 
     def tag(self, kind: int, slot: int = 0, layer: int = 0, step: int = 0, lane: Lane = Lane.DECODE) -> None:
         """Nothing but a tag."""
