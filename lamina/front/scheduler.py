@@ -138,6 +138,8 @@ class Scheduler:
 
     def _require_fit(self, sequence: Sequence) -> None:
         """Raise CapacityError if a sequence can never run."""
+        if not self._limit:
+            raise CapacityError("all memory nodes are lost, so nothing holds keys and values; start them again")
         if sequence.max_context > self._limit:
             raise CapacityError(
                 f"the request needs {sequence.max_context} tokens of KV cache ({len(sequence.prompt)} prompt + "

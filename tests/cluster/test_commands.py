@@ -215,7 +215,7 @@ def _connections(pid: int, count: int) -> bool:
 
 
 def test_an_error_begins_on_a_line_of_its_own(nodes: tuple[ClusterConfig, dict[str, harness.Node]]) -> None:
-    """A node that is lost in the middle of an answer is named below the text, which is ended by a line break.
+    """What becomes of an answer whose only memory node is lost stands below the text, which is ended by a line break.
 
     This is the last test of the module, as the cluster is gone after it.
     """
@@ -230,4 +230,4 @@ def test_an_error_begins_on_a_line_of_its_own(nodes: tuple[ClusterConfig, dict[s
         errors = generate.stderr.read()
         assert generate.wait(30) == 1
     assert shown.endswith("\n")
-    assert errors.startswith("lamina: memory node m0 was lost")
+    assert errors.startswith("lamina: all memory nodes are lost")
