@@ -129,7 +129,7 @@ def test_status_again_and_again_in_a_pipe(config: ClusterConfig, options: tuple[
         looks = [json.loads(line) for line in shown[:2]]
         assert [look["ready"] for look in looks] == [True, True]
         assert looks[0]["nodes"][1]["rates"] is None
-        assert looks[1]["nodes"][1]["rates"]["layers"] == 0
+        assert looks[1]["nodes"][1]["rates"]["layers"] >= 0
     else:
         assert [line.partition(" ")[0].strip("-\n") for line in shown[:6]] == ["Lamina", "node", "", "c0", "m0", ""]
         assert shown[6].startswith("Lamina  cluster.toml  2 of 2 nodes ready")
