@@ -123,7 +123,8 @@ def test_a_compute_node_that_asks_for_what_cannot_be_is_told_so(tmp_path: Path) 
             link.deliver(on_message=lambda plain: told.set_result(plain["reason"]))
             outputs = link.expose(Region("outputs", 3))
             types = {"dtype": "float32", "kv_dtype": "float32", "block_tokens": 16, "slots": 1, "max_rows": 1}
-            link.send(encode(Attach(tenant="odd", model="odd", layers=[layer], outputs=outputs, **types)))
+            tenant = {"tenant": "odd", "token": bytes(16), "term": 1, "model": "odd"}
+            link.send(encode(Attach(**tenant, layers=[layer], outputs=outputs, **types)))
             return await asyncio.wait_for(told, 20)
 
     with harness.running(memory):

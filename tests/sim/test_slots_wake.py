@@ -12,7 +12,7 @@ from lamina.front.cost import CostModel
 from lamina.front.engine import Engine
 from lamina.front.scheduler import Scheduler
 from lamina.front.sequence import CacheChanges, Sequence, StepOutcome
-from lamina.front.team import Team
+from lamina.front.team import Formation, Team
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.workers import ParallelWorkers
 from lamina.sim.world import World
@@ -36,6 +36,9 @@ class TimedSteps:
 
     async def send_prompts(self) -> None:
         await asyncio.Event().wait()
+
+    def reform(self, schedule: object, shards: object, peers: object) -> None:
+        pass
 
     def forget(self, sequences: Iterable[int]) -> None:
         pass
@@ -88,7 +91,8 @@ def test_a_slot_that_comes_into_use_wakes() -> None:
             ahead_blocks=64,
         )
         steps, desk, home = TimedSteps(), RoomyDesk(), Crossing(world.loop)
-        team = Team(steps, world.device("c0", lambda name, at: 0.0), home, Schedule(layers=1), member=0)
+        formation = Formation(0, Schedule(layers=1), {1: 10_000}, {}, frozenset())
+        team = Team(steps, world.device("c0", lambda name, at: 0.0), home, formation, member=0)
         desk.engine = engine = Engine(scheduler, team, home, desk, batches=2, workers=ParallelWorkers())
         running = asyncio.ensure_future(engine.run())
         engine.submit(sequence(100, 900))
