@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import pytest
 
 from lamina.attention import Run
 from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
-from lamina.errors import LaminaError, SupersededError, TransportError
+from lamina.errors import LaminaError, SupersededError
 from lamina.node.assemble import TenantKey
 from lamina.sim.cluster import SimCluster
 from lamina.sim.world import World
-from lamina.transport import Address, Lane, Options
+from lamina.transport import Address, Options
 from lamina.wire.geometry import CHUNKS
-from lamina.wire.plan import ChunkHeader, StepPlan
-from lamina.wire.tags import Kind, pack
+from lamina.wire.plan import StepPlan
+from lamina.wire.tags import Tag
 from lamina.wire.tenants import Detach, Publish, Reserved
 from tests.families import VOCABULARY
 from tests.oracle import Agreement, Oracle
@@ -42,35 +41,41 @@ from tests.sim.test_tenant_links import LAYERS, Rows
 # -- a takeover in the midst of work
 
 
-async def storm(old: RawCompute, rows: Rows, chance: random.Random) -> None:
+async def storm(old: RawCompute, sequence: int, rows: Rows, chance: random.Random) -> None:
     """Use two batch slots and the bulk lane until the link ends: for steps that store, steps that read, and prompts.
-    Sequence 1 is published in the midst of it."""
-    published = asyncio.Event()
+    The front, whose sequence is 1, publishes it in the midst of this."""
+    answers: list[asyncio.Queue[Tag]] = [asyncio.Queue(), asyncio.Queue()]
+
+    async def receive() -> None:
+        while True:
+            tag = await old.answer()
+            answers[tag.slot].put_nowait(tag)
 
     async def decode() -> None:
         for position in range(PUBLISHED):
-            await rows.decode(old, position)
-        old.send(Publish(sequence=1, keys=KEYS))
-        published.set()
+            old.plan(position, StepPlan((Run(sequence, position, 1),), (), 1))
+            for layer in range(len(LAYERS)):
+                rows.ask(old, layer, position)
+                await answers[0].get()
+        if sequence == 1:
+            old.send(Publish(sequence=1, keys=KEYS))
+        for step in range(1000):
+            old.plan(step, StepPlan((), (Run(sequence, PUBLISHED, 1),), 0), slot=1)
+            old.query(step % len(LAYERS), step, rows.q[0, 0], slot=1)
+            await answers[1].get()
 
-    async def write() -> None:
-        """Whatever is answered."""
-        geometry, step, k, v = old._geometry, 0, rows.k[0, 0], rows.v[0, 0]
-        k, v = (x.expand(BLOCK_TOKENS, -1, -1).contiguous() for x in (k, v))
-        while True:
-            step += 1
-            chunk = step % CHUNKS
-            header = ChunkHeader(2, step % len(LAYERS), 0, BLOCK_TOKENS).pack()
-            buffers = [header, k.numpy().tobytes(), v.numpy().tobytes()]
-            tag = pack(Kind.CHUNK, 0, 0, chunk)
-            old.link.write(Lane.BULK, old.remote.chunks, chunk * geometry.chunk_bytes, buffers, tag)
-            if published.is_set():
-                old.plan(step, StepPlan((), (Run(1, PUBLISHED, 1),), 0), slot=1)
-                old.query(0, step, rows.q[0, 0], slot=1)
+    async def write_prompts() -> None:
+        for i in range(10_000):
+            layer = i % len(LAYERS)
+            old.chunk(i % CHUNKS, 2, layer, 0, rows.k[layer, :BLOCK_TOKENS, 0], rows.v[layer, :BLOCK_TOKENS, 0])
             await asyncio.sleep(chance.uniform(0, 2e-3))
 
-    with suppress(AssertionError, TransportError):  # the link has ended
-        await asyncio.gather(decode(), write())
+    tasks = [asyncio.ensure_future(work()) for work in (receive, decode, write_prompts)]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    assert old.ended.done() or old.link.state.closed
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -89,8 +94,13 @@ def test_a_takeover_in_the_midst_of_steps_corrupts_nothing(seed: int) -> None:
         ):
             await front.reserve(1, PUBLISHED + BLOCK_TOKENS)
             await front.reserve(2, BLOCK_TOKENS)
-            storms = [asyncio.ensure_future(storm(end, before, chance)) for end in (front, other)]
+            await front.reserve(3, PUBLISHED + BLOCK_TOKENS)
+            storms = [
+                asyncio.ensure_future(storm(end, sequence, before, chance))
+                for sequence, end in ((1, front), (3, other))
+            ]
             await asyncio.sleep(chance.uniform(0, 0.1))
+            assert not any(each.done() for each in storms)
             if chance.random() < 0.3:
                 await lose(front)
                 await asyncio.sleep(chance.uniform(0, 1e-3))
