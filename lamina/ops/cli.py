@@ -67,8 +67,8 @@ def trace(
 
 
 def drain(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The memory node that is to leave.")],
     config: ConfigFile,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The memory node that is to leave.")],
     patience: Annotated[
         float,
         typer.Option(

@@ -6,8 +6,8 @@
     tests/rdma/uml.py --build       build the kernel, unless it is there
 
 No RDMA hardware, module or right of root is needed: the kernel is an ordinary program. It is built once, from Debian's
-source and ``kernel.config``, and kept in ``$LAMINA_UML_CACHE`` (``~/.cache/lamina/uml``). ``--build`` builds it again
-when Debian's source or ``kernel.config`` has changed; running a command does so for the latter only.
+source, ``kernel.config`` and ``PATCHES``, and kept in ``$LAMINA_UML_CACHE`` (``~/.cache/lamina/uml``). ``--build``
+builds it again when one of the three has changed; running a command does so for the latter two only.
 
 COMMAND sees this machine's files. What it writes is kept in memory and forgotten, except below a ``--share`` folder.
 It runs as root in ``--dir`` (the current folder), with an empty standard input and a bare environment. Its standard
@@ -49,6 +49,11 @@ GUEST = HERE / "guest.sh"
 PACKAGES = (HERE / "packages.txt").read_text().split()
 SOURCE = "linux-source-6.12"  # Debian 12 and 13 have it
 PYTHON_PACKAGES = "/run/lamina/python"  # made by guest.sh
+
+# File of the source, text in it, what replaces it.
+# The kernel keeps a program's vector registers in as many bytes as AVX-512 takes. Linux outside accepts all registers
+# of the processor or none, so no program would start where there are more: AMX makes it 11,008 bytes.
+PATCHES = [("arch/x86/um/user-offsets.c", "DEFINE_LONGS(HOST_FP_SIZE, 2696)", "DEFINE_LONGS(HOST_FP_SIZE, 12288)")]
 
 TIMED_OUT, CANNOT_RUN = 124, 125
 SHOWN_LINES = 30  # of a log, when something fails
@@ -161,7 +166,7 @@ def room_for_torch() -> bool:
 
 
 def find_kernel() -> Path | None:
-    """The newest kernel that has been built with this ``kernel.config``, of whichever source."""
+    """The newest kernel that has been built with these ``kernel.config`` and ``PATCHES``, of whichever source."""
     built = kernel_file("*")
     return max(built.parent.glob(built.name), key=lambda kernel: kernel.stat().st_mtime, default=None)
 
@@ -169,7 +174,7 @@ def find_kernel() -> Path | None:
 def kernel_file(version: str) -> Path:
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(os.environ.get("LAMINA_UML_CACHE") or caches / "lamina" / "uml")
-    config = hashlib.sha256(CONFIG.read_bytes()).hexdigest()
+    config = hashlib.sha256(CONFIG.read_bytes() + repr(PATCHES).encode()).hexdigest()
     return cache.resolve() / f"linux-{version}-{config[:12]}"
 
 
@@ -217,6 +222,11 @@ def build_in(folder: Path) -> Path:
         (package,) = folder.glob("*.deb")
         call(log, "dpkg-deb", "--extract", package, folder)
         call(log, "tar", "--extract", f"--directory={folder}", "--file", folder / f"usr/src/{SOURCE}.tar.xz")
+        for name, old, new in PATCHES:
+            text = (tree / name).read_text()
+            if text.count(old) != 1:
+                raise CannotRunError(f"{SOURCE} has not one {old!r} in {name}: adapt PATCHES in {__file__}")
+            (tree / name).write_text(text.replace(old, new))
         tell("configuring")
         call(log, "env", f"KCONFIG_ALLCONFIG={CONFIG}", *make, "allnoconfig")
         honoured = (tree / ".config").read_text().splitlines()

@@ -208,7 +208,7 @@ def test_a_tenant_that_comes_and_goes_leaves_nothing() -> None:
         using = asyncio.ensure_future(use())
         for i in range(20):
             guest = await add(world, file_of("guest", "empty", None, recovery=RecoveryConfig(lease=0)), context=64)
-            async with guest.client() as client:
+            async with guest.client(reconnect_s=0) as client:
                 asked = asyncio.ensure_future(client.generate([1], max_tokens=50))
                 await asyncio.sleep(0.001 * (i + 1))
                 if i % 2:
