@@ -19,7 +19,8 @@
     ├── NodeError                 a node is lost, or reports a failure of its own; names the node
     │   ├── SpaceLostError        a memory node no longer has what a step needs of some sequences
     │   ├── StaleOrderError       a compute node was told to run a step of members that have changed
-    │   └── SupersededError       a memory node serves this tenant in a later term
+    │   ├── SupersededError       a memory node serves this tenant in a later term
+    │   └── NotFrontError         clients have to talk to another compute node
     └── DeadlockError             a simulation in which nothing can happen any more
 
 A message says what happened, where, the value seen, the value allowed and what to do, in one sentence or two.
@@ -157,11 +158,25 @@ class StaleOrderError(NodeError):
 
 
 class SupersededError(NodeError):
-    """The memory node ``node`` has heard from this tenant's front in the later term ``term``."""
+    """The memory node ``node`` has heard from this tenant's front in the later term ``term``.
 
-    def __init__(self, message: str, *, node: str, term: int) -> None:
+    ``holder`` names the compute node that is that front, if it still is and is another one. While it is, no later term
+    helps.
+    """
+
+    def __init__(self, message: str, *, node: str, term: int, holder: str = "") -> None:
         super().__init__(message, node=node)
         self.term = term
+        self.holder = holder
+
+
+class NotFrontError(NodeError):
+    """The compute node ``node`` is not the front, and answers no requests. ``address`` is that of the front, as far as
+    the node knows, or nothing."""
+
+    def __init__(self, message: str, *, node: str, address: str = "") -> None:
+        super().__init__(message, node=node)
+        self.address = address
 
 
 class DeadlockError(LaminaError):

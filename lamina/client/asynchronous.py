@@ -14,19 +14,21 @@ from typing import Any, NoReturn, TypeAlias, Unpack
 from msgspec.structs import replace
 
 from lamina.client.chat import AsyncChatStream
+from lamina.client.finder import FrontFinder
 from lamina.client.front_link import FrontLink
 from lamina.client.many import answers_in_order
 from lamina.client.results import ChatCompletion, Completion
 from lamina.client.settings import ChatSettings, Prompt, Settings, Wanted, asked_for, asked_in_chat
 from lamina.client.stream import AsyncStream
-from lamina.config import read_secret
+from lamina.config import ClusterConfig, read_secret
 from lamina.errors import ConfigError, ConnectError, LaminaError, NodeError, RequestError, TransportError, UsageError
 from lamina.transport import Address, Hello, Link, Options, TlsFiles
-from lamina.transport import connect as connect_link
 from lamina.wire.admin import Status
 
 Secret: TypeAlias = bytes | str | os.PathLike[str] | None
 """The cluster's secret itself, as bytes, or the path of the file that holds it."""
+Where: TypeAlias = str | Address | Sequence[str | Address] | ClusterConfig
+"""The address of the front; those of all compute nodes; or the cluster file."""
 
 
 RECONNECT_S = 60.0
@@ -40,7 +42,7 @@ _CLOSED = "the client is closed"
 
 
 def connect(
-    address: str | Address,
+    address: Where,
     *,
     secret: Secret = None,
     tls: TlsFiles | None = None,
@@ -49,6 +51,9 @@ def connect(
     reconnect_s: float = RECONNECT_S,
 ) -> AbstractAsyncContextManager[AsyncClient]:
     """Connect to the front at ``address``, such as ``tcp://127.0.0.1:7070``, with ``async with``.
+
+    Where another compute node can take the front's part, give the addresses of all, or what
+    `lamina.config.load` returns of the cluster file: then secret and certificate come from there, too.
 
     ``secret`` is the cluster's secret as bytes, or the path of the file that holds it, and ``tls`` (from
     ``lamina.transport``) names this client's certificate, if the cluster has these. Raises ConnectError if there is no
@@ -69,7 +74,7 @@ def connect(
 
 
 async def open_client(
-    address: str | Address,
+    address: Where,
     *,
     secret: Secret,
     tls: TlsFiles | None,
@@ -78,8 +83,13 @@ async def open_client(
     reconnect_s: float,
 ) -> AsyncClient:
     """Return a connected client, which its caller closes. See `connect`."""
-    if not isinstance(address, str | Address):
-        raise ConfigError(f'address: expected one like "tcp://127.0.0.1:7070", got {address!r:.200}')
+    if isinstance(address, ClusterConfig):
+        links = address.links
+        secret, tls = links.secret if secret is None else secret, links.tls if tls is None else tls
+        address = [node.address for node in address.compute_nodes]
+    several = [address] if isinstance(address, str | Address) else address
+    if not (isinstance(several, Sequence) and several and all(isinstance(each, str | Address) for each in several)):
+        raise ConfigError(f'address: expected one like "tcp://127.0.0.1:7070", or several, got {address!r:.200}')
     if isinstance(secret, str | os.PathLike):
         secret = read_secret(Path(secret))
     elif not isinstance(secret, bytes | None):
@@ -88,10 +98,11 @@ async def open_client(
         raise ConfigError(f"reconnect_s: expected seconds >= 0, got {reconnect_s!r:.200}")
     options = Options(kind="control", secret=secret, tls=tls, peer_timeout=peer_timeout)
     hello = Hello("client", f"client-{os.getpid()}")
-    front = Address.parse(address) if isinstance(address, str) else address
+    addresses = [Address.parse(each) if isinstance(each, str) else each for each in several]
+    finder = FrontFinder(addresses, hello, options)
 
     def open_link() -> Awaitable[Link]:
-        return connect_link(front, hello, options, deadline_s=deadline_s)
+        return finder.find(deadline_s)
 
     return AsyncClient(await open_link(), open_link, reconnect_s=reconnect_s)
 

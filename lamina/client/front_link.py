@@ -9,7 +9,16 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from lamina import errors
-from lamina.errors import CapacityError, LaminaError, NodeError, ProtocolError, RequestError, TransportError, UsageError
+from lamina.errors import (
+    CapacityError,
+    LaminaError,
+    NodeError,
+    NotFrontError,
+    ProtocolError,
+    RequestError,
+    TransportError,
+    UsageError,
+)
 from lamina.transport import Link
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import Message, decode, encode
@@ -250,9 +259,9 @@ class FrontLink:
                 if asked := self._asked.get(id_):
                     self._go_on(id_, asked, known)
             case Failed(id=None) as failure:
-                self._lose(_error(failure))
+                self._lose(error_of(failure))
             case Failed(id=int(id_)) as failure:
-                self._take_end(id_, _error(failure))
+                self._take_end(id_, error_of(failure))
             case Status() as status:
                 self._questions.answer(status)
 
@@ -309,13 +318,15 @@ class FrontLink:
                 asked.inbox.put(error)
 
 
-def _error(failure: Failed) -> LaminaError:
+def error_of(failure: Failed) -> LaminaError:
     """Return the error that a node reported, in the class that it raised."""
     kind = getattr(errors, failure.kind, LaminaError)
-    if kind is NodeError:
+    if not (isinstance(kind, type) and issubclass(kind, LaminaError)):
+        kind = LaminaError
+    if issubclass(kind, NotFrontError):
+        return NotFrontError(failure.message, node=failure.node or "", address=failure.address)
+    if issubclass(kind, NodeError):
         return NodeError(failure.message, node=failure.node or "")
     if kind is CapacityError:
         return CapacityError(failure.message, retry_after_s=failure.retry_after_s)
-    if not (isinstance(kind, type) and issubclass(kind, LaminaError)):
-        kind = LaminaError
     return kind(failure.message)

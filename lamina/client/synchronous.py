@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, Unpack
 
 from lamina.chat.events import ChatEvent
-from lamina.client.asynchronous import CONCURRENCY, RECONNECT_S, AsyncClient, Secret, open_client
+from lamina.client.asynchronous import CONCURRENCY, RECONNECT_S, AsyncClient, Secret, Where, open_client
 from lamina.client.chat import AsyncChatStream
 from lamina.client.results import ChatCompletion, Completion, Timings, Token
 from lamina.client.settings import ChatSettings, Prompt, Settings
 from lamina.client.stream import AsyncStream
 from lamina.errors import LaminaError, TransportError
-from lamina.transport import Address, TlsFiles
+from lamina.transport import TlsFiles
 from lamina.wire.admin import Status
 from lamina.wire.requests import Score
 
@@ -31,7 +31,7 @@ class Client:
 
     def __init__(
         self,
-        address: str | Address,
+        address: Where,
         *,
         secret: Secret = None,
         tls: TlsFiles | None = None,

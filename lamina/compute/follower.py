@@ -54,6 +54,7 @@ class Follower:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._front.on_order = lambda message: None  # it may not know yet
         self._there.post(self._runner.forget, None)
 
     def _obey(self, message: Order | Forget) -> None:

@@ -13,6 +13,7 @@ from lamina.transport import Link, Region
 from lamina.wire.admin import PeerStatus
 from lamina.wire.codec import decode
 from lamina.wire.orders import (
+    Claim,
     Done,
     Enlist,
     Enlisted,
@@ -25,6 +26,7 @@ from lamina.wire.orders import (
     Missing,
     Order,
     Reached,
+    Records,
 )
 from lamina.wire.parts import Part, Reassembly, send_whole
 from lamina.wire.questions import Questions
@@ -36,7 +38,8 @@ class PeerControl:
     Its counterpart on the device's loop is ``lane``. When the link is lost, every question fails, the lane fails, and
     ``on_lost`` is called: in a node, `lamina.front.members.Members.lose`. ``on_order`` takes the orders of the front,
     ``on_members`` its news of members, and ``on_reach`` what another compute node says of memory nodes; until they are
-    set, such a message is an error.
+    set, such a message is an error. ``on_claim`` is told which node the peer takes for the front, ``on_enlist`` that
+    the peer, as the front, has taken this node in, and ``on_records`` what the front wants kept of its journal.
     """
 
     def __init__(
@@ -50,16 +53,21 @@ class PeerControl:
         self.on_order: Callable[[Order | Forget], None] | None = None
         self.on_members: Callable[[Membership], None] | None = None
         self.on_reach: Callable[[int, Reached | Missing], None] | None = None
+        self.on_claim: Callable[[Claim], None] = lambda claim: None
+        self.on_enlist: Callable[[Enlist], None] = lambda enlist: None
+        self.on_records: Callable[[Records], None] = lambda records: None
         self.is_open = False
         """Whether the peer has agreed on the terms."""
+        self.leads = False
+        """Whether the peer has said on this link that it is the front."""
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
         self._questions = Questions(link, in_parts=True)
         self._parts = Reassembly()
         self._error: NodeError | None = None
         self._greeting = self._questions.expect(Greeting)
-        self._enlist = self._questions.expect(Enlist)
-        self._enlisted = self._questions.expect(Enlisted)
+        self._enlists = 0
+        """How often this node has taken the peer in, as the front."""
         link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost, lane_loop=device.loop)
 
     # -- meeting
@@ -96,13 +104,8 @@ class PeerControl:
 
     def enlist(self, enlist: Enlist) -> asyncio.Future[Enlisted]:
         """Tell the peer, as the front, which tenant it belongs to. The future is done when the peer is ready."""
-        self.send(enlist)
-        return self._enlisted
-
-    async def enlisted_by(self) -> Enlist:
-        """Wait until the peer, which is the front, says which tenant this node belongs to."""
-        enlist: Enlist = await self._enlist
-        return enlist
+        self._enlists += 1
+        return self._questions.ask(enlist, (Enlisted, self._enlists))
 
     # -- steps
 
@@ -117,7 +120,17 @@ class PeerControl:
 
     def send(
         self,
-        message: Greeting | Membership | Enlist | Enlisted | Reached | Missing | Done | GivenUp | Forget | GaveUp,
+        message: Greeting
+        | Membership
+        | Claim
+        | Records
+        | Enlisted
+        | Reached
+        | Missing
+        | Done
+        | GivenUp
+        | Forget
+        | GaveUp,
     ) -> None:
         """Tell the peer something, unless it is lost, which is announced elsewhere."""
         if not self.link.state.closed:
@@ -140,7 +153,16 @@ class PeerControl:
                 pass
             case Reached() | Missing() as news if self.on_reach:
                 self.on_reach(self.member, news)
-            case Greeting() | Enlist() | Enlisted() as message if self._questions.answer(message, type(message)):
+            case Claim() as claim:
+                self.leads = claim.front == self.member
+                self.on_claim(claim)
+            case Enlist() as enlist:
+                self.on_enlist(enlist)
+            case Records() as records:
+                self.on_records(records)
+            case Greeting() as greeting if self._questions.answer(greeting, Greeting):
+                pass
+            case Enlisted() as enlisted if self._questions.answer(enlisted, (Enlisted, self._enlists)):
                 pass
             case GaveUp(reason=reason):
                 self._fail(NodeError(f"compute node {self.name} gave up: {reason}", node=self.name))

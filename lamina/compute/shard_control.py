@@ -126,7 +126,7 @@ class ShardControl:
         This node attaches as ``member`` of a tenant whose front is ``front``. A front attaches in ``term``, or in the
         next one of the tenant if that is later; then ``lease`` says for how many seconds the node keeps the tenant when
         the link is lost. Everything travels in the type ``dtype``, in ``slots`` batches of at most ``max_rows`` rows.
-        Raises NodeError if the node refuses, SupersededError for a term that is over.
+        Raises NodeError if the node refuses, SupersededError for a term that is over, or a place that is taken.
         """
         geometry = Geometry(shard.layers, dtype, slots, max_rows)
         outputs = Region(f"{self.name}.outputs", slots * geometry.output_bytes)
@@ -170,7 +170,7 @@ class ShardControl:
             try:
                 attached: Attached = await self._questions.ask(attach, _ATTACH)
             except SupersededError as error:
-                if not attach.from_front:
+                if not attach.from_front or error.holder:
                     raise
                 superseded = error
                 attach = structs.replace(attach, term=error.term + 1)
@@ -307,7 +307,7 @@ class ShardControl:
         if refused.sequence is not None:
             return CapacityError(reason)
         if refused.term is not None:
-            return SupersededError(reason, node=self.name, term=refused.term)
+            return SupersededError(reason, node=self.name, term=refused.term, holder=refused.holder)
         return NodeError(reason, node=self.name)
 
     def _on_lost(self, reason: TransportError) -> None:

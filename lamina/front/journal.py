@@ -42,6 +42,10 @@ CLOSE_S = 5.0
 _FRAME = struct.Struct("<I8s")
 
 
+Mirror = Callable[[Literal["all", "more"], bytes], None]
+"""Takes what is written: all that the file has then, or what comes behind it."""
+
+
 class OpenedRecord(Struct, frozen=True, array_like=True, tag=0):
     """Begins the file."""
 
@@ -184,15 +188,17 @@ class RequestJournal:
         self._workers = workers
         self._numbers = itertools.count(1)
         self._most = -1
+        self._mirror: Mirror | None = None
         self._queue: list[tuple[bytes, Callable[[], object]]] = []
         self._writing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def open(self, workers: BackgroundWorkers) -> list[JournalEntry]:
-        """Return what an earlier front has left, in the order in which it came. StorageError if it cannot be read."""
+    async def open(self, workers: BackgroundWorkers, copy: bytes | None = None) -> list[JournalEntry]:
+        """Return what an earlier front has left, in the order in which it came: in this file, or in the ``copy`` of its
+        own. StorageError if the file cannot be read."""
         try:
-            data = await workers.run(self._file.read, long=True)
+            data = await workers.run(self._file.read, long=True) if copy is None else copy
         except OSError as e:
             raise StorageError(f"{self._file.name} cannot be read: {e.strerror}") from e
         entries = await workers.run(self._taken_in, data, long=True)
@@ -200,6 +206,14 @@ class RequestJournal:
         self._numbers = itertools.count(1 + max((entry.number for entry in entries), default=0))
         self._write(b"")  # the first time, all is rewritten
         return entries
+
+    def mirror(self, mirror: Mirror | None) -> None:
+        """Have ``mirror`` told of all that is written from now on, beginning with all that is here. It is told before
+        the file has it."""
+        self._mirror = mirror
+        if mirror is not None:
+            self._most = -1
+            self._write(b"")
 
     def accept(self, ticket: str, request: Request, form: ChatForm | None) -> JournalEntry:
         """Keep a request. StorageError if that cannot be."""
@@ -323,7 +337,12 @@ class RequestJournal:
         sync = self._workers is not None
         if self.failure is not None or self.bytes + len(data) > self._most:
             opened = _framed(OpenedRecord(PROTOCOL_VERSION, self._model))
-            return partial(self._rewrite, b"".join([opened, *(entry.whole() for entry in self.entries.values())]), sync)
+            whole = b"".join([opened, *(entry.whole() for entry in self.entries.values())])
+            if self._mirror is not None:
+                self._mirror("all", whole)
+            return partial(self._rewrite, whole, sync)
+        if self._mirror is not None:
+            self._mirror("more", data)
         return partial(self._append, data, sync)
 
     def _append(self, data: bytes, sync: bool) -> int:

@@ -32,11 +32,13 @@ from lamina.wire.tenants import (
 
 
 class StaleTermError(TransportError):
-    """A compute node is of a term that is over, or has not begun; the tenant is in ``term``."""
+    """A compute node is of a term that is over, or has not begun; the tenant is in ``term``. ``holder`` is the front
+    whose place no other compute node can take."""
 
-    def __init__(self, reason: str, term: int) -> None:
+    def __init__(self, reason: str, term: int, holder: str = "") -> None:
         super().__init__(reason)
         self.term = term
+        self.holder = holder
 
 
 class ServingControl:

@@ -190,7 +190,7 @@ def find_difference(attach: Attach, front: Attach) -> tuple[str, object, object]
     want it; None if they ask for the same."""
     for name in Attach.__struct_fields__:
         own, asked = getattr(front, name), getattr(attach, name)
-        if name in ("member", "outputs", "token", "term", "lease") or own == asked:
+        if name in ("member", "front", "outputs", "token", "term", "lease") or own == asked:
             continue
         return _layer_difference(own, asked) if name == "layers" else (name, own, asked)
     return None

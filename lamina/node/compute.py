@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import torch
 from prometheus_client.metrics_core import Metric
@@ -14,14 +15,22 @@ from prometheus_client.metrics_core import Metric
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import StepRunner, Steps
-from lamina.config import ClusterConfig, ComputeNodeConfig, format_range
-from lamina.errors import LaminaError, NodeError, TransportError, first_error
+from lamina.config import ClusterConfig, ComputeNodeConfig, NodeConfig, format_range
+from lamina.errors import (
+    LaminaError,
+    NodeError,
+    NotFrontError,
+    ProtocolError,
+    SupersededError,
+    TransportError,
+    first_error,
+)
 from lamina.front.answers import AnswerKeeper
 from lamina.front.constraints import Constraints
 from lamina.front.encoder import Encoder
 from lamina.front.intake import Intake
 from lamina.front.journal import RequestJournal
-from lamina.front.members import Change, Members
+from lamina.front.members import Change, Members, State
 from lamina.front.session import ClientSession
 from lamina.front.team import Formation
 from lamina.model.tokenizer import Tokenizer
@@ -30,13 +39,14 @@ from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.drains import Drains
 from lamina.node.enlistment import Enlistment
 from lamina.node.front import Front, make_blocks, open_front
-from lamina.node.journal import open_journal
+from lamina.node.journal import open_copy, open_journal
 from lamina.node.member_times import MemberTimes
 from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
 from lamina.node.monitor import CALLER_TIMEOUT_S, Monitor
 from lamina.node.neighbours import Control, Neighbours
 from lamina.node.roster import Roster
+from lamina.node.succession import Succession
 from lamina.node.tracing import RequestTraces, open_traces
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
@@ -46,7 +56,7 @@ from lamina.runtime.workers import BackgroundWorkers, ParallelWorkers
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Drain, Draining, Status
 from lamina.wire.codec import encode
-from lamina.wire.orders import GaveUp, Membership
+from lamina.wire.orders import Claim, Enlist, GaveUp, Membership, Records
 from lamina.wire.requests import Failed
 
 log = logging.getLogger("lamina.compute")
@@ -59,8 +69,8 @@ MakeRunner = Callable[..., Steps]
 
 
 class ComputeNode:
-    """Runs the compute node ``node`` of a cluster. The first one in the file is the front: it serves clients, and
-    orders the others to run steps.
+    """Runs the compute node ``node`` of a cluster. One of them is the front: it serves clients, and orders the others
+    to run steps. That is the first one in the file, until another one takes its part as it is lost.
 
     It computes on ``device`` and reaches other nodes over ``network``; ``open_model`` opens its model. ``host`` is the
     process that it lives in, by default this one.
@@ -93,7 +103,17 @@ class ComputeNode:
         names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
         self._members = Members(Members.of_names(*names), self._members_changed)
         self._member = self._members.id_of(node.name)
-        self._is_front = node.name == config.front.name
+        self._first = self._members.id_of(config.front.name)
+        self._leads = self._member == self._first
+        """Whether this node is the front, or is to be it as soon as it has started."""
+        self._claim: Claim | None = None
+        """The last that is known of which node is the front."""
+        self._term = 0
+        """The latest term of a front that is known, besides those of the members."""
+        self._claimed = asyncio.Event()
+        """Set when another node has the front's part."""
+        self._standby: PeerControl | None = None
+        """The compute node that takes this front's part if it is lost."""
         self._monitor = Monitor(
             node.name,
             device,
@@ -101,7 +121,7 @@ class ComputeNode:
             self._options,
             self._status,
             {n.name: n.address for n in config.memory_nodes},
-            self._drain if self._is_front else None,
+            self._drain,
         )
         self._times: MemberTimes
         self._neighbours: Neighbours
@@ -122,12 +142,15 @@ class ComputeNode:
         self._is_ready = False
         self._running: asyncio.Future[None] | None = None
         """What a follower does from its start on."""
+        self._superseded: asyncio.Future[None]
+        """Raises the error that ends this node, as another one has the front's part."""
         self._formation = Formation(0, None, {}, {}, frozenset())
 
     async def serve(self, stopping: asyncio.Event) -> None:
         """Start and serve; when ``stopping`` is set, finish all requests and leave."""
         self._device.start()
-        self._home = Crossing(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._home, self._superseded = Crossing(loop), loop.create_future()
         self._times = MemberTimes(self._members)
         self._neighbours = Neighbours(
             self._config, self._node, self._members, self._device, self._network, self._found, self._node_lost
@@ -165,6 +188,8 @@ class ComputeNode:
                 await self._traces.close()
             await listening.close()
             self._monitor.close()
+            if self._enlistment is not None:
+                await self._enlistment.release()
             if self._drains is not None:
                 await self._drains.close()
             if self._roster is not None:
@@ -182,10 +207,27 @@ class ComputeNode:
             self._neighbours.free()
 
     async def _run(self, worker: Intake | Enlistment, stopping: asyncio.Event) -> None:
-        running = self._running or asyncio.ensure_future(worker.run())
+        """Serve in one part after the other, until told to stop."""
+        await self._run_part(worker, stopping)
+        while isinstance(worker, Enlistment) and not stopping.is_set():
+            changing = asyncio.ensure_future(self._succeed(worker))
+            stop = asyncio.ensure_future(stopping.wait())
+            await asyncio.wait((changing, stop), return_when=asyncio.FIRST_COMPLETED)
+            stop.cancel()
+            if not changing.done():
+                changing.cancel()
+                await asyncio.wait((changing,))
+                return
+            worker = changing.result()
+            await self._run_part(worker, stopping)
+
+    async def _run_part(self, worker: Intake | Enlistment, stopping: asyncio.Event) -> None:
+        running, self._running = self._running or asyncio.ensure_future(worker.run()), None
         stop = asyncio.ensure_future(stopping.wait())
         try:
-            await asyncio.wait((running, stop), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((running, stop, self._superseded), return_when=asyncio.FIRST_COMPLETED)
+            if self._superseded.done():
+                self._superseded.result()
             if not running.done():
                 drained = asyncio.ensure_future(worker.drain())
                 await asyncio.wait((running, drained), timeout=DRAIN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
@@ -213,31 +255,114 @@ class ComputeNode:
 
     def _found(self, control: Control) -> None:
         """There is a link to another node."""
-        if isinstance(control, PeerControl) and control.member == self._members.id_of(self._config.front.name):
-            control.on_members = self._adopt
+        if isinstance(control, PeerControl):
+            control.on_members = partial(self._adopt, control.member)
+            control.on_claim = partial(self._note_claim, control)
+            control.on_enlist = partial(self._note_enlist, control.member)
+            control.on_records = partial(self._keep, control.member)
+            if self._claim is not None:
+                control.send(Claim(front=self._claim.front, term=self._known_term))
         if (side := self._roster or self._enlistment) is not None:
             side.found(control)
 
     def _node_lost(self, member: int, error: NodeError) -> None:
         """The link to another node has ended. During the start of the front that ends the start."""
-        if self._is_front and not self._is_ready and self._loss is None:
+        if self._leads and not self._is_ready and self._loss is None:
             self._loss = error
             self._lost.set()
         if (side := self._roster or self._enlistment) is not None:
             side.lost(member, error)
 
-    def _adopt(self, told: Membership) -> None:
+    def _adopt(self, member: int, told: Membership) -> None:
         """Take over what the front says of the members."""
-        if self._enlistment is not None:
+        if self._enlistment is not None and member == self._enlistment.front:
             self._enlistment.adopt(told)
-        else:
-            self._members.adopt(told)
+
+    def _note_enlist(self, member: int, enlist: Enlist) -> None:
+        if self._enlistment is not None and member == self._enlistment.front:
+            self._enlistment.enlisted(enlist)
+
+    def _keep(self, member: int, records: Records) -> None:
+        if self._enlistment is not None and member == self._enlistment.front:
+            self._enlistment.keep(records)
 
     def _members_changed(self, changes: list[Change]) -> None:
         """Handle every change of membership; no other function does."""
         self._times.note()
         if self._roster is not None:
             self._roster.changed()
+        if self._front is not None:
+            self._choose_standby()
+
+    # -- which node is the front
+
+    @property
+    def _known_term(self) -> int:
+        """Return the latest term of a front that is known."""
+        return max(self._term, *(self._members.term(entry.id) for entry in self._members.entries))
+
+    def _note_claim(self, peer: PeerControl, claim: Claim) -> None:
+        """Take in which node another one takes for the front, unless more is known here."""
+        known = self._known_term
+        if not any(entry.id == claim.front and entry.role == "compute" for entry in self._members.entries):
+            raise ProtocolError(f"{peer.name} takes member {claim.front} for the front, which is no compute node here")
+        if claim.term < known:
+            return
+        self._term = claim.term
+        if claim.front == self._member:  # also of one that has started anew since
+            return
+        before = self._claim
+        if before is not None and claim.term == known and claim.front != before.front and not peer.leads:
+            return
+        self._claim = claim
+        self._claimed.set()
+        if before != claim:
+            self._tell_claim()
+        if self._roster is not None:
+            name = self._members.entry(claim.front).name
+            reason = f"compute node {name} has taken the part of the front, in term {claim.term}"
+            self._roster.supersede(SupersededError(reason, node=self._name, term=claim.term, holder=name))
+        elif self._enlistment is not None:
+            self._enlistment.follow(claim.front)
+
+    def _lead_from(self, term: int) -> None:
+        """This node is the front from now on."""
+        self._leads, self._term, self._claim = True, term, Claim(front=self._member, term=term)
+        self._tell_claim()
+
+    def _tell_claim(self) -> None:
+        assert self._claim is not None
+        for peer in self._neighbours.peers.values():
+            peer.send(self._claim)
+
+    @property
+    def _leader(self) -> NodeConfig:
+        """Return the node that is the front, as far as this one knows."""
+        front = self._claim.front if self._claim is not None else self._first
+        return self._config.find(self._members.entry(front).name)
+
+    def _not_front(self) -> NotFrontError:
+        leader = self._leader
+        reason = f"{self._name} is not the front; clients talk to {leader.name} at {leader.address}"
+        return NotFrontError(reason, node=self._name, address=str(leader.address))
+
+    def _choose_standby(self) -> None:
+        """Have the first of the other compute nodes that serve keep a copy of the journal."""
+        peers, serving = self._neighbours.peers, self._members.in_state("compute", State.SERVING)
+        chosen = next((peers[member] for member in serving if member in peers), None)
+        if chosen is self._standby:
+            return
+        if self._standby is not None:
+            self._standby.send(Records(kind="none"))
+        self._standby = chosen
+        if chosen is not None:
+            log.info("event=standby member=%s", chosen.name)
+            if self._journal is None:
+                chosen.send(Records(kind="all"))
+        if self._journal is not None:
+            self._journal.mirror(
+                None if chosen is None else lambda kind, data: chosen.send(Records(kind=kind, data=data))
+            )
 
     def _formed(self, formation: Formation, lost: frozenset[int]) -> None:
         """Run the steps that begin from now on with other members."""
@@ -283,29 +408,58 @@ class ComputeNode:
         log.info("event=opening model=%s", config.model_path, extra={"progress": "reading the model"})
         opening = self._there.start(self._device.run(self._open_model, config))
         # The front tells another compute node with which nodes it works.
-        front = members.id_of(config.front.name)
-        awaited = [entry.id for entry in members.entries if entry.id != front] if self._is_front else [front]
+        first = self._first
+        awaited = [entry.id for entry in members.entries if entry.id != first] if self._leads else [first]
         meeting = asyncio.ensure_future(self._neighbours.meet(awaited))
+        claimed = asyncio.ensure_future(self._claimed.wait())
+
+        async def meet() -> None:
+            await asyncio.wait((meeting, claimed), return_when=asyncio.FIRST_COMPLETED)
+            if not claimed.done():
+                meeting.result()
+
         try:  # what is wrong with the model is said at once, also where other nodes are missing
-            (source, _), _ = await asyncio.gather(opening, meeting)
+            (source, _), _ = await asyncio.gather(opening, meet())
         finally:
             meeting.cancel()
+            claimed.cancel()
         self._served = served = serve_model(config, members, source)
-        worker = await (self._start_front(served) if self._is_front else self._start_follower(served))
+        worker = await self._start_part(served)
         if self._loss is not None:  # a node that was lost meanwhile
             raise self._loss
         return worker
 
-    async def _start_front(self, served: ServedModel) -> Intake:
+    async def _start_part(self, served: ServedModel) -> Intake | Enlistment:
+        """Begin as the front, if this is the first node of the file and no other one has its part; else follow."""
+        if self._leads and not self._claimed.is_set():
+            try:
+                return await self._lead(served)
+            except SupersededError as error:
+                if not error.holder:
+                    raise
+                await self._give_way(error)
+        self._leads = False
+        return await self._start_follower(served)
+
+    async def _lead(
+        self, served: ServedModel, *, copy: bytes | None = None, needed: frozenset[int] = frozenset()
+    ) -> Intake:
+        """Become the front of a cluster that has none: one that starts; or whose front is lost, which may have
+        ``needed``, and of whose journal there may be a ``copy``. SupersededError if it has one."""
         config, members = self._config, self._members
-        self._journal = journal = open_journal(config, served, self._host, self._journal_workers)
-        kept = await journal.open(self._workers) if journal is not None else []
+        self._journal = journal = open_journal(config, served, self._name, self._host, self._journal_workers)
+        kept = await journal.open(self._workers, copy) if journal is not None else []
         key = TenantKey.of(config, served.facts.fingerprint)
-        self._roster = roster = Roster(config, served, members, self._neighbours, member=self._member, key=key)
-        roster.on_formed, roster.on_settled = self._formed, self._settled
-        completing = asyncio.ensure_future(roster.complete())
+        self._roster = roster = Roster(
+            config, served, members, self._neighbours, member=self._member, key=key, term=self._known_term
+        )
+        roster.on_formed, roster.on_settled, roster.on_seized = self._formed, self._settled, self._lead_from
+        if not needed:
+            self._lead_from(self._known_term)
+        completing = asyncio.ensure_future(roster.take_over(needed) if needed else roster.complete())
         try:
-            self._runner = await self._make_steps(served)
+            if self._runner is None:
+                self._runner = await self._make_steps(served)
             tokenizer = await self._there.call(Tokenizer, served.facts.path, served.context)
             self._encoder = Encoder(tokenizer)
             await completing
@@ -316,6 +470,7 @@ class ComputeNode:
         self._formed(self._formation, frozenset())
         front = await open_front(
             config,
+            self._name,
             served,
             members,
             blocks,
@@ -329,7 +484,7 @@ class ComputeNode:
             self._mask_workers,
             journal,
         )
-        front.intake.on_suspect, roster.on_superseded = roster.suspect, front.intake.fail
+        front.intake.on_suspect, roster.on_superseded = roster.suspect, self._end_superseded
         if (traces := open_traces(self._name)) is not None:
             self._traces = traces
             front.intake.meter.on_end = traces.ended
@@ -338,22 +493,79 @@ class ComputeNode:
         self._answers.open(front.intake, tokenizer, kept)
         if kept:
             log.info("event=restored requests=%d", len(kept))
+        self._choose_standby()
         return front.intake
 
-    async def _start_follower(self, served: ServedModel) -> Enlistment:
+    def _end_superseded(self, error: SupersededError) -> None:
+        """Another front has this one's part. What clients have asked goes on there."""
+        if not self._superseded.done():
+            self._superseded.set_exception(error)
+            self._superseded.exception()  # the node may be ending already
+
+    async def _give_way(self, error: SupersededError) -> None:
+        """There is another front, or will be: this node follows."""
+        log.warning("event=not_front reason=%r", str(error))
+        self._leads = False
+        self._loss = None
+        assert self._roster is not None
+        await self._roster.close()
+        self._roster = None
+        if self._journal is not None:
+            await self._journal.close()
+            self._journal = None
+        for shard in self._neighbours.shards.values():
+            if shard.is_attached:
+                self._neighbours.renew(shard.member)
+        for member in self._neighbours.peers:  # on new links, all is said that was for a follower
+            self._neighbours.drop(member, "this node is not the front")
+        refusal = encode(Failed.of(self._not_front()))
+        for link in self._clients:
+            if link.info.peer.role == "client" and not link.state.closed:
+                link.send(refusal)
+
+    async def _succeed(self, before: Enlistment) -> Intake | Enlistment:
+        """Take the part of the front that is lost; or go on following, if it is not."""
+        assert self._served is not None
+        log.warning("event=taking_over front=%s", self._leader.name)
+        copy, needed = await before.release(), before.needed
+        self._enlistment = None
+        try:
+            intake = await self._lead(self._served, copy=copy, needed=needed)
+        except SupersededError as error:
+            if self._leads or not error.holder:
+                raise
+            await self._give_way(error)
+            after = self._make_enlistment(self._served, succeeds=True)
+            if copy is not None:
+                after.keep(Records(kind="all", data=copy))
+            return after
+        log.warning("event=took_over term=%d", self._known_term)
+        return intake
+
+    def _make_enlistment(self, served: ServedModel, *, succeeds: bool) -> Enlistment:
         async def make_steps() -> Steps:
-            self._runner = await self._make_steps(served)
+            if self._runner is None:
+                self._runner = await self._make_steps(served)
             return self._runner
 
-        self._enlistment = enlistment = Enlistment(
+        key = TenantKey.of(self._config, served.facts.fingerprint)
+        self._enlistment = Enlistment(
             self._config,
             served,
             self._members,
             self._neighbours,
             self._there,
             name=self._name,
+            front=self._members.id_of(self._leader.name),
             make_steps=make_steps,
+            make_copy=lambda: open_copy(self._config, served, self._name, self._host, self._journal_workers),
+            succession=Succession(self._config, self._network, name=self._name, tenant=key.name),
+            succeeds=succeeds,
         )
+        return self._enlistment
+
+    async def _start_follower(self, served: ServedModel) -> Enlistment:
+        enlistment = self._make_enlistment(served, succeeds=self._member == self._first)
         self._running = running = asyncio.ensure_future(enlistment.run())
         ready = asyncio.ensure_future(enlistment.ready())
         try:
@@ -382,10 +594,8 @@ class ComputeNode:
                 link.abort(f"no link was expected from compute node {link.info.peer.name}")
             return
         self._clients = {known: None for known in (*self._clients, link) if not known.state.closed}
-        if role == "client" and not self._is_front:
-            front = self._config.front
-            refusal = f"{self._name} is not the front; clients talk to {front.name} at {front.address}"
-            link.send(encode(Failed(kind="RequestError", message=refusal)))
+        if role == "client" and not self._leads:
+            link.send(encode(Failed.of(self._not_front())))
             link.deliver()
         elif role == "client":
             session = ClientSession(
@@ -402,6 +612,8 @@ class ComputeNode:
 
     def intake(self) -> Intake:
         """Return the intake of this node; raise NodeError while the node is starting, or if it is not the front."""
+        if not self._leads:
+            raise self._not_front()
         if self._front is None:
             waiting = self._neighbours.waiting_for
             missing = f"; it waits for {', '.join(waiting)}" if waiting else ""
@@ -426,6 +638,8 @@ class ComputeNode:
         return self._status_now()
 
     async def _drain(self, asked: Drain) -> Draining:
+        if not self._leads:
+            return Draining(error=str(self._not_front()))
         if self._drains is None or not self._is_ready:
             return Draining(error=f"compute node {self._name} is still starting; try again soon")
         return await self._drains.ask(asked)
@@ -439,7 +653,8 @@ class ComputeNode:
         pid = self._host.pid
         status = Status(name=self._name, role="compute", state="starting", pid=pid, busy_s=self._device.busy_s)
         status.epoch = self._members.epoch
-        status.members = self._times.describe() if self._is_front else []
+        status.front = self._leader.name
+        status.members = self._times.describe() if self._leads else []
         runner, worker = self._runner, self._front.intake if self._front else self._enlistment
         if worker is None or runner is None or not self._is_ready:
             if waiting := self._neighbours.waiting_for:

@@ -13,12 +13,14 @@ from lamina.compute.step import Steps
 from lamina.config import ClusterConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.front.members import Members, State
+from lamina.front.standby import JournalCopy
 from lamina.node.assemble import TenantKey, agree, attach, limits
 from lamina.node.model import ServedModel
 from lamina.node.neighbours import Control, Neighbours
 from lamina.node.roster import REFUSED_PAUSE_S
+from lamina.node.succession import Succession
 from lamina.runtime.crossing import Crossing
-from lamina.wire.orders import Enlist, Enlisted, Membership, Missing, Reached
+from lamina.wire.orders import Enlist, Enlisted, Membership, Missing, Reached, Records
 
 log = logging.getLogger("lamina.compute")
 
@@ -26,8 +28,8 @@ log = logging.getLogger("lamina.compute")
 class Enlistment:
     """Follows what the front says of the members, on the node's loop.
 
-    While the front is lost, the node keeps its weights and waits for it. What goes wrong with other nodes is told to
-    the front, and tried again.
+    While the front is lost, the node keeps its weights and waits for it, or for another one, until it is to take the
+    front's part itself. What goes wrong with other nodes is told to the front, and tried again.
     """
 
     def __init__(
@@ -39,10 +41,19 @@ class Enlistment:
         device: Crossing,
         *,
         name: str,
+        front: int,
         make_steps: Callable[[], Awaitable[Steps]],
+        make_copy: Callable[[], JournalCopy],
+        succession: Succession,
+        succeeds: bool,
     ) -> None:
-        """``make_steps`` loads the weights, once. ``name`` is that of this node."""
+        """``make_steps`` loads the weights, once. ``name`` is that of this node, and ``front`` the member id of the
+        front, as far as it is known. ``make_copy`` makes room for a copy of the front's journal. ``succeeds`` says
+        whether this node takes the front's part also before a front has taken it in."""
         self.draining = False
+        self.is_standby = False
+        """Whether the front has chosen this node to take its part, and tells it what it writes into its journal."""
+        self._copy: JournalCopy | None = None
         self._config = config
         self._served = served
         self._members = members
@@ -50,8 +61,13 @@ class Enlistment:
         self._there = device
         self._name = name
         self._own = members.id_of(name)
-        self._front = members.id_of(config.front.name)
+        self._front = front
         self._make_steps = make_steps
+        self._make_copy = make_copy
+        self._succession = succession
+        self._succeeds = succeeds
+        self._waiting: asyncio.Task[None] | None = None
+        """Waits until this node is to take the part of the front that is lost."""
         self._runner: Steps | None = None
         self._earlier_steps = 0
         self._follower: Follower | None = None
@@ -64,6 +80,8 @@ class Enlistment:
         self._ready = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = loop.create_future()
+        self._due: asyncio.Future[None] = loop.create_future()
+        """Is done when this node is to take the front's part."""
         self._front_left: asyncio.Event = asyncio.Event()
 
     @property
@@ -72,17 +90,21 @@ class Enlistment:
         return self._earlier_steps + (self._follower.steps if self._follower else 0)
 
     async def run(self) -> None:
-        """Serve until cancelled, or until an error of this node itself, which is raised; also if its file is not that
-        of the front."""
+        """Serve until cancelled, until this node is to take the front's part, or until an error of this node itself,
+        which is raised; also if its file is not that of the front."""
         for control in self._neighbours.controls:
             self.found(control)
+        self._watch()
         working = asyncio.ensure_future(self._work())
         try:
-            await asyncio.wait((working, self._failed), return_when=asyncio.FIRST_COMPLETED)
-            if self._failed.done():
-                self._failed.result()
-            working.result()
+            await asyncio.wait((working, self._failed, self._due), return_when=asyncio.FIRST_COMPLETED)
+            for end in (self._failed, self._due, working):
+                if end.done():
+                    end.result()
         finally:
+            self._stop_waiting()
+            for peer in self._agreeing:
+                peer.drop("this node changes its part")
             tasks = [working, *self._agreeing.values()]
             for task in tasks:
                 task.cancel()
@@ -102,19 +124,34 @@ class Enlistment:
     async def drain(self) -> None:
         """Go on until the front has left: then nothing more will be ordered."""
         self.draining = True
+        self._watch()
         await self._front_left.wait()
+
+    @property
+    def front(self) -> int:
+        """Return the member id of the front, which may be lost."""
+        return self._front
+
+    @property
+    def needed(self) -> frozenset[int]:
+        """Return the memory nodes that the front may have: those that it has not lost, as far as this node knows."""
+        members = self._members
+        has = members.in_state("memory", State.JOINING, State.SERVING, State.LEAVING)
+        return frozenset(has or members.of_others("memory", State.GONE))
 
     @property
     def missing(self) -> list[str]:
         """Return the front, while this node waits for it."""
-        return [] if self._enlisted_by is not None else [self._config.front.name]
+        return [] if self._enlisted_by is not None else [self._members.entry(self._front).name]
 
     # -- nodes come and go
 
     def found(self, control: Control) -> None:
         """There is a link to a node."""
         if isinstance(control, PeerControl):
-            self._agreeing[control] = asyncio.ensure_future(self._agree(control))
+            if not control.is_open:
+                self._agreeing[control] = asyncio.ensure_future(self._agree(control))
+            self._watch()
         self._wake.set()
 
     def lost(self, member: int, error: NodeError) -> None:
@@ -123,6 +160,7 @@ class Enlistment:
             log.warning("event=front_lost reason=%r", str(error))
             self._enlist = self._enlisted_by = None
             self._front_left.set()
+            self._watch()
         elif (front := self._neighbours.peers.get(self._front)) is not None and front.is_open:
             front.send(Missing(member=member, term=self._members.term(member), reason=str(error)))
         self._wake.set()
@@ -132,12 +170,62 @@ class Enlistment:
         self._members.adopt(told)
         self._wake.set()
 
+    def follow(self, front: int) -> None:
+        """Another node is the front now, or the same one says again that it is."""
+        if front != self._front:
+            self._front = front
+            self._enlist = self._enlisted_by = None
+            if front in self._neighbours.peers:
+                self._front_left.clear()
+        self._watch()
+        self._wake.set()
+
+    def enlisted(self, enlist: Enlist) -> None:
+        """The front takes this node in."""
+        self._front_left.clear()
+        self._enlist, self._enlisted_by = enlist, None
+        self._wake.set()
+
+    def keep(self, records: Records) -> None:
+        """Take what the front wants kept of its journal."""
+        self.is_standby = records.kind != "none"
+        if self._copy is None:
+            self._copy = self._make_copy()
+        self._copy.take(records)
+
+    async def release(self) -> bytes | None:
+        """Keep no more, let go of the file, and return what the standby has of the front's journal; None on any other
+        node."""
+        if self._copy is None:
+            return None
+        await self._copy.close()
+        return bytes(self._copy.data) if self.is_standby else None
+
+    def _watch(self) -> None:
+        """Wait for the time to take the front's part while the front is lost, and at no other time."""
+        front = self._neighbours.peers.get(self._front)
+        is_there = front is not None and (front.leads or front.name == self._config.front.name)
+        if is_there or self.draining or not self._succeeds:
+            self._stop_waiting()
+        elif self._waiting is None:
+            names = [self._members.entry(member).name for member in self.needed]
+            due = self._succession.due(sorted(names), is_standby=self.is_standby)
+            self._waiting = self._loop.create_task(due)
+            self._waiting.add_done_callback(self._waited)
+
+    def _waited(self, waiting: asyncio.Task[None]) -> None:
+        if not (waiting.cancelled() or self._due.done()):
+            waiting.result()
+            self._due.set_result(None)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
     async def _agree(self, peer: PeerControl) -> None:
         try:
             await agree(self._config, self._served, peer)
-            if peer.member == self._front:
-                self._front_left.clear()
-                self._enlist = await peer.enlisted_by()
         except NodeError:
             pass  # it is lost, which is said elsewhere
         except LaminaError as error:
@@ -153,7 +241,7 @@ class Enlistment:
             await self._wake.wait()
             self._wake.clear()
             front = self._neighbours.peers.get(self._front)
-            if front is None or self._enlist is None:
+            if front is None or not front.is_open or self._enlist is None:
                 await self._follow(None)
                 self._reform()
                 continue
@@ -168,6 +256,7 @@ class Enlistment:
                 await self._follow(front)
                 self._enlisted_by = front
                 front.send(Enlisted())
+                self._succeeds = True
                 self._ready.set()
 
     async def _attach_to_all(self, front: PeerControl, enlist: Enlist) -> None:

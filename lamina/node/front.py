@@ -88,6 +88,7 @@ def make_scheduler(config: ClusterConfig, served: ServedModel, blocks: BlockMana
 
 async def open_front(
     config: ClusterConfig,
+    name: str,
     served: ServedModel,
     members: Members,
     blocks: BlockManager,
@@ -101,11 +102,12 @@ async def open_front(
     workers: ParallelWorkers,
     journal: RequestJournal | None,
 ) -> Front:
-    """Make the engine and fit its cost model, while no request uses the nodes. Seeds come from ``random``.
+    """Make the engine of the node ``name`` and fit its cost model, while no request uses the nodes. Seeds come from
+    ``random``.
 
     ``shards`` are the memory nodes that serve, by member id, at any time.
     """
-    name, pipeline, there = config.front.name, config.pipeline, Crossing(device.loop)
+    pipeline, there = config.pipeline, Crossing(device.loop)
     scheduler = make_scheduler(config, served, blocks)
     team = Team(runner, device, home, formation, member=members.id_of(name))
     intake = Intake(

@@ -9,32 +9,57 @@ from pathlib import Path
 from lamina.config import ClusterConfig
 from lamina.errors import ConfigError
 from lamina.front.journal import RequestJournal
+from lamina.front.standby import JournalCopy
 from lamina.node.model import ServedModel
 from lamina.runtime.host import Host
+from lamina.runtime.storage import LogFile
 from lamina.runtime.workers import BackgroundWorkers
 
 FILE = "requests.journal"
+"""The journal of the first compute node of the cluster file."""
+OF_OTHERS = "requests-{name}.journal"
+"""That of any other one, which may be on the same machine."""
 
 
 def open_journal(
-    config: ClusterConfig, served: ServedModel, host: Host, workers: BackgroundWorkers
+    config: ClusterConfig, served: ServedModel, name: str, host: Host, workers: BackgroundWorkers
 ) -> RequestJournal | None:
-    """Return the journal that the file asks for, which is still to be read; None for one that keeps nothing.
+    """Return the journal that the file asks for, of the node ``name``; it is still to be read. None for one that keeps
+    nothing.
 
     ``workers`` wait for the disk, if the journal has to. ConfigError if it cannot be opened, StorageError if another
     front has it.
     """
-    recovery, model = config.recovery, served.facts.fingerprint
-    if recovery.journal == "off" or not recovery.lease:  # nobody could come back for anything
+    if not _keeps(config):
         return None
+    syncing = workers if config.recovery.journal == "machine" else None
+    return RequestJournal(
+        _open_file(config, served, name, host), node=name, model=served.facts.fingerprint, workers=syncing
+    )
+
+
+def open_copy(
+    config: ClusterConfig, served: ServedModel, name: str, host: Host, workers: BackgroundWorkers
+) -> JournalCopy:
+    """Return the copy of the front's journal for the node ``name``, in the file that would be its own journal if the
+    cluster file asks for one that outlives the machine. Errors are those of `open_journal`."""
+    on_disk = _keeps(config) and config.recovery.journal == "machine"
+    return JournalCopy(_open_file(config, served, name, host) if on_disk else None, workers)
+
+
+def _keeps(config: ClusterConfig) -> bool:
+    """Return whether anybody could come back for anything."""
+    return config.recovery.journal != "off" and config.recovery.lease > 0
+
+
+def _open_file(config: ClusterConfig, served: ServedModel, name: str, host: Host) -> LogFile:
+    file = FILE if name == config.front.name else OF_OTHERS.format(name=name)
     try:
-        file = host.open_log(journal_folder(config, model) / FILE)
+        return host.open_log(journal_folder(config, served.facts.fingerprint) / file)
     except ConfigError as e:
         raise ConfigError(
             f'recovery.journal_dir: {e}; name a folder that can be written, or set journal = "off"'
         ) from e
-    syncing = workers if recovery.journal == "machine" else None
-    return RequestJournal(file, node=config.front.name, model=model, workers=syncing)
 
 
 def journal_folder(config: ClusterConfig, model: str) -> Path:

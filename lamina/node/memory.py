@@ -233,7 +233,7 @@ class MemoryNode:
         """Hold the cache of a compute node's tenant, until the link ends."""
         peer = link.info.peer.name
         tenancy: _Tenancy | None = None
-        reason, term, has_left = f"memory node {self._name} was told to stop", None, False
+        reason, term, holder, has_left = f"memory node {self._name} was told to stop", None, "", False
         try:
             assert self._taken is not None
             quotas, _ = await asyncio.shield(self._taken)
@@ -251,7 +251,9 @@ class MemoryNode:
                 del tenancy.links[attach.member]
         except* LaminaError as group:
             error = first_error(group)
-            reason, term = str(error), error.term if isinstance(error, StaleTermError) else None
+            reason = str(error)
+            if isinstance(error, StaleTermError):
+                term, holder = error.term, error.holder
         except* Exception as group:
             log.exception("event=shard_failed peer=%s", peer)
             reason = f"internal error: {first_error(group)!r}"
@@ -263,7 +265,7 @@ class MemoryNode:
             log.info("event=detached peer=%s reason=%r", peer, reason)
         else:  # the next compute node need not wait until this one has heard it
             log.error("event=refused peer=%s reason=%r", peer, reason)
-            link.send(encode(Refused(reason=reason, term=term)))
+            link.send(encode(Refused(reason=reason, term=term, holder=holder)))
         if tenancy is None and term is not None and attach.from_front:  # it may ask again, in a later term
             link.deliver(
                 on_message=lambda plain: self._on_message(link, plain), on_lost=lambda _: self._links.pop(link, None)
@@ -349,6 +351,12 @@ class MemoryNode:
         name = short_name(attach.tenant)
         if tenancy is not None:
             before = tenancy.attach
+            if attach.member != before.member and (known := tenancy.links.get(before.member)) is not None:
+                raise StaleTermError(
+                    f"tenant {name} has a front, {known.peer}, whose part {peer} can take only when its link is gone",
+                    before.term,
+                    known.peer,
+                )
             if attach.term <= before.term:
                 raise StaleTermError(
                     f"tenant {name} is in term {before.term} already; to take it over, {peer} has to begin a later "

@@ -32,8 +32,9 @@ class Roster:
     Where heads are divided, memory nodes serve together or not at all: whenever one comes or goes, all heads are
     divided anew, for which the front waits ``recovery.grace`` seconds for one that is lost.
 
-    Until `complete` has returned, the first thing that goes wrong is an error of the start. After that, what goes wrong
-    with a node is logged, and the node is tried again.
+    Until `complete` has returned, the first thing that goes wrong is an error of the start. After that, and in
+    `take_over`, what goes wrong with a node is logged, and the node is tried again. But where a memory node has another
+    front, this one can be none.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Roster:
         *,
         member: int,
         key: TenantKey,
+        term: int = 0,
     ) -> None:
-        """``member`` is the id of this node, and ``key`` that of its tenant."""
+        """``member`` is the id of this node, and ``key`` that of its tenant. It attaches in terms later than ``term``,
+        the latest one that is known of any front."""
         self.serving: dict[int, ShardControl] = {}
         """The memory nodes that serve, by member id."""
         self.on_formed: Callable[[Formation, frozenset[int]], None] = lambda formation, lost: None
@@ -55,12 +58,15 @@ class Roster:
         """Is told when a lost node has not come back within the grace."""
         self.on_superseded: Callable[[SupersededError], None] = lambda error: None
         """Is told when another front has taken the tenant over: this one has to end."""
+        self.on_seized: Callable[[int], None] = lambda term: None
+        """Is told in `take_over` when all memory nodes have this front, and its latest term."""
         self._config = config
         self._served = served
         self._members = members
         self._neighbours = neighbours
         self._own = member
         self._key = key
+        self._term = term
         self._names = {entry.id: entry.name for entry in members.entries}
         self._divides = config.pipeline.partition == "heads"
         self._division: dict[int, str] = {}
@@ -71,7 +77,7 @@ class Roster:
         """The last term in which this node has attached to a memory node, or tried to."""
         self._lost: set[int] = set()
         """The members that were lost since the last formation."""
-        self._out: set[int] = set()
+        self._out = {entry.id for entry in members.entries if members.state(entry.id) is State.GONE}
         """The members that have left, and have not been started anew since."""
         self._parting: set[int] = set()
         """Those whose link is about to end because of that."""
@@ -84,6 +90,8 @@ class Roster:
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
         self._is_complete = False
+        self._needed: frozenset[int] = frozenset()
+        """The memory nodes that `take_over` waits for."""
 
     async def complete(self) -> None:
         """Take in all nodes, and return when all serve. Raises the error of the first one that cannot be taken in."""
@@ -92,15 +100,44 @@ class Roster:
             self.found(control)
         if self._divides:
             self._begin(self._own, self._divide())
-        everyone = asyncio.ensure_future(self._until(self._all_serve))
-        try:
-            await asyncio.wait((everyone, self._failed), return_when=asyncio.FIRST_COMPLETED)
-            if self._failed.done():
-                self._failed.result()
-            everyone.result()
-        finally:
-            everyone.cancel()
+        await self._serve_when(self._all_serve)
         self._is_complete = True
+
+    async def take_over(self, needed: frozenset[int]) -> None:
+        """Take the part of a front that is lost, and return when enough nodes serve: all of ``needed``, the memory
+        nodes that it may have, and compute nodes that have all layers.
+
+        Nobody is told before all of ``needed`` have this front. Raises SupersededError if one of them has another one.
+        """
+        self._is_complete, self._needed = True, needed
+        self._missing_since_s = self._loop.time()
+        members, neighbours = self._members, self._neighbours
+        there = needed.union(neighbours.shards, neighbours.peers)
+        others = [entry for entry in members.entries if entry.id != self._own and entry.id not in self._out]
+        members.join({entry.id: 0 for entry in others if entry.id in there})
+        for entry in others:
+            if entry.id not in there:
+                members.lose(entry.id, NodeError.lost(entry.role, entry.name, "it is not there when its front is lost"))
+        members.serve(self._own)
+        for member, shard in neighbours.shards.items():
+            if shard.is_attached:
+                neighbours.renew(member)  # each attachment has a link of its own
+            else:
+                self.found(shard)
+        if self._divides:
+            self._begin(self._own, self._divide())
+        await self._serve_when(lambda: needed <= set(members.in_state("memory", State.SERVING)))
+        self._needed = frozenset()
+        self.on_seized(max(shard.term for shard in neighbours.shards.values()))
+        for peer in neighbours.peers.values():
+            self.found(peer)
+        await self._serve_when(lambda: not self.missing)
+        self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
+
+    def supersede(self, error: SupersededError) -> None:
+        """There is another front: this one ends, or does not even begin."""
+        self._fail(error)
+        self.on_superseded(error)
 
     async def close(self) -> None:
         """Take in no more nodes."""
@@ -130,7 +167,7 @@ class Roster:
     def found(self, control: Control) -> None:
         """There is a link to a node."""
         member = control.member
-        if member in self._out:
+        if member in self._out or (self._needed and isinstance(control, PeerControl)):
             return
         self._members.join({member: 0})
         if isinstance(control, PeerControl):
@@ -157,7 +194,7 @@ class Roster:
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
         self._members.lose(member, error)
         if isinstance(error, SupersededError):
-            self.on_superseded(error)
+            self.supersede(error)
 
     def suspect(self, node: str, reason: str) -> None:
         """A step has failed, which is said to be the fault of a node."""
@@ -224,7 +261,8 @@ class Roster:
     # -- compute nodes
 
     async def _enlist(self, peer: PeerControl) -> None:
-        await agree(self._config, self._served, peer)
+        if not peer.is_open:
+            await agree(self._config, self._served, peer)
         peer.send(self._members.membership())
         await peer.enlist(Enlist(tenant=self._key.name, token=self._key.token))
         await self._until(lambda: self._has_reached_all(peer.member))
@@ -266,7 +304,7 @@ class Roster:
             every = all_memory - {m for m in all_memory if self._members.state(m) in (State.LEAVING, State.GONE)}
             news, there = self._news, {m: shard for m, shard in self._neighbours.shards.items() if m in every}
             patience_s = self._missing_since_s + self._config.recovery.grace - self._loop.time()
-            if not there or (set(there) == set(self._division) and self._is_divided()):
+            if not there or self._needed - set(there) or (set(there) == set(self._division) and self._is_divided()):
                 await news.wait()
             elif set(there) != every and patience_s > 0:
                 await asyncio.wait((asyncio.ensure_future(news.wait()),), timeout=patience_s)
@@ -284,7 +322,7 @@ class Roster:
         try:
             await asyncio.gather(*(self._attach_to(shard, division) for shard in shards.values()))
         except NodeError as error:
-            if not self._is_complete:
+            if not self._is_complete or (isinstance(error, SupersededError) and error.holder):
                 raise
             log.warning("event=not_attached peer=%s reason=%r", error.node, str(error))
             for member in shards:
@@ -307,7 +345,7 @@ class Roster:
         return all(m in there and there[m].is_attached for m in self._division)
 
     async def _attach_to(self, shard: ShardControl, division: dict[int, str]) -> None:
-        self._latest[shard.member] = term = self._latest.get(shard.member, 0) + 1
+        self._latest[shard.member] = term = self._latest.get(shard.member, self._term) + 1
         await attach(
             self._config,
             self._served,
@@ -327,6 +365,17 @@ class Roster:
 
     # -- inside
 
+    async def _serve_when(self, condition: Callable[[], bool]) -> None:
+        """Wait until enough nodes serve, or raise the error of the start."""
+        enough = asyncio.ensure_future(self._until(condition))
+        try:
+            await asyncio.wait((enough, self._failed), return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            enough.result()
+        finally:
+            enough.cancel()
+
     def _all_serve(self) -> bool:
         return all(self._members.state(entry.id) is State.SERVING for entry in self._members.entries)
 
@@ -339,6 +388,9 @@ class Roster:
         try:
             await work
         except LaminaError as error:
+            if isinstance(error, SupersededError) and error.holder:
+                self.supersede(error)
+                return
             if not self._is_complete:
                 self._fail(error)
                 return

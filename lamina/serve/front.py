@@ -8,11 +8,12 @@ import logging
 import os
 from contextlib import suppress
 
+from lamina.client.finder import FrontFinder
 from lamina.client.front_link import FrontLink
+from lamina.config import ClusterConfig
 from lamina.errors import LaminaError, TransportError
 from lamina.serve.problems import unavailable
-from lamina.transport import Address, Hello, Options
-from lamina.transport import connect as connect_link
+from lamina.transport import Hello
 from lamina.wire.admin import Status
 
 log = logging.getLogger("lamina.serve")
@@ -26,14 +27,15 @@ RETRY_S = 0.25
 
 
 class FrontKeeper:
-    """Holds the link to the front at ``address``, while there is one; `keep` runs beside all that use it.
+    """Holds the link to the front of ``config``, while there is one; `keep` runs beside all that use it.
 
     When it is lost, answers that are under way wait for the next one for ``patience_s`` seconds, and then go on.
     """
 
-    def __init__(self, address: Address, options: Options, *, patience_s: float) -> None:
-        self._address = address
-        self._options = options
+    def __init__(self, config: ClusterConfig, *, patience_s: float) -> None:
+        hello = Hello("client", f"http-{os.getpid()}")
+        addresses = [node.address for node in config.compute_nodes]
+        self._finder = FrontFinder(addresses, hello, config.options())
         self._link = FrontLink(patience_s=patience_s)
         self.ids = itertools.count(1)
         """The numbers of requests, which differ."""
@@ -70,7 +72,7 @@ class FrontKeeper:
                 except LaminaError as e:
                     if self.status is not None or str(e) != self.reason:  # each once, not every quarter of a second
                         self.reason = str(e)
-                        log.warning("event=front_away address=%s reason=%r", self._address, self.reason)
+                        log.warning("event=front_away address=%r reason=%r", str(self._finder), self.reason)
                     self._link.attempt = self.reason
                 self.status = None
                 await asyncio.sleep(RETRY_S)
@@ -80,12 +82,11 @@ class FrontKeeper:
                 await self._link.close(TransportError("the server ends its connection to the front"))
 
     async def _connect_and_watch(self) -> None:
-        hello = Hello("client", f"http-{os.getpid()}")
         link = self._link
-        link.use(await connect_link(self._address, hello, self._options, deadline_s=CONNECT_S))
+        link.use(await self._finder.find(CONNECT_S))
         while True:
             status = await link.status()
             if self.state != status.state:
-                log.info("event=front state=%s address=%s", status.state, self._address)
+                log.info("event=front state=%s name=%s", status.state, status.name)
             self.status = status
             await asyncio.sleep(ASK_EVERY_S)

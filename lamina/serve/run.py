@@ -53,7 +53,7 @@ def run(config: ClusterConfig, options: ServeOptions) -> int:
 
 async def _main(config: ClusterConfig, options: ServeOptions) -> str:
     """Serve until the end. Return why the model cannot be served, if that was the reason."""
-    front = FrontKeeper(config.front.address, config.options(), patience_s=config.recovery.lease)
+    front = FrontKeeper(config, patience_s=config.recovery.lease)
     names = list(options.names) or [config.model_path.resolve().name]
     service = Service(front, names, options.max_body)
     listening = listen(options)

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from lamina.admin import AdminClient
 from lamina.attention import BackendFactory
 from lamina.client import AsyncClient
 from lamina.client.asynchronous import RECONNECT_S
+from lamina.client.finder import FrontFinder
 from lamina.config import ClusterConfig, NodeConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.node.compute import ComputeNode
@@ -74,7 +76,7 @@ class SimCluster:
         self.world = world
         self.config = config
         self.disk = SimDisk()
-        """Where the front's journal is."""
+        """Where journals are."""
         self.ended: dict[str, BaseException | None] = {}
         self.nodes: dict[str, ComputeNode | MemoryNode] = {}
         """Those that were started, by name."""
@@ -91,7 +93,7 @@ class SimCluster:
         node = self.config.find(name)
         device = self.world.device(name, self._seconds(node))
         network = self.world.network
-        host = Host(self._random, pid=0, open_log=self.disk.open)
+        host = Host(self._random, pid=0, open_log=partial(self.disk.open, process=name))
         serving: ComputeNode | MemoryNode
         if node.role == "compute":
             serving = ComputeNode(
@@ -125,11 +127,12 @@ class SimCluster:
     def on_end(self, name: str, *, told: bool) -> None:
         """A node has ended as ``ended`` says, by itself unless it was ``told`` to, or killed."""
 
-    async def ready(self) -> Status:
-        """Wait until the front takes requests; its status. The error of a node that ends before with one."""
+    async def ready(self, front: str | None = None) -> Status:
+        """Wait until the front takes requests, by default the first compute node; its status. The error of a node that
+        ends before with one."""
         try:
-            async with await self.admin(self.config.front.name) as front:
-                while (status := await front.status()).state != "ready":
+            async with await self.admin(front or self.config.front.name) as front_node:
+                while (status := await front_node.status()).state != "ready":
                     self.check()
                     await asyncio.sleep(ASK_EVERY_S)
                 return status
@@ -162,12 +165,13 @@ class SimCluster:
     @asynccontextmanager
     async def client(self, name: str = "client", *, reconnect_s: float = RECONNECT_S) -> AsyncIterator[AsyncClient]:
         """A client of the front."""
-        hello = Hello("client", name)
+        addresses = [node.address for node in self.config.compute_nodes]
+        finder = FrontFinder(
+            addresses, Hello("client", name), self.config.options(), connect=self.world.network.connect
+        )
 
         def open_link() -> Awaitable[Link]:
-            return self.world.network.connect(
-                self.config.front.address, hello, self.config.options(), deadline_s=REACH_S
-            )
+            return finder.find(REACH_S)
 
         client = AsyncClient(await open_link(), open_link, reconnect_s=reconnect_s)
         try:
@@ -180,8 +184,7 @@ class SimCluster:
         process = self._running.pop(name)
         process.told = True
         self.world.network.kill(name)
-        if name == self.config.front.name:
-            self.disk.kill()
+        self.disk.kill(name)
         for task in asyncio.all_tasks():
             if isinstance(task, VirtualTask) and task.context.get(_PROCESS) is process.identity:
                 task.cancel()

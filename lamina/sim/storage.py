@@ -16,18 +16,19 @@ class SimDisk:
         self.is_full = False
         self._open: dict[Path, _SimLog] = {}
 
-    def open(self, path: Path) -> _SimLog:
-        """Open a log file, which may be there already. StorageError if another process has it open."""
+    def open(self, path: Path, process: str = "") -> _SimLog:
+        """Open a log file, which may be there already, in a process. StorageError if another one has it open."""
         if path in self._open:
             raise StorageError(f"{path} is in use by another process")
-        log = self._open[path] = _SimLog(self, path)
+        log = self._open[path] = _SimLog(self, path, process)
         self.files.setdefault(path, bytearray())
         return log
 
-    def kill(self) -> None:
-        """The processes that have files open are gone."""
+    def kill(self, process: str) -> None:
+        """A process is gone, with the files that it has open."""
         for log in list(self._open.values()):
-            log.close()
+            if log.process == process:
+                log.close()
 
     def _close(self, log: _SimLog) -> None:
         if self._open.get(log.path) is log:
@@ -37,8 +38,9 @@ class SimDisk:
 class _SimLog:
     """See `lamina.runtime.storage.LogFile`."""
 
-    def __init__(self, disk: SimDisk, path: Path) -> None:
+    def __init__(self, disk: SimDisk, path: Path, process: str) -> None:
         self.path = path
+        self.process = process
         self.name = str(path)
         self._disk = disk
         self._is_open = True

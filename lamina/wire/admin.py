@@ -130,6 +130,8 @@ class Status(Message):
     """How often a client came back for an answer."""
     peers: list[PeerStatus] = field(default_factory=list)
     tenants: list[TenantStatus] = field(default_factory=list)
+    front: str = ""
+    """The compute node that is the front, as a compute node knows it."""
     epoch: int = 0
     """The number of changes of the members, as a compute node knows it."""
     members: list[MemberStatus] = field(default_factory=list)

@@ -61,6 +61,26 @@ class Membership(Message):
     members: Annotated[list[MemberEntry], Meta(min_length=1, max_length=4096)]
 
 
+class Claim(Message):
+    """Says which compute node is the front. Every compute node says what it knows on each new link, and a front when it
+    becomes one."""
+
+    front: MemberId
+    term: Count
+    """A front that takes the part of another one has a later one: the latest in which it has attached to a memory node.
+    One that has only started again knows that before it attaches, and has that of the front before."""
+
+
+class Records(Message):
+    """The front tells its standby, the compute node that is to take its part, what it writes into its journal."""
+
+    kind: Literal["all", "more", "none"]
+    """"all": this is the whole journal, and what was told before is void. "more" comes behind it. "none": the node is
+    the standby no longer."""
+    data: bytes = b""
+    """Whole records, as `lamina.front.journal` writes them. Nothing if the front has no journal."""
+
+
 class Enlist(Message):
     """The front tells a compute node the tenant under which it attaches to the memory nodes. Enlisted answers it."""
 
@@ -320,5 +340,18 @@ class Forget(Message):
 
 
 FromPeer = (
-    Greeting | Membership | Enlist | Enlisted | Reached | Missing | Order | Done | GivenUp | Forget | GaveUp | Part
+    Greeting
+    | Membership
+    | Claim
+    | Records
+    | Enlist
+    | Enlisted
+    | Reached
+    | Missing
+    | Order
+    | Done
+    | GivenUp
+    | Forget
+    | GaveUp
+    | Part
 )

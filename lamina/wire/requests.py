@@ -260,6 +260,8 @@ class Failed(Message):
     node: str | None = None
     retry_after_s: float | None = None
     """Seconds after which the same request may be accepted."""
+    address: Annotated[str, Meta(max_length=512)] = ""
+    """Where the front is, if this node is not it."""
 
     @classmethod
     def of(cls, error: LaminaError, id_: int | None = None) -> Failed:
@@ -270,6 +272,7 @@ class Failed(Message):
             id=id_,
             node=getattr(error, "node", None),
             retry_after_s=getattr(error, "retry_after_s", None),
+            address=getattr(error, "address", ""),
         )
 
 

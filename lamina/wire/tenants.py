@@ -29,7 +29,8 @@ class Attach(Message):
     releases; the others send the same but for ``member``, ``outputs`` and ``lease``.
 
     Each attachment of the front begins a new *term*. It ends the links of the term before and releases all sequences;
-    published blocks stay if the front asks for the same cache as before.
+    published blocks stay if the front asks for the same cache as before. Another compute node becomes the front only
+    where the link of the front before it has ended.
     """
 
     tenant: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -218,7 +219,9 @@ class Refused(Message):
     sequence: Count | None = None
     term: Count | None = None
     """The present term of the tenant, if the compute node was of an earlier one. A front may attach again, in a later
-    one."""
+    one, unless there is a ``holder``."""
+    holder: Annotated[str, Meta(max_length=128)] = ""
+    """The name of the tenant's front, if that is another compute node, and its link lives."""
 
 
 class Void(Message):

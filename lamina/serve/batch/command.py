@@ -144,7 +144,7 @@ def _say(sentence: str) -> None:
 async def _service(config: ClusterConfig, names: Sequence[str], chat: ChatOptions | None) -> AsyncIterator[Service]:
     """Give what endpoints need, as a server has it."""
     path = config.model_path
-    front = FrontKeeper(config.front.address, config.options(), patience_s=config.recovery.lease)
+    front = FrontKeeper(config, patience_s=config.recovery.lease)
     service = Service(front, list(names) or [path.resolve().name], DEFAULT_BODY)
     service.read = Model.make(path, await read_facts(path), config.model.context, chat)
     keeping = asyncio.create_task(front.keep())
