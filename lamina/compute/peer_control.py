@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from lamina.compute.peer_lane import PeerLane
 from lamina.errors import NodeError, ProtocolError, TransportError
@@ -36,10 +37,10 @@ class PeerControl:
     """Represents another compute node of the same model, member ``member`` of the cluster, on the node's loop.
 
     Its counterpart on the device's loop is ``lane``. When the link is lost, every question fails, the lane fails, and
-    ``on_lost`` is called: in a node, `lamina.front.members.Members.lose`. ``on_order`` takes the orders of the front,
-    ``on_members`` its news of members, and ``on_reach`` what another compute node says of memory nodes; until they are
-    set, such a message is an error. ``on_claim`` is told which node the peer takes for the front, ``on_enlist`` that
-    the peer, as the front, has taken this node in, and ``on_records`` what the front wants kept of its journal.
+    ``on_lost`` is called: in a node, `lamina.front.members.Members.lose`. ``on_order`` takes the orders of the front;
+    until it is set, an order is an error. ``on_members`` takes its news of members, ``on_enlist`` that it takes this
+    node in, ``on_records`` what it wants kept of its journal, ``on_reach`` what another compute node says of memory
+    nodes, and ``on_claim`` which node the peer takes for the front.
     """
 
     def __init__(
@@ -51,26 +52,38 @@ class PeerControl:
         self.link = link
         self.lane = lane = PeerLane(name, link)
         self.on_order: Callable[[Order | Forget], None] | None = None
-        self.on_members: Callable[[Membership], None] | None = None
-        self.on_reach: Callable[[int, Reached | Missing], None] | None = None
-        self.on_claim: Callable[[Claim], None] = lambda claim: None
+        self.on_members: Callable[[Membership], None] = lambda told: None
         self.on_enlist: Callable[[Enlist], None] = lambda enlist: None
         self.on_records: Callable[[Records], None] = lambda records: None
+        self.on_reach: Callable[[int, Reached | Missing], None] = lambda member, news: None
+        self.on_claim: Callable[[Claim], None] = lambda claim: None
         self.is_open = False
         """Whether the peer has agreed on the terms."""
         self.leads = False
         """Whether the peer has said on this link that it is the front."""
+        self.membership: Membership | None = None
+        """What the peer, as the front, has said last of the members."""
+        self.enlistment: Enlist | None = None
+        """How the peer, as the front, has taken this node in."""
         self._there = Crossing(device.loop)
         self._on_lost_member = on_lost
         self._questions = Questions(link, in_parts=True)
         self._parts = Reassembly()
         self._error: NodeError | None = None
         self._greeting = self._questions.expect(Greeting)
+        self._agreeing: asyncio.Future[None] | None = None
         self._enlists = 0
         """How often this node has taken the peer in, as the front."""
         link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost, lane_loop=device.loop)
 
     # -- meeting
+
+    async def meet(self, agree: Callable[[PeerControl], Coroutine[Any, Any, None]]) -> None:
+        """Wait until ``agree`` has agreed with the peer on everything, which is done once, whoever waits for it."""
+        if self._agreeing is None:
+            self._agreeing = asyncio.ensure_future(agree(self))
+            self._agreeing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(self._agreeing)
 
     async def greet(self, terms: dict[str, str], slots: int, carry_bytes: int) -> dict[str, str]:
         """Exchange terms and the regions for carries, of ``carry_bytes`` for each of ``slots``; return the peer's
@@ -90,6 +103,8 @@ class PeerControl:
 
     def close(self) -> None:
         """Free the memory of this end. The link and the device's loop have ended."""
+        if self._agreeing is not None:
+            self._agreeing.cancel()
         self.lane.close()
 
     def open(self) -> None:
@@ -105,7 +120,9 @@ class PeerControl:
     def enlist(self, enlist: Enlist) -> asyncio.Future[Enlisted]:
         """Tell the peer, as the front, which tenant it belongs to. The future is done when the peer is ready."""
         self._enlists += 1
-        return self._questions.ask(enlist, (Enlisted, self._enlists))
+        waiting = self._questions.expect((Enlisted, self._enlists))
+        self.send(enlist)
+        return waiting
 
     # -- steps
 
@@ -124,6 +141,7 @@ class PeerControl:
         | Membership
         | Claim
         | Records
+        | Enlist
         | Enlisted
         | Reached
         | Missing
@@ -145,18 +163,22 @@ class PeerControl:
                     self._on_message(whole)
             case Order() | Forget() as message if self.on_order:
                 self.on_order(message)
-            case Membership() as membership if self.on_members:
+            case Membership() as membership:
+                self.membership = membership
                 self.on_members(membership)
             case Done() as done if self._questions.answer(done, (done.slot, done.step)):
                 pass
             case GivenUp() as answer if self._questions.refuse(answer.error(self.name), (answer.slot, answer.step)):
                 pass
-            case Reached() | Missing() as news if self.on_reach:
+            case Reached() | Missing() as news:
                 self.on_reach(self.member, news)
             case Claim() as claim:
+                if claim.front == self.member:
+                    self.membership = self.enlistment = None  # it says both anew
                 self.leads = claim.front == self.member
                 self.on_claim(claim)
             case Enlist() as enlist:
+                self.enlistment = enlist
                 self.on_enlist(enlist)
             case Records() as records:
                 self.on_records(records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -40,8 +41,13 @@ def limits(config: ClusterConfig, served: ServedModel, members: Members) -> Limi
 
 
 async def agree(config: ClusterConfig, served: ServedModel, peer: PeerControl) -> None:
-    """Agree with another compute node on terms, and exchange the regions for carries. A ConfigError names what
-    differs."""
+    """Agree with another compute node on terms, and exchange the regions for carries, if that is still to be done. A
+    ConfigError names what differs."""
+    if not peer.is_open:
+        await peer.meet(partial(_agree, config, served))
+
+
+async def _agree(config: ClusterConfig, served: ServedModel, peer: PeerControl) -> None:
     nbytes = served.source.carry_bytes(step_tokens(config))
     terms = _terms(config, served)
     theirs = await peer.greet(terms, config.pipeline.batches, nbytes)

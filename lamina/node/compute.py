@@ -466,7 +466,8 @@ class ComputeNode:
         finally:
             completing.cancel()
         blocks = make_blocks(config, served, roster.serving)
-        log.info("event=fitting", extra={"progress": "measuring steps"})
+        if not needed:
+            log.info("event=fitting", extra={"progress": "measuring steps"})
         self._formed(self._formation, frozenset())
         front = await open_front(
             config,
@@ -483,6 +484,7 @@ class ComputeNode:
             Constraints(self._workers, tokenizer, served.facts.vocabulary, served.facts.stop_tokens),
             self._mask_workers,
             journal,
+            fits=not needed,  # requests wait already, and nodes may come and go
         )
         front.intake.on_suspect, roster.on_superseded = roster.suspect, self._end_superseded
         if (traces := open_traces(self._name)) is not None:
@@ -516,8 +518,6 @@ class ComputeNode:
         for shard in self._neighbours.shards.values():
             if shard.is_attached:
                 self._neighbours.renew(shard.member)
-        for member in self._neighbours.peers:  # on new links, all is said that was for a follower
-            self._neighbours.drop(member, "this node is not the front")
         refusal = encode(Failed.of(self._not_front()))
         for link in self._clients:
             if link.info.peer.role == "client" and not link.state.closed:
@@ -527,7 +527,7 @@ class ComputeNode:
         """Take the part of the front that is lost; or go on following, if it is not."""
         assert self._served is not None
         log.warning("event=taking_over front=%s", self._leader.name)
-        copy, needed = await before.release(), before.needed
+        copy, needed, self._term = await before.release(), before.needed, self._known_term
         self._enlistment = None
         try:
             intake = await self._lead(self._served, copy=copy, needed=needed)

@@ -94,6 +94,7 @@ class Enlistment:
         which is raised; also if its file is not that of the front."""
         for control in self._neighbours.controls:
             self.found(control)
+        self._ask_front()
         self._watch()
         working = asyncio.ensure_future(self._work())
         try:
@@ -103,8 +104,6 @@ class Enlistment:
                     end.result()
         finally:
             self._stop_waiting()
-            for peer in self._agreeing:
-                peer.drop("this node changes its part")
             tasks = [working, *self._agreeing.values()]
             for task in tasks:
                 task.cancel()
@@ -149,8 +148,7 @@ class Enlistment:
     def found(self, control: Control) -> None:
         """There is a link to a node."""
         if isinstance(control, PeerControl):
-            if not control.is_open:
-                self._agreeing[control] = asyncio.ensure_future(self._agree(control))
+            self._agreeing[control] = asyncio.ensure_future(self._agree(control))
             self._watch()
         self._wake.set()
 
@@ -175,10 +173,20 @@ class Enlistment:
         if front != self._front:
             self._front = front
             self._enlist = self._enlisted_by = None
-            if front in self._neighbours.peers:
-                self._front_left.clear()
+            self._ask_front()
         self._watch()
         self._wake.set()
+
+    def _ask_front(self) -> None:
+        """Take over what the front has said before this node knew that it is the front."""
+        front = self._neighbours.peers.get(self._front)
+        if front is None:
+            return
+        self._front_left.clear()
+        if front.membership is not None:
+            self.adopt(front.membership)
+        if front.enlistment is not None:
+            self.enlisted(front.enlistment)
 
     def enlisted(self, enlist: Enlist) -> None:
         """The front takes this node in."""

@@ -101,9 +101,11 @@ async def open_front(
     constraints: Constraints,
     workers: ParallelWorkers,
     journal: RequestJournal | None,
+    *,
+    fits: bool,
 ) -> Front:
-    """Make the engine of the node ``name`` and fit its cost model, while no request uses the nodes. Seeds come from
-    ``random``.
+    """Make the engine of the node ``name``. With ``fits``, fit its cost model, while no request uses the nodes, and
+    none may come or go; without, it learns from the steps of requests alone. Seeds come from ``random``.
 
     ``shards`` are the memory nodes that serve, by member id, at any time.
     """
@@ -124,7 +126,7 @@ async def open_front(
     addresses = {members.id_of(node.name): node.address for node in config.memory_nodes}
     transfers = TransferAsker(shards, addresses, random, intake.transferred)
     space = Space(shards, BLOCK_TOKENS, intake.reserved, transfers)
-    if served.context > ANSWER_TOKENS:
+    if fits and served.context > ANSWER_TOKENS:
         try:
             await there.start(_fit(scheduler, team, space, device, home, config, served))
         except* LaminaError as group:

@@ -145,6 +145,8 @@ class Roster:
             self._settling.cancel()
         for task in self._tasks.values():
             task.cancel()
+        for peer in self._neighbours.peers.values():
+            peer.on_reach = lambda member, news: None
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     @property
@@ -261,8 +263,7 @@ class Roster:
     # -- compute nodes
 
     async def _enlist(self, peer: PeerControl) -> None:
-        if not peer.is_open:
-            await agree(self._config, self._served, peer)
+        await agree(self._config, self._served, peer)
         peer.send(self._members.membership())
         await peer.enlist(Enlist(tenant=self._key.name, token=self._key.token))
         await self._until(lambda: self._has_reached_all(peer.member))
