@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -82,6 +82,13 @@ class NodeView:
         return f"{state} for {waiting_for}" if waiting_for else state
 
 
+def front_of(views: Sequence[NodeView]) -> NodeView | None:
+    """Return the view of the front: of the compute node that says so of itself, the one with the latest epoch if two
+    do; None if none does."""
+    says_so = [view for view in views if view.status is not None and view.status.front == view.node.name]
+    return max(says_so, key=lambda view: view.status.epoch if view.status else 0, default=None)
+
+
 @dataclass
 class _Seen:
     client: AdminClient | None = None
@@ -120,8 +127,8 @@ class ClusterWatch:
     async def look(self) -> list[NodeView]:
         """Ask all nodes at once, and return the answers in the order of the file, within some seconds."""
         views = await asyncio.gather(*map(self._look_at, self._config.node))
-        front = next((view.status for view in views if view.node.name == self._config.front.name), None)
-        members = {member.name: member for member in front.members} if front else {}
+        front = front_of(views)
+        members = {member.name: member for member in front.status.members} if front and front.status else {}
         return [replace(view, member=members.get(view.node.name)) for view in views]
 
     async def _look_at(self, node: NodeConfig) -> NodeView:

@@ -190,7 +190,7 @@ def test_what_cannot_be_connected_to_is_named() -> None:
     """By both clients."""
     with pytest.raises(ConfigError, match="secret: expected bytes, or the path of a file, got int"):
         connecting(secret=3)
-    with pytest.raises(ConfigError, match=r'address: expected one like "tcp://127.0.0.1:7070", got None'):
+    with pytest.raises(ConfigError, match=r'address: expected one like "tcp://127.0.0.1:7070", or several, got None'):
         lamina.Client(None)  # type: ignore[arg-type]
     with pytest.raises(ConnectError):
         lamina.Client(NOWHERE, deadline_s=0.01)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from msgspec.structs import replace
 
-from lamina.errors import LaminaError, ProtocolError, RequestError, TransportError
+from lamina.errors import LaminaError, ProtocolError, RequestError
 from lamina.front.answers import AnswerKeeper, ClientAnswer
 from lamina.front.encoder import Encoded, Encoder, texts_of
 from lamina.front.intake import Intake
@@ -107,8 +107,8 @@ class ClientSession:
             case AskStatus():
                 self.send(self._status())
 
-    def on_lost(self, error: TransportError) -> None:
-        """The link has ended."""
+    def on_lost(self, error: LaminaError) -> None:
+        """The link has ended, or the node is not the front any more."""
         if under_way := sum(not answer.is_over for answer in self._answers.values()):
             log.info("event=client_lost requests=%d reason=%r", under_way, str(error))
         self._leave()

@@ -125,7 +125,8 @@ class ComputeNode:
         )
         self._times: MemberTimes
         self._neighbours: Neighbours
-        self._clients: dict[Link, None] = {}
+        self._clients: dict[Link, ClientSession | None] = {}
+        """The links of clients and operators."""
         self._served: ServedModel | None = None
         self._runner: Steps | None = None
         self._roster: Roster | None = None
@@ -498,7 +499,7 @@ class ComputeNode:
         self._choose_standby()
         return front.intake
 
-    def _end_superseded(self, error: SupersededError) -> None:
+    def _end_superseded(self, error: NodeError) -> None:
         """Another front has this one's part. What clients have asked goes on there."""
         if not self._superseded.done():
             self._superseded.set_exception(error)
@@ -518,10 +519,14 @@ class ComputeNode:
         for shard in self._neighbours.shards.values():
             if shard.is_attached:
                 self._neighbours.renew(shard.member)
-        refusal = encode(Failed.of(self._not_front()))
-        for link in self._clients:
-            if link.info.peer.role == "client" and not link.state.closed:
-                link.send(refusal)
+        if self._leader is self._node:
+            self._claim = Claim(front=self._members.id_of(error.holder), term=error.term)
+        for link, session in self._clients.items():
+            if session is not None and not link.state.closed:
+                link.send(encode(Failed.of(self._not_front())))
+                link.deliver()
+                session.on_lost(error)
+                self._clients[link] = None
 
     async def _succeed(self, before: Enlistment) -> Intake | Enlistment:
         """Take the part of the front that is lost; or go on following, if it is not."""
@@ -593,7 +598,8 @@ class ComputeNode:
             if not self._neighbours.greet(link):
                 link.abort(f"no link was expected from compute node {link.info.peer.name}")
             return
-        self._clients = {known: None for known in (*self._clients, link) if not known.state.closed}
+        self._clients = {known: session for known, session in self._clients.items() if not known.state.closed}
+        self._clients[link] = None
         if role == "client" and not self._leads:
             link.send(encode(Failed.of(self._not_front())))
             link.deliver()
@@ -601,6 +607,7 @@ class ComputeNode:
             session = ClientSession(
                 link, self._workers, self._answers, self.intake, self._ready_encoder, self._status_now
             )
+            self._clients[link] = session
 
             def on_lost(error: TransportError) -> None:
                 self._clients.pop(link, None)
@@ -612,8 +619,6 @@ class ComputeNode:
 
     def intake(self) -> Intake:
         """Return the intake of this node; raise NodeError while the node is starting, or if it is not the front."""
-        if not self._leads:
-            raise self._not_front()
         if self._front is None:
             waiting = self._neighbours.waiting_for
             missing = f"; it waits for {', '.join(waiting)}" if waiting else ""

@@ -56,8 +56,8 @@ class Roster:
         """Is told of every change of the formation, and which members were lost in between."""
         self.on_settled: Callable[[], None] = lambda: None
         """Is told when a lost node has not come back within the grace."""
-        self.on_superseded: Callable[[SupersededError], None] = lambda error: None
-        """Is told when another front has taken the tenant over: this one has to end."""
+        self.on_superseded: Callable[[NodeError], None] = lambda error: None
+        """Is told when another front has taken the tenant over, or may have: this one has to end."""
         self.on_seized: Callable[[int], None] = lambda term: None
         """Is told in `take_over` when all memory nodes have this front, and its latest term."""
         self._config = config
@@ -224,9 +224,23 @@ class Roster:
 
     def _settle(self) -> None:
         """A lost node has had its time to come back."""
+        if self._is_cut_off:
+            self.on_superseded(
+                NodeError(
+                    f"no other node was reached for {self._config.recovery.grace:g} s; another compute node may be the "
+                    "front by now",
+                    node=self._names[self._own],
+                )
+            )
+            return
         if self._absent and not (self._divides and self._neighbours.shards):
             self._give_up_missing()
         self._tell()
+
+    @property
+    def _is_cut_off(self) -> bool:
+        """Return whether this node reaches no other one, where another one can take its part."""
+        return len(self._config.compute_nodes) > 1 and not self._neighbours.controls
 
     def _give_up_missing(self) -> None:
         """Go on without the nodes that are missing."""

@@ -17,6 +17,8 @@ from lamina.wire.tenants import short_name
 
 ASK_S = 2.0
 """The seconds in which a memory node has to be reached, and then to answer."""
+OTHERS_S = 1.0
+"""So much longer than the standby wait other nodes at least."""
 PAUSE_S = 1.0
 """The seconds between two questions to the memory nodes."""
 
@@ -39,7 +41,8 @@ class Succession:
 
     async def due(self, needed: Iterable[str], *, is_standby: bool) -> None:
         """Wait until the time has come, from the loss of the front on. ``needed`` are the names of memory nodes."""
-        await asyncio.sleep(self._config.recovery.grace * (1 if is_standby else 2 + self._place))
+        grace_s = self._config.recovery.grace
+        await asyncio.sleep(grace_s if is_standby else (grace_s + OTHERS_S) * (2 + self._place))
         names = list(needed)
         while not all(await asyncio.gather(*map(self._is_free, names))):  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(PAUSE_S)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from lamina.admin import AdminClient
+from lamina.admin import connect_to_front
 from lamina.config import ClusterConfig
 from lamina.errors import NodeError
 from lamina.runtime.network import Network
@@ -38,14 +38,12 @@ async def drained(
     config: ClusterConfig, name: str, patience_s: float, say: Callable[[str], None], *, network: Network | None = None
 ) -> None:
     """As `run`, over ``network``; ``say`` is told what there is to know meanwhile."""
-    front, note, tokens = config.front, "", -1
-    options = config.options()
-    link = AdminClient.connect(front.address, options, name="drain", deadline_s=REACH_S, network=network)
-    async with await link as client:
+    note, tokens = "", -1
+    async with await connect_to_front(config, name="drain", deadline_s=REACH_S, network=network) as client:
         while True:
             told = await client.drain(name, patience_s)
             if told.error:
-                raise NodeError(told.error, node=front.name)
+                raise NodeError(told.error, node=client.peer.name)
             if told.note != note:
                 note = told.note
                 say(note)

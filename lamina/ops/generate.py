@@ -24,8 +24,8 @@ def run(cluster: str, prompt: Prompt, links: TransportConfig, *, as_json: bool, 
     ``cluster`` is a cluster file, or the address of a front, which is reached as ``links`` says. ``settings`` are
     those of `AsyncClient.stream`.
     """
-    address, options = _front(cluster, links)
-    asyncio.run(_generate(address, options, prompt, as_json, settings))
+    addresses, options = _fronts(cluster, links)
+    asyncio.run(_generate(addresses, options, prompt, as_json, settings))
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -52,21 +52,22 @@ def read_ids(prompt: str | None, file: Path | None) -> list[int]:
     return list(map(int, words))
 
 
-def _front(cluster: str, links: TransportConfig) -> tuple[Address, Options]:
+def _fronts(cluster: str, links: TransportConfig) -> tuple[list[Address], Options]:
+    """Return the addresses of all nodes that may be the front."""
     file = Path(cluster)
     if "://" not in cluster and (file.exists() or ":" not in cluster):
         if links != TransportConfig():
             raise ConfigError("--secret-file and --tls-...: not allowed with a cluster file; set them in the file")
         config = load(file)
-        return config.front.address, config.links
-    return Address.parse(cluster), links.options(Path(), lambda key: f"--{key.replace('_', '-')}")
+        return [node.address for node in config.compute_nodes], config.links
+    return [Address.parse(cluster)], links.options(Path(), lambda key: f"--{key.replace('_', '-')}")
 
 
 async def _generate(
-    address: Address, options: Options, prompt: Prompt, as_json: bool, settings: dict[str, Any]
+    addresses: list[Address], options: Options, prompt: Prompt, as_json: bool, settings: dict[str, Any]
 ) -> None:
     async with connect(
-        address, secret=options.secret, tls=options.tls, deadline_s=CONNECT_S, peer_timeout=options.peer_timeout
+        addresses, secret=options.secret, tls=options.tls, deadline_s=CONNECT_S, peer_timeout=options.peer_timeout
     ) as client:
         if as_json:
             completion = await client.generate(prompt, **settings)

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lamina.config import ClusterConfig
-from lamina.watch import ClusterWatch, NodeView
+from lamina.watch import ClusterWatch, NodeView, front_of
 
 EVERY_S = 1.0
 """The seconds between two looks, over which rates are taken."""
@@ -123,8 +123,8 @@ def head(file: Path, views: Sequence[NodeView]) -> Text:
 
 def epoch_of(views: Sequence[NodeView]) -> int | None:
     """Return the epoch of the members, as the front says; None if it does not answer."""
-    front = next((view.status for view in views if view.node.role == "compute"), None)
-    return front.epoch if front else None
+    front = front_of(views)
+    return front.status.epoch if front and front.status else None
 
 
 def compact(count: int) -> str:

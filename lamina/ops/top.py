@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lamina.config import ClusterConfig
 from lamina.ops.live import COLOURS, can_draw, compact, draw_until_q, head, look_once, number
-from lamina.watch import NodeView
+from lamina.watch import NodeView, front_of
 
 HISTORY = 60
 """How many looks the curve of tokens per second shows."""
@@ -60,7 +60,7 @@ def screen(file: Path, views: Sequence[NodeView], curve: Sequence[float], footer
 
 def _summary(views: Sequence[NodeView], curve: Sequence[float]) -> RenderableType:
     """Return what the front says about the requests of the cluster."""
-    front = next((view for view in views if view.node.role == "compute"), None)
+    front = front_of(views)
     status, rates = (front.status, front.rates) if front else (None, None)
     if status is None:
         return Text("the front does not answer, so nothing is known of requests", style="red")

@@ -17,7 +17,7 @@ from lamina.errors import LaminaError
 from lamina.recording import Trace, record
 from lamina.runtime.network import Network
 from lamina.runtime.spans import DECODE, Activity, Span
-from lamina.watch import ClusterWatch, NodeView
+from lamina.watch import ClusterWatch, NodeView, front_of
 
 FRESH_S = 0.5
 """However many ask, the nodes are asked no more often than this."""
@@ -86,7 +86,7 @@ def _problem(status: int, sentence: str) -> Response:
 
 def described(views: list[NodeView]) -> dict[str, Any]:
     """Return views of nodes as plain values. Rates are per second, and None before the second look."""
-    front = next((view for view in views if view.node.role == "compute"), None)
+    front = front_of(views)
     status, rates = (front.status, front.rates) if front else (None, None)
     return {
         "object": "cluster",
