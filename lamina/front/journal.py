@@ -53,6 +53,8 @@ class OpenedRecord(Struct, frozen=True, array_like=True, tag=0):
     """That of the protocol, as the records hold what it defines."""
     model: str
     """The fingerprint of the model that answers."""
+    node: str
+    """The front that writes."""
 
 
 class AcceptedRecord(Struct, frozen=True, array_like=True, tag=1):
@@ -165,6 +167,12 @@ class JournalEntry:
         return self.record + _framed(step) if step else self.record
 
 
+def writer_of(data: bytes) -> str:
+    """Return the name of the front that has written a journal; nothing if that is not known."""
+    record, _, _ = _record_at(data, 0)
+    return record.node if isinstance(record, OpenedRecord) else ""
+
+
 class RequestJournal:
     """Writes the journal of one front, on the node's loop.
 
@@ -262,7 +270,7 @@ class RequestJournal:
         while at < len(data) and not reason:
             record, nbytes, reason = _record_at(data, at)
             match record:
-                case OpenedRecord(version, model):
+                case OpenedRecord(version, model, _):
                     if version != PROTOCOL_VERSION:
                         reason = f"it is of protocol version {version}, this front speaks {PROTOCOL_VERSION}"
                 case AcceptedRecord():
@@ -336,7 +344,7 @@ class RequestJournal:
         failure, it writes the whole file instead, which has ``data`` already."""
         sync = self._workers is not None
         if self.failure is not None or self.bytes + len(data) > self._most:
-            opened = _framed(OpenedRecord(PROTOCOL_VERSION, self._model))
+            opened = _framed(OpenedRecord(PROTOCOL_VERSION, self._model, self._node))
             whole = b"".join([opened, *(entry.whole() for entry in self.entries.values())])
             if self._mirror is not None:
                 self._mirror("all", whole)

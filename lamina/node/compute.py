@@ -39,7 +39,7 @@ from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.drains import Drains
 from lamina.node.enlistment import Enlistment
 from lamina.node.front import Front, make_blocks, open_front
-from lamina.node.journal import open_copy, open_journal
+from lamina.node.journal import open_copy, open_journal, was_front
 from lamina.node.member_times import MemberTimes
 from lamina.node.metrics import of_front, of_status, served
 from lamina.node.model import BLOCK_TOKENS, OpenModel, ServedModel, open_checkpoint, serve_model
@@ -111,7 +111,9 @@ class ComputeNode:
         self._term = 0
         """The latest term of a front that is known, besides those of the members."""
         self._claimed = asyncio.Event()
-        """Set when another node has the front's part."""
+        """Set when another node has the front's part, or this one need not wait for the first one in the file."""
+        self._succeeds = False
+        """Whether this node was a front before it started."""
         self._standby: PeerControl | None = None
         """The compute node that takes this front's part if it is lost."""
         self._monitor = Monitor(
@@ -414,17 +416,25 @@ class ComputeNode:
         meeting = asyncio.ensure_future(self._neighbours.meet(awaited))
         claimed = asyncio.ensure_future(self._claimed.wait())
 
+        async def serve_opened() -> ServedModel:
+            source, _ = await opening
+            self._served = served = serve_model(config, members, source)
+            if not self._leads:
+                self._succeeds = await self._workers.run(was_front, config, served, self._name, self._host)
+            if self._succeeds:  # it may be needed as the front again, where the first node is gone
+                self._claimed.set()
+            return served
+
         async def meet() -> None:
             await asyncio.wait((meeting, claimed), return_when=asyncio.FIRST_COMPLETED)
             if not claimed.done():
                 meeting.result()
 
         try:  # what is wrong with the model is said at once, also where other nodes are missing
-            (source, _), _ = await asyncio.gather(opening, meet())
+            served, _ = await asyncio.gather(serve_opened(), meet())
         finally:
             meeting.cancel()
             claimed.cancel()
-        self._served = served = serve_model(config, members, source)
         worker = await self._start_part(served)
         if self._loss is not None:  # a node that was lost meanwhile
             raise self._loss
@@ -516,9 +526,8 @@ class ComputeNode:
         if self._journal is not None:
             await self._journal.close()
             self._journal = None
-        for shard in self._neighbours.shards.values():
-            if shard.is_attached:
-                self._neighbours.renew(shard.member)
+        for member in self._neighbours.shards:  # a memory node may have this front, though it has not heard so yet
+            self._neighbours.renew(member)
         if self._leader is self._node:
             self._claim = Claim(front=self._members.id_of(error.holder), term=error.term)
         for link, session in self._clients.items():
@@ -570,7 +579,7 @@ class ComputeNode:
         return self._enlistment
 
     async def _start_follower(self, served: ServedModel) -> Enlistment:
-        enlistment = self._make_enlistment(served, succeeds=self._member == self._first)
+        enlistment = self._make_enlistment(served, succeeds=self._succeeds or self._member == self._first)
         self._running = running = asyncio.ensure_future(enlistment.run())
         ready = asyncio.ensure_future(enlistment.ready())
         try:

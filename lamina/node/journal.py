@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lamina.config import ClusterConfig
 from lamina.errors import ConfigError
-from lamina.front.journal import RequestJournal
+from lamina.front.journal import RequestJournal, writer_of
 from lamina.front.standby import JournalCopy
 from lamina.node.model import ServedModel
 from lamina.runtime.host import Host
@@ -45,6 +45,17 @@ def open_copy(
     cluster file asks for one that outlives the machine. Errors are those of `open_journal`."""
     on_disk = _keeps(config) and config.recovery.journal == "machine"
     return JournalCopy(_open_file(config, served, name, host) if on_disk else None, workers)
+
+
+def was_front(config: ClusterConfig, served: ServedModel, name: str, host: Host) -> bool:
+    """Return whether the node ``name`` has a journal as a front. Errors are those of `open_journal`, and OSError."""
+    if not _keeps(config):
+        return False
+    file = _open_file(config, served, name, host)
+    try:
+        return writer_of(file.read()) == name
+    finally:
+        file.close()
 
 
 def _keeps(config: ClusterConfig) -> bool:

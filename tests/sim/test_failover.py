@@ -114,7 +114,8 @@ def run_with_losses(model: Path, seed: int) -> tuple[dict[str, list[Answer]], bo
                 cluster.kill(lost)
                 # Before its standby acts, while that begins, or when it has.
                 await asyncio.sleep(chance.choice((0.0, 0.5, 1.0, 1.001, 1.1, 1.3, 3.0)) * GRACE_S)
-                if layout == "ranges" or chance.random() < 0.6:
+                is_alone = not any(cluster.is_running(node.name) for node in config.compute_nodes)
+                if layout == "ranges" or is_alone or chance.random() < 0.6:
                     await cluster.start(lost)
                 if chance.random() < 0.7:
                     await front_of(cluster)
