@@ -57,6 +57,7 @@ from lamina.transport import Hello, Link
 from lamina.wire.admin import Drain, Draining, Status
 from lamina.wire.codec import encode
 from lamina.wire.orders import Claim, Enlist, GaveUp, Membership, Records
+from lamina.wire.questions import send_unless_gone
 from lamina.wire.requests import Failed
 
 log = logging.getLogger("lamina.compute")
@@ -449,7 +450,7 @@ class ComputeNode:
                 if not error.holder:
                     raise
                 await self._give_way(error)
-        self._leads = False
+        self._send_away()
         return await self._start_follower(served)
 
     async def _lead(
@@ -518,7 +519,6 @@ class ComputeNode:
     async def _give_way(self, error: SupersededError) -> None:
         """There is another front, or will be: this node follows."""
         log.warning("event=not_front reason=%r", str(error))
-        self._leads = False
         self._loss = None
         assert self._roster is not None
         await self._roster.close()
@@ -530,12 +530,25 @@ class ComputeNode:
             self._neighbours.renew(member)
         if self._leader is self._node:
             self._claim = Claim(front=self._members.id_of(error.holder), term=error.term)
+        self._send_away()
+
+    def _send_away(self) -> None:
+        """This node is not the front: send clients to where it is."""
+        self._leads = False
         for link, session in self._clients.items():
-            if session is not None and not link.state.closed:
-                link.send(encode(Failed.of(self._not_front())))
-                link.deliver()
-                session.on_lost(error)
+            if session is not None:
+                self._refuse(link)
+                session.on_lost(self._not_front())
                 self._clients[link] = None
+
+    def _refuse(self, link: Link) -> None:
+        """Tell a client where the front is, and tell it again whatever it says."""
+
+        def refuse(_: object = None) -> None:
+            send_unless_gone(link, Failed.of(self._not_front()))
+
+        refuse()
+        link.deliver(on_message=refuse)
 
     async def _succeed(self, before: Enlistment) -> Intake | Enlistment:
         """Take the part of the front that is lost; or go on following, if it is not."""
@@ -610,8 +623,7 @@ class ComputeNode:
         self._clients = {known: session for known, session in self._clients.items() if not known.state.closed}
         self._clients[link] = None
         if role == "client" and not self._leads:
-            link.send(encode(Failed.of(self._not_front())))
-            link.deliver()
+            self._refuse(link)
         elif role == "client":
             session = ClientSession(
                 link, self._workers, self._answers, self.intake, self._ready_encoder, self._status_now

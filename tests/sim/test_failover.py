@@ -117,6 +117,8 @@ def run_with_losses(model: Path, seed: int) -> tuple[dict[str, list[Answer]], bo
                 is_alone = not any(cluster.is_running(node.name) for node in config.compute_nodes)
                 if layout == "ranges" or is_alone or chance.random() < 0.6:
                     await cluster.start(lost)
+                if is_alone and journal == "off" and lost != "c0":
+                    await cluster.start("c0")  # the other does not know that it was the front
                 if chance.random() < 0.7:
                     await front_of(cluster)
             found = await asking
