@@ -71,10 +71,10 @@ class Roster:
         """The last term in which this node has attached to a memory node, or tried to."""
         self._lost: set[int] = set()
         """The members that were lost since the last formation."""
+        self._processes: dict[int, object] = {}
+        """What the last process of each memory node calls itself."""
         self._out: set[int] = set()
         """The members that have left, and have not been started anew since."""
-        self._parting: set[int] = set()
-        """Those whose link is about to end because of that."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """What takes a node in, by member id. That of this node itself divides heads."""
         self._news = asyncio.Event()
@@ -130,8 +130,11 @@ class Roster:
     def found(self, control: Control) -> None:
         """There is a link to a node."""
         member = control.member
-        if member in self._out:
+        process = control.link.info.peer.details.get("process")
+        if member in self._out and process == self._processes.get(member):
             return
+        self._out.discard(member)
+        self._processes[member] = process
         self._members.join({member: 0})
         if isinstance(control, PeerControl):
             control.on_reach = self._on_reach
@@ -142,11 +145,7 @@ class Roster:
 
     def lost(self, member: int, error: NodeError) -> None:
         """The link to a node has ended. One that still has steps to do for this node is lost to it."""
-        if member in self._parting:
-            self._parting.discard(member)
-            return
-        if member in self._out:  # it may come back
-            self._out.discard(member)
+        if member in self._out:
             return
         if self._is_complete and (task := self._tasks.pop(member, None)) is not None:
             task.cancel()  # in the start, it may know better why, as where the node has refused this one
@@ -170,7 +169,6 @@ class Roster:
         shard = self._neighbours.shards.get(member)
         self._out.add(member)
         if shard is not None and shard.is_attached:
-            self._parting.add(member)
             shard.detach()
         self._members.part(member)
 
