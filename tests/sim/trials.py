@@ -263,7 +263,7 @@ class _Run:
     async def _until_well(self, within_s: float) -> None:
         """Wait until all nodes run, and the front takes requests."""
         due_s, pause_s = self._loop.time() + within_s, 0.01
-        while not (self._cluster.is_well and await self._is_ready()):
+        while not (self._cluster.is_well and await self._is_ready() and self._cluster.is_well):
             if self._loop.time() > due_s:
                 ended = {name: repr(error) for name, error in self._cluster.ended.items()}
                 raise BrokenPromiseError(
