@@ -128,7 +128,7 @@ class StepRunner:
                 continue
             at = Place(slot, layer, number)
             if layer and nodes[layer - 1] != own:
-                values = await self._await_carry(peers[nodes[layer - 1]], at, forward.carry_in(layer))
+                values = await self._await_carry(_peer(peers, nodes[layer - 1]), at, forward.carry_in(layer))
                 await operate(forward.take_over, values, at=at)
             if layer:
                 before = nodes[layer - 1]
@@ -158,7 +158,7 @@ class StepRunner:
                 self._queue_prompts(forward, layer)
                 await operate(forward.attend_to_prompts, layer, at=at)
             if nodes[layer + 1] != own:
-                peer = peers[nodes[layer + 1]]
+                peer = _peer(peers, nodes[layer + 1])
                 nbytes = await operate(peer.stage, slot, forward.carry_out(), at=at)
                 peer.hand_over(slot, layer + 1, number, nbytes)
             self.layers += 1
@@ -224,6 +224,12 @@ class StepRunner:
                     if (shard := self.shards.get(member)) is None:
                         raise StaleOrderError(f"the memory node {member} is not there", node="")
                     shard.queue_prompt(prompt, layer, start, count, placement.held(member, start))
+
+
+def _peer(peers: Mapping[int, PeerLane], member: int) -> PeerLane:
+    if (peer := peers.get(member)) is None:
+        raise StaleOrderError(f"the compute node {member} is not there", node="")
+    return peer
 
 
 SCORED_ROWS = 64

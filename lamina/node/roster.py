@@ -53,6 +53,8 @@ class Roster:
         """Is told of every change of the formation, and which members were lost in between."""
         self.on_settled: Callable[[], None] = lambda: None
         """Is told when a lost node has not come back within the grace."""
+        self.on_stranded: Callable[[NodeError], None] = lambda error: None
+        """Is told when layers have been missing for so long that nothing should wait for them any more."""
         self.on_superseded: Callable[[SupersededError], None] = lambda error: None
         """Is told when another front has taken the tenant over: this one has to end."""
         self._config = config
@@ -81,6 +83,7 @@ class Roster:
         """Set, and replaced, when something has changed."""
         self._missing_since_s = 0.0
         self._settling: asyncio.TimerHandle | None = None
+        self._stranding: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
         self._is_complete = False
@@ -104,8 +107,9 @@ class Roster:
 
     async def close(self) -> None:
         """Take in no more nodes."""
-        if self._settling is not None:
-            self._settling.cancel()
+        for timer in (self._settling, self._stranding):
+            if timer is not None:
+                timer.cancel()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -114,10 +118,8 @@ class Roster:
     def missing(self) -> list[str]:
         """Return the nodes without which nothing goes on: those that have layers alone, and all memory nodes if none
         serves."""
-        serving = self._members.in_state("compute", State.SERVING)
-        alone = [] if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
-        memory = [] if self.serving else self._members.of_others("memory", State.SERVING)
-        return [self._names[m] for m in (*alone, *memory)]
+        memory = () if self.serving else self._members.of_others("memory", State.SERVING)
+        return [self._names[m] for m in (*self._alone, *memory)]
 
     def detach(self) -> None:
         """Tell the memory nodes that the tenant ends, as this node leaves in order."""
@@ -155,6 +157,10 @@ class Roster:
             self._settling.cancel()
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
         self._members.lose(member, error)
+        if self._is_complete and self._alone:
+            if self._stranding is not None:
+                self._stranding.cancel()
+            self._stranding = self._loop.call_later(self._patience_s, self._strand)
         if isinstance(error, SupersededError):
             self.on_superseded(error)
 
@@ -183,9 +189,34 @@ class Roster:
 
     def _settle(self) -> None:
         """A lost node has had its time to come back."""
-        if self._absent and not (self._divides and self._neighbours.shards):
+        compute = {entry.name for entry in self._members.entries if entry.role == "compute"}
+        awaits_division = self._divides and self._neighbours.shards and compute.isdisjoint(self._absent)
+        if self._absent and not awaits_division:
             self._give_up_missing()
         self._tell()
+
+    def _strand(self) -> None:
+        """Nodes that have layers alone were lost, and have had the time that also clients of a lost front have."""
+        if alone := self._alone:
+            names = ", ".join(self._names[m] for m in alone)
+            self.on_stranded(
+                NodeError(
+                    f"the cluster cannot compute without {names}: no other node has these layers, and none came back "
+                    f"within {self._patience_s:g} s; start what is missing",
+                    node=self._names[alone[0]],
+                )
+            )
+
+    @property
+    def _patience_s(self) -> float:
+        """Return the seconds that requests wait for layers that are missing."""
+        return max(self._config.recovery.grace, self._config.recovery.lease)
+
+    @property
+    def _alone(self) -> tuple[int, ...]:
+        """Return the compute nodes that are missing and have layers alone."""
+        serving = self._members.in_state("compute", State.SERVING)
+        return () if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
 
     def _give_up_missing(self) -> None:
         """Go on without the nodes that are missing."""
