@@ -383,6 +383,10 @@ class ComputeNode:
         if self._front is not None:
             self._there.post(self._front.engine.settle)
 
+    def _stranded(self, error: NodeError) -> None:
+        if self._front is not None:
+            self._there.post(self._front.engine.strand, error)
+
     # -- start
 
     async def _start_unless(self, stopping: asyncio.Event) -> Intake | Enlistment | None:
@@ -465,7 +469,8 @@ class ComputeNode:
         self._roster = roster = Roster(
             config, served, members, self._neighbours, member=self._member, key=key, term=self._known_term
         )
-        roster.on_formed, roster.on_settled, roster.on_seized = self._formed, self._settled, self._lead_from
+        roster.on_formed, roster.on_settled, roster.on_stranded = self._formed, self._settled, self._stranded
+        roster.on_seized = self._lead_from
         if not needed:
             self._lead_from(self._known_term)
         completing = asyncio.ensure_future(roster.take_over(needed) if needed else roster.complete())

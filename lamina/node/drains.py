@@ -62,7 +62,8 @@ class Drains:
         """Begin to let a node leave, or tell how far that is."""
         try:
             member = self._member(asked.node)
-            if member not in self._tasks and self._members.state(member) is not State.GONE:
+            is_new = member not in self._tasks and self._members.state(member) is not State.GONE
+            if is_new and asked.patience is not None:
                 await self._begin(member, asked.patience)
         except LaminaError as error:
             return Draining(error=str(error))
@@ -73,7 +74,7 @@ class Drains:
         if state in (State.LEAVING, State.GONE):
             tokens = self._engine.counters.draining.get(member, 0) * BLOCK_TOKENS
             return Draining(state="leaving", tokens=tokens, note=note)
-        return Draining(state="lost", note=note)
+        return Draining(state="lost" if state is State.LOST else "back", note=note)
 
     def _member(self, name: str) -> int:
         node = self._config.find(name)

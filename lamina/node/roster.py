@@ -56,6 +56,8 @@ class Roster:
         """Is told of every change of the formation, and which members were lost in between."""
         self.on_settled: Callable[[], None] = lambda: None
         """Is told when a lost node has not come back within the grace."""
+        self.on_stranded: Callable[[NodeError], None] = lambda error: None
+        """Is told when nothing could be computed for so long that no request should wait any more."""
         self.on_superseded: Callable[[NodeError], None] = lambda error: None
         """Is told when another front has taken the tenant over, or may have: this one has to end."""
         self.on_seized: Callable[[int], None] = lambda term: None
@@ -79,14 +81,19 @@ class Roster:
         """The members that were lost since the last formation."""
         self._out = {entry.id for entry in members.entries if members.state(entry.id) is State.GONE}
         """The members that have left, and have not been started anew since."""
-        self._parting: set[int] = set()
-        """Those whose link is about to end because of that."""
+        self._processes = {
+            member: shard.link.info.peer.details.get("process")
+            for member, shard in neighbours.shards.items()
+            if member in self._out
+        }
+        """What the last process of each memory node calls itself."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """What takes a node in, by member id. That of this node itself divides heads."""
         self._news = asyncio.Event()
         """Set, and replaced, when something has changed."""
         self._missing_since_s = 0.0
         self._settling: asyncio.TimerHandle | None = None
+        self._stranding: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
         self._is_complete = False
@@ -141,8 +148,9 @@ class Roster:
 
     async def close(self) -> None:
         """Take in no more nodes."""
-        if self._settling is not None:
-            self._settling.cancel()
+        for timer in (self._settling, self._stranding):
+            if timer is not None:
+                timer.cancel()
         for task in self._tasks.values():
             task.cancel()
         for peer in self._neighbours.peers.values():
@@ -154,8 +162,8 @@ class Roster:
         """Return the nodes without which nothing goes on: those that have layers alone, and all memory nodes if none
         serves."""
         serving = self._members.in_state("compute", State.SERVING)
-        alone = [] if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
-        memory = [] if self.serving else self._members.of_others("memory", State.SERVING)
+        alone = () if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
+        memory = () if self.serving else self._members.of_others("memory", State.SERVING)
         return [self._names[m] for m in (*alone, *memory)]
 
     def detach(self) -> None:
@@ -169,8 +177,13 @@ class Roster:
     def found(self, control: Control) -> None:
         """There is a link to a node."""
         member = control.member
-        if member in self._out or (self._needed and isinstance(control, PeerControl)):
+        process = control.link.info.peer.details.get("process")
+        if self._needed and isinstance(control, PeerControl):
+            return  # it is told when there is something to tell
+        if member in self._out and process == self._processes.get(member):
             return
+        self._out.discard(member)
+        self._processes[member] = process
         self._members.join({member: 0})
         if isinstance(control, PeerControl):
             control.on_reach = self._on_reach
@@ -181,11 +194,7 @@ class Roster:
 
     def lost(self, member: int, error: NodeError) -> None:
         """The link to a node has ended. One that still has steps to do for this node is lost to it."""
-        if member in self._parting:
-            self._parting.discard(member)
-            return
-        if member in self._out:  # it may come back
-            self._out.discard(member)
+        if member in self._out:
             return
         if self._is_complete and (task := self._tasks.pop(member, None)) is not None:
             task.cancel()  # in the start, it may know better why, as where the node has refused this one
@@ -209,7 +218,6 @@ class Roster:
         shard = self._neighbours.shards.get(member)
         self._out.add(member)
         if shard is not None and shard.is_attached:
-            self._parting.add(member)
             shard.detach()
         self._members.part(member)
 
@@ -242,6 +250,31 @@ class Roster:
         """Return whether this node reaches no other one, where another one can take its part."""
         return len(self._config.compute_nodes) > 1 and not self._neighbours.controls
 
+    def _watch(self, formation: Formation) -> None:
+        """Have nothing wait for ever for members with which steps can run."""
+        if formation.is_whole and formation.blocks:
+            if self._stranding is not None:
+                self._stranding.cancel()
+                self._stranding = None
+        elif self._stranding is None and self._is_complete:
+            self._stranding = self._loop.call_later(self._patience_s, self._strand)
+
+    @property
+    def _patience_s(self) -> float:
+        """Return the seconds that requests wait for nodes without which nothing goes on."""
+        return max(self._config.recovery.grace, self._config.recovery.lease)
+
+    def _strand(self) -> None:
+        away = [entry for entry in self._members.entries if self._members.state(entry.id) is not State.SERVING]
+        states = ", ".join(f"{entry.name} {self._members.state(entry.id).value}" for entry in away)
+        error = NodeError(
+            f"nothing could be computed for {self._patience_s:g} s, without nodes that every other one reaches "
+            f"({states}); start what is missing, or mend the network between them",
+            node=away[0].name if away else "",
+        )
+        log.warning("event=stranded reason=%r", str(error))
+        self.on_stranded(error)
+
     def _give_up_missing(self) -> None:
         """Go on without the nodes that are missing."""
         log.warning("event=given_up missing=%s", ",".join(self._absent))
@@ -272,6 +305,7 @@ class Roster:
             frozenset(self._names[m] for m in (*self.serving, *others)),
         )
         lost, self._lost = frozenset(self._lost), set()
+        self._watch(formation)
         self.on_formed(formation, lost)
 
     # -- compute nodes
