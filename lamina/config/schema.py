@@ -153,7 +153,8 @@ class RecoveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """``[recovery]``: what is kept when a node is lost, and for how long."""
 
     grace: Patience = 10.0
-    """Seconds that a lost node may take to come back before the cluster goes on without it for good."""
+    """Seconds that a lost node may take to come back before the cluster goes on without it for good, and before another
+    compute node takes the part of a lost front."""
     lease: Patience = 60.0
     """Seconds that memory nodes keep this cluster's cache, and the front its finished answers, for one that comes back.
     0: the cache ends with the front."""
@@ -249,7 +250,7 @@ class ClusterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def front(self) -> ComputeNodeConfig:
-        """The compute node that clients talk to: the first one of the file."""
+        """The compute node that is the front when the cluster starts: the first one of the file."""
         return self.compute_nodes[0]
 
     @property
