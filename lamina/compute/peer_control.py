@@ -52,9 +52,10 @@ class PeerControl:
         self.link = link
         self.lane = lane = PeerLane(name, link)
         self.on_order: Callable[[Order | Forget], None] | None = None
-        self.on_members: Callable[[Membership], None] = lambda told: None
-        self.on_enlist: Callable[[Enlist], None] = lambda enlist: None
-        self.on_records: Callable[[Records], None] = lambda records: None
+        self.on_members: Callable[[Membership], None]
+        self.on_enlist: Callable[[Enlist], None]
+        self.on_records: Callable[[Records], None]
+        self.ignore_front()
         self.on_reach: Callable[[int, Reached | Missing], None] = lambda member, news: None
         self.on_claim: Callable[[Claim], None] = lambda claim: None
         self.is_open = False
@@ -75,6 +76,12 @@ class PeerControl:
         self._enlists = 0
         """How often this node has taken the peer in, as the front."""
         link.deliver(on_message=self._on_message, on_tag=lane.on_tag, on_lost=self._on_lost, lane_loop=device.loop)
+
+    def ignore_front(self) -> None:
+        """Do nothing about what the peer says as the front; what it says of the members, and of this one, is kept."""
+        self.on_members = lambda told: None
+        self.on_enlist = lambda enlist: None
+        self.on_records = lambda records: None
 
     # -- meeting
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from lamina.compute.follower import Follower
 from lamina.compute.peer_control import PeerControl
@@ -104,6 +105,8 @@ class Enlistment:
                     end.result()
         finally:
             self._stop_waiting()
+            for control in self._neighbours.peers.values():
+                control.ignore_front()
             tasks = [working, *self._agreeing.values()]
             for task in tasks:
                 task.cancel()
@@ -111,14 +114,20 @@ class Enlistment:
             if self._follower is not None:
                 await self._follower.close()
 
-    @property
-    def is_ready(self) -> bool:
-        """Return whether the front has been told that this node is ready."""
-        return self._ready.is_set()
-
-    async def ready(self) -> None:
-        """Wait until the front has been told for the first time that this node is ready."""
-        await self._ready.wait()
+    async def begin(self) -> asyncio.Future[None]:
+        """Begin to `run`, and return what does so when the front has been told for the first time that this node is
+        ready, or this node is to take its part. Raises the error with which it ends before."""
+        running = asyncio.ensure_future(self.run())
+        ready = asyncio.ensure_future(self._ready.wait())
+        try:
+            await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()
+        finally:
+            ready.cancel()
+            if not self._ready.is_set():
+                running.cancel()
+        return running
 
     async def drain(self) -> None:
         """Go on until the front has left: then nothing more will be ordered."""
@@ -148,6 +157,9 @@ class Enlistment:
     def found(self, control: Control) -> None:
         """There is a link to a node."""
         if isinstance(control, PeerControl):
+            control.on_members = partial(self._adopt, control)
+            control.on_enlist = partial(self._take_in, control)
+            control.on_records = partial(self._keep, control)
             self._agreeing[control] = asyncio.ensure_future(self._agree(control))
             self._watch()
         self._wake.set()
@@ -163,10 +175,11 @@ class Enlistment:
             front.send(Missing(member=member, term=self._members.term(member), reason=str(error)))
         self._wake.set()
 
-    def adopt(self, told: Membership) -> None:
+    def _adopt(self, peer: PeerControl, told: Membership) -> None:
         """Take over what the front says of the members. Raises ConfigError if it has other nodes in its file."""
-        self._members.adopt(told)
-        self._wake.set()
+        if peer.member == self._front:
+            self._members.adopt(told)
+            self._wake.set()
 
     def follow(self, front: int) -> None:
         """Another node is the front now, or the same one says again that it is."""
@@ -184,15 +197,20 @@ class Enlistment:
             return
         self._front_left.clear()
         if front.membership is not None:
-            self.adopt(front.membership)
+            self._adopt(front, front.membership)
         if front.enlistment is not None:
-            self.enlisted(front.enlistment)
+            self._take_in(front, front.enlistment)
 
-    def enlisted(self, enlist: Enlist) -> None:
+    def _take_in(self, peer: PeerControl, enlist: Enlist) -> None:
         """The front takes this node in."""
-        self._front_left.clear()
-        self._enlist, self._enlisted_by = enlist, None
-        self._wake.set()
+        if peer.member == self._front:
+            self._front_left.clear()
+            self._enlist, self._enlisted_by = enlist, None
+            self._wake.set()
+
+    def _keep(self, peer: PeerControl, records: Records) -> None:
+        if peer.member == self._front:
+            self.keep(records)
 
     def keep(self, records: Records) -> None:
         """Take what the front wants kept of its journal."""

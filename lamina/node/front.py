@@ -31,6 +31,7 @@ from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.workers import ParallelWorkers
+from lamina.wire.admin import Status
 
 
 class Front(NamedTuple):
@@ -38,6 +39,24 @@ class Front(NamedTuple):
 
     engine: Engine
     intake: Intake
+
+
+def describe_front(status: Status, front: Front, served: ServedModel) -> None:
+    """Put into a status what only the front knows."""
+    counters = front.intake.counters
+    status.steps = counters.steps
+    status.requests_running = status.sequences = counters.running
+    status.requests_waiting = counters.waiting
+    status.tokens_generated = counters.tokens
+    status.preemptions = counters.preemptions
+    status.prompt_tokens = counters.prompt_tokens
+    status.shared_tokens = counters.shared_tokens
+    status.moves, status.failed_moves = counters.moves, counters.failed_moves
+    status.moved_bytes = counters.moved_blocks * BLOCK_TOKENS * served.bytes_per_token
+    status.redirections = counters.redirections
+    status.requests_resumed = front.intake.meter.resumed
+    status.kv_tokens_total = counters.blocks * BLOCK_TOKENS
+    status.kv_tokens_free = counters.free_blocks * BLOCK_TOKENS
 
 
 def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int, ShardControl]) -> BlockManager:

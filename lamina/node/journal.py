@@ -1,19 +1,26 @@
-"""Open the journal of a front, in its place."""
+"""Open the journal of a front in its place, and have another node keep a copy."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 
+from lamina.compute.peer_control import PeerControl
 from lamina.config import ClusterConfig
 from lamina.errors import ConfigError
 from lamina.front.journal import RequestJournal, writer_of
+from lamina.front.members import Members, State
 from lamina.front.standby import JournalCopy
 from lamina.node.model import ServedModel
+from lamina.node.neighbours import Neighbours
 from lamina.runtime.host import Host
 from lamina.runtime.storage import LogFile
 from lamina.runtime.workers import BackgroundWorkers
+from lamina.wire.orders import Records
+
+log = logging.getLogger("lamina.compute")
 
 FILE = "requests.journal"
 """The journal of the first compute node of the cluster file."""
@@ -86,3 +93,34 @@ def journal_folder(config: ClusterConfig, model: str) -> Path:
         raise ConfigError("this user has no home folder") from e
     cluster = "\n".join([model, *(f"{node.name} {node.address}" for node in config.node)])
     return state / "lamina" / hashlib.blake2b(cluster.encode(), digest_size=8).hexdigest()
+
+
+class Standby:
+    """Has another compute node keep a copy of the front's journal, on the node's loop of the front: the first one of
+    the file that serves."""
+
+    def __init__(self, members: Members, neighbours: Neighbours, journal: RequestJournal | None) -> None:
+        """Begin with the nodes that serve now. ``journal`` is None where none is kept."""
+        self._members = members
+        self._neighbours = neighbours
+        self._journal = journal
+        self._chosen: PeerControl | None = None
+        self.choose()
+
+    def choose(self) -> None:
+        """Choose anew, as members have changed."""
+        peers, serving = self._neighbours.peers, self._members.in_state("compute", State.SERVING)
+        chosen = next((peers[member] for member in serving if member in peers), None)
+        if chosen is self._chosen:
+            return
+        if self._chosen is not None:
+            self._chosen.send(Records(kind="none"))
+        self._chosen = chosen
+        if chosen is not None:
+            log.info("event=standby member=%s", chosen.name)
+            if self._journal is None:
+                chosen.send(Records(kind="all"))
+        if self._journal is not None:
+            self._journal.mirror(
+                None if chosen is None else lambda kind, data: chosen.send(Records(kind=kind, data=data))
+            )

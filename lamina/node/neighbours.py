@@ -92,6 +92,12 @@ class Neighbours:
         return [n.control for n in self._others.values() if n.control is not None]
 
     @property
+    def ways(self) -> list[Control]:
+        """Return the links to nodes with which this one can run steps."""
+        attached = [shard for shard in self.shards.values() if shard.is_attached]
+        return [*attached, *(peer for peer in self.peers.values() if peer.is_open)]
+
+    @property
     def waiting_for(self) -> list[str]:
         """Return the names of the nodes to which there is no link."""
         return sorted(n.node.name for n in self._others.values() if n.control is None)
