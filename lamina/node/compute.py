@@ -101,15 +101,8 @@ class ComputeNode:
         self._claims = Claims(config, self._members, member=self._member, tell=self._tell)
         self._succeeds = False
         """Whether this node was a front before it started."""
-        self._monitor = Monitor(
-            node.name,
-            device,
-            network,
-            self._options,
-            self._status,
-            {n.name: n.address for n in config.memory_nodes},
-            self._drain,
-        )
+        ways = {n.name: n.address for n in config.memory_nodes}
+        self._monitor = Monitor(node.name, device, network, self._options, self._status, ways, self._drain)
         self._times: MemberTimes
         self._neighbours: Neighbours
         self._reception = Reception(self._monitor, self._open_session, lambda: self._claims.refusal)
@@ -136,28 +129,25 @@ class ComputeNode:
     async def serve(self, stopping: asyncio.Event) -> None:
         """Start and serve; when ``stopping`` is set, finish all requests and leave."""
         self._device.start()
-        loop = asyncio.get_running_loop()
+        config, loop = self._config, asyncio.get_running_loop()
         self._home, self._superseded = Crossing(loop), loop.create_future()
         self._times = MemberTimes(self._members)
         self._neighbours = Neighbours(
-            self._config, self._node, self._members, self._device, self._network, self._found, self._node_lost
+            config, self._node, self._members, self._device, self._network, self._found, self._node_lost
         )
-        hello = Hello("compute", self._name)
-        listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
+        listening = await self._network.listen(
+            self._node.bind, Hello("compute", self._name), self._on_link, self._options
+        )
         log.info("event=listening address=%s", listening.address)
         watching = AsyncExitStack()
         try:
             await watching.enter_async_context(served(self._node.metrics, self.metrics))
-            peers = [node.name for node in self._config.compute_nodes if node is not self._node]
+            peers = [node.name for node in config.compute_nodes if node is not self._node]
             part = await self._loss.end(self._start(), stopping, peers)
             if part is not None:
                 assert self._served is not None
-                log.info(
-                    "event=ready model=%s memory_nodes=%d compute_nodes=%d",
-                    self._served.facts.fingerprint,
-                    len(self._config.memory_nodes),
-                    len(self._config.compute_nodes),
-                )
+                model, counts = self._served.facts.fingerprint, (len(config.memory_nodes), len(config.compute_nodes))
+                log.info("event=ready model=%s memory_nodes=%d compute_nodes=%d", model, *counts)
                 self._is_ready = True
                 await self._run(part, stopping)
         except LaminaError as e:
@@ -189,9 +179,8 @@ class ComputeNode:
             if self._journal is not None:
                 await self._journal.close()
             self._device.close()
-            self._workers.close()
-            self._journal_workers.close()
-            self._mask_workers.close()
+            for workers in (self._workers, self._journal_workers, self._mask_workers):
+                workers.close()
             self._neighbours.free()
 
     async def _run(self, part: Part, stopping: asyncio.Event) -> None:
@@ -267,14 +256,6 @@ class ComputeNode:
         if self._front is not None:
             self._there.post(self._front.engine.changed, formation, lost)
 
-    def _settled(self) -> None:
-        if self._front is not None:
-            self._there.post(self._front.engine.settle)
-
-    def _stranded(self, error: NodeError) -> None:
-        if self._front is not None:
-            self._there.post(self._front.engine.strand, error)
-
     # -- start
 
     async def _start(self) -> Part:
@@ -283,8 +264,8 @@ class ComputeNode:
         log.info("event=opening model=%s", config.model_path, extra={"progress": "reading the model"})
         opening = self._there.start(self._device.run(self._open_model, config))
         # The front tells another compute node with which nodes it works.
-        first = self._first
-        awaited = [entry.id for entry in members.entries if entry.id != first] if self._leads else [first]
+        others = [entry.id for entry in members.entries if entry.id != self._member]
+        awaited = others if self._leads else [self._first]
         meeting = asyncio.ensure_future(self._neighbours.meet(awaited))
 
         async def serve_opened() -> ServedModel:
@@ -314,7 +295,9 @@ class ComputeNode:
                     raise
                 await self._give_way(error)
         self._follow()
-        return await self._start_follower(served)
+        enlistment = self._make_enlistment(served, succeeds=self._succeeds or self._member == self._first)
+        self._running = await enlistment.begin()
+        return enlistment
 
     async def _lead(
         self, served: ServedModel, *, copy: bytes | None = None, needed: frozenset[int] = frozenset()
@@ -328,8 +311,7 @@ class ComputeNode:
         self._roster = roster = Roster(
             config, served, members, self._neighbours, member=self._member, key=key, term=self._claims.term
         )
-        roster.on_formed, roster.on_settled, roster.on_stranded = self._formed, self._settled, self._stranded
-        roster.on_seized = self._lead_from
+        roster.on_formed, roster.on_seized = self._formed, self._lead_from
         if not needed:
             self._lead_from(self._claims.term)
         completing = asyncio.ensure_future(roster.take_over(needed) if needed else roster.complete())
@@ -362,6 +344,8 @@ class ComputeNode:
             fits=not needed,  # requests wait already, and nodes may come and go
         )
         front.intake.on_suspect, roster.on_superseded = roster.suspect, self._end_superseded
+        roster.on_settled = lambda: self._there.post(front.engine.settle)
+        roster.on_stranded = lambda error: self._there.post(front.engine.strand, error)
         if (traces := open_traces(self._name)) is not None:
             self._traces = traces
             front.intake.meter.on_end = traces.ended
@@ -436,11 +420,6 @@ class ComputeNode:
         )
         return self._enlistment
 
-    async def _start_follower(self, served: ServedModel) -> Enlistment:
-        enlistment = self._make_enlistment(served, succeeds=self._succeeds or self._member == self._first)
-        self._running = await enlistment.begin()
-        return enlistment
-
     async def _make_steps(self, served: ServedModel) -> Steps:
         """Return what runs this node's slices, whose weights are loaded once."""
         if self._runner is None:
@@ -478,10 +457,9 @@ class ComputeNode:
         return self._status_now()
 
     async def _drain(self, asked: Drain) -> Draining:
-        if not self._leads:
-            return Draining(error=str(self._claims.refusal))
         if self._drains is None or not self._is_ready:
-            return Draining(error=f"compute node {self._name} is still starting; try again soon")
+            starting = f"compute node {self._name} is still starting; try again soon"
+            return Draining(error=starting if self._leads else str(self._claims.refusal))
         return await self._drains.ask(asked)
 
     async def metrics(self) -> list[Metric]:
@@ -490,9 +468,8 @@ class ComputeNode:
         return of_status(status) + (of_front(status, self._front.intake.meter) if self._front else [])
 
     def _status_now(self) -> Status:
-        pid = self._host.pid
-        status = Status(name=self._name, role="compute", state="starting", pid=pid, busy_s=self._device.busy_s)
-        status.epoch = self._members.epoch
+        status = Status(name=self._name, role="compute", state="starting", pid=self._host.pid)
+        status.busy_s, status.epoch = self._device.busy_s, self._members.epoch
         status.front = self._claims.leader.name
         status.members = self._times.describe() if self._leads else []
         runner, worker = self._runner, self._front.intake if self._front else self._enlistment
