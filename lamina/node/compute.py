@@ -43,7 +43,7 @@ from lamina.node.neighbours import Control, Neighbours
 from lamina.node.parts import Part, StartLoss, run_part, unless
 from lamina.node.reception import Reception
 from lamina.node.roster import Roster
-from lamina.node.succession import Succession
+from lamina.node.succession import Heir
 from lamina.node.tracing import RequestTraces, open_traces
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
@@ -415,7 +415,7 @@ class ComputeNode:
             front=self._members.id_of(self._claims.leader.name),
             make_steps=lambda: self._make_steps(served),
             make_copy=lambda: open_copy(self._config, served, self._name, self._host, self._journal_workers),
-            succession=Succession(self._config, self._network, name=self._name, tenant=key.name),
+            heir=Heir(self._config, self._network, name=self._name, tenant=key.name),
             succeeds=succeeds,
         )
         return self._enlistment

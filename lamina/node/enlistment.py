@@ -19,7 +19,7 @@ from lamina.node.assemble import TenantKey, agree, attach, limits
 from lamina.node.model import ServedModel
 from lamina.node.neighbours import Control, Neighbours
 from lamina.node.roster import REFUSED_PAUSE_S
-from lamina.node.succession import Succession
+from lamina.node.succession import Heir
 from lamina.runtime.crossing import Crossing
 from lamina.wire.orders import Enlist, Enlisted, Membership, Missing, Reached, Records
 
@@ -45,7 +45,7 @@ class Enlistment:
         front: int,
         make_steps: Callable[[], Awaitable[Steps]],
         make_copy: Callable[[], JournalCopy],
-        succession: Succession,
+        heir: Heir,
         succeeds: bool,
     ) -> None:
         """``make_steps`` loads the weights, once. ``name`` is that of this node, and ``front`` the member id of the
@@ -65,7 +65,7 @@ class Enlistment:
         self._front = front
         self._make_steps = make_steps
         self._make_copy = make_copy
-        self._succession = succession
+        self._heir = heir
         self._succeeds = succeeds
         self._waiting: asyncio.Task[None] | None = None
         """Waits until this node is to take the part of the front that is lost."""
@@ -235,7 +235,7 @@ class Enlistment:
             self._stop_waiting()
         elif self._waiting is None:
             names = [self._members.entry(member).name for member in self.needed]
-            due = self._succession.due(sorted(names), is_standby=self.is_standby)
+            due = self._heir.due(sorted(names), is_standby=self.is_standby)
             self._waiting = self._loop.create_task(due)
             self._waiting.add_done_callback(self._waited)
 

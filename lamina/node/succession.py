@@ -23,7 +23,7 @@ PAUSE_S = 1.0
 """The seconds between two questions to the memory nodes."""
 
 
-class Succession:
+class Heir:
     """Says when the node ``name`` is to take the front's part, on the node's loop.
 
     The front's standby waits for ``recovery.grace`` seconds, any other node as long once more, and once more for each
