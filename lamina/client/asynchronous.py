@@ -258,7 +258,8 @@ class AsyncClient:
         await asyncio.wait((opening,))
         if self._closed:
             raise TransportError(_CLOSED)
-        return opening.result()
+        opening.result()
+        return await self._connected()  # it may be lost again already
 
     async def _open(self, reconnect: Callable[[], Awaitable[Link]]) -> FrontLink:
         front = self._front

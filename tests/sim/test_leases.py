@@ -384,3 +384,27 @@ def test_a_lease_keeps_others_out_only_of_its_quota() -> None:
             assert [tenant.name for tenant in (await memory.status("m0")).tenants] == ["u"]
 
     simulate_memory(work)
+
+
+def test_another_compute_node_becomes_the_front_only_where_the_present_one_is_gone() -> None:
+    """In whatever term it asks; then it has what was published, and the one before has nothing."""
+    rows = Rows(PUBLISHED + 1)
+
+    async def work(memory: SimCluster) -> None:
+        async with raw_compute(memory, LAYERS, lease=LEASE_S) as front:
+            await publish(front, rows)
+            for term in (1, 2, 100):
+                with pytest.raises(AssertionError, match="has a front, t0, whose part t1 can take only when"):
+                    async with raw_compute(memory, LAYERS, member=1, front=1, term=term):
+                        pass
+            await front.reserve(7, BLOCK_TOKENS)
+            await lose(front)
+        async with raw_compute(memory, LAYERS, member=1, front=1, term=2, lease=LEASE_S) as other:
+            assert await shared(other) == PUBLISHED
+            with pytest.raises(AssertionError, match="has a front, t1, whose part t0 can take only when"):
+                async with raw_compute(memory, LAYERS, term=100):
+                    pass
+            other.send(Detach())
+            await other.end()
+
+    simulate_memory(work)
