@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 import torch
@@ -25,6 +25,7 @@ from lamina.front.members import Change, Members
 from lamina.front.session import ClientSession
 from lamina.front.team import Formation
 from lamina.model.tokenizer import Tokenizer
+from lamina.node.admission import Admission
 from lamina.node.assemble import TenantKey
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.drains import Drains
@@ -46,6 +47,7 @@ from lamina.runtime.workers import BackgroundWorkers, ParallelWorkers
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Drain, Draining, Status
 from lamina.wire.codec import encode
+from lamina.wire.members import Accepted, Candidate, MemberEntry
 from lamina.wire.orders import GaveUp, Membership
 from lamina.wire.requests import Failed
 
@@ -63,7 +65,8 @@ class ComputeNode:
     orders the others to run steps.
 
     It computes on ``device`` and reaches other nodes over ``network``; ``open_model`` opens its model. ``host`` is the
-    process that it lives in, by default this one.
+    process that it lives in, by default this one. ``entries`` are the members as the front has told them to a node that
+    the file does not name, by default those of the file.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ComputeNode:
         open_model: OpenModel = open_checkpoint,
         make_runner: MakeRunner = StepRunner,
         host: Host | None = None,
+        entries: Sequence[MemberEntry] | None = None,
     ) -> None:
         self._config = config
         self._node = node
@@ -90,8 +94,7 @@ class ComputeNode:
         self._workers = BackgroundWorkers()
         self._journal_workers = BackgroundWorkers()
         self._mask_workers = ParallelWorkers()
-        names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
-        self._members = Members(Members.of_names(*names), self._members_changed)
+        self._members = Members(entries or Members.of_nodes(config.node), self._members_changed)
         self._member = self._members.id_of(node.name)
         self._is_front = node.name == config.front.name
         self._monitor = Monitor(
@@ -102,6 +105,7 @@ class ComputeNode:
             self._status,
             {n.name: n.address for n in config.memory_nodes},
             self._drain if self._is_front else None,
+            self._admit,
         )
         self._times: MemberTimes
         self._neighbours: Neighbours
@@ -111,6 +115,7 @@ class ComputeNode:
         self._roster: Roster | None = None
         self._front: Front | None = None
         self._drains: Drains | None = None
+        self._admission: Admission | None = None
         self._enlistment: Enlistment | None = None
         self._answers = AnswerKeeper(node.name, config.recovery.lease)
         self._journal: RequestJournal | None = None
@@ -144,8 +149,8 @@ class ComputeNode:
                 log.info(
                     "event=ready model=%s memory_nodes=%d compute_nodes=%d",
                     self._served.facts.fingerprint,
-                    len(self._config.memory_nodes),
-                    len(self._config.compute_nodes),
+                    len(self._members.of_role("memory")),
+                    len(self._members.of_role("compute")),
                 )
                 self._is_ready = True
                 await self._run(worker, stopping)
@@ -165,6 +170,8 @@ class ComputeNode:
                 await self._traces.close()
             await listening.close()
             self._monitor.close()
+            if self._admission is not None:
+                await self._admission.close()
             if self._drains is not None:
                 await self._drains.close()
             if self._roster is not None:
@@ -227,11 +234,11 @@ class ComputeNode:
             side.lost(member, error)
 
     def _adopt(self, told: Membership) -> None:
-        """Take over what the front says of the members."""
+        """Take over what the front says of the members. Raises ConfigError if it has another file."""
+        self._members.adopt(told, fixed=(self._member, self._members.id_of(self._config.front.name)))
+        self._neighbours.know(self._members.entries)
         if self._enlistment is not None:
-            self._enlistment.adopt(told)
-        else:
-            self._members.adopt(told)
+            self._enlistment.members_changed()
 
     def _members_changed(self, changes: list[Change]) -> None:
         """Handle every change of membership; no other function does."""
@@ -334,7 +341,8 @@ class ComputeNode:
             self._traces = traces
             front.intake.meter.on_end = traces.ended
         self._front = front
-        self._drains = Drains(config, served, members, roster, front.engine, self._there)
+        self._drains = drains = Drains(config, served, members, roster, front.engine, self._there)
+        self._admission = Admission(config, served, members, roster, drains, front.engine, self._there, self._network)
         self._answers.open(front.intake, tokenizer, kept)
         if kept:
             log.info("event=restored requests=%d", len(kept))
@@ -429,6 +437,23 @@ class ComputeNode:
         if self._drains is None or not self._is_ready:
             return Draining(error=f"compute node {self._name} is still starting; try again soon")
         return await self._drains.ask(asked)
+
+    async def _admit(self, link: Link, asked: Candidate) -> Accepted:
+        if not self._is_front:
+            front = self._config.front
+            return Accepted(error=f"{self._name} is not the front; {front.name} is, at {front.address}")
+        if self._admission is None or not self._is_ready:
+            return Accepted(error=f"compute node {self._name} is still starting", is_starting=True)
+        return await self._admission.ask(link, asked)
+
+    def reload(self) -> None:
+        """Read the cluster file again, on the front that serves: see `Admission.reload`."""
+        if not self._is_front:
+            log.warning("event=not_reloaded reason=%r", "only the front reads the file again")
+        elif self._admission is None or not self._is_ready:
+            log.warning("event=not_reloaded reason=%r", "the front is still starting")
+        else:
+            self._admission.reload()
 
     async def metrics(self) -> list[Metric]:
         """Return what Prometheus gets at this moment."""

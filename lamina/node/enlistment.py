@@ -18,7 +18,7 @@ from lamina.node.model import ServedModel
 from lamina.node.neighbours import Control, Neighbours
 from lamina.node.roster import REFUSED_PAUSE_S
 from lamina.runtime.crossing import Crossing
-from lamina.wire.orders import Enlist, Enlisted, Membership, Missing, Reached
+from lamina.wire.orders import Enlist, Enlisted, Missing, Reached
 
 log = logging.getLogger("lamina.compute")
 
@@ -127,9 +127,10 @@ class Enlistment:
             front.send(Missing(member=member, term=self._members.term(member), reason=str(error)))
         self._wake.set()
 
-    def adopt(self, told: Membership) -> None:
-        """Take over what the front says of the members. Raises ConfigError if it has other nodes in its file."""
-        self._members.adopt(told)
+    def members_changed(self) -> None:
+        """The front has said who the members are, and in which states."""
+        if self._follower is not None:
+            self._follower.limits = limits(self._config, self._served, self._members)
         self._wake.set()
 
     async def _agree(self, peer: PeerControl) -> None:
@@ -201,6 +202,7 @@ class Enlistment:
                 front=self._front,
                 key=TenantKey(enlist.tenant, enlist.token),
                 term=term,
+                quota=self._members.entry(shard.member).quota,
             )
         except NodeError as error:
             log.warning("event=not_attached peer=%s reason=%r", shard.name, str(error))

@@ -40,7 +40,8 @@ def open_journal(
 def journal_folder(config: ClusterConfig, model: str) -> Path:
     """Return where the journal lies: in the folder that the file names, else in one of the cluster's own.
 
-    A cluster is the same as long as it has this ``model``, by its fingerprint, and nodes of these names and addresses.
+    A cluster is the same as long as it has this ``model``, by its fingerprint, and compute nodes of these names and
+    addresses in its file.
     """
     if config.recovery.journal_dir is not None:
         return config.file.parent / config.recovery.journal_dir
@@ -48,5 +49,5 @@ def journal_folder(config: ClusterConfig, model: str) -> Path:
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     except RuntimeError as e:
         raise ConfigError("this user has no home folder") from e
-    cluster = "\n".join([model, *(f"{node.name} {node.address}" for node in config.node)])
+    cluster = "\n".join([model, *(f"{node.name} {node.address}" for node in config.compute_nodes)])
     return state / "lamina" / hashlib.blake2b(cluster.encode(), digest_size=8).hexdigest()

@@ -16,6 +16,7 @@ from lamina.front.team import Formation
 from lamina.node.assemble import TenantKey, agree, attach
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.node.neighbours import Control, Neighbours
+from lamina.wire.members import MemberEntry
 from lamina.wire.orders import Enlist, Missing, Reached
 
 log = logging.getLogger("lamina.compute")
@@ -55,13 +56,17 @@ class Roster:
         """Is told when a lost node has not come back within the grace."""
         self.on_superseded: Callable[[SupersededError], None] = lambda error: None
         """Is told when another front has taken the tenant over: this one has to end."""
+        self.on_left: Callable[[MemberEntry], None] = lambda entry: None
+        """Is told when a node is a member no more."""
+        self.in_file = {node.name for node in config.node}
+        """The names of the nodes of the cluster file as it is now. A memory node that has left is a member no more,
+        unless it is one of them."""
         self._config = config
         self._served = served
         self._members = members
         self._neighbours = neighbours
         self._own = member
         self._key = key
-        self._names = {entry.id: entry.name for entry in members.entries}
         self._divides = config.pipeline.partition == "heads"
         self._division: dict[int, str] = {}
         """The memory nodes over which heads are divided at present, by member id."""
@@ -117,7 +122,7 @@ class Roster:
         serving = self._members.in_state("compute", State.SERVING)
         alone = [] if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
         memory = [] if self.serving else self._members.of_others("memory", State.SERVING)
-        return [self._names[m] for m in (*alone, *memory)]
+        return [self._name(m) for m in (*alone, *memory)]
 
     def detach(self) -> None:
         """Tell the memory nodes that the tenant ends, as this node leaves in order."""
@@ -126,6 +131,12 @@ class Roster:
                 shard.detach()
 
     # -- nodes come and go
+
+    def take_in(self, entry: MemberEntry) -> None:
+        """A node is a member from now on, or comes back with what is new of it: seek it, or await it."""
+        self._out.discard(entry.id)
+        self._members.take_in(entry)
+        self._neighbours.know(self._members.entries)
 
     def found(self, control: Control) -> None:
         """There is a link to a node."""
@@ -144,6 +155,7 @@ class Roster:
         """The link to a node has ended. One that still has steps to do for this node is lost to it."""
         if member in self._parting:
             self._parting.discard(member)
+            self._forget(member)
             return
         if member in self._out:  # it may come back
             self._out.discard(member)
@@ -173,6 +185,23 @@ class Roster:
             self._parting.add(member)
             shard.detach()
         self._members.part(member)
+        if member not in self._parting:
+            self._forget(member)
+
+    def remove(self, member: int) -> None:
+        """A memory node that does not serve, and that the file does not name, is a member no more."""
+        if (task := self._tasks.pop(member, None)) is not None:
+            task.cancel()
+        self._forget(member)
+
+    def _forget(self, member: int) -> None:
+        """A memory node has left and has no link any more: nor is it a member, unless the file names it."""
+        entry = self._members.entry(member)
+        if entry.name not in self.in_file:
+            self._out.discard(member)
+            self._members.forget(member)
+            self._neighbours.know(self._members.entries)
+            self.on_left(entry)
 
     def changed(self) -> None:
         """The members have changed: tell the other compute nodes, and form the team anew."""
@@ -216,7 +245,7 @@ class Roster:
             schedule,
             {m: shard.capacity_tokens // BLOCK_TOKENS for m, shard in self.serving.items()},
             others,
-            frozenset(self._names[m] for m in (*self.serving, *others)),
+            frozenset(self._name(m) for m in (*self.serving, *others)),
         )
         lost, self._lost = frozenset(self._lost), set()
         self.on_formed(formation, lost)
@@ -240,7 +269,7 @@ class Roster:
             and news.member not in self._out
             and not (self._is_peer(news.member) and self._members.state(news.member) is State.JOINING)  # it is back
         ):
-            by = self._names[compute]
+            by = self._name(compute)
             self._neighbours.drop(news.member, f"{by} has lost it: {news.reason}")
 
     def _is_peer(self, member: int) -> bool:
@@ -261,9 +290,8 @@ class Roster:
 
     async def _divide(self) -> None:
         """Divide the heads over the memory nodes that are there, whenever one comes or goes."""
-        all_memory = {entry.id for entry in self._members.entries if entry.role == "memory"}
         while True:
-            every = all_memory - {m for m in all_memory if self._members.state(m) in (State.LEAVING, State.GONE)}
+            every = set(self._members.in_state("memory", State.JOINING, State.SERVING, State.LOST))
             news, there = self._news, {m: shard for m, shard in self._neighbours.shards.items() if m in every}
             patience_s = self._missing_since_s + self._config.recovery.grace - self._loop.time()
             if not there or (set(there) == set(self._division) and self._is_divided()):
@@ -280,7 +308,7 @@ class Roster:
                 await self._divide_over(there)
 
     async def _divide_over(self, shards: dict[int, ShardControl]) -> None:
-        division = {member: self._names[member] for member in sorted(shards)}
+        division = {member: self._name(member) for member in sorted(shards)}
         try:
             await asyncio.gather(*(self._attach_to(shard, division) for shard in shards.values()))
         except NodeError as error:
@@ -317,6 +345,7 @@ class Roster:
             front=self._own,
             key=self._key,
             term=term,
+            quota=self._members.entry(shard.member).quota,
         )
         self._latest[shard.member] = shard.term
 
@@ -326,6 +355,9 @@ class Roster:
         return all(self._reached.get((c, memory)) == self._members.term(memory) for c in others)
 
     # -- inside
+
+    def _name(self, member: int) -> str:
+        return self._members.entry(member).name
 
     def _all_serve(self) -> bool:
         return all(self._members.state(entry.id) is State.SERVING for entry in self._members.entries)
@@ -342,7 +374,7 @@ class Roster:
             if not self._is_complete:
                 self._fail(error)
                 return
-            log.warning("event=not_taken_in peer=%s reason=%r", self._names[member], str(error))
+            log.warning("event=not_taken_in peer=%s reason=%r", self._name(member), str(error))
             await asyncio.sleep(REFUSED_PAUSE_S)
             self._tasks.pop(member, None)
             self._neighbours.drop(member, str(error))

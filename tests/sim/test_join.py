@@ -1,0 +1,263 @@
+"""Nodes join a cluster that serves, and leave it again: every request has the tokens that it would have had."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from lamina.config import ClusterConfig, ComputeNodeConfig, MemoryNodeConfig, PipelineConfig, RecoveryConfig
+from lamina.errors import LaminaError
+from lamina.ops.drain import drained
+from lamina.sim.cluster import SimCluster
+from lamina.sim.world import World
+from lamina.transport import Address
+from lamina.watch import ClusterWatch
+from tests.families import VOCABULARY
+from tests.sim.clusters import LINK, eventually, has_no_tenant, is_idle, make_config, new_cluster, simulate
+
+CONTEXT = 256
+_random = random.Random(7)
+PROMPTS = [[_random.randrange(VOCABULARY) for _ in range(_random.randint(1, 60))] for _ in range(12)]
+
+M9 = MemoryNodeConfig(name="m9", address=Address("tcp", "127.0.0.1", 8900), memory=8 << 20)
+R1 = ComputeNodeConfig(name="r1", address=Address("tcp", "127.0.0.1", 7900))
+
+
+async def answers(cluster: SimCluster, count: int = len(PROMPTS)) -> list[list[int]]:
+    async with cluster.client() as client:
+        found = await asyncio.gather(
+            *(
+                client.generate(p, max_tokens=120, temperature=0.7 * (i % 2), seed=i, ignore_eos=True)
+                for i, p in enumerate(PROMPTS[:count])
+            )
+        )
+    return [answer.tokens for answer in found]
+
+
+async def state(cluster: SimCluster, name: str) -> str | None:
+    """The state of a member, as the front says; None if it is none."""
+    return {m.name: m.state for m in (await cluster.status("c0")).members}.get(name)
+
+
+async def serving(cluster: SimCluster, *names: str) -> None:
+    """Wait until these members serve, and fail with the error of a node that ends before."""
+
+    async def serve() -> bool:
+        cluster.check()
+        return [await state(cluster, name) for name in names] == ["serving"] * len(names)
+
+    await eventually(serve)
+
+
+def run(config: ClusterConfig, work: Callable[[SimCluster], object], limit_s: float = 300) -> None:
+    async def main(world: World) -> None:
+        async with new_cluster(world, config) as cluster:
+            await cluster.ready()
+            await work(cluster)  # type: ignore[misc]
+
+    with World(1, model=LINK, tracing=False, limit_s=limit_s) as world:
+        world.run(main(world))
+
+
+def config_of(model: Path, partition: str, *, compute: int = 1, tokens: int = 320) -> ClusterConfig:
+    """Two memory nodes that hold about so many tokens each, where they hold whole tokens."""
+    pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition)
+    return make_config(model, memory=tokens * 2048, compute=(None,) * compute, context=CONTEXT, pipeline=pipeline)
+
+
+@pytest.mark.parametrize("compute", [1, 2])
+@pytest.mark.parametrize("partition", ["heads", "requests", "tokens"])
+def test_a_memory_node_joins(partition: str, compute: int, llama: Path) -> None:
+    """While requests run, and more than fit; some of them lie there afterwards. A drain lets it leave for good, and
+    when it is started again it is a member again, under its id."""
+    config = config_of(llama, partition, compute=compute)
+    expected = simulate(config, answers)
+
+    async def work(cluster: SimCluster) -> None:
+        asking = asyncio.ensure_future(answers(cluster))
+        await asyncio.sleep(0.02)
+        before = (await cluster.status("c0")).kv_tokens_total
+        await cluster.join(M9)
+        await serving(cluster, "m9", "m0", "m1")
+        assert not asking.done()
+        await asyncio.sleep(0.05)
+        assert (await cluster.status("m9")).sequences > 0
+        assert await asking == expected
+        assert (await cluster.status("c0")).kv_tokens_total > before
+        again = asyncio.ensure_future(answers(cluster))
+        await asyncio.sleep(0.02)
+        await drained(config, "m9", 60.0, lambda text: None, network=cluster.world.network)
+        assert await again == expected
+        await eventually(lambda: has_no_tenant(cluster, "m9"))
+        assert await state(cluster, "m9") is None
+        await cluster.stop("m9")
+        await cluster.start("m9")
+        await serving(cluster, "m9")
+        assert await answers(cluster) == expected
+        await eventually(lambda: is_idle(cluster))
+        assert set((await cluster.stop_all()).values()) == {None}
+
+    run(config, work)
+
+
+@pytest.mark.parametrize("partition", ["heads", "requests", "tokens"])
+def test_a_memory_node_that_has_joined_is_lost(partition: str, llama: Path) -> None:
+    """It is lost like any other, and taken in again when it is back, at another address too."""
+    config = replace(config_of(llama, partition, compute=2), recovery=RecoveryConfig(grace=0.1))
+    expected = simulate(config, answers)
+
+    async def work(cluster: SimCluster) -> None:
+        await cluster.join(M9)
+        await serving(cluster, "m9")
+        for node in (M9, replace(M9, address=Address("tcp", "127.0.0.1", 8901))):
+            asking = asyncio.ensure_future(answers(cluster))
+            await asyncio.sleep(0.03)
+            cluster.kill("m9")
+            assert await asking == expected
+            assert await state(cluster, "m9") == "lost"
+            await cluster.join(node)
+            await serving(cluster, "m9")
+        assert await answers(cluster) == expected
+        await eventually(lambda: is_idle(cluster))
+        assert set((await cluster.stop_all()).values()) == {None}
+
+    run(config, work)
+
+
+@pytest.mark.parametrize("partition", ["heads", "requests"])
+def test_the_front_starts_again(partition: str, llama: Path) -> None:
+    """Nodes that have joined introduce themselves to it, and what they keep is found."""
+    config = config_of(llama, partition, compute=2)
+    expected = simulate(config, answers)
+
+    async def work(cluster: SimCluster) -> None:
+        await cluster.join(M9)
+        await serving(cluster, "m9")
+        await cluster.join(R1)
+        await serving(cluster, "r1")
+        asking = asyncio.ensure_future(answers(cluster))
+        await asyncio.sleep(0.03)
+        cluster.kill("c0")
+        await asyncio.sleep(0.5)
+        await cluster.start("c0")
+        await cluster.ready()
+        await serving(cluster, "m9", "r1")
+        assert await asking == expected
+        assert await answers(cluster) == expected
+        await eventually(lambda: is_idle(cluster))
+        assert set((await cluster.stop_all()).values()) == {None}
+
+    run(config, work)
+
+
+@pytest.mark.parametrize("compute", [1, 2])
+def test_a_replica_joins(compute: int, llama: Path) -> None:
+    """It runs steps, and when it is lost, the others go on; it is taken in again when it is back."""
+    config = config_of(llama, "requests", compute=compute, tokens=1024)
+    expected = simulate(config, answers)
+
+    async def work(cluster: SimCluster) -> None:
+        asking = asyncio.ensure_future(answers(cluster))
+        await asyncio.sleep(0.02)
+        await cluster.join(R1)
+        await serving(cluster, "r1")
+        assert await asking == expected
+        for _ in range(2):
+            asking = asyncio.ensure_future(answers(cluster))
+            await asyncio.sleep(0.05)
+            status = await cluster.status("r1")
+            assert (status.state, status.steps > 0) == ("ready", True)
+            cluster.kill("r1")
+            assert await asking == expected
+            await cluster.start("r1")
+            await serving(cluster, "r1")
+        await cluster.join(replace(R1, name="r2", address=Address("tcp", "127.0.0.1", 7901)))
+        await serving(cluster, "r1", "r2")
+        assert await answers(cluster) == expected
+        await eventually(lambda: is_idle(cluster))
+        assert set((await cluster.stop_all()).values()) == {None}
+
+    run(config, work)
+
+
+def test_the_status_has_nodes_that_have_joined(llama: Path) -> None:
+    """Behind those of the file, with what they say and what the front says of them."""
+    config = config_of(llama, "requests")
+
+    async def work(cluster: SimCluster) -> None:
+        await cluster.join(M9)
+        await cluster.join(R1)
+        await serving(cluster, "m9", "r1")
+        async with ClusterWatch(config, name="watch", network=cluster.world.network) as watch:
+            views = await watch.look()
+        assert [(view.node.name, view.node.role, view.is_ready) for view in views] == [
+            ("c0", "compute", True),
+            ("m0", "memory", True),
+            ("m1", "memory", True),
+            ("m9", "memory", True),
+            ("r1", "compute", True),
+        ] or [view.node.name for view in views][3:] == ["r1", "m9"]
+
+    run(config, work)
+
+
+REFUSED = {
+    "the name of a file's node": (
+        replace(M9, name="m0"),
+        "m0 has the address tcp://127.0.0.1:8000 in cluster.toml, not tcp://127.0.0.1:8900",
+    ),
+    "the name of a compute node": (replace(M9, name="c0"), "c0 is already the name of a compute node"),
+    "the address of another": (
+        replace(M9, address=Address("tcp", "127.0.0.1", 8900), name="m8"),
+        "tcp://127.0.0.1:8900 is already the address of m9; choose another --listen",
+    ),
+    "the name of a living member": (
+        replace(M9, address=Address("tcp", "127.0.0.1", 8901)),
+        "m9 is the name of a member that is serving at tcp://127.0.0.1:8900; choose another --name",
+    ),
+    "too little memory": (
+        replace(M9, name="m8", address=Address("tcp", "127.0.0.1", 8901), memory=64 << 10),
+        "m8 has 64KiB, which holds 32 tokens of 2048 bytes; expected at least 512KiB for 256 tokens",
+    ),
+    "an address where nobody listens": (
+        replace(M9, name="m8", address=Address("tcp", "127.0.0.1", 8901), listen=Address("tcp", "127.0.0.1", 8902)),
+        "m8 cannot be reached at tcp://127.0.0.1:8901: .*; say with --address where other nodes reach it",
+    ),
+    "an address where another node listens": (
+        replace(M9, name="m8", address=Address("tcp", "127.0.0.1", 6000), listen=Address("tcp", "127.0.0.1", 8902)),
+        "at tcp://127.0.0.1:6000 answers memory node other, not memory node m8; say with --address where",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_node_that_cannot_join_is_told_why(kind: str, llama: Path) -> None:
+    """It ends with the reason, and the cluster is as before."""
+    node, reason = REFUSED[kind]
+
+    async def work(cluster: SimCluster) -> None:
+        await cluster.join(M9)
+        await serving(cluster, "m9")
+        other = replace(M9, name="other", address=Address("tcp", "127.0.0.1", 6000))
+        cluster.config.node.append(other)
+        await cluster.start("other")
+        before = (await cluster.status("c0")).epoch
+        name = node.name if node.name not in ("m0", "c0", "m9") else "again"
+        await cluster.join(node, under=name)
+        await eventually(lambda: _has_ended(cluster, name))
+        with pytest.raises(LaminaError, match=f"^--join: c0 at .* does not take in {node.name}: {reason}"):
+            raise cluster.ended[name] or AssertionError
+        status = await cluster.status("c0")
+        assert status.epoch == before
+        assert {m.state for m in status.members} == {"serving"}
+
+    run(config_of(llama, "requests"), work)
+
+
+async def _has_ended(cluster: SimCluster, name: str) -> bool:
+    return name in cluster.ended
