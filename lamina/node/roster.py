@@ -21,6 +21,8 @@ from lamina.wire.orders import Enlist, Missing, Reached
 
 log = logging.getLogger("lamina.compute")
 
+RENEWED_S = 5.0
+"""The seconds in which a memory node has to be reached again to which the link was renewed."""
 REFUSED_PAUSE_S = 1.0
 """The seconds before a node that could not be taken in is tried again."""
 
@@ -84,7 +86,8 @@ class Roster:
         """What takes a node in, by member id. That of this node itself divides heads."""
         self._news = asyncio.Event()
         """Set, and replaced, when something has changed."""
-        self._missing_since_s = 0.0
+        self._patient_until_s = 0.0
+        """When heads are divided over those that are there, if others are missing."""
         self._settling: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
@@ -163,7 +166,7 @@ class Roster:
         if self._is_complete and (task := self._tasks.pop(member, None)) is not None:
             task.cancel()  # in the start, it may know better why, as where the node has refused this one
         self._lost.add(member)
-        self._missing_since_s = self._loop.time()
+        self._patient_until_s = self._loop.time() + self._config.recovery.grace
         if self._settling is not None:
             self._settling.cancel()
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
@@ -293,7 +296,7 @@ class Roster:
         while True:
             every = set(self._members.in_state("memory", State.JOINING, State.SERVING, State.LOST))
             news, there = self._news, {m: shard for m, shard in self._neighbours.shards.items() if m in every}
-            patience_s = self._missing_since_s + self._config.recovery.grace - self._loop.time()
+            patience_s = self._patient_until_s - self._loop.time()
             if not there or (set(there) == set(self._division) and self._is_divided()):
                 await news.wait()
             elif set(there) != every and patience_s > 0:
@@ -303,7 +306,7 @@ class Roster:
                 self._members.join(dict.fromkeys(old, 0))
                 for member in old:  # each attachment has a link of its own
                     self._neighbours.renew(member)
-                self._missing_since_s = self._loop.time()
+                self._patient_until_s = self._loop.time() + max(self._config.recovery.grace, RENEWED_S)
             else:
                 await self._divide_over(there)
 
