@@ -31,7 +31,7 @@ from tests.sim.clusters import LINK, eventually, has_no_tenant, is_idle, make_co
 
 CONTEXT = 256
 _random = random.Random(7)
-PROMPTS = [[_random.randrange(VOCABULARY) for _ in range(_random.randint(1, 60))] for _ in range(12)]
+PROMPTS = [[_random.randrange(VOCABULARY) for _ in range(_random.randint(1, 60))] for _ in range(8)]
 
 M9 = MemoryNodeConfig(name="m9", address=Address("tcp", "127.0.0.1", 8900), memory=8 << 20)
 R1 = ComputeNodeConfig(name="r1", address=Address("tcp", "127.0.0.1", 7900))
@@ -41,7 +41,7 @@ async def answers(cluster: SimCluster, count: int = len(PROMPTS)) -> list[list[i
     async with cluster.client() as client:
         found = await asyncio.gather(
             *(
-                client.generate(p, max_tokens=120, temperature=0.7 * (i % 2), seed=i, ignore_eos=True)
+                client.generate(p, max_tokens=60, temperature=0.7 * (i % 2), seed=i, ignore_eos=True)
                 for i, p in enumerate(PROMPTS[:count])
             )
         )
@@ -73,10 +73,10 @@ def run(config: ClusterConfig, work: Callable[[SimCluster], object], limit_s: fl
         world.run(main(world))
 
 
-def config_of(model: Path, partition: str, *, compute: int = 1, tokens: int = 320) -> ClusterConfig:
+def config_of(model: Path, partition: str, *, compute: int = 1, tokens: int = 640) -> ClusterConfig:
     """Two memory nodes that hold about so many tokens each, where they hold whole tokens."""
     pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition)
-    return make_config(model, memory=tokens * 2048, compute=(None,) * compute, context=CONTEXT, pipeline=pipeline)
+    return make_config(model, memory=tokens * 1024, compute=(None,) * compute, context=CONTEXT, pipeline=pipeline)
 
 
 @pytest.mark.parametrize("compute", [1, 2])
@@ -94,13 +94,12 @@ def test_a_memory_node_joins(partition: str, compute: int, llama: Path) -> None:
         await cluster.join(M9)
         await serving(cluster, "m9", "m0", "m1")
         assert not asking.done()
-        await asyncio.sleep(0.05)
-        assert (await cluster.status("m9")).sequences > 0
         assert await asking == expected
         total = (await cluster.status("c0")).kv_tokens_total
         assert total == before if partition == "heads" else total > before  # the first node still has two heads of four
         again = asyncio.ensure_future(answers(cluster))
         await asyncio.sleep(0.02)
+        assert (await cluster.status("m9")).sequences > 0
         await drained(config, "m9", 60.0, lambda text: None, network=cluster.world.network)
         assert await again == expected
         await eventually(lambda: has_no_tenant(cluster, "m9"))
@@ -168,7 +167,8 @@ def test_the_front_starts_again(partition: str, llama: Path) -> None:
 @pytest.mark.parametrize("compute", [1, 2])
 def test_a_replica_joins(compute: int, llama: Path) -> None:
     """It runs steps, and when it is lost, the others go on; it is taken in again when it is back."""
-    config = config_of(llama, "requests", compute=compute, tokens=1024)
+    config = config_of(llama, "requests", compute=compute, tokens=2048)
+    config = replace(config, pipeline=replace(config.pipeline, batches=4, max_batch=2))
     expected = simulate(config, answers)
 
     async def work(cluster: SimCluster) -> None:
@@ -216,30 +216,31 @@ def test_the_status_has_nodes_that_have_joined(llama: Path) -> None:
     run(config, work)
 
 
+OTHER = replace(M9, name="m8", address=Address("tcp", "127.0.0.1", 8901))
 REFUSED = {
     "the name of a file's node": (
-        replace(M9, name="m0"),
-        "m0 has the address tcp://127.0.0.1:8000 in cluster.toml, not tcp://127.0.0.1:8900",
+        replace(OTHER, name="m0"),
+        "m0 has the address tcp://127.0.0.1:8000 in cluster.toml, not tcp://127.0.0.1:8901",
     ),
-    "the name of a compute node": (replace(M9, name="c0"), "c0 is already the name of a compute node"),
+    "the name of a compute node": (replace(OTHER, name="c0"), "c0 is already the name of a compute node"),
     "the address of another": (
-        replace(M9, address=Address("tcp", "127.0.0.1", 8900), name="m8"),
+        replace(OTHER, address=M9.address, listen=OTHER.address),
         "tcp://127.0.0.1:8900 is already the address of m9; choose another --listen",
     ),
     "the name of a living member": (
-        replace(M9, address=Address("tcp", "127.0.0.1", 8901)),
+        replace(OTHER, name="m9"),
         "m9 is the name of a member that is serving at tcp://127.0.0.1:8900; choose another --name",
     ),
     "too little memory": (
-        replace(M9, name="m8", address=Address("tcp", "127.0.0.1", 8901), memory=64 << 10),
-        "m8 has 64KiB, which holds 32 tokens of 2048 bytes; expected at least 512KiB for 256 tokens",
+        replace(OTHER, memory=64 << 10),
+        "m8 has 64KiB, which holds 64 tokens of 1024 bytes; expected at least 256KiB for 256 tokens",
     ),
     "an address where nobody listens": (
-        replace(M9, name="m8", address=Address("tcp", "127.0.0.1", 8901), listen=Address("tcp", "127.0.0.1", 8902)),
+        replace(OTHER, listen=Address("tcp", "127.0.0.1", 8902)),
         "m8 cannot be reached at tcp://127.0.0.1:8901: .*; say with --address where other nodes reach it",
     ),
     "an address where another node listens": (
-        replace(M9, name="m8", address=Address("tcp", "127.0.0.1", 6000), listen=Address("tcp", "127.0.0.1", 8902)),
+        replace(OTHER, address=Address("tcp", "127.0.0.1", 6000), listen=OTHER.address),
         "at tcp://127.0.0.1:6000 answers memory node other, not memory node m8; say with --address where",
     ),
 }
@@ -285,7 +286,7 @@ def reloadable(model: Path, folder: Path, memory: int = 2, **more: object) -> Cl
 
 
 def memory_node(number: int) -> MemoryNodeConfig:
-    return MemoryNodeConfig(name=f"m{number}", address=Address("tcp", "127.0.0.1", 8000 + number), memory=320 * 2048)
+    return MemoryNodeConfig(name=f"m{number}", address=Address("tcp", "127.0.0.1", 8000 + number), memory=640 * 1024)
 
 
 def reload(cluster: SimCluster, name: str = "c0") -> None:
@@ -402,5 +403,5 @@ def test_nodes_that_the_cluster_needs_stay(llama: Path, tmp_path: Path, caplog: 
         assert [await state(cluster, name) for name in ("m0", "m1")] == ["serving", None]
 
     run(config, work)
-    assert re.search(r"event=not_accepted peer=m1 address=\S+ reason='m1 has 64KiB, which holds 32 tokens", caplog.text)
+    assert re.search(r"event=not_accepted peer=m1 address=\S+ reason='m1 has 64KiB, which holds 64 tokens", caplog.text)
     assert "event=not_removed peer=m0 reason='m0 is the only memory node" in caplog.text
