@@ -58,7 +58,7 @@ class AdminClient:
         probed: Probed = await self._questions.ask(Probe(node=node, kind=kind), Probed)
         return probed
 
-    async def drain(self, node: str, patience_s: float) -> Draining:
+    async def drain(self, node: str, patience_s: float | None) -> Draining:
         """Have the front let a memory node leave, or tell how far that is; see `lamina.wire.admin.Drain`."""
         draining: Draining = await self._questions.ask(Drain(node=node, patience=patience_s), Draining)
         return draining

@@ -128,7 +128,7 @@ class StepRunner:
                 continue
             at = Place(slot, layer, number)
             if layer and nodes[layer - 1] != own:
-                values = await self._await_carry(peers[nodes[layer - 1]], at, forward.carry_in(layer))
+                values = await self._await_carry(_peer(peers, nodes[layer - 1]), at, forward.carry_in(layer))
                 await operate(forward.take_over, values, at=at)
             if layer:
                 before = nodes[layer - 1]
@@ -155,10 +155,10 @@ class StepRunner:
                 if part.plan.stored_rows:
                     part.step.send_key_value(layer)
             if forward.local:
-                self._queue_prompts(forward.local, layer)
+                self._queue_prompts(forward, layer)
                 await operate(forward.attend_to_prompts, layer, at=at)
             if nodes[layer + 1] != own:
-                peer = peers[nodes[layer + 1]]
+                peer = _peer(peers, nodes[layer + 1])
                 nbytes = await operate(peer.stage, slot, forward.carry_out(), at=at)
                 peer.hand_over(slot, layer + 1, number, nbytes)
             self.layers += 1
@@ -210,20 +210,26 @@ class StepRunner:
     def forget(self, sequences: Iterable[int] | None) -> None:
         """See `Steps.forget`."""
         for sequence in [*self.prompts, *self._unsent] if sequences is None else sequences:
-            self.prompts.pop(sequence, None)
-            if (prompt := self._unsent.get(sequence)) is not None:
-                prompt.is_over = True
+            for prompt in (self.prompts.pop(sequence, None), self._unsent.get(sequence)):
+                if prompt is not None:
+                    prompt.is_over = True
 
-    def _queue_prompts(self, chunks: Sequence[TokenRun], layer: int) -> None:
+    def _queue_prompts(self, forward: _StepForward, layer: int) -> None:
         """Queue what a layer added to prompts, for the memory nodes that will hold it."""
-        for chunk in chunks:
-            prompt, placement = self.prompts[chunk.sequence], chunk.placement
+        for chunk in forward.local:
+            prompt, placement = forward.own_prompts[chunk.sequence], chunk.placement
             self._unsent[chunk.sequence] = prompt
             for start, count in placement.divide(chunk.start, len(chunk.tokens)):
                 for member in placement.owners(start):
                     if (shard := self.shards.get(member)) is None:
                         raise StaleOrderError(f"the memory node {member} is not there", node="")
                     shard.queue_prompt(prompt, layer, start, count, placement.held(member, start))
+
+
+def _peer(peers: Mapping[int, PeerLane], member: int) -> PeerLane:
+    if (peer := peers.get(member)) is None:
+        raise StaleOrderError(f"the compute node {member} is not there", node="")
+    return peer
 
 
 SCORED_ROWS = 64
@@ -265,6 +271,8 @@ class _StepForward:
     def __init__(self, runner: StepRunner, order: Order) -> None:
         self._model = runner.model
         self._prompts = runner.prompts
+        self.own_prompts: dict[int, PromptKV] = {}
+        """Those of the runs that attend here. They stay while the step runs, also when their sequences are over."""
         self._dtype = runner.dtype
         self._shapes = runner.model.shapes
         self._runs = order.runs
@@ -305,6 +313,8 @@ class _StepForward:
                 self._prompts[run.sequence] = kept
             elif run.sequence not in self._prompts:
                 raise SpaceLostError("this compute node", [run.sequence])  # it has come after the prompt's beginning
+            if not run.remote:
+                self.own_prompts[run.sequence] = self._prompts[run.sequence]
             if run.targets:
                 self.targeted.append((len(token_ids) + run.targets.row, run.targets))
             token_ids += run.tokens
@@ -366,7 +376,7 @@ class _StepForward:
                 k_rows, v_rows = _rows_of(k, part.stored), _rows_of(v, part.stored)
                 part.step.stage_key_value(layer, k_rows, v_rows)
         for run, rows in self._local_rows():
-            self._prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
+            self.own_prompts[run.sequence].store(layer, run.start, k[rows], v[rows])
 
     @staticmethod
     def _divide(values: Tensor, heads: Sequence[slice]) -> Sequence[Tensor]:
@@ -378,7 +388,7 @@ class _StepForward:
         """Compute the attention of the chunks of prompts, over the keys and values that are kept here."""
         assert self._q is not None
         parts = [
-            self._prompts[run.sequence].attend(layer, run.start, self._q[rows]) for run, rows in self._local_rows()
+            self.own_prompts[run.sequence].attend(layer, run.start, self._q[rows]) for run, rows in self._local_rows()
         ]
         self._prompt_o = torch.cat(parts).to(self._dtype)
 

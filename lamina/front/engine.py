@@ -96,6 +96,8 @@ class Engine:
         self._steps = self._tokens = self._failed_steps = 0
         self._changed = asyncio.Event()
         """Set, and replaced, when the members change."""
+        self._stranded: NodeError | None = None
+        """Why nothing is computed, nor will be."""
 
     # -- steps
 
@@ -197,6 +199,8 @@ class Engine:
         if (schedule := formation.schedule) is not None:
             scheduler.keep_chunks = schedule.is_settled
         self._team.change(formation)
+        if formation.schedule is not None:
+            self._stranded = None
         self._count()
         self._changed.set()
         self._changed = asyncio.Event()
@@ -205,6 +209,13 @@ class Engine:
     def settle(self) -> None:
         """Nodes that were lost do not come back in time: requests that need more space than there is now fail."""
         for sequence, error in self._scheduler.settle():
+            self._home.post(self._desk.refuse, sequence, error)
+            self.cancel(sequence)
+
+    def strand(self, error: NodeError) -> None:
+        """Nothing can be computed, and that has been so for too long: all requests fail, until the members change."""
+        self._stranded = error
+        for sequence in self._scheduler.everything():
             self._home.post(self._desk.refuse, sequence, error)
             self.cancel(sequence)
 
@@ -231,8 +242,10 @@ class Engine:
     # -- requests
 
     def submit(self, sequence: Sequence, retry_after_s: float | None = None, restored: bool = False) -> None:
-        """Queue a request, or one that an earlier front had taken. CapacityError says why it cannot be served; then
-        nothing is queued."""
+        """Queue a request, or one that an earlier front had taken. CapacityError or NodeError says why it cannot be
+        served; then nothing is queued."""
+        if self._stranded is not None:
+            raise self._stranded
         self._scheduler.submit(sequence, retry_after_s=retry_after_s, restored=restored)
         self._count()
         self._wake()

@@ -91,6 +91,10 @@ class Members:
         used = set(self._ids.values())
         return wanted if wanted is not None and wanted not in used else next(i for i in count() if i not in used)
 
+    def has(self, id_: int) -> bool:
+        """Return whether there is a member with this id."""
+        return id_ in self._entries
+
     def entry(self, id_: int) -> MemberEntry:
         """Return the member with this id."""
         return self._entries[id_]

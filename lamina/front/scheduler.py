@@ -232,6 +232,10 @@ class Scheduler:
                 unfit.append((sequence, error))
         return unfit
 
+    def everything(self) -> list[Sequence]:
+        """Return all sequences, those that wait and those that have space."""
+        return [*self._waiting, *self._slots.sequences()]
+
     def has(self, member: int) -> bool:
         """Return whether sequences may be placed on a memory node."""
         return self._block_manager.has(member)

@@ -261,6 +261,10 @@ class ComputeNode:
         if self._front is not None:
             self._there.post(self._front.engine.settle)
 
+    def _stranded(self, error: NodeError) -> None:
+        if self._front is not None:
+            self._there.post(self._front.engine.strand, error)
+
     # -- start
 
     async def _start_unless(self, stopping: asyncio.Event) -> Intake | Enlistment | None:
@@ -309,7 +313,7 @@ class ComputeNode:
         kept = await journal.open(self._workers) if journal is not None else []
         key = TenantKey.of(config, served.facts.fingerprint)
         self._roster = roster = Roster(config, served, members, self._neighbours, member=self._member, key=key)
-        roster.on_formed, roster.on_settled = self._formed, self._settled
+        roster.on_formed, roster.on_settled, roster.on_stranded = self._formed, self._settled, self._stranded
         completing = asyncio.ensure_future(roster.complete())
         try:
             self._runner = await self._make_steps(served)

@@ -61,7 +61,8 @@ class Drains:
         """Begin to let a node leave, or tell how far that is."""
         try:
             member = self._member(asked.node)
-            await self.begin(member, asked.patience)
+            if asked.patience is not None:
+                await self.begin(member, asked.patience)
         except LaminaError as error:
             return Draining(error=str(error))
         note = _DIVIDED if self._divides else "" if self._engine.can_move else _STAYS
@@ -71,7 +72,7 @@ class Drains:
         if state in (State.LEAVING, State.GONE):
             tokens = self._engine.counters.draining.get(member, 0) * BLOCK_TOKENS
             return Draining(state="leaving", tokens=tokens, note=note)
-        return Draining(state="lost", note=note)
+        return Draining(state="lost" if state is State.LOST else "back", note=note)
 
     def _member(self, name: str) -> int:
         entry = self._members.find(name)

@@ -90,6 +90,8 @@ class MemoryNode:
         self._there = Crossing(device.loop)
         self._network = network
         self._host = host or Host.own()
+        # By this a front tells a process that has left its cluster from the next one of that name.
+        self._hello = Hello("memory", self._name, {"process": f"{self._host.random.getrandbits(64):016x}"})
         self._attention: str | BackendFactory = backend or node.attention
         self._taken: asyncio.Future[tuple[QuotaPool, float]] | None = None
         self._queue = FairQueue(device)
@@ -110,8 +112,7 @@ class MemoryNode:
         self._device.start()
         # A compute node may attach at once; that is answered when the memory is there.
         self._taken = self._there.start(self._device.run(self._take))
-        hello = Hello("memory", self._name)
-        listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
+        listening = await self._network.listen(self._node.bind, self._hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         stopped = asyncio.ensure_future(stopping.wait())
         watching = AsyncExitStack()
@@ -221,8 +222,7 @@ class MemoryNode:
 
     async def _open_link(self, address: Address) -> Link:
         """Connect to another memory node. Errors are those of `Network.connect`."""
-        hello = Hello("memory", self._name)
-        return await self._network.connect(address, hello, self._options, deadline_s=self._options.peer_timeout)
+        return await self._network.connect(address, self._hello, self._options, deadline_s=self._options.peer_timeout)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -56,6 +56,8 @@ class Roster:
         """Is told of every change of the formation, and which members were lost in between."""
         self.on_settled: Callable[[], None] = lambda: None
         """Is told when a lost node has not come back within the grace."""
+        self.on_stranded: Callable[[NodeError], None] = lambda error: None
+        """Is told when layers have been missing for so long that nothing should wait for them any more."""
         self.on_superseded: Callable[[SupersededError], None] = lambda error: None
         """Is told when another front has taken the tenant over: this one has to end."""
         self.on_left: Callable[[MemberEntry], None] = lambda entry: None
@@ -78,10 +80,10 @@ class Roster:
         """The last term in which this node has attached to a memory node, or tried to."""
         self._lost: set[int] = set()
         """The members that were lost since the last formation."""
+        self._processes: dict[int, object] = {}
+        """What the last process of each memory node calls itself."""
         self._out: set[int] = set()
         """The members that have left, and have not been started anew since."""
-        self._parting: set[int] = set()
-        """Those whose link is about to end because of that."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """What takes a node in, by member id. That of this node itself divides heads."""
         self._news = asyncio.Event()
@@ -89,6 +91,7 @@ class Roster:
         self._patient_until_s = 0.0
         """When heads are divided over those that are there, if others are missing."""
         self._settling: asyncio.TimerHandle | None = None
+        self._stranding: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
         self._is_complete = False
@@ -112,8 +115,9 @@ class Roster:
 
     async def close(self) -> None:
         """Take in no more nodes."""
-        if self._settling is not None:
-            self._settling.cancel()
+        for timer in (self._settling, self._stranding):
+            if timer is not None:
+                timer.cancel()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -122,10 +126,8 @@ class Roster:
     def missing(self) -> list[str]:
         """Return the nodes without which nothing goes on: those that have layers alone, and all memory nodes if none
         serves."""
-        serving = self._members.in_state("compute", State.SERVING)
-        alone = [] if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
-        memory = [] if self.serving else self._members.of_others("memory", State.SERVING)
-        return [self._name(m) for m in (*alone, *memory)]
+        memory = () if self.serving else self._members.of_others("memory", State.SERVING)
+        return [self._name(m) for m in (*self._alone, *memory)]
 
     def detach(self) -> None:
         """Tell the memory nodes that the tenant ends, as this node leaves in order."""
@@ -144,8 +146,11 @@ class Roster:
     def found(self, control: Control) -> None:
         """There is a link to a node."""
         member = control.member
-        if member in self._out:
+        process = control.link.info.peer.details.get("process")
+        if member in self._out and process == self._processes.get(member):
             return
+        self._out.discard(member)
+        self._processes[member] = process
         self._members.join({member: 0})
         if isinstance(control, PeerControl):
             control.on_reach = self._on_reach
@@ -156,12 +161,8 @@ class Roster:
 
     def lost(self, member: int, error: NodeError) -> None:
         """The link to a node has ended. One that still has steps to do for this node is lost to it."""
-        if member in self._parting:
-            self._parting.discard(member)
+        if member in self._out:
             self._forget(member)
-            return
-        if member in self._out:  # it may come back
-            self._out.discard(member)
             return
         if self._is_complete and (task := self._tasks.pop(member, None)) is not None:
             task.cancel()  # in the start, it may know better why, as where the node has refused this one
@@ -171,6 +172,10 @@ class Roster:
             self._settling.cancel()
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
         self._members.lose(member, error)
+        if self._is_complete and self._alone:
+            if self._stranding is not None:
+                self._stranding.cancel()
+            self._stranding = self._loop.call_later(self._patience_s, self._strand)
         if isinstance(error, SupersededError):
             self.on_superseded(error)
 
@@ -185,10 +190,9 @@ class Roster:
         shard = self._neighbours.shards.get(member)
         self._out.add(member)
         if shard is not None and shard.is_attached:
-            self._parting.add(member)
-            shard.detach()
+            shard.detach()  # which ends the link
         self._members.part(member)
-        if member not in self._parting:
+        if shard is None or not shard.is_attached:
             self._forget(member)
 
     def remove(self, member: int) -> None:
@@ -202,6 +206,7 @@ class Roster:
         entry = self._members.entry(member)
         if entry.name not in self.in_file:
             self._out.discard(member)
+            self._processes.pop(member, None)
             self._members.forget(member)
             self._neighbours.know(self._members.entries)
             self.on_left(entry)
@@ -217,9 +222,34 @@ class Roster:
 
     def _settle(self) -> None:
         """A lost node has had its time to come back."""
-        if self._absent and not (self._divides and self._neighbours.shards):
+        compute = {entry.name for entry in self._members.entries if entry.role == "compute"}
+        awaits_division = self._divides and self._neighbours.shards and compute.isdisjoint(self._absent)
+        if self._absent and not awaits_division:
             self._give_up_missing()
         self._tell()
+
+    def _strand(self) -> None:
+        """Nodes that have layers alone were lost, and have had the time that also clients of a lost front have."""
+        if alone := self._alone:
+            names = ", ".join(self._name(m) for m in alone)
+            self.on_stranded(
+                NodeError(
+                    f"the cluster cannot compute without {names}: no other node has these layers, and none came back "
+                    f"within {self._patience_s:g} s; start what is missing",
+                    node=self._name(alone[0]),
+                )
+            )
+
+    @property
+    def _patience_s(self) -> float:
+        """Return the seconds that requests wait for layers that are missing."""
+        return max(self._config.recovery.grace, self._config.recovery.lease)
+
+    @property
+    def _alone(self) -> tuple[int, ...]:
+        """Return the compute nodes that are missing and have layers alone."""
+        serving = self._members.in_state("compute", State.SERVING)
+        return () if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
 
     def _give_up_missing(self) -> None:
         """Go on without the nodes that are missing."""
@@ -267,7 +297,8 @@ class Roster:
             self._reached[compute, news.member] = news.term
             self._tell()
         elif (
-            news.term == self._members.term(news.member)
+            self._members.has(news.member)
+            and news.term == self._members.term(news.member)
             and self._members.state(compute) is State.SERVING  # one that joins has to find its way to all others
             and news.member not in self._out
             and not (self._is_peer(news.member) and self._members.state(news.member) is State.JOINING)  # it is back

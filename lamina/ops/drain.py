@@ -40,8 +40,8 @@ async def drained(
     options = config.options()
     link = AdminClient.connect(front.address, options, name="drain", deadline_s=REACH_S, network=network)
     async with await link as client:
+        told = await client.drain(name, patience_s)
         while True:
-            told = await client.drain(name, patience_s)
             if told.error:
                 raise NodeError(told.error, node=front.name)
             if told.note != note:
@@ -50,9 +50,13 @@ async def drained(
             if told.state == "gone":
                 say(f"{name} has left the cluster and may be stopped; it comes back when it is started again")
                 return
+            if told.state == "back":
+                say(f"{name} has left the cluster, and come back as it was started again")
+                return
             if told.state == "lost":
                 raise NodeError(f"{name} was lost before it was empty; what it held is computed anew", node=name)
             if told.tokens != tokens:
                 tokens = told.tokens
                 say(f"{name} still holds {tokens:,} tokens")
             await asyncio.sleep(LOOK_S)
+            told = await client.drain(name, None)

@@ -182,19 +182,20 @@ class Probed(Message):
 
 class Drain(Message):
     """Ask the front to let memory node ``node`` leave: all that it holds goes elsewhere. Draining answers how far that
-    is; asked again, it tells that again.
+    is.
 
-    What finds no room elsewhere within ``patience`` seconds is computed anew there.
+    What finds no room elsewhere within ``patience`` seconds is computed anew there. None: only tell how far it is.
     """
 
     node: Annotated[str, Meta(max_length=64)]
-    patience: Annotated[float, Meta(ge=0, le=MAX_LEASE)]
+    patience: Annotated[float, Meta(ge=0, le=MAX_LEASE)] | None
 
 
 class Draining(Message):
     """Reports how far a memory node is that is to leave; or, in ``error``, why it is not to."""
 
-    state: Literal["leaving", "gone", "lost"] = "leaving"
+    state: Literal["leaving", "gone", "lost", "back"] = "leaving"
+    """The last one: it takes part in the cluster, and was not told to leave since it was started."""
     tokens: int = 0
     """The positions of KV cache that are still held there."""
     note: str = ""

@@ -144,7 +144,7 @@ class Case:
                 for name in names:
                     away[name] += inf if fault.lasts_s is None else fault.lasts_s + self.lost_s
         front = self.nodes.compute[0]
-        gone = {name for name, seconds in away.items() if seconds > (PATIENCE_S if name == front else self.grace)}
+        gone = {name for name, seconds in away.items() if seconds > self.patience_s(name)}
         if front in gone or (self.has_front_faults and gone):
             return True
         has_ranges = self.compute[0][1] is not None
@@ -153,6 +153,13 @@ class Case:
         )
 
     # -- how long it may take
+
+    def patience_s(self, name: str) -> float:
+        """Virtual seconds that requests wait for a node."""
+        if name == self.nodes.compute[0]:
+            return PATIENCE_S
+        has_layers_alone = name in self.nodes.compute and self.compute[0][1] is not None
+        return max(self.grace, self.config.recovery.lease) if has_layers_alone else self.grace
 
     @property
     def step_s(self) -> float:
@@ -174,7 +181,7 @@ class Case:
     def _trouble_s(self, fault: Fault, kind: Kind) -> float:
         lasts_s = fault.lasts_s
         if lasts_s is None:
-            lasts_s = PATIENCE_S + REACH_S if self.nodes.compute[0] in fault.who else self.grace
+            lasts_s = REACH_S + max(map(self.patience_s, fault.who))
         return lasts_s + self.lost_s + (DRAIN_TIMEOUT_S if kind.is_drained else 0.0)
 
     @property
@@ -194,7 +201,8 @@ class Case:
     def _still_s(self, fault: Fault) -> float:
         lasts_s = inf if fault.lasts_s is None else fault.lasts_s
         # A front that stands still notices nothing.
-        return lasts_s if fault.kind == "front.freeze" else min(lasts_s, self.peer_timeout)
+        # What is silent is looked for in steps of a quarter.
+        return lasts_s if fault.kind == "front.freeze" else min(lasts_s, 1.25 * self.peer_timeout)
 
 
 COMPUTE: tuple[tuple[range | None, ...], ...] = (

@@ -61,6 +61,8 @@ class Total:
     left: int = 0
     steps: int = 0
     preemptions: int = 0
+    moves: int = 0
+    redirections: int = 0
     virtual_s: float = 0.0
     struck: Counter[str] = field(default_factory=Counter)
 
@@ -72,6 +74,8 @@ class Total:
         self.failed += outcome.failed
         self.steps += outcome.steps
         self.preemptions += outcome.preemptions
+        self.moves += outcome.moves
+        self.redirections += outcome.redirections
         self.virtual_s += outcome.virtual_s
         self.struck += outcome.struck
 
@@ -79,8 +83,9 @@ class Total:
         struck = ", ".join(f"{kind} {count}" for kind, count in sorted(self.struck.items()))
         return (
             f"{self.seeds} seeds, {self.virtual_s:.0f} virtual seconds, {self.steps} steps, {self.preemptions} "
-            f"preemptions; requests: {self.asked}, of which {self.recovered} were answered across a fault, {self.left} "
-            f"left by their clients, {self.failed} failed as they may; faults: {struck or 'none'}"
+            f"preemptions, {self.moves} moves, {self.redirections} redirections; requests: {self.asked}, of which "
+            f"{self.recovered} were answered across a fault, {self.left} left by their clients, {self.failed} failed "
+            f"as they may; faults: {struck or 'none'}"
         )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
 from lamina.config import NodeConfig
+from lamina.errors import LaminaError
+from lamina.ops.drain import drained
 from lamina.runtime.spans import Place
 from lamina.sim.cluster import SimCluster
 from tests.sim.clusters import seconds
@@ -17,6 +20,8 @@ from tests.sim.clusters import seconds
 RESTART_S = 0.2
 """Virtual seconds until what restarts nodes starts one again that has ended by itself."""
 SLOW_TIMES = 10.0
+DRAIN_PATIENCE_S = 0.05
+"""Virtual seconds until what finds no room elsewhere is computed anew."""
 
 
 class Nodes(NamedTuple):
@@ -82,6 +87,15 @@ class Troubled(SimCluster):
         for name in names:
             self._down[name] -= 1
             self._revive(name)
+
+    def drain(self, name: str) -> None:
+        """Ask the front to let a memory node leave, which it may refuse; `replace` starts the node again."""
+        self._start_behind(self._drain(name))
+
+    def replace(self, name: str) -> None:
+        """Stop a node, wherever it is with leaving, and start it again."""
+        self.stop_for_now(name)
+        self.restart(name)
 
     def freeze(self, name: str) -> None:
         """The process stands still until `thaw`."""
@@ -152,6 +166,10 @@ class Troubled(SimCluster):
             if self._cut[one, two]:
                 network.cut(one, two, one_way=True)
 
+    async def _drain(self, name: str) -> None:
+        with suppress(LaminaError):
+            await drained(self.config, name, DRAIN_PATIENCE_S, lambda text: None, network=self.world.network)
+
     def _revive(self, name: str) -> None:
         if self._supervising and not self._down[name] and not self.is_running(name):
             self._start_behind(self.start(name))
@@ -218,9 +236,9 @@ def _all(nodes: Nodes, chance: Random) -> tuple[str, ...]:
 
 
 def _pair(nodes: Nodes, chance: Random) -> tuple[str, ...]:
-    """Two that have a link; memory nodes have none with each other."""
-    one = chance.choice(nodes.compute)
-    return one, chance.choice([name for name in nodes.all if name != one])
+    """Two that have a link; memory nodes have one with each other while blocks move."""
+    one, other = chance.sample(nodes.all, 2)
+    return one, other
 
 
 def _directed_pair(nodes: Nodes, chance: Random) -> tuple[str, ...]:
@@ -257,7 +275,7 @@ class Kind:
     @property
     def is_drained(self) -> bool:
         """Whether a node may finish its work first."""
-        return self.name.endswith(".stop")
+        return self.name.endswith((".stop", ".drain"))
 
     def draw(self, nodes: Nodes, chance: Random, within_s: float, peer_timeout: float) -> Fault | None:
         """A fault of this kind in the first seconds of a run."""
@@ -285,6 +303,14 @@ def _freeze(cluster: Troubled, who: tuple[str, ...]) -> None:
 
 def _thaw(cluster: Troubled, who: tuple[str, ...]) -> None:
     cluster.thaw(*who)
+
+
+def _drain(cluster: Troubled, who: tuple[str, ...]) -> None:
+    cluster.drain(*who)
+
+
+def _replace(cluster: Troubled, who: tuple[str, ...]) -> None:
+    cluster.replace(*who)
 
 
 def _cut(cluster: Troubled, who: tuple[str, ...]) -> None:
@@ -319,6 +345,7 @@ KINDS = {
         Kind("stall.cut", _pair, _cut, _mend, stalls=True),
         Kind("stall.one-way", _directed_pair, _cut_one_way, _mend_one_way, stalls=True),
         *_of_process("memory", _memory),
+        Kind("memory.drain", _memory, _drain, _replace, SILENCE),
         Kind("memory.freeze", _memory, _freeze, _thaw, SILENCE),
         *_of_process("compute", _follower),
         Kind("compute.freeze", _follower, _freeze, _thaw, SILENCE),
@@ -329,7 +356,7 @@ KINDS = {
         *_of_process("all", _all),
     )
 }
-"""All kinds, by name. Nodes that join, drain or move get theirs here."""
+"""All kinds, by name."""
 
 
 def kinds_of(names: str) -> list[str]:

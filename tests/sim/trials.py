@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lamina.client import AsyncClient
 from lamina.errors import CapacityError, ConnectError, DeadlockError, LaminaError, NodeError
-from lamina.front import blocks, fit
+from lamina.front import blocks, fit, moves
 from lamina.front.scheduler import Scheduler
 from lamina.front.team import StepResult, Team
+from lamina.memory import couriers
 from lamina.sim.world import World
 from lamina.wire.requests import Sampling
 from tests.sim.cases import CONTEXT, HEADS, WITHIN_S, Ask, Case
@@ -26,8 +28,6 @@ from tests.sim.clusters import is_idle
 from tests.sim.exact import Asking, exact_model, expected
 from tests.sim.faults import KINDS, Fault, Troubled
 
-STRIPE_BLOCKS = 1
-"""Shorter than in a real cluster, so that short sequences are striped as well."""
 READY_S = 10.0
 """Virtual seconds within which a cluster has to be ready where nothing is wrong."""
 REFUSED = re.compile("is still starting|takes no new requests")
@@ -71,6 +71,8 @@ class Outcome:
     steps: int = 0
     longest_step_s: float = 0.0
     preemptions: int = 0
+    moves: int = 0
+    redirections: int = 0
     virtual_s: float = 0.0
     trace: list[str] = field(default_factory=list)
 
@@ -261,12 +263,24 @@ class _Run:
     async def _until_well(self, within_s: float) -> None:
         """Wait until all nodes run, and the front takes requests."""
         due_s, pause_s = self._loop.time() + within_s, 0.01
-        while not (self._cluster.is_well and await self._is_ready()):
+        while not (self._cluster.is_well and await self._is_ready() and self._cluster.is_well):
             if self._loop.time() > due_s:
                 ended = {name: repr(error) for name, error in self._cluster.ended.items()}
-                raise BrokenPromiseError("unwell", f"not ready within {within_s:.1f} s; ended: {ended or 'none'}")
+                raise BrokenPromiseError(
+                    "unwell", f"not ready within {within_s:.1f} s; ended: {ended or 'none'}; {await self._told()}"
+                )
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.5)
+
+    async def _told(self) -> str:
+        """What the front says of the nodes."""
+        try:
+            status = await self._cluster.status(self._case.config.front.name)
+        except LaminaError as error:
+            return str(error)
+        members = ", ".join(f"{member.name} {member.state}" for member in status.members)
+        peers = ", ".join(peer.name for peer in status.peers)
+        return f"the front is {status.state}, {status.waiting_for or 'waits for nobody'}; {members}; linked: {peers}"
 
     async def _is_ready(self) -> bool:
         try:
@@ -322,6 +336,8 @@ class _Run:
     def _count(self, front: Any) -> None:
         self.outcome.steps = front.steps
         self.outcome.preemptions = front.preemptions
+        self.outcome.moves = front.moves
+        self.outcome.redirections = front.redirections
         self.outcome.virtual_s = self._loop.time()
 
     @contextmanager
@@ -352,16 +368,17 @@ def _without_given_up(found: Counter[str]) -> Counter[str]:
 
 @contextmanager
 def _small_scale(case: Case) -> Iterator[None]:
-    """Have the scheduler reserve, and the placement stripe, as a cluster does with longer sequences; and spend little
-    on measuring steps whenever a front starts."""
+    """Have the scheduler reserve, the placement stripe, and sequences move, as in a cluster with longer sequences; and
+    spend little on measuring steps whenever a front starts."""
     defaults: Any = Scheduler.__init__.__kwdefaults__
-    usual = blocks.STRIPE_BLOCKS, defaults["ahead_blocks"], fit._rounds
-    blocks.STRIPE_BLOCKS, defaults["ahead_blocks"] = STRIPE_BLOCKS, case.ahead_blocks
-    fit._rounds = lambda rows, tokens: iter([(1, 1)])
-    try:
+    with (
+        mock.patch.object(blocks, "STRIPE_BLOCKS", 1),
+        mock.patch.multiple(moves, PLAN_EVERY=2, MIN_LEFT=4),
+        mock.patch.object(couriers, "IDLE_S", 0.1),
+        mock.patch.object(fit, "_rounds", return_value=[(1, 1)]),
+        mock.patch.dict(defaults, ahead_blocks=case.ahead_blocks),
+    ):
         yield
-    finally:
-        blocks.STRIPE_BLOCKS, defaults["ahead_blocks"], fit._rounds = usual
 
 
 def _described(context: dict[str, Any]) -> str:
