@@ -131,6 +131,7 @@ class Enlistment:
         """The front has said who the members are, and in which states."""
         if self._follower is not None:
             self._follower.limits = limits(self._config, self._served, self._members)
+        self._reform()  # before the first order of the new epoch
         self._wake.set()
 
     async def _agree(self, peer: PeerControl) -> None:

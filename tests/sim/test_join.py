@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -21,13 +24,15 @@ from lamina.config import (
 )
 from lamina.errors import LaminaError
 from lamina.node.compute import ComputeNode
+from lamina.node.joining import Joining
 from lamina.ops.drain import drained
 from lamina.sim.cluster import SimCluster
+from lamina.sim.empty import EmptyModel
 from lamina.sim.world import World
 from lamina.transport import Address
 from lamina.watch import ClusterWatch
 from tests.families import VOCABULARY
-from tests.sim.clusters import LINK, eventually, has_no_tenant, is_idle, make_config, new_cluster, simulate
+from tests.sim.clusters import LINK, eventually, generate, has_no_tenant, is_idle, make_config, new_cluster, simulate
 
 CONTEXT = 256
 _random = random.Random(7)
@@ -63,13 +68,15 @@ async def serving(cluster: SimCluster, *names: str) -> None:
     await eventually(serve)
 
 
-def run(config: ClusterConfig, work: Callable[[SimCluster], object], limit_s: float = 300) -> None:
-    async def main(world: World) -> None:
-        async with new_cluster(world, config) as cluster:
-            await cluster.ready()
-            await work(cluster)  # type: ignore[misc]
+def run(config: ClusterConfig, work: Callable[[SimCluster], Awaitable[None]], **model: int) -> None:
+    """Do ``work`` with a cluster that is ready; an empty model is as ``model`` says."""
 
-    with World(1, model=LINK, tracing=False, limit_s=limit_s) as world:
+    async def main(world: World) -> None:
+        async with new_cluster(world, config, **model) as cluster:
+            await cluster.ready()
+            await work(cluster)
+
+    with World(1, model=LINK, tracing=False, limit_s=300) as world:
         world.run(main(world))
 
 
@@ -272,6 +279,101 @@ def test_a_node_that_cannot_join_is_told_why(kind: str, llama: Path) -> None:
 
 async def _has_ended(cluster: SimCluster, name: str) -> bool:
     return name in cluster.ended
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a cluster of empty models, made with ``config``, says to ``node``."""
+
+    node: MemoryNodeConfig | ComputeNodeConfig
+    reason: str
+    front: str = "c0"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def _partition(partition: str) -> dict[str, Any]:
+    return {"pipeline": PipelineConfig(partition=partition)}  # type: ignore[arg-type]
+
+
+UNSUITABLE = {
+    "more memory nodes than heads": Refusal(
+        M9, "c0 at .*: the model has 2 KV heads in a layer, which cannot be split over 3 memory nodes", config={}
+    ),
+    "a smaller node than stripes need": Refusal(
+        replace(M9, memory=150 * 1024),
+        "c0 at .*: with m9, which holds 288 tokens, the memory nodes could hold 800 tokens of one request, fewer than "
+        "the context of 1024",
+        config=_partition("tokens") | {"memory": 600 * 1024, "context": 1024},
+    ),
+    "a replica beside layers": Refusal(
+        R1,
+        "c0 at .*: the compute nodes of this cluster have layers of their own, so that no other one can join them",
+        config={"compute": (range(2), range(2, 4))},
+    ),
+    "a follower for the front": Refusal(
+        M9,
+        "c1 at .*: c1 is not the front; c0 is, at tcp://127.0.0.1:7000",
+        front="c1",
+        config={"compute": (None, None)},
+    ),
+    "a memory node for the front": Refusal(
+        M9, "at tcp://127.0.0.1:8000 answers a memory node, m0; expected the front of a cluster", front="m0"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUITABLE)
+def test_a_node_that_does_not_suit_is_told_why(kind: str) -> None:
+    """By the front, or by the node that it takes for the front."""
+    refusal = UNSUITABLE[kind]
+
+    async def work(cluster: SimCluster) -> None:
+        address, options = cluster.find(refusal.front).address, cluster.config.options()
+        joining = Joining(address, refusal.node, cluster.world.network, options)
+        with pytest.raises(LaminaError, match=f"^--join: {refusal.reason}".replace(" at .*: ", " at .* take in .*: ")):
+            await joining.run(asyncio.Event())
+
+    run(make_config(**refusal.config), work, context=1024)
+
+
+def test_a_replica_of_another_model_ends() -> None:
+    """What lies at the path of the model has to be the model of the front; and the cluster goes on."""
+
+    async def work(cluster: SimCluster) -> None:
+        open_model = cluster._open_model
+
+        def open_other(config: ClusterConfig) -> EmptyModel:
+            facts = open_model(config).facts
+            return EmptyModel(dataclasses.replace(facts, fingerprint="other"), rows=1024)
+
+        cluster._open_model = open_other
+        await cluster.join(R1)
+        await eventually(lambda: _has_ended(cluster, "r1"))
+        with pytest.raises(LaminaError, match=r"^the cluster of c0: model: other here, but empty on c0"):
+            raise cluster.ended["r1"] or AssertionError
+        async with cluster.client() as client:
+            assert await generate(client, [[1] * 20] * 2, max_tokens=10) == [[0] * 10] * 2
+
+    run(make_config(pipeline=PipelineConfig(partition="requests")), work)
+
+
+def test_a_front_that_is_starting_is_waited_for() -> None:
+    """A node can be started before the cluster that it joins."""
+    config = make_config(pipeline=PipelineConfig(partition="requests"))
+
+    async def main(world: World) -> None:
+        cluster = new_cluster(world, config)
+        await cluster.join(M9)
+        await asyncio.sleep(1)
+        await cluster.start("c0")
+        await asyncio.sleep(3)
+        for name in ("m0", "m1"):
+            await cluster.start(name)
+        await serving(cluster, "m9")
+        assert set((await cluster.stop_all()).values()) == {None}
+
+    with World(1, model=LINK, tracing=False, limit_s=300) as world:
+        world.run(main(world))
 
 
 # -- the file is read again
