@@ -173,6 +173,8 @@ def write_config(
     """A cluster file with compute nodes ``c0``, ``c1``, ... and memory nodes ``m0``, ``m1``, ... on ``memory_ports``.
 
     ``compute`` has the layers of each compute node; None: all of them. ``model_keys`` are more keys of ``[model]``.
+    ``recovery`` is by default without a lease, as tests share memory nodes: a front that is killed has to leave its
+    space to the next one's.
 
     The slices are not ``compiled`` by default: a tiny model is ready sooner and hardly slower without.
     """
@@ -203,7 +205,7 @@ def write_config(
         ModelConfig(path=str(model), dtype=dtype, compile=compiled, **model_keys),
         nodes,
         pipeline=pipeline,
-        recovery=recovery,
+        recovery=recovery or RecoveryConfig(lease=0),
         transport=TransportConfig(
             kind=wiring.kind, peer_timeout=wiring.peer_timeout, start_timeout=start_timeout, **wiring.keys()
         ),
@@ -266,7 +268,7 @@ async def ready(config: ClusterConfig, node: Node) -> Status:
         return status
 
 
-async def eventually(condition: Any, timeout_s: float = 5.0) -> None:
+async def eventually(condition: Any, timeout_s: float = 30.0) -> None:
     """Wait until the coroutine function ``condition`` returns something true."""
     deadline = time.monotonic() + timeout_s
     while not await condition():

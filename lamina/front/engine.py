@@ -199,7 +199,7 @@ class Engine:
         if (schedule := formation.schedule) is not None:
             scheduler.keep_chunks = schedule.is_settled
         self._team.change(formation)
-        if formation.schedule is not None:
+        if formation.is_whole and formation.blocks:
             self._stranded = None
         self._count()
         self._changed.set()

@@ -57,7 +57,7 @@ class Roster:
         self.on_settled: Callable[[], None] = lambda: None
         """Is told when a lost node has not come back within the grace."""
         self.on_stranded: Callable[[NodeError], None] = lambda error: None
-        """Is told when layers have been missing for so long that nothing should wait for them any more."""
+        """Is told when nothing could be computed for so long that no request should wait any more."""
         self.on_superseded: Callable[[SupersededError], None] = lambda error: None
         """Is told when another front has taken the tenant over: this one has to end."""
         self.on_left: Callable[[MemberEntry], None] = lambda entry: None
@@ -126,8 +126,10 @@ class Roster:
     def missing(self) -> list[str]:
         """Return the nodes without which nothing goes on: those that have layers alone, and all memory nodes if none
         serves."""
+        serving = self._members.in_state("compute", State.SERVING)
+        alone = () if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
         memory = () if self.serving else self._members.of_others("memory", State.SERVING)
-        return [self._name(m) for m in (*self._alone, *memory)]
+        return [self._name(m) for m in (*alone, *memory)]
 
     def detach(self) -> None:
         """Tell the memory nodes that the tenant ends, as this node leaves in order."""
@@ -172,10 +174,6 @@ class Roster:
             self._settling.cancel()
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
         self._members.lose(member, error)
-        if self._is_complete and self._alone:
-            if self._stranding is not None:
-                self._stranding.cancel()
-            self._stranding = self._loop.call_later(self._patience_s, self._strand)
         if isinstance(error, SupersededError):
             self.on_superseded(error)
 
@@ -222,34 +220,34 @@ class Roster:
 
     def _settle(self) -> None:
         """A lost node has had its time to come back."""
-        compute = {entry.name for entry in self._members.entries if entry.role == "compute"}
-        awaits_division = self._divides and self._neighbours.shards and compute.isdisjoint(self._absent)
-        if self._absent and not awaits_division:
+        if self._absent and not (self._divides and self._neighbours.shards):
             self._give_up_missing()
         self._tell()
 
-    def _strand(self) -> None:
-        """Nodes that have layers alone were lost, and have had the time that also clients of a lost front have."""
-        if alone := self._alone:
-            names = ", ".join(self._name(m) for m in alone)
-            self.on_stranded(
-                NodeError(
-                    f"the cluster cannot compute without {names}: no other node has these layers, and none came back "
-                    f"within {self._patience_s:g} s; start what is missing",
-                    node=self._name(alone[0]),
-                )
-            )
+    def _watch(self, formation: Formation) -> None:
+        """Have nothing wait for ever for members with which steps can run."""
+        if formation.is_whole and formation.blocks:
+            if self._stranding is not None:
+                self._stranding.cancel()
+                self._stranding = None
+        elif self._stranding is None and self._is_complete:
+            self._stranding = self._loop.call_later(self._patience_s, self._strand)
 
     @property
     def _patience_s(self) -> float:
-        """Return the seconds that requests wait for layers that are missing."""
+        """Return the seconds that requests wait for nodes without which nothing goes on."""
         return max(self._config.recovery.grace, self._config.recovery.lease)
 
-    @property
-    def _alone(self) -> tuple[int, ...]:
-        """Return the compute nodes that are missing and have layers alone."""
-        serving = self._members.in_state("compute", State.SERVING)
-        return () if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
+    def _strand(self) -> None:
+        away = [entry for entry in self._members.entries if self._members.state(entry.id) is not State.SERVING]
+        states = ", ".join(f"{entry.name} {self._members.state(entry.id).value}" for entry in away)
+        error = NodeError(
+            f"nothing could be computed for {self._patience_s:g} s, without nodes that every other one reaches "
+            f"({states}); start what is missing, or mend the network between them",
+            node=away[0].name if away else "",
+        )
+        log.warning("event=stranded reason=%r", str(error))
+        self.on_stranded(error)
 
     def _give_up_missing(self) -> None:
         """Go on without the nodes that are missing."""
@@ -281,6 +279,7 @@ class Roster:
             frozenset(self._name(m) for m in (*self.serving, *others)),
         )
         lost, self._lost = frozenset(self._lost), set()
+        self._watch(formation)
         self.on_formed(formation, lost)
 
     # -- compute nodes

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from tests.sim.cases import Case, Part, draw
 from tests.sim.faults import KINDS, kinds_of
+from tests.sim.mutants import MUTANTS, Mutant
 from tests.sim.trials import BrokenPromiseError, Outcome, attempt, run
 
 # -- smaller cases
@@ -45,6 +46,31 @@ def shrink(case: Case, failure: BrokenPromiseError, part: Part) -> tuple[Part, B
                 part, failure, shrunk = smaller, found, True
                 break
     return part, failure
+
+
+# -- faults that are made on purpose
+
+
+def catch(mutant: Mutant) -> tuple[Case, BrokenPromiseError] | None:
+    """The first case that a mutant fails, and how; None if it fails none that the product itself does not."""
+    kinds = kinds_of(mutant.kinds)
+    for case in (draw(seed, kinds) for seed in range(mutant.seeds)):
+        with mutant.made():
+            failure = attempt(case)[1]
+        if failure is not None and attempt(case)[1] is None:
+            return case, failure
+    return None
+
+
+def _catch_all() -> int:
+    """Say which seed shows each mutant; 1 if one is not found."""
+    missed = 0
+    for name, mutant in MUTANTS.items():
+        caught = catch(mutant)
+        missed += caught is None
+        how = f"not found in {mutant.seeds} seeds" if caught is None else f"seed {caught[0].seed}, {caught[1]!s:.160}"
+        _say(f"{name}: {how}")
+    return 1 if missed else 0
 
 
 # -- the command
@@ -114,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", help="the numbers of those to keep, or none")
     parser.add_argument("--asks", help="the numbers of the requests to keep, or none")
     parser.add_argument("--nodes", help="the names of those to keep")
+    parser.add_argument("--mutants", action="store_true", help="break the product on purpose, and find each fault")
     parser.add_argument("--keep-going", action="store_true", help="also behind a seed that fails")
     parser.add_argument("--no-shrink", action="store_true", help="do not look for smaller cases that fail")
     parser.add_argument("--show", action="store_true", help="print each case")
@@ -123,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds = kinds_of(options.kinds)
     except ValueError as error:
         parser.error(str(error))
+    if options.mutants:
+        return _catch_all()
     seeds = range(options.first, options.first + options.seeds) if options.seed is None else [options.seed]
     total, failed, begun_s = Total(), 0, time.perf_counter()
     gc.collect()

@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from lamina.config import PipelineConfig
+from lamina.config import PipelineConfig, RecoveryConfig
+from lamina.errors import NodeError
 from lamina.sim.cluster import SimCluster
 from lamina.sim.world import World
 from tests.families import VOCABULARY
-from tests.sim.clusters import LINK, eventually, generate, is_idle, make_config, new_cluster, simulate
+from tests.sim.clusters import (
+    LINK,
+    PEER_TIMEOUT_S,
+    eventually,
+    generate,
+    is_idle,
+    make_config,
+    new_cluster,
+    simulate,
+)
 
 CONTEXT = 256
 _random = random.Random(5)
@@ -146,3 +156,33 @@ def test_lost_nodes_leave_no_memory_behind() -> None:
             world.run(main(world))
     finally:
         gc.enable()
+
+
+def test_layers_that_stay_away_are_not_waited_for_for_ever(llama: Path) -> None:
+    """After the lease, requests fail with what is missing, and later ones at once; all is well when it is back."""
+    compute, recovery = (range(2), range(2, 4)), RecoveryConfig(grace=1.0, lease=5.0)
+    config = make_config(llama, compute=compute, memory=8 << 20, context=CONTEXT, recovery=recovery)
+    expected = simulate(config, answers)
+
+    async def work(cluster: SimCluster) -> None:
+        asked = asyncio.ensure_future(answers(cluster))
+        await asyncio.sleep(0.02)
+        cluster.kill("c1")
+        loop = asyncio.get_running_loop()
+        killed_s = loop.time()
+        with pytest.raises(NodeError, match=r"nothing could be computed for 5 s, .*c1 lost"):
+            await asked
+        assert loop.time() - killed_s < PEER_TIMEOUT_S + 5.1
+        with pytest.raises(NodeError, match="c1 lost"):
+            await answers(cluster)
+        assert loop.time() - killed_s < PEER_TIMEOUT_S + 5.2
+        await cluster.start("c1")
+        await eventually(lambda: is_whole(cluster))
+        assert await answers(cluster) == expected
+
+    simulate(config, work)
+
+
+async def is_whole(cluster: SimCluster) -> bool:
+    """Whether all members serve."""
+    return all(member.state == "serving" for member in (await cluster.status("c0")).members)

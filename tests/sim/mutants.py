@@ -1,0 +1,112 @@
+"""Faults that are made on purpose, each in one place of the product, which `tests.sim.chaos` has to find."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+from lamina.attention.cache import KVCache
+from lamina.attention.rows import Rows, Run
+from lamina.attention.transfers import Transfers
+from lamina.front.journal import RequestJournal
+from lamina.front.scheduler import Scheduler
+from lamina.front.sequence import CacheChanges
+from lamina.memory.tenant import Tenant
+from lamina.node.memory import MemoryNode
+
+
+class Mutant(NamedTuple):
+    """``kinds`` are the faults that show it, in at most ``seeds`` seeds."""
+
+    made: Callable[[], AbstractContextManager[Any]]
+    kinds: str
+    seeds: int
+
+
+@contextmanager
+def _links_of_earlier_terms() -> Iterator[None]:
+    """A memory node serves the links of an earlier term on."""
+
+    async def nothing(self: MemoryNode, *_: object) -> None:
+        pass
+
+    with mock.patch.object(MemoryNode, "_end_links", nothing):
+        yield
+
+
+@contextmanager
+def _term_not_ended() -> Iterator[None]:
+    """A memory node goes on with the sequences of an earlier term."""
+    with mock.patch.object(Tenant, "take_over", lambda self: self.members.clear()):
+        yield
+
+
+@contextmanager
+def _append_behind() -> Iterator[None]:
+    """What is stored again goes behind what was stored before, instead of into its place."""
+    usual = KVCache.place
+
+    def place(self: KVCache, rows: Rows, *, attend: bool = True, store: bool = True) -> Any:
+        runs = []
+        for run in rows.runs:
+            filled = int(self._filled[:, self._reservation(run.sequence).slot].min())
+            runs.append(Run(run.sequence, max(run.start, filled), run.count))
+        return usual(self, Rows(tuple(runs)), attend=attend, store=store)
+
+    with mock.patch.object(KVCache, "place", place):
+        yield
+
+
+@contextmanager
+def _transfer_not_reserved() -> Iterator[None]:
+    """A memory node gives the blocks that another one sends to others meanwhile."""
+    usual = Transfers.expect
+
+    def expect(self: Transfers, transfer: int, blocks: int) -> None:
+        usual(self, transfer, blocks)
+        for group, own in zip(self._pools.groups, self._blocks[transfer], strict=True):
+            group.free(own.tolist())
+
+    with mock.patch.object(Transfers, "expect", expect):
+        yield
+
+
+@contextmanager
+def _journal_line_lost() -> Iterator[None]:
+    """One of five steps is not written to the journal."""
+    usual, count = RequestJournal.write, itertools.count()
+
+    def write(self: RequestJournal, step: Any, then: Callable[[], object]) -> None:
+        if next(count) % 5:
+            usual(self, step, then)
+        else:
+            then()
+
+    with mock.patch.object(RequestJournal, "write", write):
+        yield
+
+
+@contextmanager
+def _loss_forgotten() -> Iterator[None]:
+    """The scheduler has sequences go on that have lost blocks."""
+    usual = Scheduler.lose
+
+    def lose(self: Scheduler, member: int) -> CacheChanges:
+        with mock.patch.object(self, "_evict", lambda sequences, changes: changes):
+            return usual(self, member)
+
+    with mock.patch.object(Scheduler, "lose", lose):
+        yield
+
+
+MUTANTS = {
+    "links of an earlier term are served": Mutant(_links_of_earlier_terms, "front,network", 60),
+    "sequences of an earlier term go on": Mutant(_term_not_ended, "front,network", 60),
+    "what is stored again is stored twice": Mutant(_append_behind, "memory,network,compute", 60),
+    "a move is not reserved": Mutant(_transfer_not_reserved, "memory.drain", 100),
+    "a line of the journal is lost": Mutant(_journal_line_lost, "front.kill", 60),
+    "a lost memory node loses nothing": Mutant(_loss_forgotten, "memory", 60),
+}
