@@ -13,7 +13,7 @@ from functools import partial
 from importlib.metadata import entry_points
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, NoReturn
 
 import typer
 from msgspec.structs import replace
@@ -27,11 +27,6 @@ from lamina.serve.cli import batch, serve
 from lamina.table import discard_output
 from lamina.transport import Address
 from lamina.validation import option_name, parse_option
-
-if TYPE_CHECKING:
-    from lamina.config import MemoryNodeConfig, TransportConfig
-    from lamina.log import Format
-    from lamina.transport import Options
 
 
 class WholeHelp(TyperGroup):
@@ -184,11 +179,13 @@ def node(
             raise ConfigError("CONFIG: missing; a compute node needs the file that wires the cluster, or --join")
         if address is not None and join is None:
             raise ConfigError("--address: not allowed without --join; where a memory node listens, --listen says")
-        wiring, options = _links(links)
+        from lamina.node.unfiled import links_of, memory_node_of, run_replica
+
+        wiring, options = links_of(links)
         front = None if join is None else parse_option("join", Address.parse, join)
         if role == "compute" and front is not None:
-            raise typer.Exit(_run_replica(front, name, own, overrides, wiring, options, format_))
-        chosen = _memory_node(name, own, options, joins=front is not None)
+            raise typer.Exit(run_replica(front, name, own, overrides, wiring, options, format_))
+        chosen = memory_node_of(name, own, options, joins=front is not None)
     else:
         for key, given in (own | links).items():
             if given is not None:
@@ -231,88 +228,6 @@ def node(
         return daemon.Daemon(serve)
 
     raise typer.Exit(daemon.run(chosen.name, make_memory, format_))
-
-
-def _links(links: dict[str, Any]) -> tuple[TransportConfig, Options]:
-    """Return how a node without a cluster file makes links, from the options of the command line."""
-    from lamina.config import TransportConfig, TransportKind
-
-    _require_known("transport", links["transport"], TransportKind)
-    given = {key: value for key, value in links.items() if value is not None}
-    transport = TransportConfig(kind=given.pop("transport", "auto"), **given)
-    return transport, transport.options(Path(), option_name)
-
-
-def _memory_node(name: str | None, own: dict[str, Any], options: Options, *, joins: bool) -> MemoryNodeConfig:
-    """Return a memory node without a cluster file, from the options of the command line."""
-    from lamina.config import Attention, MemoryNodeConfig, parse_name, parse_size
-
-    if own["listen"] is None or own["memory"] is None:
-        raise ConfigError("--listen and --memory: a memory node needs both, or CONFIG and --name")
-    if own["device"] is not None:
-        raise ConfigError("--device: not allowed for a memory node, which computes on the processors")
-    _require_known("attention", own["attention"], Attention)
-    memory = parse_option("memory", parse_size, own["memory"])
-    given = _own(own, options, "memory", "attention")
-    name = name or f"memory-{given['listen'].port}"
-    if joins:
-        parse_option("name", parse_name, name)
-    return MemoryNodeConfig(name=name, **given | {"memory": memory})
-
-
-def _run_replica(
-    front: Address,
-    name: str | None,
-    own: dict[str, Any],
-    overrides: dict[str, Any],
-    transport: TransportConfig,
-    options: Options,
-    format_: Format,
-) -> int:
-    """Run a compute node without a cluster file, from the options of the command line; return its exit status."""
-    from lamina.config import ComputeNodeConfig, parse_device, parse_name
-    from lamina.node import daemon
-
-    if own["listen"] is None or name is None:
-        raise ConfigError("--listen and --name: a compute node with --join needs both")
-    for key, given in (own | overrides).items():
-        if key in ("memory", "attention", "numa") and given is not None:
-            raise ConfigError(f"--{key}: not allowed for a compute node, which holds no KV cache")
-    parse_option("name", parse_name, name)
-    device_name = parse_option("device", parse_device, own["device"] or "cpu")
-    node = ComputeNodeConfig(name=name, **_own(own, options) | {"device": device_name} | overrides)
-
-    def make() -> daemon.Daemon:
-        from lamina.node.replica import Replica
-        from lamina.runtime.cpu import CpuDevice
-        from lamina.runtime.sockets import Sockets
-
-        device = CpuDevice(node.device, cpus=node.cpus, threads=node.threads)
-        return daemon.Daemon(
-            Replica(front, node, transport, node.options(options), device=device, network=Sockets()).serve
-        )
-
-    return daemon.run(name, make, format_)
-
-
-def _own(own: dict[str, Any], options: Options, *more: str) -> dict[str, Any]:
-    """Return the keys of a node without a cluster file, of those that nodes of both roles have, and ``more``."""
-    given = {key: own[key] for key in ("threads", *more) if own[key] is not None}
-    for key in ("listen", "address", "metrics"):
-        if own[key] is not None:
-            given[key] = parse_option(key, Address.parse, own[key])
-    for key in ("listen", "address"):
-        if key in given and not given[key].is_loopback and options.secret is None:
-            raise ConfigError(
-                f"--{key}: {given[key]} is not a loopback address, so it needs --secret-file with the secret of the "
-                "cluster; `lamina secret` makes one"
-            )
-    return {"address": given["listen"]} | given
-
-
-def _require_known(key: str, value: str | None, choices: Any) -> None:
-    if value is not None and value not in (known := get_args(choices)):
-        raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
 
 
 @app.command()

@@ -230,10 +230,6 @@ class Engine:
         self._count()
         self._wake()
 
-    def max_context_with(self, blocks: int) -> int:
-        """Return how long a sequence could become with a memory node more, of so many blocks."""
-        return self._scheduler.max_context_with(blocks)
-
     def evacuate(self, member: int) -> None:
         """What still lies on a memory node that is to be empty is computed anew elsewhere."""
         self._tell(self._scheduler.evacuate(member))

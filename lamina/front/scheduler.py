@@ -188,10 +188,6 @@ class Scheduler:
         """Let a memory node become empty by and by: see `BlockManager.drain`."""
         self._block_manager.drain(member, context)
 
-    def max_context_with(self, blocks: int) -> int:
-        """Return how long a sequence could become with a memory node more, of so many blocks."""
-        return self._block_manager.max_context_with(blocks)
-
     def evacuate(self, member: int) -> CacheChanges:
         """What still lies on a draining memory node is given up: its sequences wait, and lie elsewhere afterwards."""
         there = [s for s in self._slots.sequences() if member in s.placement.all_members]

@@ -10,7 +10,7 @@ import msgspec
 
 from lamina.config import ClusterConfig, MemoryNodeConfig, NodeConfig, format_size, load, parse_name
 from lamina.errors import CapacityError, ConfigError, ConnectError, LaminaError
-from lamina.front.engine import Engine
+from lamina.front.blocks import BlockManager
 from lamina.front.members import Members, State, entry_of
 from lamina.limits import MAX_COMPUTE
 from lamina.node.drains import Drains
@@ -44,18 +44,18 @@ class Admission:
         members: Members,
         roster: Roster,
         drains: Drains,
-        engine: Engine,
+        blocks: BlockManager,
         device: Crossing,
         network: Network,
     ) -> None:
-        """``engine`` belongs to the loop to which ``device`` leads."""
+        """``blocks`` belong to the loop to which ``device`` leads."""
         self._config = config
         """The file as it was last read, but for what needs a restart."""
         self._served = served
         self._members = members
         self._roster = roster
         self._drains = drains
-        self._engine = engine
+        self._blocks = blocks
         self._there = device
         self._network = network
         self._links: dict[int, Link] = {}
@@ -151,7 +151,7 @@ class Admission:
                 f"{format_size(least * each)} for {least} tokens"
             )
         if self._config.pipeline.partition != "heads":
-            most = await self._there.call(self._engine.max_context_with, tokens // BLOCK_TOKENS)
+            most = await self._there.call(self._blocks.max_context_with, tokens // BLOCK_TOKENS)
             if most < served.context:
                 raise CapacityError(
                     f"with {name}, which holds {tokens} tokens, the memory nodes could hold {most} tokens of one "
@@ -259,6 +259,43 @@ class Admission:
             log.error("event=not_removed peer=%s reason=%r", name, str(error))
             return False
         return True
+
+
+class Door:
+    """Is what a compute node has for nodes that would join, and for SIGHUP: only the front that serves opens it."""
+
+    def __init__(self, config: ClusterConfig, name: str) -> None:
+        """``name`` is that of this node."""
+        self._config = config
+        self._name = name
+        self._admission: Admission | None = None
+
+    def open(self, admission: Admission) -> None:
+        """Take nodes in from now on."""
+        self._admission = admission
+
+    async def close(self) -> None:
+        """Take in no more nodes."""
+        if self._admission is not None:
+            await self._admission.close()
+
+    async def ask(self, link: Link, asked: Candidate) -> Accepted:
+        """Answer a node that asks over ``link``."""
+        front = self._config.front
+        if self._name != front.name:
+            return Accepted(error=f"{self._name} is not the front; {front.name} is, at {front.address}")
+        if self._admission is None:
+            return Accepted(error=f"compute node {self._name} is still starting", is_starting=True)
+        return await self._admission.ask(link, asked)
+
+    def reload(self) -> None:
+        """Read the cluster file again, if this is the front: see `Admission.reload`."""
+        if self._admission is not None:
+            self._admission.reload()
+            return
+        is_front = self._name == self._config.front.name
+        reason = "the front is still starting" if is_front else "only the front reads the file again"
+        log.warning("event=not_reloaded reason=%r", reason)
 
 
 def _changes(before: ClusterConfig, after: ClusterConfig) -> list[str]:

@@ -25,7 +25,7 @@ from lamina.front.members import Change, Members
 from lamina.front.session import ClientSession
 from lamina.front.team import Formation
 from lamina.model.tokenizer import Tokenizer
-from lamina.node.admission import Admission
+from lamina.node.admission import Admission, Door
 from lamina.node.assemble import TenantKey
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.drains import Drains
@@ -47,7 +47,7 @@ from lamina.runtime.workers import BackgroundWorkers, ParallelWorkers
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Drain, Draining, Status
 from lamina.wire.codec import encode
-from lamina.wire.members import Accepted, Candidate, MemberEntry
+from lamina.wire.members import MemberEntry
 from lamina.wire.orders import GaveUp, Membership
 from lamina.wire.requests import Failed
 
@@ -97,6 +97,7 @@ class ComputeNode:
         self._members = Members(entries or Members.of_nodes(config.node), self._members_changed)
         self._member = self._members.id_of(node.name)
         self._is_front = node.name == config.front.name
+        self._door = Door(config, node.name)
         self._monitor = Monitor(
             node.name,
             device,
@@ -105,7 +106,7 @@ class ComputeNode:
             self._status,
             {n.name: n.address for n in config.memory_nodes},
             self._drain if self._is_front else None,
-            self._admit,
+            self._door.ask,
         )
         self._times: MemberTimes
         self._neighbours: Neighbours
@@ -115,7 +116,6 @@ class ComputeNode:
         self._roster: Roster | None = None
         self._front: Front | None = None
         self._drains: Drains | None = None
-        self._admission: Admission | None = None
         self._enlistment: Enlistment | None = None
         self._answers = AnswerKeeper(node.name, config.recovery.lease)
         self._journal: RequestJournal | None = None
@@ -170,8 +170,7 @@ class ComputeNode:
                 await self._traces.close()
             await listening.close()
             self._monitor.close()
-            if self._admission is not None:
-                await self._admission.close()
+            await self._door.close()
             if self._drains is not None:
                 await self._drains.close()
             if self._roster is not None:
@@ -346,7 +345,7 @@ class ComputeNode:
             front.intake.meter.on_end = traces.ended
         self._front = front
         self._drains = drains = Drains(config, served, members, roster, front.engine, self._there)
-        self._admission = Admission(config, served, members, roster, drains, front.engine, self._there, self._network)
+        self._door.open(Admission(config, served, members, roster, drains, blocks, self._there, self._network))
         self._answers.open(front.intake, tokenizer, kept)
         if kept:
             log.info("event=restored requests=%d", len(kept))
@@ -442,22 +441,9 @@ class ComputeNode:
             return Draining(error=f"compute node {self._name} is still starting; try again soon")
         return await self._drains.ask(asked)
 
-    async def _admit(self, link: Link, asked: Candidate) -> Accepted:
-        if not self._is_front:
-            front = self._config.front
-            return Accepted(error=f"{self._name} is not the front; {front.name} is, at {front.address}")
-        if self._admission is None or not self._is_ready:
-            return Accepted(error=f"compute node {self._name} is still starting", is_starting=True)
-        return await self._admission.ask(link, asked)
-
     def reload(self) -> None:
-        """Read the cluster file again, on the front that serves: see `Admission.reload`."""
-        if not self._is_front:
-            log.warning("event=not_reloaded reason=%r", "only the front reads the file again")
-        elif self._admission is None or not self._is_ready:
-            log.warning("event=not_reloaded reason=%r", "the front is still starting")
-        else:
-            self._admission.reload()
+        """Read the cluster file again, on the front that serves: see `lamina.node.admission.Admission.reload`."""
+        self._door.reload()
 
     async def metrics(self) -> list[Metric]:
         """Return what Prometheus gets at this moment."""
