@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import signal
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from lamina import AsyncClient
-from lamina.config import ClusterConfig, PipelineConfig
+from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
 from lamina.errors import LaminaError
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY
@@ -31,16 +32,19 @@ class Run:
     agreement: Agreement
     oracle: Oracle
     answers: int = 0
-    kills: dict[str, int] = field(default_factory=dict)
-    struck_s: list[float] = field(default_factory=list)
-    """When nodes were killed."""
+    is_whole: bool = True
+    """Whether no node is missing."""
+    struck: list[tuple[str, float]] = field(default_factory=list)
+    """Which nodes were killed when."""
+    steps_s: list[float] = field(default_factory=list)
+    """The mean time between two tokens, of each answer during which no node was killed or missing."""
     arrivals: list[list[float]] = field(default_factory=lambda: [[] for _ in range(STREAMS)])
     """When each client got tokens."""
 
-    def gaps(self) -> list[float]:
-        """The longest time without a token of each client that spans a kill."""
+    def gaps(self, role: str) -> list[float]:
+        """The time without a token of each client that spans the kill of a node of a role."""
         found = []
-        for struck in self.struck_s:
+        for struck in (at_s for name, at_s in self.struck if name.startswith(role)):
             for times in self.arrivals:
                 before = max((t for t in times if t <= struck), default=None)
                 after = min((t for t in times if t > struck), default=None)
@@ -49,14 +53,24 @@ class Run:
         return sorted(found)
 
     def report(self) -> str:
-        steps = [b - a for times in self.arrivals for a, b in pairwise(times)]
-        gaps, kills = self.gaps(), ", ".join(f"{n} of {name}" for name, n in sorted(self.kills.items()))
-        return (
-            f"{sum(self.kills.values())} kills ({kills}); "
-            f"{self.answers} answers of {TOKENS} tokens, all as transformers gives them; time to the next token over a "
-            f"kill: p50 {statistics.median(gaps):.2f} s, p99 {gaps[int(0.99 * (len(gaps) - 1))]:.2f} s; between "
-            f"tokens otherwise: p50 {1000 * statistics.median(steps):.1f} ms"
-        )
+        kills = Counter(name for name, _ in self.struck)
+        step_s = statistics.median(self.steps_s) if self.steps_s else math.nan
+        lines = [
+            (
+                f"{kills.total()} kills ({', '.join(f'{n} of {name}' for name, n in sorted(kills.items()))}); "
+                f"{self.answers} answers of {TOKENS} tokens, all as transformers gives them; between tokens of answers "
+                f"without a kill: p50 {1000 * step_s:.1f} ms"
+            )
+        ]
+        for what, role in (("compute nodes", "c"), ("memory nodes", "m")):
+            gaps = self.gaps(role)
+            missed = sum(gap > 3 * step_s for gap in gaps)
+            lines.append(
+                f"time to the next token over the kill of {what}: p50 {statistics.median(gaps):.2f} s, "
+                f"p99 {gaps[int(0.99 * (len(gaps) - 1))]:.2f} s; {missed} of {len(gaps)} streams waited for "
+                "more than 3 steps"
+            )
+        return "\n".join(lines)
 
 
 async def stream(client: AsyncClient, number: int, run: Run, over: asyncio.Event) -> None:
@@ -64,13 +78,16 @@ async def stream(client: AsyncClient, number: int, run: Run, over: asyncio.Event
     chance = random.Random(number)
     while not over.is_set():
         prompt = [chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 48))]
-        tokens = []
+        tokens, begun_s = [], math.inf
         async for piece in client.stream(prompt, max_tokens=TOKENS):
             tokens.append(piece.id)
+            begun_s = min(begun_s, time.monotonic())
             run.arrivals[number].append(time.monotonic())
         assert len(tokens) == TOKENS
         run.agreement.check(run.oracle, prompt, tokens, f"client {number}")
         run.answers += 1
+        if run.is_whole and all(at_s < begun_s for _, at_s in run.struck):
+            run.steps_s.append((time.monotonic() - begun_s) / (TOKENS - 1))
 
 
 async def whole(config: ClusterConfig) -> bool:
@@ -87,14 +104,15 @@ async def strike(config: ClusterConfig, nodes: dict[str, harness.Node], run: Run
     chance = random.Random(seed)
     names = list(nodes)
     for number in range(kills):
-        await asyncio.sleep(chance.uniform(0.1, 1.0))
+        await asyncio.sleep(chance.uniform(0.1, 2.0))
         victim = names[number] if number < len(names) else chance.choice(names)
         nodes[victim].signal(signal.SIGKILL)
-        run.struck_s.append(time.monotonic())
-        run.kills[victim] = run.kills.get(victim, 0) + 1
+        run.struck.append((victim, time.monotonic()))
+        run.is_whole = False
         await asyncio.to_thread(nodes[victim].wait)
         nodes[victim] = harness.start_node(config, victim)
         await harness.eventually(lambda: whole(config), timeout_s=60)
+        run.is_whole = True
 
 
 @pytest.mark.parametrize(
@@ -124,6 +142,7 @@ def test_kills_cost_no_request(
         compute=(None, None),
         pipeline=pipeline,
         wiring=harness.wire(kind, tmp_path),
+        recovery=RecoveryConfig(),
     )
     run = Run(agreement, Oracle(checkpoint))
     nodes = {node.name: harness.start_node(config, node.name) for node in config.node}
