@@ -57,7 +57,7 @@ class Joining:
             try:
                 meeting = await self._meet(self._candidate)
             except LaminaError as error:
-                if is_first:
+                if is_first or isinstance(error, _ReplacedError):
                     raise
                 log.warning("event=not_joined peer=%s reason=%r", self._front, str(error))
                 await asyncio.sleep(PAUSE_S)
@@ -100,7 +100,10 @@ class Joining:
             await asyncio.sleep(PAUSE_S)
         if candidate.member not in (None, accepted.member) and candidate.role == "compute":
             link.abort("it has another id now")
-            self._refused(f"it was member {candidate.member}, which is another node now; start it again", link)
+            raise _ReplacedError(
+                f"--join: {link.info.peer.name} at {self._front} knew {candidate.name} as member {candidate.member}, "
+                "which is another node now; start it again"
+            )
         self._candidate = msgspec.structs.replace(self._candidate, member=accepted.member)
         peer = link.info.peer.name
         if candidate.listens:
@@ -129,6 +132,10 @@ class Joining:
                 "the first compute node of its file"
             )
         return link
+
+
+class _ReplacedError(ConfigError):
+    """The front has given the id of this node to another one; a replica cannot change its own."""
 
 
 class _Meeting:
