@@ -75,12 +75,12 @@ def main(open_model: OpenModel = open_checkpoint) -> int:
     node = config.find(name)
     assert isinstance(node, ComputeNodeConfig), "clusters run memory nodes by ``lamina node``"
 
-    def make() -> daemon.Serve:
+    def make() -> daemon.Daemon:
         device = CpuDevice(cpus=node.cpus, threads=node.threads)
         serving = ComputeNode(
             config, node, device=device, network=Sockets(), open_model=open_model, make_runner=FilledRunner
         )
-        return serving.serve
+        return daemon.Daemon(serving.serve)
 
     return daemon.run(name, make)
 

@@ -9,10 +9,11 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import entry_points
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, NoReturn
 
 import typer
 from msgspec.structs import replace
@@ -26,10 +27,6 @@ from lamina.serve.cli import batch, serve
 from lamina.table import discard_output
 from lamina.transport import Address
 from lamina.validation import option_name, parse_option
-
-if TYPE_CHECKING:
-    from lamina.config import MemoryNodeConfig
-    from lamina.transport import Options
 
 
 class WholeHelp(TyperGroup):
@@ -88,8 +85,20 @@ def node(
             metavar="compute|memory", help="The role of the node; with a file, it must be the one that the file says."
         ),
     ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FRONT",
+            help="Without a file: become a member of the running cluster whose front has this address, host:port; a "
+            "compute node becomes a replica.",
+        ),
+    ] = None,
     listen: Annotated[
-        str | None, typer.Option(help="Memory node without a file: the address to listen on, host:port.")
+        str | None, typer.Option(help="Node without a file: the address to listen on, host:port.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="With --join: the address where other nodes reach this one, host:port; default: --listen."),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help='Memory node without a file: the size of the KV cache, such as "2GiB".')
@@ -106,46 +115,48 @@ def node(
             metavar="auto|native|torch", help="Memory node without a file: the attention backend; default: auto."
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda:N", help="Compute node with --join: its device; default: cpu.")
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=1024,
-            help="Memory node without a file: the number of threads; default: one for each of --cpus, else all cores.",
+            help="Node without a file: the number of threads; default: one for each of --cpus, else all cores.",
         ),
     ] = None,
     transport: Annotated[
         str | None,
-        typer.Option(metavar="auto|rdma|shm|tcp", help="Memory node without a file: the transport; default: auto."),
+        typer.Option(metavar="auto|rdma|shm|tcp", help="Node without a file: the transport; default: auto."),
     ] = None,
     peer_timeout: Annotated[
         float | None,
-        typer.Option(help="Memory node without a file: seconds of silence after which a peer is dead; default: 2."),
+        typer.Option(help="Node without a file: seconds of silence after which a peer is dead; default: 2."),
     ] = None,
     rdma_device: Annotated[
         str | None, typer.Option(help='The RDMA device of this machine, such as "mlx5_0"; overrides the file.')
     ] = None,
     secret_file: Annotated[
-        str | None, typer.Option(help="Memory node without a file: the file with the secret of the cluster.")
+        str | None, typer.Option(help="Node without a file: the file with the secret of the cluster.")
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(
-            help="Memory node without a file: the address where Prometheus finds metrics, host:port; default: none."
-        ),
+        typer.Option(help="Node without a file: the address where Prometheus finds metrics, host:port; default: none."),
     ] = None,
     tls_certificate: Annotated[
         str | None,
-        typer.Option(help="Memory node without a file: its certificate in PEM; needs --tls-key and --tls-authority."),
+        typer.Option(help="Node without a file: its certificate in PEM; needs --tls-key and --tls-authority."),
     ] = None,
-    tls_key: Annotated[str | None, typer.Option(help="Memory node without a file: the key of the certificate.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Node without a file: the key of the certificate.")] = None,
     tls_authority: Annotated[
         str | None,
-        typer.Option(help="Memory node without a file: the authority that signed the certificates of all nodes."),
+        typer.Option(help="Node without a file: the authority that signed the certificates of all nodes."),
     ] = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Run one node of a cluster until it is stopped; SIGTERM lets it finish its requests."""
+    """Run one node of a cluster until it is stopped; SIGTERM lets it finish its requests, and SIGHUP lets the front
+    read the cluster file again."""
     let_idle_threads_sleep()
     from lamina.config import ComputeNodeConfig, load, parse_cpus
     from lamina.log import choose_format
@@ -157,15 +168,24 @@ def node(
     processors = None if cpus is None else parse_option("cpus", parse_cpus, cpus)
     overrides = {"cpus": processors, "numa": numa, "rdma_device": rdma_device}
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    own = {"listen": listen, "memory": memory, "threads": threads, "attention": attention, "metrics": metrics}
+    own = {"listen": listen, "address": address, "threads": threads, "metrics": metrics}
+    own |= {"memory": memory, "attention": attention, "device": device, "join": join}
     links = {"transport": transport, "peer_timeout": peer_timeout, "secret_file": secret_file}
     links |= {"tls_certificate": tls_certificate, "tls_key": tls_key, "tls_authority": tls_authority}
     if config is None:
         if role is None:
             raise ConfigError("CONFIG: missing; without a cluster file, --role memory runs a memory node")
-        if role == "compute":
-            raise ConfigError("CONFIG: missing; a compute node needs the file that wires the cluster")
-        chosen, options = _memory_node(name, own, links)
+        if role == "compute" and join is None:
+            raise ConfigError("CONFIG: missing; a compute node needs the file that wires the cluster, or --join")
+        if address is not None and join is None:
+            raise ConfigError("--address: not allowed without --join; where a memory node listens, --listen says")
+        from lamina.node.unfiled import links_of, memory_node_of, run_replica
+
+        wiring, options = links_of(links)
+        front = None if join is None else parse_option("join", Address.parse, join)
+        if role == "compute" and front is not None:
+            raise typer.Exit(run_replica(front, name, own, overrides, wiring, options, format_))
+        chosen = memory_node_of(name, own, options, joins=front is not None)
     else:
         for key, given in (own | links).items():
             if given is not None:
@@ -182,56 +202,32 @@ def node(
                 raise ConfigError("--numa: not allowed for a compute node, which holds no KV cache")
             compute = replace(found, **overrides)
 
-            def make_compute() -> daemon.Serve:
+            def make_compute() -> daemon.Daemon:
                 from lamina.node.compute import ComputeNode
                 from lamina.runtime.cpu import CpuDevice
                 from lamina.runtime.sockets import Sockets
 
                 device = CpuDevice(compute.device, cpus=compute.cpus, threads=compute.threads)
-                return ComputeNode(cluster, compute, device=device, network=Sockets()).serve
+                node = ComputeNode(cluster, compute, device=device, network=Sockets())
+                return daemon.Daemon(node.serve, node.reload)
 
             raise typer.Exit(daemon.run(name, make_compute, format_))
-        chosen, options = found, cluster.links
+        chosen, options, front = found, cluster.links, None
     chosen = replace(chosen, **overrides)
 
-    def make_memory() -> daemon.Serve:
+    def make_memory() -> daemon.Daemon:
+        from lamina.node.joining import Joining
         from lamina.node.memory import MemoryNode
         from lamina.runtime.cpu import CpuDevice
         from lamina.runtime.sockets import Sockets
 
-        device = CpuDevice(cpus=chosen.cpus, threads=chosen.threads)
-        return MemoryNode(chosen, chosen.options(options), device=device, network=Sockets()).serve
+        device, network, links = CpuDevice(cpus=chosen.cpus, threads=chosen.threads), Sockets(), chosen.options(options)
+        serve = MemoryNode(chosen, links, device=device, network=network).serve
+        if front is not None:
+            serve = partial(Joining(front, chosen, network, links).serve, serve)
+        return daemon.Daemon(serve)
 
     raise typer.Exit(daemon.run(chosen.name, make_memory, format_))
-
-
-def _memory_node(name: str | None, own: dict[str, Any], links: dict[str, Any]) -> tuple[MemoryNodeConfig, Options]:
-    """Return a memory node without a cluster file, from the options of the command line."""
-    from lamina.config import Attention, MemoryNodeConfig, TransportConfig, TransportKind, parse_size
-
-    if own["listen"] is None or own["memory"] is None:
-        raise ConfigError("--listen and --memory: a memory node needs both, or CONFIG and --name")
-    for key, value, known in (
-        ("attention", own["attention"], get_args(Attention)),
-        ("transport", links["transport"], get_args(TransportKind)),
-    ):
-        if value is not None and value not in known:
-            raise ConfigError(f"--{key}: expected one of {', '.join(known)}; got {value!r}")
-    listen = parse_option("listen", Address.parse, own.pop("listen"))
-    memory = parse_option("memory", parse_size, own.pop("memory"))
-    if own["metrics"] is not None:
-        own["metrics"] = parse_option("metrics", Address.parse, own["metrics"])
-    given = {key: value for key, value in own.items() if value is not None}
-    node = MemoryNodeConfig(name=name or f"memory-{listen.port}", address=listen, memory=memory, **given)
-    if links["peer_timeout"] is None:
-        del links["peer_timeout"]
-    options = TransportConfig(kind=links.pop("transport") or "auto", **links).options(Path(), option_name)
-    if not listen.is_loopback and options.secret is None:
-        raise ConfigError(
-            f"--listen: {listen} is not a loopback address, so it needs --secret-file with the secret of the cluster; "
-            "`lamina secret` makes one"
-        )
-    return node, options
 
 
 @app.command()

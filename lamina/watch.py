@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from lamina.admin import AdminClient
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig
 from lamina.errors import ConnectError, LaminaError
 from lamina.runtime.network import Network
+from lamina.transport import Address
 from lamina.wire.admin import MemberStatus, PeerStatus, Status
 
 REACH_S = 1.5
@@ -47,11 +48,19 @@ class Rates:
     links: list[LinkRates]
 
 
+class Watched(NamedTuple):
+    """Names a node that is asked: one of the file, or one that has joined."""
+
+    name: str
+    role: str
+    address: Address
+
+
 @dataclass(frozen=True)
 class NodeView:
     """Describes a node at one moment: ``status`` is what it says, or None where it does not answer, for ``reason``."""
 
-    node: NodeConfig
+    node: Watched
     status: Status | None
     reason: str = ""
     rates: Rates | None = None
@@ -98,7 +107,8 @@ class _Seen:
 
 
 class ClusterWatch:
-    """Asks all nodes of ``config`` again and again, as a context manager that ends its links.
+    """Asks all nodes of ``config``, and those that have joined them, again and again, as a context manager that ends
+    its links.
 
     ``name`` appears in the nodes' logs. A node that does not answer is asked anew at the next look.
     """
@@ -107,7 +117,8 @@ class ClusterWatch:
         self._config = config
         self._name = name
         self._network = network
-        self._seen = {node.name: _Seen() for node in config.node}
+        self._nodes = [Watched(node.name, node.role, node.address) for node in config.node]
+        self._seen: dict[str, _Seen] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -125,14 +136,21 @@ class ClusterWatch:
         await asyncio.gather(*(client.close() for client in clients))
 
     async def look(self) -> list[NodeView]:
-        """Ask all nodes at once, and return the answers in the order of the file, within some seconds."""
-        views = await asyncio.gather(*map(self._look_at, self._config.node))
+        """Ask all nodes at once, and return the answers in the order of the file, within some seconds. Then come the
+        nodes that have joined."""
+        views = await asyncio.gather(*map(self._look_at, self._nodes))
         front = front_of(views)
         members = {member.name: member for member in front.status.members} if front and front.status else {}
+        joined = [
+            Watched(name, member.role, Address.parse(member.address))
+            for name, member in members.items()
+            if all(name != node.name for node in self._nodes)
+        ]
+        views += await asyncio.gather(*map(self._look_at, joined))
         return [replace(view, member=members.get(view.node.name)) for view in views]
 
-    async def _look_at(self, node: NodeConfig) -> NodeView:
-        seen = self._seen[node.name]
+    async def _look_at(self, node: Watched) -> NodeView:
+        seen = self._seen.setdefault(node.name, _Seen())
         async with seen.asking:
             status = await self._ask(node, seen)
             if isinstance(status, str):
@@ -145,7 +163,7 @@ class ClusterWatch:
         rates = rates_between(before, status, since) if before and before.pid == status.pid and since > 0 else None
         return NodeView(node, status, rates=rates)
 
-    async def _ask(self, node: NodeConfig, seen: _Seen) -> Status | str:
+    async def _ask(self, node: Watched, seen: _Seen) -> Status | str:
         """Return a node's status, or why it does not answer."""
         try:
             async with asyncio.timeout(2 * REACH_S):

@@ -8,14 +8,21 @@ from msgspec.structs import replace
 from lamina.errors import ConfigError, NodeError
 from lamina.front.members import Change, Members, State
 from lamina.wire.codec import decode, encode
+from lamina.wire.members import MemberEntry
 from lamina.wire.orders import Membership
 
 LOST = NodeError.lost("memory", "m0", "silent for 2 s")
 
 
+ENTRIES = [
+    MemberEntry(id_, name, role, address=f"tcp://127.0.0.1:{7000 + id_}")  # type: ignore[arg-type]
+    for id_, (name, role) in enumerate((("c0", "compute"), ("c1", "compute"), ("m0", "memory"), ("m1", "memory")))
+]
+
+
 def _members() -> tuple[Members, list[Change]]:
     changes: list[Change] = []
-    return Members(Members.of_names(["c0", "c1"], ["m0", "m1"]), changes.extend), changes
+    return Members(ENTRIES, changes.extend), changes
 
 
 def test_ids_belong_to_names() -> None:
@@ -84,10 +91,46 @@ def test_a_loss_that_the_front_has_announced_is_handled_once() -> None:
 
 
 def test_another_file_is_refused() -> None:
-    """A front that knows other nodes cannot be followed."""
+    """A front for which this node is another one cannot be followed."""
     members, _ = _members()
     told = members.membership()
-    wrong = Membership(epoch=1, members=[*told.members[:3], replace(told.members[3], name="m7")])
+    wrong = Membership(epoch=1, members=[told.members[0], replace(told.members[1], name="c7"), *told.members[2:]])
 
-    with pytest.raises(ConfigError, match=r"the front knows the nodes .*m7.*need the same file"):
-        members.adopt(wrong)
+    with pytest.raises(ConfigError, match=r"the front knows the nodes .*c7.*need the same file"):
+        members.adopt(wrong, fixed=(0, 1))
+
+
+def test_members_come_and_go() -> None:
+    """The front decides who they are; the others take that over. An id is never given to another name."""
+    front, _ = _members()
+    other, _ = _members()
+    assert front.free_id() == front.free_id(2) == 4
+    assert front.free_id(7) == 7
+
+    front.take_in(MemberEntry(4, "m9", "memory", address="tcp://127.0.0.1:7009"))
+    front.serve(4)
+    front.leave(3)
+    front.part(3)
+    front.forget(3)
+    other.adopt(decode(encode(front.membership()), Membership), fixed=(0, 1))
+
+    for members in (front, other):
+        assert [entry.name for entry in members.entries] == ["c0", "c1", "m0", "m9"]
+        assert members.in_state("memory", State.SERVING) == (4,)
+        assert members.find("m1") is None
+    assert front.state(3) is State.GONE
+    assert front.has_left("m1")
+    assert (front.free_id(), front.id_of("m1")) == (5, 3)
+    assert other.epoch == front.epoch
+
+
+def test_a_member_that_comes_back_at_another_address_keeps_its_id() -> None:
+    """It is joining again, and its term begins anew."""
+    members, _ = _members()
+    members.join({2: 3})
+    members.lose(2, LOST)
+    before = members.epoch
+    members.take_in(replace(ENTRIES[2], address="tcp://127.0.0.1:7010"))
+
+    assert (members.state(2), members.term(2), members.epoch) == (State.JOINING, 0, before + 1)
+    assert members.entry(2).address == "tcp://127.0.0.1:7010"

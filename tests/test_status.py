@@ -7,7 +7,7 @@ import pytest
 from lamina.config import ClusterConfig, ComputeNodeConfig, MemoryNodeConfig, ModelConfig
 from lamina.ops import status
 from lamina.transport import Address
-from lamina.watch import LinkRates, NodeView, Rates
+from lamina.watch import LinkRates, NodeView, Rates, Watched
 from lamina.wire.admin import MemberStatus, PeerStatus, Status, TenantStatus
 
 CONFIG = ClusterConfig(
@@ -17,7 +17,7 @@ CONFIG = ClusterConfig(
         MemoryNodeConfig(name="memory-0", address=Address("tcp", "127.0.0.1", 7071), memory=1 << 30),
     ],
 )
-COMPUTE, MEMORY = CONFIG.node
+COMPUTE, MEMORY = (Watched(node.name, node.role, node.address) for node in CONFIG.node)
 BUSY = Rates(
     tokens=123456.0, prompt_tokens=0, shared_tokens=0, steps=9.0, layers=123456.0, busy=1.0, links=list[LinkRates]()
 )
@@ -40,8 +40,12 @@ def test_a_lease_is_told_with_the_time_that_is_left() -> None:
 
 def view_of_memory(state: str | None, member: str | None) -> NodeView:
     told = Status(name="memory-0", role="memory", state=state) if state else None  # type: ignore[arg-type]
-    seen = MemberStatus(name="memory-0", state=member, for_s=192.0) if member else None  # type: ignore[arg-type]
+    seen = member_of(MEMORY, member, 192.0) if member else None
     return NodeView(MEMORY, told, "" if told else "not running", member=seen)
+
+
+def member_of(node: Watched, state: str, for_s: float) -> MemberStatus:
+    return MemberStatus(name=node.name, state=state, for_s=for_s, role=node.role, address=str(node.address))  # type: ignore[arg-type]
 
 
 def test_a_busy_cluster_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +59,9 @@ def test_a_busy_cluster_fits_80_columns(capsys: pytest.CaptureFixture[str], monk
                 kv_tokens_total=10**7, peers=[LINK],
             ),
             rates=BUSY,
-            member=MemberStatus(name=node.name, state="serving", for_s=86400 * 2 + 3600 * 3),
+            member=member_of(node, "serving", 86400 * 2 + 3600 * 3),
         )
-        for node in CONFIG.node
+        for node in (COMPUTE, MEMORY)
     ]  # fmt: skip
     status._print(CONFIG, views)
 

@@ -37,10 +37,11 @@ class Follower:
         error of this node itself, with which it cannot go on."""
         self._name = name
         self.steps = 0
+        self.limits = limits
+        """Those of the orders that come from now on."""
         self._runner = runner
         self._there = device
         self._front = front
-        self._limits = limits
         self._epoch = epoch
         self._on_failed = on_failed
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -65,7 +66,7 @@ class Follower:
             raise ProtocolError(
                 f"an order for the members at epoch {message.epoch}; this node was told of epoch {self._epoch()}"
             )
-        self._limits.check(message)
+        self.limits.check(message)
         if (before := self._running.get(message.slot)) is not None:
             before.cancel()
         self._running[message.slot] = asyncio.get_running_loop().create_task(self._watch(self._do(message)))

@@ -20,7 +20,16 @@ from lamina.config.schema import (
     TransportKind,
 )
 from lamina.config.secret import read_private, read_secret, write_secret
-from lamina.config.texts import format_cpus, format_range, format_size, parse_cpus, parse_range, parse_size
+from lamina.config.texts import (
+    format_cpus,
+    format_range,
+    format_size,
+    parse_cpus,
+    parse_device,
+    parse_name,
+    parse_range,
+    parse_size,
+)
 from lamina.config.write import write_cluster
 
 __all__ = [
@@ -41,6 +50,8 @@ __all__ = [
     "format_size",
     "load",
     "parse_cpus",
+    "parse_device",
+    "parse_name",
     "parse_range",
     "parse_size",
     "read_private",

@@ -109,13 +109,15 @@ def _span(text: str) -> range | None:
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
-def _parse_device(text: str) -> str:
+def parse_device(text: str) -> str:
+    """The name of a device."""
     if not re.fullmatch(r"cpu|cuda:\d{1,3}", text):
         raise ConfigError(f"expected {_DEVICE}, got {text!r:.200}")
     return text
 
 
-def _parse_name(text: str) -> str:
+def parse_name(text: str) -> str:
+    """The name of a node."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
         raise ConfigError(f"expected {_NAME}, got {text!r:.200}")
     return text
@@ -132,6 +134,6 @@ Size = Annotated[int, Text(_SIZE, parse_size, format_size)]
 Cpus = Annotated[frozenset[int], Text(_CPUS, parse_cpus, format_cpus)]
 Layers = Annotated[range, Text(_LAYERS, parse_range, format_range)]
 ListenAddress = Annotated[Address, Text('an address like "tcp://10.0.0.1:7070"', Address.parse, str)]
-DeviceName = Annotated[str, Text(_DEVICE, _parse_device, str)]
-NodeName = Annotated[str, Text(_NAME, _parse_name, str)]
+DeviceName = Annotated[str, Text(_DEVICE, parse_device, str)]
+NodeName = Annotated[str, Text(_NAME, parse_name, str)]
 Folder = Annotated[str, Text(_FOLDER, _parse_folder, str)]

@@ -164,7 +164,14 @@ class BlockManager:
     def max_context(self) -> int:
         """Return the longest possible context of a sequence that has all space to itself, on whichever node it
         starts. It is 0 without memory nodes."""
-        blocks = [self._blocks[member] for member in self.members]
+        return self._longest([self._blocks[member] for member in self.members])
+
+    def max_context_with(self, blocks: int) -> int:
+        """Return what `max_context` would be with a memory node more, of so many blocks."""
+        return self._longest([*(self._blocks[member] for member in self.members), blocks])
+
+    def _longest(self, blocks: Sequence[int]) -> int:
+        """Return the longest possible context on empty memory nodes of so many blocks."""
         if not blocks:
             return 0
         least, most = (of(blocks) * self.block_tokens for of in (min, max))

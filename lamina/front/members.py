@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
+from itertools import count
 from typing import Literal, NamedTuple
 
 from msgspec import structs
 
+from lamina.config import MemoryNodeConfig, NodeConfig
 from lamina.errors import ConfigError, NodeError
-from lamina.wire.orders import MemberEntry, Membership
+from lamina.wire.members import MemberEntry
+from lamina.wire.orders import Membership
 
 log = logging.getLogger("lamina.front")
 
@@ -21,7 +24,7 @@ class State(StrEnum):
     """Says how far a member takes part in the cluster."""
 
     JOINING = "joining"
-    """The cluster file names it; it is not ready."""
+    """The cluster file names it, or it has asked to be taken in; it is not ready."""
     SERVING = "serving"
     """It takes part in steps."""
     LEAVING = "leaving"
@@ -45,9 +48,10 @@ class Change(NamedTuple):
 class Members:
     """Holds the members of a cluster. Placements, schedules, orders and step plans name them by their ids.
 
-    An id belongs to a name for as long as the cluster runs; a node that comes back under its name has its id again.
-    Every change begins a new ``epoch``. ``on_change`` is the one function that is called for changes: of states, if any
-    is in the list, and of terms. It belongs to the node's loop.
+    An id belongs to a name for as long as the front runs; a node that comes back under its name has its id again, also
+    one that was forgotten meanwhile. Every change begins a new ``epoch``. ``on_change`` is the one function that is
+    called for changes: of states, if any is in the list, of terms, and of who the members are. It belongs to the node's
+    loop.
     """
 
     def __init__(
@@ -61,11 +65,9 @@ class Members:
         self._on_change = on_change
 
     @staticmethod
-    def of_names(compute: Sequence[str], memory: Sequence[str]) -> list[MemberEntry]:
-        """Return the entries of a cluster with these nodes, numbered in their order."""
-        roles: list[tuple[str, Role]] = [(name, "compute") for name in compute]
-        roles += [(name, "memory") for name in memory]
-        return [MemberEntry(id_, name, role) for id_, (name, role) in enumerate(roles)]
+    def of_nodes(nodes: Sequence[NodeConfig]) -> list[MemberEntry]:
+        """Return the entries of a cluster with these nodes, numbered in their order, compute nodes first."""
+        return [entry_of(id_, node) for id_, node in enumerate(sorted(nodes, key=lambda node: node.role))]
 
     @property
     def entries(self) -> list[MemberEntry]:
@@ -73,16 +75,33 @@ class Members:
         return [self._entries[id_] for id_ in sorted(self._entries)]
 
     def id_of(self, name: str) -> int:
-        """Return the id of the member called ``name``; raise KeyError if there is none."""
+        """Return the id of the member called ``name``, or of a forgotten one; raise KeyError if there was none."""
         return self._ids[name]
+
+    def find(self, name: str) -> MemberEntry | None:
+        """Return the member called ``name``; None if there is none."""
+        return next((entry for entry in self._entries.values() if entry.name == name), None)
+
+    def has_left(self, name: str) -> bool:
+        """Return whether ``name`` is that of a member that was forgotten."""
+        return name in self._ids and self._ids[name] not in self._entries
+
+    def free_id(self, wanted: int | None = None) -> int:
+        """Return an id that no member has had: ``wanted``, if that is one."""
+        used = set(self._ids.values())
+        return wanted if wanted is not None and wanted not in used else next(i for i in count() if i not in used)
+
+    def has(self, id_: int) -> bool:
+        """Return whether there is a member with this id."""
+        return id_ in self._entries
 
     def entry(self, id_: int) -> MemberEntry:
         """Return the member with this id."""
         return self._entries[id_]
 
     def state(self, id_: int) -> State:
-        """Return the state of a member."""
-        return self._states[id_]
+        """Return the state of a member; one that was forgotten is gone."""
+        return self._states.get(id_, State.GONE)
 
     def of_role(self, role: Role) -> tuple[int, ...]:
         """Return the ids of the members of a role that are not lost, in ascending order."""
@@ -96,15 +115,19 @@ class Members:
         ]
         return Membership(epoch=self.epoch, members=entries)
 
-    def adopt(self, told: Membership) -> None:
-        """Take over what the front says, on another compute node. Raises ConfigError if it has other nodes in its
-        file."""
+    def adopt(self, told: Membership, *, fixed: Collection[int] = ()) -> None:
+        """Take over what the front says, on another compute node: who the members are, and their states. Raises
+        ConfigError if one of the ids ``fixed`` belongs to another node there."""
         theirs = {entry.id: structs.replace(entry, state="joining", term=0) for entry in told.members}
-        if theirs != self._entries:
+        if any(id_ not in theirs or theirs[id_].name != self._entries[id_].name for id_ in fixed):
             raise ConfigError(
                 f"the front knows the nodes {_names(theirs.values())}, this node {_names(self._entries.values())}; "
                 "all compute nodes of a cluster need the same file"
             )
+        for id_ in self._entries.keys() - theirs.keys():
+            self._drop(id_)
+        for entry in theirs.values():
+            self._put(entry)
         self._set(
             {entry.id: State(entry.state) for entry in told.members},
             terms={entry.id: entry.term for entry in told.members},
@@ -130,6 +153,17 @@ class Members:
 
     # -- changes
 
+    def take_in(self, entry: MemberEntry) -> None:
+        """A node that was no member is one from now on, and is joining; or one that was lost or had left comes back
+        under what is new of it."""
+        self._put(entry)
+        self._set({entry.id: State.JOINING}, terms={entry.id: 0}, epoch=self.epoch + 1)
+
+    def forget(self, id_: int) -> None:
+        """A member that has left is none any more."""
+        self._drop(id_)
+        self._set({}, epoch=self.epoch + 1)
+
     def join(self, terms: Mapping[int, int]) -> None:
         """Members are there, and get ready, all at once. For a memory node, the term counts the attachments of the
         front to it; 0 says that it is not attached."""
@@ -152,6 +186,16 @@ class Members:
     def lose(self, id_: int, error: NodeError) -> None:
         """A member is gone. A second report of the same loss changes nothing."""
         self._set({id_: State.LOST}, errors={id_: error})
+
+    def _put(self, entry: MemberEntry) -> None:
+        self._entries[entry.id] = entry
+        self._ids[entry.name] = entry.id
+        self._states.setdefault(entry.id, State.JOINING)
+        self._terms.setdefault(entry.id, 0)
+
+    def _drop(self, id_: int) -> None:
+        """Forget all of a member but that its id was its own."""
+        del self._entries[id_], self._states[id_], self._terms[id_]
 
     def _set(
         self,
@@ -178,6 +222,12 @@ class Members:
         self._on_change(
             [Change(self._entries[id_], before, after, epoch, errors.get(id_)) for id_, before, after in changes]
         )
+
+
+def entry_of(id_: int, node: NodeConfig) -> MemberEntry:
+    """Return the entry of a node of the cluster file."""
+    quota = node.quota if isinstance(node, MemoryNodeConfig) else None
+    return MemberEntry(id_, node.name, node.role, address=str(node.address), quota=quota)
 
 
 def _names(entries: Iterable[MemberEntry]) -> str:

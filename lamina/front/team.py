@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.schedule import Schedule
 from lamina.compute.step import Steps
+from lamina.errors import NodeError
 from lamina.front.choices import choice_for
 from lamina.front.sequence import DecodeRow, PromptChunk, ScheduledStep
 from lamina.runtime.crossing import Crossing
@@ -73,6 +74,8 @@ class Team:
         self.formation = formation
         self._member = member
         self._begun = self._in_flight = 0
+        self._losses: dict[asyncio.Future[None], set[int]] = {}
+        """What ends each step that runs, with the members that take part in it, when one of these is lost."""
 
     async def run(self, slot: int, number: int, step: ScheduledStep) -> StepResult:
         """Run step ``number`` of a batch slot. Raises NodeError if a node is lost meanwhile, or cannot do its part."""
@@ -105,20 +108,28 @@ class Team:
         parts = [self._home.start(peers[m].order(order)) for m in sorted(members) if m != self._member]
         if self._member in members:
             parts.insert(0, self._device.loop.create_task(self._runner.run(order)))
+        # When one fails, the others may wait in vain for what it was to bring; also when it has done its part and is
+        # lost afterwards, as what it wrote may be lost with it.
+        whole, loss = asyncio.gather(*parts), self._device.loop.create_future()
+        whole.add_done_callback(lambda whole: whole.cancelled() or whole.exception())  # nobody may wait for it any more
+        self._losses[loss] = members
         try:
-            # When one fails, the others may wait in vain for what it was to bring.
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
-            for part in done:
-                part.result()
-            return [part.result() for part in parts]
+            await asyncio.wait((whole, loss), return_when=asyncio.FIRST_COMPLETED)
+            return (whole if whole.done() else loss).result()
         finally:
-            for part in parts:
+            del self._losses[loss]
+            for part in (loss, *parts):
                 if not part.cancel() and not part.cancelled():
                     part.exception()  # perhaps a second one, of the same loss
 
     def change(self, formation: Formation) -> None:
-        """Run the steps that begin from now on with other members."""
-        self.formation = formation
+        """Run the steps that begin from now on with other members. Those that run fail with a compute node that is
+        gone."""
+        before, self.formation = self.formation, formation
+        for loss, members in self._losses.items():
+            if (gone := members & before.peers.keys() - formation.peers.keys()) and not loss.done():
+                name = before.peers[min(gone)].name
+                loss.set_exception(NodeError.lost("compute", name, "it has left a step that it took part in"))
 
     async def send_prompts(self) -> None:
         """Send the keys and values of prompts that this node computed, until cancelled."""

@@ -16,8 +16,8 @@ TRANSFER_S = 60.0
 
 
 class TransferAsker:
-    """Carries out transfers between the memory nodes of ``shards``, which reach each other at their ``addresses``; both
-    are by member id.
+    """Carries out transfers between the memory nodes of ``shards``, by member id, which reach each other where
+    ``address_of`` says.
 
     ``on_end`` gets every transfer that was not dropped, with the error if it failed; then both nodes have forgotten it.
     The numbers by which they know transfers come from ``random``.
@@ -26,12 +26,12 @@ class TransferAsker:
     def __init__(
         self,
         shards: Mapping[int, ShardControl],
-        addresses: Mapping[int, Address],
+        address_of: Callable[[int], Address],
         random: Random,
         on_end: Callable[[Transfer, LaminaError | None], None],
     ) -> None:
         self._shards = shards
-        self._addresses = addresses
+        self._address_of = address_of
         self._random = random
         self._on_end = on_end
         self._numbers: dict[Transfer, int] = {}
@@ -84,6 +84,6 @@ class TransferAsker:
         source, target = shards[transfer.source], shards[transfer.target]
         arrival = target.expect(number, transfer.blocks)
         await arrival.held
-        to = self._addresses[transfer.target]
+        to = self._address_of(transfer.target)
         sent = source.send(number, transfer.id, transfer.first, transfer.blocks, to=to, name=target.name)
         await asyncio.gather(sent, arrival.complete)

@@ -11,7 +11,7 @@ import msgspec
 
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
-from lamina.config import ClusterConfig, format_range, format_size
+from lamina.config import ClusterConfig, format_range
 from lamina.errors import ConfigError
 from lamina.front.members import Members
 from lamina.node.model import BLOCK_TOKENS, ServedModel
@@ -70,11 +70,11 @@ class TenantKey(NamedTuple):
     @classmethod
     def of(cls, config: ClusterConfig, model: str) -> TenantKey:
         """Return the key of the cluster of a file with the model of this fingerprint. It is the same at every start, so
-        that a front that starts anew finds what memory nodes have kept.
+        that a front that starts anew finds what memory nodes have kept, and whatever memory nodes there are.
 
         Only those who know the cluster's secret can make it. A cluster without one is open to all of this machine.
         """
-        nodes = [(node.role, node.name, str(node.address)) for node in config.node]
+        nodes = [(node.name, str(node.address)) for node in config.compute_nodes]
         told = msgspec.json.encode((model, nodes))
         secret = hashlib.blake2b(config.links.secret or b"").digest()
 
@@ -94,14 +94,14 @@ async def attach(
     front: int,
     key: TenantKey,
     term: int,
+    quota: int | None,
 ) -> None:
-    """Attach to a memory node as ``member`` of a tenant, in ``term``, or, as the front, in the next one that it allows.
-    Raises NodeError if it refuses.
+    """Attach to a memory node as ``member`` of a tenant, in ``term``, or, as the front, in the next one that it allows;
+    in ``quota`` bytes, or all that is free. Raises NodeError if it refuses.
 
     Where heads are divided, ``division`` has the names of all memory nodes that have some, by member id.
     """
     pipeline = config.pipeline
-    names = {node.name: node for node in config.memory_nodes}
     if pipeline.partition == "heads":
         place = sorted(division).index(shard.member)
         own = shard_by_heads(served.facts.layers, [division[id_] for id_ in sorted(division)])[place]
@@ -120,7 +120,7 @@ async def attach(
         max_rows=pipeline.max_batch + REMOTE_TOKENS,
         member=member,
         front=front,
-        quota=names[shard.name].quota,
+        quota=quota,
     )
 
 
@@ -131,8 +131,7 @@ def _terms(config: ClusterConfig, served: ServedModel) -> dict[str, str]:
         "model.dtype": served.facts.dtype,
         "model.kv_dtype": served.kv_dtype,
         "model.context": served.context,
-        "compute nodes": [(n.name, n.layers and format_range(n.layers)) for n in config.compute_nodes],
-        "memory nodes": [(n.name, n.quota and format_size(n.quota)) for n in config.memory_nodes],
+        "layers of compute nodes": {n.name: format_range(n.layers) for n in config.compute_nodes if n.layers},
     }
     for key in ("batches", "max_batch", "prefill_tokens", "partition"):
         terms[f"pipeline.{key}"] = getattr(config.pipeline, key)

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 from lamina.compute.peer_control import PeerControl
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig
 from lamina.errors import NotFrontError, ProtocolError, SupersededError
 from lamina.front.members import Members
+from lamina.wire.members import MemberEntry
 from lamina.wire.orders import Claim
 
 
@@ -35,17 +36,17 @@ class Claims:
         return max(self._term, *(self._members.term(entry.id) for entry in self._members.entries))
 
     @property
-    def leader(self) -> NodeConfig:
+    def leader(self) -> MemberEntry:
         """Return the node that is the front, as far as this one knows."""
-        front = self._config.front.name if self._claim is None else self._members.entry(self._claim.front).name
-        return self._config.find(front)
+        first = self._members.id_of(self._config.front.name)
+        return self._members.entry(first if self._claim is None else self._claim.front)
 
     @property
     def refusal(self) -> NotFrontError:
         """Return the error for clients of a node that is not the front."""
         name, leader = self._members.entry(self._member).name, self.leader
         reason = f"{name} is not the front; clients talk to {leader.name} at {leader.address}"
-        return NotFrontError(reason, node=name, address=str(leader.address))
+        return NotFrontError(reason, node=name, address=leader.address)
 
     def greet(self, peer: PeerControl) -> None:
         """Say what is known on a new link."""

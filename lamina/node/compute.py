@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -29,6 +29,7 @@ from lamina.front.members import Change, Members
 from lamina.front.session import ClientSession
 from lamina.front.team import Formation
 from lamina.model.tokenizer import Tokenizer
+from lamina.node.admission import Admission, Door
 from lamina.node.assemble import TenantKey
 from lamina.node.claims import Claims
 from lamina.node.drains import Drains
@@ -52,6 +53,7 @@ from lamina.runtime.network import Network
 from lamina.runtime.workers import BackgroundWorkers, ParallelWorkers
 from lamina.transport import Hello, Link
 from lamina.wire.admin import Drain, Draining, Status
+from lamina.wire.members import MemberEntry
 from lamina.wire.orders import Claim, GaveUp, Records
 
 log = logging.getLogger("lamina.compute")
@@ -65,7 +67,8 @@ class ComputeNode:
     to run steps. That is the first one in the file, until another one takes its part as it is lost.
 
     It computes on ``device`` and reaches other nodes over ``network``; ``open_model`` opens its model. ``host`` is the
-    process that it lives in, by default this one.
+    process that it lives in, by default this one. ``entries`` are the members as the front has told them to a node that
+    the file does not name, by default those of the file.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ComputeNode:
         open_model: OpenModel = open_checkpoint,
         make_runner: MakeRunner = StepRunner,
         host: Host | None = None,
+        entries: Sequence[MemberEntry] | None = None,
     ) -> None:
         self._config = config
         self._node = node
@@ -92,17 +96,20 @@ class ComputeNode:
         self._workers = BackgroundWorkers()
         self._journal_workers = BackgroundWorkers()
         self._mask_workers = ParallelWorkers()
-        names = [n.name for n in config.compute_nodes], [n.name for n in config.memory_nodes]
-        self._members = Members(Members.of_names(*names), self._members_changed)
+        self._members = Members(entries or Members.of_nodes(config.node), self._members_changed)
         self._member = self._members.id_of(node.name)
         self._first = self._members.id_of(config.front.name)
+        self._has_joined = entries is not None
         self._leads = self._member == self._first
         """Whether this node is the front, or is to be it as soon as it has started."""
         self._claims = Claims(config, self._members, member=self._member, tell=self._tell)
         self._succeeds = False
         """Whether this node was a front before it started."""
+        self._door = Door(lambda: None if self._leads else self._claims.refusal)
         ways = {n.name: n.address for n in config.memory_nodes}
-        self._monitor = Monitor(node.name, device, network, self._options, self._status, ways, self._drain)
+        self._monitor = Monitor(
+            node.name, device, network, self._options, self._status, ways, self._drain, self._door.ask
+        )
         self._times: MemberTimes
         self._neighbours: Neighbours
         self._reception = Reception(self._monitor, self._open_session, lambda: self._claims.refusal)
@@ -146,7 +153,8 @@ class ComputeNode:
             part = await self._loss.end(self._start(), stopping, peers)
             if part is not None:
                 assert self._served is not None
-                model, counts = self._served.facts.fingerprint, (len(config.memory_nodes), len(config.compute_nodes))
+                counts = len(self._members.of_role("memory")), len(self._members.of_role("compute"))
+                model = self._served.facts.fingerprint
                 log.info("event=ready model=%s memory_nodes=%d compute_nodes=%d", model, *counts)
                 self._is_ready = True
                 await self._run(part, stopping)
@@ -168,6 +176,7 @@ class ComputeNode:
             self._monitor.close()
             if self._enlistment is not None:
                 await self._enlistment.release()
+            await self._door.close()
             if self._drains is not None:
                 await self._drains.close()
             if self._roster is not None:
@@ -350,11 +359,12 @@ class ComputeNode:
             self._traces = traces
             front.intake.meter.on_end = traces.ended
         self._front = front
-        self._drains = Drains(config, served, members, roster, front.engine, self._there)
+        self._drains = drains = Drains(config, served, members, roster, front.engine, self._there)
+        self._door.open(Admission(config, served, members, roster, drains, blocks, self._there, self._network))
         self._answers.open(front.intake, tokenizer, kept)
         if kept:
             log.info("event=restored requests=%d", len(kept))
-        self._standby = Standby(members, self._neighbours, journal)
+        self._standby = Standby(members, self._neighbours, journal, [node.name for node in config.compute_nodes])
         return front.intake
 
     def _end_superseded(self, error: NodeError) -> None:
@@ -415,7 +425,7 @@ class ComputeNode:
             front=self._members.id_of(self._claims.leader.name),
             make_steps=lambda: self._make_steps(served),
             make_copy=lambda: open_copy(self._config, served, self._name, self._host, self._journal_workers),
-            heir=Heir(self._config, self._network, name=self._name, tenant=key.name),
+            heir=(None if self._has_joined else Heir(self._config, self._network, name=self._name, tenant=key.name)),
             succeeds=succeeds,
         )
         return self._enlistment
@@ -461,6 +471,10 @@ class ComputeNode:
             starting = f"compute node {self._name} is still starting; try again soon"
             return Draining(error=starting if self._leads else str(self._claims.refusal))
         return await self._drains.ask(asked)
+
+    def reload(self) -> None:
+        """Read the cluster file again, on the front that serves: see `lamina.node.admission.Admission.reload`."""
+        self._door.reload()
 
     async def metrics(self) -> list[Metric]:
         """Return what Prometheus gets at this moment."""

@@ -43,7 +43,6 @@ class Drains:
         device: Crossing,
     ) -> None:
         """``engine`` belongs to the loop to which ``device`` leads."""
-        self._config = config
         self._served = served
         self._members = members
         self._roster = roster
@@ -62,9 +61,8 @@ class Drains:
         """Begin to let a node leave, or tell how far that is."""
         try:
             member = self._member(asked.node)
-            is_new = member not in self._tasks and self._members.state(member) is not State.GONE
-            if is_new and asked.patience is not None:
-                await self._begin(member, asked.patience)
+            if asked.patience is not None:
+                await self.begin(member, asked.patience)
         except LaminaError as error:
             return Draining(error=str(error))
         note = _DIVIDED if self._divides else "" if self._engine.can_move else _STAYS
@@ -77,15 +75,23 @@ class Drains:
         return Draining(state="lost" if state is State.LOST else "back", note=note)
 
     def _member(self, name: str) -> int:
-        node = self._config.find(name)
-        if node.role != "memory":
+        entry = self._members.find(name)
+        if entry is None and self._members.has_left(name):
+            return self._members.id_of(name)
+        if entry is None:
+            known = ", ".join(entry.name for entry in self._members.entries)
+            raise ConfigError(f"the cluster has no node called {name!r}; known: {known}")
+        if entry.role != "memory":
             raise ConfigError(
                 f"{name} is a compute node, which holds no keys and values; stop it with SIGTERM when it is not needed"
             )
-        return self._members.id_of(name)
+        return entry.id
 
-    async def _begin(self, member: int, patience_s: float) -> None:
-        """Begin to empty a memory node. Raises NodeError or CapacityError, and changes nothing, if that cannot be."""
+    async def begin(self, member: int, patience_s: float) -> None:
+        """Begin to empty a memory node, unless it is leaving already or has left. Raises NodeError or CapacityError,
+        and changes nothing, if that cannot be."""
+        if member in self._tasks or self._members.state(member) is State.GONE:
+            return
         name, state = self._members.entry(member).name, self._members.state(member)
         if state is not State.SERVING:
             raise NodeError(f"{name} is {state.value}, so there is nothing to move away from it", node=name)
@@ -115,17 +121,17 @@ class Drains:
 
     async def _empty(self, member: int, patience_s: float) -> None:
         """Wait until nothing is left on a node, then take it out of the cluster."""
-        loop = asyncio.get_running_loop()
+        loop, name = asyncio.get_running_loop(), self._members.entry(member).name
         anew_s = loop.time() + patience_s
         while not self._divides and self._engine.counters.draining.get(member):
             if loop.time() >= anew_s:
-                log.warning("event=drain_anew peer=%s", self._members.entry(member).name)
+                log.warning("event=drain_anew peer=%s", name)
                 self._there.post(self._engine.evacuate, member)
                 anew_s += ANEW_S
             await asyncio.sleep(LOOK_S)
         if self._members.state(member) is State.LEAVING:  # else it was lost
             self._roster.part(member)
-            log.info("event=drained peer=%s", self._members.entry(member).name)
+            log.info("event=drained peer=%s", name)
 
     def _is_divided(self, without: int) -> bool:
         """Return whether the heads are divided over the other nodes."""

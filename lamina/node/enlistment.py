@@ -21,6 +21,7 @@ from lamina.node.neighbours import Control, Neighbours
 from lamina.node.roster import REFUSED_PAUSE_S
 from lamina.node.succession import Heir
 from lamina.runtime.crossing import Crossing
+from lamina.transport import Address
 from lamina.wire.orders import Enlist, Enlisted, Membership, Missing, Reached, Records
 
 log = logging.getLogger("lamina.compute")
@@ -45,12 +46,13 @@ class Enlistment:
         front: int,
         make_steps: Callable[[], Awaitable[Steps]],
         make_copy: Callable[[], JournalCopy],
-        heir: Heir,
+        heir: Heir | None,
         succeeds: bool,
     ) -> None:
         """``make_steps`` loads the weights, once. ``name`` is that of this node, and ``front`` the member id of the
-        front, as far as it is known. ``make_copy`` makes room for a copy of the front's journal. ``succeeds`` says
-        whether this node takes the front's part also before a front has taken it in."""
+        front, as far as it is known. ``make_copy`` makes room for a copy of the front's journal. ``heir`` is
+        None where this node never takes the front's part; ``succeeds`` says whether it takes it also before a front has
+        taken it in."""
         self.draining = False
         self.is_standby = False
         """Whether the front has chosen this node to take its part, and tells it what it writes into its journal."""
@@ -177,9 +179,14 @@ class Enlistment:
 
     def _adopt(self, peer: PeerControl, told: Membership) -> None:
         """Take over what the front says of the members. Raises ConfigError if it has other nodes in its file."""
-        if peer.member == self._front:
-            self._members.adopt(told)
-            self._wake.set()
+        if peer.member != self._front:
+            return
+        self._members.adopt(told, fixed=(self._own, self._members.id_of(self._config.front.name)))
+        self._neighbours.know(self._members.entries)
+        if self._follower is not None:
+            self._follower.limits = limits(self._config, self._served, self._members)
+        self._reform()  # before the first order of the new epoch
+        self._wake.set()
 
     def follow(self, front: int) -> None:
         """Another node is the front now, or the same one says again that it is."""
@@ -231,11 +238,11 @@ class Enlistment:
         """Wait for the time to take the front's part while the front is lost, and at no other time."""
         front = self._neighbours.peers.get(self._front)
         is_there = front is not None and (front.leads or front.name == self._config.front.name)
-        if is_there or self.draining or not self._succeeds:
+        if is_there or self.draining or self._heir is None or not self._succeeds:
             self._stop_waiting()
         elif self._waiting is None:
-            names = [self._members.entry(member).name for member in self.needed]
-            due = self._heir.due(sorted(names), is_standby=self.is_standby)
+            addresses = [Address.parse(self._members.entry(member).address) for member in sorted(self.needed)]
+            due = self._heir.due(addresses, is_standby=self.is_standby)
             self._waiting = self._loop.create_task(due)
             self._waiting.add_done_callback(self._waited)
 
@@ -316,6 +323,7 @@ class Enlistment:
                 front=self._front,
                 key=TenantKey(enlist.tenant, enlist.token),
                 term=term,
+                quota=self._members.entry(shard.member).quota,
             )
         except NodeError as error:
             log.warning("event=not_attached peer=%s reason=%r", shard.name, str(error))

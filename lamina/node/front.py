@@ -31,6 +31,7 @@ from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.workers import ParallelWorkers
+from lamina.transport import Address
 from lamina.wire.admin import Status
 
 
@@ -142,8 +143,9 @@ async def open_front(
         constraints=constraints,
         journal=journal,
     )
-    addresses = {members.id_of(node.name): node.address for node in config.memory_nodes}
-    transfers = TransferAsker(shards, addresses, random, intake.transferred)
+    transfers = TransferAsker(
+        shards, lambda member: Address.parse(members.entry(member).address), random, intake.transferred
+    )
     space = Space(shards, BLOCK_TOKENS, intake.reserved, transfers)
     if fits and served.context > ANSWER_TOKENS:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from lamina.compute.peer_control import PeerControl
@@ -83,7 +84,8 @@ def _open_file(config: ClusterConfig, served: ServedModel, name: str, host: Host
 def journal_folder(config: ClusterConfig, model: str) -> Path:
     """Return where the journal lies: in the folder that the file names, else in one of the cluster's own.
 
-    A cluster is the same as long as it has this ``model``, by its fingerprint, and nodes of these names and addresses.
+    A cluster is the same as long as it has this ``model``, by its fingerprint, and compute nodes of these names and
+    addresses in its file.
     """
     if config.recovery.journal_dir is not None:
         return config.file.parent / config.recovery.journal_dir
@@ -91,7 +93,7 @@ def journal_folder(config: ClusterConfig, model: str) -> Path:
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     except RuntimeError as e:
         raise ConfigError("this user has no home folder") from e
-    cluster = "\n".join([model, *(f"{node.name} {node.address}" for node in config.node)])
+    cluster = "\n".join([model, *(f"{node.name} {node.address}" for node in config.compute_nodes)])
     return state / "lamina" / hashlib.blake2b(cluster.encode(), digest_size=8).hexdigest()
 
 
@@ -99,8 +101,12 @@ class Standby:
     """Has another compute node keep a copy of the front's journal, on the node's loop of the front: the first one of
     the file that serves."""
 
-    def __init__(self, members: Members, neighbours: Neighbours, journal: RequestJournal | None) -> None:
-        """Begin with the nodes that serve now. ``journal`` is None where none is kept."""
+    def __init__(
+        self, members: Members, neighbours: Neighbours, journal: RequestJournal | None, names: Collection[str]
+    ) -> None:
+        """Begin with the nodes that serve now. ``journal`` is None where none is kept; ``names`` are those of the nodes
+        that can be the standby."""
+        self._names = names
         self._members = members
         self._neighbours = neighbours
         self._journal = journal
@@ -110,7 +116,8 @@ class Standby:
     def choose(self) -> None:
         """Choose anew, as members have changed."""
         peers, serving = self._neighbours.peers, self._members.in_state("compute", State.SERVING)
-        chosen = next((peers[member] for member in serving if member in peers), None)
+        able = (peers[member] for member in serving if member in peers)
+        chosen = next((peer for peer in able if peer.name in self._names), None)
         if chosen is self._chosen:
             return
         if self._chosen is not None:

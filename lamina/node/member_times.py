@@ -27,8 +27,12 @@ class MemberTimes:
     def describe(self) -> list[MemberStatus]:
         """Return what the status says about the members, by id."""
         now = asyncio.get_running_loop().time()
-        names = {entry.id: entry.name for entry in self._members.entries}
-        return [
-            MemberStatus(name=names[id_], state=state.value, for_s=now - since_s)
-            for id_, (state, since_s) in sorted(self._since.items())
-        ]
+        described = []
+        for entry in self._members.entries:
+            state, since_s = self._since[entry.id]
+            described.append(
+                MemberStatus(
+                    name=entry.name, state=state.value, for_s=now - since_s, role=entry.role, address=entry.address
+                )
+            )
+        return described

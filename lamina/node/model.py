@@ -176,8 +176,9 @@ def serve_model(config: ClusterConfig, members: Members, source: ModelSource) ->
             f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows; '
             'use "heads" or "requests"'
         )
-    if firsts is None and len(ranges) > pipeline.batches:
-        log.warning("event=idle_replicas replicas=%d batches=%d reason=%r", len(ranges), pipeline.batches, _IDLE)
+    replicas = len(served.schedule.members)
+    if firsts is None and replicas > pipeline.batches:
+        log.warning("event=idle_replicas replicas=%d batches=%d reason=%r", replicas, pipeline.batches, _IDLE)
     if not served.schedule.is_settled:
-        log.warning("event=rotation replicas=%d batches=%d reason=%r", len(ranges), pipeline.batches, _ROTATION)
+        log.warning("event=rotation replicas=%d batches=%d reason=%r", replicas, pipeline.batches, _ROTATION)
     return served

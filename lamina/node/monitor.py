@@ -17,6 +17,7 @@ from lamina.runtime.spans import Recorder, Span
 from lamina.transport import Address, Link, Options
 from lamina.wire.admin import AskSpans, AskStatus, Drain, Draining, Probe, Probed, Record, Spans, Status
 from lamina.wire.codec import Message, decode
+from lamina.wire.members import Accepted, Candidate
 from lamina.wire.questions import send_unless_gone
 
 CALLER_TIMEOUT_S = 30.0
@@ -25,14 +26,14 @@ and a user may suspend them for a moment."""
 MAX_PROBES = 64
 """The number of measurements that may wait for their turn."""
 
-Asked = AskStatus | Record | AskSpans | Probe | Drain
+Asked = AskStatus | Record | AskSpans | Probe | Drain | Candidate
 
 
 class Monitor:
-    """Answers the questions of operators about one node, on the node's loop.
+    """Answers the questions of operators about one node, and those of nodes that would join, on the node's loop.
 
     The node is called ``name``, and ``status`` returns its state. It measures links to the nodes in ``ways`` and to no
-    others. ``drain`` lets memory nodes leave, on the front alone.
+    others. ``drain`` lets memory nodes leave, on the front alone; ``admit`` takes in the node that asks over a link.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Monitor:
         status: Callable[[], Coroutine[Any, Any, Status]],
         ways: Mapping[str, Address] | None = None,
         drain: Callable[[Drain], Coroutine[Any, Any, Draining]] | None = None,
+        admit: Callable[[Link, Candidate], Coroutine[Any, Any, Accepted]] | None = None,
     ) -> None:
         self._name = name
         self._network = network
@@ -51,6 +53,7 @@ class Monitor:
         self._status = status
         self._ways = ways or {}
         self._drain = drain
+        self._admit = admit
         self._tracing = _Tracing(device)
         self._probing = asyncio.Lock()
         self._probes = 0
@@ -91,6 +94,10 @@ class Monitor:
                 reply = await self._drain(asked)
             case Drain():
                 reply = Draining(error=f"{self._name} is not the front of a cluster, which decides what nodes hold")
+            case Candidate() if self._admit is not None:
+                reply = await self._admit(link, asked)
+            case Candidate():
+                reply = Accepted(error=f"{self._name} is not the front of a cluster, which takes nodes in")
             case _:
                 reply = await self._tracing.reply(asked)
         send_unless_gone(link, reply)

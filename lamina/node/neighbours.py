@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.shard_control import ShardControl
-from lamina.config import ClusterConfig, ComputeNodeConfig, NodeConfig
+from lamina.config import ClusterConfig, ComputeNodeConfig
 from lamina.errors import ConnectError, HandshakeError, LaminaError, NodeError
 from lamina.front.members import Members
 from lamina.runtime.crossing import Crossing
 from lamina.runtime.device import Device
 from lamina.runtime.network import Network
-from lamina.transport import Hello, Link
+from lamina.transport import Address, Hello, Link
+from lamina.wire.members import MemberEntry
 
 log = logging.getLogger("lamina.compute")
 
@@ -30,20 +31,21 @@ Control = ShardControl | PeerControl
 
 @dataclass(eq=False)
 class _Neighbour:
-    """Another node. ``control`` is the present link to it, ``met`` is done when there has been one."""
+    """Another node. ``control`` is the present link to it, ``met`` is done when there has been one, and ``seeking``
+    makes one again and again."""
 
-    node: NodeConfig
-    member: int
+    entry: MemberEntry
     met: asyncio.Future[None]
+    seeking: asyncio.Task[None] | None = None
     control: Control | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Neighbours:
-    """Holds the links to all other nodes, and seeks those that are missing.
+    """Holds the links to all other members, and seeks those that are missing.
 
-    Every compute node connects to every memory node; of two compute nodes, the later one in the file connects to the
-    earlier one, which gets the link in `greet`. ``on_found`` is called with each new link, and ``on_lost`` with the
+    Every compute node connects to every memory node; of two compute nodes, the one with the larger id connects to the
+    other one, which gets the link in `greet`. ``on_found`` is called with each new link, and ``on_lost`` with the
     member and the reason when one has ended, unless `renew` ended it. It belongs to the node's loop.
     """
 
@@ -64,17 +66,11 @@ class Neighbours:
         self._options = config.options(node)
         self._hello = Hello("compute", node.name)
         self._on_found, self._on_lost = on_found, on_lost
-        own = members.id_of(node.name)
-        loop = asyncio.get_running_loop()
-        self._others = {
-            members.id_of(other.name): _Neighbour(other, members.id_of(other.name), loop.create_future())
-            for other in config.node
-            if other.name != node.name
-        }
-        self._sought = [n for id_, n in self._others.items() if n.node.role == "memory" or id_ < own]
-        self._names = {n.node.name: n for n in self._others.values()}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._own = members.id_of(node.name)
+        self._others: dict[int, _Neighbour] = {}
+        self._is_seeking = False
         self._links: set[Link] = set()
+        self.know(members.entries)
 
     @property
     def shards(self) -> dict[int, ShardControl]:
@@ -100,20 +96,36 @@ class Neighbours:
     @property
     def waiting_for(self) -> list[str]:
         """Return the names of the nodes to which there is no link."""
-        return sorted(n.node.name for n in self._others.values() if n.control is None)
+        return sorted(n.entry.name for n in self._others.values() if n.control is None)
+
+    def know(self, entries: Iterable[MemberEntry]) -> None:
+        """Have links to these members alone: new ones are sought, and so are those whose address has changed; others
+        are not any more. Nothing is said to be lost by that."""
+        told = {entry.id: entry for entry in entries if entry.id != self._own}
+        for id_, neighbour in list(self._others.items()):
+            if told.get(id_) != neighbour.entry:
+                self._forget(self._others.pop(id_))
+        for id_, entry in told.items():
+            if id_ not in self._others:
+                self._others[id_] = _Neighbour(entry, asyncio.get_running_loop().create_future())
+        if self._is_seeking:
+            self._seek_all()
 
     async def meet(self, members: Collection[int]) -> None:
         """Begin to seek all nodes, and wait until there has been a link to each of ``members``. A ConnectError or
         HandshakeError names one that does not come within ``transport.start_timeout`` seconds."""
-        self._tasks = [asyncio.ensure_future(self._seek(neighbour)) for neighbour in self._sought]
+        self._is_seeking = True
+        self._seek_all()
         awaited = [self._others[member] for member in members]
-        await asyncio.gather(*(n.met if n in self._sought else self._expect(n) for n in awaited))
+        await asyncio.gather(*(n.met if self._connects_to(n) else self._expect(n) for n in awaited))
 
     async def close(self) -> None:
         """Seek no more, and end all links."""
-        for task in self._tasks:
+        self._is_seeking = False
+        tasks = [n.seeking for n in self._others.values() if n.seeking is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(link.close() for link in list(self._links)))
 
     def free(self) -> None:
@@ -126,11 +138,12 @@ class Neighbours:
 
         A node that makes a second link has lost the first, also if this end does not know that yet.
         """
-        neighbour = self._names.get(link.info.peer.name)
-        if neighbour is None or neighbour in self._sought:
+        name = link.info.peer.name
+        neighbour = next((n for n in self._others.values() if n.entry.name == name), None)
+        if neighbour is None or self._connects_to(neighbour):
             return False
         if neighbour.control is not None:
-            neighbour.control.drop(f"{neighbour.node.name} has made another link")
+            neighbour.control.drop(f"{name} has made another link")
         self._take(neighbour, link)
         return True
 
@@ -148,9 +161,27 @@ class Neighbours:
 
     # -- inside
 
+    def _connects_to(self, neighbour: _Neighbour) -> bool:
+        """Return whether this end makes the link to another node."""
+        return neighbour.entry.role == "memory" or neighbour.entry.id < self._own
+
+    def _seek_all(self) -> None:
+        for neighbour in self._others.values():
+            if neighbour.seeking is None and self._connects_to(neighbour):
+                neighbour.seeking = asyncio.ensure_future(self._seek(neighbour))
+
+    @staticmethod
+    def _forget(neighbour: _Neighbour) -> None:
+        """Have no link to a node any more."""
+        if neighbour.seeking is not None:
+            neighbour.seeking.cancel()
+        control, neighbour.control = neighbour.control, None
+        if control is not None:
+            control.drop(f"{neighbour.entry.name} is no member, or has another address")
+
     async def _seek(self, neighbour: _Neighbour) -> None:
         """Have a link to a node, again and again."""
-        node, pause_s = neighbour.node, PAUSES_S[0]
+        node, pause_s = neighbour.entry, PAUSES_S[0]
         while True:
             met = neighbour.met.done()
             try:
@@ -167,10 +198,11 @@ class Neighbours:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSES_S[1])
 
-    async def _connect(self, node: NodeConfig, deadline_s: float) -> Link:
+    async def _connect(self, node: MemberEntry, deadline_s: float) -> Link:
         log.info("event=waiting peer=%s address=%s deadline_s=%g", node.name, node.address, deadline_s)
         try:
-            link = await self._network.connect(node.address, self._hello, self._options, deadline_s=deadline_s)
+            address = Address.parse(node.address)
+            link = await self._network.connect(address, self._hello, self._options, deadline_s=deadline_s)
         except ConnectError as e:
             raise ConnectError(f"{node.role} node {node.name} could not be reached within {deadline_s:g} s: {e}") from e
         peer = link.info.peer
@@ -184,14 +216,14 @@ class Neighbours:
 
     async def _expect(self, neighbour: _Neighbour) -> None:
         deadline_s = self._config.transport.start_timeout
-        log.info("event=waiting peer=%s deadline_s=%g", neighbour.node.name, deadline_s)
+        log.info("event=waiting peer=%s deadline_s=%g", neighbour.entry.name, deadline_s)
         try:
             await asyncio.wait_for(asyncio.shield(neighbour.met), deadline_s)
         except TimeoutError as e:
-            raise ConnectError(f"compute node {neighbour.node.name} did not connect within {deadline_s:g} s") from e
+            raise ConnectError(f"compute node {neighbour.entry.name} did not connect within {deadline_s:g} s") from e
 
     def _take(self, neighbour: _Neighbour, link: Link) -> None:
-        node, member = neighbour.node, neighbour.member
+        node, member = neighbour.entry, neighbour.entry.id
         log.info("event=connected peer=%s transport=%s choice=%r", node.name, link.info.transport, link.info.choice)
         self._links = {known for known in self._links if not known.state.closed} | {link}
         ended = neighbour.ended = asyncio.Event()

@@ -16,10 +16,13 @@ from lamina.front.team import Formation
 from lamina.node.assemble import TenantKey, agree, attach
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.node.neighbours import Control, Neighbours
+from lamina.wire.members import MemberEntry
 from lamina.wire.orders import Enlist, Missing, Reached
 
 log = logging.getLogger("lamina.compute")
 
+RENEWED_S = 5.0
+"""The seconds in which a memory node has to be reached again to which the link was renewed."""
 REFUSED_PAUSE_S = 1.0
 """The seconds before a node that could not be taken in is tried again."""
 
@@ -62,6 +65,11 @@ class Roster:
         """Is told when another front has taken the tenant over, or may have: this one has to end."""
         self.on_seized: Callable[[int], None] = lambda term: None
         """Is told in `take_over` when all memory nodes have this front, and its latest term."""
+        self.on_left: Callable[[MemberEntry], None] = lambda entry: None
+        """Is told when a node is a member no more."""
+        self.in_file = {node.name for node in config.node}
+        """The names of the nodes of the cluster file as it is now. A memory node that has left is a member no more,
+        unless it is one of them."""
         self._config = config
         self._served = served
         self._members = members
@@ -69,7 +77,6 @@ class Roster:
         self._own = member
         self._key = key
         self._term = term
-        self._names = {entry.id: entry.name for entry in members.entries}
         self._divides = config.pipeline.partition == "heads"
         self._division: dict[int, str] = {}
         """The memory nodes over which heads are divided at present, by member id."""
@@ -91,7 +98,8 @@ class Roster:
         """What takes a node in, by member id. That of this node itself divides heads."""
         self._news = asyncio.Event()
         """Set, and replaced, when something has changed."""
-        self._missing_since_s = 0.0
+        self._patient_until_s = 0.0
+        """When heads are divided over those that are there, if others are missing."""
         self._settling: asyncio.TimerHandle | None = None
         self._stranding: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -117,7 +125,7 @@ class Roster:
         Nobody is told before all of ``needed`` have this front. Raises SupersededError if one of them has another one.
         """
         self._is_complete, self._needed = True, needed
-        self._missing_since_s = self._loop.time()
+        self._patient_until_s = self._loop.time() + self._config.recovery.grace
         members, neighbours = self._members, self._neighbours
         there = needed.union(neighbours.shards, neighbours.peers)
         others = [entry for entry in members.entries if entry.id != self._own and entry.id not in self._out]
@@ -164,7 +172,7 @@ class Roster:
         serving = self._members.in_state("compute", State.SERVING)
         alone = () if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
         memory = () if self.serving else self._members.of_others("memory", State.SERVING)
-        return [self._names[m] for m in (*alone, *memory)]
+        return [self._name(m) for m in (*alone, *memory)]
 
     def detach(self) -> None:
         """Tell the memory nodes that the tenant ends, as this node leaves in order."""
@@ -173,6 +181,12 @@ class Roster:
                 shard.detach()
 
     # -- nodes come and go
+
+    def take_in(self, entry: MemberEntry) -> None:
+        """A node is a member from now on, or comes back with what is new of it: seek it, or await it."""
+        self._out.discard(entry.id)
+        self._members.take_in(entry)
+        self._neighbours.know(self._members.entries)
 
     def found(self, control: Control) -> None:
         """There is a link to a node."""
@@ -195,11 +209,12 @@ class Roster:
     def lost(self, member: int, error: NodeError) -> None:
         """The link to a node has ended. One that still has steps to do for this node is lost to it."""
         if member in self._out:
+            self._forget(member)
             return
         if self._is_complete and (task := self._tasks.pop(member, None)) is not None:
             task.cancel()  # in the start, it may know better why, as where the node has refused this one
         self._lost.add(member)
-        self._missing_since_s = self._loop.time()
+        self._patient_until_s = self._loop.time() + self._config.recovery.grace
         if self._settling is not None:
             self._settling.cancel()
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
@@ -218,8 +233,26 @@ class Roster:
         shard = self._neighbours.shards.get(member)
         self._out.add(member)
         if shard is not None and shard.is_attached:
-            shard.detach()
+            shard.detach()  # which ends the link
         self._members.part(member)
+        if shard is None or not shard.is_attached:
+            self._forget(member)
+
+    def remove(self, member: int) -> None:
+        """A memory node that does not serve, and that the file does not name, is a member no more."""
+        if (task := self._tasks.pop(member, None)) is not None:
+            task.cancel()
+        self._forget(member)
+
+    def _forget(self, member: int) -> None:
+        """A memory node has left and has no link any more: nor is it a member, unless the file names it."""
+        entry = self._members.entry(member)
+        if entry.name not in self.in_file:
+            self._out.discard(member)
+            self._processes.pop(member, None)
+            self._members.forget(member)
+            self._neighbours.know(self._members.entries)
+            self.on_left(entry)
 
     def changed(self) -> None:
         """The members have changed: tell the other compute nodes, and form the team anew."""
@@ -237,7 +270,7 @@ class Roster:
                 NodeError(
                     f"no other node was reached for {self._config.recovery.grace:g} s; another compute node may be the "
                     "front by now",
-                    node=self._names[self._own],
+                    node=self._name(self._own),
                 )
             )
             return
@@ -302,7 +335,7 @@ class Roster:
             schedule,
             {m: shard.capacity_tokens // BLOCK_TOKENS for m, shard in self.serving.items()},
             others,
-            frozenset(self._names[m] for m in (*self.serving, *others)),
+            frozenset(self._name(m) for m in (*self.serving, *others)),
         )
         lost, self._lost = frozenset(self._lost), set()
         self._watch(formation)
@@ -322,12 +355,13 @@ class Roster:
             self._reached[compute, news.member] = news.term
             self._tell()
         elif (
-            news.term == self._members.term(news.member)
+            self._members.has(news.member)
+            and news.term == self._members.term(news.member)
             and self._members.state(compute) is State.SERVING  # one that joins has to find its way to all others
             and news.member not in self._out
             and not (self._is_peer(news.member) and self._members.state(news.member) is State.JOINING)  # it is back
         ):
-            by = self._names[compute]
+            by = self._name(compute)
             self._neighbours.drop(news.member, f"{by} has lost it: {news.reason}")
 
     def _is_peer(self, member: int) -> bool:
@@ -348,11 +382,10 @@ class Roster:
 
     async def _divide(self) -> None:
         """Divide the heads over the memory nodes that are there, whenever one comes or goes."""
-        all_memory = {entry.id for entry in self._members.entries if entry.role == "memory"}
         while True:
-            every = all_memory - {m for m in all_memory if self._members.state(m) in (State.LEAVING, State.GONE)}
+            every = set(self._members.in_state("memory", State.JOINING, State.SERVING, State.LOST))
             news, there = self._news, {m: shard for m, shard in self._neighbours.shards.items() if m in every}
-            patience_s = self._missing_since_s + self._config.recovery.grace - self._loop.time()
+            patience_s = self._patient_until_s - self._loop.time()
             if not there or self._needed - set(there) or (set(there) == set(self._division) and self._is_divided()):
                 await news.wait()
             elif set(there) != every and patience_s > 0:
@@ -362,12 +395,12 @@ class Roster:
                 self._members.join(dict.fromkeys(old, 0))
                 for member in old:  # each attachment has a link of its own
                     self._neighbours.renew(member)
-                self._missing_since_s = self._loop.time()
+                self._patient_until_s = self._loop.time() + max(self._config.recovery.grace, RENEWED_S)
             else:
                 await self._divide_over(there)
 
     async def _divide_over(self, shards: dict[int, ShardControl]) -> None:
-        division = {member: self._names[member] for member in sorted(shards)}
+        division = {member: self._name(member) for member in sorted(shards)}
         try:
             await asyncio.gather(*(self._attach_to(shard, division) for shard in shards.values()))
         except NodeError as error:
@@ -404,6 +437,7 @@ class Roster:
             front=self._own,
             key=self._key,
             term=term,
+            quota=self._members.entry(shard.member).quota,
         )
         self._latest[shard.member] = shard.term
 
@@ -413,6 +447,9 @@ class Roster:
         return all(self._reached.get((c, memory)) == self._members.term(memory) for c in others)
 
     # -- inside
+
+    def _name(self, member: int) -> str:
+        return self._members.entry(member).name
 
     async def _serve_when(self, condition: Callable[[], bool]) -> None:
         """Wait until enough nodes serve, or raise the error of the start."""
@@ -443,7 +480,7 @@ class Roster:
             if not self._is_complete:
                 self._fail(error)
                 return
-            log.warning("event=not_taken_in peer=%s reason=%r", self._names[member], str(error))
+            log.warning("event=not_taken_in peer=%s reason=%r", self._name(member), str(error))
             await asyncio.sleep(REFUSED_PAUSE_S)
             self._tasks.pop(member, None)
             self._neighbours.drop(member, str(error))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from lamina.config import ClusterConfig
 from lamina.errors import LaminaError
 from lamina.runtime.network import Network
-from lamina.transport import Hello
+from lamina.transport import Address, Hello
 from lamina.wire.admin import AskStatus, Status
 from lamina.wire.codec import decode
 from lamina.wire.questions import Questions
@@ -39,17 +39,16 @@ class Heir:
         self._tenant = short_name(tenant)
         self._place = [node.name for node in config.compute_nodes].index(name)
 
-    async def due(self, needed: Iterable[str], *, is_standby: bool) -> None:
-        """Wait until the time has come, from the loss of the front on. ``needed`` are the names of memory nodes."""
+    async def due(self, needed: Sequence[Address], *, is_standby: bool) -> None:
+        """Wait until the time has come, from the loss of the front on. ``needed`` are the addresses of memory nodes."""
         grace_s = self._config.recovery.grace
         await asyncio.sleep(grace_s if is_standby else (grace_s + OTHERS_S) * (2 + self._place))
-        names = list(needed)
-        while not all(await asyncio.gather(*map(self._is_free, names))):  # noqa: ASYNC110 - no event tells
+        while not all(await asyncio.gather(*map(self._is_free, needed))):  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(PAUSE_S)
 
-    async def _is_free(self, memory: str) -> bool:
+    async def _is_free(self, address: Address) -> bool:
         """Return whether a memory node says that the tenant has no front there."""
-        address, options = self._config.find(memory).address, self._config.options()
+        options = self._config.options()
         try:
             link = await self._network.connect(address, Hello("monitor", self._name), options, deadline_s=ASK_S)
         except LaminaError:

@@ -22,10 +22,8 @@ LOOK_S = 0.5
 def run(config: ClusterConfig, name: str, patience_s: float) -> None:
     """Have the front empty the memory node ``name`` and let it leave; return when it has left.
 
-    Raises ConfigError if the file has no such node, and NodeError if the front cannot do it. An interrupt ends only the
-    waiting.
+    Raises NodeError if the front has no such node, or cannot do it. An interrupt ends only the waiting.
     """
-    config.find(name)
     console = Console(stderr=True, highlight=False)
     try:
         asyncio.run(drained(config, name, patience_s, lambda text: print_text(text, console)))

@@ -15,11 +15,14 @@ from lamina.attention import BackendFactory
 from lamina.client import AsyncClient
 from lamina.client.asynchronous import RECONNECT_S
 from lamina.client.finder import FrontFinder
-from lamina.config import ClusterConfig, NodeConfig
+from lamina.config import ClusterConfig, MemoryNodeConfig, NodeConfig
 from lamina.errors import LaminaError, NodeError
 from lamina.node.compute import ComputeNode
+from lamina.node.daemon import Serve
+from lamina.node.joining import Joining
 from lamina.node.memory import MemoryNode
 from lamina.node.model import OpenModel
+from lamina.node.replica import Replica
 from lamina.runtime.host import Host
 from lamina.sim.device import Seconds
 from lamina.sim.loop import VirtualTask
@@ -40,6 +43,10 @@ NodeSeconds = Callable[[NodeConfig], Seconds]
 def instant(node: NodeConfig) -> Seconds:
     """Operations that take no time."""
     return 0.0
+
+
+async def _run(serve: Serve, stopping: asyncio.Event) -> None:
+    await serve(stopping)
 
 
 _PROCESS: ContextVar[object] = ContextVar("process", default=None)
@@ -78,38 +85,66 @@ class SimCluster:
         self.disk = SimDisk()
         """Where journals are."""
         self.ended: dict[str, BaseException | None] = {}
-        self.nodes: dict[str, ComputeNode | MemoryNode] = {}
+        self.nodes: dict[str, ComputeNode | MemoryNode | Replica] = {}
         """Those that were started, by name."""
         self._random = Random(world.random.getrandbits(64))  # noqa: S311 - no secret depends on it
         self._open_model = open_model
         self._backend = backend
         self._seconds = seconds
+        self._joining: dict[str, NodeConfig] = {}
+        """The nodes that the file does not name, by name."""
         self._running: dict[str, _Process] = {}
         """Those that were started and not killed, by name."""
         self._last: dict[str, _Process] = {}
 
     async def start(self, name: str) -> None:
         """Start one node, also one that has ended before."""
-        node = self.config.find(name)
+        node = self.find(name)
         device = self.world.device(name, self._seconds(node))
         network = self.world.network
         host = Host(self._random, pid=0, open_log=partial(self.disk.open, process=name))
-        serving: ComputeNode | MemoryNode
-        if node.role == "compute":
+        options, joins, front = self.config.options(node), name in self._joining, self.config.front.address
+        serving: ComputeNode | MemoryNode | Replica
+        if isinstance(node, MemoryNodeConfig):
+            serving = MemoryNode(node, options, device=device, network=network, backend=self._backend, host=host)
+            serve: Serve = serving.serve
+            if joins:
+                serve = partial(Joining(front, node, network, options).serve, serve)
+        elif joins:
+            serving = Replica(
+                front,
+                node,
+                self.config.transport,
+                options,
+                device=device,
+                network=network,
+                open_model=self._open_model,
+                host=host,
+            )
+            serve = serving.serve
+        else:
             serving = ComputeNode(
                 self.config, node, device=device, network=network, open_model=self._open_model, host=host
             )
-        else:
-            options = self.config.options(node)
-            serving = MemoryNode(node, options, device=device, network=network, backend=self._backend, host=host)
+            serve = serving.serve
         stopping = asyncio.Event()
         context, identity = copy_context(), object()
         context.run(_PROCESS.set, identity)
-        task = self.world.loop.create_task(serving.serve(stopping), name=name, context=context)
+        task = self.world.loop.create_task(_run(serve, stopping), name=name, context=context)
         self.ended.pop(name, None)
         self.nodes[name] = serving
         self._running[name] = self._last[name] = _Process(task, stopping, identity)
         task.add_done_callback(lambda done: self._note_end(name, done))
+
+    async def join(self, node: NodeConfig, *, under: str | None = None) -> None:
+        """Start a node that the file does not name, and that asks the front to be taken in, also at later starts. Here
+        it is called ``under``, by default as it calls itself."""
+        self._joining[under or node.name] = node
+        await self.start(under or node.name)
+
+    def find(self, name: str) -> NodeConfig:
+        """Return a node of the file, or one that has been told to join."""
+        return self._joining.get(name) or self.config.find(name)
 
     def is_running(self, name: str) -> bool:
         """Return whether a node was started and has not ended; it may have been told to stop."""
@@ -150,7 +185,7 @@ class SimCluster:
     async def admin(self, name: str) -> AdminClient:
         """Ask a node."""
         return await AdminClient.connect(
-            self.config.find(name).address,
+            self.find(name).address,
             self.config.options(),
             name="sim",
             deadline_s=REACH_S,
@@ -199,7 +234,8 @@ class SimCluster:
     async def stop_all(self) -> Mapping[str, BaseException | None]:
         """Stop all nodes that run, compute nodes first; how each one ended."""
         for role in ("compute", "memory"):
-            names = [n.name for n in self.config.node if n.role == role and n.name in self._running]
+            nodes = [*self.config.node, *self._joining.values()]
+            names = [n.name for n in nodes if n.role == role and n.name in self._running]
             await asyncio.gather(*(self.stop(name) for name in names))
         return self.ended
 

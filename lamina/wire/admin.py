@@ -83,6 +83,9 @@ class MemberStatus(Struct, frozen=True, kw_only=True):
     state: Literal["joining", "serving", "leaving", "gone", "lost"]
     for_s: float
     """The seconds that the member has been in this state."""
+    role: Literal["compute", "memory"]
+    address: str
+    """Where other nodes reach it."""
 
 
 class Status(Message):

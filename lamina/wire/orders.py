@@ -12,6 +12,7 @@ from lamina.errors import NodeError, ProtocolError, SpaceLostError, StaleOrderEr
 from lamina.limits import MAX_BATCHES, MAX_COMPUTE, MAX_MOVED, MAX_STEP_TOKENS
 from lamina.transport import RemoteRegion
 from lamina.wire.codec import Count, MemberId, Message
+from lamina.wire.members import MemberEntry
 from lamina.wire.parts import Part
 from lamina.wire.placement import Placement
 from lamina.wire.requests import Sampling, Score, Top
@@ -40,21 +41,11 @@ class Greeting(Message):
         RemoteRegion.from_wire(list(self.carries))
 
 
-class MemberEntry(Struct, frozen=True, array_like=True):
-    """Describes one node of the cluster."""
-
-    id: MemberId
-    name: Annotated[str, Meta(min_length=1, max_length=128)]
-    role: Literal["compute", "memory"]
-    state: Literal["joining", "serving", "leaving", "gone", "lost"] = "joining"
-    term: Count = 0
-    """Of a memory node: the number of the front's latest attachment to it. 0: the front has never attached."""
-
-
 class Membership(Message):
     """The front tells the other compute nodes the states of all members, after every change.
 
-    They attach to the memory nodes that are joining or serving, anew in each term, and run steps with those that serve.
+    They have links to these members and to no others, attach to the memory nodes that are joining or serving, anew in
+    each term, and run steps with those that serve.
     """
 
     epoch: Count

@@ -257,6 +257,9 @@ def test_a_damaged_checkpoint(
     assert "Traceback" not in node.log.read_text()
 
 
+JOIN = "--join 127.0.0.1:1 --name n9 --listen 127.0.0.1:2"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -292,6 +295,23 @@ def test_a_damaged_checkpoint(
             "--attention: expected one of auto, native, torch; got 'fast'",
         ),
         (["node", "--role", "compute"], "CONFIG: missing"),
+        (
+            ["node", "--role", "compute", "--join", "127.0.0.1:1"],
+            "--listen and --name: a compute node with --join needs both",
+        ),
+        (
+            f"node --role compute {JOIN} --memory 1GiB".split(),
+            "--memory: not allowed for a compute node, which holds no",
+        ),
+        (f"node --role compute {JOIN} --device tpu".split(), "--device: expected"),
+        (
+            ["node", "--role", "memory", "--join", "x", "--listen", "127.0.0.1:2", "--memory", "1MiB"],
+            "--join: 'x': the port is missing",
+        ),
+        (f"node --role memory {JOIN} --memory 1MiB --name a/b".split(), "--name: expected a name like"),
+        (f"node --role memory {JOIN} --memory 1MiB --device cpu".split(), "--device: not allowed for a memory node"),
+        (["node", "--role", "memory", "--address", "127.0.0.1:1"], "--address: not allowed without --join"),
+        (["node", "none.toml", "--name", "c0", "--join", "127.0.0.1:1"], "--join: not allowed with a cluster file"),
         (["node", "none.toml", "--name", "c0"], "none.toml"),
         (["up", "none.toml"], "none.toml"),
         (["generate", "none.toml", "hello"], "none.toml"),

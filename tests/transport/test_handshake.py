@@ -19,7 +19,7 @@ from lamina.transport.handshake import MAX_HELLO
 from tests.transport import wire
 from tests.transport.nodes import COMPUTE, LOCAL, MEMORY, TCP, LinkKeeper, listening, round_trip, still_welcomes
 
-OTHER_VERSION = wire.header(wire.MESSAGE, 1000, version=10) + bytes(1000)
+OTHER_VERSION = wire.header(wire.MESSAGE, 1000, version=PROTOCOL_VERSION + 1) + bytes(1000)
 SECRET = b"sixteen bytes or more"
 
 
@@ -513,7 +513,10 @@ def test_newer_node_connects(run):
             answer = await stranger.frame()
 
             assert answer[:6] == b"LMNA" + PROTOCOL_VERSION.to_bytes(2, "little")
-            assert b"speaks protocol version 10, this end speaks version %d" % PROTOCOL_VERSION in answer
+            assert (
+                b"speaks protocol version %d, this end speaks version %d" % (PROTOCOL_VERSION + 1, PROTOCOL_VERSION)
+                in answer
+            )
             assert not keeper.links
 
     run(main())
@@ -525,7 +528,8 @@ def test_newer_node_listens(run):
     async def main():
         async with wire.server(lambda peer: peer.send(OTHER_VERSION)) as (port, accepted):
             with pytest.raises(
-                HandshakeError, match=f"127.0.0.1:{port}: .*version 10, this end speaks version {PROTOCOL_VERSION}"
+                HandshakeError,
+                match=f"127.0.0.1:{port}: .*version {PROTOCOL_VERSION + 1}, this end speaks version {PROTOCOL_VERSION}",
             ):
                 await connect(Address("tcp", "127.0.0.1", port), COMPUTE, deadline_s=20)
 
