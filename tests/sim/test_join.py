@@ -312,7 +312,7 @@ UNSUITABLE = {
     ),
     "a follower for the front": Refusal(
         M9,
-        "c1 at .*: c1 is not the front; c0 is, at tcp://127.0.0.1:7000",
+        "c1 at .*: c1 is not the front; clients talk to c0 at tcp://127.0.0.1:7000",
         front="c1",
         config={"compute": (None, None)},
     ),
