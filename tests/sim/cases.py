@@ -18,6 +18,7 @@ from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.neighbours import PAUSES_S
 from lamina.node.roster import REFUSED_PAUSE_S
+from lamina.node.succession import OTHERS_S
 from lamina.sim.cluster import REACH_S
 from lamina.sim.link import LinkModel
 from lamina.wire.requests import Sampling
@@ -31,7 +32,6 @@ FIND_S = PAUSES_S[1] + REFUSED_PAUSE_S + 1.0
 """Virtual seconds within which nodes that are back find each other."""
 PATIENCE_S = 60.0
 """Virtual seconds that clients wait for a front that is lost."""
-FRONT_STARTS = ("front.kill", "front.stop", "all.kill", "all.stop")
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,11 @@ class Case:
     # -- what may come of it
 
     @property
-    def has_front_faults(self) -> bool:
-        """Whether the front has to start again, which it cannot while others are away."""
-        return any(fault.kind in FRONT_STARTS for fault in self.faults)
+    def loses_front(self) -> bool:
+        """Whether the front may have to start again, or another node to take its part, which it cannot while others are
+        away."""
+        front = self.nodes.compute[0]
+        return any(kind.is_outage and front in fault.who for fault, kind in zip(self.faults, self.kinds, strict=True))
 
     @cached_property
     def may_fail(self) -> bool:
@@ -145,7 +147,7 @@ class Case:
                     away[name] += inf if fault.lasts_s is None else fault.lasts_s + self.lost_s
         front = self.nodes.compute[0]
         gone = {name for name, seconds in away.items() if seconds > self.patience_s(name)}
-        if front in gone or (self.has_front_faults and gone):
+        if front in gone or (self.loses_front and gone):
             return True
         has_ranges = self.compute[0][1] is not None
         return (has_ranges and bool(gone & set(self.nodes.compute))) or (
@@ -176,7 +178,9 @@ class Case:
     @property
     def trouble_s(self) -> float:
         """The longest that faults may keep the cluster from working, or requests from failing."""
-        return sum(self._trouble_s(fault, kind) for fault, kind in zip(self.faults, self.kinds, strict=True))
+        faults = sum(self._trouble_s(fault, kind) for fault, kind in zip(self.faults, self.kinds, strict=True))
+        takeovers = (self.grace + OTHERS_S) * (2 + len(self.compute)) if self.loses_front else 0.0
+        return faults + takeovers * len(self.faults)
 
     def _trouble_s(self, fault: Fault, kind: Kind) -> float:
         lasts_s = fault.lasts_s
@@ -212,6 +216,8 @@ COMPUTE: tuple[tuple[range | None, ...], ...] = (
     (range(1), range(1, 2)),
     (range(1), range(1, 2), range(2, 3)),
 )
+LONGEST_S = 30.0
+"""Virtual seconds that a node is away at most where the front may have to start again."""
 WITHIN_S = 0.015
 """Virtual seconds within which requests are asked and faults strike."""
 
@@ -246,7 +252,7 @@ def draw(seed: int, kinds: Sequence[str] = ()) -> Case:
     for _ in range(chance.choice((1, 1, 2, 2, 3, 5)) if kinds else 0):
         fault = KINDS[chance.choice(kinds)].draw(nodes, chance, WITHIN_S, peer_timeout)
         faults += [] if fault is None else [fault]
-    return Case(
+    case = Case(
         seed=seed,
         layers=layers,
         compute=tuple(zip(nodes.compute, compute, strict=True)),
@@ -260,6 +266,10 @@ def draw(seed: int, kinds: Sequence[str] = ()) -> Case:
         asks=asks,
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
     )
+    if case.loses_front:  # one that starts needs all nodes
+        lasting = tuple(f if f.lasts_s is not None else f._replace(lasts_s=LONGEST_S) for f in case.faults)
+        case = replace(case, faults=lasting)
+    return case
 
 
 def _draw_asks(chance: Random, *, crowd: bool) -> tuple[Ask, ...]:

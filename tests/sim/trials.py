@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import re
@@ -21,16 +22,17 @@ from lamina.front import blocks, fit, moves
 from lamina.front.scheduler import Scheduler
 from lamina.front.team import StepResult, Team
 from lamina.memory import couriers
+from lamina.sim.cluster import REACH_S
 from lamina.sim.world import World
+from lamina.wire.admin import Status
 from lamina.wire.requests import Sampling
-from tests.sim.cases import CONTEXT, HEADS, WITHIN_S, Ask, Case
-from tests.sim.clusters import is_idle
+from tests.sim.cases import CONTEXT, HEADS, PATIENCE_S, WITHIN_S, Ask, Case
 from tests.sim.exact import Asking, exact_model, expected
 from tests.sim.faults import KINDS, Fault, Troubled
 
 READY_S = 10.0
 """Virtual seconds within which a cluster has to be ready where nothing is wrong."""
-REFUSED = re.compile("is still starting|takes no new requests")
+REFUSED = re.compile("is still starting|takes no new requests|is not the front")
 """What a front says that takes no request now; its clients ask again."""
 ASK_AGAIN_S = 0.1
 PROBE = Asking((1, 2, 3), 4, Sampling(seed=0))
@@ -154,14 +156,14 @@ class _Run:
                 if loop.time() > due_s:
                     raise BrokenPromiseError("leak", f"more than there was: {after - whole}; less: {whole - after}")
                 await asyncio.sleep(0.1)
-            self._count(await self._cluster.status(case.config.front.name))
+            self._count(await self._front())
             await self._stop()
 
     # -- requests
 
     async def _ask_all(self, begun_s: float) -> None:
         case, loop = self._case, self._loop
-        due_s = begun_s + WITHIN_S + case.trouble_s + case.work_s
+        due_s = begun_s + WITHIN_S + case.trouble_s + case.work_s + PATIENCE_S + REACH_S
         clients = {ask.client for ask in case.asks}
         tasks = [loop.create_task(self._client(number, begun_s), name=f"client {number}") for number in clients]
         _, late = await asyncio.wait(tasks, timeout=due_s - loop.time()) if tasks else ((), ())
@@ -200,7 +202,7 @@ class _Run:
                             break
                         asked.tokens.append(token.id)
             except LaminaError as error:
-                if REFUSED.search(str(error)):
+                if REFUSED.search(str(error)) and loop.time() < asked.began_s + self._case.trouble_s + PATIENCE_S:
                     await asyncio.sleep(ASK_AGAIN_S)
                     continue
                 asked.error = error
@@ -275,17 +277,26 @@ class _Run:
     async def _told(self) -> str:
         """What the front says of the nodes."""
         try:
-            status = await self._cluster.status(self._case.config.front.name)
+            status = await self._front()
         except LaminaError as error:
             return str(error)
         members = ", ".join(f"{member.name} {member.state}" for member in status.members)
         peers = ", ".join(peer.name for peer in status.peers)
         return f"the front is {status.state}, {status.waiting_for or 'waits for nobody'}; {members}; linked: {peers}"
 
+    async def _front(self) -> Status:
+        """What the front says, whichever compute node that is."""
+        for name in self._case.nodes.compute:
+            with contextlib.suppress(LaminaError):
+                status = await self._cluster.status(name)
+                if status.front == name:
+                    return status
+        raise NodeError("no compute node is the front", node=self._case.config.front.name)
+
     async def _is_ready(self) -> bool:
         try:
             async with asyncio.timeout(1.0):
-                status = await self._cluster.status(self._case.config.front.name)
+                status = await self._front()
         except (LaminaError, TimeoutError):
             return False
         others = set(self._case.nodes.all) - {status.name}
@@ -294,10 +305,12 @@ class _Run:
     async def _settled(self) -> Counter[str]:
         """Wait until no block is in use anywhere; then count links and tasks."""
         due_s = self._loop.time() + READY_S
-        while not await is_idle(self._cluster):
+        while True:
+            memory = [await self._cluster.status(node.name) for node in self._memory]
+            told = [(s.name, s.sequences, s.kv_tokens_free, s.kv_tokens_total) for s in (await self._front(), *memory)]
+            if all(sequences == 0 and free == total > 0 for _, sequences, free, total in told):
+                break
             if self._loop.time() > due_s:
-                front, *memory = [await self._cluster.status(n.name) for n in (self._case.config.front, *self._memory)]
-                told = [(s.name, s.sequences, s.kv_tokens_free, s.kv_tokens_total) for s in (front, *memory)]
                 raise BrokenPromiseError("leak", f"of name, sequences, free and all tokens: {told}")
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.01)
@@ -313,9 +326,11 @@ class _Run:
         return list(self._case.config.memory_nodes)
 
     def _check_nodes(self) -> None:
-        """See that no node has ended by itself, but for a front that could not start again yet."""
-        ended = self._cluster.by_themselves
-        if set(ended) - ({self._case.config.front.name} if self._case.has_front_faults else set()):
+        """See that no node has ended by itself, but for a front that could not start again yet, or that was not the
+        front any more."""
+        may_end = set(self._case.nodes.compute) if self._case.loses_front else set()
+        ended = {name: error for name, error in self._cluster.by_themselves.items() if name not in may_end}
+        if ended:
             raise BrokenPromiseError("ended", f"{ {name: repr(error) for name, error in ended.items()} }")
         if self.outcome.longest_step_s > self._case.most_step_s:
             raise BrokenPromiseError(
