@@ -77,10 +77,12 @@ class Claims:
     async def wait_unless_taken(self, waiting: asyncio.Future[None]) -> None:
         """Wait for a future, unless `taken` is set, also meanwhile."""
         taken = asyncio.ensure_future(self.taken.wait())
-        await asyncio.wait((waiting, taken), return_when=asyncio.FIRST_COMPLETED)
-        if not taken.done():
+        try:
+            await asyncio.wait((waiting, taken), return_when=asyncio.FIRST_COMPLETED)
+            if not taken.done():
+                waiting.result()
+        finally:
             taken.cancel()
-            waiting.result()
 
     def remember(self) -> None:
         """Keep the present term in mind, as the members forget theirs."""

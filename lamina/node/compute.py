@@ -34,7 +34,7 @@ from lamina.node.assemble import TenantKey
 from lamina.node.claims import Claims
 from lamina.node.drains import Drains
 from lamina.node.enlistment import Enlistment
-from lamina.node.front import Front, describe_front, make_blocks, open_front
+from lamina.node.front import Front, describe_front, describe_journal, make_blocks, open_front
 from lamina.node.journal import Standby, open_copy, open_journal, was_front
 from lamina.node.member_times import MemberTimes
 from lamina.node.metrics import of_front, of_status, served
@@ -99,17 +99,14 @@ class ComputeNode:
         self._members = Members(entries or Members.of_nodes(config.node), self._members_changed)
         self._member = self._members.id_of(node.name)
         self._first = self._members.id_of(config.front.name)
-        self._has_joined = entries is not None
-        self._leads = self._member == self._first
-        """Whether this node is the front, or is to be it as soon as it has started."""
+        self._has_joined, self._leads = entries is not None, self._member == self._first
+        """Whether no file names this node; whether it is the front, or is to be it as soon as it has started."""
         self._claims = Claims(config, self._members, member=self._member, tell=self._tell)
         self._succeeds = False
         """Whether this node was a front before it started."""
         self._door = Door(lambda: None if self._leads else self._claims.refusal)
-        ways = {n.name: n.address for n in config.memory_nodes}
-        self._monitor = Monitor(
-            node.name, device, network, self._options, self._status, ways, self._drain, self._door.ask
-        )
+        ways, asked = {n.name: n.address for n in config.memory_nodes}, (self._drain, self._door.ask)
+        self._monitor = Monitor(node.name, device, network, self._options, self._status, ways, *asked)
         self._times: MemberTimes
         self._neighbours: Neighbours
         self._reception = Reception(self._monitor, self._open_session, lambda: self._claims.refusal)
@@ -142,9 +139,8 @@ class ComputeNode:
         self._neighbours = Neighbours(
             config, self._node, self._members, self._device, self._network, self._found, self._node_lost
         )
-        listening = await self._network.listen(
-            self._node.bind, Hello("compute", self._name), self._on_link, self._options
-        )
+        hello = Hello("compute", self._name)
+        listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         watching = AsyncExitStack()
         try:
@@ -180,9 +176,7 @@ class ComputeNode:
             if self._drains is not None:
                 await self._drains.close()
             if self._roster is not None:
-                await self._roster.close()
-                if stopping.is_set():
-                    self._roster.detach()
+                await self._roster.close(detach=stopping.is_set())
             await asyncio.gather(self._reception.close(), self._neighbours.close())
             self._answers.close()
             if self._journal is not None:
@@ -354,7 +348,7 @@ class ComputeNode:
         )
         front.intake.on_suspect, roster.on_superseded = roster.suspect, self._end_superseded
         roster.on_settled = lambda: self._there.post(front.engine.settle)
-        roster.on_stranded = lambda error: self._there.post(front.engine.strand, error)
+        roster.stranding.on_stranded = lambda error: self._there.post(front.engine.strand, error)
         if (traces := open_traces(self._name)) is not None:
             self._traces = traces
             front.intake.meter.on_end = traces.ended
@@ -415,6 +409,7 @@ class ComputeNode:
 
     def _make_enlistment(self, served: ServedModel, *, succeeds: bool) -> Enlistment:
         key = TenantKey.of(self._config, served.facts.fingerprint)
+        heir = None if self._has_joined else Heir(self._config, self._network, name=self._name, tenant=key.name)
         self._enlistment = Enlistment(
             self._config,
             served,
@@ -425,7 +420,7 @@ class ComputeNode:
             front=self._members.id_of(self._claims.leader.name),
             make_steps=lambda: self._make_steps(served),
             make_copy=lambda: open_copy(self._config, served, self._name, self._host, self._journal_workers),
-            heir=(None if self._has_joined else Heir(self._config, self._network, name=self._name, tenant=key.name)),
+            heir=heir,
             succeeds=succeeds,
         )
         return self._enlistment
@@ -455,10 +450,7 @@ class ComputeNode:
     def intake(self) -> Intake:
         """Return the intake of this node; raise NodeError while the node is starting, or if it is not the front."""
         if self._front is None:
-            waiting = self._neighbours.waiting_for
-            missing = f"; it waits for {', '.join(waiting)}" if waiting else ""
-            reason = f"compute node {self._name} is still starting{missing}; try again soon"
-            raise NodeError(reason, node=self._name)
+            raise self._neighbours.still_starting()
         return self._front.intake
 
     # -- status
@@ -468,8 +460,7 @@ class ComputeNode:
 
     async def _drain(self, asked: Drain) -> Draining:
         if self._drains is None or not self._is_ready:
-            starting = f"compute node {self._name} is still starting; try again soon"
-            return Draining(error=starting if self._leads else str(self._claims.refusal))
+            return Draining(error=str(self._neighbours.still_starting() if self._leads else self._claims.refusal))
         return await self._drains.ask(asked)
 
     def reload(self) -> None:
@@ -504,8 +495,6 @@ class ComputeNode:
             status.steps = self._enlistment.steps
         if self._front is not None:
             describe_front(status, self._front, self._served)
-        if (journal := self._journal) is not None:
-            status.journal = self._config.recovery.journal
-            status.journal_bytes = journal.bytes
-            status.journal_failure = "" if journal.failure is None else str(journal.failure)
+        if self._journal is not None:
+            describe_journal(status, self._journal, self._config.recovery)
         return status

@@ -183,6 +183,7 @@ class Enlistment:
             return
         self._members.adopt(told, fixed=(self._own, self._members.id_of(self._config.front.name)))
         self._neighbours.know(self._members.entries)
+        self._neighbours.note_parted(self._members.in_state("memory", State.GONE))
         if self._follower is not None:
             self._follower.limits = limits(self._config, self._served, self._members)
         self._reform()  # before the first order of the new epoch

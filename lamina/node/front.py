@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lamina.attention import KVLayout
 from lamina.compute.shard_control import ShardControl
 from lamina.compute.step import Steps
-from lamina.config import ClusterConfig
+from lamina.config import ClusterConfig, RecoveryConfig
 from lamina.errors import CapacityError, LaminaError, first_error
 from lamina.front.blocks import BlockManager
 from lamina.front.constraints import Constraints
@@ -58,6 +58,12 @@ def describe_front(status: Status, front: Front, served: ServedModel) -> None:
     status.requests_resumed = front.intake.meter.resumed
     status.kv_tokens_total = counters.blocks * BLOCK_TOKENS
     status.kv_tokens_free = counters.free_blocks * BLOCK_TOKENS
+
+
+def describe_journal(status: Status, journal: RequestJournal, recovery: RecoveryConfig) -> None:
+    """Put into a status how the front's journal is."""
+    status.journal, status.journal_bytes = recovery.journal, journal.bytes
+    status.journal_failure = "" if journal.failure is None else str(journal.failure)
 
 
 def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int, ShardControl]) -> BlockManager:

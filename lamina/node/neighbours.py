@@ -67,6 +67,8 @@ class Neighbours:
         self._hello = Hello("compute", node.name)
         self._on_found, self._on_lost = on_found, on_lost
         self._own = members.id_of(node.name)
+        self.parted: dict[int, object] = {}
+        """What the processes call themselves of memory nodes that have left, by member id."""
         self._others: dict[int, _Neighbour] = {}
         self._is_seeking = False
         self._links: set[Link] = set()
@@ -97,6 +99,20 @@ class Neighbours:
     def waiting_for(self) -> list[str]:
         """Return the names of the nodes to which there is no link."""
         return sorted(n.entry.name for n in self._others.values() if n.control is None)
+
+    def still_starting(self) -> NodeError:
+        """Return the error for those who ask something of a front that is not ready."""
+        waiting, name = self.waiting_for, self._hello.name
+        missing = f"; it waits for {', '.join(waiting)}" if waiting else ""
+        return NodeError(f"compute node {name} is still starting{missing}; try again soon", node=name)
+
+    def note_parted(self, members: Collection[int]) -> None:
+        """These memory nodes have left, and no others: remember by which processes, so that the next ones can be told
+        from them."""
+        shards = self.shards
+        kept = {member: process for member, process in self.parted.items() if member in members}
+        new = {m: shards[m].link.info.peer.details.get("process") for m in members if m in shards and m not in kept}
+        self.parted = new | kept
 
     def know(self, entries: Iterable[MemberEntry]) -> None:
         """Have links to these members alone: new ones are sought, and so are those whose address has changed; others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -16,6 +17,7 @@ from lamina.front.team import Formation
 from lamina.node.assemble import TenantKey, agree, attach
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.node.neighbours import Control, Neighbours
+from lamina.node.stranding import Stranding
 from lamina.wire.members import MemberEntry
 from lamina.wire.orders import Enlist, Missing, Reached
 
@@ -59,14 +61,13 @@ class Roster:
         """Is told of every change of the formation, and which members were lost in between."""
         self.on_settled: Callable[[], None] = lambda: None
         """Is told when a lost node has not come back within the grace."""
-        self.on_stranded: Callable[[NodeError], None] = lambda error: None
-        """Is told when nothing could be computed for so long that no request should wait any more."""
         self.on_superseded: Callable[[NodeError], None] = lambda error: None
         """Is told when another front has taken the tenant over, or may have: this one has to end."""
         self.on_seized: Callable[[int], None] = lambda term: None
         """Is told in `take_over` when all memory nodes have this front, and its latest term."""
         self.on_left: Callable[[MemberEntry], None] = lambda entry: None
         """Is told when a node is a member no more."""
+        self.stranding = Stranding(config.recovery, members)
         self.in_file = {node.name for node in config.node}
         """The names of the nodes of the cluster file as it is now. A memory node that has left is a member no more,
         unless it is one of them."""
@@ -88,11 +89,7 @@ class Roster:
         """The members that were lost since the last formation."""
         self._out = {entry.id for entry in members.entries if members.state(entry.id) is State.GONE}
         """The members that have left, and have not been started anew since."""
-        self._processes = {
-            member: shard.link.info.peer.details.get("process")
-            for member, shard in neighbours.shards.items()
-            if member in self._out
-        }
+        self._processes = dict(neighbours.parted)
         """What the last process of each memory node calls itself."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """What takes a node in, by member id. That of this node itself divides heads."""
@@ -101,7 +98,6 @@ class Roster:
         self._patient_until_s = 0.0
         """When heads are divided over those that are there, if others are missing."""
         self._settling: asyncio.TimerHandle | None = None
-        self._stranding: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
         self._is_complete = False
@@ -154,16 +150,21 @@ class Roster:
         self._fail(error)
         self.on_superseded(error)
 
-    async def close(self) -> None:
-        """Take in no more nodes."""
-        for timer in (self._settling, self._stranding):
-            if timer is not None:
-                timer.cancel()
+    async def close(self, *, detach: bool = False) -> None:
+        """Take in no more nodes. With ``detach``, the memory nodes learn that the tenant ends, as this node leaves in
+        order."""
+        if self._settling is not None:
+            self._settling.cancel()
+        self.stranding.close()
         for task in self._tasks.values():
             task.cancel()
         for peer in self._neighbours.peers.values():
             peer.on_reach = lambda member, news: None
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if detach:
+            for shard in self._neighbours.shards.values():
+                if shard.is_attached:
+                    shard.detach()
 
     @property
     def missing(self) -> list[str]:
@@ -173,12 +174,6 @@ class Roster:
         alone = () if self._served.schedule_of(serving) else self._members.of_others("compute", State.SERVING)
         memory = () if self.serving else self._members.of_others("memory", State.SERVING)
         return [self._name(m) for m in (*alone, *memory)]
-
-    def detach(self) -> None:
-        """Tell the memory nodes that the tenant ends, as this node leaves in order."""
-        for shard in self._neighbours.shards.values():
-            if shard.is_attached:
-                shard.detach()
 
     # -- nodes come and go
 
@@ -283,31 +278,6 @@ class Roster:
         """Return whether this node reaches no other one, where another one can take its part."""
         return len(self._config.compute_nodes) > 1 and not self._neighbours.controls
 
-    def _watch(self, formation: Formation) -> None:
-        """Have nothing wait for ever for members with which steps can run."""
-        if formation.is_whole and formation.blocks:
-            if self._stranding is not None:
-                self._stranding.cancel()
-                self._stranding = None
-        elif self._stranding is None and self._is_complete:
-            self._stranding = self._loop.call_later(self._patience_s, self._strand)
-
-    @property
-    def _patience_s(self) -> float:
-        """Return the seconds that requests wait for nodes without which nothing goes on."""
-        return max(self._config.recovery.grace, self._config.recovery.lease)
-
-    def _strand(self) -> None:
-        away = [entry for entry in self._members.entries if self._members.state(entry.id) is not State.SERVING]
-        states = ", ".join(f"{entry.name} {self._members.state(entry.id).value}" for entry in away)
-        error = NodeError(
-            f"nothing could be computed for {self._patience_s:g} s, without nodes that every other one reaches "
-            f"({states}); start what is missing, or mend the network between them",
-            node=away[0].name if away else "",
-        )
-        log.warning("event=stranded reason=%r", str(error))
-        self.on_stranded(error)
-
     def _give_up_missing(self) -> None:
         """Go on without the nodes that are missing."""
         log.warning("event=given_up missing=%s", ",".join(self._absent))
@@ -338,7 +308,8 @@ class Roster:
             frozenset(self._name(m) for m in (*self.serving, *others)),
         )
         lost, self._lost = frozenset(self._lost), set()
-        self._watch(formation)
+        if self._is_complete:
+            self.stranding.watch(formation)
         self.on_formed(formation, lost)
 
     # -- compute nodes
@@ -382,15 +353,18 @@ class Roster:
 
     async def _divide(self) -> None:
         """Divide the heads over the memory nodes that are there, whenever one comes or goes."""
+        given_up: set[int] = set()  # those that have had their time to come back
         while True:
             every = set(self._members.in_state("memory", State.JOINING, State.SERVING, State.LOST))
             news, there = self._news, {m: shard for m, shard in self._neighbours.shards.items() if m in every}
             patience_s = self._patient_until_s - self._loop.time()
             if not there or self._needed - set(there) or (set(there) == set(self._division) and self._is_divided()):
                 await news.wait()
-            elif set(there) != every and patience_s > 0:
-                await asyncio.wait((asyncio.ensure_future(news.wait()),), timeout=patience_s)
+            elif not every - given_up <= set(there) and patience_s > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), patience_s)
             elif old := [m for m, shard in there.items() if shard.is_attached]:
+                given_up = every - set(there)
                 self._division = {}
                 self._members.join(dict.fromkeys(old, 0))
                 for member in old:  # each attachment has a link of its own
