@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.config import (
@@ -604,6 +604,7 @@ def node_lists(draw: st.DrawFn) -> list[NodeConfig]:
     return nodes
 
 
+@settings(deadline=None)
 @given(MODELS, node_lists(), PIPELINES, TRANSPORTS, RECOVERIES)
 def test_what_is_written_is_read(
     model: ModelConfig,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.step import Steps
@@ -46,7 +45,7 @@ class Follower:
         self._on_failed = on_failed
         self._running: dict[int, asyncio.Task[None]] = {}
         """The order of each slot that is being carried out."""
-        self._sending = asyncio.get_running_loop().create_task(self._watch(device.start(runner.send_prompts())))
+        self._sending = asyncio.get_running_loop().create_task(self._watch(lambda: device.start(runner.send_prompts())))
         front.on_order = self._obey
 
     async def close(self) -> None:
@@ -69,7 +68,7 @@ class Follower:
         self.limits.check(message)
         if (before := self._running.get(message.slot)) is not None:
             before.cancel()
-        self._running[message.slot] = asyncio.get_running_loop().create_task(self._watch(self._do(message)))
+        self._running[message.slot] = asyncio.get_running_loop().create_task(self._watch(lambda: self._do(message)))
 
     async def _do(self, order: Order) -> None:
         try:
@@ -83,10 +82,10 @@ class Follower:
             self._front.send(done)
             self.steps += 1
 
-    async def _watch(self, work: asyncio.Future[None] | Coroutine[Any, Any, None]) -> None:
+    async def _watch(self, work: Callable[[], Awaitable[None]]) -> None:
         """Tell of an error that is not one of a step."""
         try:
-            await work
+            await work()
         except LaminaError as error:
             self._on_failed(error)
         except Exception as error:

@@ -157,7 +157,7 @@ def test_a_stream_goes_on_when_the_front_is_back(checkpoint: Path, tmp_path: Pat
     and of an answer that is no stream."""
     (port,) = harness.free_ports(1)
     memory = harness.start_memory(tmp_path, port)
-    config = harness.write_config(tmp_path, checkpoint, [port], context=1600)
+    config = harness.write_config(tmp_path, checkpoint, [port], context=1600, recovery=harness.RecoveryConfig())
     asked = LONG | {"max_tokens": 700, "stream_options": {"include_usage": True}}
     chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 700, "ignore_eos": True}
     chat |= {"stream": True, "temperature": 0}

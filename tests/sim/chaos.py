@@ -54,7 +54,7 @@ def shrink(case: Case, failure: BrokenPromiseError, part: Part) -> tuple[Part, B
 def catch(mutant: Mutant) -> tuple[Case, BrokenPromiseError] | None:
     """The first case that a mutant fails, and how; None if it fails none that the product itself does not."""
     kinds = kinds_of(mutant.kinds)
-    for case in (draw(seed, kinds) for seed in range(mutant.seeds)):
+    for case in (draw(seed, kinds) for seed in mutant.seeds):
         with mutant.made():
             failure = attempt(case)[1]
         if failure is not None and attempt(case)[1] is None:
@@ -68,7 +68,7 @@ def _catch_all() -> int:
     for name, mutant in MUTANTS.items():
         caught = catch(mutant)
         missed += caught is None
-        how = f"not found in {mutant.seeds} seeds" if caught is None else f"seed {caught[0].seed}, {caught[1]!s:.160}"
+        how = f"not found among {len(mutant.seeds)} seeds" if caught is None else f"seed {caught[0].seed}, {caught[1]!s:.160}"
         _say(f"{name}: {how}")
     return 1 if missed else 0
 
