@@ -68,7 +68,11 @@ def _catch_all() -> int:
     for name, mutant in MUTANTS.items():
         caught = catch(mutant)
         missed += caught is None
-        how = f"not found among {len(mutant.seeds)} seeds" if caught is None else f"seed {caught[0].seed}, {caught[1]!s:.160}"
+        how = (
+            f"not found among {len(mutant.seeds)} seeds"
+            if caught is None
+            else f"seed {caught[0].seed}, {caught[1]!s:.160}"
+        )
         _say(f"{name}: {how}")
     return 1 if missed else 0
 
