@@ -14,12 +14,7 @@ from prometheus_client.metrics_core import Metric
 from lamina.compute.peer_control import PeerControl
 from lamina.compute.step import StepRunner, Steps
 from lamina.config import ClusterConfig, ComputeNodeConfig, format_range
-from lamina.errors import (
-    LaminaError,
-    NodeError,
-    SupersededError,
-    first_error,
-)
+from lamina.errors import LaminaError, NodeError, SupersededError, first_error
 from lamina.front.answers import AnswerKeeper
 from lamina.front.constraints import Constraints
 from lamina.front.encoder import Encoder

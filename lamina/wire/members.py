@@ -54,7 +54,8 @@ class ClusterFacts(Struct, frozen=True, kw_only=True):
     start_timeout: float
     """The seconds that a starting node waits for the others."""
     members: Annotated[list[MemberEntry], Meta(min_length=1, max_length=4096)]
-    """All members, the new one among them. That with the smallest id is the front."""
+    """All members, the new one among them. The compute node with the smallest id is the first one of the file, which is
+    the front until another one takes its part."""
 
 
 class Accepted(Message):
