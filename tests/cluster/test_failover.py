@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -16,7 +15,8 @@ import pytest
 import lamina
 from lamina.config import PipelineConfig, RecoveryConfig
 from tests import harness
-from tests.families import FAMILIES, VOCABULARY
+from tests.cluster.streams import Streams
+from tests.families import FAMILIES
 from tests.oracle import Agreement, Oracle
 
 TOKENS = 300
@@ -43,27 +43,11 @@ def test_streams_go_on_at_the_standby(tmp_path: Path, agreement: Agreement) -> N
         compute=(None, None),
         recovery=RecoveryConfig(grace=1.0, journal_dir=str(tmp_path / "journal")),
     )
-    chosen = random.Random(3)
-    asked = [[chosen.randrange(VOCABULARY) for _ in range(chosen.randint(1, 60))] for _ in range(STREAMS)]
-    counts = [0] * STREAMS
+    streams = Streams(STREAMS, TOKENS)
     nodes = {node.name: harness.start_node(config, node.name) for node in config.node}
 
-    async def read(client: lamina.AsyncClient, number: int) -> list[int]:
-        tokens = []
-        async for token in client.stream(asked[number], max_tokens=TOKENS):
-            tokens.append(token.id)
-            counts[number] = len(tokens)
-        return tokens
-
-    def read_without_loop(client: lamina.Client, number: int) -> list[int]:
-        tokens = []
-        for token in client.stream(asked[number], max_tokens=TOKENS):
-            tokens.append(token.id)
-            counts[number] = len(tokens)
-        return tokens
-
     async def all_have_some() -> bool:
-        return min(counts) >= 5
+        return min(streams.counts) >= 5
 
     async def main() -> None:
         await harness.ready(config, nodes["c0"])
@@ -72,12 +56,13 @@ def test_streams_go_on_at_the_standby(tmp_path: Path, agreement: Agreement) -> N
             blocking = await loop.run_in_executor(pool, lambda: lamina.Client(config))
             async with lamina.connect(config) as client:
                 half = STREAMS // 2
-                reading = [asyncio.ensure_future(read(client, number)) for number in range(half)]
+                reading = [asyncio.ensure_future(streams.read(client, number)) for number in range(half)]
                 reading += [
-                    loop.run_in_executor(pool, read_without_loop, blocking, number) for number in range(half, STREAMS)
+                    loop.run_in_executor(pool, streams.read_without_loop, blocking, number)
+                    for number in range(half, STREAMS)
                 ]
                 await harness.eventually(all_have_some, 60)
-                assert max(counts) < TOKENS
+                assert max(streams.counts) < TOKENS
                 nodes["c0"].signal(signal.SIGKILL)
                 nodes["c0"].wait()
                 answers = await asyncio.gather(*reading)
@@ -86,7 +71,7 @@ def test_streams_go_on_at_the_standby(tmp_path: Path, agreement: Agreement) -> N
         assert (status.name, status.front, status.requests_resumed) == ("c1", "c1", STREAMS)
         for number, answer in enumerate(answers):
             assert len(answer) == TOKENS
-            agreement.check(oracle, asked[number], answer, f"stream {number}")
+            agreement.check(oracle, streams.asked[number], answer, f"stream {number}")
 
     with harness.running(*nodes.values()):
         asyncio.run(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,8 @@ import pytest
 import lamina
 from lamina.config import PipelineConfig, RecoveryConfig
 from tests import harness
-from tests.families import FAMILIES, VOCABULARY
+from tests.cluster.streams import Streams
+from tests.families import FAMILIES
 from tests.oracle import Agreement, Oracle
 
 TOKENS = 300
@@ -35,31 +35,15 @@ def test_streams_go_on_when_the_front_is_back(
         pipeline=PipelineConfig(batches=2, max_batch=4, prefill_tokens=24),
         recovery=RecoveryConfig(journal=journal, journal_dir=str(tmp_path / "journal")),  # type: ignore[arg-type]
     )
-    chosen = random.Random(3)
-    asked = [[chosen.randrange(VOCABULARY) for _ in range(chosen.randint(1, 60))] for _ in range(STREAMS)]
-    counts = [0] * STREAMS
+    streams = Streams(STREAMS, TOKENS)
     fronts = [harness.start_node(config, "c0")]
-
-    async def read(client: lamina.AsyncClient, number: int) -> list[int]:
-        tokens = []
-        async for token in client.stream(asked[number], max_tokens=TOKENS):
-            tokens.append(token.id)
-            counts[number] = len(tokens)
-        return tokens
-
-    def read_without_loop(client: lamina.Client, number: int) -> list[int]:
-        tokens = []
-        for token in client.stream(asked[number], max_tokens=TOKENS):
-            tokens.append(token.id)
-            counts[number] = len(tokens)
-        return tokens
 
     async def kill_when(tokens: int) -> None:
         async def all_have() -> bool:
-            return min(counts) >= tokens
+            return min(streams.counts) >= tokens
 
         await harness.eventually(all_have, 60)
-        assert max(counts) < TOKENS
+        assert max(streams.counts) < TOKENS
         fronts[-1].signal(signal.SIGKILL)
         fronts[-1].wait()
         fronts.append(harness.start_node(config, "c0"))
@@ -72,9 +56,10 @@ def test_streams_go_on_when_the_front_is_back(
             blocking = await loop.run_in_executor(pool, lambda: lamina.Client(config.front.address, **plain))
             async with harness.client(config) as client:
                 half = STREAMS // 2
-                reading = [asyncio.ensure_future(read(client, number)) for number in range(half)]
+                reading = [asyncio.ensure_future(streams.read(client, number)) for number in range(half)]
                 reading += [
-                    loop.run_in_executor(pool, read_without_loop, blocking, number) for number in range(half, STREAMS)
+                    loop.run_in_executor(pool, streams.read_without_loop, blocking, number)
+                    for number in range(half, STREAMS)
                 ]
                 await kill_when(5)
                 if journal == "process":
@@ -85,7 +70,7 @@ def test_streams_go_on_when_the_front_is_back(
         assert (status.journal, status.requests_resumed) == (journal, STREAMS)
         for number, answer in enumerate(answers):
             assert len(answer) == TOKENS
-            agreement.check(oracle, asked[number], answer, f"stream {number}")
+            agreement.check(oracle, streams.asked[number], answer, f"stream {number}")
         assert fronts[-1].stop() == 0
 
     try:
