@@ -259,13 +259,22 @@ async def status_of(config: ClusterConfig, node: NodeConfig) -> Status:
 
 async def ready(config: ClusterConfig, node: Node) -> Status:
     """Wait until the front takes requests."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    async with client(config, deadline_s=START_TIMEOUT_S) as asking:
-        while (status := await asking.status()).state != "ready":
+
+    async def ask() -> Status:
+        async with client(config, deadline_s=START_TIMEOUT_S) as asking:
+            while (status := await asking.status()).state != "ready":
+                await asyncio.sleep(0.05)
+            return status
+
+    asked = asyncio.ensure_future(ask())
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (await asyncio.wait([asked], timeout=0.02))[0]:
             assert node.process.is_alive(), f"the front ended while starting:\n{node.log.read_text()}"
             assert time.monotonic() < deadline, f"the front is not ready:\n{node.log.read_text()}"
-            await asyncio.sleep(0.05)
-        return status
+        return await asked
+    finally:
+        asked.cancel()
 
 
 async def eventually(condition: Any, timeout_s: float = 30.0) -> None:

@@ -51,12 +51,16 @@ _LONGEST_PAUSE = 0.5
 _ACCEPT_PAUSE = 0.5
 
 
+class _SetUpError(HandshakeError):
+    """Both ends have a transport that could not be set up now. It may be another time: a slow machine, a busy port."""
+
+
 async def connect(address: Address, hello: Hello, options: Options | None = None, *, deadline_s: float) -> Link:
     """Connect to the node that listens at ``address``, trying again until ``deadline_s`` seconds have passed.
 
     Nodes may therefore start in any order. HandshakeError ends the attempts at once: the peer speaks another protocol
     version, does not know the secret, refuses, has no transport in common, or is not a Lamina node. ConnectError after
-    the deadline says how the last attempt failed.
+    the deadline says how the last attempt failed, also where a transport that both ends have could not be set up.
     """
     options = options or Options()
     check_introduction(hello, options)
@@ -68,6 +72,10 @@ async def connect(address: Address, hello: Hello, options: Options | None = None
             while True:
                 try:
                     return await _connect_once(endpoint, hello)
+                except _SetUpError as error:
+                    if not isinstance(failure, _SetUpError):
+                        log.warning('event=set_up_failed address=%s reason="%s"', address, error)
+                    failure = error
                 except (HandshakeError, ProtocolError) as error:
                     raise HandshakeError(f"{address}: {error}") from error
                 except ssl.SSLError as error:
@@ -405,7 +413,7 @@ async def _make_link(session: Session) -> Link:
         choice.reasons.append(f"{name}: {'; '.join(filter(None, (failure, there)))}")
     else:
         if choice.candidates:
-            raise HandshakeError(f"no transport could be set up: {choice.told('none')}")
+            raise _SetUpError(f"no transport could be set up: {choice.told('none')}")
     peer = session.peer
     if taken == "rdma" and session.options.tls is not None:
         log.warning('event=unprotected peer=%s reason="TLS does not encrypt RDMA"', session.peer_place)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from lamina.errors import ConfigError, HandshakeError, ProtocolError
+from lamina.errors import ConfigError, ConnectError, HandshakeError, ProtocolError
 from lamina.transport import Lane, LinkState, Options, Region, RemoteRegion, connect, endpoints, tcp
+from lamina.transport.lanes import UpgradeError
 from tests.transport import wire
 from tests.transport.nodes import COMPUTE, TCP, listening, round_trip, still_welcomes
 
@@ -199,6 +201,32 @@ def test_demanded_and_its_set_up_fails(kind):
     assert "it is broken" in refusal
 
 
+@pytest.mark.parametrize("times", [1, None])
+def test_a_set_up_that_fails_is_tried_again(times, run, monkeypatch, caplog):
+    """A slow machine or a busy port passes; what does not pass is said in the end, and at once in the log."""
+    upgrade, tried = tcp.upgrade, Counter()
+
+    async def fails(session):
+        tried[session.connecting] += 1
+        if times is None or tried[session.connecting] <= times:
+            raise UpgradeError("the port is busy")
+        return await upgrade(session)
+
+    monkeypatch.setattr(tcp, "upgrade", fails)
+
+    async def main():
+        async with listening(TCP) as (listener, keeper):
+            async with await connect(listener.address, COMPUTE, TCP, deadline_s=10 if times else 1) as link:
+                return await round_trip(link, await keeper.first())
+
+    if times:
+        assert run(main())
+    else:
+        with pytest.raises(ConnectError, match=r"no link within 1 s, last attempt: no transport could .*port is busy"):
+            run(main())
+    assert sum("event=set_up_failed" in message and "busy" in message for message in caplog.messages) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("silent_from", ["set-up", "outcome"])
 def test_peer_that_falls_silent_in_a_set_up(silent_from):
@@ -294,8 +322,8 @@ def test_setting_up_takes_as_long_as_silent_peers_are_given(run, monkeypatch, pe
     async def main():
         async with listening(options) as (listener, keeper):
             if not made:
-                with pytest.raises(HandshakeError, match=r"setting up tcp took longer than 0\.3 s"):
-                    await connect(listener.address, COMPUTE, options, deadline_s=10)
+                with pytest.raises(ConnectError, match=r"setting up tcp took longer than 0\.3 s"):
+                    await connect(listener.address, COMPUTE, options, deadline_s=1)
                 return
             async with await connect(listener.address, COMPUTE, options, deadline_s=10) as link:
                 assert await round_trip(link, await keeper.first())

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from lamina.errors import HandshakeError, ProtocolError
+from lamina.errors import ConnectError, ProtocolError
 from lamina.transport import Lane, Options, RdmaOptions, Region, rdma
 from lamina.transport.lanes import UpgradeError
 from lamina.transport.testing import CHECKS, noise, two_ends, until_sent
@@ -133,7 +133,7 @@ def test_no_way_between_the_ports() -> None:
 
     async def main() -> None:
         with disturbed("veth0", "loss", "100%", roce_only=True):
-            with pytest.raises(HandshakeError, match=r"no answer over RDMA from 10\.77\.0\.\d \(rxe\d\)"):
+            with pytest.raises(ConnectError, match=r"no answer over RDMA from 10\.77\.0\.\d \(rxe\d\)"):
                 await links.make_pair()
             near, far = await links.make_pair(
                 links.options(links.NEAR, kind="auto"), links.options(links.FAR, kind="auto")
