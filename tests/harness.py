@@ -262,7 +262,7 @@ async def ready(config: ClusterConfig, node: Node) -> Status:
 
     async def ask() -> Status:
         async with client(config, deadline_s=START_TIMEOUT_S) as asking:
-            while (status := await asking.status()).state != "ready":
+            while (status := await asking.status()).state != "ready":  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.05)
             return status
 

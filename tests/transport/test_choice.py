@@ -215,9 +215,11 @@ def test_a_set_up_that_fails_is_tried_again(times, run, monkeypatch, caplog):
     monkeypatch.setattr(tcp, "upgrade", fails)
 
     async def main():
-        async with listening(TCP) as (listener, keeper):
-            async with await connect(listener.address, COMPUTE, TCP, deadline_s=10 if times else 1) as link:
-                return await round_trip(link, await keeper.first())
+        async with (
+            listening(TCP) as (listener, keeper),
+            await connect(listener.address, COMPUTE, TCP, deadline_s=10 if times else 1) as link,
+        ):
+            return await round_trip(link, await keeper.first())
 
     if times:
         assert run(main())
