@@ -28,7 +28,7 @@ def test_more_work_never_takes_less_time(
     for observation in seen:
         model.observe(*observation)
     more = StepLoad(load.rows + rows, load.prompt_tokens + prompt, load.context_tokens + context)
-    for part in ("compute_s", "wire_s", "attention_s", "alone_s"):
+    for part in ("compute_s", "wire_s", "attention_s", "memory_s", "alone_s"):
         less_s, more_s = getattr(model.cost(load), part), getattr(model.cost(more), part)
         assert 0 <= less_s <= more_s * (1 + 1e-9) < math.inf
     assert 0 <= model.step_s([load]) <= model.step_s([load, more]) * (1 + 1e-9) < math.inf
@@ -107,6 +107,14 @@ def test_how_many_batches_are_worth_flying() -> None:
         several.observe(rows, 0, 100 * rows, rows * 1e-3, rows * 1e-4)
     assert several.batches(load, least=1, most=8, present=1) >= 2  # each has something to do
     assert several.step_s([StepLoad(8, 0, 800)] * 2) == pytest.approx(8.8e-3, rel=0.1)
+
+    # Each sequence is on one of two memory nodes: one batch keeps the other node idle, two do not.
+    apart, together = CostModel(), CostModel()
+    for rows in (1, 2, 4, 8, 16, 32):
+        apart.observe(rows, 0, 100 * rows, 1e-3, rows * 1e-3, memory_s=rows * 5e-4)
+        together.observe(rows, 0, 100 * rows, 1e-3, rows * 1e-3)
+    assert apart.batches(load, least=1, most=4, present=1) == 4
+    assert together.batches(load, least=1, most=4, present=1) == 2
 
     close = CostModel()
     for rows in (1, 2, 4, 8, 16, 32):

@@ -57,7 +57,7 @@ class Machine:
             times[0] += 0.2
         self.now += sum(times)
         self.longest_step_s = max(self.longest_step_s, sum(times))
-        return StepResult([1] * len(step.sampled), *times)
+        return StepResult([1] * len(step.sampled), *times, memory_s=times[1])
 
     @staticmethod
     def costs(load: StepLoad) -> tuple[float, float, float]:

@@ -153,7 +153,7 @@ def test_scores_come_back() -> None:
         step=1,
         tokens=[5, None, -1],
         compute_s=0.5,
-        attention_s=[(1, 0.25)],
+        attention_s=[(1, 0.25, 0.125)],
         scores=[score, None, None],
         prompt_scores=[[score, None], []],
     )

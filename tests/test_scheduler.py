@@ -552,17 +552,45 @@ def test_slots_are_compared_by_their_next_steps() -> None:
     """A slot in the middle of a step counts with the contexts that it will have after the step."""
     s = scheduler(batches=2, blocks=4000, max_batch=32, prefill_tokens=4096, max_waiting=99, cost=measured())
     decoding(s, 2, [100, 100])
-    first, second = s.loads
-    assert first == second
-    steps = [step for slot in (0, 1) if (step := s.next_step(slot))]
-    s.finish(0, steps[0], [1])
-    assert s.loads[0].context_tokens == s.loads[1].context_tokens + 1
+    less, more = sorted((0, 1), key=lambda slot: s.loads[slot].context_tokens)
+    assert s.loads[less].context_tokens + 1 == s.loads[more].context_tokens
+    if step := s.next_step(less):
+        s.finish(less, step, [1])
+    assert s.next_step(more)
+    assert s.loads[less] == s.loads[more]
 
     s.submit(new := make(50, 10))
-    step = s.next_step(0)
+    step = s.next_step(less)
 
     assert step
     assert [request.sequence for request in step.changes.reservations if not request.reserved] == [new]
+
+
+def test_prompts_take_more_batches_where_compute_nodes_are_idle() -> None:
+    """Decoding alone is as fast in one batch as in two; but two nodes prefill the prompts of two batches at once."""
+    cost = CostModel(compute_nodes=2)
+    for rows in (1, 2, 4, 8, 16):
+        for prompt in (0, 64):
+            cost.observe(rows, prompt, rows * 100, 1e-3 + 1e-4 * prompt, attention_s=1e-6 * rows)
+    s = scheduler(batches=2, blocks=4000, max_batch=32, prefill_tokens=64, max_waiting=99, cost=cost)
+    decoding(s, 2, [10] * 8)
+    for slot in (0, 1, 0, 1):
+        if (step := s.next_step(slot)) and step.has_rows:
+            s.finish(slot, step, [1] * len(step.sampled))
+    assert sorted(load.rows for load in s.loads) == [0, 8]
+
+    assert s.batches_in_use == 1
+    for _ in range(4):
+        s.submit(make(600, 10))
+    for slot in (0, 1):
+        if step := s.next_step(slot):
+            for request in step.changes.reservations:
+                s.confirm(request)
+            if step.has_rows:
+                s.finish(slot, step, [1] * len(step.sampled))
+        s.next_step(slot)
+
+    assert s.batches_in_use == 2
 
 
 def test_one_batch_flies_where_two_gain_nothing() -> None:

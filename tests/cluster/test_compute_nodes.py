@@ -38,8 +38,10 @@ def write_config(
 
 @pytest.mark.parametrize(
     ("compute", "number"),
-    [(RANGES, signal.SIGKILL), (REPLICAS, signal.SIGSTOP)],
-    ids=["ranges-killed", "replicas-stopped"],
+    [
+        pytest.param(RANGES, signal.SIGKILL, id="ranges-killed"),
+        pytest.param(REPLICAS, signal.SIGSTOP, id="replicas-stopped", marks=pytest.mark.slow),
+    ],
 )
 def test_a_lost_compute_node_costs_no_request(
     compute: tuple[range | None, ...], number: signal.Signals, checkpoint: Path, tmp_path: Path, agreement: Agreement

@@ -43,6 +43,7 @@ def test_the_demo_is_identical_to_transformers() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_demo_says_that_the_attention_kernel_is_missing(tmp_path: Path) -> None:
     """Installed without a C++ compiler it is several times slower, which it says in one line."""
     done = subprocess.run(

@@ -43,8 +43,15 @@ def strike(victim: harness.Node, number: signal.Signals) -> float:
     return time.monotonic()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-@pytest.mark.parametrize("victim", ["c0", "m1"])
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        pytest.param("c0", signal.SIGKILL, id="c0-killed"),
+        pytest.param("m1", signal.SIGSTOP, id="m1-stopped"),
+        pytest.param("c0", signal.SIGSTOP, id="c0-stopped", marks=pytest.mark.slow),
+        pytest.param("m1", signal.SIGKILL, id="m1-killed", marks=pytest.mark.slow),
+    ],
+)
 def test_an_answer_survives_a_lost_node(
     victim: str, number: signal.Signals, checkpoint: Path, tmp_path: Path, agreement: Agreement
 ) -> None:
@@ -81,7 +88,7 @@ def test_an_answer_survives_a_lost_node(
         assert "memory node m1 was lost" in nodes["c0"].log.read_text()
 
 
-@pytest.mark.parametrize("victim", ["m0", "c0"])
+@pytest.mark.parametrize("victim", ["m0", pytest.param("c0", marks=pytest.mark.slow)])
 def test_up_ends_when_a_node_dies(victim: str, checkpoint: Path, tmp_path: Path) -> None:
     """And may not start it again. It names the node, stops the others and leaves no process behind."""
     config = write_config(tmp_path, checkpoint)

@@ -20,7 +20,7 @@ TOKENS = 300
 STREAMS = 8
 
 
-@pytest.mark.parametrize("journal", ["process", "machine"])
+@pytest.mark.parametrize("journal", [pytest.param("process", marks=pytest.mark.slow), "machine"])
 def test_streams_go_on_when_the_front_is_back(
     journal: str, memory_ports: list[int], tmp_path: Path, agreement: Agreement
 ) -> None:

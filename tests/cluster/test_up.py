@@ -269,7 +269,7 @@ def test_a_long_pause(config: ClusterConfig, start: Callable[..., subprocess.Pop
     assert "lamina: node m0 was lost" in up.communicate(timeout=20)[1]
 
 
-@pytest.mark.parametrize("closed", ["in use", "from the start"])
+@pytest.mark.parametrize("closed", ["in use", pytest.param("from the start", marks=pytest.mark.slow)])
 def test_nobody_reads_the_output(
     closed: str, config: ClusterConfig, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

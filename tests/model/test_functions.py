@@ -23,7 +23,7 @@ from tests.model.test_families import prompt, relative_error, whole
 LENGTHS = (1, 2, 6, 7, 16, 17, 60, 300)
 """Tokens of a step, around every place where products change their ways."""
 
-DEFAULT = {("llama", "bfloat16"), ("mixtral", "float32")}
+DEFAULT = {("mixtral", "bfloat16")}
 """What is compiled by default; with an empty cache that takes half a minute each."""
 
 

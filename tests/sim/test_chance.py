@@ -15,8 +15,8 @@ from tests.families import FAMILIES
 from tests.sim import chance
 from tests.sim.chance import CONTEXT, digest, run_traffic
 
-SEEDS_OF_TRAFFIC, SLOW_SEEDS_OF_TRAFFIC = 24, 400
-GROUPS = 6
+SEEDS_OF_TRAFFIC, SLOW_SEEDS_OF_TRAFFIC = 10, 400
+GROUPS = 2
 """Tests that share the seeds, so that several processes can."""
 
 

@@ -63,8 +63,15 @@ def config_of(
     return make_config(model, memory_nodes=3, memory=tokens * 2048, compute=compute, context=CONTEXT, pipeline=pipeline)
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize("partition", ["requests", "tokens"])
+@pytest.mark.parametrize(
+    ("partition", "batches"),
+    [
+        ("requests", 2),
+        ("tokens", 1),
+        pytest.param("requests", 1, marks=pytest.mark.slow),
+        pytest.param("tokens", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_requests_outgrow_their_nodes(partition: str, batches: int, llama: Path) -> None:
     """With moves fewer are preempted, and the tokens are the same; in the end every block is free."""
     asked = requests(16)

@@ -49,7 +49,7 @@ def test_a_full_batch_changes_no_token(batches: int, llama: Path) -> None:
     simulate(config, work)
 
 
-@pytest.mark.parametrize("partition", ["heads", "requests"])
+@pytest.mark.parametrize("partition", [pytest.param("heads", marks=pytest.mark.slow), "requests"])
 def test_preemption_changes_no_token(partition: str, llama: Path) -> None:
     """A request loses its space to those of a higher priority, and goes on when they are answered."""
     pipeline = PipelineConfig(batches=2, max_batch=8, partition=partition)

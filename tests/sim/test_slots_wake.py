@@ -32,7 +32,7 @@ class TimedSteps:
         await asyncio.sleep(STEP_S)
         self.slots.append(order.slot)
         tokens = [1 for run in order.runs if run.choice]
-        return Done(slot=order.slot, step=order.step, tokens=tokens, compute_s=STEP_S, attention_s=[(1, 1e-5)])
+        return Done(slot=order.slot, step=order.step, tokens=tokens, compute_s=STEP_S, attention_s=[(1, 1e-5, 1e-5)])
 
     async def send_prompts(self) -> None:
         await asyncio.Event().wait()

@@ -131,7 +131,7 @@ def same_front_elsewhere(config: ClusterConfig) -> ClusterConfig:
 
 
 @pytest.mark.parametrize("partition", ["heads", "requests", "tokens"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 def test_two_fronts_of_a_cluster_do_not_mix(
     seed: int, partition: str, llama: Path, oracle: Oracle, agreement: Agreement
 ) -> None:
@@ -183,8 +183,24 @@ def test_two_fronts_of_a_cluster_do_not_mix(
 # -- whole clusters
 
 
-@pytest.mark.parametrize("partition", ["heads", "requests", "tokens"])
-@pytest.mark.parametrize("compute", [(None,), (range(2), range(2, 4))], ids=["alone", "two"])
+ONE, TWO = (None,), (range(2), range(2, 4))
+"""The layers of each compute node."""
+
+
+@pytest.mark.parametrize(
+    ("compute", "partition"),
+    [
+        pytest.param(compute, partition, marks=marks, id=f"{len(compute)}-{partition}")
+        for compute, partition, marks in (
+            (ONE, "heads", ()),
+            (ONE, "requests", pytest.mark.slow),
+            (ONE, "tokens", pytest.mark.slow),
+            (TWO, "heads", pytest.mark.slow),
+            (TWO, "requests", pytest.mark.slow),
+            (TWO, "tokens", ()),
+        )
+    ],
+)
 def test_a_front_that_was_killed_finds_its_prompts_again(
     compute: tuple[range | None, ...], partition: str, llama: Path, oracle: Oracle, agreement: Agreement
 ) -> None:
