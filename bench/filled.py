@@ -61,7 +61,9 @@ class FilledRunner(StepRunner):
             for layer in range(len(self.model.shapes)):
                 for shard in self.shards.values():
                     shard.queue_prompt(kept, layer, run.start, len(run.tokens), run.start)
-        done = Done(slot=order.slot, step=order.step, tokens=[], compute_s=math.nan, attention_s=[(0, math.nan)])
+        done = Done(
+            slot=order.slot, step=order.step, tokens=[], compute_s=math.nan, attention_s=[(0, math.nan, math.nan)]
+        )
         if decoding := [run for run in order.runs if run.remote]:
             done = await super().run(replace(order, runs=decoding))
         if prompts:  # which are no measure of what prompts cost

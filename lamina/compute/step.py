@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, TypeVarTuple
@@ -99,7 +100,7 @@ class StepRunner:
     async def run(self, order: Order) -> Done:
         """See `Steps.run`."""
         slot, number, own = order.slot, order.step, self._member
-        schedule, peers = self._schedule, self._peers
+        schedule, peers, shards = self._schedule, self._peers, self.shards
         if schedule is None:
             raise StaleOrderError("the members have changed", node="")
         nodes = schedule.route(slot, number)
@@ -109,7 +110,6 @@ class StepRunner:
         tokens: list[int | None] = []
         scores: list[Score | None] = []
         prompt_scores: list[list[Score | None]] = []
-        attention_s = dict.fromkeys(schedule.members, 0.0)
 
         async def operate(function: Callable[[*Ts], R], *arguments: *Ts, at: Place) -> R:
             nonlocal compute_s
@@ -119,6 +119,7 @@ class StepRunner:
 
         await operate(forward.begin, at=Place(slot, step=number))
         parts = forward.parts  # one for each memory node that takes part: none if no row is remote
+        attention_s = {member: [0.0] * len(parts) for member in schedule.members}
         answers = nodes[1:] if len(schedule.members) > 1 else ()
         for part in parts:
             plan = replace(part.plan, answers=answers) if answers else part.plan
@@ -132,10 +133,8 @@ class StepRunner:
                 await operate(forward.take_over, values, at=at)
             if layer:
                 before = nodes[layer - 1]
-                for part in parts:
-                    seconds = await part.step.answered(layer - 1)
-                    if seconds > attention_s[before]:
-                        attention_s[before] = seconds
+                for i, part in enumerate(parts):
+                    attention_s[before][i] = await part.step.answered(layer - 1)
                 if not parts:
                     await asyncio.sleep(0)  # other batches have their turn
             if layer == last:
@@ -170,7 +169,7 @@ class StepRunner:
             step=number,
             tokens=tokens,
             compute_s=compute_s,
-            attention_s=list(attention_s.items()),
+            attention_s=[(m, max(each), math.fsum(each) / len(shards)) for m, each in attention_s.items() if each],
             scores=scores,
             prompt_scores=prompt_scores,
         )

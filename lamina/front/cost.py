@@ -45,11 +45,13 @@ class StepLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Holds the seconds of a step on the compute node, on the wire, and on the busiest memory node."""
+    """Holds the seconds of a step on the compute node, on the wire, on the busiest memory node, and on the memory nodes
+    in the mean. The last two differ where sequences lie on one memory node each."""
 
     compute_s: float
     wire_s: float
     attention_s: float
+    memory_s: float
 
     @property
     def alone_s(self) -> float:
@@ -69,7 +71,7 @@ class CostModel:
         self._compute_nodes = compute_nodes
         self._compute = _TokenTable()
         self._wire = _Linear(2)
-        self._attention = _Linear(3)
+        self._attention, self._memory = _Linear(3), _Linear(3)
 
     @property
     def fitted(self) -> bool:
@@ -84,13 +86,21 @@ class CostModel:
         compute_s: float,
         attention_s: float,
         wire_s: float = 0.0,
+        memory_s: float | None = None,
     ) -> None:
-        """Learn from a step of this size that took these times. Times that are negative or not finite are ignored."""
+        """Learn from a step of this size that took these times. Times that are negative or not finite are ignored.
+
+        ``memory_s`` is the mean of the memory nodes, by default what the busiest one took.
+        """
         tokens = rows + prompt_tokens
         if tokens > 0 and _is_time(compute_s):
             self._compute.observe(tokens, compute_s)
         if rows > 0 and _is_time(attention_s):
             self._attention.observe((1.0, rows, context_tokens), attention_s)
+        if memory_s is None:
+            memory_s = attention_s
+        if rows > 0 and _is_time(memory_s):
+            self._memory.observe((1.0, rows, context_tokens), memory_s)
         if rows > 0 and _is_time(wire_s):
             self._wire.observe((1.0, rows), wire_s)
 
@@ -98,24 +108,26 @@ class CostModel:
         """Return the expected cost of a step."""
         tokens = load.rows + load.prompt_tokens
         if not self.fitted:
-            return StepCost(tokens, 0.0, 1e-4 * load.context_tokens)
+            attention_s = 1e-4 * load.context_tokens
+            return StepCost(tokens, 0.0, attention_s, attention_s)
         compute_s = self._compute.at(tokens) if tokens else 0.0
         if not load.rows:
-            return StepCost(compute_s, 0.0, 0.0)
-        attention_s = self._attention.at((1.0, load.rows, load.context_tokens))
-        return StepCost(compute_s, self._wire.at((1.0, load.rows)), attention_s)
+            return StepCost(compute_s, 0.0, 0.0, 0.0)
+        size = 1.0, load.rows, load.context_tokens
+        return StepCost(compute_s, self._wire.at(size[:2]), self._attention.at(size), self._memory.at(size))
 
     def step_s(self, loads: Sequence[StepLoad], each: int = 1) -> float:
         """Return the seconds until each batch has made a step, if ``each`` batches of every one of these loads are in
         flight.
 
-        This is the time of the busier side, or that of the slowest batch alone.
+        This is the time of the busier side, or that of the slowest batch alone. While a batch waits for the memory
+        node that has most of it, the others have work of other batches, so a memory node is as busy as the mean.
         """
         costs = [self.cost(load) for load in loads]
         busy = min(self._compute_nodes, each * len(costs))
         compute_s = each * math.fsum(cost.compute_s for cost in costs) / max(1, busy)
-        attention_s = each * math.fsum(cost.attention_s for cost in costs)
-        return max(compute_s, attention_s, max((cost.alone_s for cost in costs), default=0.0))
+        memory_s = each * math.fsum(cost.memory_s for cost in costs)
+        return max(compute_s, memory_s, max((cost.alone_s for cost in costs), default=0.0))
 
     def batches(self, load: StepLoad, *, least: int, most: int, present: int) -> int:
         """Return how many batches, from ``least`` to ``most``, to divide a load over, while ``present`` are in use.

@@ -147,7 +147,13 @@ class Engine:
         """Take in the result of a step, and pass it on."""
         load = step.load
         self._scheduler.cost.observe(
-            load.rows, load.prompt_tokens, load.context_tokens, result.compute_s, result.attention_s, result.wire_s
+            load.rows,
+            load.prompt_tokens,
+            load.context_tokens,
+            result.compute_s,
+            result.attention_s,
+            result.wire_s,
+            result.memory_s,
         )
         outcome = self._scheduler.finish(slot, step, result.tokens, result.scores, result.prompt_scores)
         self._masks.begin(slot, [sequence for sequence, _, _ in outcome.tokens])

@@ -69,7 +69,7 @@ async def fit(
                     ran, load = await run(slot, next(numbers), step), step.load
                     ended |= clock() - begun_s > limit_s
                     if observe or ended:
-                        times = ran.compute_s, ran.attention_s, ran.wire_s
+                        times = ran.compute_s, ran.attention_s, ran.wire_s, ran.memory_s
                         scheduler.cost.observe(load.rows, load.prompt_tokens, load.context_tokens, *times)
                     _release_all(scheduler.finish(slot, step, ran.tokens).changes, release)
         return not ended

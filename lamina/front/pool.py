@@ -151,7 +151,7 @@ class _Speed:
     def seconds(self, load: NodeLoad) -> float:
         """Return the time of a node. The cost model knows steps by what all nodes have to do together."""
         every = len(self._nodes)
-        return self._cost.cost(StepLoad(every * load.rows, 0, every * load.context)).attention_s
+        return self._cost.cost(StepLoad(every * load.rows, 0, every * load.context)).memory_s
 
     def worth(
         self, own: Movable, source: int, target: int, blocks: int, block_tokens: int

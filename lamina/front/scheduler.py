@@ -81,7 +81,7 @@ class Scheduler:
         self._remote_tokens = remote_tokens
         self._prefill_kv_tokens = prefill_kv_tokens
         self._ahead_blocks = ahead_blocks
-        self._slots = SlotBalancer(batches, max_batch, self.cost)
+        self._slots = SlotBalancer(batches, max_batch, prefill_tokens, self.cost)
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
         self._limit = block_manager.max_context
         """The most positions that a sequence may come to need: what the memory nodes held when `settle` was called."""
@@ -275,7 +275,9 @@ class Scheduler:
         for sequence in [s for s in own.sequences if s.cancelled]:
             self._remove(sequence, changes)
         head = self._waiting.head()
-        self._slots.choose_in_use(len(self._waiting), head.context if head else 0)
+        context = head.context if head else 0
+        fitting = self._block_manager.free_blocks * self._block_manager.block_tokens // max(1, context)
+        self._slots.choose_in_use(min(len(self._waiting), fitting), context)
         moved = self._slots.rebalance(own)
         self._admit(own, changes)
         self.mover.switch(own.sequences, changes)

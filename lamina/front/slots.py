@@ -27,6 +27,11 @@ class BatchSlot:
         """Return the slot's next decode step, as if all prompts were prefilled."""
         return StepLoad(rows=len(self.sequences), context_tokens=self.context)
 
+    @property
+    def unfilled(self) -> int:
+        """Return how many tokens of its sequences are still to be prefilled."""
+        return sum(len(s.tokens) - s.prefilled for s in self.sequences)
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence join."""
         self.sequences.append(sequence)
@@ -41,15 +46,17 @@ class BatchSlot:
 
 
 class SlotBalancer:
-    """Holds the slots of all batches, at most ``max_batch`` sequences each, and gives them equal work by ``cost``.
+    """Holds the slots of all batches, at most ``max_batch`` sequences each, and gives them equal work by ``cost``. A step
+    has at most ``prefill_tokens`` tokens of prompts.
 
     Sequences go to the first ``in_use`` slots. The cost model says how many of them are worth using.
     """
 
-    def __init__(self, count: int, max_batch: int, cost: CostModel) -> None:
+    def __init__(self, count: int, max_batch: int, prefill_tokens: int, cost: CostModel) -> None:
         self.in_use = count
         self._slots = [BatchSlot(index) for index in range(count)]
         self._max_batch = max_batch
+        self._prefill_tokens = prefill_tokens
         self._cost = cost
 
     def __getitem__(self, index: int) -> BatchSlot:
@@ -75,14 +82,16 @@ class SlotBalancer:
         return self._work(slot) <= min(map(self._work, self._open_slots()))
 
     def choose_in_use(self, waiting: int, next_context: int) -> None:
-        """Decide how many slots to use for the sequences that run and the ``waiting`` ones, of which the next has
-        ``next_context`` tokens."""
+        """Decide how many slots to use for the sequences that run and the ``waiting`` ones that there is space for, of
+        which the next has ``next_context`` tokens."""
         most, running = len(self._slots), self.running
         rows = min(running + waiting, most * self._max_batch)
         if not rows:
             return
         mean = sum(slot.context for slot in self._slots) / running if running else next_context
-        load = StepLoad(rows=rows, context_tokens=round(mean * rows))
+        # What one step of every slot could prefill; in fewer slots that takes several.
+        prompt_tokens = min(sum(slot.unfilled for slot in self._slots), most * self._prefill_tokens)
+        load = StepLoad(rows, prompt_tokens, round(mean * rows))
         self.in_use = self._cost.batches(load, least=-(-rows // self._max_batch), most=most, present=self.in_use)
 
     def rebalance(self, slot: BatchSlot) -> bool:

@@ -22,13 +22,14 @@ from lamina.wire.requests import Score
 
 class StepResult(NamedTuple):
     """Holds the tokens of a step's sampled rows, and the seconds that it took on the compute nodes, on the busiest
-    memory node, and outside of both (NaN if that is not known). Tokens and scores are those of
-    `lamina.wire.orders.Done`."""
+    memory node, and outside of both (NaN if that is not known), and on the memory nodes in the mean. Tokens and scores
+    are those of `lamina.wire.orders.Done`."""
 
     tokens: list[int | None]
     compute_s: float
     attention_s: float
     wire_s: float
+    memory_s: float
     scores: list[Score | None] = []  # noqa: RUF012
     prompt_scores: list[list[Score | None]] = []  # noqa: RUF012
 
@@ -90,14 +91,14 @@ class Team:
         if (recorder := self._device.recorder) is not None:
             _record(recorder, slot, number, step, begun_s, now())
         compute_s = math.fsum(part.compute_s for part in parts)
-        attention_s = _attention_s(parts)
+        attention_s, memory_s = _attention_s(parts)
         wire_s = max(0.0, now() - begun_s - compute_s - attention_s)
         # With other batches in flight, what is neither compute nor attention belongs to them.
         undisturbed = alone and self._begun == begun
         # Only the node of the last slice has tokens and scores.
         last = next((part for part in parts if part.tokens or part.prompt_scores), parts[0])
         wire_s = wire_s if undisturbed else math.nan
-        return StepResult(last.tokens, compute_s, attention_s, wire_s, last.scores, last.prompt_scores)
+        return StepResult(last.tokens, compute_s, attention_s, wire_s, memory_s, last.scores, last.prompt_scores)
 
     async def _run_parts(self, order: Order) -> list[Done]:
         schedule, peers = self.formation.schedule, self.formation.peers
@@ -177,10 +178,12 @@ def _prompt(chunk: PromptChunk) -> TokenRun:
     )
 
 
-def _attention_s(parts: Sequence[Done]) -> float:
-    """Return the sum, over compute nodes, of the longest time that any part was told of."""
-    longest: dict[int, float] = {}
+def _attention_s(parts: Sequence[Done]) -> tuple[float, float]:
+    """Return the sums, over compute nodes, of the longest times that any part was told of: of the busiest memory node,
+    and in the mean of all."""
+    longest: dict[int, tuple[float, float]] = {}
     for part in parts:
-        for member, seconds in part.attention_s:
-            longest[member] = max(longest.get(member, 0.0), seconds)
-    return math.fsum(longest.values())
+        for member, *seconds in part.attention_s:
+            busiest, mean = longest.get(member, (0.0, 0.0))
+            longest[member] = max(busiest, seconds[0]), max(mean, seconds[1])
+    return math.fsum(busiest for busiest, _ in longest.values()), math.fsum(mean for _, mean in longest.values())

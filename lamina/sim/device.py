@@ -18,8 +18,26 @@ from lamina.sim.loop import VirtualLoop
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
-Seconds = Callable[[str, Place | None], float] | Mapping[str, float] | float
-"""What operations take: by the name of the function and its place, by name alone, or the same for all."""
+
+class Work:
+    """The seconds that operations say they take themselves, as a model or a backend that computes nothing can."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """The operation under way takes so much longer."""
+        self._seconds += seconds
+
+    def take(self) -> float:
+        """Return what the operation that was just called takes in all."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+Seconds = Callable[[str, Place | None], float] | Mapping[str, float] | float | Work
+"""What operations take: by the name of the function and its place, by name alone, the same for all, or what they say
+themselves."""
 
 
 class ModelledDevice:
@@ -44,7 +62,9 @@ class ModelledDevice:
         self.recorder: Recorder | None = None
         self._name = name
         self._is_instant = seconds == 0
-        self._seconds = seconds if callable(seconds) else _lookup(seconds, name)
+        self._work = seconds if isinstance(seconds, Work) else None
+        given = 0.0 if isinstance(seconds, Work) else seconds
+        self._seconds = given if callable(given) else _lookup(given, name)
         self._trace = trace
         self._queue: deque[_Operation] = deque()
         self._busy = False
@@ -55,7 +75,7 @@ class ModelledDevice:
     async def run(self, function: Callable[[*Ts], R], *args: *Ts, at: Place | None = None) -> tuple[R, float]:
         """Run an operation; its result, and the seconds from its start to its completion."""
         seconds = None
-        if not self._busy and self.recorder is None and self._trace is None:
+        if not self._busy and not self._watched and self._work is None:
             if self._is_instant:
                 return function(*args), 0.0
             seconds = self._seconds(getattr(function, "__name__", "operation"), at)
@@ -96,6 +116,8 @@ class ModelledDevice:
             operation.result = function(*operation.args)
         except Exception as error:
             operation.error = error
+        if self._work is not None:
+            operation.seconds = self._work.take()
         if operation.seconds:
             self._busy = True
             self.loop.call_at(now + operation.seconds, self._complete, operation)

@@ -273,16 +273,16 @@ class Limits(NamedTuple):
 
 
 class Done(Message):
-    """Reports the result of an order. ``attention_s`` says for compute nodes, by member id, how many seconds the
-    busiest memory node has attended for them so far, as far as this one knows. What else it says comes from the node of
-    the last slice."""
+    """Reports the result of an order. ``attention_s`` says for compute nodes, by member id, how many seconds memory
+    nodes have attended for them so far, as far as this one knows: the busiest, and the mean of all. What else it says
+    comes from the node of the last slice."""
 
     slot: Slot
     step: Count
     tokens: Annotated[list[Annotated[int, Meta(ge=NONE_ALLOWED, le=2**40)] | None], Meta(max_length=MAX_STEP_TOKENS)]
     """The token of each choice: None where the logits were not numbers, and ``NONE_ALLOWED`` where none is allowed."""
     compute_s: float
-    attention_s: Annotated[list[tuple[MemberId, float]], Meta(max_length=MAX_COMPUTE)]
+    attention_s: Annotated[list[tuple[MemberId, float, float]], Meta(max_length=MAX_COMPUTE)]
     scores: Annotated[list[Score | None], Meta(max_length=MAX_STEP_TOKENS)] = []  # noqa: RUF012
     """The scores of ``tokens`` where they are wanted. Empty if none is."""
     prompt_scores: Annotated[

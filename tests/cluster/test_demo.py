@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lamina.demo.run import CHECKPOINT
 from lamina.demo.stories import DEMO_PROMPT
 from lamina.transport import Options
