@@ -112,6 +112,18 @@ def simulate(
 
 
 @app.command()
+def pool(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s by trace and system into this file.")] = None,
+    quick: Annotated[bool, typer.Option(help="Measure fewer requests of the shorter traces.")] = False,
+) -> None:
+    """Compare one pool of memory with memory nodes that keep to themselves, by contexts with a long tail."""
+    from lamina.bench.pool import run
+
+    run(as_json=as_json, plot=plot, quick=quick)
+
+
+@app.command()
 def pipeline(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[

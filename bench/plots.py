@@ -268,6 +268,15 @@ def _pipeline(rows: Sequence[Row]) -> list[Chart]:
     return list(charts.values())
 
 
+def _pool(rows: Sequence[Row]) -> list[Chart]:
+    chart = Chart(
+        "contexts with a long tail", "trace", "virtual tokens/s over those without moves", bars=True, level=1.0
+    )
+    for row in rows:
+        chart.add(row["system"], row["trace"], row["ratio"])
+    return [chart]
+
+
 def _prefill(rows: Sequence[Row]) -> list[Chart]:
     chart = Chart("time between tokens of those who decode", "tokens of a prompt's chunk", "ms", bars=True)
     for row in rows:
@@ -302,6 +311,7 @@ CHARTS: dict[str, Callable[[Sequence[Row]], list[Chart]]] = {
     "endpoint": _endpoint,
     "exchange": _exchange,
     "pipeline": _pipeline,
+    "pool": _pool,
     "prefill": _prefill,
     "simulate": _simulate,
     "slices": _slices,

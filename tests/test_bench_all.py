@@ -28,6 +28,7 @@ def test_every_benchmark_can_be_run_with_its_defaults() -> None:
         "attention",
         "slices",
         "pipeline",
+        "pool",
         "prefill",
         "decode",
         "throughput",

@@ -71,6 +71,10 @@ ROWS: dict[str, list[Row]] = {
         {"system": name, "failed": "", "rounds": [{"tokens_per_s": 5000.0}, {"tokens_per_s": 5200.0}]}
         for name in ("Python client", "lamina serve")
     ],
+    "pool": [
+        {"trace": "answers to 60K", "system": system, "ratio": ratio}
+        for system, ratio in (("isolated", 1.0), ("one cluster", 1.1), ("with moves", 1.3))
+    ],
     "prefill": [{"prefill_tokens": n, "alone_ms": 20.0, "beside_ms": 40.0, "bound_ms": 60.0} for n in (128, 512)],
     "pipeline": [
         {"load": "balanced", "batches": n, "step_ms": 50.0, "compute_ms": 20.0, "attention_ms": 20.0, "wire_ms": 9.0}

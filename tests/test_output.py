@@ -18,7 +18,19 @@ from typing import Any
 import pytest
 import typer
 
-from lamina.bench import attention, decode, exchange, pipeline, prefill, report, simulate, slices, throughput, transport
+from lamina.bench import (
+    attention,
+    decode,
+    exchange,
+    pipeline,
+    pool,
+    prefill,
+    report,
+    simulate,
+    slices,
+    throughput,
+    transport,
+)
 from lamina.bench.cli import app as bench_app
 from lamina.cli import app
 from lamina.demo.run import CHECKPOINT
@@ -232,6 +244,7 @@ BENCHMARKS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         )
         for phase, columns in attention.COLUMNS.items()
     ),
+    ("pool", pool.COLUMNS, {"trace": "answers to 200K", "system": "one cluster", "tokens_per_s": 1234.5}),
     ("simulate", simulate.COLUMNS, {"clock": "timed", "compute": 8, "memory": 64}),
     ("exchange", exchange.COLUMNS, {"per_s": 12345.6, "round_trip_us": 123.4}),
     ("decode", decode.COLUMNS, {"tokens_per_s": 12345.6, "wire_bytes_per_token": 24576.0}),

@@ -46,10 +46,10 @@ class BatchSlot:
 
 
 class SlotBalancer:
-    """Holds the slots of all batches, at most ``max_batch`` sequences each, and gives them equal work by ``cost``. A step
-    has at most ``prefill_tokens`` tokens of prompts.
+    """Holds the slots of all batches, at most ``max_batch`` sequences each, and gives them equal work by ``cost``.
 
-    Sequences go to the first ``in_use`` slots. The cost model says how many of them are worth using.
+    A step has at most ``prefill_tokens`` tokens of prompts. Sequences go to the first ``in_use`` slots. The cost model
+    says how many of them are worth using.
     """
 
     def __init__(self, count: int, max_batch: int, prefill_tokens: int, cost: CostModel) -> None:
