@@ -16,7 +16,7 @@ import pytest
 
 from lamina import AsyncClient
 from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, NodeError
 from tests import harness
 from tests.families import FAMILIES, VOCABULARY
 from tests.oracle import Agreement, Oracle
@@ -32,6 +32,8 @@ class Run:
     agreement: Agreement
     oracle: Oracle
     answers: int = 0
+    refused: int = 0
+    """How often a front that was starting took no request."""
     is_whole: bool = True
     """Whether no node is missing."""
     struck: list[tuple[str, float]] = field(default_factory=list)
@@ -59,7 +61,7 @@ class Run:
             (
                 f"{kills.total()} kills ({', '.join(f'{n} of {name}' for name, n in sorted(kills.items()))}); "
                 f"{self.answers} answers of {TOKENS} tokens, all as transformers gives them; between tokens of answers "
-                f"without a kill: p50 {1000 * step_s:.1f} ms"
+                f"without a kill: p50 {1000 * step_s:.1f} ms; {self.refused} times a front that started took no request"
             )
         ]
         for what, role in (("compute nodes", "c"), ("memory nodes", "m")):
@@ -79,10 +81,17 @@ async def stream(client: AsyncClient, number: int, run: Run, over: asyncio.Event
     while not over.is_set():
         prompt = [chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 48))]
         tokens, begun_s = [], math.inf
-        async for piece in client.stream(prompt, max_tokens=TOKENS):
-            tokens.append(piece.id)
-            begun_s = min(begun_s, time.monotonic())
-            run.arrivals[number].append(time.monotonic())
+        try:
+            async for piece in client.stream(prompt, max_tokens=TOKENS):
+                tokens.append(piece.id)
+                begun_s = min(begun_s, time.monotonic())
+                run.arrivals[number].append(time.monotonic())
+        except NodeError as error:  # what is asked of a front that starts is not taken, and says so
+            if tokens or "still starting" not in str(error):
+                raise
+            run.refused += 1
+            await asyncio.sleep(0.1)
+            continue
         assert len(tokens) == TOKENS
         run.agreement.check(run.oracle, prompt, tokens, f"client {number}")
         run.answers += 1
