@@ -110,7 +110,7 @@ class FrontLink:
 
     When the link is lost, what is under way waits for the next one, which the owner gives to `use`: the front then goes
     on behind the last token that has come. It may be away for ``patience_s`` seconds, not counting those in which it
-    starts; then all that waits fails with the error of the loss.
+    starts, unless the start fails; then all that waits fails with the error of the loss.
     """
 
     def __init__(self, *, patience_s: float = 0.0, on_wait: Callable[[], None] = lambda: None) -> None:
@@ -126,8 +126,8 @@ class FrontLink:
         self._given_up: list[tuple[int, str]] = []
         """What was given up while there was no link, by id and ticket."""
         self._timer: asyncio.TimerHandle | None = None
-        self._away_s = 0.0
-        """When the link was lost."""
+        self._away_s = self._back_s = 0.0
+        """When the link was lost, and when there was the last one."""
         self._loss: LaminaError = self.failure
         """Why it was lost the last time."""
 
@@ -140,10 +140,11 @@ class FrontLink:
         """Go on with a new link, from which nothing may have been delivered yet."""
         self.end("a new connection is made")
         self._link, self._questions, self.failure, self.attempt = link, Questions(link), None, ""
+        self._back_s = asyncio.get_running_loop().time()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            self._left_s -= asyncio.get_running_loop().time() - self._away_s
+            self._left_s -= self._back_s - self._away_s
 
         def on_message(plain: dict[str, Any]) -> None:
             if self._link is link:
@@ -292,6 +293,8 @@ class FrontLink:
             return
         self.failure = self._loss = error
         self._questions.fail(error)
+        if any(asked.is_lost for asked in self._asked.values()):  # a start that has failed
+            self._left_s -= asyncio.get_running_loop().time() - self._back_s
         for asked in self._asked.values():
             asked.is_lost = not asked.is_over
         if not self._patience_s or isinstance(error, UsageError):  # the front would say the same again

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable
 
 from lamina.config import ClusterConfig
-from lamina.errors import ConnectError
+from lamina.errors import ConnectError, LaminaError
 from lamina.front.members import Members
 from lamina.node.model import ServedModel
 from lamina.node.neighbours import Neighbours
@@ -54,7 +54,10 @@ class Meeting:
                     told = obstacle
                     log.warning("event=not_starting_without missing=%s reason=%r", ",".join(missing), obstacle)
                 if waited_s > self._deadline_s + LOOK_S:
-                    await all_met
+                    try:
+                        await all_met
+                    except LaminaError as e:
+                        raise ConnectError(f"{e}; and {obstacle}") from e
                     raise ConnectError(f"{', '.join(missing)} could not be reached, and {obstacle}")
             await asyncio.sleep(LOOK_S)
 

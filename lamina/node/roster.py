@@ -115,13 +115,12 @@ class Roster:
         self._is_complete = True
 
     async def take_over(self, needed: frozenset[int]) -> None:
-        """Take the part of a front that is lost, and return when enough nodes serve: all of ``needed``, the memory
-        nodes that it may have, and compute nodes that have all layers.
+        """Take the part of a front that is lost, and return when all of ``needed`` serve, the memory nodes that it may
+        have. Requests wait for what else is `missing`, as they would have at the front that is lost.
 
         Nobody is told before all of ``needed`` have this front. Raises SupersededError if one of them has another one.
         """
         self._is_complete, self._needed = True, needed
-        self._patient_until_s = self._loop.time() + self._config.recovery.grace
         members, neighbours = self._members, self._neighbours
         there = needed.union(neighbours.shards, neighbours.peers)
         others = [entry for entry in members.entries if entry.id != self._own and entry.id not in self._out]
@@ -142,7 +141,6 @@ class Roster:
         self.on_seized(max(shard.term for shard in neighbours.shards.values()))
         for peer in neighbours.peers.values():
             self.found(peer)
-        await self._serve_when(lambda: not self.missing)
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
 
     def supersede(self, error: SupersededError) -> None:

@@ -16,6 +16,7 @@ from lamina.attention import default_backend
 from lamina.attention.backend import require_backend
 from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
 from lamina.node.daemon import DRAIN_TIMEOUT_S
+from lamina.node.meeting import LEAST_S
 from lamina.node.neighbours import PAUSES_S
 from lamina.node.roster import REFUSED_PAUSE_S
 from lamina.node.succession import OTHERS_S
@@ -130,8 +131,7 @@ class Case:
 
     @property
     def loses_front(self) -> bool:
-        """Whether the front may have to start again, or another node to take its part, which it cannot while others are
-        away."""
+        """Whether the front may have to start again, or another node to take its part."""
         front = self.nodes.compute[0]
         return any(kind.is_outage and front in fault.who for fault, kind in zip(self.faults, self.kinds, strict=True))
 
@@ -147,8 +147,8 @@ class Case:
                     away[name] += inf if fault.lasts_s is None else fault.lasts_s + self.lost_s
         front = self.nodes.compute[0]
         gone = {name for name, seconds in away.items() if seconds > self.patience_s(name)}
-        if front in gone or (self.loses_front and gone):
-            return True
+        if front in gone or (self.loses_front and gone & set(self.nodes.compute) and gone & set(self.nodes.memory)):
+            return True  # of what stays away, a compute node may be the front, with a memory node
         has_ranges = self.compute[0][1] is not None
         return (has_ranges and bool(gone & set(self.nodes.compute))) or (
             len(set(self.nodes.memory) - gone) < self.least_memory
@@ -180,7 +180,8 @@ class Case:
         """The longest that faults may keep the cluster from working, or requests from failing."""
         faults = sum(self._trouble_s(fault, kind) for fault, kind in zip(self.faults, self.kinds, strict=True))
         takeovers = (self.grace + OTHERS_S) * (2 + len(self.compute)) if self.loses_front else 0.0
-        return faults + takeovers * len(self.faults)
+        starts = max(self.grace, LEAST_S) if self.loses_front else 0.0
+        return faults + (takeovers + starts) * len(self.faults)
 
     def _trouble_s(self, fault: Fault, kind: Kind) -> float:
         lasts_s = fault.lasts_s
@@ -216,8 +217,6 @@ COMPUTE: tuple[tuple[range | None, ...], ...] = (
     (range(1), range(1, 2)),
     (range(1), range(1, 2), range(2, 3)),
 )
-LONGEST_S = 30.0
-"""Virtual seconds that a node is away at most where the front may have to start again."""
 WITHIN_S = 0.015
 """Virtual seconds within which requests are asked and faults strike."""
 
@@ -252,7 +251,7 @@ def draw(seed: int, kinds: Sequence[str] = ()) -> Case:
     for _ in range(chance.choice((1, 1, 2, 2, 3, 5)) if kinds else 0):
         fault = KINDS[chance.choice(kinds)].draw(nodes, chance, WITHIN_S, peer_timeout)
         faults += [] if fault is None else [fault]
-    case = Case(
+    return Case(
         seed=seed,
         layers=layers,
         compute=tuple(zip(nodes.compute, compute, strict=True)),
@@ -266,10 +265,6 @@ def draw(seed: int, kinds: Sequence[str] = ()) -> Case:
         asks=asks,
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
     )
-    if case.loses_front:  # one that starts needs all nodes
-        lasting = tuple(f if f.lasts_s is not None else f._replace(lasts_s=LONGEST_S) for f in case.faults)
-        case = replace(case, faults=lasting)
-    return case
 
 
 def _draw_asks(chance: Random, *, crowd: bool) -> tuple[Ask, ...]:

@@ -178,8 +178,12 @@ class _Run:
 
     async def _client(self, number: int, begun_s: float) -> None:
         own = [asked for asked in self.outcome.asked if asked.ask.client == number]
-        async with self._cluster.client() as client:
-            await asyncio.gather(*(self._ask(client, asked, begun_s) for asked in own))
+        try:
+            async with self._cluster.client() as client:
+                await asyncio.gather(*(self._ask(client, asked, begun_s) for asked in own))
+        except ConnectError as error:  # no compute node was there in all that time
+            for asked in own:
+                asked.error, asked.ended_s = error, self._loop.time()
 
     async def _ask(self, client: AsyncClient, asked: Asked, begun_s: float) -> None:
         ask, loop = asked.ask, self._loop
