@@ -64,7 +64,7 @@ class Admission:
         self._deciding = asyncio.Lock()
         """Held for one decision after the other, so that each counts the members that there are."""
         self._tasks: set[asyncio.Task[None]] = set()
-        roster.on_left = self._tell_left
+        roster.on_left, roster.on_expired = self._tell_left, self._let_go
 
     async def close(self) -> None:
         """Read the file no more."""
@@ -194,6 +194,11 @@ class Admission:
     def _tell_left(self, entry: MemberEntry) -> None:
         if (link := self._links.pop(entry.id, None)) is not None:
             send_unless_gone(link, Left())
+
+    def _let_go(self, entry: MemberEntry) -> None:
+        """End the link over which a node has asked that is lost. If it is only cut off from others, it asks again."""
+        if (link := self._links.pop(entry.id, None)) is not None:
+            link.abort(f"{entry.name} is lost to the cluster, and no member any more")
 
     # -- the file
 

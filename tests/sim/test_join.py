@@ -145,6 +145,31 @@ def test_a_memory_node_that_has_joined_is_lost(partition: str, llama: Path) -> N
     run(config, work)
 
 
+def test_a_node_that_has_joined_and_stays_away_is_forgotten() -> None:
+    """After the lease, but not one of the file. It comes back under its id."""
+    pipeline = PipelineConfig(batches=2, partition="requests")
+    config = make_config(compute=(None, None), pipeline=pipeline, recovery=RecoveryConfig(grace=1.0, lease=20.0))
+
+    async def work(cluster: SimCluster) -> None:
+        await cluster.join(M9)
+        await cluster.join(R1)
+        await serving(cluster, "m9", "r1")
+        ids = [cluster.nodes["c0"]._members.id_of(name) for name in ("m9", "r1")]
+        for name in ("m9", "r1", "m1"):
+            cluster.kill(name)
+        await asyncio.sleep(19)
+        assert [await state(cluster, name) for name in ("m9", "r1", "m1")] == ["lost"] * 3
+        await asyncio.sleep(2)
+        assert [await state(cluster, name) for name in ("m9", "r1", "m1")] == [None, None, "lost"]
+        assert {e.name for e in cluster.nodes["c1"]._members.entries} == {"c0", "c1", "m0", "m1"}
+        for name in ("m9", "r1", "m1"):
+            await cluster.start(name)
+        await serving(cluster, "m9", "r1", "m1")
+        assert [cluster.nodes["c0"]._members.id_of(name) for name in ("m9", "r1")] == ids
+
+    run(config, work)
+
+
 @pytest.mark.parametrize("partition", ["heads", "requests"])
 def test_the_front_starts_again(partition: str, llama: Path) -> None:
     """Nodes that have joined introduce themselves to it, and what they keep is found."""
