@@ -89,7 +89,9 @@ class Admission:
             if self._is_new(entry):
                 self._take_in(entry)
             self._links[entry.id] = link
-            return Accepted(member=entry.id, cluster=self._facts() if entry.role == "compute" else None)
+            cluster = self._facts() if entry.role == "compute" else None
+            fronts = [str(node.address) for node in self._config.compute_nodes]
+            return Accepted(member=entry.id, cluster=cluster, fronts=fronts)
 
     def _entry_of(self, asked: Candidate) -> MemberEntry:
         """Return the entry under which a node can be a member; a ConfigError says why there is none."""
@@ -287,7 +289,7 @@ class Door:
     async def ask(self, link: Link, asked: Candidate) -> Accepted:
         """Answer a node that asks over ``link``."""
         if (refusal := self._refusal()) is not None:
-            return Accepted(error=str(refusal))
+            return Accepted(error=str(refusal), fronts=[refusal.address])
         if self._admission is None:
             return Accepted(error="the front is still starting", is_starting=True)
         return await self._admission.ask(link, asked)
