@@ -73,7 +73,11 @@ class Joining:
                 await asyncio.sleep(PAUSE_S)
                 continue
             is_first = False
-            if await meeting.ended:
+            try:
+                has_left = await meeting.ended
+            finally:
+                await meeting.link.close()
+            if has_left:
                 log.info("event=left peer=%s", self._front)
                 return
             log.warning("event=front_lost reason=%r", meeting.reason)

@@ -130,6 +130,12 @@ class Case:
     # -- what may come of it
 
     @property
+    def forgotten_s(self) -> float:
+        """The longest until a node is forgotten that has joined and was lost."""
+        joins = any(kind.group == "join" for kind in self.kinds)
+        return max(self.grace, self.config.recovery.lease) + self.lost_s if joins else 0.0
+
+    @property
     def loses_front(self) -> bool:
         """Whether the front may have to start again, or another node to take its part."""
         front = self.nodes.compute[0]
@@ -187,7 +193,8 @@ class Case:
         lasts_s = fault.lasts_s
         if lasts_s is None:
             lasts_s = REACH_S + max(map(self.patience_s, fault.who))
-        return lasts_s + self.lost_s + (DRAIN_TIMEOUT_S if kind.is_drained else 0.0)
+        redivided_s = self.grace if kind.group == "join" else 0.0
+        return lasts_s + self.lost_s + redivided_s + (DRAIN_TIMEOUT_S if kind.is_drained else 0.0)
 
     @property
     def work_s(self) -> float:
@@ -330,6 +337,8 @@ class Part(NamedTuple):
             who = tuple(name for name in fault.who if name in self.nodes)
             if who == fault.who or fault.who == case.nodes.all:
                 faults.append(fault._replace(who=who))
+            elif KINDS[fault.kind].group == "join":
+                faults.append(fault)
         asks = tuple(map(case.asks.__getitem__, self.asks))
         return replace(case, compute=compute, memory=memory, faults=tuple(faults), asks=asks)
 

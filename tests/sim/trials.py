@@ -151,6 +151,7 @@ class _Run:
             await self._until_well(case.trouble_s + READY_S)
             self._check_nodes()
             await self._probe()
+            await asyncio.sleep(case.forgotten_s)
             due_s = loop.time() + case.lost_s
             while (after := _without_given_up(await self._settled())) != _without_given_up(whole):
                 if loop.time() > due_s:
@@ -343,7 +344,8 @@ class _Run:
 
     async def _stop(self) -> None:
         self._cluster.end_supervision()
-        ended = await self._cluster.stop_all()
+        await self._cluster.stop_all()
+        ended = {node.name: self._cluster.ended[node.name] for node in self._case.config.node}
         if any(ended.values()):
             raise BrokenPromiseError("stop", f"{ended}")
         await asyncio.sleep(0.01)
