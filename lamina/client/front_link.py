@@ -14,6 +14,7 @@ from lamina.errors import (
     LaminaError,
     NodeError,
     NotFrontError,
+    PeerSilentError,
     ProtocolError,
     RequestError,
     TransportError,
@@ -154,6 +155,8 @@ class FrontLink:
             if self._link is link:
                 peer = link.info.peer
                 self._lose(NodeError(f"{peer.role} node {peer.name} was lost: {error}", node=peer.name))
+                if peer.details.get("journal") == "off" and not isinstance(error, PeerSilentError):  # it has ended
+                    self._fail_begun()
 
         link.deliver(on_message=on_message, on_lost=on_lost)
         for id_, asked in self._asked.items():
@@ -304,6 +307,14 @@ class FrontLink:
             self._away_s = loop.time()
             self._timer = loop.call_later(max(0.0, self._left_s), self._lose_patience)
             self._on_wait()
+
+    def _fail_begun(self) -> None:
+        """The front that had the answers is gone, and has kept nothing: those that have begun are lost, and the others
+        can be asked anew."""
+        for asked in list(self._asked.values()):
+            if asked.is_lost and (asked.tokens or asked.prompt_scores):
+                asked.is_over, asked.is_lost = True, False
+                asked.inbox.put(self._lost("it keeps no journal (recovery.journal), so what it had begun is lost"))
 
     def _lose_patience(self) -> None:
         attempt = f", last attempt: {self.attempt}" if self.attempt else ""

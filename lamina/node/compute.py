@@ -137,7 +137,7 @@ class ComputeNode:
         self._neighbours = Neighbours(
             config, self._node, self._members, self._device, self._network, self._found, self._node_lost
         )
-        hello = Hello("compute", self._name)
+        hello = Hello("compute", self._name, {"journal": config.recovery.journal})
         listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         watching = AsyncExitStack()
