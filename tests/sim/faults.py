@@ -68,6 +68,7 @@ class Troubled(SimCluster):
         self._slow_devices: Counter[str] = Counter()
         self._guests: set[str] = set()
         """Nodes that the file does not name, and that have joined or try to."""
+        self._drains: dict[str, list[asyncio.Task[None]]] = {}
         self._behind: set[asyncio.Task[None]] = set()
         self._supervising = True
 
@@ -95,10 +96,12 @@ class Troubled(SimCluster):
 
     def drain(self, name: str) -> None:
         """Ask the front to let a memory node leave, which it may refuse; `replace` starts the node again."""
-        self._start_behind(self._drain(name))
+        self._drains.setdefault(name, []).append(self._start_behind(self._drain(name)))
 
     def replace(self, name: str) -> None:
         """Stop a node, wherever it is with leaving, and start it again."""
+        for asking in self._drains.pop(name, ()):  # a front that is found later would let the new process leave
+            asking.cancel()
         self.stop_for_now(name)
         self.restart(name)
 
@@ -220,10 +223,11 @@ class Troubled(SimCluster):
         if is_known and self._supervising and not self._down[name] and not self.is_running(name):
             self._start_behind(self.start(name))
 
-    def _start_behind(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start_behind(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
+        return task
 
     def on_end(self, name: str, *, told: bool) -> None:
         """See `SimCluster.on_end`."""
