@@ -16,7 +16,7 @@ from lamina.attention import default_backend
 from lamina.attention.backend import require_backend
 from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
 from lamina.node.daemon import DRAIN_TIMEOUT_S
-from lamina.node.meeting import LEAST_S
+from lamina.node.gathering import LEAST_S
 from lamina.node.neighbours import PAUSES_S
 from lamina.node.roster import REFUSED_PAUSE_S
 from lamina.node.succession import OTHERS_S
@@ -155,10 +155,18 @@ class Case:
         gone = {name for name, seconds in away.items() if seconds > self.patience_s(name)}
         if front in gone or (self.loses_front and gone & set(self.nodes.compute) and gone & set(self.nodes.memory)):
             return True  # of what stays away, a compute node may be the front, with a memory node
+        if self.loses_front and gone & set(self.nodes.compute) & self._astray:
+            return True  # it may take the part of a front that starts again, and has not heard of the requests
         has_ranges = self.compute[0][1] is not None
         return (has_ranges and bool(gone & set(self.nodes.compute))) or (
             len(set(self.nodes.memory) - gone) < self.least_memory
         )
+
+    @property
+    def _astray(self) -> set[str]:
+        """The nodes that run, or will go on, while others take them for lost."""
+        ways = ((fault, kind.name.rpartition(".")[2]) for fault, kind in zip(self.faults, self.kinds, strict=True))
+        return {name for fault, way in ways if way in ("freeze", "cut", "one-way") for name in fault.who}
 
     # -- how long it may take
 

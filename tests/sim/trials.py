@@ -207,7 +207,11 @@ class _Run:
                             break
                         asked.tokens.append(token.id)
             except LaminaError as error:
-                if REFUSED.search(str(error)) and loop.time() < asked.began_s + self._case.trouble_s + PATIENCE_S:
+                if (
+                    not asked.tokens
+                    and REFUSED.search(str(error))
+                    and loop.time() < asked.began_s + self._case.trouble_s + PATIENCE_S
+                ):
                     await asyncio.sleep(ASK_AGAIN_S)
                     continue
                 asked.error = error
