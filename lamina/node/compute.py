@@ -30,7 +30,6 @@ from lamina.node.claims import Claims
 from lamina.node.drains import Drains
 from lamina.node.enlistment import Enlistment
 from lamina.node.front import Front, describe_front, describe_journal, make_blocks, open_front
-from lamina.node.gathering import Gathering
 from lamina.node.journal import Standby, open_copy, open_journal, was_front
 from lamina.node.member_times import MemberTimes
 from lamina.node.metrics import of_front, of_status, served
@@ -38,6 +37,7 @@ from lamina.node.model import OpenModel, ServedModel, open_checkpoint, serve_mod
 from lamina.node.monitor import Monitor
 from lamina.node.neighbours import Control, Neighbours
 from lamina.node.parts import Part, StartLoss, run_part, unless
+from lamina.node.quorum import Quorum
 from lamina.node.reception import Reception
 from lamina.node.roster import Roster
 from lamina.node.succession import Heir
@@ -266,7 +266,7 @@ class ComputeNode:
         opening = self._there.start(self._device.run(self._open_model, config))
         # The front tells another compute node with which nodes it works.
         others = [entry.id for entry in members.entries if entry.id != self._member]
-        gathering = Gathering(config, members, self._neighbours, own=self._member)
+        quorum = Quorum(config, members, self._neighbours, own=self._member)
         met = asyncio.ensure_future(self._neighbours.meet(others if self._leads else [self._first]))
         try:  # what is wrong with the model is said at once, also where other nodes are missing
             source, _ = await opening
@@ -275,7 +275,7 @@ class ComputeNode:
             if self._succeeds and self._leads:
                 self._awaited = ()
                 self._loss.forgive()
-                await self._claims.unless_taken(gathering.enough(served, met))
+                await self._claims.unless_taken(quorum.enough(served, met))
                 self._awaited = frozenset((*self._neighbours.shards, *self._neighbours.peers))
             elif not self._succeeds:  # else it may be needed as the front again, where the first node is gone
                 await self._claims.unless_taken(met)

@@ -16,8 +16,8 @@ from lamina.attention import default_backend
 from lamina.attention.backend import require_backend
 from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
 from lamina.node.daemon import DRAIN_TIMEOUT_S
-from lamina.node.gathering import LEAST_S
 from lamina.node.neighbours import PAUSES_S
+from lamina.node.quorum import LEAST_S
 from lamina.node.roster import REFUSED_PAUSE_S
 from lamina.node.succession import OTHERS_S
 from lamina.sim.cluster import REACH_S

@@ -20,7 +20,7 @@ LOOK_S = 0.1
 """The seconds between two looks who is there."""
 
 
-class Gathering:
+class Quorum:
     """Waits for the other nodes at the start of a front, the member ``own``, on the node's loop.
 
     A cluster that starts for the first time needs all nodes of its file. One that has served before waits for
