@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from lamina.config import ClusterConfig, ComputeNodeConfig
-from lamina.errors import NodeError, TransportError
+from lamina.client.finder import FrontFinder
+from lamina.config import ClusterConfig
+from lamina.errors import TransportError
 from lamina.runtime.network import Network
 from lamina.runtime.sockets import Sockets
 from lamina.transport import Address, Hello, Link, Options
@@ -20,27 +20,12 @@ async def connect_to_front(
     config: ClusterConfig, *, name: str, deadline_s: float, network: Network | None = None
 ) -> AdminClient:
     """Reach the compute node that is the front of a cluster, within ``deadline_s`` seconds; ``name`` appears in the
-    logs. All compute nodes are asked; the error is that of the first one in the file if none says that it is the front.
+    logs. Errors are those of `FrontFinder.find`.
     """
-
-    async def ask(node: ComputeNodeConfig) -> tuple[AdminClient, Status]:
-        client = await AdminClient.connect(
-            node.address, config.options(), name=name, deadline_s=deadline_s, network=network
-        )
-        return client, await client.status()
-
-    answers = await asyncio.gather(*map(ask, config.compute_nodes), return_exceptions=True)
-    there = [answer for answer in answers if isinstance(answer, tuple)]
-    fronts = [answer for answer in there if answer[1].front == answer[1].name]
-    front = max(fronts, key=lambda answer: answer[1].epoch, default=None)
-    for client, _ in there:
-        if front is None or client is not front[0]:
-            await client.close()
-    if front is not None:
-        return front[0]
-    if isinstance(answers[0], BaseException):
-        raise answers[0]
-    raise NodeError("no compute node is the front at present; try again soon", node=config.front.name)
+    addresses = [node.address for node in config.compute_nodes]
+    connect = (network or Sockets()).connect
+    finder = FrontFinder(addresses, Hello("monitor", name), config.options(), connect=connect)
+    return AdminClient(await finder.find(deadline_s))
 
 
 class AdminClient:

@@ -86,7 +86,10 @@ class FrontFinder:
             link.deliver(on_message=on_message, on_lost=on_lost)
             link.send(encode(AskStatus()))
             async with asyncio.timeout(deadline_s):
-                return _Found(link, await told)
+                status = await told
+            if status.front != status.name:  # operators are answered by every node
+                raise NotFrontError(f"{status.name} is not the front, but {status.front}", node=status.name)
+            return _Found(link, status)
         except TimeoutError as e:
             link.abort("it does not say whether it is the front")
             raise ConnectError(f"{address}: it was reached, but did not say whether it is the front") from e

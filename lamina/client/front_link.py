@@ -14,6 +14,7 @@ from lamina.errors import (
     LaminaError,
     NodeError,
     NotFrontError,
+    PeerSilentError,
     ProtocolError,
     RequestError,
     TransportError,
@@ -110,7 +111,7 @@ class FrontLink:
 
     When the link is lost, what is under way waits for the next one, which the owner gives to `use`: the front then goes
     on behind the last token that has come. It may be away for ``patience_s`` seconds, not counting those in which it
-    starts; then all that waits fails with the error of the loss.
+    starts, unless the start fails; then all that waits fails with the error of the loss.
     """
 
     def __init__(self, *, patience_s: float = 0.0, on_wait: Callable[[], None] = lambda: None) -> None:
@@ -126,8 +127,8 @@ class FrontLink:
         self._given_up: list[tuple[int, str]] = []
         """What was given up while there was no link, by id and ticket."""
         self._timer: asyncio.TimerHandle | None = None
-        self._away_s = 0.0
-        """When the link was lost."""
+        self._away_s = self._back_s = 0.0
+        """When the link was lost, and when there was the last one."""
         self._loss: LaminaError = self.failure
         """Why it was lost the last time."""
 
@@ -140,10 +141,11 @@ class FrontLink:
         """Go on with a new link, from which nothing may have been delivered yet."""
         self.end("a new connection is made")
         self._link, self._questions, self.failure, self.attempt = link, Questions(link), None, ""
+        self._back_s = asyncio.get_running_loop().time()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            self._left_s -= asyncio.get_running_loop().time() - self._away_s
+            self._left_s -= self._back_s - self._away_s
 
         def on_message(plain: dict[str, Any]) -> None:
             if self._link is link:
@@ -153,6 +155,8 @@ class FrontLink:
             if self._link is link:
                 peer = link.info.peer
                 self._lose(NodeError(f"{peer.role} node {peer.name} was lost: {error}", node=peer.name))
+                if peer.details.get("journal") == "off" and not isinstance(error, PeerSilentError):  # it has ended
+                    self._fail_begun()
 
         link.deliver(on_message=on_message, on_lost=on_lost)
         for id_, asked in self._asked.items():
@@ -292,6 +296,8 @@ class FrontLink:
             return
         self.failure = self._loss = error
         self._questions.fail(error)
+        if any(asked.is_lost for asked in self._asked.values()):  # a start that has failed
+            self._left_s -= asyncio.get_running_loop().time() - self._back_s
         for asked in self._asked.values():
             asked.is_lost = not asked.is_over
         if not self._patience_s or isinstance(error, UsageError):  # the front would say the same again
@@ -301,6 +307,14 @@ class FrontLink:
             self._away_s = loop.time()
             self._timer = loop.call_later(max(0.0, self._left_s), self._lose_patience)
             self._on_wait()
+
+    def _fail_begun(self) -> None:
+        """The front that had the answers is gone, and has kept nothing: those that have begun are lost, and the others
+        can be asked anew."""
+        for asked in list(self._asked.values()):
+            if asked.is_lost and (asked.tokens or asked.prompt_scores):
+                asked.is_over, asked.is_lost = True, False
+                asked.inbox.put(self._lost("it keeps no journal (recovery.journal), so what it had begun is lost"))
 
     def _lose_patience(self) -> None:
         attempt = f", last attempt: {self.attempt}" if self.attempt else ""

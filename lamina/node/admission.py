@@ -64,7 +64,7 @@ class Admission:
         self._deciding = asyncio.Lock()
         """Held for one decision after the other, so that each counts the members that there are."""
         self._tasks: set[asyncio.Task[None]] = set()
-        roster.on_left = self._tell_left
+        roster.on_left, roster.on_expired = self._tell_left, self._let_go
 
     async def close(self) -> None:
         """Read the file no more."""
@@ -89,7 +89,9 @@ class Admission:
             if self._is_new(entry):
                 self._take_in(entry)
             self._links[entry.id] = link
-            return Accepted(member=entry.id, cluster=self._facts() if entry.role == "compute" else None)
+            cluster = self._facts() if entry.role == "compute" else None
+            fronts = [str(node.address) for node in self._config.compute_nodes]
+            return Accepted(member=entry.id, cluster=cluster, fronts=fronts)
 
     def _entry_of(self, asked: Candidate) -> MemberEntry:
         """Return the entry under which a node can be a member; a ConfigError says why there is none."""
@@ -195,6 +197,11 @@ class Admission:
         if (link := self._links.pop(entry.id, None)) is not None:
             send_unless_gone(link, Left())
 
+    def _let_go(self, entry: MemberEntry) -> None:
+        """End the link over which a node has asked that is lost. If it is only cut off from others, it asks again."""
+        if (link := self._links.pop(entry.id, None)) is not None:
+            link.abort(f"{entry.name} is lost to the cluster, and no member any more")
+
     # -- the file
 
     def reload(self) -> None:
@@ -282,7 +289,7 @@ class Door:
     async def ask(self, link: Link, asked: Candidate) -> Accepted:
         """Answer a node that asks over ``link``."""
         if (refusal := self._refusal()) is not None:
-            return Accepted(error=str(refusal))
+            return Accepted(error=str(refusal), fronts=[refusal.address])
         if self._admission is None:
             return Accepted(error="the front is still starting", is_starting=True)
         return await self._admission.ask(link, asked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from lamina.compute.peer_control import PeerControl
 from lamina.config import ClusterConfig
@@ -21,7 +21,7 @@ class Claims:
 
     def __init__(self, config: ClusterConfig, members: Members, *, member: int, tell: Callable[[Claim], None]) -> None:
         self.taken = asyncio.Event()
-        """Set when another node has the front's part, or this one need not wait for the first one in the file."""
+        """Set when another node has the front's part."""
         self._config = config
         self._members = members
         self._member = member
@@ -74,14 +74,15 @@ class Claims:
         reason = f"compute node {name} has taken the part of the front, in term {claim.term}"
         return SupersededError(reason, node=name, term=claim.term, holder=name)
 
-    async def wait_unless_taken(self, waiting: asyncio.Future[None]) -> None:
-        """Wait for a future, unless `taken` is set, also meanwhile."""
-        taken = asyncio.ensure_future(self.taken.wait())
+    async def unless_taken(self, work: Awaitable[None]) -> None:
+        """Wait for ``work``, and raise its error, unless `taken` is set, also meanwhile."""
+        waiting, taken = asyncio.ensure_future(work), asyncio.ensure_future(self.taken.wait())
         try:
             await asyncio.wait((waiting, taken), return_when=asyncio.FIRST_COMPLETED)
             if not taken.done():
                 waiting.result()
         finally:
+            waiting.cancel()
             taken.cancel()
 
     def remember(self) -> None:

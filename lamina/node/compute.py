@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -37,6 +37,7 @@ from lamina.node.model import OpenModel, ServedModel, open_checkpoint, serve_mod
 from lamina.node.monitor import Monitor
 from lamina.node.neighbours import Control, Neighbours
 from lamina.node.parts import Part, StartLoss, run_part, unless
+from lamina.node.quorum import Quorum
 from lamina.node.reception import Reception
 from lamina.node.roster import Roster
 from lamina.node.succession import Heir
@@ -99,6 +100,8 @@ class ComputeNode:
         self._claims = Claims(config, self._members, member=self._member, tell=self._tell)
         self._succeeds = False
         """Whether this node was a front before it started."""
+        self._awaited: Collection[int] = frozenset(entry.id for entry in self._members.entries)
+        """The nodes without which this one does not start as the front."""
         self._door = Door(lambda: None if self._leads else self._claims.refusal)
         ways, asked = {n.name: n.address for n in config.memory_nodes}, (self._drain, self._door.ask)
         self._monitor = Monitor(node.name, device, network, self._options, self._status, ways, *asked)
@@ -134,7 +137,7 @@ class ComputeNode:
         self._neighbours = Neighbours(
             config, self._node, self._members, self._device, self._network, self._found, self._node_lost
         )
-        hello = Hello("compute", self._name)
+        hello = Hello("compute", self._name, {"journal": config.recovery.journal})
         listening = await self._network.listen(self._node.bind, hello, self._on_link, self._options)
         log.info("event=listening address=%s", listening.address)
         watching = AsyncExitStack()
@@ -210,7 +213,7 @@ class ComputeNode:
 
     def _node_lost(self, member: int, error: NodeError) -> None:
         """The link to another node has ended. During the start of the front that ends the start."""
-        if self._leads and not self._is_ready:
+        if member in self._awaited and self._leads and not self._is_ready:
             self._loss.note(error)
         if (side := self._roster or self._enlistment) is not None:
             side.lost(member, error)
@@ -263,22 +266,21 @@ class ComputeNode:
         opening = self._there.start(self._device.run(self._open_model, config))
         # The front tells another compute node with which nodes it works.
         others = [entry.id for entry in members.entries if entry.id != self._member]
-        awaited = others if self._leads else [self._first]
-        meeting = asyncio.ensure_future(self._neighbours.meet(awaited))
-
-        async def serve_opened() -> ServedModel:
+        quorum = Quorum(config, members, self._neighbours, own=self._member)
+        met = asyncio.ensure_future(self._neighbours.meet(others if self._leads else [self._first]))
+        try:  # what is wrong with the model is said at once, also where other nodes are missing
             source, _ = await opening
             self._served = served = serve_model(config, members, source)
-            if not self._leads:
-                self._succeeds = await self._workers.run(was_front, config, served, self._name, self._host)
-            if self._succeeds:  # it may be needed as the front again, where the first node is gone
-                self._claims.taken.set()
-            return served
-
-        try:  # what is wrong with the model is said at once, also where other nodes are missing
-            served, _ = await asyncio.gather(serve_opened(), self._claims.wait_unless_taken(meeting))
+            self._succeeds = await self._workers.run(was_front, config, served, self._name, self._host)
+            if self._succeeds and self._leads:
+                self._awaited = ()
+                self._loss.forgive()
+                await self._claims.unless_taken(quorum.enough(served, met))
+                self._awaited = frozenset((*self._neighbours.shards, *self._neighbours.peers))
+            elif not self._succeeds:  # else it may be needed as the front again, where the first node is gone
+                await self._claims.unless_taken(met)
         finally:
-            meeting.cancel()
+            met.cancel()
         part = await self._start_part(served)
         self._loss.check()  # for a node that was lost meanwhile
         return part
@@ -286,8 +288,10 @@ class ComputeNode:
     async def _start_part(self, served: ServedModel) -> Part:
         """Begin as the front, if this is the first node of the file and no other one has its part; else follow."""
         if self._leads and not self._claims.taken.is_set():
+            # What it does without other nodes is what a node does that takes the part of a front over.
+            needed = frozenset(self._neighbours.shards) if self._neighbours.waiting_for else frozenset()
             try:
-                return await self._lead(served)
+                return await self._lead(served, needed=needed)
             except SupersededError as error:
                 if not error.holder:
                     raise
@@ -300,8 +304,9 @@ class ComputeNode:
     async def _lead(
         self, served: ServedModel, *, copy: bytes | None = None, needed: frozenset[int] = frozenset()
     ) -> Intake:
-        """Become the front of a cluster that has none: one that starts; or whose front is lost, which may have
-        ``needed``, and of whose journal there may be a ``copy``. SupersededError if it has one."""
+        """Become the front of a cluster that has none: one that starts with all nodes; or, as others are missing, with
+        the memory nodes ``needed``, which a front that is lost may have. There may be a ``copy`` of its journal.
+        SupersededError if there is a front."""
         config, members = self._config, self._members
         self._journal = journal = open_journal(config, served, self._name, self._host, self._journal_workers)
         kept = await journal.open(self._workers, copy) if journal is not None else []
@@ -320,7 +325,7 @@ class ComputeNode:
             await completing
         finally:
             completing.cancel()
-        blocks = make_blocks(config, served, roster.serving)
+        blocks = make_blocks(config, served, roster.serving, whole=not needed)
         if not needed:
             log.info("event=fitting", extra={"progress": "measuring steps"})
         self._formed(self._formation, frozenset())

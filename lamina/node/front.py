@@ -66,8 +66,11 @@ def describe_journal(status: Status, journal: RequestJournal, recovery: Recovery
     status.journal_failure = "" if journal.failure is None else str(journal.failure)
 
 
-def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int, ShardControl]) -> BlockManager:
-    """Make the block manager; raise CapacityError if the memory nodes cannot hold one request of the full context."""
+def make_blocks(
+    config: ClusterConfig, served: ServedModel, shards: Mapping[int, ShardControl], *, whole: bool
+) -> BlockManager:
+    """Make the block manager. If the cluster is ``whole``, raise CapacityError where the memory nodes cannot hold one
+    request of the full context; else more may come."""
     layouts = {member: served.layout(shard.lane.layers) for member, shard in shards.items()}
     # Only the window that all layers have: where there are several, blocks of one kind can be in the way of another's.
     group, *others = next(iter(layouts.values())).groups
@@ -79,7 +82,7 @@ def make_blocks(config: ClusterConfig, served: ServedModel, shards: Mapping[int,
         window=None if others else group.window,
         moves=config.pipeline.moves and not served.has_windows,
     )
-    if blocks.max_context < served.context:
+    if whole and blocks.max_context < served.context:
         least = min(shards.values(), key=lambda shard: shard.capacity_tokens)
         raise CapacityError(
             f"the memory nodes can hold {blocks.max_context} tokens of one request, fewer than the context of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from collections.abc import Iterable
 from typing import Any, Never
 
 import msgspec
@@ -24,16 +25,23 @@ ROLE = "candidate"
 """The role of a node that asks to be taken in."""
 REACH_S = 60.0
 """The seconds in which the front has to be reached at the first time."""
+AGAIN_S = 4.0
+"""The seconds in which a node has to be reached later, where several can be the front."""
 PAUSE_S = 1.0
 """The seconds between two attempts, while the front is starting or lost."""
 
 
 class Joining:
-    """Has the front at an address take ``node`` in, and again whenever the link to it was lost."""
+    """Has the front of a cluster take ``node`` in, and again whenever the link to it was lost.
+
+    Then another compute node may be the front.
+    """
 
     def __init__(self, front: Address, node: NodeConfig, network: Network, options: Options) -> None:
-        """``options`` are those of the node's links."""
-        self._front = front
+        """``front`` is the address of a compute node of the cluster's file. ``options`` are those of the node's
+        links."""
+        self._fronts = [front]
+        """The compute nodes that may be the front; the first one is asked next."""
         memory = node.memory if isinstance(node, MemoryNodeConfig) else 0
         self._candidate = Candidate(name=node.name, role=node.role, address=str(node.address), memory=memory)
         self._network = network
@@ -60,10 +68,16 @@ class Joining:
                 if is_first or isinstance(error, _ReplacedError):
                     raise
                 log.warning("event=not_joined peer=%s reason=%r", self._front, str(error))
+                if isinstance(error, ConnectError):
+                    self._fronts.append(self._fronts.pop(0))
                 await asyncio.sleep(PAUSE_S)
                 continue
             is_first = False
-            if await meeting.ended:
+            try:
+                has_left = await meeting.ended
+            finally:
+                await meeting.link.close()
+            if has_left:
                 log.info("event=left peer=%s", self._front)
                 return
             log.warning("event=front_lost reason=%r", meeting.reason)
@@ -82,8 +96,16 @@ class Joining:
                 task.cancel()
             await asyncio.gather(serving, staying, return_exceptions=True)
 
+    @property
+    def _front(self) -> Address:
+        return self._fronts[0]
+
+    def _turn_to(self, told: Iterable[str]) -> None:
+        """Ask the nodes at these addresses first."""
+        self._fronts = list(dict.fromkeys((*map(Address.parse, told), *self._fronts)))
+
     async def _meet(self, candidate: Candidate) -> _Meeting:
-        """Be taken in by the front, for which it may have to become ready first."""
+        """Be taken in by the front, for which it may have to become ready first, or to be found."""
         while True:
             link = await self._connect()
             meeting = _Meeting(link)
@@ -94,9 +116,10 @@ class Joining:
             if not accepted.error:
                 break
             await link.close()
-            if not accepted.is_starting:
+            if not (accepted.is_starting or accepted.fronts):
                 self._refused(accepted.error, link)
             log.info("event=not_joined peer=%s reason=%r", self._front, accepted.error)
+            self._turn_to(accepted.fronts)
             await asyncio.sleep(PAUSE_S)
         if candidate.member not in (None, accepted.member) and candidate.role == "compute":
             link.abort("it has another id now")
@@ -105,6 +128,7 @@ class Joining:
                 "which is another node now; start it again"
             )
         self._candidate = msgspec.structs.replace(self._candidate, member=accepted.member)
+        self._turn_to([str(self._front), *accepted.fronts])
         peer = link.info.peer.name
         if candidate.listens:
             log.info("event=member_of peer=%s address=%s member=%d", peer, self._front, accepted.member)
@@ -116,12 +140,14 @@ class Joining:
         )
 
     async def _connect(self) -> Link:
-        hello = Hello(ROLE, self._candidate.name)
-        log.info("event=waiting peer=%s deadline_s=%g", self._front, REACH_S)
+        hello, deadline_s = Hello(ROLE, self._candidate.name), REACH_S if len(self._fronts) == 1 else AGAIN_S
+        log.info("event=waiting peer=%s deadline_s=%g", self._front, deadline_s)
         try:
-            link = await self._network.connect(self._front, hello, self._options, deadline_s=REACH_S)
+            link = await self._network.connect(self._front, hello, self._options, deadline_s=deadline_s)
         except ConnectError as e:
-            raise ConnectError(f"--join: no front could be reached at {self._front} within {REACH_S:g} s: {e}") from e
+            raise ConnectError(
+                f"--join: no front could be reached at {self._front} within {deadline_s:g} s: {e}"
+            ) from e
         except TransportError as e:
             raise HandshakeError(f"--join: {self._front} is no front that this node can join: {e}") from e
         peer = link.info.peer
@@ -129,7 +155,7 @@ class Joining:
             await link.close()
             raise HandshakeError(
                 f"--join: at {self._front} answers a {peer.role} node, {peer.name}; expected the front of a cluster, "
-                "the first compute node of its file"
+                "or another compute node of its file"
             )
         return link
 

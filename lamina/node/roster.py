@@ -15,6 +15,7 @@ from lamina.errors import LaminaError, NodeError, SupersededError
 from lamina.front.members import Members, State
 from lamina.front.team import Formation
 from lamina.node.assemble import TenantKey, agree, attach
+from lamina.node.expiry import Expiry
 from lamina.node.model import BLOCK_TOKENS, ServedModel
 from lamina.node.neighbours import Control, Neighbours
 from lamina.node.stranding import Stranding
@@ -66,7 +67,9 @@ class Roster:
         self.on_seized: Callable[[int], None] = lambda term: None
         """Is told in `take_over` when all memory nodes have this front, and its latest term."""
         self.on_left: Callable[[MemberEntry], None] = lambda entry: None
-        """Is told when a node is a member no more."""
+        """Is told when a node has left, and is a member no more."""
+        self.on_expired: Callable[[MemberEntry], None] = lambda entry: None
+        """Is told when a node that no file names was lost for so long that it is a member no more."""
         self.stranding = Stranding(config.recovery, members)
         self.in_file = {node.name for node in config.node}
         """The names of the nodes of the cluster file as it is now. A memory node that has left is a member no more,
@@ -98,6 +101,7 @@ class Roster:
         self._patient_until_s = 0.0
         """When heads are divided over those that are there, if others are missing."""
         self._settling: asyncio.TimerHandle | None = None
+        self._expiry = Expiry(config.recovery, self._expire)
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
         self._is_complete = False
@@ -115,20 +119,19 @@ class Roster:
         self._is_complete = True
 
     async def take_over(self, needed: frozenset[int]) -> None:
-        """Take the part of a front that is lost, and return when enough nodes serve: all of ``needed``, the memory
-        nodes that it may have, and compute nodes that have all layers.
+        """Take the part of a front that is lost, and return when all of ``needed`` serve, the memory nodes that it may
+        have. Requests wait for what else is `missing`, as they would have at the front that is lost.
 
         Nobody is told before all of ``needed`` have this front. Raises SupersededError if one of them has another one.
         """
         self._is_complete, self._needed = True, needed
-        self._patient_until_s = self._loop.time() + self._config.recovery.grace
         members, neighbours = self._members, self._neighbours
         there = needed.union(neighbours.shards, neighbours.peers)
         others = [entry for entry in members.entries if entry.id != self._own and entry.id not in self._out]
         members.join({entry.id: 0 for entry in others if entry.id in there})
         for entry in others:
             if entry.id not in there:
-                members.lose(entry.id, NodeError.lost(entry.role, entry.name, "it is not there when its front is lost"))
+                self._lose(entry.id, NodeError.lost(entry.role, entry.name, "it is not there when its front is lost"))
         members.serve(self._own)
         for member, shard in neighbours.shards.items():
             if shard.is_attached:
@@ -142,7 +145,6 @@ class Roster:
         self.on_seized(max(shard.term for shard in neighbours.shards.values()))
         for peer in neighbours.peers.values():
             self.found(peer)
-        await self._serve_when(lambda: not self.missing)
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
 
     def supersede(self, error: SupersededError) -> None:
@@ -156,6 +158,7 @@ class Roster:
         if self._settling is not None:
             self._settling.cancel()
         self.stranding.close()
+        self._expiry.close()
         for task in self._tasks.values():
             task.cancel()
         for peer in self._neighbours.peers.values():
@@ -180,6 +183,7 @@ class Roster:
     def take_in(self, entry: MemberEntry) -> None:
         """A node is a member from now on, or comes back with what is new of it: seek it, or await it."""
         self._out.discard(entry.id)
+        self._expiry.end(entry.id)
         self._members.take_in(entry)
         self._neighbours.know(self._members.entries)
 
@@ -193,6 +197,7 @@ class Roster:
             return
         self._out.discard(member)
         self._processes[member] = process
+        self._expiry.end(member)
         self._members.join({member: 0})
         if isinstance(control, PeerControl):
             control.on_reach = self._on_reach
@@ -213,9 +218,20 @@ class Roster:
         if self._settling is not None:
             self._settling.cancel()
         self._settling = self._loop.call_later(self._config.recovery.grace, self._settle)
-        self._members.lose(member, error)
+        self._lose(member, error)
         if isinstance(error, SupersededError):
             self.supersede(error)
+
+    def _lose(self, member: int, error: NodeError) -> None:
+        self._members.lose(member, error)
+        self._expiry.begin(member)
+
+    def _expire(self, member: int) -> None:
+        """A node was lost for long: if no file names it, it is a member no more."""
+        entry = self._members.entry(member)
+        if entry.name not in self.in_file:
+            self._strike_out(entry)
+            self.on_expired(entry)
 
     def suspect(self, node: str, reason: str) -> None:
         """A step has failed, which is said to be the fault of a node."""
@@ -243,11 +259,16 @@ class Roster:
         """A memory node has left and has no link any more: nor is it a member, unless the file names it."""
         entry = self._members.entry(member)
         if entry.name not in self.in_file:
-            self._out.discard(member)
-            self._processes.pop(member, None)
-            self._members.forget(member)
-            self._neighbours.know(self._members.entries)
+            self._strike_out(entry)
             self.on_left(entry)
+
+    def _strike_out(self, entry: MemberEntry) -> None:
+        """A node is a member no more."""
+        self._expiry.end(entry.id)
+        self._out.discard(entry.id)
+        self._processes.pop(entry.id, None)
+        self._members.forget(entry.id)
+        self._neighbours.know(self._members.entries)
 
     def changed(self) -> None:
         """The members have changed: tell the other compute nodes, and form the team anew."""
@@ -375,8 +396,9 @@ class Roster:
 
     async def _divide_over(self, shards: dict[int, ShardControl]) -> None:
         division = {member: self._name(member) for member in sorted(shards)}
+        attaching = [asyncio.ensure_future(self._attach_to(shard, division)) for shard in shards.values()]
         try:
-            await asyncio.gather(*(self._attach_to(shard, division) for shard in shards.values()))
+            await asyncio.gather(*attaching)
         except NodeError as error:
             if not self._is_complete or (isinstance(error, SupersededError) and error.holder):
                 raise
@@ -385,6 +407,9 @@ class Roster:
                 self._neighbours.renew(member)
             await asyncio.sleep(REFUSED_PAUSE_S)
             return
+        finally:
+            for task in attaching:  # where one has failed, the others are of no use
+                task.cancel()
         self._division = division
         self._members.join({member: shard.term for member, shard in shards.items()})
         await self._until(lambda: not self._is_divided() or all(map(self._is_reached, division)))

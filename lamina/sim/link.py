@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from lamina.errors import ConfigError, PeerLostError, ProtocolError, TransportError, UsageError
+from lamina.errors import ConfigError, PeerLostError, PeerSilentError, ProtocolError, TransportError, UsageError
 from lamina.sim.delivery import BYE, GONE, LOST, MESSAGE, REGION, Deliveries, Delivery, copied
 from lamina.transport.base import (
     MAX_REGIONS,
@@ -377,7 +377,7 @@ class SimLink(OwnedLink):
             self._silence = self._loop.call_at(self._silent_since + self._peer_timeout, self._silent_too_long)
 
     def _silent_too_long(self) -> None:
-        self._fail(PeerLostError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
+        self._fail(PeerSilentError(f"{self} has been silent for {self._peer_timeout:.1f} s"))
 
     # -- the end
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from lamina.config import ModelConfig, PipelineConfig, RecoveryConfig
-from lamina.limits import MAX_BYTES
+from lamina.limits import MAX_BYTES, MAX_COMPUTE
 from lamina.wire.codec import Count, MemberId, Message
 
 
@@ -67,6 +67,11 @@ class Accepted(Message):
     error: str = ""
     is_starting: bool = False
     """Whether the error is only that the front is still starting."""
+    fronts: Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=MAX_COMPUTE)] = field(
+        default_factory=list
+    )
+    """The addresses of all compute nodes that can be the front; or, of one that is not, that of the front, as far as it
+    knows."""
 
 
 class Left(Message):

@@ -209,6 +209,28 @@ def test_a_stream_goes_on_when_the_front_is_back(checkpoint: Path, tmp_path: Pat
                 assert asyncio.run(harness.status_of(config, config.front)).requests_resumed == 3
 
 
+def test_without_a_journal_a_stream_ends_with_the_front(checkpoint: Path, tmp_path: Path) -> None:
+    """At once, although the server would wait for a minute for what goes on."""
+    (port,) = harness.free_ports(1)
+    memory = harness.start_memory(tmp_path, port)
+    recovery = harness.RecoveryConfig(journal="off")
+    config = harness.write_config(tmp_path, checkpoint, [port], context=1600, recovery=recovery)
+    front = harness.start_node(config, "c0")
+    with harness.running(memory, front):
+        asyncio.run(harness.ready(config, front))
+        with serving(config, tmp_path / "serve.log") as server:
+            server.ready()
+            connection = _post(server, LONG)
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+            connection.settimeout(20)
+            front.signal(signal.SIGKILL)
+            rest = read_all(connection)
+        *_, last = [event for event in rest.decode().split("\n\n") if "data: " in event]
+        error = json.loads(last.partition("data: ")[2])["error"]
+        assert error["code"] == 503
+        assert "it keeps no journal (recovery.journal), so what it had begun is lost" in error["message"]
+
+
 def _post(server: Server, body: dict[str, object]) -> socket.socket:
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\nHost: a\nAuthorization: Bearer first-key\nContent-Length: {len(data)}"

@@ -17,6 +17,7 @@ from lamina.attention.backend import require_backend
 from lamina.config import ClusterConfig, PipelineConfig, RecoveryConfig
 from lamina.node.daemon import DRAIN_TIMEOUT_S
 from lamina.node.neighbours import PAUSES_S
+from lamina.node.quorum import LEAST_S
 from lamina.node.roster import REFUSED_PAUSE_S
 from lamina.node.succession import OTHERS_S
 from lamina.sim.cluster import REACH_S
@@ -129,9 +130,14 @@ class Case:
     # -- what may come of it
 
     @property
+    def forgotten_s(self) -> float:
+        """The longest until a node is forgotten that has joined and was lost."""
+        joins = any(kind.group == "join" for kind in self.kinds)
+        return max(self.grace, self.config.recovery.lease) + self.lost_s if joins else 0.0
+
+    @property
     def loses_front(self) -> bool:
-        """Whether the front may have to start again, or another node to take its part, which it cannot while others are
-        away."""
+        """Whether the front may have to start again, or another node to take its part."""
         front = self.nodes.compute[0]
         return any(kind.is_outage and front in fault.who for fault, kind in zip(self.faults, self.kinds, strict=True))
 
@@ -147,12 +153,20 @@ class Case:
                     away[name] += inf if fault.lasts_s is None else fault.lasts_s + self.lost_s
         front = self.nodes.compute[0]
         gone = {name for name, seconds in away.items() if seconds > self.patience_s(name)}
-        if front in gone or (self.loses_front and gone):
-            return True
+        if front in gone or (self.loses_front and gone & set(self.nodes.compute) and gone & set(self.nodes.memory)):
+            return True  # of what stays away, a compute node may be the front, with a memory node
+        if self.loses_front and gone & set(self.nodes.compute) & self._astray:
+            return True  # it may take the part of a front that starts again, and has not heard of the requests
         has_ranges = self.compute[0][1] is not None
         return (has_ranges and bool(gone & set(self.nodes.compute))) or (
             len(set(self.nodes.memory) - gone) < self.least_memory
         )
+
+    @property
+    def _astray(self) -> set[str]:
+        """The nodes that run, or will go on, while others take them for lost."""
+        ways = ((fault, kind.name.rpartition(".")[2]) for fault, kind in zip(self.faults, self.kinds, strict=True))
+        return {name for fault, way in ways if way in ("freeze", "cut", "one-way") for name in fault.who}
 
     # -- how long it may take
 
@@ -180,13 +194,15 @@ class Case:
         """The longest that faults may keep the cluster from working, or requests from failing."""
         faults = sum(self._trouble_s(fault, kind) for fault, kind in zip(self.faults, self.kinds, strict=True))
         takeovers = (self.grace + OTHERS_S) * (2 + len(self.compute)) if self.loses_front else 0.0
-        return faults + takeovers * len(self.faults)
+        starts = max(self.grace, LEAST_S) if self.loses_front else 0.0
+        return faults + (takeovers + starts) * len(self.faults)
 
     def _trouble_s(self, fault: Fault, kind: Kind) -> float:
         lasts_s = fault.lasts_s
         if lasts_s is None:
             lasts_s = REACH_S + max(map(self.patience_s, fault.who))
-        return lasts_s + self.lost_s + (DRAIN_TIMEOUT_S if kind.is_drained else 0.0)
+        redivided_s = self.grace if kind.group == "join" else 0.0
+        return lasts_s + self.lost_s + redivided_s + (DRAIN_TIMEOUT_S if kind.is_drained else 0.0)
 
     @property
     def work_s(self) -> float:
@@ -216,8 +232,6 @@ COMPUTE: tuple[tuple[range | None, ...], ...] = (
     (range(1), range(1, 2)),
     (range(1), range(1, 2), range(2, 3)),
 )
-LONGEST_S = 30.0
-"""Virtual seconds that a node is away at most where the front may have to start again."""
 WITHIN_S = 0.015
 """Virtual seconds within which requests are asked and faults strike."""
 
@@ -252,7 +266,7 @@ def draw(seed: int, kinds: Sequence[str] = ()) -> Case:
     for _ in range(chance.choice((1, 1, 2, 2, 3, 5)) if kinds else 0):
         fault = KINDS[chance.choice(kinds)].draw(nodes, chance, WITHIN_S, peer_timeout)
         faults += [] if fault is None else [fault]
-    case = Case(
+    return Case(
         seed=seed,
         layers=layers,
         compute=tuple(zip(nodes.compute, compute, strict=True)),
@@ -266,10 +280,6 @@ def draw(seed: int, kinds: Sequence[str] = ()) -> Case:
         asks=asks,
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
     )
-    if case.loses_front:  # one that starts needs all nodes
-        lasting = tuple(f if f.lasts_s is not None else f._replace(lasts_s=LONGEST_S) for f in case.faults)
-        case = replace(case, faults=lasting)
-    return case
 
 
 def _draw_asks(chance: Random, *, crowd: bool) -> tuple[Ask, ...]:
@@ -335,6 +345,8 @@ class Part(NamedTuple):
             who = tuple(name for name in fault.who if name in self.nodes)
             if who == fault.who or fault.who == case.nodes.all:
                 faults.append(fault._replace(who=who))
+            elif KINDS[fault.kind].group == "join":
+                faults.append(fault)
         asks = tuple(map(case.asks.__getitem__, self.asks))
         return replace(case, compute=compute, memory=memory, faults=tuple(faults), asks=asks)
 

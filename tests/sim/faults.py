@@ -1,4 +1,4 @@
-"""What can befall a simulated cluster: nodes that die, stop or stand still, and a network that is cut or slow."""
+"""What can befall a simulated cluster: nodes that die, stop, stand still or join; a network that is cut or slow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
-from lamina.config import NodeConfig
+from lamina.config import ComputeNodeConfig, MemoryNodeConfig, NodeConfig
 from lamina.errors import LaminaError
 from lamina.ops.drain import drained
 from lamina.runtime.spans import Place
 from lamina.sim.cluster import SimCluster
+from lamina.transport import Address
 from tests.sim.clusters import seconds
 
 RESTART_S = 0.2
@@ -22,6 +23,8 @@ RESTART_S = 0.2
 SLOW_TIMES = 10.0
 DRAIN_PATIENCE_S = 0.05
 """Virtual seconds until what finds no room elsewhere is computed anew."""
+LEAVE_S = 60.0
+"""Virtual seconds that a guest may take to leave before it is killed."""
 
 
 class Nodes(NamedTuple):
@@ -63,6 +66,9 @@ class Troubled(SimCluster):
         self._cut: Counter[tuple[str, str]] = Counter()
         self._slow_links: Counter[tuple[str, str]] = Counter()
         self._slow_devices: Counter[str] = Counter()
+        self._guests: set[str] = set()
+        """Nodes that the file does not name, and that have joined or try to."""
+        self._drains: dict[str, list[asyncio.Task[None]]] = {}
         self._behind: set[asyncio.Task[None]] = set()
         self._supervising = True
 
@@ -90,12 +96,31 @@ class Troubled(SimCluster):
 
     def drain(self, name: str) -> None:
         """Ask the front to let a memory node leave, which it may refuse; `replace` starts the node again."""
-        self._start_behind(self._drain(name))
+        self._drains.setdefault(name, []).append(self._start_behind(self._drain(name)))
 
     def replace(self, name: str) -> None:
         """Stop a node, wherever it is with leaving, and start it again."""
+        for asking in self._drains.pop(name, ()):  # a front that is found later would let the new process leave
+            asking.cancel()
         self.stop_for_now(name)
         self.restart(name)
+
+    def welcome(self, name: str) -> None:
+        """Start a guest, a node that asks the front to be taken in, until it has left by one of the next three."""
+        self._guests.add(name)
+        self._start_behind(self.join(self._guest(name)))
+
+    def kill_guest(self, name: str) -> None:
+        self._guests.remove(name)
+        if self.is_running(name):
+            self.kill(name)
+
+    def stop_guest(self, name: str) -> None:
+        self._start_behind(self._leave(name, drains=False))
+
+    def drain_guest(self, name: str) -> None:
+        """Let a memory node leave in order, or kill it where the front cannot let it."""
+        self._start_behind(self._leave(name, drains=True))
 
     def freeze(self, name: str) -> None:
         """The process stands still until `thaw`."""
@@ -143,9 +168,11 @@ class Troubled(SimCluster):
 
     @property
     def is_well(self) -> bool:
-        """Whether no node is troubled, and all run."""
-        return all(self.is_running(node.name) and not self.is_told(node.name) for node in self.config.node) and not any(
-            any(trouble.values()) for trouble in (self._down, self._frozen, self._cut, self._slow_links)
+        """Whether no node is troubled, all run, and no guest is there."""
+        return (
+            not self._guests
+            and all(self.is_running(node.name) and not self.is_told(node.name) for node in self.config.node)
+            and not any(any(trouble.values()) for trouble in (self._down, self._frozen, self._cut, self._slow_links))
         )
 
     def end_supervision(self) -> None:
@@ -170,18 +197,41 @@ class Troubled(SimCluster):
         with suppress(LaminaError):
             await drained(self.config, name, DRAIN_PATIENCE_S, lambda text: None, network=self.world.network)
 
+    def _guest(self, name: str) -> NodeConfig:
+        port = int(name.lstrip("rg"))
+        if name.startswith("r"):
+            return ComputeNodeConfig(name=name, address=Address("tcp", "127.0.0.1", port))
+        return MemoryNodeConfig(
+            name=name, address=Address("tcp", "127.0.0.1", port), memory=self.config.memory_nodes[0].memory
+        )
+
+    async def _leave(self, name: str, *, drains: bool) -> None:
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                if drains:
+                    await drained(self.config, name, DRAIN_PATIENCE_S, lambda text: None, network=self.world.network)
+                self._guests.discard(name)
+                if self.is_running(name):
+                    await self.stop(name)
+        except (LaminaError, TimeoutError):
+            self._guests.discard(name)
+            if self.is_running(name):
+                self.kill(name)
+
     def _revive(self, name: str) -> None:
-        if self._supervising and not self._down[name] and not self.is_running(name):
+        is_known = name in self._guests or any(node.name == name for node in self.config.node)
+        if is_known and self._supervising and not self._down[name] and not self.is_running(name):
             self._start_behind(self.start(name))
 
-    def _start_behind(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start_behind(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
+        return task
 
     def on_end(self, name: str, *, told: bool) -> None:
         """See `SimCluster.on_end`."""
-        if not told and self._supervising:
+        if not told and self._supervising and name not in self._joining:
             self.by_themselves[name] = self.ended[name]
         self.world.loop.call_later(0.0 if told else RESTART_S, self._revive, name)
 
@@ -246,6 +296,18 @@ def _directed_pair(nodes: Nodes, chance: Random) -> tuple[str, ...]:
     return pair if chance.random() < 0.5 else pair[::-1]
 
 
+def _new_memory(nodes: Nodes, chance: Random) -> tuple[str, ...]:
+    return (f"g{chance.randrange(9000, 9999)}",)
+
+
+def _new_replica(nodes: Nodes, chance: Random) -> tuple[str, ...]:
+    return (f"r{chance.randrange(9000, 9999)}",)
+
+
+def _new(nodes: Nodes, chance: Random) -> tuple[str, ...]:
+    return chance.choice((_new_memory, _new_replica))(nodes, chance)
+
+
 # -- what
 
 Change = Callable[[Troubled, tuple[str, ...]], None]
@@ -269,8 +331,8 @@ class Kind:
 
     @property
     def is_outage(self) -> bool:
-        """Whether those whom it befalls may be lost."""
-        return not (self.stalls or self.group == "slow")
+        """Whether nodes of the file may be lost."""
+        return not (self.stalls or self.group in ("slow", "join"))
 
     @property
     def is_drained(self) -> bool:
@@ -354,6 +416,9 @@ KINDS = {
         Kind("network.cut", _pair, _cut, _mend, SILENCE),
         Kind("network.one-way", _directed_pair, _cut_one_way, _mend_one_way, SILENCE),
         *_of_process("all", _all),
+        Kind("join.kill", _new, lambda c, who: c.welcome(*who), lambda c, who: c.kill_guest(*who)),
+        Kind("join.stop", _new_replica, lambda c, who: c.welcome(*who), lambda c, who: c.stop_guest(*who)),
+        Kind("join.drain", _new_memory, lambda c, who: c.welcome(*who), lambda c, who: c.drain_guest(*who)),
     )
 }
 """All kinds, by name."""

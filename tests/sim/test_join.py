@@ -145,6 +145,31 @@ def test_a_memory_node_that_has_joined_is_lost(partition: str, llama: Path) -> N
     run(config, work)
 
 
+def test_a_node_that_has_joined_and_stays_away_is_forgotten() -> None:
+    """After the lease, but not one of the file. It comes back under its id."""
+    pipeline = PipelineConfig(batches=2, partition="requests")
+    config = make_config(compute=(None, None), pipeline=pipeline, recovery=RecoveryConfig(grace=1.0, lease=20.0))
+
+    async def work(cluster: SimCluster) -> None:
+        await cluster.join(M9)
+        await cluster.join(R1)
+        await serving(cluster, "m9", "r1")
+        ids = [cluster.nodes["c0"]._members.id_of(name) for name in ("m9", "r1")]
+        for name in ("m9", "r1", "m1"):
+            cluster.kill(name)
+        await asyncio.sleep(19)
+        assert [await state(cluster, name) for name in ("m9", "r1", "m1")] == ["lost"] * 3
+        await asyncio.sleep(2)
+        assert [await state(cluster, name) for name in ("m9", "r1", "m1")] == [None, None, "lost"]
+        assert {e.name for e in cluster.nodes["c1"]._members.entries} == {"c0", "c1", "m0", "m1"}
+        for name in ("m9", "r1", "m1"):
+            await cluster.start(name)
+        await serving(cluster, "m9", "r1", "m1")
+        assert [cluster.nodes["c0"]._members.id_of(name) for name in ("m9", "r1")] == ids
+
+    run(config, work)
+
+
 @pytest.mark.parametrize("partition", ["heads", "requests"])
 def test_the_front_starts_again(partition: str, llama: Path) -> None:
     """Nodes that have joined introduce themselves to it, and what they keep is found."""
@@ -169,6 +194,44 @@ def test_the_front_starts_again(partition: str, llama: Path) -> None:
         assert set((await cluster.stop_all()).values()) == {None}
 
     run(config, work)
+
+
+def test_nodes_that_have_joined_follow_another_front(caplog: pytest.LogCaptureFixture) -> None:
+    """They introduce themselves to the compute node that takes the front's part, so that it can tell them when they
+    have left. Later they find it from the address of the first one, which is not the front any more."""
+    pipeline = PipelineConfig(batches=2, partition="requests")
+    config = make_config(compute=(None, None), pipeline=pipeline, recovery=RecoveryConfig(grace=1.0))
+
+    async def work(cluster: SimCluster) -> None:
+        await cluster.join(M9)
+        await cluster.join(R1)
+        await serving(cluster, "m9", "r1")
+        cluster.kill("c0")
+
+        async def serve() -> bool:
+            told = {m.name: m.state for m in (await cluster.status("c1")).members}
+            return [told.get(name) for name in ("c1", "m9", "r1")] == ["serving"] * 3
+
+        async def all_serve() -> bool:
+            return await serve() and (await cluster.status("c1")).state == "ready"
+
+        await eventually(all_serve, 30)
+        await asyncio.sleep(15)
+        asked = [r.getMessage() for r in caplog.records if r.getMessage().startswith("event=member_of peer=c1")]
+        assert len(asked) == 2  # and they ask no more
+        await cluster.start("c0")
+        await drained(config, "m9", 60.0, lambda text: None, network=cluster.world.network)
+        await asyncio.sleep(1)
+        assert "event=left peer=tcp://127.0.0.1:7001" in caplog.text
+        assert "m9" not in {m.name for m in (await cluster.status("c1")).members}
+        for name in ("m9", "r1"):
+            await cluster.stop(name)
+            await cluster.start(name)
+        await eventually(all_serve, 30)
+        assert (await cluster.status("c1")).front == "c1"
+
+    with caplog.at_level("INFO", "lamina"):
+        run(config, work)
 
 
 @pytest.mark.parametrize("compute", [1, 2])
@@ -309,12 +372,6 @@ UNSUITABLE = {
         R1,
         "c0 at .*: the compute nodes of this cluster have layers of their own, so that no other one can join them",
         config={"compute": (range(2), range(2, 4))},
-    ),
-    "a follower for the front": Refusal(
-        M9,
-        "c1 at .*: c1 is not the front; clients talk to c0 at tcp://127.0.0.1:7000",
-        front="c1",
-        config={"compute": (None, None)},
     ),
     "a memory node for the front": Refusal(
         M9, "at tcp://127.0.0.1:8000 answers a memory node, m0; expected the front of a cluster", front="m0"

@@ -151,6 +151,7 @@ class _Run:
             await self._until_well(case.trouble_s + READY_S)
             self._check_nodes()
             await self._probe()
+            await asyncio.sleep(case.forgotten_s)
             due_s = loop.time() + case.lost_s
             while (after := _without_given_up(await self._settled())) != _without_given_up(whole):
                 if loop.time() > due_s:
@@ -178,8 +179,12 @@ class _Run:
 
     async def _client(self, number: int, begun_s: float) -> None:
         own = [asked for asked in self.outcome.asked if asked.ask.client == number]
-        async with self._cluster.client() as client:
-            await asyncio.gather(*(self._ask(client, asked, begun_s) for asked in own))
+        try:
+            async with self._cluster.client() as client:
+                await asyncio.gather(*(self._ask(client, asked, begun_s) for asked in own))
+        except ConnectError as error:  # no compute node was there in all that time
+            for asked in own:
+                asked.error, asked.ended_s = error, self._loop.time()
 
     async def _ask(self, client: AsyncClient, asked: Asked, begun_s: float) -> None:
         ask, loop = asked.ask, self._loop
@@ -202,7 +207,11 @@ class _Run:
                             break
                         asked.tokens.append(token.id)
             except LaminaError as error:
-                if REFUSED.search(str(error)) and loop.time() < asked.began_s + self._case.trouble_s + PATIENCE_S:
+                if (
+                    not asked.tokens
+                    and REFUSED.search(str(error))
+                    and loop.time() < asked.began_s + self._case.trouble_s + PATIENCE_S
+                ):
                     await asyncio.sleep(ASK_AGAIN_S)
                     continue
                 asked.error = error
@@ -339,7 +348,8 @@ class _Run:
 
     async def _stop(self) -> None:
         self._cluster.end_supervision()
-        ended = await self._cluster.stop_all()
+        await self._cluster.stop_all()
+        ended = {node.name: self._cluster.ended[node.name] for node in self._case.config.node}
         if any(ended.values()):
             raise BrokenPromiseError("stop", f"{ended}")
         await asyncio.sleep(0.01)
