@@ -107,7 +107,7 @@ COLUMNS = {
 # -- what takes time
 
 
-class _Slice:
+class _RooflineSlice:
     """Reads its part of the weights, or computes with them where that takes longer."""
 
     def __init__(self, within: EmptySlice, work: Work) -> None:
@@ -122,27 +122,27 @@ class _Slice:
         return self._within.head(constants, carry, o)
 
 
-class _Forward(EmptyForward):
+class _RooflineForward(EmptyForward):
     work: Work
 
     def slice(self, index: int) -> Any:
         """See `ForwardPass.slice`."""
-        return _Slice(super().slice(index), self.work)
+        return _RooflineSlice(super().slice(index), self.work)
 
 
 @dataclass(frozen=True)
-class _Model(EmptyModel):
+class _RooflineModel(EmptyModel):
     work: Work
 
     def load(self, slices: range, device: torch.device) -> EmptyForward:
         """See `ModelSource.load`."""
         dtype = getattr(torch, self.facts.dtype)
-        forward = _Forward(self.facts.layers, rows=self.rows, vocabulary=self.facts.vocabulary, dtype=dtype)
+        forward = _RooflineForward(self.facts.layers, rows=self.rows, vocabulary=self.facts.vocabulary, dtype=dtype)
         forward.work = self.work
         return forward
 
 
-class _Backend(EmptyBackend):
+class _RooflineBackend(EmptyBackend):
     """Reads the past at the speed of the memory."""
 
     def __init__(self, cache: KVCache, work: Work) -> None:
@@ -156,7 +156,7 @@ class _Backend(EmptyBackend):
         return super().past(plan, layer, q)
 
 
-class _Backends:
+class _RooflineBackends:
     """Makes backends."""
 
     name = "modelled"
@@ -168,15 +168,15 @@ class _Backends:
         """See `BackendFactory.layer_bytes`."""
         return block_tokens * STORED_BYTES // LAYERS
 
-    def __call__(self, cache: KVCache, *, threads: int = 1, cpus: Sequence[int] | None = None) -> _Backend:
+    def __call__(self, cache: KVCache, *, threads: int = 1, cpus: Sequence[int] | None = None) -> _RooflineBackend:
         """See `BackendFactory`."""
-        return _Backend(cache, self._work)
+        return _RooflineBackend(cache, self._work)
 
 
 # -- measuring
 
 
-class _Answers:
+class _TokenCount:
     """Counts the tokens of all answers."""
 
     def __init__(self) -> None:
@@ -224,12 +224,12 @@ def measure(asked: Sequence[tuple[int, int]], longest: int, *, nodes: int, moves
         vocabulary=16,
         stop_tokens=frozenset(),
     )
-    model = _Model(facts, MAX_BATCH + config.pipeline.prefill_tokens + 128, work)
+    model = _RooflineModel(facts, MAX_BATCH + config.pipeline.prefill_tokens + 128, work)
     link = LinkModel(LATENCY_S * MODEL_LAYERS / LAYERS, NETWORK_BYTES_PER_S * STORED_BYTES / KV_BYTES)
 
     async def main(world: World) -> Outcome:
         cluster = SimCluster(
-            world, config, open_model=lambda _: model, backend=_Backends(work), seconds=lambda node: work
+            world, config, open_model=lambda _: model, backend=_RooflineBackends(work), seconds=lambda node: work
         )
         async with cluster:
             await cluster.ready()
@@ -258,7 +258,7 @@ def _config(count: int, moves: bool) -> ClusterConfig:
 async def _serve(cluster: SimCluster, asked: Sequence[tuple[int, int]]) -> Outcome:
     front, loop = cluster.nodes["c0"], asyncio.get_running_loop()
     assert isinstance(front, ComputeNode)
-    intake, answers, used, refused = front.intake(), _Answers(), [0.0], 0
+    intake, answers, used, refused = front.intake(), _TokenCount(), [0.0], 0
     chance, started_s = Random(1), loop.time()  # noqa: S311 - no secret depends on it
     for prompt_tokens, answer_tokens in asked:
         # The prompts differ, so that nothing is shared.

@@ -275,9 +275,8 @@ class Scheduler:
         for sequence in [s for s in own.sequences if s.cancelled]:
             self._remove(sequence, changes)
         head = self._waiting.head()
-        context = head.context if head else 0
-        fitting = self._block_manager.free_blocks * self._block_manager.block_tokens // max(1, context)
-        self._slots.choose_in_use(min(len(self._waiting), fitting), context)
+        space = self._block_manager.free_blocks * self._block_manager.block_tokens
+        self._slots.choose_in_use(len(self._waiting), head.context if head else 0, space)
         moved = self._slots.rebalance(own)
         self._admit(own, changes)
         self.mover.switch(own.sequences, changes)

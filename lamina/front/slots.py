@@ -81,11 +81,11 @@ class SlotBalancer:
             return False
         return self._work(slot) <= min(map(self._work, self._open_slots()))
 
-    def choose_in_use(self, waiting: int, next_context: int) -> None:
-        """Decide how many slots to use for the sequences that run and the ``waiting`` ones that there is space for, of
-        which the next has ``next_context`` tokens."""
+    def choose_in_use(self, waiting: int, next_context: int, space: int) -> None:
+        """Decide how many slots to use for the sequences that run and, of the ``waiting`` ones, those that there is
+        space for: ``space`` tokens, while the next has ``next_context``."""
         most, running = len(self._slots), self.running
-        rows = min(running + waiting, most * self._max_batch)
+        rows = min(running + min(waiting, space // max(1, next_context)), most * self._max_batch)
         if not rows:
             return
         mean = sum(slot.context for slot in self._slots) / running if running else next_context
