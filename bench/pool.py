@@ -34,7 +34,7 @@ from lamina.model.slices import Head
 from lamina.node.compute import ComputeNode
 from lamina.node.model import ModelFacts
 from lamina.sim.cluster import SimCluster
-from lamina.sim.device import Work
+from lamina.sim.device import ModelledWork
 from lamina.sim.empty import EmptyBackend, EmptyForward, EmptyModel, EmptySlice
 from lamina.sim.link import LinkModel
 from lamina.sim.world import World
@@ -110,7 +110,7 @@ COLUMNS = {
 class _RooflineSlice:
     """Reads its part of the weights, or computes with them where that takes longer."""
 
-    def __init__(self, within: EmptySlice, work: Work) -> None:
+    def __init__(self, within: EmptySlice, work: ModelledWork) -> None:
         self._within = within
         self._work = work
         self.tail = within.tail
@@ -123,7 +123,7 @@ class _RooflineSlice:
 
 
 class _RooflineForward(EmptyForward):
-    work: Work
+    work: ModelledWork
 
     def slice(self, index: int) -> Any:
         """See `ForwardPass.slice`."""
@@ -132,7 +132,7 @@ class _RooflineForward(EmptyForward):
 
 @dataclass(frozen=True)
 class _RooflineModel(EmptyModel):
-    work: Work
+    work: ModelledWork
 
     def load(self, slices: range, device: torch.device) -> EmptyForward:
         """See `ModelSource.load`."""
@@ -145,7 +145,7 @@ class _RooflineModel(EmptyModel):
 class _RooflineBackend(EmptyBackend):
     """Reads the past at the speed of the memory."""
 
-    def __init__(self, cache: KVCache, work: Work) -> None:
+    def __init__(self, cache: KVCache, work: ModelledWork) -> None:
         super().__init__(cache)
         self._work = work
 
@@ -161,7 +161,7 @@ class _RooflineBackends:
 
     name = "modelled"
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: ModelledWork) -> None:
         self._work = work
 
     def layer_bytes(self, shape: LayerShape, dtype: str, block_tokens: int) -> int:
@@ -214,7 +214,7 @@ def measure(asked: Sequence[tuple[int, int]], longest: int, *, nodes: int, moves
 
     ``longest`` is the longest context in the paper's measure.
     """
-    work, config, tokens = Work(), _config(nodes, moves), int(MEMORY_BYTES / KV_BYTES)
+    work, config, tokens = ModelledWork(), _config(nodes, moves), int(MEMORY_BYTES / KV_BYTES)
     facts = ModelFacts(
         path=Path("empty"),
         fingerprint="empty",

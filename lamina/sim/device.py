@@ -19,7 +19,7 @@ Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
 
-class Work:
+class ModelledWork:
     """The seconds that operations say they take themselves, as a model or a backend that computes nothing can."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Work:
         return seconds
 
 
-Seconds = Callable[[str, Place | None], float] | Mapping[str, float] | float | Work
+Seconds = Callable[[str, Place | None], float] | Mapping[str, float] | float | ModelledWork
 """What operations take: by the name of the function and its place, by name alone, the same for all, or what they say
 themselves."""
 
@@ -62,8 +62,8 @@ class ModelledDevice:
         self.recorder: Recorder | None = None
         self._name = name
         self._is_instant = seconds == 0
-        self._work = seconds if isinstance(seconds, Work) else None
-        given = 0.0 if isinstance(seconds, Work) else seconds
+        self._work = seconds if isinstance(seconds, ModelledWork) else None
+        given = 0.0 if isinstance(seconds, ModelledWork) else seconds
         self._seconds = given if callable(given) else _lookup(given, name)
         self._trace = trace
         self._queue: deque[_Operation] = deque()
