@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lamina.errors import UsageError
 from lamina.runtime.spans import Place, Recorder, Span
-from lamina.sim.device import ModelledDevice
+from lamina.sim.device import ModelledDevice, ModelledWork
 from lamina.sim.loop import VirtualLoop
 
 
@@ -33,6 +33,27 @@ def test_an_operation_runs_at_its_start_and_its_result_comes_at_its_end(loop: Vi
         assert loop.time() == 1.25
         assert device.busy_s == 0.25
         assert device.torch_device == torch.device("cpu")
+
+    loop.run_until_complete(main())
+
+
+def test_operations_say_themselves_how_long_they_take(loop: VirtualLoop) -> None:
+    """In parts, each of them for itself: nothing is left over from one that failed."""
+    work = ModelledWork()
+
+    def attend(*seconds: float) -> None:
+        for each in seconds:
+            work.add(each)
+        if not sum(seconds) % 1:
+            raise ArithmeticError
+
+    async def main() -> None:
+        device = ModelledDevice(loop, work)
+        with pytest.raises(ArithmeticError):
+            await device.run(attend, 1.5, 0.5)
+        assert loop.time() == 2
+        assert await device.run(attend, 0.25, 0.125) == (None, 0.375)
+        assert device.busy_s == loop.time() == 2.375
 
     loop.run_until_complete(main())
 
