@@ -43,6 +43,7 @@ class LayerShape:
     v_dim: int
     scale: float
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: tuple[float, ...] | None = None
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,7 @@ from lamina.errors import UnsupportedModelError
 from lamina.model import operators
 from lamina.model.checkpoint import Checkpoint, rope_parameters
 from lamina.model.library import refusing
+from lamina.model.mixing import check_tokens_apart, use_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +38,9 @@ class Capture:
 
     ``graph`` computes the logits [1, S, vocabulary] from ``inputs`` (token ids [1, T], positions [1, T], sampled
     rows [S]) and ``tensors`` (its other placeholders, with the names of parameters or buffers). ``attentions``
-    holds the attention nodes, one per layer, and ``shapes`` the shape of each. ``module`` is the module on the meta
-    device, which determines how the weights are loaded.
+    holds the attention nodes in the order of the trace, ``shapes`` the shape of each, and ``sinks`` the names of the
+    parameters that are its sinks. ``module`` is the module on the meta device, which determines how the weights are
+    loaded.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +50,8 @@ class Capture:
     tensors: dict[fx.Node, str]
     attentions: tuple[fx.Node, ...]
     shapes: tuple[LayerShape, ...]
+    """Without the values of sinks, which `lamina.model.weights.read_sinks` adds."""
+    sinks: tuple[str | None, ...]
     logits: fx.Node
 
 
@@ -59,10 +64,12 @@ def capture(checkpoint: Checkpoint) -> Capture:
     with refusing(path, f"{kind} cannot be captured as one graph"):
         program = _export(module)
         graph = program.graph_module.graph
+        inputs, tensors = _placeholders(graph, program.graph_signature)
+        use_positions(graph, inputs)
         _normalise(graph)
         attentions = graph.find_nodes(op="call_function", target=torch.ops.lamina.attention.default)
-        _check_layers(checkpoint.config, [node.args[3] for node in attentions])
-        inputs, tensors = _placeholders(graph, program.graph_signature)
+        sinks = tuple(_take_sinks(node, tensors) for node in attentions)
+        check_tokens_apart(graph, inputs)
     (logits,) = graph.output_node().args[0]
     return Capture(
         checkpoint=checkpoint,
@@ -72,6 +79,7 @@ def capture(checkpoint: Checkpoint) -> Capture:
         tensors=tensors,
         attentions=tuple(attentions),
         shapes=tuple(_shape(node) for node in attentions),
+        sinks=sinks,
         logits=logits,
     )
 
@@ -197,11 +205,15 @@ def _replace(node: fx.Node, other: Any) -> None:
     node.graph.erase_node(node)
 
 
-def _check_layers(config: Any, layers: list[Any]) -> None:
-    """Check that every layer is attention, as Lamina cannot hold the state of other token mixers."""
-    expected = config.get_text_config().num_hidden_layers
-    if layers != list(range(expected)):
-        raise UnsupportedModelError(f"expected one attention in each of {expected} layers, found it in layers {layers}")
+def _take_sinks(attention: fx.Node, tensors: Mapping[fx.Node, str]) -> str | None:
+    """Take the sinks away from an attention node, and return the name of the parameter that holds them."""
+    sinks = attention.args[3]
+    if sinks is None:
+        return None
+    if sinks not in tensors:
+        raise UnsupportedModelError("the model computes its attention sinks; Lamina takes only a parameter")
+    attention.update_arg(3, None)
+    return tensors[cast(fx.Node, sinks)]
 
 
 def _placeholders(
@@ -222,7 +234,7 @@ def _placeholders(
 
 def _shape(node: fx.Node) -> LayerShape:
     args: Any = node.args
-    q, k, v, _, scale, window, softcap = args
+    q, k, v, _, scale, window, chunk, softcap = args
     return LayerShape(
         q_heads=q.meta["val"].shape[1],
         kv_heads=k.meta["val"].shape[1],
@@ -230,5 +242,6 @@ def _shape(node: fx.Node) -> LayerShape:
         v_dim=v.meta["val"].shape[2],
         scale=scale,
         window=window or None,
+        chunk=chunk or None,
         softcap=softcap or None,
     )

@@ -19,7 +19,7 @@ from lamina.front.members import Members
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint, check_checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, carry_shapes, cut_into_slices
-from lamina.model.weights import load_weights
+from lamina.model.weights import load_weights, read_sinks
 from lamina.wire.geometry import aligned
 
 log = logging.getLogger("lamina.compute")
@@ -109,7 +109,8 @@ def open_checkpoint(config: ClusterConfig) -> CheckpointModel:
     """Check the file's checkpoint and cut the model. Errors are those of checkpoint and capture."""
     check_checkpoint(config.model_path)
     with torch.inference_mode(False):
-        blueprint = cut_into_slices(capture(Checkpoint.open(config.model_path, config.model.dtype)))
+        captured = read_sinks(capture(Checkpoint.open(config.model_path, config.model.dtype)))
+        blueprint = cut_into_slices(captured)
     return CheckpointModel(blueprint, compiled=config.model.compile)
 
 

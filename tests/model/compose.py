@@ -12,13 +12,13 @@ from lamina.attention import LayerShape
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
-from lamina.model.weights import load_weights
+from lamina.model.weights import load_weights, read_sinks
 
 CPU = torch.device("cpu")
 
 
 def cut_checkpoint(path: Path, dtype: str | None = None) -> Blueprint:
-    return cut_into_slices(capture(Checkpoint.open(path, dtype)))
+    return cut_into_slices(read_sinks(capture(Checkpoint.open(path, dtype))))
 
 
 def load(blueprint: Blueprint) -> SlicedModel:
