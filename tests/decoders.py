@@ -6,6 +6,7 @@ written down for the family. All have several layers, and windows and chunks sho
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ _SMALL: dict[str, Any] = {
     "ffn_hidden_size": 128,
     "d_ff": 128,
     "n_inner": 128,
-    "num_hidden_layers": 4,
-    "num_layers": 4,
-    "n_layer": 4,
-    "n_layers": 4,
+    "num_hidden_layers": 3,
+    "num_layers": 3,
+    "n_layer": 3,
+    "n_layers": 3,
     "num_attention_heads": 6,
     "num_heads": 6,
     "n_head": 6,
@@ -62,29 +63,55 @@ _SMALL: dict[str, Any] = {
     "v_head_dim": 16,
     "rotary_dim": 8,
     "first_k_dense_replace": 1,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+    "window_size": 16,
+    "moe_layer_start_index": 1,
 }
 
-_OF_FAMILY: dict[str, dict[str, Any]] = {}
-"""What a family needs besides; None in the place of a setting leaves the library's default."""
+_ENCODERS = "bert$|^bert|bertweet|roberta|camembert|ernie$|electra|data2vec|roformer|trocr|xmod|big_bird|xlnet|xlm$"
+"""Types that are encoders, and decoders only by a setting."""
+_LATENT: dict[str, Any] = {"num_key_value_heads": 6, "head_dim": None}
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "codegen": {"n_head": 4, "n_embd": 64},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 24},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 24},
+    "mamba2": {"num_heads": 8, "head_dim": 24},
+    "gemma3n_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma4_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "llama4_text": {"no_rope_layers": [1, 0, 1], "floor_scale": 16},
+    "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+}
+"""What a family needs besides; None leaves the library's default."""
 
 
 def decoders() -> dict[str, str]:
-    """The class of each causal language model of the library, by model type, but for parts of encoder-decoders."""
+    """The class of each causal language model of the library, by model type: of all that consist of one decoder."""
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
+    found = {}
+    for model_type, name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
+        config = CONFIG_MAPPING[model_type]
+        wraps = set(config.sub_configs) - {"attn_config", "ffn_config"}
+        if not (wraps or getattr(config, "is_encoder_decoder", False) or re.search(_ENCODERS, model_type)):
+            found[model_type] = name
+    return found
 
 
 def tiny_config(model_type: str) -> Any:
     """The configuration of a tiny model."""
     from transformers import AutoConfig
 
-    known = AutoConfig.for_model(model_type).get_text_config().to_dict()
-    names = {name: value for name, value in _SMALL.items() if name in known}
-    config = AutoConfig.for_model(model_type, **{**names, **_OF_FAMILY.get(model_type, {})})
+    known = AutoConfig.for_model(model_type).to_dict()
+    special = {**(_LATENT if "kv_lora_rank" in known else {}), **_OF_FAMILY.get(model_type, {})}
+    settings = {**{name: value for name, value in _SMALL.items() if name in known}, **special}
+    config = AutoConfig.for_model(model_type, **{name: v for name, v in settings.items() if v is not None})
+    config.eos_token_id = None
     return config
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from lamina.attention import LayerShape
 from lamina.errors import UnsupportedModelError
 from lamina.model import operators
-from lamina.model.checkpoint import Checkpoint, rope_parameters
+from lamina.model.checkpoint import Checkpoint
 from lamina.model.library import refusing
 from lamina.model.mixing import check_tokens_apart, use_positions
 
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 TRACED_TOKENS = 7
 _TRACED_ROWS = 3
 
-_LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layers that are attention with a mask that memory nodes know."""
+_FIXED_ROPES = {"dynamic": "lamina_scaled", "longrope": "lamina_short"}
+"""Rotary angles that change for all tokens once a sequence is longer than the original context, and the names under
+which they stay as they are below it: a key in a cache cannot change. `Checkpoint.max_context` ends there."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ def capture(checkpoint: Checkpoint) -> Capture:
         use_positions(graph, inputs)
         _normalise(graph)
         attentions = graph.find_nodes(op="call_function", target=torch.ops.lamina.attention.default)
+        if not attentions:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has no attention that the attention interface of the library routes, so it "
+                "cannot be cut there"
+            )
         sinks = tuple(_take_sinks(node, tensors) for node in attentions)
         check_tokens_apart(graph, inputs)
     (logits,) = graph.output_node().args[0]
@@ -91,22 +100,10 @@ def _check_config(config: Any) -> None:
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; Lamina supports decoders only")
     text = config.get_text_config()
-    if others := set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+    if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         raise UnsupportedModelError(f"layers of type {', '.join(sorted(others))} cannot be represented")
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if architecture is None:
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is None:
         raise UnsupportedModelError(f"{config.model_type} is not a causal language model of the transformers library")
-    if not architecture._supports_attention_backend:
-        raise UnsupportedModelError(
-            f"{architecture.__name__} does not route attention through the attention interface of the transformers "
-            "library, so it cannot be cut there"
-        )
-    for rope in rope_parameters(text):
-        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPES:
-            raise UnsupportedModelError(
-                f"rope type {rope['rope_type']!r} changes the angles of all tokens with the length of the longest "
-                "sequence, which keys in a cache cannot follow"
-            )
 
 
 def _meta_module(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -118,6 +115,7 @@ def _meta_module(checkpoint: Checkpoint) -> PreTrainedModel:
         module = AutoModelForCausalLM.from_config(
             checkpoint.config, attn_implementation=operators.NAME, dtype=dtype
         ).eval()
+    _fix_ropes(module)
     if module._can_set_experts_implementation():
         module.set_experts_implementation(operators.NAME)
     kept = module._get_dtype_plan(dtype)
@@ -125,6 +123,20 @@ def _meta_module(checkpoint: Checkpoint) -> PreTrainedModel:
         if any(pattern in name for pattern in kept):
             parameter.data = parameter.data.to(torch.float32)
     return module
+
+
+def _fix_ropes(module: nn.Module) -> None:
+    """Let rotary angles not depend on the length of the longest sequence."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for changing, fixed in _FIXED_ROPES.items():
+        ROPE_INIT_FUNCTIONS[fixed] = ROPE_INIT_FUNCTIONS[changing]
+    for part in module.modules():
+        kind = getattr(part, "rope_type", None)
+        if isinstance(kind, str):
+            part.rope_type = _FIXED_ROPES.get(kind, kind)
+        elif isinstance(kind, dict):
+            part.rope_type = {layers: _FIXED_ROPES.get(own, own) for layers, own in kind.items()}
 
 
 class _Logits(nn.Module):

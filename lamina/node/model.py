@@ -49,6 +49,8 @@ class ModelFacts:
     max_context: int
     vocabulary: int
     stop_tokens: frozenset[int]
+    repetition_penalty: float = 1.0
+    """What requests have that name none."""
 
 
 class ModelSource(Protocol):
@@ -86,6 +88,7 @@ class CheckpointModel:
             max_context=checkpoint.max_context,
             vocabulary=checkpoint.vocabulary,
             stop_tokens=checkpoint.stop_tokens,
+            repetition_penalty=checkpoint.repetition_penalty,
         )
 
     def carry_bytes(self, tokens: int) -> int:
@@ -138,9 +141,9 @@ class ServedModel:
         return replace(whole, members=tuple(members)) if members else None
 
     @property
-    def has_windows(self) -> bool:
-        """Return whether any layer has a sliding window."""
-        return any(layer.window is not None for layer in self.facts.layers)
+    def knows_positions(self) -> bool:
+        """Return whether the attention of any layer depends on positions, as with sliding windows."""
+        return any(layer.knows_positions for layer in self.facts.layers)
 
     @property
     def bytes_per_token(self) -> int:
@@ -172,9 +175,9 @@ def serve_model(config: ClusterConfig, members: Members, source: ModelSource) ->
         asked or most,
         config.model.kv_dtype or facts.dtype,
     )
-    if pipeline.partition == "tokens" and served.has_windows:
+    if pipeline.partition == "tokens" and served.knows_positions:
         raise ConfigError(
-            f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows; '
+            f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows, chunks or ALiBi; '
             'use "heads" or "requests"'
         )
     replicas = len(served.schedule.members)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,12 +58,7 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
         kv = tuple(split_heads(layer.kv_heads, len(names))[node] for layer in layers)
         groups = [layer.q_heads // layer.kv_heads for layer in layers]
         q = tuple(range(r.start * g, r.stop * g) for r, g in zip(kv, groups, strict=True))
-        own = tuple(
-            dataclasses.replace(
-                layer, kv_heads=len(k), q_heads=len(h), sinks=layer.sinks and layer.sinks[h.start : h.stop]
-            )
-            for layer, k, h in zip(layers, kv, q, strict=True)
-        )
+        own = tuple(layer.of_heads(k, h) for layer, k, h in zip(layers, kv, q, strict=True))
         shards.append(HeadShard(kv, q, own))
     return shards
 
