@@ -77,6 +77,11 @@ _ENCODERS = "bert$|^bert|bertweet|roberta|camembert|ernie$|electra|data2vec|rofo
 _LATENT: dict[str, Any] = {"num_key_value_heads": 6, "head_dim": None}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "codegen": {"n_head": 4, "n_embd": 64},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 2, "head_dim": 8},
+    "cohere_compass_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 3, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 24},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 24},
     "mamba2": {"num_heads": 8, "head_dim": 24},

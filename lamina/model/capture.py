@@ -25,6 +25,8 @@ from lamina.model.mixing import check_tokens_apart, use_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+aten = torch.ops.aten
+
 # Sizes of the example inputs; any two different numbers above 1 do, as both dimensions are symbolic.
 TRACED_TOKENS = 7
 _TRACED_ROWS = 3
@@ -164,6 +166,7 @@ def _export(module: PreTrainedModel) -> torch.export.ExportedProgram:
             (ids, ids.clone(), sampled),
             dynamic_shapes=({1: tokens}, {1: tokens}, {0: rows}),
             strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
         if any(_is_mutable(node) for node in program.graph.nodes):
             # Operators that write in place would tie nodes together without an edge.
@@ -177,13 +180,14 @@ def _is_mutable(node: fx.Node) -> bool:
 
 def _normalise(graph: fx.Graph) -> None:
     """Remove nodes that change nothing or are unused, and merge nodes that compute the same value."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(node)
+    for assertion in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
+        for node in graph.find_nodes(op="call_function", target=assertion):
+            graph.erase_node(node)
     same: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        if node.target is torch.ops.aten.view.default:
+        if node.target is aten.view.default:
             # A view depends on the strides of the traced values, and a value that crosses a cut may have others.
-            node.target = torch.ops.aten.reshape.default
+            node.target = aten.reshape.default
         if _changes_nothing(node):
             _replace(node, node.args[0])
         elif node.op == "call_function":
@@ -195,21 +199,21 @@ def _normalise(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             raise UnsupportedModelError(f"the graph contains {node.op} {node.target}, which cannot be cut")
-        if (
-            node.op == "call_function"
-            and node.target is not operator.getitem
-            and not isinstance(node.target, torch._ops.OpOverload)
+        if node.op == "call_function" and not (
+            isinstance(node.target, torch._ops.OpOverload)
+            or node.target is operator.getitem
+            or isinstance(node.meta["val"], (int, torch.SymInt))  # arithmetic with sizes
         ):
             raise UnsupportedModelError(f"the graph contains {node.target}, which is not a plain operator")
 
 
 def _changes_nothing(node: fx.Node) -> bool:
     """Return whether a node is a dropout, or a conversion to the type that its input already has."""
-    if node.target is torch.ops.aten.to.dtype and len(node.args) == 2:
+    if node.target is aten.to.dtype and len(node.args) == 2:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         return bool(source.meta["val"].dtype == node.meta["val"].dtype)
-    return node.target is torch.ops.aten.dropout.default
+    return node.target is aten.dropout.default
 
 
 def _replace(node: fx.Node, other: Any) -> None:

@@ -138,11 +138,12 @@ def _computed_buffer(module: PreTrainedModel, name: str, path: Path) -> Tensor:
     """Compute a buffer that is not in checkpoints, with the library's initialisation of its owner."""
     owner_name, _, leaf = name.rpartition(".")
     owner = copy.copy(module.get_submodule(owner_name))
+    initialiser = _initialiser(module, owner_name)
     buffers = dict(owner._buffers)
     values = []
     for filler in (0, 1):
         owner._buffers = {k: None if b is None else torch.full(b.shape, filler, dtype=b.dtype) for k, b in buffers.items()}
-        module._init_weights(owner)
+        initialiser._init_weights(owner)
         values.append(owner._buffers[leaf])
     value, again = values
     # What was computed does not depend on what was there.
@@ -151,6 +152,16 @@ def _computed_buffer(module: PreTrainedModel, name: str, path: Path) -> Tensor:
             f"{path}: the buffer {name} is in no checkpoint, and the library does not say how to compute it"
         )
     return value
+
+
+def _initialiser(module: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return the innermost model around the module ``name``, or it itself, which initialises it in the library."""
+    found, inner = module, module
+    for part in filter(None, name.split(".")):
+        inner = getattr(inner, part)
+        if hasattr(inner, "_init_weights"):
+            found = inner
+    return found
 
 
 def _some(names: list[str]) -> str:
