@@ -6,9 +6,12 @@ size. The numbers of tokens T and of sampled rows S stay symbolic, so that one g
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,10 +68,12 @@ def capture(checkpoint: Checkpoint) -> Capture:
     """Capture the decoder of ``checkpoint``. UnsupportedModelError names what Lamina cannot represent."""
     path, kind = checkpoint.path, checkpoint.config.model_type
     with refusing(path, f"{kind} cannot be built by the transformers library"):
-        _check_config(checkpoint.config)
-        module = _meta_module(checkpoint)
+        architecture = _check_config(checkpoint.config)
+        with _explaining(architecture):
+            module = _meta_module(checkpoint)
     with refusing(path, f"{kind} cannot be captured as one graph"):
-        program = _export(module)
+        with _explaining(architecture):
+            program = _export(module)
         graph = program.graph_module.graph
         inputs, tensors = _placeholders(graph, program.graph_signature)
         use_positions(graph, inputs)
@@ -95,8 +100,9 @@ def capture(checkpoint: Checkpoint) -> Capture:
     )
 
 
-def _check_config(config: Any) -> None:
-    """Refuse, by name, models that would otherwise fail deep inside the library with an obscure message."""
+def _check_config(config: Any) -> type[PreTrainedModel]:
+    """Refuse, by name, models that would otherwise fail deep inside the library with an obscure message; return the
+    class of all others."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if config.is_encoder_decoder:
@@ -104,8 +110,49 @@ def _check_config(config: Any) -> None:
     text = config.get_text_config()
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         raise UnsupportedModelError(f"layers of type {', '.join(sorted(others))} cannot be represented")
-    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is None:
+    architecture: type[PreTrainedModel] | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if architecture is None:
         raise UnsupportedModelError(f"{config.model_type} is not a causal language model of the transformers library")
+    return architecture
+
+
+@contextmanager
+def _explaining(architecture: type[PreTrainedModel]) -> Iterator[None]:
+    """Turn errors of a model that Lamina cannot trace into one that names what stands in the way, where it is known.
+
+    Torch prints the whole graph beside some of them, which is dropped.
+    """
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), _unlogged("torch"):
+            yield
+    except UnsupportedModelError:
+        raise
+    except Exception as e:
+        if not architecture._supports_attention_backend:
+            raise UnsupportedModelError(
+                f"{architecture.__name__} does not route attention through the attention interface of the "
+                "transformers library, so it cannot be cut there"
+            ) from e
+        if operators.CausalMask.__name__ in str(e):
+            raise UnsupportedModelError(
+                f"{architecture.__name__} changes its attention mask by itself, which Lamina cannot represent"
+            ) from e
+        if "data-dependent" in str(e):
+            raise UnsupportedModelError(
+                f"the code of {architecture.__name__} depends on values of a step, as with a loop over the experts in "
+                "use that the experts interface of the transformers library does not know"
+            ) from e
+        raise
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _meta_module(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -120,6 +167,7 @@ def _meta_module(checkpoint: Checkpoint) -> PreTrainedModel:
     _fix_ropes(module)
     if module._can_set_experts_implementation():
         module.set_experts_implementation(operators.NAME)
+    operators.hide_experts(module)
     kept = module._get_dtype_plan(dtype)
     for name, parameter in module.named_parameters():
         if any(pattern in name for pattern in kept):

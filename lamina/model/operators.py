@@ -1,4 +1,4 @@
-"""The two opaque operators of a captured graph: attention and mixture-of-experts.
+"""The opaque operators of a captured graph: attention and mixture-of-experts.
 
 ``transformers`` can replace attention, its mask, and the experts of a model by name. ``install`` registers
 replacements under the name ``lamina``. Attention becomes an operator without an implementation, because the graph is
@@ -7,6 +7,7 @@ cut there. Experts become an operator that reads only the experts to which token
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -114,8 +115,55 @@ def _activation(module: nn.Module) -> str:
     return name
 
 
+@torch.library.custom_op("lamina::module", mutates_args=())
+def module_of_experts(
+    hidden: Tensor, chosen: Tensor, weights: Tensor, parameters: list[Tensor], name: str
+) -> Tensor:
+    """Run the module ``name`` of the library with ``parameters``, in the order in which it names them.
+
+    hidden [..., d]; chosen [T, K] expert numbers; weights [T, K]. The result has the shape of ``hidden``.
+    """
+    owner = _modules[name]
+    own = dict(zip([name for name, _ in owner.named_parameters()], parameters, strict=True))
+    # The library does not promise a value of its own.
+    out: Tensor = torch.func.functional_call(owner, own, (hidden, chosen, weights))
+    return out.clone()
+
+
+@module_of_experts.register_fake
+def _(hidden: Tensor, chosen: Tensor, weights: Tensor, parameters: list[Tensor], name: str) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+_modules: dict[str, nn.Module] = {}
+
+
+def hide_experts(model: nn.Module) -> None:
+    """Make one operator of each module of experts that the experts interface of the library does not know.
+
+    Its code runs as it is, with a loop over the experts in use, which no graph can hold.
+    """
+    for part in model.modules():
+        named_so = type(part).__name__.endswith("Experts") and not hasattr(part, "has_gate")
+        if named_so and len(inspect.signature(part.forward).parameters) == 3:
+            settings = [(type(p).__name__, [s for s in vars(p).items() if _is_plain(s[1])]) for p in part.modules()]
+            shapes = [(name, tuple(parameter.shape)) for name, parameter in part.named_parameters()]
+            name = f"{type(part).__module__}:{settings}:{shapes}"
+            _modules.setdefault(name, copy.copy(part))
+            part.forward = functools.partial(_run_hidden, part, name)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (int, float, str))
+
+
+def _run_hidden(part: nn.Module, name: str, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    out: Tensor = module_of_experts(hidden, chosen, weights, list(part.parameters()), name)
+    return out
+
+
 @dataclass(frozen=True, slots=True)
-class _CausalMask:
+class CausalMask:
     """A causal mask, perhaps limited to a window or to chunks; the mask interface hands it to attention instead of a
     tensor."""
 
@@ -129,7 +177,7 @@ def _mask(
     allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     **_: object,
-) -> _CausalMask:
+) -> CausalMask:
     # Only the library's bidirectional mask functions pass this argument.
     if allow_is_bidirectional_skip is not None:
         raise UnsupportedModelError("the model uses bidirectional attention; Lamina decodes causal models only")
@@ -145,7 +193,7 @@ def _mask(
             sizes["chunk"] = values["chunk_size"]
         elif kind not in ("causal_mask_function", "packed_sequence_mask_function"):
             raise UnsupportedModelError(f"the attention mask of the model uses {kind}, which Lamina cannot represent")
-    return _CausalMask(**sizes)
+    return CausalMask(**sizes)
 
 
 def _conditions(function: Callable[..., object]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -180,7 +228,7 @@ def _attention(
     where = f"attention {type(module).__name__}"
     if isinstance(layer := getattr(module, "layer_idx", None), int):
         where += f" in layer {layer}"
-    if not isinstance(attention_mask, _CausalMask):
+    if not isinstance(attention_mask, CausalMask):
         raise UnsupportedModelError(f"{where} uses a mask that is not the library's causal mask")
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{where} is not causal; Lamina decodes causal models only")
