@@ -62,9 +62,9 @@ def attend_visible(
 ) -> Partial:
     """Attend with B independent sets of queries, each over its own K >= 1 keys, in float32.
 
-    q: [B, Q, Hq, Dk]; k: [B, K, Hkv, Dk]; v: [B, K, Hkv, Dv]; visible: bool [B, Q, K];
-    distance: int64 [B, Q, K], needed only for slopes. The result is o: [B, Q, Hq, Dv] and lse: [B, Q, Hq]. Values that are not visible must be finite as well: their
-    weight is 0, and 0 times NaN is NaN.
+    q: [B, Q, Hq, Dk]; k: [B, K, Hkv, Dk]; v: [B, K, Hkv, Dv]; visible: bool [B, Q, K]; distance: int64 [B, Q, K],
+    needed only for slopes. The result is o: [B, Q, Hq, Dv] and lse: [B, Q, Hq]. Values that are not visible must be
+    finite as well: their weight is 0, and 0 times NaN is NaN.
     """
     batch, queries = q.shape[:2]
     group = shape.q_heads // shape.kv_heads

@@ -32,7 +32,8 @@ class LayerShape:
 
     A score is ``scale * q.k``, then, with ``softcap``, ``softcap * tanh(score / softcap)``. With ``window``, a
     token attends to itself and the ``window - 1`` tokens before it (``key position > query position - window``,
-    as in transformers). With ``chunk``, it attends to no position before the last multiple of ``chunk``. Query head ``h`` reads KV head ``h // (q_heads // kv_heads)``.
+    as in transformers). With ``chunk``, it attends to no position before the last multiple of ``chunk``. Query head
+    ``h`` reads KV head ``h // (q_heads // kv_heads)``.
     ``sinks`` are learned scores, one for each query head, that join the softmax's denominator, neither scaled nor
     capped, and have no value. They count once for each row, however many shards it attends to.
     ``slopes``, one for each query head, are those of ALiBi: ``slope * (key position - query position)`` joins a score.

@@ -78,8 +78,17 @@ _LATENT: dict[str, Any] = {"num_key_value_heads": 6, "head_dim": None}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "codegen": {"n_head": 4, "n_embd": 64},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 2, "head_dim": 8},
-    "cohere_compass_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "dbrx": {"attn_config": {"kv_n_heads": 3, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "gemma4_unified_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 64]},
+    "zamba": {"num_hidden_layers": 18, "layer_types": None},
+    "zamba2": {"num_hidden_layers": 54, "layer_types": None},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}},
+    },
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"]},
+    "nemotron_h": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "zaya": {"num_experts_per_tok": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 24},
@@ -88,6 +97,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma4_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "llama4_text": {"no_rope_layers": [1, 0, 1], "floor_scale": 16},
+    "dots1": {"n_shared_experts": 1},
     "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
 }
@@ -112,9 +122,14 @@ def tiny_config(model_type: str) -> Any:
     """The configuration of a tiny model."""
     from transformers import AutoConfig
 
-    known = AutoConfig.for_model(model_type).to_dict()
+    default = AutoConfig.for_model(model_type)
+    known = default.to_dict()
+    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or []))
     special = {**(_LATENT if "kv_lora_rank" in known else {}), **_OF_FAMILY.get(model_type, {})}
     settings = {**{name: value for name, value in _SMALL.items() if name in known}, **special}
+    name = default.attribute_map.get("layer_types", "layer_types")
+    if kinds and not isinstance(getattr(type(default), name, None), property):
+        settings.setdefault("layer_types", (kinds * 3)[:3])
     config = AutoConfig.for_model(model_type, **{name: v for name, v in settings.items() if v is not None})
     config.eos_token_id = None
     return config

@@ -73,7 +73,9 @@ class Agreement:
         self.tokens += len(answer)
         agreed = 0
         while (expected := oracle.greedy([*prompt, *answer[:agreed]], len(answer) - agreed)) != [*answer[agreed:]]:
-            assert len(expected) == len(answer) - agreed, f"{what}: the oracle ends after {agreed + len(expected)} tokens"
+            assert len(expected) == len(answer) - agreed, (
+                f"{what}: the oracle ends after {agreed + len(expected)} tokens"
+            )
             first = next(i for i, (a, b) in enumerate(zip(answer[agreed:], expected, strict=True)) if a != b)
             logits = oracle.next_logits([*prompt, *answer[:agreed]], expected[:first])
             token, other = answer[agreed + first], expected[first]

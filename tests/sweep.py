@@ -77,27 +77,32 @@ async def _answers(cluster: SimCluster) -> list[list[int]]:
         return await generate(client, PROMPTS, max_tokens=TOKENS)
 
 
-def table(outcomes: Iterable[Outcome]) -> str:
-    """The document that the outcomes make."""
-    rows = sorted(outcomes, key=lambda outcome: outcome.model_type)
-    equal = [row for row in rows if row.result == EQUAL]
+def written() -> dict[str, Outcome]:
+    """The outcomes in the document, by model type."""
+    rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (.+) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    return {row[0]: Outcome(*row) for row in rows}
+
+
+def write(outcomes: Iterable[Outcome]) -> None:
+    """Bring the document up to date: the rows of ``outcomes``, and of no type that the library does not have."""
+    names = decoders()
+    known = (written() if DOCUMENT.exists() else {}) | {outcome.model_type: outcome for outcome in outcomes}
+    rows = [known[name] for name in sorted(known) if name in names]
+    equal = sum(row.result == EQUAL for row in rows)
     lines = [
         "# Models",
         "",
-        "Every decoder of the `transformers` library, tried with a tiny random checkpoint over one compute node and three",
-        "memory nodes: *equal* means that all tokens are those of `generate`. `python -m tests.sweep --write` writes this",
-        f"page; this one is of version {transformers.__version__}: {len(equal)} of {len(rows)} are equal, the others are refused.",
+        "Every decoder of the `transformers` library, tried as a tiny random checkpoint over one compute node and",
+        "three memory nodes. With *equal*, all tokens are those of `generate`. The others are refused as said here.",
+        "",
+        f"{equal} of {len(rows)} are equal with version {transformers.__version__}.",
+        "`python -m tests.sweep --write` writes this page.",
         "",
         "| `model_type` | class | result |",
         "| --- | --- | --- |",
-        *(f"| `{row.model_type}` | `{row.architecture}` | {row.result.replace('|', chr(92) + '|')} |" for row in rows),
+        *(f"| `{row.model_type}` | `{row.architecture}` | {row.result} |" for row in rows),
     ]
-    return "\n".join(lines) + "\n"
-
-
-def written() -> dict[str, str]:
-    """The results in the document, by model type."""
-    return dict(re.findall(r"^\| `(.+?)` \| `.+?` \| (.+) \|$", DOCUMENT.read_text(), re.MULTILINE))
+    DOCUMENT.write_text("\n".join(lines) + "\n")
 
 
 def main(arguments: list[str]) -> None:
@@ -118,11 +123,11 @@ def main(arguments: list[str]) -> None:
             failed.append(model_type)
             result = f"FAILED: {type(error).__name__}: {error}"
         print(f"{model_type} ({time.monotonic() - started:.0f} s): {result}", flush=True)  # noqa: T201
+    print(f"{agreement.tokens} tokens, {len(agreement.ties)} ties")  # noqa: T201
+    if "--write" in arguments:
+        write(outcomes)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
-    if "--write" in arguments:
-        DOCUMENT.write_text(table(outcomes))
-    print(f"{agreement.tokens} tokens, {len(agreement.ties)} ties")  # noqa: T201
 
 
 if __name__ == "__main__":

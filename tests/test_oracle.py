@@ -50,4 +50,3 @@ def test_another_token_is_no_tie(place: int, checkpoint: Path) -> None:
     answer[place] = (answer[place] + 7) % 300
     with pytest.raises(AssertionError, match=f"token {place} is {answer[place]}, the oracle prefers"):
         Agreement().check(oracle, PROMPT, answer, "wrong")
-

@@ -384,7 +384,8 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
 
 // Turn the products of a row with a tile into weights, as operands, and scale what the row has so far to its new peak.
 // Scores and peaks are logarithms to base 2. The row does not see tokens before `from` and from `to` on. Products with
-// the weights have to be multiplied by the result. `slope` joins the score for each token from position `here` of the tile.
+// the weights have to be multiplied by the result. `slope` joins the score for each token from position `here` of the
+// tile.
 template <class P, int Tokens, bool Masked>
 __attribute__((noinline)) float weigh(const Layer &layer, int tokens, int from, int to, const float *const *k_scales,
                                       const float *const *v_scales, int r, int dim, float slope, int64_t here,

@@ -28,7 +28,7 @@ inline constexpr int padded(int dim) { return (dim + 15) / 16 * 16; }
 
 // This describes one layer of a cache and its attention. library.py mirrors it.
 struct Layer {
-    uint8_t *memory;     // of the cache, at the layer's offset within a block
+    uint8_t *memory;      // of the cache, at the layer's offset within a block
     const float *sinks;   // [q_heads] or null
     const float *slopes;  // [q_heads] or null
     int32_t kv_heads, group, qk_dim, v_dim;

@@ -184,9 +184,9 @@ def _fix_ropes(module: nn.Module) -> None:
     for part in module.modules():
         kind = getattr(part, "rope_type", None)
         if isinstance(kind, str):
-            part.rope_type = _FIXED_ROPES.get(kind, kind)
+            vars(part)["rope_type"] = _FIXED_ROPES.get(kind, kind)
         elif isinstance(kind, dict):
-            part.rope_type = {layers: _FIXED_ROPES.get(own, own) for layers, own in kind.items()}
+            vars(part)["rope_type"] = {layers: _FIXED_ROPES.get(own, own) for layers, own in kind.items()}
 
 
 class _Logits(nn.Module):

@@ -80,11 +80,13 @@ def check_tokens_apart(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
 
 
 def _check_sizes(node: fx.Node, value: Tensor, tokens: Any, sampled: Any) -> None:
-    dims = [size for size in value.shape if isinstance(size, torch.SymInt)]
+    dims = [size for size in value.shape if _is_symbolic(size)]
     for size in dims:
         expression = _expression(size)
         if not any(_is_multiple(expression, _expression(whole)) for whole in (tokens, sampled)):
-            raise _refused(node, f"has a dimension of {expression}, where {_expression(tokens)} is the number of tokens")
+            raise _refused(
+                node, f"has a dimension of {expression}, where {_expression(tokens)} is the number of tokens"
+            )
     if len(dims) > 1:
         raise _refused(node, "relates tokens to each other outside of the attention interface of the library")
 
@@ -93,10 +95,13 @@ def _check_operator(node: fx.Node, tokens: Any, rows: fx.Node) -> None:
     name = str(node.target).split(".")[1].removeprefix("_")
     if any(part in name for part in _MIXING):
         raise _refused(node, "relates tokens to each other outside of the attention interface of the library")
+    if name.startswith("new_"):  # which reads no number
+        return
     outputs = list(_tensors(node.meta["val"]))
-    if outputs and not any(isinstance(size, torch.SymInt) for value in outputs for size in value.shape):
+    if outputs and not any(_is_symbolic(size) for value in outputs for size in value.shape):
         raise _refused(node, "reduces all tokens of a step to one value")
-    source = node.args[0]
+    arguments: Any = node.args
+    source = arguments[0]
     if not isinstance(source, fx.Node) or not isinstance(value := source.meta["val"], Tensor):
         return
     dim = _dim_of(value, tokens)
@@ -106,14 +111,14 @@ def _check_operator(node: fx.Node, tokens: Any, rows: fx.Node) -> None:
         raise _refused(node, "mixes tokens that lie side by side")
     if name in _ALONG:
         place = _ALONG[name]
-        along = node.kwargs.get("dim", node.args[place] if len(node.args) > place else -1)
+        along: Any = node.kwargs.get("dim", arguments[place] if len(arguments) > place else -1)
         if dim in [d % value.ndim for d in (along if isinstance(along, (list, tuple)) else [along])]:
             raise _refused(node, "runs along the tokens of a step")
     indices: Any = []
     if name in ("index", "index_put"):
-        indices = node.args[1]
+        indices = arguments[1]
     elif name == "index_select":
-        indices = [None] * (node.args[1] % value.ndim) + [node.args[2]]  # type: ignore[operator]
+        indices = [None] * (arguments[1] % value.ndim) + [arguments[2]]
     if dim < len(indices) and indices[dim] not in (None, rows):
         raise _refused(node, "picks tokens of a step")
 
@@ -136,13 +141,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _dim_of(value: Tensor, tokens: Any) -> int | None:
     """Return the dimension that holds the tokens of a step, if any."""
     for dim, size in enumerate(value.shape):
-        if isinstance(size, torch.SymInt) and _is_multiple(_expression(size), _expression(tokens)):
+        if _is_symbolic(size) and _is_multiple(_expression(size), _expression(tokens)):
             return dim
     return None
 
 
+def _is_symbolic(size: Any) -> bool:
+    return isinstance(size, torch.SymInt)
+
+
 def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    return size.node.expr if _is_symbolic(size) else size
 
 
 def _is_multiple(expression: Any, whole: Any) -> bool:

@@ -116,9 +116,7 @@ def _activation(module: nn.Module) -> str:
 
 
 @torch.library.custom_op("lamina::module", mutates_args=())
-def module_of_experts(
-    hidden: Tensor, chosen: Tensor, weights: Tensor, parameters: list[Tensor], name: str
-) -> Tensor:
+def module_of_experts(hidden: Tensor, chosen: Tensor, weights: Tensor, parameters: list[Tensor], name: str) -> Tensor:
     """Run the module ``name`` of the library with ``parameters``, in the order in which it names them.
 
     hidden [..., d]; chosen [T, K] expert numbers; weights [T, K]. The result has the shape of ``hidden``.

@@ -142,9 +142,12 @@ def _computed_buffer(module: PreTrainedModel, name: str, path: Path) -> Tensor:
     buffers = dict(owner._buffers)
     values = []
     for filler in (0, 1):
-        owner._buffers = {k: None if b is None else torch.full(b.shape, filler, dtype=b.dtype) for k, b in buffers.items()}
+        owner._buffers = {
+            k: None if b is None else torch.full(b.shape, filler, dtype=b.dtype) for k, b in buffers.items()
+        }
         initialiser._init_weights(owner)
         values.append(owner._buffers[leaf])
+    value: Tensor | None
     value, again = values
     # What was computed does not depend on what was there.
     if value is None or again is None or not value.equal(again):

@@ -177,8 +177,8 @@ def serve_model(config: ClusterConfig, members: Members, source: ModelSource) ->
     )
     if pipeline.partition == "tokens" and served.knows_positions:
         raise ConfigError(
-            f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows, chunks or ALiBi; '
-            'use "heads" or "requests"'
+            f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows, '
+            'chunks or ALiBi; use "heads" or "requests"'
         )
     replicas = len(served.schedule.members)
     if firsts is None and replicas > pipeline.batches:

@@ -50,8 +50,9 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
     fewest = min(layer.kv_heads for layer in layers)
     if fewest < len(names):
         raise ConfigError(
-            f"the model has {fewest} KV heads in a layer, which cannot be split over {len(names)} memory nodes "
-            f"({', '.join(names)}); use at most {fewest}"
+            f"the model has {fewest} KV head{'' if fewest == 1 else 's'} in a layer, which cannot be split over "
+            f"{len(names)} memory nodes ({', '.join(names)}); use at most {fewest}, or "
+            'pipeline.partition = "requests", which divides no heads'
         )
     shards = []
     for node in range(len(names)):

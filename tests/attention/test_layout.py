@@ -83,7 +83,9 @@ def test_layers_are_grouped_by_window_chunk_and_shape() -> None:
     wide = replace(full, v_dim=64)
     more = replace(full, q_heads=16)
 
-    groups = KVLayout(layers=(full, sliding, other, wide, sliding, more, replace(full, chunk=100)), dtype="float16").groups
+    groups = KVLayout(
+        layers=(full, sliding, other, wide, sliding, more, replace(full, chunk=100)), dtype="float16"
+    ).groups
 
     assert groups == (
         LayerGroup((0, 2, 5), None, None, 2, 64, 32),

@@ -56,7 +56,7 @@ def test_end_tokens(tmp_path: Path) -> None:
     expected = [Oracle(path).greedy(prompt, TOKENS) for prompt in PROMPTS]
 
     assert len(expected[0]) <= 6
-    assert [answer for answer in answers(path)] == expected
+    assert answers(path) == expected
     assert answers(none) == [Oracle(none).greedy(prompt, TOKENS) for prompt in PROMPTS] == long
 
 
