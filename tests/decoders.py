@@ -88,6 +88,13 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"]},
     "nemotron_h": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},

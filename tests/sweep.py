@@ -101,6 +101,12 @@ def write(outcomes: Iterable[Outcome]) -> None:
         "| `model_type` | class | result |",
         "| --- | --- | --- |",
         *(f"| `{row.model_type}` | `{row.architecture}` | {row.result} |" for row in rows),
+        "",
+        "- With the rope types `dynamic` and `longrope`, the longest context is the original one. Beyond it the angles of",
+        "  all tokens change, also of those whose keys lie in a cache.",
+        "- `repetition_penalty` and the end tokens of `generation_config.json` have the effect that they have with",
+        "  `generate`. Its other settings that change greedy tokens are refused by name. Settings of sampling are only",
+        "  what the HTTP endpoint takes by default.",
     ]
     DOCUMENT.write_text("\n".join(lines) + "\n")
 

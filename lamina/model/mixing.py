@@ -17,6 +17,7 @@ from lamina.errors import UnsupportedModelError
 
 aten = torch.ops.aten
 
+_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 # Operators that look beyond a number along a dimension and keep its size, and the place of that dimension.
 _ALONG = {
     "argsort": 1,
@@ -51,10 +52,12 @@ def use_positions(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
     """
     token_ids, positions, _ = inputs
     tokens = _expression(token_ids.meta["val"].shape[1])
-    for node in graph.find_nodes(op="call_function", target=aten.arange.default):
-        value = node.meta["val"]
-        if _expression(value.shape[0]) != tokens:
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.target not in _RANGES or _expression((value := node.meta["val"]).shape[0]) != tokens:
             continue
+        if node.args[:-1] != () and (node.args[0], *node.args[2:]) not in ((0,), (0, 1)):
+            raise _refused(node, "numbers the tokens of a step")
         with graph.inserting_after(positions):
             own = graph.call_function(aten.select.int, (positions, 0, 0))
             own.meta["val"] = positions.meta["val"][0]

@@ -75,12 +75,18 @@ def test_what_treats_each_token_by_itself_is_no_mixing() -> None:
     check_tokens_apart(*trace(code))
 
 
-def test_numbers_of_tokens_become_positions() -> None:
+@pytest.mark.parametrize("arguments", [(), (0,)])
+def test_numbers_of_tokens_become_positions(arguments: tuple[int, ...]) -> None:
     """What counts the tokens of a step from 0 would be right only for one sequence without a past."""
-    graph, inputs = trace(lambda x, p, r: x * torch.arange(x.shape[1])[:, None].float() + r.sum())
+    graph, inputs = trace(lambda x, p, r: x * torch.arange(*arguments, x.shape[1])[:, None].float() + r.sum())
     use_positions(graph, inputs)
     values, positions = torch.ones(1, 5, 8), torch.tensor([[3, 4, 9, 0, 1]])
 
     out = fx.GraphModule(nn.Module(), graph)(values, positions, torch.zeros(2, dtype=torch.long))
 
     assert out[0][0, :, 0].tolist() == positions[0].tolist()
+
+
+def test_other_numbers_of_tokens_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="numbers the tokens of a step"):
+        use_positions(*trace(lambda x, p, r: x * torch.arange(2, 2 + x.shape[1])[:, None].float() + r.sum()))
