@@ -94,7 +94,9 @@ def test_windows_are_not_cut_into_stretches(tmp_path: Path) -> None:
     async def work(cluster: SimCluster) -> None:
         raise AssertionError("the front takes requests")
 
-    with pytest.raises(ConfigError, match=r'"tokens" is not possible for a model with sliding windows, .*; use "heads"'):
+    with pytest.raises(
+        ConfigError, match=r'"tokens" is not possible for a model with sliding windows, .*; use "heads"'
+    ):
         simulate(config, work)
 
 
