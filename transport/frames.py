@@ -20,7 +20,7 @@ from lamina.errors import HandshakeError, ProtocolError
 from lamina.transport.lanes import CHUNK_BYTES
 from lamina.transport.messages import decode_message, encode_message
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 MAGIC = b"LMNA"
 
 _HEADER = struct.Struct("<4sHHIIQQ")
