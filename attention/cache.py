@@ -216,10 +216,9 @@ class KVCache(SequenceSlots):
         return [table[first:stop].copy() for table in self._reservation(sequence).tables]
 
     def require_movable(self) -> None:
-        """Raise `UsageError` where layers have windows: blocks behind these are gone, others depend on positions."""
-        if self._windowed:
-            window = self.groups[self._windowed[0]].window
-            raise UsageError(f"blocks cannot be moved or derived, as layers have a window of {window} tokens")
+        """Raise `UsageError` where the attention of layers depends on positions, and blocks behind windows are gone."""
+        if any(layer.knows_positions for layer in self.layout.layers):
+            raise UsageError("blocks cannot be moved or derived, as attention depends on positions")
 
     # -- prompts that are shared
 

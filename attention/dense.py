@@ -24,34 +24,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, shape: LayerShape, q_start: int, 
         end = min(begin + tile, queries)
         # Only keys that some query of the tile sees take part, because the product takes most of the time.
         first = q_start + begin
-        low = 0 if shape.window is None else min(max(0, first - shape.window + 1 - k_start), keys)
+        low = min(max(0, shape.first_visible(first) - k_start), keys)
         high = min(max(low, q_start + end - k_start), keys)
         if low == high:
             continue
-        visible = visible_keys(
-            torch.arange(first, q_start + end, device=q.device),
-            torch.arange(k_start + low, k_start + high, device=q.device),
-            shape.window,
+        query = torch.arange(first, q_start + end, device=q.device)
+        key = torch.arange(k_start + low, k_start + high, device=q.device)
+        o, lse = attend_visible(
+            q[None, begin:end],
+            k[None, low:high],
+            v[None, low:high],
+            visible_keys(query, key, shape.window, shape.chunk)[None],
+            shape,
+            distances(query, key)[None],
         )
-        o, lse = attend_visible(q[None, begin:end], k[None, low:high], v[None, low:high], visible[None], shape)
         out.o[begin:end] = o[0]
         out.lse[begin:end] = lse[0]
     return out
 
 
-def visible_keys(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+def visible_keys(query: Tensor, key: Tensor, window: int | None, chunk: int | None) -> Tensor:
     """Return which keys each query sees, bool [..., Q, K], from the positions query: [..., Q] and key: [..., K]."""
     query, key = query.unsqueeze(-1), key.unsqueeze(-2)
     visible = key <= query
-    return visible if window is None else visible & (key > query - window)
+    if window is not None:
+        visible &= key > query - window
+    return visible if chunk is None else visible & (key >= query - query % chunk)
 
 
-def attend_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: LayerShape) -> Partial:
+def distances(query: Tensor, key: Tensor) -> Tensor:
+    """Return ``key - query``, int64 [..., Q, K], for the positions query: [..., Q] and key: [..., K]."""
+    return key.unsqueeze(-2) - query.unsqueeze(-1)
+
+
+def attend_visible(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: LayerShape, distance: Tensor | None = None
+) -> Partial:
     """Attend with B independent sets of queries, each over its own K >= 1 keys, in float32.
 
-    q: [B, Q, Hq, Dk]; k: [B, K, Hkv, Dk]; v: [B, K, Hkv, Dv]; visible: bool [B, Q, K].
-    The result is o: [B, Q, Hq, Dv] and lse: [B, Q, Hq]. Values that are not visible must be finite as well: their
-    weight is 0, and 0 times NaN is NaN.
+    q: [B, Q, Hq, Dk]; k: [B, K, Hkv, Dk]; v: [B, K, Hkv, Dv]; visible: bool [B, Q, K]; distance: int64 [B, Q, K],
+    needed only for slopes. The result is o: [B, Q, Hq, Dv] and lse: [B, Q, Hq]. Values that are not visible must be
+    finite as well: their weight is 0, and 0 times NaN is NaN.
     """
     batch, queries = q.shape[:2]
     group = shape.q_heads // shape.kv_heads
@@ -64,7 +77,12 @@ def attend_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: Laye
     scores = rows @ _by_head(k).transpose(-1, -2)
     if shape.softcap is not None:
         scores = shape.softcap * torch.tanh(scores / shape.softcap)
-    scores = scores.view(*split, -1).masked_fill_(~visible[:, None, None], -torch.inf)
+    scores = scores.view(*split, -1)
+    if shape.slopes is not None:
+        assert distance is not None
+        slopes = torch.tensor(shape.slopes, device=q.device).view(shape.kv_heads, group, 1, 1)
+        scores = scores + slopes * distance[:, None, None]
+    scores = scores.masked_fill_(~visible[:, None, None], -torch.inf)
 
     peak = scores.amax(-1, keepdim=True).clamp_min(LOWEST)
     weights = scores.sub_(peak).exp_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamina.errors import ConfigError
 
@@ -32,9 +32,11 @@ class LayerShape:
 
     A score is ``scale * q.k``, then, with ``softcap``, ``softcap * tanh(score / softcap)``. With ``window``, a
     token attends to itself and the ``window - 1`` tokens before it (``key position > query position - window``,
-    as in transformers). Query head ``h`` reads KV head ``h // (q_heads // kv_heads)``.
+    as in transformers). With ``chunk``, it attends to no position before the last multiple of ``chunk``. Query head
+    ``h`` reads KV head ``h // (q_heads // kv_heads)``.
     ``sinks`` are learned scores, one for each query head, that join the softmax's denominator, neither scaled nor
     capped, and have no value. They count once for each row, however many shards it attends to.
+    ``slopes``, one for each query head, are those of ALiBi: ``slope * (key position - query position)`` joins a score.
     """
 
     q_heads: int
@@ -43,14 +45,17 @@ class LayerShape:
     v_dim: int
     scale: float
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: tuple[float, ...] | None = None
+    slopes: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "qk_dim", "v_dim"):
             _require_positive_int(f"LayerShape.{name}", getattr(self, name), MAX_SIZE)
-        if self.window is not None:
-            _require_positive_int("LayerShape.window", self.window)
+        for name in ("window", "chunk"):
+            if getattr(self, name) is not None:
+                _require_positive_int(f"LayerShape.{name}", getattr(self, name))
         if self.q_heads % self.kv_heads:
             raise ConfigError(
                 f"LayerShape.kv_heads: expected a divisor of q_heads = {self.q_heads}, got {self.kv_heads}"
@@ -59,21 +64,46 @@ class LayerShape:
             raise ConfigError(f"LayerShape.scale: expected a finite number, got {self.scale}")
         if self.softcap is not None and not MIN_SOFTCAP <= self.softcap < math.inf:
             raise ConfigError(f"LayerShape.softcap: expected a finite number >= {MIN_SOFTCAP}, got {self.softcap}")
-        if self.sinks is not None:
-            if len(self.sinks) != self.q_heads:
+        for name in ("sinks", "slopes"):
+            numbers = getattr(self, name)
+            if numbers is not None and len(numbers) != self.q_heads:
                 raise ConfigError(
-                    f"LayerShape.sinks: expected one number for each of {self.q_heads} query heads, got {self.sinks}"
+                    f"LayerShape.{name}: expected one number for each of {self.q_heads} query heads, got {numbers}"
                 )
-            if not all(math.isfinite(sink) for sink in self.sinks):
-                raise ConfigError(f"LayerShape.sinks: expected finite numbers, got {self.sinks}")
+            if not all(math.isfinite(number) for number in numbers or ()):
+                raise ConfigError(f"LayerShape.{name}: expected finite numbers, got {numbers}")
+
+    @property
+    def knows_positions(self) -> bool:
+        """Say whether the attention depends on the positions themselves, and not only on their order.
+
+        Then a cache has to number the positions of a sequence as the model does.
+        """
+        return (self.window, self.chunk, self.slopes) != (None, None, None)
+
+    def first_visible(self, position: int) -> int:
+        """Return the first position that a query at ``position`` sees."""
+        first = 0 if self.window is None else max(0, position - self.window + 1)
+        return first if self.chunk is None else max(first, position - position % self.chunk)
+
+    def of_heads(self, kv: range, q: range) -> LayerShape:
+        """Return the attention of these heads alone."""
+        return replace(
+            self,
+            kv_heads=len(kv),
+            q_heads=len(q),
+            sinks=self.sinks and self.sinks[q.start : q.stop],
+            slopes=self.slopes and self.slopes[q.start : q.stop],
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """The layers of a group share block tables, because their windows and KV shapes are equal."""
+    """The layers of a group share block tables, because their windows, chunks and KV shapes are equal."""
 
     layers: tuple[int, ...]
     window: int | None
+    chunk: int | None
     kv_heads: int
     qk_dim: int
     v_dim: int
@@ -96,10 +126,10 @@ class KVLayout:
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
-        """The layers form these groups, by window and KV shape, in order of first appearance."""
-        found: dict[tuple[int | None, int, int, int], list[int]] = {}
+        """The layers form these groups, by window, chunk and KV shape, in order of first appearance."""
+        found: dict[tuple[int | None, int | None, int, int, int], list[int]] = {}
         for index, layer in enumerate(self.layers):
-            found.setdefault((layer.window, layer.kv_heads, layer.qk_dim, layer.v_dim), []).append(index)
+            found.setdefault((layer.window, layer.chunk, layer.kv_heads, layer.qk_dim, layer.v_dim), []).append(index)
         return tuple(LayerGroup(tuple(layers), *alike) for alike, layers in found.items())
 
     @property

@@ -67,6 +67,7 @@ class NativeBackend:
         layout = cache.layout
         base = cache.memory.tensor.data_ptr()
         self._sinks = [None if shape.sinks is None else torch.tensor(shape.sinks) for shape in layout.layers]
+        self._slopes = [None if shape.slopes is None else torch.tensor(shape.slopes) for shape in layout.layers]
         self._layers = {
             dtype: [
                 _layer(
@@ -76,8 +77,11 @@ class NativeBackend:
                     input_type=number,
                     memory=base + cache.layer_offset(layer),
                     sinks=None if sinks is None else sinks.data_ptr(),
+                    slopes=None if slopes is None else slopes.data_ptr(),
                 )
-                for layer, (shape, sinks) in enumerate(zip(layout.layers, self._sinks, strict=True))
+                for layer, (shape, sinks, slopes) in enumerate(
+                    zip(layout.layers, self._sinks, self._slopes, strict=True)
+                )
             ]
             for dtype, number in _INPUTS.items()
         }
@@ -199,10 +203,12 @@ def _layer(
     input_type: int = 0,
     memory: int | None = None,
     sinks: int | None = None,
+    slopes: int | None = None,
 ) -> KernelLayer:
     return KernelLayer(
         memory=memory,
         sinks=sinks,
+        slopes=slopes,
         kv_heads=shape.kv_heads,
         group=shape.q_heads // shape.kv_heads,
         qk_dim=shape.qk_dim,
@@ -211,6 +217,7 @@ def _layer(
         kv_type=TYPES[dtype],
         input_type=input_type,
         window=min(shape.window or 0, MAX_WINDOW),
+        chunk=min(shape.chunk or 0, MAX_WINDOW),
         scale=shape.scale,
         softcap=shape.softcap or 0,
     )

@@ -8,7 +8,7 @@ A block holds each layer in its plain form: see `lamina.attention.layout.plain_p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lamina.attention.backend import Plan, check_key_value, check_past, check_plain, check_query
 from lamina.attention.cache import KVCache
-from lamina.attention.dense import attend_visible, visible_keys
+from lamina.attention.dense import attend_visible, distances, visible_keys
 from lamina.attention.layout import ALIGNMENT, SCALED, LayerShape, plain_parts
 from lamina.attention.partial import Partial, add_sinks, merge
 from lamina.attention.placement import BlockPlacement, Integers
@@ -62,11 +62,13 @@ class RowIndices:
 
 @dataclass(frozen=True, slots=True)
 class PieceBatch:
-    """B pieces attend together. rows: int64 [B, Q]; places: those of [B, K] keys; visible: bool [B, Q, K]."""
+    """B pieces attend together. rows: int64 [B, Q]; places: those of [B, K] keys; visible: bool [B, Q, K]; distance:
+    int64 [B, Q, K]."""
 
     rows: Tensor
     places: RowIndices
     visible: Tensor
+    distance: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +227,17 @@ class TorchBackend:
             k, v, k_scale, v_scale = store.read(batch.places)
             if k_scale is not None and v_scale is not None:
                 k, v = dequantise(k, k_scale), dequantise(v, v_scale)
-            out.o[batch.rows], out.lse[batch.rows] = attend_visible(q[batch.rows], k, v, batch.visible, shape)
+            out.o[batch.rows], out.lse[batch.rows] = attend_visible(
+                q[batch.rows], k, v, batch.visible, shape, batch.distance
+            )
         return out
 
     def _batches(self, placement: BlockPlacement, group: int, *, new: bool) -> list[PieceBatch]:
         """Join pieces of equally many queries and similar contexts, up to `GATHER_TOKENS` padded positions."""
-        window, tables = self.cache.groups[group].window, placement.tables(group)
+        first_visible = self.cache.shape(self.cache.groups[group].layers[0]).first_visible
+        tables = placement.tables(group)
         joined: list[list[QueryPiece]] = []
-        pieces = _pieces(placement.rows, window, new=new)
+        pieces = _pieces(placement.rows, first_visible, new=new)
         for piece in sorted(pieces, key=lambda piece: (piece.queries, piece.keys)):
             joins = (
                 joined
@@ -253,12 +258,13 @@ class TorchBackend:
         read = np.minimum(key, end - 1)
         blocks = np.stack([table[own] for table, own in zip(tables, read // self._size, strict=True)])
         query = np.arange(pieces[0].queries)
-        window = self.cache.groups[group].window
-        visible = visible_keys(self._tensor(position + query), self._tensor(key), window)
+        own, at, keys = self.cache.groups[group], self._tensor(position + query), self._tensor(key)
+        visible = visible_keys(at, keys, own.window, own.chunk)
         return PieceBatch(
             self._tensor(row + query),
             self._places(group, blocks, read),
             visible & self._tensor(key < end).unsqueeze(1),
+            distances(at, keys),
         )
 
 
@@ -311,13 +317,13 @@ class _LayerPart:
         self._rows.index_copy_(0, rows, values.reshape(-1, self.width).view(self._rows.dtype))
 
 
-def _pieces(rows: Rows, window: int | None, *, new: bool) -> Iterator[QueryPiece]:
+def _pieces(rows: Rows, first_visible: Callable[[int], int], *, new: bool) -> Iterator[QueryPiece]:
     """Cut the runs into pieces over the past, or with ``new`` over the run itself; leave out those that see nothing."""
     row = 0
     for number, run in enumerate(rows.runs):
         for position in range(run.start, run.stop, PIECE_QUERIES):
             queries = min(PIECE_QUERIES, run.stop - position)
-            oldest = 0 if window is None else max(0, position - window + 1)
+            oldest = first_visible(position)
             first, end = (max(oldest, run.start), position + queries) if new else (oldest, run.start)
             if first < end:
                 yield QueryPiece(number, row + position - run.start, position, queries, first, end)

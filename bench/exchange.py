@@ -249,6 +249,7 @@ async def _be_near(port: int, cpu: int, batch: int, batches: int, seconds: float
         context=MAX_TOKENS + 1,
         vocabulary=VOCABULARY,
         stop_tokens=frozenset(),
+        repetition_penalty=1.0,
         max_waiting=batch * batches,
         random=SystemRandom(),
         constraints=Constraints(BackgroundWorkers(), Tokenizer(Path("/nonexistent"), MAX_TOKENS), VOCABULARY, ()),

@@ -308,8 +308,11 @@ def generate(
         ),
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Make tokens of the prompt and the text less likely, if more than 1.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Make tokens of the prompt and the text less likely, if more than 1.", show_default="the checkpoint's"
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="The seed of the sampling; the same seed gives the same text.")
     ] = None,

@@ -89,6 +89,14 @@ _SCALED_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": MAX_CONTEXT,
+}
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES = {
@@ -158,8 +166,57 @@ FAMILIES = {
                 "norm_topk_prob": True,
             },
         ),
+        Family("llama_dynamic_rope", "llama", {**_GROUPED, "rope_parameters": _DYNAMIC_ROPE}),
+        Family(
+            "phi3_long_rope",
+            "phi3",
+            {**_GROUPED, "rope_parameters": _LONG_ROPE, "max_position_embeddings": 8 * MAX_CONTEXT},
+        ),
+        Family(
+            "gpt_oss",
+            "gpt_oss",
+            {
+                **_GROUPED,
+                "num_hidden_layers": 3,
+                "head_dim": 16,
+                "sliding_window": 16,
+                "layer_types": _ALTERNATING,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        ),
+        Family(
+            "llama4_text",
+            "llama4_text",
+            {
+                **_GROUPED,
+                "num_hidden_layers": 3,
+                "head_dim": 16,
+                "intermediate_size_mlp": 96,
+                "num_local_experts": 4,
+                "attention_chunk_size": 32,
+                "no_rope_layers": [1, 0, 1],
+                "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+                "floor_scale": 16,
+            },
+        ),
+        Family("diffllama", "diffllama", _GROUPED),
+        Family(
+            "dbrx",
+            "dbrx",
+            {
+                **{name: value for name, value in _COMMON.items() if name not in ("hidden_size", "intermediate_size")},
+                "d_model": 64,
+                "n_heads": 8,
+                "n_layers": 2,
+                "max_seq_len": MAX_CONTEXT,
+                "attn_config": {"kv_n_heads": 4, "rope_theta": 10_000.0, "clip_qkv": 8.0},
+                "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 6, "moe_top_k": 2, "hidden_size": 64},
+            },
+        ),
     )
 }
 
-VARIANTS = {"llama_scaled_rope", "llama_tied", "gpt_neox_sequential"}
+VARIANTS = {"llama_scaled_rope", "llama_dynamic_rope", "llama_tied", "phi3_long_rope", "gpt_neox_sequential"}
 """What differs from a family above by one setting."""

@@ -25,11 +25,11 @@ class Oracle:
         self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
 
     def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        """What ``generate`` gives; the same question is computed once."""
+        """What ``generate`` gives, over a cache; the same question is computed once."""
         question = (tuple(prompt), tokens)
         if question not in self._answers:
             self._answers[question] = self._generate(prompt, tokens)
-        return self._answers[question]
+        return [*self._answers[question]]
 
     @torch.inference_mode()
     def _generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
@@ -42,8 +42,18 @@ class Oracle:
 
     @torch.inference_mode()
     def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-        """Logits [len(answer), vocabulary] that each token of ``answer`` was chosen from, given those before it."""
-        logits: torch.Tensor = self._model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        """Logits [len(answer), vocabulary] that each token of ``answer`` is chosen from, all at once, with no cache."""
+        out = self._model(torch.tensor([[*prompt, *answer]]), use_cache=False)
+        logits: torch.Tensor = out.logits[0, len(prompt) - 1 : -1]
+        return logits
+
+    @torch.inference_mode()
+    def next_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """Logits [vocabulary] that ``generate`` chooses from after ``answer``: over a cache, token by token."""
+        out = self._model(torch.tensor([list(prompt)]), use_cache=True)
+        for token in answer:
+            out = self._model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+        logits: torch.Tensor = out.logits[0, -1]
         return logits
 
 
@@ -55,20 +65,33 @@ class Agreement:
     ties: list[str] = field(default_factory=list)
 
     def check(self, oracle: Oracle, prompt: Sequence[int], answer: Sequence[int], what: str) -> None:
-        """Fail unless ``answer`` is the oracle's, token for token but for ties."""
+        """Fail unless ``answer`` is that of ``generate``, token for token but for ties, each of which is counted.
+
+        After a tie the rest is compared with what ``generate`` goes on with. No token may be worse than a tie where the
+        oracle computes without a cache, either.
+        """
         self.tokens += len(answer)
-        if list(answer) == oracle.greedy(prompt, len(answer)):
-            return
-        logits = oracle.logits(prompt, answer)
-        for i, token in enumerate(answer):
-            best = float(logits[i].max())
-            if token == int(logits[i].argmax()):
-                continue
-            behind = best - float(logits[i, token])
-            assert behind < TIE, (
-                f"{what}: token {i} is {token}, the oracle prefers {int(logits[i].argmax())} by {behind}"
+        agreed = 0
+        while (expected := oracle.greedy([*prompt, *answer[:agreed]], len(answer) - agreed)) != [*answer[agreed:]]:
+            assert len(expected) == len(answer) - agreed, (
+                f"{what}: the oracle ends after {agreed + len(expected)} tokens"
             )
-            self.ties.append(f"{what}: token {i}, logits apart by {behind:.1e}")
+            first = next(i for i, (a, b) in enumerate(zip(answer[agreed:], expected, strict=True)) if a != b)
+            logits = oracle.next_logits([*prompt, *answer[:agreed]], expected[:first])
+            token, other = answer[agreed + first], expected[first]
+            behind = float(logits[other] - logits[token])
+            assert behind < TIE, f"{what}: token {agreed + first} is {token}, the oracle prefers {other} by {behind}"
+            agreed += first + 1
+            self.ties.append(f"{what}: token {agreed - 1}, logits apart by {behind:.1e}")
+            if agreed == len(answer):
+                break
+        uncached = oracle.logits(prompt, answer)
+        behind_best = uncached.max(-1).values - uncached.gather(-1, torch.tensor([*answer])[:, None])[:, 0]
+        worst = int(behind_best.argmax())
+        assert behind_best[worst] < TIE, (
+            f"{what}: token {worst} is {answer[worst]}, without a cache the oracle prefers "
+            f"{int(uncached[worst].argmax())} by {float(behind_best[worst])}"
+        )
 
 
 class Gaps(NamedTuple):

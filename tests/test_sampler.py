@@ -58,7 +58,7 @@ def reference(logits: torch.Tensor, wanted: dict[str, Any]) -> torch.Tensor:
     processors = library.LogitsProcessorList()
     if s.logit_bias:
         processors.append(library.SequenceBiasLogitsProcessor({(i,): bias for i, bias in s.logit_bias.items()}))
-    if s.repetition_penalty != 1:
+    if s.repetition_penalty not in (None, 1):
         processors.append(library.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
     scores = processors(history, scores)
     for token, count in collections.Counter(ANSWER).items():  # which the library does not have

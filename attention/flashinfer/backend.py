@@ -242,6 +242,8 @@ def require_supported(layout: KVLayout) -> None:
             raise _unsupported(f"layer {layer}: qk_dim {shape.qk_dim} with v_dim {shape.v_dim}", "equal ones")
         if shape.qk_dim not in HEAD_DIMS:
             raise _unsupported(f"layer {layer}: head size {shape.qk_dim}", f"one of {', '.join(map(str, HEAD_DIMS))}")
+        if shape.chunk is not None or shape.slopes is not None:
+            raise _unsupported(f"layer {layer}: attention in chunks or with slopes", "layers without them")
         if shape.scale <= 0:
             raise _unsupported(f"layer {layer}: scale {shape.scale}", "a number > 0")
 

@@ -242,7 +242,7 @@ class PrefillPart:
                 )
                 for start, count, begin in zip(starts.tolist(), queries.tolist(), begins.tolist(), strict=True)
             ]
-            mask = torch.cat([visible_keys(query, key, window).flatten() for query, key in spans])
+            mask = torch.cat([visible_keys(query, key, window, None).flatten() for query, key in spans])
         indices = shared.upload(pages.indices)
         for kind, wrapper in self._paged.items():
             if kind.group == group:

@@ -384,11 +384,12 @@ inline void leave(const Layer &layer, const Step &step, const Call &call, const 
 
 // Turn the products of a row with a tile into weights, as operands, and scale what the row has so far to its new peak.
 // Scores and peaks are logarithms to base 2. The row does not see tokens before `from` and from `to` on. Products with
-// the weights have to be multiplied by the result.
+// the weights have to be multiplied by the result. `slope` joins the score for each token from position `here` of the
+// tile.
 template <class P, int Tokens, bool Masked>
 __attribute__((noinline)) float weigh(const Layer &layer, int tokens, int from, int to, const float *const *k_scales,
-                                      const float *const *v_scales, int r, int dim, float *scores,
-                                      typename P::Operand *weights, float *o, Scratch &s) {
+                                      const float *const *v_scales, int r, int dim, float slope, int64_t here,
+                                      float *scores, typename P::Operand *weights, float *o, Scratch &s) {
     if (Tokens) tokens = Tokens;
     const float before = s.peak[r];
     const F q_scale = all(s.q_scale[r]);
@@ -398,6 +399,7 @@ __attribute__((noinline)) float weigh(const Layer &layer, int tokens, int from, 
         F x = load<F>(scores + n) * q_scale;
         if constexpr (scaled(P::type)) x = x * load<F>(k_scales[n / PAGE] + n % PAGE);
         if (layer.softcap > 0) x = tanh(x / layer.softcap) * (layer.softcap * LOG2_E);
+        if (slope != 0) x = x + (lanes + float(n - here)) * (slope * LOG2_E);
         if (Masked) {
             const F at = lanes + float(n);
             x = select((at >= float(from)) & (at < float(to)), x, all(-INFINITY));
@@ -516,13 +518,14 @@ void attend_with(const Layer &layer, const Step &step, const Call &call, const C
         for (int r = 0; r < head_rows; ++r) {
             const int64_t position = start + chunk.first + r / group - first;  // within the tile
             int from = low, to = high;
-            if (layer.window && position - layer.window + 1 > from)
-                from = position - layer.window + 1 < tokens ? int(position - layer.window + 1) : tokens;
+            const int64_t seen = layer.first_visible(position + first) - first;
+            if (seen > from) from = seen < tokens ? int(seen) : tokens;
             if (position + 1 < to) to = position + 1 > 0 ? int(position + 1) : 0;
             const auto weigh_row =
                 count == TILE_PAGES && from == 0 && to == tokens ? weigh<P, TILE, false> : weigh<P, 0, true>;
-            s.weight_scale[r] = weigh_row(layer, tokens, from, to, k_scales[now], v_scales[now], base + r, dim,
-                                          s.scores + r * TILE, weights + r * weight_stride, o + r * dim, s);
+            const float slope = layer.slopes ? layer.slopes[chunk.q_head(group, base + r)] : 0;
+            s.weight_scale[r] = weigh_row(layer, tokens, from, to, k_scales[now], v_scales[now], base + r, dim, slope,
+                                          position, s.scores + r * TILE, weights + r * weight_stride, o + r * dim, s);
         }
 
         by_rows(head_rows, [&](auto block, int row) {

@@ -28,12 +28,13 @@ inline constexpr int padded(int dim) { return (dim + 15) / 16 * 16; }
 
 // This describes one layer of a cache and its attention. library.py mirrors it.
 struct Layer {
-    uint8_t *memory;     // of the cache, at the layer's offset within a block
-    const float *sinks;  // [q_heads] or null
+    uint8_t *memory;      // of the cache, at the layer's offset within a block
+    const float *sinks;   // [q_heads] or null
+    const float *slopes;  // [q_heads] or null
     int32_t kv_heads, group, qk_dim, v_dim;
     int32_t block_tokens;
     int32_t kv_type, input_type;  // the type stored; the type of q, k and v
-    int32_t window;               // 0: none
+    int32_t window, chunk;        // 0: none
     float scale, softcap;         // softcap 0: none
 
     int k_page() const { return PAGE * padded(qk_dim) * item_bytes(kv_type); }
@@ -41,6 +42,12 @@ struct Layer {
     int pages() const { return block_tokens / PAGE; }
     size_t head_bytes() const {
         return size_t(pages()) * (k_page() + v_page()) + (scaled(kv_type) ? 2 * sizeof(float) * block_tokens : 0);
+    }
+    // The first position that a query sees.
+    int64_t first_visible(int64_t position) const {
+        int64_t first = window ? position - window + 1 : 0;
+        if (chunk && position - position % chunk > first) first = position - position % chunk;
+        return first > 0 ? first : 0;
     }
     int q_heads() const { return kv_heads * group; }
 };

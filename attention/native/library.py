@@ -14,7 +14,7 @@ from torch import Tensor
 from lamina.attention.native.build import LIBRARY
 from lamina.errors import CapacityError, ConfigError, UsageError
 
-ABI = 3
+ABI = 4
 """This number has to equal ``ABI`` in workers.cpp."""
 
 REBUILD = "install g++ and run: python -m lamina.attention.native.build"
@@ -28,6 +28,7 @@ class KernelLayer(Structure):
     _fields_ = (
         ("memory", c_void_p),
         ("sinks", c_void_p),
+        ("slopes", c_void_p),
         ("kv_heads", c_int32),
         ("group", c_int32),
         ("qk_dim", c_int32),
@@ -36,6 +37,7 @@ class KernelLayer(Structure):
         ("kv_type", c_int32),
         ("input_type", c_int32),
         ("window", c_int32),
+        ("chunk", c_int32),
         ("scale", c_float),
         ("softcap", c_float),
     )

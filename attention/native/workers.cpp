@@ -17,7 +17,7 @@
 namespace lamina {
 namespace {
 
-constexpr int ABI = 3;              // to be counted up when a call changes its meaning; see library.py
+constexpr int ABI = 4;              // to be counted up when a call changes its meaning; see library.py
 constexpr int SPINS = 4000;         // tens of us, in which the next layer of a step usually comes; then a worker sleeps
 constexpr int64_t PART_TILES = 32;  // per part of a long context: merging a part costs less than one of its tiles
 constexpr int ROWS_AT_ONCE = 64;    // of several queries: more would not fit into the second-level cache
@@ -195,9 +195,8 @@ struct Span {
     Span(const Layer &layer, const Step &step, int64_t run, int64_t first, bool present) {
         const int64_t start = step.starts[run], count = step.counts[run], most = queries_at_once(layer);
         queries = int32_t(count - first < most ? count - first : most);
-        low = layer.window ? start + first - layer.window + 1 : 0, high = start;
+        low = layer.first_visible(start + first), high = start;
         if (present) low = low > start ? low : start, high = start + first + queries;
-        low = low > 0 ? low : 0;
         if (low > high) low = high;
         first_page = low / PAGE, pages = (high + PAGE - 1) / PAGE - first_page;
         parts = count == queries && pages ? int32_t((pages + PART_PAGES - 1) / PART_PAGES) : 1;

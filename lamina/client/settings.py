@@ -45,8 +45,9 @@ class Settings(TypedDict, total=False):
     """Only tokens with at least this part of the probability of the likeliest one, by default 0."""
     seed: int | None
     """With a seed, the same request gets the same tokens. None, the default, is a random one."""
-    repetition_penalty: float
-    """Makes tokens of prompt and answer less likely, if it is more than 1, the default."""
+    repetition_penalty: float | None
+    """Makes tokens of prompt and answer less likely, if it is more than 1. None, the default, is what
+    generation_config.json of the checkpoint says, else 1."""
     presence_penalty: float
     """Is subtracted from the logits of the tokens of the answer so far, by default 0."""
     frequency_penalty: float

@@ -115,6 +115,7 @@ class Intake:
         context: int,
         vocabulary: int,
         stop_tokens: frozenset[int],
+        repetition_penalty: float,
         max_waiting: int,
         random: Random,
         constraints: Constraints,
@@ -134,6 +135,7 @@ class Intake:
         self._name = name
         self._there = device
         self._stop_tokens = stop_tokens
+        self._repetition_penalty = repetition_penalty
         self._max_waiting = max_waiting
         self._random = random
         self._constraints = constraints
@@ -179,7 +181,7 @@ class Intake:
         max_tokens = self.limits.max_tokens(request, prompt)
         self.require_place(0)
         own = _Open(answer, self._loop.time())
-        sequence = self._sequence(self._with_seed(request), prompt, max_tokens)
+        sequence = self._sequence(self._filled_in(request), prompt, max_tokens)
         try:
             await self._follow_constraint(sequence)
             if ticket and self._journal is not None:
@@ -457,8 +459,12 @@ class Intake:
 
     # -- inside
 
-    def _with_seed(self, request: Request) -> Request:
-        """Return the request with a seed: its own, else a random one, which a greedy answer does not need."""
+    def _filled_in(self, request: Request) -> Request:
+        """Return the request with a repetition penalty, by default that of the checkpoint, and a seed: its own, else a
+        random one, which a greedy answer does not need."""
+        if request.sampling.repetition_penalty is None and self._repetition_penalty != 1:
+            sampling = replace(request.sampling, repetition_penalty=self._repetition_penalty)
+            request = replace(request, sampling=sampling)
         if request.sampling.seed is not None:
             return request
         seed = self._random.getrandbits(63) if request.sampling.temperature else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,10 +44,46 @@ def check_checkpoint(path: Path) -> None:
     if not isinstance(raw.get("model_type"), str):
         raise UnsupportedModelError(f"{path / 'config.json'}: model_type is missing, so the model is not known")
     find_weights(path, raw).tensors()
-    generation = path / "generation_config.json"
-    if is_file(generation):
-        read_json(generation)
+    _generation(path)
     check_tokenizer(path)
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "begin_suppress_tokens": (None, []),
+    "bad_words_ids": (None, []),
+    "encoder_repetition_penalty": (None, 1),
+    "exponential_decay_length_penalty": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "penalty_alpha": (None, 0),
+    "sequence_bias": (None, {}, []),
+    "stop_strings": (None, [], ""),
+    "suppress_tokens": (None, []),
+    "watermarking_config": (None,),
+}
+"""Settings of generation_config.json with which `generate` chooses other tokens, also greedily, and the values with
+which it does not."""
+
+
+def _generation(path: Path) -> dict[str, Any] | None:
+    """Return what generation_config.json says, if there is one. UnsupportedModelError names a setting that Lamina does
+    not follow."""
+    file = path / "generation_config.json"
+    if not is_file(file):
+        return None
+    raw: dict[str, Any] = read_json(file)
+    for name, neutral in _NEUTRAL.items():
+        if raw.get(name) not in neutral:
+            raise UnsupportedModelError(
+                f"{file}: {name} is {json.dumps(raw[name])}, which changes tokens in a way that Lamina cannot follow; "
+                "remove it to serve the model without it"
+            )
+    return raw
 
 
 def rope_parameters(text: Any) -> list[dict[str, Any]]:
@@ -136,6 +173,7 @@ class Checkpoint:
 
         With YaRN that is ``factor`` times the original context. Checkpoints differ in whether max_position_embeddings
         is the original context or the extended one, so it does not count where rope parameters give the original.
+        With LongRoPE it is the original context, as beyond it all angles change.
         """
         text = self.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None)
@@ -146,7 +184,12 @@ class Checkpoint:
             for rope in rope_parameters(text)
             if rope.get("rope_type") == "yarn" and rope.get("factor")
         ]
-        return min(extended, default=limit)
+        original = [
+            int(rope["original_max_position_embeddings"])
+            for rope in rope_parameters(text)
+            if rope.get("rope_type") == "longrope"
+        ]
+        return min([min(extended, default=limit), *original])
 
     @cached_property
     def vocabulary(self) -> int:
@@ -156,10 +199,20 @@ class Checkpoint:
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
-        """The token ids that end a sequence, from generation_config.json if it exists, else from config.json."""
-        generation = self.path / "generation_config.json"
-        raw = read_json(generation) if is_file(generation) else {}
-        ids = raw.get("eos_token_id", getattr(self.config.get_text_config(), "eos_token_id", None))
+        """The token ids that end a sequence, from generation_config.json if it exists, else from config.json.
+
+        As with `generate`, none do if generation_config.json names none.
+        """
+        generation = _generation(self.path)
+        if generation is None:
+            ids = getattr(self.config.get_text_config(), "eos_token_id", None)
+        else:
+            ids = generation.get("eos_token_id")
         if ids is None:
             return frozenset()
         return frozenset(ids if isinstance(ids, list) else [ids])
+
+    @cached_property
+    def repetition_penalty(self) -> float:
+        """What generation_config.json says, else 1."""
+        return float((_generation(self.path) or {}).get("repetition_penalty") or 1.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,15 @@ def load_weights(captured: Capture, names: Collection[str], device: torch.device
                 )
         weights[name] = read[first]
     return weights
+
+
+def read_sinks(captured: Capture) -> Capture:
+    """Return ``captured`` with the sinks of its attention, which are weights that memory nodes need. Errors are those
+    of `load_weights`."""
+    weights = load_weights(captured, {name for name in captured.sinks if name}, torch.device("cpu"))
+    sinks = [None if name is None else tuple(weights[name].tolist()) for name in captured.sinks]
+    shapes = [replace(shape, sinks=own) for shape, own in zip(captured.shapes, sinks, strict=True)]
+    return replace(captured, shapes=tuple(shapes))
 
 
 def _read(
@@ -128,18 +138,33 @@ def _computed_buffer(module: PreTrainedModel, name: str, path: Path) -> Tensor:
     """Compute a buffer that is not in checkpoints, with the library's initialisation of its owner."""
     owner_name, _, leaf = name.rpartition(".")
     owner = copy.copy(module.get_submodule(owner_name))
-    # Only floating-point numbers have a value, NaN, that marks what was not computed.
-    owner._buffers = {
-        k: None if b is None else torch.full(b.shape, torch.nan if b.is_floating_point() else 0, dtype=b.dtype)
-        for k, b in owner._buffers.items()
-    }
-    module._init_weights(owner)
-    value: Tensor | None = owner._buffers[leaf]
-    if value is None or not value.is_floating_point() or value.isnan().any():
+    initialiser = _initialiser(module, owner_name)
+    buffers = dict(owner._buffers)
+    values = []
+    for filler in (0, 1):
+        owner._buffers = {
+            k: None if b is None else torch.full(b.shape, filler, dtype=b.dtype) for k, b in buffers.items()
+        }
+        initialiser._init_weights(owner)
+        values.append(owner._buffers[leaf])
+    value: Tensor | None
+    value, again = values
+    # What was computed does not depend on what was there.
+    if value is None or again is None or not value.equal(again):
         raise UnsupportedModelError(
             f"{path}: the buffer {name} is in no checkpoint, and the library does not say how to compute it"
         )
     return value
+
+
+def _initialiser(module: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return the innermost model around the module ``name``, or it itself, which initialises it in the library."""
+    found, inner = module, module
+    for part in filter(None, name.split(".")):
+        inner = getattr(inner, part)
+        if hasattr(inner, "_init_weights"):
+            found = inner
+    return found
 
 
 def _some(names: list[str]) -> str:

@@ -78,9 +78,9 @@ def make_blocks(
         {member: shard.capacity_tokens // BLOCK_TOKENS for member, shard in shards.items()},
         BLOCK_TOKENS,
         config.pipeline.partition,
-        stripes=not served.has_windows,
+        stripes=not served.knows_positions,
         window=None if others else group.window,
-        moves=config.pipeline.moves and not served.has_windows,
+        moves=config.pipeline.moves and not served.knows_positions,
     )
     if whole and blocks.max_context < served.context:
         least = min(shards.values(), key=lambda shard: shard.capacity_tokens)
@@ -147,6 +147,7 @@ async def open_front(
         context=served.context,
         vocabulary=served.facts.vocabulary,
         stop_tokens=served.facts.stop_tokens,
+        repetition_penalty=served.facts.repetition_penalty,
         max_waiting=pipeline.max_waiting,
         random=random,
         constraints=constraints,

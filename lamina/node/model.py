@@ -19,7 +19,7 @@ from lamina.front.members import Members
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint, check_checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, carry_shapes, cut_into_slices
-from lamina.model.weights import load_weights
+from lamina.model.weights import load_weights, read_sinks
 from lamina.wire.geometry import aligned
 
 log = logging.getLogger("lamina.compute")
@@ -49,6 +49,8 @@ class ModelFacts:
     max_context: int
     vocabulary: int
     stop_tokens: frozenset[int]
+    repetition_penalty: float = 1.0
+    """What requests have that name none."""
 
 
 class ModelSource(Protocol):
@@ -86,6 +88,7 @@ class CheckpointModel:
             max_context=checkpoint.max_context,
             vocabulary=checkpoint.vocabulary,
             stop_tokens=checkpoint.stop_tokens,
+            repetition_penalty=checkpoint.repetition_penalty,
         )
 
     def carry_bytes(self, tokens: int) -> int:
@@ -109,7 +112,8 @@ def open_checkpoint(config: ClusterConfig) -> CheckpointModel:
     """Check the file's checkpoint and cut the model. Errors are those of checkpoint and capture."""
     check_checkpoint(config.model_path)
     with torch.inference_mode(False):
-        blueprint = cut_into_slices(capture(Checkpoint.open(config.model_path, config.model.dtype)))
+        captured = read_sinks(capture(Checkpoint.open(config.model_path, config.model.dtype)))
+        blueprint = cut_into_slices(captured)
     return CheckpointModel(blueprint, compiled=config.model.compile)
 
 
@@ -137,9 +141,9 @@ class ServedModel:
         return replace(whole, members=tuple(members)) if members else None
 
     @property
-    def has_windows(self) -> bool:
-        """Return whether any layer has a sliding window."""
-        return any(layer.window is not None for layer in self.facts.layers)
+    def knows_positions(self) -> bool:
+        """Return whether the attention of any layer depends on positions, as with sliding windows."""
+        return any(layer.knows_positions for layer in self.facts.layers)
 
     @property
     def bytes_per_token(self) -> int:
@@ -171,10 +175,10 @@ def serve_model(config: ClusterConfig, members: Members, source: ModelSource) ->
         asked or most,
         config.model.kv_dtype or facts.dtype,
     )
-    if pipeline.partition == "tokens" and served.has_windows:
+    if pipeline.partition == "tokens" and served.knows_positions:
         raise ConfigError(
-            f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows; '
-            'use "heads" or "requests"'
+            f'{config.file}: pipeline.partition: "tokens" is not possible for a model with sliding windows, '
+            'chunks or ALiBi; use "heads" or "requests"'
         )
     replicas = len(served.schedule.members)
     if firsts is None and replicas > pipeline.batches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,20 +50,16 @@ def shard_by_heads(layers: Sequence[LayerShape], names: Sequence[str]) -> list[H
     fewest = min(layer.kv_heads for layer in layers)
     if fewest < len(names):
         raise ConfigError(
-            f"the model has {fewest} KV heads in a layer, which cannot be split over {len(names)} memory nodes "
-            f"({', '.join(names)}); use at most {fewest}"
+            f"the model has {fewest} KV head{'' if fewest == 1 else 's'} in a layer, which cannot be split over "
+            f"{len(names)} memory nodes ({', '.join(names)}); use at most {fewest}, or "
+            'pipeline.partition = "requests", which divides no heads'
         )
     shards = []
     for node in range(len(names)):
         kv = tuple(split_heads(layer.kv_heads, len(names))[node] for layer in layers)
         groups = [layer.q_heads // layer.kv_heads for layer in layers]
         q = tuple(range(r.start * g, r.stop * g) for r, g in zip(kv, groups, strict=True))
-        own = tuple(
-            dataclasses.replace(
-                layer, kv_heads=len(k), q_heads=len(h), sinks=layer.sinks and layer.sinks[h.start : h.stop]
-            )
-            for layer, k, h in zip(layers, kv, q, strict=True)
-        )
+        own = tuple(layer.of_heads(k, h) for layer, k, h in zip(layers, kv, q, strict=True))
         shards.append(HeadShard(kv, q, own))
     return shards
 

@@ -34,8 +34,9 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     """None: a random one, which the front draws when it takes the request."""
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Only tokens with at least this part of the probability of the likeliest one."""
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
-    """Divides the positive logits of tokens of prompt and answer, and multiplies the negative ones."""
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    """Divides the positive logits of tokens of prompt and answer, and multiplies the negative ones. None: what
+    generation_config.json of the checkpoint says, else 1, which the front fills in when it takes the request."""
     presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
     """Is subtracted from the logits of the tokens of the answer so far."""
     frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0

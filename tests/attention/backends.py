@@ -29,6 +29,8 @@ class Target:
     block_tokens: tuple[int, ...] = (16, 32, 64)
     dims: tuple[int, ...] = (8, 16, 24, 40, 64, 80, 96, 112, 128, 192, 256)
     equal_dims: bool = False
+    positions: bool = True
+    """Whether layers may have chunks and slopes."""
     rounds_weights: bool = False
     """To bfloat16 or float16, before they meet the values."""
     missing: str | None = None
@@ -97,6 +99,7 @@ def _cuda() -> list[Target]:
             dtypes=("bfloat16", "float16"),
             dims=(64, 128, 256),
             equal_dims=True,
+            positions=False,
             rounds_weights=True,
         ),
     ]

@@ -33,18 +33,26 @@ def exact_rows(
         end = min(begin + tile, queries)
         first = start + begin
         low = keys.start if shape.window is None else max(keys.start, first - shape.window + 1)
+        if shape.chunk is not None:
+            low = max(low, first // shape.chunk * shape.chunk)
         high = max(low, min(keys.stop, start + end))
         position = torch.arange(first, start + end).unsqueeze(-1)
         key = torch.arange(low, high)
         visible = key <= position
         if shape.window is not None:
             visible &= key > position - shape.window
+        if shape.chunk is not None:
+            visible &= key // shape.chunk == position // shape.chunk
 
         rows = q[begin:end].cpu().double().view(end - begin, shape.kv_heads, group, shape.qk_dim)
         scores = shape.scale * torch.einsum("qhgd,khd->qhgk", rows, k[low:high].cpu().double())
         if shape.softcap is not None:
             scores = shape.softcap * torch.tanh(scores / shape.softcap)
-        scores = scores.flatten(1, 2).masked_fill(~visible.unsqueeze(1), -math.inf)
+        scores = scores.flatten(1, 2)
+        if shape.slopes is not None:
+            slopes = torch.tensor(shape.slopes, dtype=torch.float64).view(1, -1, 1)
+            scores = scores + slopes * (key - position).unsqueeze(1)
+        scores = scores.masked_fill(~visible.unsqueeze(1), -math.inf)
         if sinks and shape.sinks is not None:
             sink = torch.tensor(shape.sinks, dtype=torch.float64).view(1, -1, 1)
             scores = torch.cat([scores, sink.expand(end - begin, -1, 1)], dim=-1)

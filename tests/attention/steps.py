@@ -165,8 +165,12 @@ def layer_shapes(draw: st.DrawFn, target: Target) -> LayerShape:
         v_dim=qk_dim if target.equal_dims else draw(st.just(qk_dim) | st.sampled_from(target.dims)),
         scale=draw(st.sampled_from([1.0, 1.0, 0.3, 2.0])) * qk_dim**-0.5,
         window=draw(st.none() | st.sampled_from([1, 2, 15, 16, 17, 100]) | st.integers(1, 700)),
+        chunk=draw(st.none() | st.sampled_from([1, 16, 23, 100])) if target.positions else None,
         softcap=draw(st.none() | st.sampled_from([0.5, 5.0, 50.0])),
         sinks=draw(st.none() | st.lists(st.floats(-3, 5), min_size=q_heads, max_size=q_heads).map(tuple)),
+        slopes=draw(st.none() | st.lists(st.floats(-0.1, 1), min_size=q_heads, max_size=q_heads).map(tuple))
+        if target.positions
+        else None,
     )
 
 
@@ -175,7 +179,7 @@ def steps(draw: st.DrawFn, target: Target, dtype: str, *, work: float = 1.5e7, l
     """A step that takes about ``work`` multiplications at most, over contexts of up to ``longest`` tokens."""
     shapes = draw(st.lists(layer_shapes(target), min_size=1, max_size=3))
     if len(shapes) > 1 and draw(st.booleans()):  # two layers of one group
-        shapes[1] = replace(shapes[1], window=shapes[0].window)
+        shapes[1] = replace(shapes[1], window=shapes[0].window, chunk=shapes[0].chunk)
     layout = KVLayout(layers=tuple(shapes), dtype=dtype, block_tokens=draw(st.sampled_from(target.block_tokens)))
     past = st.integers(0, 40) | st.integers(0, 300) | st.integers(0, longest)
     count = st.sampled_from([1, 1, 1, 2, 5]) | st.integers(1, 20) | st.integers(1, 200)

@@ -24,6 +24,8 @@ SHAPE = LayerShape(q_heads=6, kv_heads=2, qk_dim=16, v_dim=8, scale=0.25)
     softcap=st.none() | st.floats(0.5, 50),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     sinks=st.booleans(),
+    chunk=st.none() | st.integers(1, 120),
+    slope=st.none() | st.floats(-0.1, 1),
 )
 def test_attend_is_the_exact_attention(
     queries: int,
@@ -35,11 +37,19 @@ def test_attend_is_the_exact_attention(
     softcap: float | None,
     dtype: str,
     sinks: bool,
+    chunk: int | None,
+    slope: float | None,
 ) -> None:
     """Keys may lie before, among and after the queries, overlap them in part or not at all. Sinks are left out: of all
     the shards of a row, `attend` does not know which is to count them."""
     shape = replace(
-        SHAPE, q_heads=2 * group, window=window, softcap=softcap, sinks=(3.0,) * 2 * group if sinks else None
+        SHAPE,
+        q_heads=2 * group,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=(3.0,) * 2 * group if sinks else None,
+        slopes=None if slope is None else tuple(slope * head for head in range(2 * group)),
     )
     generator = torch.Generator().manual_seed(queries)
     q = torch.randn(queries, 2 * group, 16, generator=generator).to(getattr(torch, dtype))

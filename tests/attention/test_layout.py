@@ -29,11 +29,14 @@ SHAPE: dict[str, Any] = {"q_heads": 8, "kv_heads": 2, "qk_dim": 64, "v_dim": 32,
         ("v_dim", 2**31),
         ("scale", float("nan")),
         ("window", 0),
+        ("chunk", -1),
         ("softcap", 0.0),
         ("softcap", 9e-07),
         ("softcap", float("inf")),
         ("sinks", (1.0, 2.0)),
         ("sinks", (0.0,) * 7 + (float("inf"),)),
+        ("slopes", (1.0,) * 7),
+        ("slopes", (float("nan"),) * 8),
     ],
 )
 def test_an_impossible_layer_is_refused_by_field(field: str, value: object) -> None:
@@ -72,20 +75,23 @@ def test_types_of_8_bits_count_their_scales(dtype: str) -> None:
     assert layout.bytes_per_token == 2 * (64 + 32) + 2 * 2 * 4
 
 
-def test_layers_are_grouped_by_window_and_shape() -> None:
-    """In order of first appearance; scale, soft cap, sinks and query heads make no difference."""
+def test_layers_are_grouped_by_window_chunk_and_shape() -> None:
+    """In order of first appearance; scale, soft cap, sinks, slopes and query heads make no difference."""
     full = LayerShape(**SHAPE)
     sliding = replace(full, window=100)
-    other = replace(full, scale=1.0, softcap=5.0, sinks=(0.0,) * 8)
+    other = replace(full, scale=1.0, softcap=5.0, sinks=(0.0,) * 8, slopes=(0.5,) * 8)
     wide = replace(full, v_dim=64)
     more = replace(full, q_heads=16)
 
-    groups = KVLayout(layers=(full, sliding, other, wide, sliding, more), dtype="float16").groups
+    groups = KVLayout(
+        layers=(full, sliding, other, wide, sliding, more, replace(full, chunk=100)), dtype="float16"
+    ).groups
 
     assert groups == (
-        LayerGroup((0, 2, 5), None, 2, 64, 32),
-        LayerGroup((1, 4), 100, 2, 64, 32),
-        LayerGroup((3,), None, 2, 64, 64),
+        LayerGroup((0, 2, 5), None, None, 2, 64, 32),
+        LayerGroup((1, 4), 100, None, 2, 64, 32),
+        LayerGroup((3,), None, None, 2, 64, 64),
+        LayerGroup((6,), None, 100, 2, 64, 32),
     )
 
 

@@ -179,7 +179,7 @@ def test_blocks_behind_windows_stay_where_they_are() -> None:
     cache.reserve(0, 4)
 
     for operation in (lambda: cache.derive(1, 4, parent=0), lambda: cache.full_blocks(0, 0, 1)):
-        with pytest.raises(UsageError, match="cannot be moved or derived, as layers have a window of 6 tokens"):
+        with pytest.raises(UsageError, match="cannot be moved or derived, as attention depends on positions"):
             operation()
 
 

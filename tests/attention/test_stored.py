@@ -35,8 +35,8 @@ def assert_same_stored(actual: Stored, expected: Stored) -> None:
 
 
 def unwindowed(step: Step) -> Step:
-    """The same without windows, so that no position goes back."""
-    layers = tuple(replace(shape, window=None) for shape in step.layout.layers)
+    """The same without what depends on positions, so that no position goes back."""
+    layers = tuple(replace(shape, window=None, chunk=None, slopes=None) for shape in step.layout.layers)
     return replace(step, layout=replace(step.layout, layers=layers))
 
 

@@ -26,7 +26,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return chosen, path, Oracle(path)
 
 
-NODES_AND_FAMILIES = [("llama", 3), ("gemma2", 2), ("mixtral", 3)]
+NODES_AND_FAMILIES = [("llama", 3), ("gemma2", 2), ("mixtral", 3), ("gpt_oss", 3)]
 """All families are run in tests/sim; these show that processes and transports change nothing."""
 
 

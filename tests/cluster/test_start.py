@@ -85,14 +85,14 @@ def no_directory(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def attention_sinks(path: Path) -> None:
-    config = {"model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 4}
+def linear_attention(path: Path) -> None:
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 4}
     (path / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(no_directory, "no such checkpoint directory"), (attention_sinks, "attention sinks")],
+    [(no_directory, "no such checkpoint directory"), (linear_attention, "layers of type linear_attention")],
 )
 def test_a_wrong_model_where_no_other_node_is(
     damage: Callable[[Path], None], message: str, checkpoint: Path, tmp_path: Path

@@ -12,13 +12,13 @@ from lamina.attention import LayerShape
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
 from lamina.model.slices import Blueprint, SlicedModel, cut_into_slices
-from lamina.model.weights import load_weights
+from lamina.model.weights import load_weights, read_sinks
 
 CPU = torch.device("cpu")
 
 
 def cut_checkpoint(path: Path, dtype: str | None = None) -> Blueprint:
-    return cut_into_slices(capture(Checkpoint.open(path, dtype)))
+    return cut_into_slices(read_sinks(capture(Checkpoint.open(path, dtype))))
 
 
 def load(blueprint: Blueprint) -> SlicedModel:
@@ -44,12 +44,18 @@ def compose(model: SlicedModel, sequences: Sequence[Tensor], rows: Tensor) -> tu
 
 def dense(q: Tensor, k: Tensor, v: Tensor, shape: LayerShape) -> Tensor:
     """Causal attention of one sequence: q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv] -> o [T, Hq, Dv]."""
+    assert shape.slopes is None
     group = shape.q_heads // shape.kv_heads
     keys, values = k.float().repeat_interleave(group, 1), v.float().repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * shape.scale
     if shape.softcap is not None:
         scores = shape.softcap * torch.tanh(scores / shape.softcap)
-    distance = torch.arange(len(q))[:, None] - torch.arange(len(k))
-    hidden = (distance < 0) | (distance >= (shape.window or len(k)))
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    query, key = torch.arange(len(q))[:, None], torch.arange(len(k))
+    hidden = (key > query) | (key <= query - (shape.window or len(k)))
+    if shape.chunk is not None:
+        hidden |= key // shape.chunk != query // shape.chunk
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if shape.sinks is not None:
+        scores = torch.cat([scores, torch.tensor(shape.sinks).view(-1, 1, 1).expand(-1, len(q), 1)], -1)
+    weights = scores.softmax(-1)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)

@@ -8,7 +8,6 @@ from transformers import AutoConfig
 from lamina.errors import UnsupportedModelError
 from lamina.model.capture import capture
 from lamina.model.checkpoint import Checkpoint
-from tests.families import FAMILIES
 
 SMALL = {
     "vocab_size": 300,
@@ -19,17 +18,7 @@ SMALL = {
     "num_key_value_heads": 4,
     "head_dim": 16,
 }
-LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
-    "original_max_position_embeddings": 128,
-}
-
 REFUSED = {
-    "attention sinks": ("gpt_oss", {"num_local_experts": 4}, r"attention sinks \(s_aux\)"),
-    "chunked attention": ("llama4_text", {"num_local_experts": 2}, r"layers of type chunked_attention"),
     "state space": ("mamba", {}, r"layers of type \w+ cannot be represented"),
     "hybrid": ("jamba", {"num_experts": 2}, r"layers of type linear_attention"),
     "linear attention": ("qwen3_next", {"num_experts": 4}, r"layers of type linear_attention"),
@@ -37,14 +26,8 @@ REFUSED = {
     "bidirectional": ("bert", {"is_decoder": False}, r"not causal|bidirectional attention"),
     "no attention interface": ("bloom", {}, r"BloomForCausalLM does not route attention"),
     "no language model": ("vit", {}, r"vit is not a causal language model"),
-    "two attentions per layer": ("diffllama", {}, r"one attention in each of 4 layers, found it in layers \[0, 0,"),
+    "a mask of its own": ("doge", {}, r"DogeForCausalLM changes its attention mask by itself"),
     "sparse attention": ("deepseek_v32", {"num_key_value_heads": 4}, r"layers of type indexed_attention"),
-    "long rope": ("phi3", {**FAMILIES["phi3"].settings, "rope_parameters": LONG_ROPE}, r"rope type 'longrope'"),
-    "dynamic rope": (
-        "llama",
-        {**SMALL, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}},
-        r"rope type 'dynamic'",
-    ),
 }
 
 

@@ -345,7 +345,7 @@ def test_windows_do_not_move() -> None:
     async def work(cluster: SimCluster) -> None:
         async with raw_compute(cluster, layers) as front:
             await front.reserve(1, 40)
-            words = "blocks cannot be moved or derived, as layers have a window of 20 tokens"
+            words = "blocks cannot be moved or derived, as attention depends on positions"
             assert await front.expect(T, 1) == MoveFailed(transfer=T, reason=words)
             assert await front.reserve(2, 40, parent=1) == Refused(reason=words, sequence=2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,5 +94,22 @@ def test_windows_are_not_cut_into_stretches(tmp_path: Path) -> None:
     async def work(cluster: SimCluster) -> None:
         raise AssertionError("the front takes requests")
 
-    with pytest.raises(ConfigError, match='"tokens" is not possible for a model with sliding windows; use "heads"'):
+    with pytest.raises(
+        ConfigError, match=r'"tokens" is not possible for a model with sliding windows, .*; use "heads"'
+    ):
         simulate(config, work)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_sinks_count_once(partition: Any, tmp_path: Path, agreement: Agreement) -> None:
+    """Each head's own, on one node of those that hold a part of the context, also where stripes of it lie on all."""
+    path = FAMILIES["gpt_oss"].save(tmp_path / "checkpoint", layer_types=["full_attention"] * 3)
+    oracle, prompts = Oracle(path), [LONG[:10], LONG[:300], LONG]
+    config = make_config(path, memory_nodes=3, pipeline=PipelineConfig(partition=partition))
+
+    async def work(cluster: SimCluster) -> list[list[int]]:
+        async with cluster.client() as client:
+            return await generate(client, prompts, max_tokens=TOKENS)
+
+    for prompt, answer in zip(prompts, simulate(config, work), strict=True):
+        agreement.check(oracle, prompt, answer, f"sinks, {partition}, prompt of {len(prompt)}")

@@ -230,7 +230,7 @@ def test_header_is_as_documented():
     header = write_header(key=0x01020304, offset=5, nbytes=6, tag=7)
 
     assert HEADER_BYTES == 32
-    assert header == bytes.fromhex("4c4d4e41 0900 0100 04030201 07000000 0500000000000000 0600000000000000")
+    assert header == bytes.fromhex("4c4d4e41 0a00 0100 04030201 07000000 0500000000000000 0600000000000000")
 
 
 def test_sender_refuses_long_message():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import msgpack
 
-VERSION = 9
+VERSION = 10
 HEADER_BYTES = 32
 WRITE, MESSAGE, NOTE, HEARTBEAT = 1, 2, 3, 4
 
