@@ -60,8 +60,7 @@ class Run:
             (
                 f"{kills.total()} kills ({', '.join(f'{n} of {name}' for name, n in sorted(kills.items()))}); "
                 f"{len(self.answers)} answers of {TOKENS} tokens, all as transformers gives them; between tokens of "
-                f"answers without a kill: p50 {1000 * step_s:.1f} ms; {self.refused} times a front that started took no "
-                "request"
+                f"answers without a kill: p50 {1000 * step_s:.1f} ms; {self.refused} times a starting front took none"
             )
         ]
         for what, role in (("compute nodes", "c"), ("memory nodes", "m")):
