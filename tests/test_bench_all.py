@@ -31,6 +31,7 @@ def test_every_benchmark_can_be_run_with_its_defaults() -> None:
         "pool",
         "prefill",
         "decode",
+        "drain",
         "throughput",
         "endpoint",
     }

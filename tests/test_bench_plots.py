@@ -71,6 +71,7 @@ ROWS: dict[str, list[Row]] = {
         {"system": name, "failed": "", "rounds": [{"tokens_per_s": 5000.0}, {"tokens_per_s": 5200.0}]}
         for name in ("Python client", "lamina serve")
     ],
+    "drain": [{"transport": kind, "p99_ms": 20.0, "drained_p99_ms": 28.0} for kind in ("shm", "tcp")],
     "pool": [
         {"trace": "answers to 60K", "system": system, "ratio": ratio}
         for system, ratio in (("isolated", 1.0), ("one cluster", 1.1), ("with moves", 1.3))

@@ -21,6 +21,7 @@ import typer
 from lamina.bench import (
     attention,
     decode,
+    drain,
     exchange,
     pipeline,
     pool,
@@ -244,6 +245,7 @@ BENCHMARKS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         )
         for phase, columns in attention.COLUMNS.items()
     ),
+    ("drain", drain.COLUMNS, {"mb_per_s": 1234.5, "bulk_mb_per_s": 12345.6}),
     ("pool", pool.COLUMNS, {"trace": "answers to 200K", "system": "one cluster", "tokens_per_s": 1234.5}),
     ("simulate", simulate.COLUMNS, {"clock": "timed", "compute": 8, "memory": 64}),
     ("exchange", exchange.COLUMNS, {"per_s": 12345.6, "round_trip_us": 123.4}),

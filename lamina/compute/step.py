@@ -100,7 +100,7 @@ class StepRunner:
     async def run(self, order: Order) -> Done:
         """See `Steps.run`."""
         slot, number, own = order.slot, order.step, self._member
-        schedule, peers, shards = self._schedule, self._peers, self.shards
+        schedule, peers, memory_nodes = self._schedule, self._peers, len(self.shards)
         if schedule is None:
             raise StaleOrderError("the members have changed", node="")
         nodes = schedule.route(slot, number)
@@ -169,7 +169,7 @@ class StepRunner:
             step=number,
             tokens=tokens,
             compute_s=compute_s,
-            attention_s=[(m, max(each), math.fsum(each) / len(shards)) for m, each in attention_s.items() if each],
+            attention_s=[(m, max(each), math.fsum(each) / memory_nodes) for m, each in attention_s.items() if each],
             scores=scores,
             prompt_scores=prompt_scores,
         )

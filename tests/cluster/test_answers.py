@@ -88,7 +88,7 @@ def test_a_front_that_was_restarted(cluster: tuple[ClusterConfig, list[harness.N
     config, nodes = cluster
 
     async def work() -> None:
-        async with harness.client(config) as client:
+        async with harness.client(config, reconnect_s=2.0) as client:
             stream = client.stream(PROMPT, ignore_eos=True)
             await anext(stream)
             await asyncio.to_thread(nodes[-1].kill)

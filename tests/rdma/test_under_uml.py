@@ -49,9 +49,18 @@ def test_inside(file: Path) -> None:
 
 
 @pytest.mark.timeout(3 * INSIDE_TIMEOUT_S)
-def test_cluster() -> None:
+@pytest.mark.parametrize(
+    "tests",
+    [
+        pytest.param(("tests/cluster/test_families.py", "-k", "llama"), id="tokens"),
+        pytest.param(
+            ("tests/cluster/test_requests.py", "-k", "cancelling or dies"), id="clients", marks=pytest.mark.slow
+        ),
+        pytest.param(("-m", "slow", "tests/cluster/test_kills.py", "-k", "rdma"), id="kills", marks=pytest.mark.slow),
+    ],
+)
+def test_cluster(tests: tuple[str, ...]) -> None:
     """A whole cluster over RDMA: its memory nodes on one device, its compute node on the other."""
-    tests = ("tests/cluster/test_families.py", "-k", "llama")
     if not room_for_torch():
         pytest.skip("no cluster over RDMA: vm.max_map_count is too low; run `make rdma-packages` once as root")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "--transport", "rdma", *tests]
@@ -62,6 +71,8 @@ def test_cluster() -> None:
     report = ended.stdout.decode() + ended.stderr.decode()
     assert ended.returncode == 0, report
     assert re.search(r"\d+ passed", report), report
+    if kills := re.search(r"^\d+ kills .*(\n.*){2}", report, re.MULTILINE):
+        print(kills[0])  # noqa: T201
 
 
 def test_output_and_status_are_the_commands() -> None:
