@@ -112,6 +112,17 @@ def simulate(
 
 
 @app.command()
+def drain(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option(help="Measure shorter contexts, over shared memory only.")] = False,
+) -> None:
+    """Measure what sequences that decode notice while a memory node leaves, and how fast its blocks move."""
+    from lamina.bench.drain import run
+
+    run(as_json=as_json, quick=quick)
+
+
+@app.command()
 def pool(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw tokens/s by trace and system into this file.")] = None,

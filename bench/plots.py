@@ -268,6 +268,14 @@ def _pipeline(rows: Sequence[Row]) -> list[Chart]:
     return list(charts.values())
 
 
+def _drain(rows: Sequence[Row]) -> list[Chart]:
+    chart = Chart("time between tokens", "transport", "ms, p99", bars=True)
+    for row in rows:
+        chart.add("before", row["transport"], row["p99_ms"])
+        chart.add("while a memory node leaves", row["transport"], row["drained_p99_ms"])
+    return [chart]
+
+
 def _pool(rows: Sequence[Row]) -> list[Chart]:
     chart = Chart(
         "contexts with a long tail", "trace", "virtual tokens/s over those without moves", bars=True, level=1.0
@@ -308,6 +316,7 @@ def _throughput(rows: Sequence[Row]) -> list[Chart]:
 CHARTS: dict[str, Callable[[Sequence[Row]], list[Chart]]] = {
     "attention": _attention,
     "decode": _decode,
+    "drain": _drain,
     "endpoint": _endpoint,
     "exchange": _exchange,
     "pipeline": _pipeline,

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import uvloop
@@ -22,11 +21,12 @@ import uvloop
 from lamina.bench import report
 from lamina.bench.checkpoints import MODELS, checkpoint
 from lamina.bench.pinned import write_pinned
+from lamina.bench.streams import DecodingStreams
 from lamina.bench.variants import two_processors
-from lamina.client import AsyncClient, AsyncStream, connect
+from lamina.client import AsyncClient, connect
 from lamina.cluster.local import Cluster
 from lamina.config import ClusterConfig, ModelConfig, PipelineConfig
-from lamina.errors import ConfigError, LaminaError
+from lamina.errors import ConfigError
 
 MODEL = MODELS["S"]
 SEQUENCES, CONTEXT = 8, 128
@@ -37,7 +37,6 @@ PREFILL_TOKENS = (128, 512)
 ALONE_S = 1.0
 MAX_TOKENS = 1500
 """The tokens that each of them generates, which must suffice for the whole measurement."""
-SETTLE_TOKENS = 4
 PATIENCE_S = 60.0
 
 COLUMNS = {
@@ -95,7 +94,8 @@ async def _row(client: AsyncClient, prefill_tokens: int, prompts: int, tokens: i
     async with asyncio.timeout(PATIENCE_S * (1 + prompts)):
         await _prompt_s(client, prefill_tokens, seed=0)  # the first prompt takes longer
         prompt_alone_s = await prompt_s()
-        async with _Decoding(client) as decoding:
+        decoders = [_tokens(CONTEXT, i) for i in range(SEQUENCES)]
+        async with DecodingStreams("prefill", client, decoders, max_tokens=MAX_TOKENS) as decoding:
             await decoding.settle()
             started = time.perf_counter()
             await asyncio.sleep(ALONE_S)
@@ -131,56 +131,6 @@ async def _prompt_s(client: AsyncClient, tokens: int, seed: int) -> float:
 
 def _tokens(count: int, seed: int) -> list[int]:
     return [(7 * seed + 13 * i) % MODEL.vocabulary for i in range(count)]
-
-
-class _Decoding:
-    """Sequences that decode, with the arrival times of their tokens."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self._times: list[list[float]] = [[] for _ in range(SEQUENCES)]
-
-    async def __aenter__(self) -> _Decoding:
-        prompts = [_tokens(CONTEXT, i) for i in range(SEQUENCES)]
-        streams = [self._client.stream(prompt, max_tokens=MAX_TOKENS, share_prefix=False) for prompt in prompts]
-        self._readers = [asyncio.create_task(self._read(*one)) for one in zip(streams, self._times, strict=True)]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
-
-    async def settle(self) -> None:
-        """Wait until all sequences decode."""
-        while min(map(len, self._times)) < SETTLE_TOKENS:
-            self._check()
-            await asyncio.sleep(0.01)
-
-    def between(self, start: float, stop: float) -> list[float]:
-        """Return the seconds from token to token, for each gap that overlaps the time from ``start`` to ``stop``."""
-        self._check()
-        gaps = [
-            after - before
-            for times in self._times
-            for before, after in pairwise(times)
-            if start < after and before < stop
-        ]
-        if not gaps:
-            raise LaminaError(f"bench prefill: no sequence got two tokens within {stop - start:.1f} s")
-        return gaps
-
-    def _check(self) -> None:
-        for reader in self._readers:
-            if reader.done():
-                reader.result()
-                raise LaminaError("bench prefill: an answer ended before it was measured")
-
-    @staticmethod
-    async def _read(stream: AsyncStream, times: list[float]) -> None:
-        async with stream:
-            async for _ in stream:
-                times.append(time.perf_counter())
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ Row = dict[str, Any]
 TITLES = {
     "attention": "Attention on a memory node's CPU",
     "decode": "Decoding over local nodes, beside transformers in one process",
+    "drain": "Decoding while a memory node leaves",
     "endpoint": "Streams over HTTP, beside the Python client",
     "exchange": "What a layer of one batch costs besides its work",
     "pipeline": "Several batches in flight, on a compute and a memory node with one processor each",
@@ -47,6 +48,7 @@ class Result(msgspec.Struct, frozen=True):
     bench: Literal[
         "attention",
         "decode",
+        "drain",
         "endpoint",
         "exchange",
         "pipeline",

@@ -13,7 +13,6 @@ from lamina.attention.rows import Rows, Run
 from lamina.attention.transfers import Transfers
 from lamina.front.journal import RequestJournal
 from lamina.memory.tenant import Tenant
-from lamina.node.memory import MemoryNode
 
 
 class Mutant(NamedTuple):
@@ -22,17 +21,6 @@ class Mutant(NamedTuple):
     made: Callable[[], AbstractContextManager[Any]]
     kinds: str
     seeds: range
-
-
-@contextmanager
-def _links_of_earlier_terms() -> Iterator[None]:
-    """A memory node serves the links of an earlier term on."""
-
-    async def nothing(self: MemoryNode, *_: object) -> None:
-        pass
-
-    with mock.patch.object(MemoryNode, "_end_links", nothing):
-        yield
 
 
 @contextmanager
@@ -88,7 +76,6 @@ def _journal_line_lost() -> Iterator[None]:
 
 
 MUTANTS = {
-    "links of an earlier term are served": Mutant(_links_of_earlier_terms, "front,network", range(45, 120)),
     "sequences of an earlier term go on": Mutant(_term_not_ended, "front,network", range(60)),
     "what is stored again is stored twice": Mutant(_append_behind, "memory,network,compute", range(20, 80)),
     "a move is not reserved": Mutant(_transfer_not_reserved, "memory.drain", range(100)),
