@@ -43,11 +43,9 @@ def edit(logits: Tensor, choices: Sequence[Choice], vocabulary: int) -> None:
     if len(place):
         bias = [value for choice in choices for value in choice.sampling.logit_bias.values()]
         flat[place] += torch.tensor(bias, dtype=torch.float32, device=logits.device)
-    rows, place = at(
-        lambda c: [_tokens(c.prompt), _tokens(c.answer)], lambda c: (c.sampling.repetition_penalty or 1) != 1
-    )
+    rows, place = at(lambda c: [_tokens(c.prompt), _tokens(c.answer)], lambda c: c.sampling.repetition != 1)
     if len(place):
-        value, penalty = flat[place], each(lambda c: c.sampling.repetition_penalty or 1.0)[rows]
+        value, penalty = flat[place], each(lambda c: c.sampling.repetition)[rows]
         flat[place] = torch.where(value < 0, value * penalty, value / penalty)
     _, place = at(
         lambda c: [_tokens(c.answer)], lambda c: bool(c.sampling.presence_penalty or c.sampling.frequency_penalty)

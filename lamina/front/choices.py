@@ -12,7 +12,7 @@ def choice_for(sequence: Sequence) -> Choice:
     """Return how the token after all that the sequence has is chosen."""
     request = sequence.request
     s, output = request.sampling, sequence.output
-    repeats = (s.repetition_penalty or 1) != 1
+    repeats = s.repetition != 1
     counts = bool(s.presence_penalty or s.frequency_penalty)
     return Choice(
         s,

@@ -142,7 +142,7 @@ class Choice(Struct, frozen=True, array_like=True):
             self.banned
             or self.mask is not None
             or s.logit_bias
-            or (s.repetition_penalty or 1) != 1
+            or s.repetition != 1
             or s.presence_penalty
             or s.frequency_penalty
         )

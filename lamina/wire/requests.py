@@ -44,6 +44,11 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     logit_bias: Annotated[dict[Count, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
     """Is added to the logits of these tokens."""
 
+    @property
+    def repetition(self) -> float:
+        """Return the repetition penalty, which is 1 where there is none."""
+        return 1.0 if self.repetition_penalty is None else self.repetition_penalty
+
 
 class JsonSchema(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """The answer is a JSON text that fits a schema."""
