@@ -86,7 +86,7 @@ class SlotBalancer:
         space for: ``space`` tokens, while the next has ``next_context``."""
         most, running = len(self._slots), self.running
         rows = min(running + min(waiting, space // max(1, next_context)), most * self._max_batch)
-        if not rows:
+        if not rows or most == 1:
             return
         mean = sum(slot.context for slot in self._slots) / running if running else next_context
         # What one step of every slot could prefill; in fewer slots that takes several.
