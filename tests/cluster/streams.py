@@ -18,6 +18,10 @@ class Streams:
         self.counts = [0] * count
         self._tokens = tokens
 
+    async def have_begun(self) -> bool:
+        """Whether each answer has a few tokens."""
+        return min(self.counts) >= 5
+
     async def read(self, client: lamina.AsyncClient, number: int) -> list[int]:
         """The whole answer to a prompt."""
         tokens = []

@@ -63,3 +63,12 @@ async def ask(cluster: SimCluster, prompt: Sequence[int], **wanted: Any) -> tupl
     """The whole answer, and how it ended."""
     answer = await submit(cluster, prompt, **wanted)
     return answer, await answer.ended()
+
+
+async def answers_to(cluster: SimCluster, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """What a client gets that asks for all at once, greedy and seeded in turns."""
+    async with cluster.client() as client:
+        found = await asyncio.gather(
+            *(client.generate(p, max_tokens=60, temperature=0.7 * (i % 2), seed=i) for i, p in enumerate(prompts))
+        )
+    return [answer.tokens for answer in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lamina.sim.cluster import SimCluster
 from lamina.sim.world import World
 from lamina.watch import ClusterWatch
 from tests.families import VOCABULARY
+from tests.sim.answers import answers_to
 from tests.sim.clusters import LINK, eventually, is_idle, make_config, new_cluster, simulate
 
 GRACE_S = 6.0
@@ -23,12 +25,7 @@ _random = random.Random(11)
 PROMPTS = [[_random.randrange(VOCABULARY) for _ in range(_random.randint(1, 60))] for _ in range(6)]
 
 
-async def answers(cluster: SimCluster) -> list[list[int]]:
-    async with cluster.client() as client:
-        found = await asyncio.gather(
-            *(client.generate(p, max_tokens=60, temperature=0.7 * (i % 2), seed=i) for i, p in enumerate(PROMPTS))
-        )
-    return [answer.tokens for answer in found]
+answers = partial(answers_to, prompts=PROMPTS)
 
 
 async def states(cluster: SimCluster) -> dict[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lamina.errors import NodeError
 from lamina.sim.cluster import SimCluster
 from lamina.sim.world import World
 from tests.families import VOCABULARY
+from tests.sim.answers import answers_to
 from tests.sim.clusters import (
     LINK,
     PEER_TIMEOUT_S,
@@ -31,12 +33,7 @@ _random = random.Random(5)
 PROMPTS = [[_random.randrange(VOCABULARY) for _ in range(_random.randint(1, 60))] for _ in range(8)]
 
 
-async def answers(cluster: SimCluster) -> list[list[int]]:
-    async with cluster.client() as client:
-        found = await asyncio.gather(
-            *(client.generate(p, max_tokens=60, temperature=0.7 * (i % 2), seed=i) for i, p in enumerate(PROMPTS))
-        )
-    return [answer.tokens for answer in found]
+answers = partial(answers_to, prompts=PROMPTS)
 
 
 @pytest.mark.parametrize("returns", [True, False])
